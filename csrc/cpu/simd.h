@@ -1,0 +1,120 @@
+// 64-byte vectors in GCC's generic notation: the same source becomes one zmm, two ymm or four xmm (or NEON) registers,
+// depending on the flags that the file is compiled with. Each op's file is compiled once per instruction set, inside the
+// namespace FASTSAE_ISA that the build sets; dispatch.cpp picks one namespace when the module is imported.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifndef FASTSAE_ISA
+#error "FASTSAE_ISA names the instruction set that this file is compiled for; setup.py sets it"
+#endif
+#define FASTSAE_INLINE inline __attribute__((always_inline))
+
+namespace fastsae::FASTSAE_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// The type in which sums over a stored type are accumulated.
+template <class T> struct accumulate { using type = float; };
+template <> struct accumulate<double> { using type = double; };
+template <class T> using acc_t = typename accumulate<T>::type;
+
+template <class A> struct vector_of;
+template <> struct vector_of<float> { typedef float type __attribute__((vector_size(64))); };
+template <> struct vector_of<double> { typedef double type __attribute__((vector_size(64))); };
+template <class A> using vec = typename vector_of<A>::type;
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+template <class A> constexpr int lanes = 64 / sizeof(A);
+
+FASTSAE_INLINE float widen(float v) { return v; }
+FASTSAE_INLINE double widen(double v) { return v; }
+FASTSAE_INLINE float widen(bf16 v) {
+  uint32_t u = uint32_t(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+template <class T> FASTSAE_INLINE T narrow(acc_t<T> v) { return v; }
+template <> FASTSAE_INLINE bf16 narrow<bf16>(float v) {
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  if (v != v) return {uint16_t(u >> 16 | 0x40)};
+  return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+
+// Unaligned loads and stores of one vector of the accumulation type.
+template <class T> FASTSAE_INLINE vec<acc_t<T>> load(const T* p) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    u16x16 h;
+    std::memcpy(&h, p, 32);
+    return (vec<float>)(__builtin_convertvector(h, u32x16) << 16);
+  } else {
+    vec<T> v;
+    std::memcpy(&v, p, 64);
+    return v;
+  }
+}
+
+template <class T> FASTSAE_INLINE void store(T* p, vec<acc_t<T>> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    u32x16 u = (u32x16)v;
+    u32x16 rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    u32x16 quiet = u >> 16 | 0x40;
+    u16x16 h = __builtin_convertvector(v != v ? quiet : rounded, u16x16);
+    std::memcpy(p, &h, 32);
+  } else {
+    std::memcpy(p, &v, 64);
+  }
+}
+
+template <class A> FASTSAE_INLINE vec<A> splat(A a) { return a - vec<A>{}; }
+
+// Sum of the lanes, pairwise, in an order that no instruction set changes.
+template <class A> FASTSAE_INLINE A sum_lanes(vec<A> v) {
+  alignas(64) A a[lanes<A>];
+  std::memcpy(a, &v, 64);
+  for (int width = lanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a[i] += a[i + width];
+  return a[0];
+}
+
+// Fetch a row that is about to be read; gathers of whole rows run at twice the speed with it (Zen 5, 3 KB rows).
+template <class T> FASTSAE_INLINE void prefetch_row(const T* p, int64_t length) {
+  const char* c = reinterpret_cast<const char*>(p);
+  for (int64_t o = 0; o < length * int64_t(sizeof(T)); o += 64) __builtin_prefetch(c + o);
+}
+
+// The engine's score: <x, w> in fixed order, four vector accumulators and a scalar tail.
+template <class X, class W> FASTSAE_INLINE acc_t<W> dot(const X* x, const W* w, int64_t length) {
+  using A = acc_t<W>;
+  constexpr int L = lanes<A>;
+  vec<A> s0{}, s1{}, s2{}, s3{};
+  int64_t d = 0;
+  for (; d + 4 * L <= length; d += 4 * L) {
+    s0 += load(x + d) * load(w + d);
+    s1 += load(x + d + L) * load(w + d + L);
+    s2 += load(x + d + 2 * L) * load(w + d + 2 * L);
+    s3 += load(x + d + 3 * L) * load(w + d + 3 * L);
+  }
+  for (; d + L <= length; d += L) s0 += load(x + d) * load(w + d);
+  A s = sum_lanes<A>((s0 + s1) + (s2 + s3));
+  for (; d < length; ++d) s += A(widen(x[d])) * A(widen(w[d]));
+  return s;
+}
+
+// y += a * x
+template <class A, class X> FASTSAE_INLINE void add_scaled(A* y, A a, const X* x, int64_t length) {
+  constexpr int L = lanes<A>;
+  const vec<A> va = splat<A>(a);
+  int64_t d = 0;
+  for (; d + L <= length; d += L) store(y + d, load(y + d) + va * load(x + d));
+  for (; d < length; ++d) y[d] += a * A(widen(x[d]));
+}
+
+}  // namespace fastsae::FASTSAE_ISA
