@@ -1,0 +1,24 @@
+"""fastsae: an exact, kernel-backed engine for training and running sparse autoencoders.
+
+    sae = fastsae.SparseAutoencoder(d_in=768, d_sae=24576, activation=fastsae.TopK(32))
+    step = fastsae.FusedTrainStep(sae, lr=2e-4)
+
+`fastsae.ops` is the functional face of the engine, `fastsae.backends()` says who computes it on this machine.
+"""
+
+from fastsae import autograd as _autograd
+from fastsae import ops
+from fastsae.backends import BackendError, backends
+from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "LatentOrder",
+    "Screen",
+    "SparseCodes",
+    "UpdateTerm",
+    "backends",
+    "ops",
+]

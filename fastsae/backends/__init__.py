@@ -1,0 +1,69 @@
+"""Who computes an op: the registry of backends and the choice among them.
+
+A backend is a module with one function per raw op (same name, same arguments without `backend`), and
+    available() -> str | None               the reason why it cannot run here, or None
+    detail() -> dict                        what `fastsae info` prints about it
+    supports(op, *tensors, **info) -> str | None    the reason against serving this call, or None; tensors are the
+                                            op's tensors in schema order (absent ones left out, lists flattened),
+                                            info its other arguments by name
+    prepare_screen(W, b) -> Screen | None   its low-precision copy of an encoder, or None where it uses none
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from fastsae import env
+from fastsae.backends import reference
+
+# Fastest first. A string instead of a module is the reason why the backend is absent.
+_REGISTRY: tuple[tuple[str, ModuleType | str], ...] = (
+    ("cuda", "the CUDA kernels are not part of this build"),
+    ("triton", "the Triton kernels are not part of this build"),
+    ("reference", reference),
+)
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot serve the call; the message says why."""
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """Every backend by name, fastest first: {"available": bool, "reason": str | None, "detail": dict}."""
+    table = {}
+    for name, module in _REGISTRY:
+        reason = module if isinstance(module, str) else module.available()
+        detail = {} if isinstance(module, str) or reason else module.detail()
+        table[name] = {"available": reason is None, "reason": reason, "detail": detail}
+    return table
+
+
+def check_name(backend: str | None) -> None:
+    """Raises ValueError for a backend name that does not exist."""
+    names = [name for name, _ in _REGISTRY]
+    if backend is not None and backend not in names:
+        raise ValueError(f"backend is {backend!r}, expected None or one of {names}")
+
+
+def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> ModuleType:
+    """The module that serves this call: the named backend, or the fastest that has nothing against it.
+
+    Raises ValueError for an unknown name and BackendError, with the reason, where the named backend cannot serve.
+    """
+    backend = backend or env.default_backend()
+    check_name(backend)
+    reasons = []
+    for name, module in _REGISTRY:
+        if backend not in (None, name):
+            continue
+        if isinstance(module, str):
+            reason: str | None = module
+        else:
+            reason = module.available() or module.supports(op, *tensors, **info)
+            if reason is None:
+                return module
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no backend can serve fastsae.{op} here ({'; '.join(reasons)}); pass backend=None to let it choose")

@@ -1,0 +1,19 @@
+"""The only place that reads environment variables.
+
+FASTSAE_BACKEND   the backend that backend=None takes ("reference", "cpu", ...); it fails loudly where it cannot serve
+FASTSAE_CPU_ISA   the instruction set that the cpu backend may use at most (its own names, as `fastsae info` prints them)
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def default_backend() -> str | None:
+    """The backend named by FASTSAE_BACKEND, or None."""
+    return os.environ.get("FASTSAE_BACKEND") or None
+
+
+def cpu_isa() -> str | None:
+    """The instruction set named by FASTSAE_CPU_ISA, or None."""
+    return os.environ.get("FASTSAE_CPU_ISA") or None

@@ -1,0 +1,151 @@
+"""torch.ops.fastsae.*: the raw ops, plain tensors in and out, with fake kernels and autocast rules.
+
+Each op hands its arguments to the backend that `backends.choose` picks at run time, so a compiled graph holds one
+opaque call. Everything here is flat: x (N, D), fixed codes (N, K), ragged codes (capacity,) with offsets (N+1,).
+Public callers use fastsae.ops, which validates; here only the index range of CPU codes is checked, because a backend
+reads memory at those indices.
+
+Autocast: the ops run in the dictionary's dtype. x (and acts) are cast to W's dtype, weights are never cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import backends
+
+_CODE = "Tensor acts, Tensor indices, Tensor? offsets"
+
+SCHEMAS = {
+    "encode_topk": "(Tensor x, Tensor W, Tensor b, SymInt k, Tensor? rows, Tensor? scale, SymInt index_offset, "
+    "Tensor[]? screen, str precision, str? backend) -> (Tensor acts, Tensor indices, Tensor redone)",
+    "encode_above": "(Tensor x, Tensor W, Tensor b, Tensor threshold, SymInt capacity, Tensor[]? screen, "
+    "str precision, str? backend) -> (Tensor acts, Tensor indices, Tensor offsets, Tensor overflow, Tensor redone)",
+    "encode_batch_topk": "(Tensor x, Tensor W, Tensor b, SymInt k, Tensor[]? screen, str precision, str? backend) "
+    "-> (Tensor acts, Tensor indices, Tensor offsets, Tensor redone)",
+    "decode": f"({_CODE}, Tensor W, str? backend) -> Tensor",
+    "active_dot": f"(Tensor x, {_CODE}, Tensor W, str? backend) -> Tensor",
+    "active_outer": f"({_CODE}, Tensor x, SymInt d_sae, Tensor[]? by_latent, str? backend) -> Tensor",
+    "by_latent": f"({_CODE}, SymInt d_sae, str? backend) -> (Tensor offsets, Tensor tokens, Tensor slots)",
+    # offsets[i] of a fixed-K term is an empty tensor; screen is an empty list where there is none.
+    "update_latents_": "(Tensor(a!)? W_enc, Tensor(b!) W_dec, Tensor(c!) b_enc, Tensor(d!) b_dec, "
+    "Tensor(e!)[] moments, Tensor(f!)[] screen, Tensor[] acts, Tensor[] indices, Tensor[] offsets, Tensor[] xs, "
+    "Tensor[] grads, bool[] has_bias, Tensor lr, Tensor step, float beta1, float beta2, float eps, "
+    "bool unit_norm, bool pre_bias, int? seed, str? backend) -> Tensor",
+}
+
+
+# -- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
+
+
+def _ints(like: Tensor, *shape: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
+def _fake_encode_topk(x, W, b, k, rows, scale, index_offset, screen, precision, backend):
+    n = x.shape[0]
+    return x.new_empty(n, k), _ints(x, n, k, dtype=torch.int32), _ints(x)
+
+
+def _fake_encode_above(x, W, b, threshold, capacity, screen, precision, backend):
+    acts, indices = x.new_empty(capacity), _ints(x, capacity, dtype=torch.int32)
+    return acts, indices, _ints(x, x.shape[0] + 1), _ints(x, dtype=torch.bool), _ints(x)
+
+
+def _fake_encode_batch_topk(x, W, b, k, screen, precision, backend):
+    n = x.shape[0]
+    return x.new_empty(n * k), _ints(x, n * k, dtype=torch.int32), _ints(x, n + 1), _ints(x)
+
+
+def _fake_decode(acts, indices, offsets, W, backend):
+    return W.new_empty(acts.shape[0] if offsets is None else offsets.shape[0] - 1, W.shape[1])
+
+
+def _fake_active_dot(x, acts, indices, offsets, W, backend):
+    return acts.new_empty(acts.shape)
+
+
+def _fake_active_outer(acts, indices, offsets, x, d_sae, by_latent, backend):
+    return x.new_empty(d_sae, x.shape[1])
+
+
+def _fake_by_latent(acts, indices, offsets, d_sae, backend):
+    size = acts.numel()
+    return _ints(acts, d_sae + 1), _ints(acts, size, dtype=torch.int32), _ints(acts, size)
+
+
+def _fake_update_latents_(*args):
+    return args[1].new_empty(4, dtype=torch.float64)
+
+
+# -- real kernels: check what is about to be used as an address, then dispatch ----------------------------------------
+
+
+def check_indices(indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
+    """Raises IndexError for a code that points outside the dictionary, ValueError for offsets past its end.
+
+    Costs a host sync on a device, so the raw ops call it for CPU codes only.
+    """
+    if offsets is not None and offsets.numel():
+        end = int(offsets[-1])
+        if int(offsets[0]) != 0 or end > indices.numel() or bool((offsets.diff() < 0).any()):
+            raise ValueError(f"offsets must rise from 0 to at most the capacity {indices.numel()}, got an end of {end}")
+        indices = indices[:end]
+    if indices.numel():
+        low, high = (int(v) for v in torch.aminmax(indices))
+        if low < 0 or high >= d_sae:
+            raise IndexError(f"codes point at latents {low} to {high}, expected 0 to {d_sae - 1}; is this their dictionary?")
+
+
+def _check_codes(op: str, args: dict[str, Any]) -> None:
+    if op == "update_latents_":
+        codes = list(zip(args["indices"], args["offsets"], strict=True))
+        d_sae = args["W_dec"].shape[0]
+    elif "indices" in args:
+        codes = [(args["indices"], args["offsets"])]
+        d_sae = args["d_sae"] if "d_sae" in args else args["W"].shape[0]
+    else:
+        return
+    for indices, offsets in codes:
+        if indices.device.type == "cpu":
+            check_indices(indices, offsets, d_sae)
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(item for item in value if isinstance(item, Tensor))
+    return found
+
+
+def _define(op: str, fake: Callable[..., Any]) -> Any:
+    def run(*args: Any) -> Any:
+        given = dict(zip(names, args, strict=True))
+        _check_codes(op, given)
+        backend = given.pop("backend")
+        info = {name: value for name, value in given.items() if isinstance(value, (int, float, str))}
+        module = backends.choose(op, backend, *_tensors(args), **info)
+        return getattr(module, op)(*given.values())
+
+    mutated = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "screen") if op == "update_latents_" else ()
+    custom = torch.library.custom_op(f"fastsae::{op}", run, mutates_args=mutated, schema=SCHEMAS[op])
+    custom.register_fake(fake)
+    names = [argument.name for argument in getattr(torch.ops.fastsae, op).default._schema.arguments]
+    return custom
+
+
+encode_topk = _define("encode_topk", _fake_encode_topk)
+encode_above = _define("encode_above", _fake_encode_above)
+encode_batch_topk = _define("encode_batch_topk", _fake_encode_batch_topk)
+decode = _define("decode", _fake_decode)
+active_dot = _define("active_dot", _fake_active_dot)
+active_outer = _define("active_outer", _fake_active_outer)
+by_latent = _define("by_latent", _fake_by_latent)
+update_latents_ = _define("update_latents_", _fake_update_latents_)

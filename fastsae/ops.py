@@ -1,0 +1,268 @@
+"""The functional face of the engine: validation once, then torch.ops.fastsae.*.
+
+Every function takes leading batch dimensions, which are flattened on the way in and restored on the way out, and
+`backend=None|"reference"|"cpu"|...`: None takes the fastest backend that has nothing against the call, a name fails
+loudly with the reason. All of them are deterministic, work for N = 0, and are differentiable where that makes sense
+(fastsae.autograd). precision="exact" returns the fp32 answer even if a backend screens in a narrower format first;
+"screened" trusts the screen; "fp32" does not screen.
+
+Errors: ValueError for shapes, sizes and names, TypeError for dtypes, IndexError for codes that point outside the
+dictionary, backends.BackendError for a backend that cannot serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import backends, library
+from fastsae import validation as check_that
+from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
+
+_raw = torch.ops.fastsae
+
+
+def _encoder_input(
+    x: Tensor, W: Tensor, b: Tensor, screen: Screen | None, precision: str, backend: str | None, check: bool
+) -> Tensor:
+    """Validates what every encoder takes; returns x flattened to (N, D)."""
+    x = check_that.cast_under_autocast(x, W)
+    check_that.dictionary("W", W)
+    check_that.rows("x", x, "W", W)
+    check_that.vector("b", b, W)
+    check_that.one_of("precision", precision, ("exact", "screened", "fp32"))
+    _check_backend(backend, screen)
+    if check:
+        check_that.no_nan("x", x)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _check_backend(backend: str | None, screen: Screen | None) -> None:
+    backends.check_name(backend)
+    if screen is not None and backend is not None and screen.format.split("/")[0] != backend:
+        raise ValueError(
+            f"the screen has format {screen.format!r}, expected one of backend {backend!r}; make it with "
+            "prepare_screen(W, b, backend=...)"
+        )
+
+
+def _tensors(screen: Screen | None) -> list[Tensor] | None:
+    return None if screen is None else screen.tensors
+
+
+def encode_topk(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    k: int,
+    *,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    index_offset: int = 0,
+    screen: Screen | None = None,
+    precision: str = "exact",
+    backend: str | None = None,
+    check: bool = False,
+) -> SparseCodes:
+    """The k largest of relu((x Wᵀ + b) · scale) of each token; (N, M) is never stored.
+
+    x (*batch, D), W (M, D), b (M,). Fixed codes, acts in x's dtype. Ties go to the lower index; NaN ranks highest, and
+    with check=True raises ValueError instead. scale (M,): gates by decoder norm, acts are the scaled ones.
+    rows int32 (capacity,): the latents to consider, ascending, negative entries absent (so the number of them can live
+    on the device); k <= capacity then. index_offset is added to the indices returned: W is a shard that starts there,
+    and d_sae of the codes is index_offset + M. Raises ValueError where k is not in 1..M (or 1..capacity).
+    """
+    flat = _encoder_input(x, W, b, screen, precision, backend, check)
+    if rows is not None:
+        check_that.latent_rows(rows, W)
+    check_that.k_fits(k, W.shape[0] if rows is None else rows.shape[0], "d_sae" if rows is None else "rows")
+    if scale is not None:
+        check_that.vector("scale", scale, W)
+    if index_offset < 0:
+        raise ValueError(f"index_offset is {index_offset}, expected 0 or more")
+    acts, indices, redone = _raw.encode_topk(
+        flat, W, b, k, rows, scale, index_offset, _tensors(screen), precision, backend
+    )
+    shape = (*x.shape[:-1], k)
+    return SparseCodes(acts.view(shape), indices.view(shape), index_offset + W.shape[0], redone=redone)
+
+
+def encode_above(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    threshold: Tensor | float,
+    capacity: int,
+    *,
+    screen: Screen | None = None,
+    precision: str = "exact",
+    backend: str | None = None,
+    check: bool = False,
+) -> tuple[SparseCodes, Tensor]:
+    """The raw pre-acts x Wᵀ + b, sign kept, of every latent above its threshold, and whether they overflowed.
+
+    threshold: a number, 0-d, (M,) or (*batch, 1). Ragged codes of `capacity` slots; when more latents are above, the
+    first `capacity` in token order are kept and the 0-d bool `overflow` is True, on the device. NaN counts as above.
+    """
+    flat = _encoder_input(x, W, b, screen, precision, backend, check)
+    if capacity < 0:
+        raise ValueError(f"capacity is {capacity}, expected 0 or more slots")
+    threshold = check_that.threshold(threshold, x, W)
+    acts, indices, offsets, overflow, redone = _raw.encode_above(
+        flat, W, b, threshold, capacity, _tensors(screen), precision, backend
+    )
+    return SparseCodes(acts, indices, W.shape[0], offsets, tuple(x.shape[:-1]), redone), overflow
+
+
+def encode_batch_topk(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    k: int,
+    *,
+    screen: Screen | None = None,
+    precision: str = "exact",
+    backend: str | None = None,
+    check: bool = False,
+) -> SparseCodes:
+    """The N·k largest of relu(x Wᵀ + b) over the whole batch: ragged codes of capacity N·k, zeros are never stored."""
+    flat = _encoder_input(x, W, b, screen, precision, backend, check)
+    check_that.k_fits(k, W.shape[0], "d_sae")
+    acts, indices, offsets, redone = _raw.encode_batch_topk(flat, W, b, k, _tensors(screen), precision, backend)
+    return SparseCodes(acts, indices, W.shape[0], offsets, tuple(x.shape[:-1]), redone)
+
+
+def decode(codes: SparseCodes, W: Tensor, *, backend: str | None = None) -> Tensor:
+    """A W: (*batch, D), in W's dtype. An act of 0 adds nothing and receives no gradient."""
+    backends.check_name(backend)
+    acts = check_that.codes(codes, W)
+    flat = codes.flatten()
+    out = _raw.decode(acts.view(flat.acts.shape), flat.indices, flat.offsets, W, backend)
+    return out.view(*codes.batch_shape, W.shape[1])
+
+
+def active_dot(x: Tensor, codes: SparseCodes, W: Tensor, *, backend: str | None = None) -> Tensor:
+    """⟨xₙ, Wᵢ⟩ at the active latents only, 0 in empty slots: shape and dtype of codes.acts. x (*batch, D), W (M, D)."""
+    backends.check_name(backend)
+    x = check_that.cast_under_autocast(x, W)
+    check_that.rows("x", x, "W", W)
+    check_that.tokens("x", x, codes)
+    acts = check_that.codes(codes, W)
+    flat = codes.flatten()
+    out = _raw.active_dot(
+        x.reshape(-1, x.shape[-1]), acts.view(flat.acts.shape), flat.indices, flat.offsets, W, backend
+    )
+    return out.view(codes.acts.shape)
+
+
+def active_outer(
+    codes: SparseCodes,
+    x: Tensor,
+    d_sae: int | None = None,
+    *,
+    by_latent: LatentOrder | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Aᵀ x: (d_sae, D), in x's dtype. x (*batch, D); by_latent: the regrouped code, where it is at hand already."""
+    backends.check_name(backend)
+    check_that.tokens("x", x, codes)
+    acts = check_that.codes(codes, x, d_sae=codes.d_sae if d_sae is None else d_sae, name="x")
+    flat = codes.flatten()
+    order = None if by_latent is None else [by_latent.offsets, by_latent.tokens, by_latent.slots]
+    return _raw.active_outer(
+        acts.view(flat.acts.shape),
+        flat.indices,
+        flat.offsets,
+        x.reshape(-1, x.shape[-1]),
+        codes.d_sae if d_sae is None else d_sae,
+        order,
+        backend,
+    )
+
+
+def by_latent(codes: SparseCodes, *, backend: str | None = None) -> LatentOrder:
+    """The code regrouped latent by latent: a counting sort, computed once and handed to both dictionary gradients.
+
+    Tokens ascend within a latent; empty slots of a fixed code are left out.
+    """
+    backends.check_name(backend)
+    flat = codes.flatten()
+    return LatentOrder(*_raw.by_latent(flat.acts.detach(), flat.indices, flat.offsets, codes.d_sae, backend))
+
+
+def prepare_screen(W: Tensor, b: Tensor | None = None, *, backend: str | None = None) -> Screen | None:
+    """The low-precision copy of an encoder that the chosen backend screens with, or None where it needs none.
+
+    It goes stale when W changes: only `update_latents_` maintains it. Without it an encoder makes its own, every call.
+    """
+    check_that.dictionary("W", W)
+    given = [W.detach()] if b is None else [W.detach(), b.detach()]
+    module = backends.choose("prepare_screen", backend, *given)
+    return module.prepare_screen(given[0], given[1] if b is not None else None)
+
+
+def update_latents_(
+    W_enc: Tensor | None,
+    W_dec: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    moments: Sequence[Tensor],
+    terms: Sequence[UpdateTerm],
+    *,
+    lr: Tensor,
+    step: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    unit_norm: bool = True,
+    pre_bias: bool = True,
+    seed: int | None = None,
+    screen: Screen | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The fused backward and Adam step of a TopK SAE, in place: no dictionary gradient is ever stored.
+
+    W_enc (M, D), or None where it is tied to W_dec (M, D_out); b_enc (M,), b_dec (D_out,).
+    moments: [mW_enc, vW_enc, mW_dec, vW_dec, mb_enc, vb_enc, mb_dec, vb_dec], without the first two when tied, shaped
+    like their parameter; bfloat16 ones need a seed for their stochastic rounding. lr: 0-d float64, step: 0-d int64, the
+    count including this step, both on the device. pre_bias: the encoder's input had b_dec subtracted. The screen is
+    refreshed on the way. Order: accumulate all terms, norms, project (unit_norm), Adam, renormalise (unit_norm).
+    Returns float64 (4,): [Σ dW_enc², Σ dW_dec², Σ db_enc², Σ db_dec²] before projection; tied: the first is 0, the second
+    that of the summed gradient. Formulas: fastsae.reference.gradients and .update.
+    """
+    _check_backend(backend, screen)
+    check_that.update(W_enc, W_dec, b_enc, b_dec, moments, terms, lr, step, pre_bias, seed)
+    codes = [term.codes.flatten() for term in terms]
+    fixed = lr.new_empty(0, dtype=torch.int64)
+    arguments: Any = (
+        W_enc,
+        W_dec,
+        b_enc,
+        b_dec,
+        list(moments),
+        [] if screen is None else list(screen.tensors),
+        [code.acts.detach() for code in codes],
+        [code.indices for code in codes],
+        [fixed if code.offsets is None else code.offsets for code in codes],
+        [term.x.detach() for term in terms],
+        [term.grad.detach() for term in terms],
+        [term.has_bias for term in terms],
+    )
+    with torch.no_grad():
+        return _raw.update_latents_(*arguments, lr, step, *betas, eps, unit_norm, pre_bias, seed, backend)
+
+
+__all__ = [
+    "active_dot",
+    "active_outer",
+    "by_latent",
+    "decode",
+    "encode_above",
+    "encode_batch_topk",
+    "encode_topk",
+    "library",
+    "prepare_screen",
+    "update_latents_",
+]

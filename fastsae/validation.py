@@ -1,0 +1,189 @@
+"""What the ops refuse, and the words for it: what was got, what was expected, what to do. No check costs a host sync
+unless its docstring says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastsae.codes import SparseCodes, UpdateTerm
+
+
+def cast_under_autocast(x: Tensor, W: Tensor) -> Tensor:
+    """Under autocast, x in W's dtype: weights are never narrowed. Elsewhere x itself."""
+    if x.dtype != W.dtype and torch.is_autocast_enabled(x.device.type):
+        return x.to(W.dtype)
+    return x
+
+
+def dictionary(name: str, W: Tensor) -> None:
+    if W.ndim != 2:
+        raise ValueError(f"{name} has shape {tuple(W.shape)}, expected (M, D): one latent per row")
+    if not W.is_floating_point():
+        raise TypeError(f"{name} has dtype {W.dtype}, expected a floating dtype (float32, bfloat16, float64 or float16)")
+
+
+def same_kind(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.dtype != other.dtype:
+        raise TypeError(
+            f"{name} has dtype {t.dtype} but {other_name} has {other.dtype}; cast with {name}.to({other.dtype}), or run "
+            "under autocast, which casts inputs to the weights' dtype"
+        )
+    same_device(name, t, other_name, other)
+
+
+def same_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.device != other.device:
+        raise ValueError(f"{name} is on {t.device} but {other_name} is on {other.device}; move one with .to(...)")
+
+
+def rows(name: str, x: Tensor, other_name: str, W: Tensor) -> None:
+    """x (*batch, D) against W (M, D)."""
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected (*batch, {W.shape[1]}); for one token pass {name}[None]"
+        )
+    if x.shape[-1] != W.shape[1]:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} and {other_name} {tuple(W.shape)}, expected the same last dimension "
+            f"({x.shape[-1]} != {W.shape[1]}); dictionaries are stored (M, D), one latent per row"
+        )
+    same_kind(name, x, other_name, W)
+
+
+def vector(name: str, v: Tensor, W: Tensor) -> None:
+    """One number per latent."""
+    if v.shape != W.shape[:1]:
+        raise ValueError(f"{name} has shape {tuple(v.shape)}, expected ({W.shape[0]},): one number per latent of W")
+    same_kind(name, v, "W", W)
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {list(allowed)}")
+
+
+def k_fits(k: int, most: int, what: str) -> None:
+    if not 1 <= k <= most:
+        raise ValueError(f"k is {k}, expected 1 <= k <= {most}, the size of {what}")
+
+
+def latent_rows(rows: Tensor, W: Tensor) -> None:
+    if rows.dtype != torch.int32 or rows.ndim != 1:
+        raise ValueError(f"rows are {rows.dtype} of shape {tuple(rows.shape)}, expected torch.int32 of shape (capacity,)")
+    same_device("rows", rows, "W", W)
+
+
+def no_nan(name: str, x: Tensor) -> None:
+    """Costs a host sync."""
+    bad = ~x.isfinite()
+    if bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} holds {int(bad.sum())} values that are NaN or infinite, the first at {where}; expected finite "
+            "activations; drop those rows, or pass check=False to let them propagate"
+        )
+
+
+def threshold(threshold: Tensor | float, x: Tensor, W: Tensor) -> Tensor:
+    """The threshold as a tensor of shape (), (M,) or (N, 1) in the dtype that scores are computed in."""
+    wide = torch.float64 if W.dtype == torch.float64 else torch.float32
+    if not isinstance(threshold, Tensor):
+        return torch.full((), float(threshold), dtype=wide, device=W.device)
+    same_device("threshold", threshold, "W", W)
+    threshold = threshold.detach().to(wide)
+    if threshold.ndim == 0 or threshold.shape == W.shape[:1]:
+        return threshold
+    if threshold.shape == (*x.shape[:-1], 1):
+        return threshold.reshape(-1, 1)
+    raise ValueError(
+        f"threshold has shape {tuple(threshold.shape)}, expected a number, ({W.shape[0]},) for one per latent, or "
+        f"{(*x.shape[:-1], 1)} for one per token"
+    )
+
+
+def tokens(name: str, x: Tensor, codes: SparseCodes) -> None:
+    if tuple(x.shape[:-1]) != tuple(codes.batch_shape):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected (*batch, D) with the codes' batch {tuple(codes.batch_shape)}; "
+            "use codes.with_batch(...) or reshape"
+        )
+
+
+def codes(codes: SparseCodes, W: Tensor, d_sae: int | None = None, name: str = "W") -> Tensor:
+    """Codes against their dictionary W (M, D), or, with d_sae, against a width; returns their acts, cast under autocast."""
+    if W.ndim < 2:
+        raise ValueError(f"{name} has shape {tuple(W.shape)}, expected two dimensions or more")
+    width = W.shape[0] if d_sae is None else d_sae
+    if codes.d_sae != width:
+        raise ValueError(f"codes have d_sae = {codes.d_sae}, expected {width}, the latents of their dictionary")
+    if codes.indices.dtype != torch.int32:
+        raise TypeError(f"codes.indices have dtype {codes.indices.dtype}, expected torch.int32; use .int()")
+    acts = cast_under_autocast(codes.acts, W)
+    same_kind("codes.acts", acts, name, W)
+    same_device("codes.indices", codes.indices, name, W)
+    return acts
+
+
+def update(
+    W_enc: Tensor | None,
+    W_dec: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    moments: Sequence[Tensor],
+    terms: Sequence[UpdateTerm],
+    lr: Tensor,
+    step: Tensor,
+    pre_bias: bool,
+    seed: int | None,
+) -> None:
+    """What `update_latents_` takes."""
+    dictionary("W_dec", W_dec)
+    params = {"W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+    if W_enc is not None:
+        dictionary("W_enc", W_enc)
+        params = {"W_enc": W_enc, **params}
+        if W_enc.shape[0] != W_dec.shape[0]:
+            raise ValueError(f"W_enc has {W_enc.shape[0]} latents and W_dec {W_dec.shape[0]}, expected as many")
+    vector("b_enc", b_enc, W_dec)
+    if b_dec.shape != W_dec.shape[1:]:
+        raise ValueError(f"b_dec has shape {tuple(b_dec.shape)}, expected ({W_dec.shape[1]},), the width of W_dec")
+    for name, p in params.items():
+        same_kind(name, p, "W_dec", W_dec)
+        if not p.is_contiguous():
+            raise ValueError(f"{name} is not contiguous, and it is updated in place; pass a contiguous tensor")
+    if len(moments) != 2 * len(params):
+        raise ValueError(f"got {len(moments)} moments, expected {2 * len(params)}: m and v of {', '.join(params)}")
+    for i, name in enumerate(params):
+        for which, moment in zip("mv", moments[2 * i : 2 * i + 2], strict=True):
+            _moment(f"{which} of {name}", moment, params[name], seed)
+    if pre_bias and (W_dec if W_enc is None else W_enc).shape[1] != W_dec.shape[1]:
+        raise ValueError("pre_bias subtracts b_dec from the input, so d_in must equal d_out; pass pre_bias=False")
+    if lr.shape != () or lr.dtype != torch.float64:
+        raise ValueError(f"lr is {lr.dtype} of shape {tuple(lr.shape)}, expected a 0-d torch.float64 tensor")
+    if step.shape != () or step.dtype != torch.int64:
+        raise ValueError(f"step is {step.dtype} of shape {tuple(step.shape)}, expected a 0-d torch.int64 tensor")
+    for i, term in enumerate(terms):
+        _term(f"terms[{i}]", term, W_dec if W_enc is None else W_enc, W_dec)
+
+
+def _moment(name: str, moment: Tensor, p: Tensor, seed: int | None) -> None:
+    if moment.shape != p.shape:
+        raise ValueError(f"moment {name} has shape {tuple(moment.shape)}, expected {tuple(p.shape)}")
+    if moment.dtype == torch.bfloat16 and seed is None:
+        raise ValueError(f"moment {name} is bfloat16, which needs a seed for its stochastic rounding; pass seed=")
+    if not moment.is_contiguous():
+        raise ValueError(f"moment {name} is not contiguous, and it is updated in place; pass a contiguous tensor")
+    same_device(f"moment {name}", moment, "its parameter", p)
+
+
+def _term(name: str, term: UpdateTerm, W_enc: Tensor, W_dec: Tensor) -> None:
+    acts = codes(term.codes, W_dec)
+    n = term.codes.n_tokens
+    for what, t, width in (("x", term.x, W_enc.shape[1]), ("grad", term.grad, W_dec.shape[1])):
+        if tuple(t.shape) != (n, width):
+            raise ValueError(f"{name}.{what} has shape {tuple(t.shape)}, expected ({n}, {width})")
+        same_kind(f"{name}.{what}", t, f"{name}.codes.acts", acts)
