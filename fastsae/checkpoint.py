@@ -1,0 +1,240 @@
+"""Checkpoints: a directory that is whole or not there, and says so itself.
+
+    checkpoints/step_00001200/
+        sae.safetensors, config.json     the module, as `fastsae.save` writes it: the directory is also a saved SAE
+        optimizer.safetensors, ...       the tensors of one section of the training state each
+        state.json                       everything of the training state that is not a tensor
+        manifest.json                    bytes and sha256 of every other file; written last
+
+Written under a temporary name, each file and the directory fsync'ed, then renamed: a reader sees all of it or nothing,
+also after `kill -9` or a power cut. Nothing here is ever pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .state_tree import join_state, split_state
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = "fastsae-checkpoint"
+VERSION = 1
+_NAME = re.compile(r"step_(\d{8,})")
+_UNFINISHED = ".unfinished-"
+_log = logging.getLogger("fastsae")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or that is not what its manifest says."""
+
+
+def fsync_path(path: Path) -> None:
+    """Blocks until a file's bytes, or a directory's entries, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Replaces a JSON file in one step. Raises OSError; the old file is then untouched."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=2, allow_nan=False)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name. Raises CheckpointError for another name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is no checkpoint: expected a directory called step_ and eight digits")
+    return int(match[1])
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The checkpoints under `root` by step, ascending; verified or not. Empty where there is no such directory."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def write_checkpoint(
+    root: Path, step: int, state: Mapping[str, Mapping[str, Any]], save_module: Callable[[Path], None]
+) -> Path:
+    """Writes checkpoints/step_XXXXXXXX and returns its path.
+
+    state         sections (optimizer, source, ...) of nested dicts and lists of tensors, numbers, strings and None.
+    save_module   writes the module's own files into the directory it is given.
+    Raises CheckpointError when the disk is full or the directory cannot be written; nothing half-written stays, and
+    earlier checkpoints are not touched.
+    """
+    final = checkpoint_path(root, step)
+    partial = root / f"{_UNFINISHED}{final.name}"
+    if final.exists():
+        raise CheckpointError(f"{final} is there already; a checkpoint is never overwritten")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        save_module(partial)
+        plain: dict[str, Any] = {}
+        for section, tree in state.items():
+            plain[section], tensors = split_state(tree, section)
+            if tensors:
+                save_file(tensors, partial / f"{section}.safetensors")
+        (partial / STATE).write_text(json.dumps({"step": step, **plain}, allow_nan=False), encoding="utf-8")
+        _seal(partial, step)
+        os.rename(partial, final)
+        fsync_path(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = list_checkpoints(root)
+        last = f"the newest earlier checkpoint, {kept[-1]}, is intact" if kept else "there is no earlier checkpoint"
+        raise CheckpointError(
+            f"cannot write the checkpoint of step {step} to {root}: {error}; {last}. "
+            "Make room (or fix the directory) and start the same run again to go on from there."
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _seal(directory: Path, step: int) -> None:
+    """Makes every file durable and writes the manifest, last."""
+    # safetensors creates its files readable by the owner only; give them what the user's umask gave the directory.
+    mode = directory.stat().st_mode & 0o666
+    files = {}
+    for path in sorted(directory.iterdir()):
+        path.chmod(mode)
+        fsync_path(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    write_json_atomic(directory / MANIFEST, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raises CheckpointError naming the first file that is missing, truncated or changed; None when all is well."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            raise CheckpointError(
+                f"{path} has format {manifest['format']} {manifest['version']}, expected {FORMAT} {VERSION}"
+            )
+        step, files = manifest["step"], {name: (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
+    except OSError as error:
+        raise CheckpointError(f"{path} has no readable {MANIFEST}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {type(error).__name__} {error}") from error
+    if step != step_of(path):
+        raise CheckpointError(f"{path} holds step {step}: the directory was renamed")
+    if STATE not in files:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: it does not list {STATE}")
+    for name, (size, digest) in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} is truncated: {file.stat().st_size} bytes, expected {size}")
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file} is corrupt: its sha256 is not the one in {MANIFEST}")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The sections given to `write_checkpoint`, with "step" beside them. Tensors are on the CPU; tuples come as lists.
+
+    Call `verify_checkpoint` first. Raises CheckpointError for a file that cannot be read.
+    """
+    try:
+        plain = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = {"step": plain.pop("step")}
+        for section, tree in plain.items():
+            file = path / f"{section}.safetensors"
+            tensors: dict[str, Tensor] = load_file(file) if file.exists() else {}
+            state[section] = join_state(tree, tensors)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {type(error).__name__} {error}") from error
+    return state
+
+
+def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, or None, and what is wrong with each newer one."""
+    problems = []
+    for path in reversed(list_checkpoints(root)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        return path, problems
+    return None, problems
+
+
+def set_aside_newer(root: Path, step: int) -> list[Path]:
+    """Renames every checkpoint after `step` to corrupt_step_..., so that training can write these steps again.
+
+    Nothing is deleted: the user may want to look. Returns the new paths.
+    """
+    moved = []
+    for path in list_checkpoints(root):
+        if step_of(path) > step:
+            target, n = path.with_name(f"corrupt_{path.name}"), 1
+            while target.exists():
+                n += 1
+                target = path.with_name(f"corrupt_{path.name}_{n}")
+            os.rename(path, target)
+            moved.append(target)
+    if moved:
+        fsync_path(root)
+    return moved
+
+
+def prune(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints."""
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    for path in list_checkpoints(root)[:-keep]:
+        # Renamed first: a kill in the middle of the deletion must not leave something that looks like a checkpoint.
+        doomed = root / f"{_UNFINISHED}{path.name}"
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Deletes what a killed process left half-written or half-deleted. Call it under the run's lock."""
+    if root.is_dir():
+        for path in root.glob(f"{_UNFINISHED}*"):
+            _log.info("removing the unfinished checkpoint %s, left by a run that was killed", path)
+            shutil.rmtree(path)

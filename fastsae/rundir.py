@@ -1,0 +1,112 @@
+"""A run's directory: one process at a time, and one set of settings for its whole life."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import write_json_atomic
+
+CONFIG = "config.json"
+LOCK = "LOCK"
+
+
+class RunDirError(RuntimeError):
+    """A run directory that is in use, holds a run with other settings, or cannot be written."""
+
+
+class RunLock:
+    """Holds run_dir/LOCK while training; use as a context manager.
+
+    The lock is the kernel's (flock) and dies with the process: a file left by `kill -9` blocks nobody. The pid inside
+    is for the error message only.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / LOCK
+        self._fd = -1
+
+    def __enter__(self) -> RunLock:
+        """Raises RunDirError naming the directory and the pid that holds it."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise RunDirError(f"cannot use the run directory {self.path.parent}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(fd)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise RunDirError(
+                    f"the run directory {self.path.parent} is in use by {holder}; "
+                    "wait for it, stop it, or give another directory"
+                ) from None
+            raise RunDirError(f"cannot lock {self.path}: {error.strerror}") from error
+        self._fd = fd
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        # The file stays: deleting it would let a third process lock a file that a second one still waits on.
+        os.close(self._fd)
+        self._fd = -1
+
+
+def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
+    """Writes config.json into a new run directory, or compares it with the one that is there.
+
+    config  JSON-able sections of settings.
+    free    dotted names that may change from one start to the next, as "train.log_every"; they are updated.
+    Raises RunDirError naming every other setting that differs, or a config.json that cannot be read.
+    """
+    path = run_dir / CONFIG
+    wanted = json.loads(json.dumps(config))  # as it will be read back: tuples are lists
+    if not path.exists():
+        held = [name for name in ("checkpoints", "metrics.jsonl") if (run_dir / name).exists()]
+        if held:
+            raise RunDirError(f"{run_dir} holds {' and '.join(held)} but no {CONFIG}; give another directory")
+        write_json_atomic(path, wanted)
+        return
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDirError(f"cannot read {path}: {error}; restore it or give another directory") from error
+    if not isinstance(saved, dict):
+        raise RunDirError(f"{path} holds a {type(saved).__name__}, expected a JSON object; give another directory")
+    old, new = _flat(saved), _flat(wanted)
+    missing = "(not set)"
+    differing = [
+        f"{name} is {json.dumps(old.get(name, missing))} there and {json.dumps(new.get(name, missing))} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, missing) != new.get(name, missing) and not _covered(name, free)
+    ]
+    if differing:
+        raise RunDirError(
+            f"{run_dir} holds a run with other settings: {'; '.join(differing)}. "
+            "Give these settings to go on with it, or another directory"
+        )
+    if old != new:
+        write_json_atomic(path, wanted)
+
+
+def _covered(name: str, free: Collection[str]) -> bool:
+    return any(name == f or name.startswith(f + ".") for f in free)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
