@@ -1,0 +1,94 @@
+# One command for each job. Every target makes what it needs first; a second call finds it made.
+#
+#   make demo    harvest real activations, train a TopK SAE, compare with dense PyTorch, write a report
+#   make test    the whole test suite              make lint    ruff and mypy
+#   make bench   time whole steps and write bench/results/, then redraw plots and the README's table
+#   make venv    the environment alone             make clean   remove what make made
+#
+# Overridable: make test PYTHON=python3.12 VENV=/tmp/env TORCH='torch==2.11.0' ARGS='-k codes -x'
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+PEERS ?= $(VENV)-peers
+TORCH ?= torch==2.13.0
+# Where PyTorch publishes its CPU builds, for a machine without a GPU: the default index brings gigabytes of CUDA along.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: help venv demo test lint format bench bench-quick plots clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+venv: $(VENV)/.installed
+
+# -- the environment: one stamp for each layer, each depending on the one below ----------------------------------------
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.11 or newer needed: make PYTHON=python3.11")'
+	@c++ --version > /dev/null 2>&1 || { echo "no C++ compiler found (c++): install one, for example the package g++" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# A CPU build that pip can already see (pip.conf, PIP_FIND_LINKS) comes first; then, without a GPU, PyTorch's own CPU
+# builds; the default build last.
+$(VENV)/.torch: $(VENV)/.made
+	@echo "installing $(TORCH)"
+	@if command -v nvidia-smi > /dev/null; then $(PIP) install '$(TORCH)'; \
+	else $(PIP) install '$(TORCH)+cpu' 2> /dev/null \
+	  || $(PIP) install --index-url '$(TORCH_CPU_INDEX)' '$(TORCH)' \
+	  || $(PIP) install '$(TORCH)'; fi
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	@echo "installing fastsae-engine and building its C++ extension"
+	$(PIP) install -e '.[test,lm]'
+	@touch $@
+
+# The public libraries that bench compares with; they see the packages of $(VENV) and never change them.
+# dictionary-learning pins old versions of packages that its TopK trainer does not use, hence --no-deps.
+$(PEERS)/.installed: $(VENV)/.installed bench/peers.txt bench/peers-no-deps.txt
+	$(BIN)/python -m venv $(PEERS)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install -r bench/peers.txt
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r bench/peers-no-deps.txt
+	@touch $@
+
+# -- the jobs ----------------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -m bench.demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(PEERS)/.installed
+	$(PEERS)/bin/python -m bench $(ARGS)
+	$(PEERS)/bin/python -m bench.plot
+
+bench-quick: $(VENV)/.installed
+	$(BIN)/python -m bench --quick $(ARGS)
+
+plots: $(VENV)/.installed
+	$(BIN)/python -m bench.plot
+
+clean:
+	rm -rf $(VENV) $(PEERS) build dist ./*.egg-info fastsae/*.so .pytest_cache .ruff_cache .mypy_cache .benchmarks .cache runs

@@ -1,0 +1,136 @@
+"""The cases: sizes, how inputs are distributed, and which weights; named once, frozen, the same for every contestant.
+
+random   x and the dictionaries are Gaussian: the flattest scores, so the hardest for a certificate.
+zipf     x is built from decoder rows drawn by Zipf(1): a few latents take part in most tokens, most in none.
+hot      random, and one latent whose bias puts it on for every token.
+real     residual-stream activations of a language model (bench/real.py), mean removed by b_dec as training does.
+Weights are random, or those of a TopK SAE trained on the same activations: correlated rows, heavy tails, dead latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Distribution = Literal["random", "zipf", "hot", "real"]
+N_BATCHES = 4
+"""Input batches that timed steps rotate through, so that no step meets the tokens of the step before."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload: N tokens, D wide, M latents, K of them active."""
+
+    name: str
+    N: int = 4096
+    D: int = 768
+    M: int = 24576
+    K: int = 32
+    distribution: Distribution = "random"
+    weights: Literal["random", "trained"] = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weights == "trained" and self.distribution != "real":
+            raise ValueError(f"case {self.name}: trained weights are trained on real activations, not {self.distribution}")
+        if not 1 <= self.K <= self.M or min(self.N, self.D) < 1:
+            raise ValueError(f"case {self.name}: got N={self.N} D={self.D} M={self.M} K={self.K}, expected 1 <= K <= M")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a case hands to every contestant. fp32: batches of x (N, D), W_enc and W_dec (M, D), b_enc (M), b_dec (D)."""
+
+    batches: tuple[Tensor, ...]
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    provenance: str
+
+    @property
+    def x(self) -> Tensor:
+        return self.batches[0]
+
+
+PRIMARY = Case("random")
+CASES = (
+    PRIMARY,
+    Case("zipf", distribution="zipf"),
+    Case("hot", distribution="hot"),
+    Case("real", D=576, distribution="real"),
+    Case("trained", D=576, distribution="real", weights="trained"),
+)
+"""What `python -m bench` runs, most important first."""
+
+SWEEP = tuple(
+    replace(PRIMARY, name=f"sweep-{axis}-{value}", **{axis: value})
+    for axis, values in {
+        "N": (1024, 2048, 8192),
+        "M": (6144, 12288, 49152),
+        "D": (384, 1536),
+        "K": (8, 64, 128, 256),
+    }.items()
+    for value in values
+)
+"""One size changed at a time: how the step grows. fastsae alone; the primary case is the middle of each line."""
+
+BY_NAME = {case.name: case for case in (*CASES, *SWEEP)}
+
+
+def quick(case: Case) -> Case:
+    """The same case at a size that takes milliseconds: for tests and for trying a script."""
+    return replace(case, N=256, D=min(case.D, 64) if case.distribution != "real" else case.D, M=1024, K=8)
+
+
+def unit_rows(W: Tensor) -> Tensor:
+    return W / W.norm(dim=1, keepdim=True)
+
+
+def zipf_rows(W_dec: Tensor, n: int, k: int, generator: torch.Generator) -> Tensor:
+    """(n, D) tokens, each a sum of k different decoder rows drawn by Zipf(1) with weights in [1, 2), plus a little noise."""
+    M, D = W_dec.shape
+    weights = 1.0 / torch.arange(1, M + 1, dtype=torch.float32)
+    rank_to_latent = torch.randperm(M, generator=generator)  # hot latents lie anywhere, not first
+    rows = []
+    for start in range(0, n, 512):
+        m = min(512, n - start)
+        drawn = rank_to_latent[torch.multinomial(weights.expand(m, M), min(k, M), generator=generator)]
+        coefficients = 1 + torch.rand(drawn.shape, generator=generator)
+        rows.append(torch.einsum("nk,nkd->nd", coefficients, W_dec[drawn]))
+    return torch.cat(rows) + 0.05 * torch.randn(n, D, generator=generator)
+
+
+def build(case: Case, real: Callable[[Case, int], Tensor], trained: Callable[[Case], dict[str, Tensor]]) -> Inputs:
+    """The case's tensors, from its seed.
+
+    real(case, n) gives n rows of activations; trained(case) gives the trained SAE's W_enc, b_enc, W_dec, b_dec.
+    """
+    generator = torch.Generator().manual_seed(case.seed)
+    N, D, M, K = case.N, case.D, case.M, case.K
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    W_enc, b_enc, b_dec = randn(M, D) / D**0.5, torch.zeros(M), torch.zeros(D)
+    W_dec = unit_rows(W_enc)
+    provenance = f"seed {case.seed}"
+    if case.distribution == "real":
+        x = real(case, N * N_BATCHES)
+        b_dec, provenance = x.mean(0), "activations of a language model"
+    elif case.distribution == "zipf":
+        W_enc = W_dec.clone()
+        x = zipf_rows(W_dec, N * N_BATCHES, K, generator)
+    else:
+        x = randn(N * N_BATCHES, D)
+    if case.distribution == "hot":
+        b_enc[M // 3] = 100.0
+    if case.weights == "trained":
+        parameters = trained(case)
+        W_enc, b_enc, W_dec, b_dec = (parameters[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+        provenance += ", trained weights"
+    return Inputs(tuple(x.split(N)), W_enc, b_enc, W_dec, b_dec, provenance)

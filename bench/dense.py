@@ -1,0 +1,140 @@
+"""The two references in plain torch: the dense step as a good PyTorch user writes it, and the sparse-eager one.
+
+Both train W_enc (M, D), b_enc (M), W_dec (M, D), b_dec (D) on mse = mean over tokens of the squared error, with the
+decoder's gradient projected, Adam(fused=True), and the decoder's rows renormalised: the same step as fastsae's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cases import Inputs
+from bench.timing import Mark, unmarked
+
+LR = 1e-6
+"""For timing: every contestant takes the same step, small enough that a case keeps its weights while it is timed."""
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind these tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+
+
+class Dense:
+    """F.linear, relu, topk, scatter, matmul, mse, backward, fused Adam. autocast: in bfloat16, weights kept in fp32."""
+
+    def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, lr: float = LR) -> None:
+        self.name = "dense bf16" if autocast else "dense fp32"
+        self.k = k
+        self.autocast = autocast
+        tensors = (inputs.W_enc, inputs.b_enc, inputs.W_dec, inputs.b_dec)
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (nn.Parameter(t.clone()) for t in tensors)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr, fused=True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
+
+    def precision(self) -> contextlib.AbstractContextManager[object]:
+        if self.autocast:
+            return torch.autocast(self.W_enc.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def topk(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """acts and indices (N, K), and the shape of the pre-acts they were chosen from."""
+        pre_acts = torch.relu(F.linear(x - self.b_dec, self.W_enc, self.b_enc))
+        acts, indices = pre_acts.topk(self.k, dim=-1)
+        return acts, indices, pre_acts.shape
+
+    def decode(self, acts: Tensor, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
+        dense = torch.zeros(shape, dtype=acts.dtype, device=acts.device).scatter(-1, indices, acts)
+        return dense @ self.W_dec + self.b_dec
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with self.precision():
+            acts, indices, _ = self.topk(x)
+        return acts, indices
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        with self.precision():
+            return self.decode(*self.topk(x)).float()
+
+    def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
+        with self.precision():
+            code = self.topk(x)
+            mark("encode")
+            recon = self.decode(*code)
+            mark("decode")
+        loss = (recon.float() - x).square().sum(-1).mean()
+        mark("loss")
+        loss.backward()
+        self.update()
+        mark("update")
+        return loss.detach()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Project the decoder's gradient, Adam, renormalise: the rows have norm 1 before and after."""
+        grad = self.W_dec.grad
+        assert grad is not None
+        grad.sub_((grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True))
+
+    def state_bytes(self) -> int:
+        return bytes_of([*self.parameters(), *optimizer_tensors(self.optimizer)])
+
+
+class SparseEager(Dense):
+    """The step with torch's own sparse ops: dense top-k, embedding_bag decode, index_add dictionary gradients.
+
+    The gradients are written out, chunk by chunk of tokens, so that N·K·D is never materialised: autograd would.
+    """
+
+    CHUNK = 256
+
+    def __init__(self, inputs: Inputs, k: int, *, lr: float = LR) -> None:
+        super().__init__(inputs, k, lr=lr)
+        self.name = "sparse eager"
+
+    def decode(self, acts: Tensor, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return F.embedding_bag(indices, self.W_dec, per_sample_weights=acts, mode="sum") + self.b_dec
+
+    @torch.no_grad()
+    def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
+        acts, indices, shape = self.topk(x)
+        mark("encode")
+        recon = self.decode(acts, indices, shape)
+        mark("decode")
+        error = recon - x
+        loss = error.square().sum(-1).mean()
+        mark("loss")
+        self.backward(x - self.b_dec, acts, indices, error * (2 / x.shape[0]))
+        self.update()
+        mark("update")
+        return loss
+
+    def backward(self, x: Tensor, acts: Tensor, indices: Tensor, grad: Tensor) -> None:
+        """x: the encoder's input, b_dec subtracted; grad: dL/d recon. Sets .grad of the four parameters."""
+        dW_enc, dW_dec, db_enc = (torch.zeros_like(p) for p in (self.W_enc, self.W_dec, self.b_enc))
+        for start in range(0, x.shape[0], self.CHUNK):
+            rows = slice(start, start + self.CHUNK)
+            i, g = indices[rows], grad[rows].unsqueeze(1)
+            dacts = torch.where(acts[rows] > 0, (F.embedding(i, self.W_dec) * g).sum(-1), 0)
+            flat = i.flatten()
+            dW_dec.index_add_(0, flat, (acts[rows].unsqueeze(-1) * g).flatten(0, 1))
+            dW_enc.index_add_(0, flat, (dacts.unsqueeze(-1) * x[rows].unsqueeze(1)).flatten(0, 1))
+            db_enc.index_add_(0, flat, dacts.flatten())
+        self.W_enc.grad, self.W_dec.grad, self.b_enc.grad = dW_enc, dW_dec, db_enc
+        self.b_dec.grad = grad.sum(0) - db_enc @ self.W_enc  # the second term: b_dec is subtracted from the input too

@@ -1,0 +1,235 @@
+"""The house rules, read from the source: imports go down only, and what no file may do.
+
+The floors (a module imports from lower floors, or from its own without a cycle):
+
+    F0  reference, codes, env                       the mathematics and the data type: torch only
+    F1  kernels/, csrc/                             one op per file: torch, triton and siblings only
+    F2  backends/                                   thin wrappers with a supports() each
+    F3  ops                                         signatures, validation, choice of backend
+    F4  autograd                                    the only backward passes
+    F5  activations, losses, sae                    modules
+    F6  everything else                             optimizer, data, trainer, report, command line
+    F7  fastsae/__init__.py                         the public face, which nothing inside imports
+
+A new file belongs on a floor: a module that is not in FLOORS fails here until somebody has said where it stands.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FLOORS = {
+    "reference": 0, "codes": 0, "env": 0,
+    "kernels": 1, "_cpu": 1,
+    "backends": 2,
+    "ops": 3, "library": 3,
+    "autograd": 4,
+    "activations": 5, "losses": 5, "sae": 5,
+    "optim": 6, "schedules": 6, "data": 6, "train": 6, "checkpoint": 6, "state_tree": 6, "evaluate": 6, "report": 6,
+    "config": 6, "logs": 6, "rundir": 6, "__main__": 6,
+}  # fmt: skip
+PUBLIC_FACE = 7
+LONG_FILES: dict[str, str] = {}
+"""Files over 400 lines, each with the reason why it is one file."""
+
+MAX_LINES = 400
+SOURCE_FOLDERS = ("fastsae", "kernels", "csrc", "bench", "tests")
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """The dotted name under which a file is imported: kernels/ is fastsae.kernels."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "kernels":
+        parts.insert(0, "fastsae")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in python_files("fastsae", "kernels")}
+
+
+def floor(module: str) -> int:
+    """The floor of a dotted name inside fastsae. Raises LookupError for one that FLOORS does not place."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return PUBLIC_FACE
+    if parts[1] not in FLOORS:
+        raise LookupError(f"{module} stands on no floor: add {parts[1]!r} to FLOORS in tests/test_floors.py")
+    return FLOORS[parts[1]]
+
+
+def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import anywhere in the file, in functions and under TYPE_CHECKING too.
+
+    `from a import b` gives a.b where that is a file of ours, or the extension, and a otherwise.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".")
+                package = package[: len(package) - node.level + is_package]
+                base = ".".join([*package, *([base] if base else [])])
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield node.lineno, name if name in FILES or name == "fastsae._cpu" else base
+
+
+def parsed() -> Iterator[tuple[str, Path, ast.Module]]:
+    for module, path in FILES.items():
+        yield module, path, ast.parse(path.read_text(), filename=str(path))
+
+
+def test_imports_go_down_only() -> None:
+    wrong = []
+    for module, path, tree in parsed():
+        here = floor(module)
+        for line, name in imports(tree, module, path.name == "__init__.py"):
+            if name.split(".")[0] == "fastsae" and floor(name) > here:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: F{here} imports {name} of F{floor(name)}")
+            if name.split(".")[0] in ("bench", "tests"):
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: the package imports {name}, which is not installed")
+    assert not wrong, "imports that go up:\n" + "\n".join(wrong)
+
+
+def test_no_cycle_on_a_floor() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, path, tree in parsed():
+        names = {name for _, name in imports(tree, module, path.name == "__init__.py")}
+        graph[module] = {name for name in names if name in FILES and name != module and floor(name) == floor(module)}
+
+    finished: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> None:
+        if module in trail:
+            cycle = " -> ".join([*trail[trail.index(module) :], module])
+            pytest.fail(f"modules of one floor import each other in a circle: {cycle}")
+        if module not in finished:
+            for name in sorted(graph[module]):
+                visit(name, [*trail, module])
+            finished.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+    assert finished == set(FILES)
+
+
+@pytest.mark.parametrize(("ground", "allowed"), [(0, {"torch"}), (1, {"torch", "triton"})])
+def test_the_lowest_floors_import_little(ground: int, allowed: set[str]) -> None:
+    allowed = allowed | {"fastsae"} | sys.stdlib_module_names
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: imports {name}"
+        for module, path, tree in parsed()
+        if floor(module) == ground
+        for line, name in imports(tree, module, path.name == "__init__.py")
+        if name.split(".")[0] not in allowed or (name.startswith("fastsae") and floor(name) != ground)
+    ]
+    assert not wrong, f"F{ground} imports only {sorted(allowed - sys.stdlib_module_names)}:\n" + "\n".join(wrong)
+
+
+def test_environment_variables_are_read_in_one_place() -> None:
+    wrong = []
+    for path in python_files("fastsae", "kernels", "bench"):
+        if path == ROOT / "fastsae" / "env.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            attribute = node.attr if isinstance(node, ast.Attribute) else ""
+            name = node.name if isinstance(node, ast.alias) else ""
+            if {attribute, name} & {"environ", "environb", "getenv", "getenvb", "putenv"}:
+                wrong.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '?')}")
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        if "getenv(" in path.read_text():
+            wrong.append(str(path.relative_to(ROOT)))
+    assert not wrong, "environment variables are read in fastsae/env.py only, not at:\n" + "\n".join(wrong)
+
+
+def caught(handler: ast.ExceptHandler) -> set[str]:
+    if handler.type is None:
+        return {"everything"}
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return {ast.unparse(kind).rsplit(".", 1)[-1] for kind in kinds}
+
+
+def test_no_broad_except() -> None:
+    """`except BaseException` may clean up if it raises again; nothing may swallow what it does not know."""
+    wrong = []
+    for path in python_files("fastsae", "kernels", "bench", "tests"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            kinds, last = caught(node), node.body[-1]
+            raises_again = isinstance(last, ast.Raise) and last.exc is None
+            if kinds & {"everything", "Exception"} or ("BaseException" in kinds and not raises_again):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: catches {', '.join(sorted(kinds))}")
+    assert not wrong, "name the exceptions that are expected:\n" + "\n".join(wrong)
+
+
+def import_time(statements: list[ast.stmt]) -> Iterator[ast.AST]:
+    """Every node that runs when the module is imported: not the bodies of functions, not `if __name__ == ...`."""
+    for statement in statements:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            for decorator in statement.decorator_list:
+                yield from ast.walk(decorator)
+        elif isinstance(statement, ast.ClassDef):
+            yield from import_time(statement.body)
+        elif isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test):
+            yield from import_time(statement.orelse)
+        else:
+            for node in ast.walk(statement):
+                if not isinstance(node, ast.Lambda):
+                    yield node
+
+
+def test_nothing_is_printed_at_import() -> None:
+    wrong = []
+    for path in python_files("fastsae", "kernels", "bench"):
+        for node in import_time(ast.parse(path.read_text()).body):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "print", "sys.stdout.write", "sys.stderr.write", "logging.basicConfig", "warnings.warn",
+            ):  # fmt: skip
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node.func)}")
+    assert not wrong, "an import stays silent:\n" + "\n".join(wrong)
+
+
+def test_files_stay_short() -> None:
+    suffixes = {".py", ".cpp", ".h", ".hpp", ".cu", ".cuh"}
+    files = [path for folder in SOURCE_FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sorted(files)}
+    wrong = [f"{name}: {n} lines" for name, n in lengths.items() if n > MAX_LINES and not LONG_FILES.get(name)]
+    assert not wrong, f"over {MAX_LINES} lines; split, or give a reason in LONG_FILES:\n" + "\n".join(wrong)
+    needless = [name for name in LONG_FILES if lengths.get(name, 0) <= MAX_LINES]
+    assert not needless, f"LONG_FILES excuses what needs no excuse: {needless}"
+
+
+def test_the_rules_catch_what_they_forbid() -> None:
+    """Each reader above finds a planted offence; otherwise an empty list would prove nothing."""
+    tree = ast.parse("from fastsae.train import Trainer\ndef f():\n    from . import ops\n    import fastsae")
+    found = dict(imports(tree, "fastsae.codes", is_package=False))
+    assert found[1] == "fastsae.train"
+    assert floor(found[1]) > floor("fastsae.codes")
+    assert found[3] in ("fastsae.ops", "fastsae")
+    assert floor(found[4]) == PUBLIC_FACE
+    assert list(imports(ast.parse("from .a import b"), "fastsae.data", is_package=True)) == [(1, "fastsae.data.a")]
+    with pytest.raises(LookupError, match="stands on no floor"):
+        floor("fastsae.surprise")
+
+    handlers = [n for n in ast.walk(ast.parse("try: pass\nexcept (OSError, Exception): pass\nexcept: pass"))
+                if isinstance(n, ast.ExceptHandler)]  # fmt: skip
+    assert caught(handlers[0]) == {"OSError", "Exception"}
+    assert caught(handlers[1]) == {"everything"}
+
+    source = "def f():\n    print(1)\nif __name__ == '__main__':\n    print(2)\nclass A:\n    print(3)"
+    calls = [n.lineno for n in import_time(ast.parse(source).body) if isinstance(n, ast.Call)]
+    assert calls == [6]
