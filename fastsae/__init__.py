@@ -6,8 +6,7 @@
 `fastsae.ops` is the functional face of the engine, `fastsae.backends()` says who computes it on this machine.
 """
 
-from fastsae import autograd as _autograd
-from fastsae import ops
+from fastsae import autograd, ops
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
 
@@ -19,6 +18,7 @@ __all__ = [
     "Screen",
     "SparseCodes",
     "UpdateTerm",
+    "autograd",
     "backends",
     "ops",
 ]

@@ -4,8 +4,8 @@ A is the dense (N, M) view of a code: N tokens, M = d_sae latents. Two layouts:
 
 - fixed K: acts (*batch, K), indices (*batch, K). Occupied slots (act != 0; NaN counts as occupied) come first, their
   indices strictly ascending; empty slots (act 0) come last and carry the index d_sae - 1.
-- ragged (CSR): acts (capacity,), indices (capacity,), offsets (N+1,). Token n owns the slots offsets[n] to offsets[n+1],
-  indices strictly ascending; occupancy is what the offsets say, and slots past offsets[N] are ignored.
+- ragged (CSR): acts (capacity,), indices (capacity,), offsets (N+1,). Token n owns the slots offsets[n] to
+  offsets[n+1], indices strictly ascending; occupancy is what the offsets say, and slots past offsets[N] are ignored.
 
 `LatentOrder`, `Screen` and `UpdateTerm` are the three small arguments that some ops take besides codes.
 """
@@ -225,9 +225,8 @@ class SparseCodes:
         indices = self.indices.flatten()
         inside = indices[occupied]
         if inside.numel() and (int(inside.min()) < 0 or int(inside.max()) >= self.d_sae):
-            raise ValueError(
-                f"indices lie in [{int(inside.min())}, {int(inside.max())}], expected [0, {self.d_sae}); is d_sae right?"
-            )
+            low, high = int(inside.min()), int(inside.max())
+            raise ValueError(f"indices lie in [{low}, {high}], expected [0, {self.d_sae}); is d_sae right?")
         if self.offsets is None:
             rising = self.acts.flatten(0, -2) != 0 if self.acts.ndim > 1 else self.acts != 0
             if bool((rising[..., 1:] & ~rising[..., :-1]).any()):

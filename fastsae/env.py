@@ -1,7 +1,7 @@
 """The only place that reads environment variables.
 
 FASTSAE_BACKEND   the backend that backend=None takes ("reference", "cpu", ...); it fails loudly where it cannot serve
-FASTSAE_CPU_ISA   the instruction set that the cpu backend may use at most (its own names, as `fastsae info` prints them)
+FASTSAE_CPU_ISA   the widest instruction set that the cpu backend may use, in its own names (see `fastsae info`)
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """torch.ops.fastsae.*: the raw ops, plain tensors in and out, with fake kernels and autocast rules.
 
-Each op hands its arguments to the backend that `backends.choose` picks at run time, so a compiled graph holds one
+Each op hands its arguments to the backend that fastsae.backends.choose picks at run time, so a compiled graph holds one
 opaque call. Everything here is flat: x (N, D), fixed codes (N, K), ragged codes (capacity,) with offsets (N+1,).
 Public callers use fastsae.ops, which validates; here only the index range of CPU codes is checked, because a backend
 reads memory at those indices.
 
-Autocast: the ops run in the dictionary's dtype. x (and acts) are cast to W's dtype, weights are never cast.
+Autocast: the ops run in the weights' dtype. x and acts are cast to W's dtype (x to that of acts where there is no W),
+weights never. Backends see contiguous tensors only; what is not, is copied first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import backends
+from fastsae.backends import choose
 
 _CODE = "Tensor acts, Tensor indices, Tensor? offsets"
 
@@ -84,6 +85,8 @@ def _fake_update_latents_(*args):
 
 # -- real kernels: check what is about to be used as an address, then dispatch ----------------------------------------
 
+_MUTATED = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "screen")
+
 
 def check_indices(indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
     """Raises IndexError for a code that points outside the dictionary, ValueError for offsets past its end.
@@ -98,7 +101,7 @@ def check_indices(indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
     if indices.numel():
         low, high = (int(v) for v in torch.aminmax(indices))
         if low < 0 or high >= d_sae:
-            raise IndexError(f"codes point at latents {low} to {high}, expected 0 to {d_sae - 1}; is this their dictionary?")
+            raise IndexError(f"codes point at latents {low} to {high}, expected 0 to {d_sae - 1}, their dictionary")
 
 
 def _check_codes(op: str, args: dict[str, Any]) -> None:
@@ -125,27 +128,49 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _define(op: str, fake: Callable[..., Any]) -> Any:
+def _contiguous(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    if isinstance(value, (list, tuple)):
+        return [_contiguous(item) for item in value]
+    return value
+
+
+def _define(op: str, fake: Callable[..., Any], cast: tuple[str, ...] = (), to: str = "W") -> Any:
+    mutated = _MUTATED if op == "update_latents_" else ()
+
     def run(*args: Any) -> Any:
-        given = dict(zip(names, args, strict=True))
+        given = {n: v if n in mutated else _contiguous(v) for n, v in zip(names, args, strict=True)}
         _check_codes(op, given)
         backend = given.pop("backend")
-        info = {name: value for name, value in given.items() if isinstance(value, (int, float, str))}
-        module = backends.choose(op, backend, *_tensors(args), **info)
+        info = {n: v for n, v in given.items() if isinstance(v, (int, float, str))}
+        module = choose(op, backend, *_tensors(list(given.values())), **info)
         return getattr(module, op)(*given.values())
 
-    mutated = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "screen") if op == "update_latents_" else ()
+    def autocast(*args: Any) -> Any:
+        given = dict(zip(names, args, strict=True))
+        dtype, device = given[to].dtype, given[to].device.type
+        with torch.autocast(device, enabled=False):
+            return raw(*(v.to(dtype) if n in cast else v for n, v in given.items()))
+
     custom = torch.library.custom_op(f"fastsae::{op}", run, mutates_args=mutated, schema=SCHEMAS[op])
     custom.register_fake(fake)
-    names = [argument.name for argument in getattr(torch.ops.fastsae, op).default._schema.arguments]
+    raw = getattr(torch.ops.fastsae, op).default
+    names = [argument.name for argument in raw._schema.arguments]
+    if cast:
+        for device in ("CPU", "CUDA"):
+            _LIBRARY.impl(op, autocast, f"Autocast{device}")
     return custom
 
 
-encode_topk = _define("encode_topk", _fake_encode_topk)
-encode_above = _define("encode_above", _fake_encode_above)
-encode_batch_topk = _define("encode_batch_topk", _fake_encode_batch_topk)
-decode = _define("decode", _fake_decode)
-active_dot = _define("active_dot", _fake_active_dot)
-active_outer = _define("active_outer", _fake_active_outer)
+_LIBRARY = torch.library.Library("fastsae", "FRAGMENT")
+
+
+encode_topk = _define("encode_topk", _fake_encode_topk, cast=("x",))
+encode_above = _define("encode_above", _fake_encode_above, cast=("x",))
+encode_batch_topk = _define("encode_batch_topk", _fake_encode_batch_topk, cast=("x",))
+decode = _define("decode", _fake_decode, cast=("acts",))
+active_dot = _define("active_dot", _fake_active_dot, cast=("x", "acts"))
+active_outer = _define("active_outer", _fake_active_outer, cast=("x",), to="acts")
 by_latent = _define("by_latent", _fake_by_latent)
 update_latents_ = _define("update_latents_", _fake_update_latents_)

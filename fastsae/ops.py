@@ -7,7 +7,7 @@ loudly with the reason. All of them are deterministic, work for N = 0, and are d
 "screened" trusts the screen; "fp32" does not screen.
 
 Errors: ValueError for shapes, sizes and names, TypeError for dtypes, IndexError for codes that point outside the
-dictionary, backends.BackendError for a backend that cannot serve.
+dictionary, fastsae.BackendError for a backend that cannot serve.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import backends, library
+from fastsae import library
 from fastsae import validation as check_that
+from fastsae.backends import check_name, choose
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
 
 _raw = torch.ops.fastsae
@@ -29,7 +30,6 @@ def _encoder_input(
     x: Tensor, W: Tensor, b: Tensor, screen: Screen | None, precision: str, backend: str | None, check: bool
 ) -> Tensor:
     """Validates what every encoder takes; returns x flattened to (N, D)."""
-    x = check_that.cast_under_autocast(x, W)
     check_that.dictionary("W", W)
     check_that.rows("x", x, "W", W)
     check_that.vector("b", b, W)
@@ -41,7 +41,7 @@ def _encoder_input(
 
 
 def _check_backend(backend: str | None, screen: Screen | None) -> None:
-    backends.check_name(backend)
+    check_name(backend)
     if screen is not None and backend is not None and screen.format.split("/")[0] != backend:
         raise ValueError(
             f"the screen has format {screen.format!r}, expected one of backend {backend!r}; make it with "
@@ -137,24 +137,21 @@ def encode_batch_topk(
 
 def decode(codes: SparseCodes, W: Tensor, *, backend: str | None = None) -> Tensor:
     """A W: (*batch, D), in W's dtype. An act of 0 adds nothing and receives no gradient."""
-    backends.check_name(backend)
-    acts = check_that.codes(codes, W)
+    check_name(backend)
+    check_that.codes(codes, W)
     flat = codes.flatten()
-    out = _raw.decode(acts.view(flat.acts.shape), flat.indices, flat.offsets, W, backend)
+    out = _raw.decode(flat.acts, flat.indices, flat.offsets, W, backend)
     return out.view(*codes.batch_shape, W.shape[1])
 
 
 def active_dot(x: Tensor, codes: SparseCodes, W: Tensor, *, backend: str | None = None) -> Tensor:
     """⟨xₙ, Wᵢ⟩ at the active latents only, 0 in empty slots: shape and dtype of codes.acts. x (*batch, D), W (M, D)."""
-    backends.check_name(backend)
-    x = check_that.cast_under_autocast(x, W)
+    check_name(backend)
     check_that.rows("x", x, "W", W)
     check_that.tokens("x", x, codes)
-    acts = check_that.codes(codes, W)
+    check_that.codes(codes, W)
     flat = codes.flatten()
-    out = _raw.active_dot(
-        x.reshape(-1, x.shape[-1]), acts.view(flat.acts.shape), flat.indices, flat.offsets, W, backend
-    )
+    out = _raw.active_dot(x.reshape(-1, x.shape[-1]), flat.acts, flat.indices, flat.offsets, W, backend)
     return out.view(codes.acts.shape)
 
 
@@ -167,20 +164,13 @@ def active_outer(
     backend: str | None = None,
 ) -> Tensor:
     """Aᵀ x: (d_sae, D), in x's dtype. x (*batch, D); by_latent: the regrouped code, where it is at hand already."""
-    backends.check_name(backend)
+    check_name(backend)
     check_that.tokens("x", x, codes)
-    acts = check_that.codes(codes, x, d_sae=codes.d_sae if d_sae is None else d_sae, name="x")
+    d_sae = codes.d_sae if d_sae is None else d_sae
+    check_that.codes(codes, x, d_sae=d_sae, name="x")
     flat = codes.flatten()
     order = None if by_latent is None else [by_latent.offsets, by_latent.tokens, by_latent.slots]
-    return _raw.active_outer(
-        acts.view(flat.acts.shape),
-        flat.indices,
-        flat.offsets,
-        x.reshape(-1, x.shape[-1]),
-        codes.d_sae if d_sae is None else d_sae,
-        order,
-        backend,
-    )
+    return _raw.active_outer(flat.acts, flat.indices, flat.offsets, x.reshape(-1, x.shape[-1]), d_sae, order, backend)
 
 
 def by_latent(codes: SparseCodes, *, backend: str | None = None) -> LatentOrder:
@@ -188,7 +178,7 @@ def by_latent(codes: SparseCodes, *, backend: str | None = None) -> LatentOrder:
 
     Tokens ascend within a latent; empty slots of a fixed code are left out.
     """
-    backends.check_name(backend)
+    check_name(backend)
     flat = codes.flatten()
     return LatentOrder(*_raw.by_latent(flat.acts.detach(), flat.indices, flat.offsets, codes.d_sae, backend))
 
@@ -200,7 +190,7 @@ def prepare_screen(W: Tensor, b: Tensor | None = None, *, backend: str | None = 
     """
     check_that.dictionary("W", W)
     given = [W.detach()] if b is None else [W.detach(), b.detach()]
-    module = backends.choose("prepare_screen", backend, *given)
+    module = choose("prepare_screen", backend, *given)
     return module.prepare_screen(given[0], given[1] if b is not None else None)
 
 
@@ -229,8 +219,8 @@ def update_latents_(
     like their parameter; bfloat16 ones need a seed for their stochastic rounding. lr: 0-d float64, step: 0-d int64, the
     count including this step, both on the device. pre_bias: the encoder's input had b_dec subtracted. The screen is
     refreshed on the way. Order: accumulate all terms, norms, project (unit_norm), Adam, renormalise (unit_norm).
-    Returns float64 (4,): [Σ dW_enc², Σ dW_dec², Σ db_enc², Σ db_dec²] before projection; tied: the first is 0, the second
-    that of the summed gradient. Formulas: fastsae.reference.gradients and .update.
+    Returns float64 (4,): [Σ dW_enc², Σ dW_dec², Σ db_enc², Σ db_dec²] before projection; tied: the first is 0, the
+    second that of the summed gradient. Formulas: fastsae.reference.gradients and .update.
     """
     _check_backend(backend, screen)
     check_that.update(W_enc, W_dec, b_enc, b_dec, moments, terms, lr, step, pre_bias, seed)

@@ -4,8 +4,8 @@ This file is the single source of truth: nothing here is fast and everything her
 matrix of activations; gradients are written out in closed form, so the tests can hold them against torch's autograd
 and the sparse engine can be held against them. Every function is pure.
 
-Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A (N, M). Both dictionaries keep one latent
-per row.
+Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A (N, M). Both dictionaries keep one
+latent per row.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def active_outer(A: Tensor, x: Tensor) -> Tensor:
 def loss_unit(target: Tensor, kind: str) -> Tensor:
     """What a summed squared error is divided by: "mse" the N tokens, "fvu" the target's summed variance Σ‖x - x̄‖²."""
     if kind == "mse":
-        return target.new_tensor(target.shape[0])
+        return target.new_tensor(max(target.shape[0], 1))
     if kind == "fvu":
         return (target - target.mean(0)).square().sum()
     raise ValueError(f"loss is {kind!r}, expected 'mse' or 'fvu'")
@@ -155,7 +155,10 @@ def squared_norms(grads: Params) -> Tensor:
 
 
 def project(grad: Tensor, W: Tensor) -> Tensor:
-    """gradᵢ - ⟨gradᵢ, Wᵢ⟩ Wᵢ / ‖Wᵢ‖²: the part of each row's gradient that is orthogonal to the row. A row of 0 keeps its own."""
+    """gradᵢ - ⟨gradᵢ, Wᵢ⟩ Wᵢ / ‖Wᵢ‖²: the part of a row's gradient orthogonal to the row.
+
+    A row of 0 keeps its gradient.
+    """
     squares = W.square().sum(-1, keepdim=True)
     along = (grad * W).sum(-1, keepdim=True) / torch.where(squares > 0, squares, 1)
     return grad - along * W
@@ -243,7 +246,7 @@ def update(
 
 @dataclass(frozen=True)
 class AuxK:
-    """The auxiliary loss on dead latents (arXiv:2406.04093 eq. 9): reconstruct the residual from the k most active dead."""
+    """The auxiliary loss on dead latents (arXiv:2406.04093 eq. 9): the k most active dead latents fit the residual."""
 
     dead: Tensor  # bool (M,)
     k: int

@@ -12,25 +12,19 @@ from torch import Tensor
 from fastsae.codes import SparseCodes, UpdateTerm
 
 
-def cast_under_autocast(x: Tensor, W: Tensor) -> Tensor:
-    """Under autocast, x in W's dtype: weights are never narrowed. Elsewhere x itself."""
-    if x.dtype != W.dtype and torch.is_autocast_enabled(x.device.type):
-        return x.to(W.dtype)
-    return x
-
-
 def dictionary(name: str, W: Tensor) -> None:
     if W.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(W.shape)}, expected (M, D): one latent per row")
     if not W.is_floating_point():
-        raise TypeError(f"{name} has dtype {W.dtype}, expected a floating dtype (float32, bfloat16, float64 or float16)")
+        raise TypeError(f"{name} has dtype {W.dtype}, expected a floating dtype: float32, bfloat16, float64, float16")
 
 
-def same_kind(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    if t.dtype != other.dtype:
+def same_kind(name: str, t: Tensor, other_name: str, other: Tensor, castable: bool = False) -> None:
+    """Same dtype and device. castable: autocast will see to the dtype of t, where it is on."""
+    if t.dtype != other.dtype and not (castable and torch.is_autocast_enabled(t.device.type)):
         raise TypeError(
-            f"{name} has dtype {t.dtype} but {other_name} has {other.dtype}; cast with {name}.to({other.dtype}), or run "
-            "under autocast, which casts inputs to the weights' dtype"
+            f"{name} has dtype {t.dtype} but {other_name} has {other.dtype}; cast with {name}.to({other.dtype}), or "
+            "run under autocast, which casts inputs to the weights' dtype"
         )
     same_device(name, t, other_name, other)
 
@@ -51,7 +45,7 @@ def rows(name: str, x: Tensor, other_name: str, W: Tensor) -> None:
             f"{name} has shape {tuple(x.shape)} and {other_name} {tuple(W.shape)}, expected the same last dimension "
             f"({x.shape[-1]} != {W.shape[1]}); dictionaries are stored (M, D), one latent per row"
         )
-    same_kind(name, x, other_name, W)
+    same_kind(name, x, other_name, W, castable=True)
 
 
 def vector(name: str, v: Tensor, W: Tensor) -> None:
@@ -73,7 +67,8 @@ def k_fits(k: int, most: int, what: str) -> None:
 
 def latent_rows(rows: Tensor, W: Tensor) -> None:
     if rows.dtype != torch.int32 or rows.ndim != 1:
-        raise ValueError(f"rows are {rows.dtype} of shape {tuple(rows.shape)}, expected torch.int32 of shape (capacity,)")
+        got = f"{rows.dtype} of shape {tuple(rows.shape)}"
+        raise ValueError(f"rows are {got}, expected torch.int32 of shape (capacity,)")
     same_device("rows", rows, "W", W)
 
 
@@ -108,13 +103,13 @@ def threshold(threshold: Tensor | float, x: Tensor, W: Tensor) -> Tensor:
 def tokens(name: str, x: Tensor, codes: SparseCodes) -> None:
     if tuple(x.shape[:-1]) != tuple(codes.batch_shape):
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, expected (*batch, D) with the codes' batch {tuple(codes.batch_shape)}; "
-            "use codes.with_batch(...) or reshape"
+            f"{name} has shape {tuple(x.shape)}, expected (*batch, D) with the codes' batch "
+            f"{tuple(codes.batch_shape)}; use codes.with_batch(...) or reshape"
         )
 
 
-def codes(codes: SparseCodes, W: Tensor, d_sae: int | None = None, name: str = "W") -> Tensor:
-    """Codes against their dictionary W (M, D), or, with d_sae, against a width; returns their acts, cast under autocast."""
+def codes(codes: SparseCodes, W: Tensor, d_sae: int | None = None, name: str = "W") -> None:
+    """Codes against their dictionary W (M, D), or, with d_sae, against a width."""
     if W.ndim < 2:
         raise ValueError(f"{name} has shape {tuple(W.shape)}, expected two dimensions or more")
     width = W.shape[0] if d_sae is None else d_sae
@@ -122,10 +117,8 @@ def codes(codes: SparseCodes, W: Tensor, d_sae: int | None = None, name: str = "
         raise ValueError(f"codes have d_sae = {codes.d_sae}, expected {width}, the latents of their dictionary")
     if codes.indices.dtype != torch.int32:
         raise TypeError(f"codes.indices have dtype {codes.indices.dtype}, expected torch.int32; use .int()")
-    acts = cast_under_autocast(codes.acts, W)
-    same_kind("codes.acts", acts, name, W)
+    same_kind("codes.acts", codes.acts, name, W, castable=True)
     same_device("codes.indices", codes.indices, name, W)
-    return acts
 
 
 def update(
@@ -181,9 +174,9 @@ def _moment(name: str, moment: Tensor, p: Tensor, seed: int | None) -> None:
 
 
 def _term(name: str, term: UpdateTerm, W_enc: Tensor, W_dec: Tensor) -> None:
-    acts = codes(term.codes, W_dec)
+    codes(term.codes, W_dec)
     n = term.codes.n_tokens
     for what, t, width in (("x", term.x, W_enc.shape[1]), ("grad", term.grad, W_dec.shape[1])):
         if tuple(t.shape) != (n, width):
             raise ValueError(f"{name}.{what} has shape {tuple(t.shape)}, expected ({n}, {width})")
-        same_kind(f"{name}.{what}", t, f"{name}.codes.acts", acts)
+        same_kind(f"{name}.{what}", t, f"{name}.codes.acts", term.codes.acts)

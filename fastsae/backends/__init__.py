@@ -66,4 +66,5 @@ def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> Modul
             if reason is None:
                 return module
         reasons.append(f"{name}: {reason}")
-    raise BackendError(f"no backend can serve fastsae.{op} here ({'; '.join(reasons)}); pass backend=None to let it choose")
+    advice = "; pass backend=None to let it choose" if backend else ""
+    raise BackendError(f"no backend can serve fastsae.{op} here ({'; '.join(reasons)}){advice}")

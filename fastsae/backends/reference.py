@@ -45,7 +45,9 @@ def _fixed(values: Tensor, latents: Tensor, last: int, dtype: torch.dtype) -> tu
     return acts.gather(-1, order), indices.gather(-1, order).int()
 
 
-def _ragged(dense: Tensor, occupied: Tensor, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ragged(
+    dense: Tensor, occupied: Tensor, capacity: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The occupied entries of (N, M) in token order, cut at capacity: acts, indices, offsets, overflow."""
     tokens, latents = occupied.nonzero(as_tuple=True)
     offsets = torch.cat([tokens.new_zeros(1), occupied.sum(-1).cumsum(0)])
@@ -163,9 +165,7 @@ def update_latents_(
     gradients = reference.gradients(params, terms, pre_bias)
     stats = reference.squared_norms(gradients)
     old = {name: (moments[2 * i], moments[2 * i + 1]) for i, name in enumerate(params)}
-    new_params, new_moments = reference.update(
-        params, gradients, old, lr, step, (beta1, beta2), eps, unit_norm, seed
-    )
+    new_params, new_moments = reference.update(params, gradients, old, lr, step, (beta1, beta2), eps, unit_norm, seed)
     for name, value in new_params.items():
         weight = weights[name]
         assert weight is not None
