@@ -1,0 +1,113 @@
+"""Losses of a reconstruction: mse, fvu, and AuxK on dead latents. No (N, M) tensor is made.
+
+Every loss here is a sum of squared errors over a normaliser: N tokens (mse) or the batch's total variance (fvu).
+Arguments are (*batch, D) tensors of one dtype; results are 0-d, float32 or wider.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.codes import Screen, SparseCodes
+
+LOSSES = ("mse", "fvu")
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least: a sum of N·D squares has no meaning in 8 or 11 bits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def n_tokens(x: Tensor) -> int:
+    """Product of the leading dimensions of x (*batch, D)."""
+    return x.shape[:-1].numel()
+
+
+def squared_error(recon: Tensor, target: Tensor) -> Tensor:
+    """Σ_n ‖recon_n - target_n‖²."""
+    return F.mse_loss(_wide(recon), _wide(target), reduction="sum")
+
+
+def total_variance(target: Tensor) -> Tensor:
+    """Σ_n ‖target_n - mean‖², the mean taken over this batch."""
+    flat = _wide(target).reshape(-1, target.shape[-1])
+    mean = flat.mean(0)
+    # By pieces, so that no second (N, D) tensor is made; in a compiled graph the compiler fuses instead.
+    pieces = (flat,) if torch.compiler.is_compiling() else flat.split(512)
+    return torch.stack([(piece - mean).square().sum() for piece in pieces]).sum()
+
+
+def normaliser(loss: str, target: Tensor) -> Tensor | int:
+    """What the squared error is divided by: the tokens of the batch (mse; 1 if there are none) or its total variance.
+
+    Raises ValueError for an unknown loss, and for fvu with fewer than two tokens, whose variance is zero.
+    """
+    n = n_tokens(target)
+    if loss == "mse":
+        return max(n, 1)
+    if loss != "fvu":
+        raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
+    if n < 2:
+        raise ValueError(f"loss 'fvu' divides by the variance of the batch; got {n} tokens, expected at least 2")
+    return total_variance(target)
+
+
+def mse(recon: Tensor, target: Tensor) -> Tensor:
+    """1/N Σ_n ‖recon_n - target_n‖²: summed over D, averaged over tokens. 0 for an empty batch."""
+    return squared_error(recon, target) / normaliser("mse", target)
+
+
+def fvu(recon: Tensor, target: Tensor) -> Tensor:
+    """Σ_n ‖target_n - recon_n‖² / Σ_n ‖target_n - mean‖², the fraction of variance unexplained in this batch."""
+    return squared_error(recon, target) / normaliser("fvu", target)
+
+
+def dead_rows(dead: Tensor) -> Tensor:
+    """The ids of the dead latents, ascending, then -1: int32 (M,) from a bool mask (M,).
+
+    The length is M whatever the mask holds, so nothing is read back from the device.
+    """
+    m = dead.shape[0]
+    # Living latents are all written to slot m, which is cut off.
+    place = torch.where(dead, dead.cumsum(0) - 1, m)
+    rows = torch.full((m + 1,), -1, dtype=torch.int32, device=dead.device)
+    return rows.scatter(0, place, torch.arange(m, dtype=torch.int32, device=dead.device))[:m]
+
+
+def encode_dead(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    dead: Tensor,
+    k: int,
+    *,
+    screen: Screen | None = None,
+    precision: str = "exact",
+    backend: str | None = None,
+) -> SparseCodes | None:
+    """The k largest acts of each token among the dead latents: `encode_topk` on their rows.
+
+    x (*batch, D): the encoder's input; dead (M,) bool. None where it is known at no cost that no latent is dead, which
+    is in eager mode on a CPU: on a GPU the question would be a host sync, under torch.compile a graph break.
+    """
+    if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
+        return None
+    return ops.encode_topk(x, W, b, k, rows=dead_rows(dead), screen=screen, precision=precision, backend=backend)
+
+
+def aux_weight(dead: Tensor, k: int) -> Tensor:
+    """min(number of dead latents / k, 1), float64 0-d: the term grows in as latents die, and is 0 when none is dead."""
+    return (dead.sum().double() / k).clamp(max=1.0)
+
+
+def aux_k(codes: SparseCodes, W_dec: Tensor, error: Tensor, weight: Tensor, normaliser: Tensor | int) -> Tensor:
+    """weight · Σ_n ‖e_n - ê_n‖² / normaliser,  ê = A_dead W_dec: dead latents model what the live ones left over.
+
+    codes: from `encode_dead`; error (*batch, D_out): target - recon, held fixed (no gradient flows into it).
+    Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
+    """
+    left_over = squared_error(ops.decode(codes, W_dec), error.detach())
+    return weight.to(left_over.dtype) * left_over / normaliser

@@ -1,0 +1,94 @@
+"""Input normalisation: what an SAE sees instead of x, and the way back for its reconstruction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MODES = ("none", "constant", "layer_norm")
+_EPS = 1e-5  # as torch.nn.LayerNorm
+
+
+class TokenStats(NamedTuple):
+    """x = x_normalised · scale + shift; scale and shift broadcast against (*batch, D)."""
+
+    shift: Tensor | None
+    scale: Tensor
+
+
+class InputNorm(nn.Module):
+    """x_normalised = (x - shift) / scale.
+
+    none: x itself. constant: shift 0 and one scale for the whole data set, such that the mean of ‖x_normalised‖² is D;
+    `calibrate_` estimates it, the buffer `scale` keeps it. layer_norm: mean and sqrt(variance + 1e-5) of each token.
+    Statistics of the input also serve a transcoder's target, whose own are not known at inference.
+    Source of the constant form: Anthropic, "Scaling Monosemanticity" (2024), methods.
+    """
+
+    scale: Tensor
+
+    def __init__(self, mode: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None):
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"normalize is {mode!r}, expected one of {', '.join(MODES)}")
+        self.mode = mode
+        # On the host, so that asking does not sync.
+        self.calibrated = mode != "constant"
+        if mode == "constant":
+            self.register_buffer("scale", torch.full((), math.nan, dtype=dtype, device=device))
+
+    @torch.no_grad()
+    def calibrate_(self, x: Tensor) -> None:
+        """Sets the constant scale from a sample x (n, D): sqrt(mean ‖x‖² / D).
+
+        Raises ValueError when that is zero or not finite. Does nothing in the other modes. Syncs.
+        """
+        if self.mode != "constant":
+            return
+        scale = float(x.double().square().mean().sqrt())
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(
+                f"the sample of shape {tuple(x.shape)} has a root mean square of {scale}, expected a positive number; "
+                "calibrate on finite activations"
+            )
+        self.scale.fill_(scale)
+        self.calibrated = True
+
+    def statistics(self, x: Tensor) -> TokenStats | None:
+        """The shift and scale of x (*batch, D); None where there is nothing to do.
+
+        Raises RuntimeError when the constant scale was never set.
+        """
+        if self.mode == "none":
+            return None
+        if self.mode == "layer_norm":
+            variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+            return TokenStats(mean, (variance + _EPS).sqrt())
+        if not self.calibrated:
+            raise RuntimeError("normalize='constant' has no scale yet: call sae.calibrate_(x) once on sample inputs")
+        return TokenStats(None, self.scale)
+
+    @staticmethod
+    def normalize(x: Tensor, stats: TokenStats | None) -> Tensor:
+        """(x - shift) / scale."""
+        if stats is None:
+            return x
+        return (x if stats.shift is None else x - stats.shift) / stats.scale
+
+    @staticmethod
+    def restore(x: Tensor, stats: TokenStats | None) -> Tensor:
+        """x · scale + shift."""
+        if stats is None:
+            return x
+        return x * stats.scale if stats.shift is None else x * stats.scale + stats.shift
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.mode == "constant" and prefix + "scale" in state_dict:
+            self.calibrated = bool(torch.isfinite(state_dict[prefix + "scale"]).all())
+
+    def extra_repr(self) -> str:
+        return self.mode
