@@ -12,7 +12,6 @@ also after `kill -9` or a power cut. Nothing here is ever pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .data.files import sha256_of
+from .serialize import SavedModuleError, fsync_path, replace_file
 from .state_tree import join_state, split_state
 
 MANIFEST = "manifest.json"
@@ -41,29 +42,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or that is not what its manifest says."""
 
 
-def fsync_path(path: Path) -> None:
-    """Blocks until a file's bytes, or a directory's entries, are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file in one step. Raises OSError; the old file is then untouched."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=2, allow_nan=False)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -87,7 +69,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def write_checkpoint(
-    root: Path, step: int, state: Mapping[str, Mapping[str, Any]], save_module: Callable[[Path], None]
+    root: Path, step: int, state: Mapping[str, Mapping[str, Any]], save_module: Callable[[Path], object]
 ) -> Path:
     """Writes checkpoints/step_XXXXXXXX and returns its path.
 
@@ -114,7 +96,8 @@ def write_checkpoint(
         _seal(partial, step)
         os.rename(partial, final)
         fsync_path(root)
-    except (OSError, SafetensorError) as error:
+        fsync_path(root.parent)
+    except (OSError, SafetensorError, SavedModuleError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = list_checkpoints(root)
         last = f"the newest earlier checkpoint, {kept[-1]}, is intact" if kept else "there is no earlier checkpoint"
@@ -130,19 +113,14 @@ def write_checkpoint(
 
 def _seal(directory: Path, step: int) -> None:
     """Makes every file durable and writes the manifest, last."""
-    # safetensors creates its files readable by the owner only; give them what the user's umask gave the directory.
+    # safetensors makes its files readable by the owner only; give them what the user's umask gave the directory.
     mode = directory.stat().st_mode & 0o666
     files = {}
     for path in sorted(directory.iterdir()):
         path.chmod(mode)
         fsync_path(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    write_json_atomic(directory / MANIFEST, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_json(directory / MANIFEST, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -168,7 +146,7 @@ def verify_checkpoint(path: Path) -> None:
             raise CheckpointError(f"{file} is missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{file} is truncated: {file.stat().st_size} bytes, expected {size}")
-        if _sha256(file) != digest:
+        if sha256_of(file) != digest:
             raise CheckpointError(f"{file} is corrupt: its sha256 is not the one in {MANIFEST}")
 
 

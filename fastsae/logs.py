@@ -7,12 +7,15 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from .serialize import replace_file
 
 
 class LogWriteError(RuntimeError):
@@ -65,12 +68,9 @@ class JsonlLog:
                 kept.append(line)
         if len(kept) < len(lines):
             # Written beside and renamed: a kill or a full disk in here must not lose the earlier lines.
-            partial = self.path.with_name(self.path.name + ".partial")
             try:
-                partial.write_bytes(b"".join(kept))
-                os.replace(partial, self.path)
+                replace_file(self.path, lambda partial: partial.write_bytes(b"".join(kept)))
             except OSError as error:
-                partial.unlink(missing_ok=True)
                 raise self._failed("shorten", error) from error
             self.close()
             self.open()
@@ -166,10 +166,15 @@ class TensorBoardLog:
             raise LogWriteError(f"cannot write TensorBoard events: {error}; checkpoints are intact") from error
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flushes and closes. Warns where that fails: the run itself is saved by then."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            writer.close()
+            try:
+                writer.close()
+            except OSError as error:
+                warnings.warn(
+                    f"the last TensorBoard events could not be written: {error}", RuntimeWarning, stacklevel=2
+                )
 
 
 class ProgressBar:
@@ -203,3 +208,56 @@ class ProgressBar:
     def close(self) -> None:
         """Leaves the bar as it is and ends its line."""
         self._bar.close()
+
+
+class RunLogs:
+    """Everything a run writes besides checkpoints; a context manager.
+
+    metrics.jsonl and eval.jsonl are cut after `step`, where the run goes on, so that each step is there exactly once.
+    Every method raises LogWriteError where the disk is full.
+    """
+
+    def __init__(self, run_dir: Path, step: int, total: int, tensorboard: bool, progress: bool) -> None:
+        self._run_dir, self._step, self._total = run_dir, step, total
+        self._tensorboard, self._progress = tensorboard, progress
+        self._files = [JsonlLog(run_dir / "metrics.jsonl"), JsonlLog(run_dir / "eval.jsonl")]
+
+    def __enter__(self) -> RunLogs:
+        with ExitStack() as stack:
+            for log in self._files:
+                log.open()
+                stack.callback(log.close)
+                log.cut_after(self._step)
+            self._board = TensorBoardLog(self._run_dir / "tensorboard" if self._tensorboard else None, self._step)
+            stack.callback(self._board.close)
+            self._bar = ProgressBar(self._total, self._step, self._progress)
+            stack.callback(self._bar.close)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl, which the bar shows too."""
+        self._files[0].append(record)
+        self._board.add("train", record, record["step"])
+        self._bar.show(record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """A line of eval.jsonl."""
+        self._files[1].append(record)
+        self._board.add("eval", record, record["step"])
+
+    def advance(self) -> None:
+        """One step more on the bar."""
+        self._bar.advance()
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self._bar.say(line)
+
+    def sync(self) -> None:
+        """Blocks until the files are on the disk."""
+        for log in self._files:
+            log.sync()

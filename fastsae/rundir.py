@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_json_atomic
+from .checkpoint import write_json
 
 CONFIG = "config.json"
 LOCK = "LOCK"
@@ -74,7 +74,7 @@ def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> No
         held = [name for name in ("checkpoints", "metrics.jsonl") if (run_dir / name).exists()]
         if held:
             raise RunDirError(f"{run_dir} holds {' and '.join(held)} but no {CONFIG}; give another directory")
-        write_json_atomic(path, wanted)
+        _write_config(path, wanted)
         return
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +95,14 @@ def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> No
             "Give these settings to go on with it, or another directory"
         )
     if old != new:
-        write_json_atomic(path, wanted)
+        _write_config(path, wanted)
+
+
+def _write_config(path: Path, config: Mapping[str, Any]) -> None:
+    try:
+        write_json(path, config)
+    except OSError as error:
+        raise RunDirError(f"cannot write {path}: {error.strerror}; make room or give another directory") from error
 
 
 def _covered(name: str, free: Collection[str]) -> bool:

@@ -13,7 +13,8 @@ _TENSOR, _FLOAT = "$tensor", "$float"
 def split_state(tree: Any, path: str = "state") -> tuple[Any, dict[str, Tensor]]:
     """(JSON-able tree, {name: tensor}) of nested dicts, lists and tuples; `join_state` puts them together again.
 
-    Tensors become {"$tensor": name} and are returned contiguous, on the CPU, none sharing memory with another.
+    Tensors become {"$tensor": name} and are returned contiguous, on the CPU, none sharing memory with another in the
+    result. They may be the live ones: write them before anything changes them.
     Integers of any size and all floats (NaN and infinities included) come back exactly; tuples come back as lists.
     Raises TypeError naming the entry for anything else: a NumPy array, an object, a key that is not a string.
     """
@@ -25,8 +26,7 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         while path in tensors:  # {"a.b": x, "a": {"b": y}}
             path += "'"
-        # A copy, also on the CPU: safetensors refuses tensors that share storage.
-        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[path] = _alone(value.detach().cpu(), tensors)
         return {_TENSOR: path}
     # bool is an int; the exact types are asked for so that a NumPy scalar (a float subclass) is not taken silently.
     if value is None or type(value) in (bool, int, str):
@@ -44,6 +44,16 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold; "
         "expected tensors, numbers, strings, None, and dicts, lists and tuples of them"
     )
+
+
+def _alone(tensor: Tensor, others: dict[str, Tensor]) -> Tensor:
+    """The tensor, or a copy where safetensors would refuse it: a view, or one whose memory is listed already.
+
+    Moments are as large as the model, so copying all of them is avoided.
+    """
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    seen = any(tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in others.values())
+    return tensor if whole and not seen else tensor.contiguous().clone()
 
 
 def join_state(tree: Any, tensors: dict[str, Tensor]) -> Any:

@@ -1,0 +1,315 @@
+"""Trains an SAE on a source of activations: schedules, evaluation, logs, checkpoints, and resuming bit for bit.
+
+    Trainer(sae, source, TrainConfig(steps=2000), "runs/a").run()
+
+The loop's state after a step is a function of the settings and the step alone, so a run that was killed goes on from
+its newest checkpoint to the same weights, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    newest_valid,
+    prune,
+    read_state,
+    remove_unfinished,
+    set_aside_newer,
+    step_of,
+    write_checkpoint,
+)
+from .data.source import ActivationSource
+from .evaluate import evaluate
+from .logs import PartTimer, RunLogs
+from .optim import FusedTrainStep
+from .plain_step import PlainTrainStep
+from .rng import restore_rng_state, rng_state
+from .rundir import RunDirError, RunLock, claim
+from .sae import SparseAutoencoder
+from .serialize import load, save
+from .stopping import FiniteGuard, StopSignals, TrainingInterrupted
+from .train_config import TrainConfig
+
+__all__ = ["TrainConfig", "TrainResult", "Trainer"]
+
+REDONE_LIMIT = 0.01
+"""Share of tokens whose selection was repeated above which a run warns: the fast path is not what it should be."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: after `step` updates on `tokens` tokens, saved in `checkpoint`."""
+
+    step: int
+    tokens: int
+    checkpoint: Path
+    metrics: dict[str, Any]
+    """The last line of metrics.jsonl."""
+    evaluation: dict[str, Any] | None
+    """The last line of eval.jsonl; None where eval_every is 0."""
+
+
+class Trainer:
+    """`Trainer(sae, source, config, run_dir).run()` trains `sae` in place, or goes on with what run_dir holds.
+
+    notes   JSON-able facts for config.json that are nobody's settings, e.g. which model the activations come from.
+    resume  False: refuse a directory that has a checkpoint already.
+
+    Raises ValueError when the module, the source and the settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        source: ActivationSource,
+        config: TrainConfig,
+        run_dir: str | Path,
+        *,
+        resume: bool = True,
+        notes: Mapping[str, Any] | None = None,
+    ):
+        if source.d_in != sae.d_in:
+            raise ValueError(f"the source has rows of {source.d_in} numbers, the SAE wants d_in = {sae.d_in}")
+        if sae.d_out != sae.d_in:
+            raise ValueError(f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}; a source has no such targets")
+        self.sae, self.source, self.config, self.resume = sae, source, config, resume
+        self.run_dir, self.notes = Path(run_dir), dict(notes or {})
+        self.checkpoints = self.run_dir / "checkpoints"
+        self.total = config.total_steps(source.n_tokens)
+        self.schedule = config.schedule(self.total)
+        self.device = sae.W_dec.device
+        self.step = 0
+        self.seconds = 0.0
+        self.last: dict[str, dict[str, Any] | None] = {"metrics": None, "evaluation": None}
+        self._saved: Path | None = None
+        self._warned = False
+
+    def run(self) -> TrainResult:
+        """Trains to the end and returns how it went; a run that is already at its end returns at once.
+
+        The first Ctrl-C or SIGTERM ends the step that runs, writes a checkpoint and raises TrainingInterrupted (a
+        KeyboardInterrupt). Raises RunDirError (directory in use, or of another run), CheckpointError and LogWriteError
+        (disk full), NonFiniteError (bad activations or loss); each says what is saved.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(RunLock(self.run_dir))
+            self.stop = stack.enter_context(StopSignals())
+            stack.enter_context(_settings_of_the_run(self.config, self.sae))
+            claim(self.run_dir, self._describe(), self._free())
+            remove_unfinished(self.checkpoints)
+            torch.manual_seed(self.config.seed)
+            self.update = self._make_step()
+            self._go_to_checkpoint()
+            self.logs = stack.enter_context(
+                RunLogs(self.run_dir, self.step, self.total, self.config.tensorboard, self.config.progress)
+            )
+            if self._saved:
+                self.logs.say(f"going on from step {self.step} of {self.total}: {self._saved}")
+            self._loop()
+            self._raise_if_stopped()
+        assert self._saved is not None
+        return TrainResult(self.step, self._tokens, self._saved, self.last["metrics"] or {}, self.last["evaluation"])
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def _describe(self) -> dict[str, Any]:
+        machine = {"torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads()}
+        return {
+            "train": asdict(self.config),
+            "sae": {**self.sae.config, "dtype": str(self.sae.W_dec.dtype), "precision": self.sae.precision},
+            "source": {
+                "kind": type(self.source).__name__,
+                "d_in": self.source.d_in,
+                "n_tokens": self.source.n_tokens,
+            },
+            "machine": machine,
+            "notes": self.notes,
+        }
+
+    def _free(self) -> set[str]:
+        return {"machine", "notes"} | {f"train.{name}" for name in self.config.free_settings()}
+
+    def _make_step(self) -> FusedTrainStep | PlainTrainStep:
+        c = self.config
+        if not c.fused:
+            return PlainTrainStep(self.sae, lr=c.lr, betas=c.betas, eps=c.eps, schedule=self.schedule)
+        return FusedTrainStep(
+            self.sae, lr=c.lr, betas=c.betas, eps=c.eps, schedule=self.schedule,
+            moments=c.moments, seed=c.seed, backend=self.sae.backend,
+        )  # fmt: skip
+
+    def _go_to_checkpoint(self) -> None:
+        """Loads the newest checkpoint that verifies, if there is any; newer broken ones are named and set aside."""
+        path, problems = newest_valid(self.checkpoints)
+        if list_checkpoints(self.checkpoints) and not self.resume:
+            raise RunDirError(f"{self.run_dir} holds a run with checkpoints; resume it or give another directory")
+        if path is None:
+            if problems:
+                raise CheckpointError(
+                    f"none of the checkpoints in {self.checkpoints} can be used: {'; '.join(problems)}. "
+                    "Restore one, or give another directory"
+                )
+            return
+        state = read_state(path)
+        try:
+            self.sae.load_state_dict(load(path).state_dict())
+            self.update.load_state_dict(state["optimizer"])
+            self.source.load_state_dict(state["source"])
+            restore_rng_state(state["rng"])
+            self.step, self.seconds, self.last = state["step"], state["trainer"]["seconds"], state["trainer"]["last"]
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint {path} does not fit this run: {error}") from error
+        self._saved = path
+        # Only now: a checkpoint that could not be loaded leaves everything as it was.
+        moved = set_aside_newer(self.checkpoints, self.step)
+        for problem in problems:
+            warnings.warn(
+                f"{problem}. Going on from {path} instead; kept for a look: {', '.join(str(m) for m in moved)}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        c = self.config
+        if c.eval_every and self.step < self.total and len(self.source.held_out()) == 0:
+            raise ValueError("the source holds out no rows to evaluate on; set its holdout, or eval_every to 0")
+        self.sae.train()
+        self.guard, self.timer = FiniteGuard(self.device), PartTimer()
+        self._window = 0
+        self._redone = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._started = time.perf_counter() - self.seconds
+        while self.step < self.total and self.stop.requested is None:
+            with self.timer("data"):
+                x = self.source.next_batch(c.batch_size).to(self.device, self.sae.W_dec.dtype, non_blocking=True)
+                self.guard.look_at_input(x, self.step + 1)
+                if self.step == 0:
+                    self._initialise(x)
+            with self.timer("step"):
+                metrics = self.update(x)
+                self.step += 1
+                self.guard.look_at_loss(metrics["loss"], self.step)
+                self._redone += metrics.pop("redone", 0)
+                self._window += 1
+                at_end = self.step == self.total
+                values = _numbers(metrics) if at_end or self.step % c.log_every == 0 else None
+            if c.eval_every and (at_end or self.step % c.eval_every == 0):
+                with self.timer("eval"):
+                    self._evaluate()
+            if values is not None:
+                self._log(values)
+            if at_end or self.step % c.checkpoint_every == 0:
+                self._checkpoint()
+            self.logs.advance()
+
+    def _raise_if_stopped(self) -> None:
+        if self.stop.requested is None:
+            return
+        if self.step:
+            self._checkpoint()
+        where = f"the checkpoint is {self._saved}" if self._saved else "no step was done yet, so nothing is saved"
+        what_next = "Start the same run again to go on" if self.step < self.total else "The run is complete"
+        raise TrainingInterrupted(
+            f"stopped by {self.stop.requested.name} after step {self.step} of {self.total}; {where}. {what_next}",
+            self.stop.requested,
+        )
+
+    def _initialise(self, x: Tensor) -> None:
+        """What the module estimates from data, from the first batch; that batch is then trained on as any other."""
+        if not self.sae.norm.calibrated:
+            self.sae.calibrate_(x)
+        if self.config.init_b_dec != "zero" and not bool(self.sae.b_dec.any()):
+            self.sae.init_from_(x, how=self.config.init_b_dec)
+
+    def _evaluate(self) -> None:
+        self.guard.raise_noted()
+        result = evaluate(self.sae, self.source.held_out(), batch_size=self.config.batch_size)
+        record = {"step": self.step, "tokens": self._tokens, **result.to_json(), "source": self.source.stats}
+        self.logs.evaluation(record)
+        self.last["evaluation"] = record
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.guard.raise_noted()
+        share = int(self._redone) / (self._window * self.config.batch_size)
+        parts = self.timer.take()
+        # What the update costs and what it waits for; evaluations and checkpoints are as rare as one makes them.
+        training = parts.get("data", 0.0) + parts.get("step", 0.0)
+        record = {
+            "step": self.step,
+            "tokens": self._tokens,
+            **values,
+            "redone_share": share,
+            "tokens_per_s": self._window * self.config.batch_size / training,
+            "time_s": time.perf_counter() - self._started,
+            **{f"ms_{part}": 1e3 * seconds / self._window for part, seconds in parts.items()},
+        }
+        self.logs.metrics(record)
+        self.last["metrics"] = record
+        self._window = 0
+        self._redone.zero_()
+        if share > REDONE_LIMIT and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"step {self.step}: the encoder repeated its selection for {share:.1%} of the tokens, expected at most "
+                f"{REDONE_LIMIT:.0%}. The results are exact, but it costs time; look at redone_share in metrics.jsonl",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _checkpoint(self) -> None:
+        if self._saved is not None and step_of(self._saved) == self.step:
+            return
+        with self.timer("checkpoint"):
+            self.guard.raise_noted()
+            self.guard.look_at_parameters(self.sae, self.step)
+            # The log first: a checkpoint must not be newer than the lines up to its step.
+            self.logs.sync()
+            self.seconds = time.perf_counter() - self._started
+            state = {
+                "optimizer": self.update.state_dict(),
+                "source": self.source.state_dict(),
+                "rng": rng_state(),
+                "trainer": {"seconds": self.seconds, "last": self.last},
+            }
+            self._saved = write_checkpoint(self.checkpoints, self.step, state, lambda path: save(self.sae, path))
+            prune(self.checkpoints, self.config.keep)
+
+    @property
+    def _tokens(self) -> int:
+        return self.step * self.config.batch_size
+
+
+@contextmanager
+def _settings_of_the_run(config: TrainConfig, sae: SparseAutoencoder) -> Iterator[None]:
+    """Threads and backend as the config says, and as they were before afterwards."""
+    threads, backend = torch.get_num_threads(), sae.backend
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.backend is not None:
+        sae.backend = config.backend
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        sae.backend = backend
+
+
+def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """0-d tensors as floats, in one transfer."""
+    names = list(metrics)
+    device = metrics[names[0]].device
+    values = torch.stack([metrics[name].detach().double().to(device) for name in names]).tolist()
+    return dict(zip(names, values, strict=True))
