@@ -1,0 +1,35 @@
+"""Activations to train on: a tensor, a folder of shards, a live language model, and the harvest that fills a folder."""
+
+from fastsae.data.contexts import Context
+from fastsae.data.files import ShardError
+from fastsae.data.harvest import harvest
+from fastsae.data.live import LiveSource
+from fastsae.data.manifest import Manifest
+from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.shards import ShardSource
+from fastsae.data.source import ActivationSource
+from fastsae.data.stream import ActivationStream, StreamConfig
+from fastsae.data.tensor import TensorSource
+from fastsae.data.text import Corpus, TextCorpus, TokenCorpus, load_text
+from fastsae.data.writer import ShardWriter, save_rows
+
+__all__ = [
+    "ActivationSource",
+    "ActivationStream",
+    "Context",
+    "Corpus",
+    "LanguageModel",
+    "LiveSource",
+    "Manifest",
+    "ShardError",
+    "ShardSource",
+    "ShardWriter",
+    "StreamConfig",
+    "TensorSource",
+    "TextCorpus",
+    "TokenCorpus",
+    "harvest",
+    "load_model",
+    "load_text",
+    "save_rows",
+]

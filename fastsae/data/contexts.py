@@ -1,0 +1,75 @@
+"""The text around a stored row, for people to read: token strings from the folder itself, no model needed."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsae.data.files import ShardError
+from fastsae.data.reader import ShardContext
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """One row's token and its neighbours in the same window of text.
+
+    `tokens[center]` belongs to the row itself. `rows[i]` is the id of the row of `tokens[i]`, or -1 where that
+    token's row was not stored (first position, norm filter): encode those rows to shade every token.
+    """
+
+    row: int
+    center: int
+    tokens: list[str]
+    token_ids: list[int]
+    rows: list[int]
+
+
+def context_of(shard: ShardContext, local: int, first_row: int, width: int, strings: list[str] | None) -> Context:
+    """The context of the shard's row `local`, at most `width` tokens to either side; row ids start at `first_row`."""
+    window, position = int(shard.window[local]), int(shard.position[local])
+    start = max(position - width, 0)
+    ids = shard.token_ids[window, start : position + width + 1].tolist()
+    # The rows of a window lie together, in order: find them by bisection, then by their places in the window.
+    wanted = torch.tensor([window, window + 1], dtype=shard.window.dtype)
+    low, high = torch.searchsorted(shard.window, wanted).tolist()
+    row_at = {int(place): first_row + low + i for i, place in enumerate(shard.position[low:high])}
+    return Context(
+        row=first_row + local,
+        center=position - start,
+        tokens=[_string(token, strings) for token in ids],
+        token_ids=ids,
+        rows=[row_at.get(place, -1) for place in range(start, start + len(ids))],
+    )
+
+
+def token_strings(tokenizer: Any) -> list[str]:
+    """The text of every token id of a Hugging Face tokenizer, with the space that a token begins with.
+
+    A token that is a part of a character shows as U+FFFD, one that continues a word keeps its '##'.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if any(piece and piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") for piece in pieces):
+        # SentencePiece: decoding a lone token would drop the leading space that the block stands for.
+        return [(piece or "").replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for piece in pieces]
+    return tokenizer.batch_decode([[i] for i in range(len(pieces))], clean_up_tokenization_spaces=False)
+
+
+def vocabulary_bytes(strings: list[str]) -> bytes:
+    return json.dumps(strings, ensure_ascii=False).encode()
+
+
+def read_vocabulary(path: Path) -> list[str]:
+    """Raises ShardError where the file is no JSON list of strings."""
+    try:
+        strings = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ShardError(f"{path} is damaged ({error}); harvest again") from error
+    if not isinstance(strings, list) or not all(isinstance(item, str) for item in strings):
+        raise ShardError(f"{path} is damaged: expected a JSON list of token strings")
+    return strings
+
+
+def _string(token: int, strings: list[str] | None) -> str:
+    return strings[token] if strings is not None and 0 <= token < len(strings) else f"#{token}"

@@ -1,0 +1,132 @@
+"""Taking a language model's activations over a text to a folder of shards that survives whatever stops it."""
+
+import dataclasses
+import importlib.metadata
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsae.data.contexts import token_strings, vocabulary_bytes
+from fastsae.data.filters import Rows
+from fastsae.data.manifest import MANIFEST, Manifest
+from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.stream import ActivationStream, StreamConfig, join_rows
+from fastsae.data.text import Corpus, load_text
+from fastsae.data.writer import ShardWriter, check_settings
+
+log = logging.getLogger(__name__)
+
+
+def harvest(
+    model: str | LanguageModel,
+    text: str | Corpus,
+    folder: str | os.PathLike,
+    config: StreamConfig,
+    *,
+    rows: int,
+    rows_per_shard: int = 65_536,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: bool = True,
+) -> Manifest:
+    """Store at least `rows` training rows (whole batches) and config.holdout held-out ones in `folder`.
+
+    model, text: spec strings (see `load_model`, `load_text`) or the things themselves; a model given by its spec is
+    loaded in bfloat16, and only if rows are missing. dtype: of the rows as stored. Beside the rows lie the windows of
+    token ids, each row's place in them and the tokenizer's strings, so that a row's text can be shown without the
+    model. Text is read once: where it ends first, there are fewer rows, with a warning.
+
+    Stopped by Ctrl-C, kill -9, an error or a full disk, it goes on after the last finished shard when it is called
+    again with the same arguments; `rows` may then be more than before. A folder made with other settings is refused.
+    Raises: ValueError for other settings (naming them) or NaN and inf (naming the place); OSError where a shard could
+    not be written; BlockingIOError where another process is writing to the folder.
+    """
+    if rows < 1 or rows_per_shard < 1:
+        raise ValueError(f"rows and rows_per_shard must be at least 1, got {rows} and {rows_per_shard}")
+    corpus = load_text(text) if isinstance(text, str) else text
+    settings = {
+        "model": model if isinstance(model, str) else model.name,
+        "text": corpus.describe(),
+        "stream": dataclasses.asdict(config),
+        "rows_per_shard": rows_per_shard,
+    }
+    done = _finished(Path(folder), settings, rows)
+    if done is not None:
+        log.info("%s holds %d rows already", folder, done.rows)
+        return done
+    language_model = load_model(model) if isinstance(model, str) else model
+    stream = ActivationStream(language_model, corpus, config, repeat=False)
+    with ShardWriter(folder, stream.d_in, dtype, settings) as writer:
+        _describe_or_compare(writer, language_model, stream)
+        if writer.manifest.position is not None:
+            stream.load_state_dict(writer.manifest.position)
+        if language_model.tokenizer is not None and writer.manifest.vocabulary is None:
+            writer.write_vocabulary(vocabulary_bytes(token_strings(language_model.tokenizer)))
+        if config.holdout and writer.manifest.held_out is None:
+            held = stream.held_out()
+            writer.write_held_out(held.activations, _context(held))
+        have = writer.manifest.rows
+        with tqdm(desc="harvest", total=rows, initial=have, unit="tok", disable=None if progress else True) as bar:
+            while have < rows:
+                wanted = min(rows_per_shard, rows - have)
+                shard = _read(stream, wanted, bar)
+                if len(shard):
+                    writer.manifest.position = stream.state_dict()
+                    writer.manifest.stats = stream.stats
+                    writer.append(shard.activations, _context(shard))
+                    have += len(shard)
+                if len(shard) < wanted:
+                    log.warning("the text ended after %d rows, %d were asked for", have, rows)
+                    writer.manifest.text_ended = True
+                    break
+        writer.manifest.complete = True
+        writer.manifest.write(writer.folder)
+        return writer.manifest
+
+
+def _finished(folder: Path, settings: dict[str, Any], rows: int) -> Manifest | None:
+    """The manifest of a folder that holds these rows already, so that no model needs to be loaded."""
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = Manifest.read(folder)
+    check_settings(folder, settings, manifest.settings)
+    if not manifest.complete or (manifest.rows < rows and not manifest.text_ended):
+        return None
+    for entry in manifest.entries():
+        entry.check_size(folder)
+    return manifest
+
+
+def _describe_or_compare(writer: ShardWriter, language_model: LanguageModel, stream: ActivationStream) -> None:
+    """Say in the manifest whose activations these are; in a folder begun earlier, insist that it is the same model."""
+    described = language_model.describe()
+    if writer.manifest.provenance:
+        check_settings(writer.folder, {"model": described}, {"model": writer.manifest.provenance["model"]})
+    else:
+        version = importlib.metadata.version("torch")
+        writer.manifest.provenance = {"model": described, "layer": stream.hooked.name, "torch": version}
+
+
+def _read(stream: ActivationStream, wanted: int, bar: tqdm) -> Rows:
+    """The next batches of the stream until they hold `wanted` rows, or all that are left."""
+    parts: list[Rows] = []
+    have = 0
+    while have < wanted and (part := stream.next()) is not None:
+        parts.append(part)
+        have += len(part)
+        bar.update(len(part))
+        bar.set_postfix(too_large=stream.stats["rows_dropped_norm"], refresh=False)
+    return join_rows(parts, stream.d_in, stream.config.window)
+
+
+def _context(rows: Rows) -> dict[str, Tensor]:
+    """The tensors of a shard that place its rows in their text."""
+    return {
+        "token_ids": rows.token_ids.to(torch.int32),
+        "window": rows.window.to(torch.int32),
+        "position": rows.position.to(torch.int32),
+    }

@@ -1,0 +1,165 @@
+"""Activations straight from a running language model as a source of training rows, mixed in a buffer."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.source import check_state, permutation
+from fastsae.data.stream import ActivationStream, StreamConfig
+from fastsae.data.text import Corpus, load_text
+
+_HALVES, _MIX = 0, 1  # which of a block's permutations a key belongs to
+
+
+@dataclasses.dataclass
+class _Block:
+    """The rows of a fixed number of windows, and where the stream stood before and after them."""
+
+    number: int
+    rows: Tensor
+    before: dict[str, Any]
+    stats: dict[str, Any]
+
+
+class LiveSource:
+    """Endless training rows from a model as it reads text; wraps over the text's epochs.
+
+    Mixing: the stream is cut into blocks of buffer_rows / 2 rows. Each block is split at random in two; generation g
+    serves, in a random order, one half of block g and the half of block g - 1 that was kept back. So every row is
+    served once per epoch, a batch mixes two blocks' text, and, unlike with a buffer whose leftovers live on without
+    end, the buffer's content is a function of two blocks: a saved position is a place in the text and a few numbers,
+    and loading it runs the model over those two blocks again. Bit-exact on the same machine and thread count.
+
+    model, text: spec strings (see `load_model`, `load_text`) or the things themselves.
+    buffer_rows: rows held at most, about, in the model's dtype. dtype: of the rows returned; None keeps the model's.
+    prefetch: compute the next block on a thread while this one is served: for a model on a device of its own; it
+    changes no batch. Rows stay on the model's device.
+    """
+
+    n_tokens: int | None = None
+
+    def __init__(
+        self,
+        model: str | LanguageModel,
+        text: str | Corpus,
+        config: StreamConfig,
+        *,
+        buffer_rows: int = 65_536,
+        dtype: torch.dtype | None = torch.float32,
+        prefetch: bool = False,
+    ):
+        if buffer_rows < 4:
+            raise ValueError(f"buffer_rows must be at least 4, got {buffer_rows}")
+        self.language_model = load_model(model) if isinstance(model, str) else model
+        self.corpus = load_text(text) if isinstance(text, str) else text
+        self.config = config
+        self.dtype = dtype
+        self._stream = ActivationStream(self.language_model, self.corpus, config)
+        self.d_in = self._stream.d_in
+        per_batch = config.windows_per_batch * self._stream.rows_per_window
+        self._batches_per_block = max(1, math.ceil(buffer_rows / 2 / per_batch))
+        self._worker = ThreadPoolExecutor(1, "fastsae-live") if prefetch else None
+        self._held: Tensor | None = None
+        self._reset(0)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Counts of the rows computed up to the end of the block being served, dropped rows by reason, the epoch."""
+        return dict(self._block.stats) if self._block is not None else self._stream.stats
+
+    def next_batch(self, n: int) -> Tensor:
+        if n < 1:
+            raise ValueError(f"next_batch wants n >= 1 rows, got {n}")
+        parts = []
+        while n > 0:
+            if self._cursor == len(self._pool):
+                self._advance()
+            rows = self._pool[self._cursor : self._cursor + n]
+            self._cursor += len(rows)
+            n -= len(rows)
+            parts.append(rows)
+        rows = torch.cat(parts)
+        return rows if self.dtype is None else rows.to(self.dtype)
+
+    def held_out(self) -> Tensor:
+        if self._held is None:
+            self._wait()
+            rows = self._stream.held_out().activations
+            self._held = rows if self.dtype is None else rows.to(self.dtype)
+        return self._held
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able. `replay` is the place in the text from which the buffer can be filled again."""
+        blocks = [block for block in (self._previous, self._block) if block is not None]
+        replay = blocks[0].before if blocks else self._stream.state_dict()
+        return {**self._identity(), "generation": self._generation, "cursor": self._cursor, "replay": replay}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position; runs the model over up to two blocks of text to fill the buffer again."""
+        check_state(state, self._identity())
+        self._wait()
+        self._stream.load_state_dict(state["replay"])
+        self._reset(max(state["generation"] - 1, 0))
+        while self._generation < state["generation"]:
+            self._advance()
+        if not 0 <= state["cursor"] <= len(self._pool):
+            raise ValueError(
+                f"the saved position is row {state['cursor']:,} of a buffer that holds {len(self._pool):,} rows here: "
+                "resume with the same model and text"
+            )
+        self._cursor = state["cursor"]
+
+    def close(self) -> None:
+        """End the prefetching thread; it finishes the block it is at."""
+        if self._worker is not None:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "source": "live",
+            "config": dataclasses.asdict(self.config),
+            "text": self.corpus.describe(),
+            "model": self.language_model.describe()["digest"],
+            "batches_per_block": self._batches_per_block,
+        }
+
+    def _reset(self, first: int) -> None:
+        """Empty the buffer; the stream stands before block `first`."""
+        self._generation = first - 1  # the one being served, -1 before the first
+        self._previous: _Block | None = None
+        self._block: _Block | None = None
+        self._kept = self._pool = torch.zeros(0, self.d_in)
+        self._cursor = 0
+        self._coming: Future[_Block] | None = None
+
+    def _wait(self) -> None:
+        """Let the thread finish: the stream and the tokenizer are used by one at a time."""
+        if self._coming is not None:
+            wait([self._coming])
+
+    def _advance(self) -> None:
+        """Fill the buffer with the next generation."""
+        number = self._generation + 1
+        block = self._compute(number) if self._coming is None else self._coming.result()
+        self._coming = None if self._worker is None else self._worker.submit(self._compute, number + 1)
+        order = permutation(len(block.rows), self.config.seed, number, _HALVES).to(block.rows.device)
+        half = (len(order) + 1) // 2
+        pool = torch.cat([self._kept.to(block.rows), block.rows[order[:half]]])
+        self._pool = pool[permutation(len(pool), self.config.seed, number, _MIX).to(pool.device)]
+        self._kept = block.rows[order[half:]]
+        self._previous, self._block = self._block, dataclasses.replace(block, rows=block.rows[:0])
+        self._generation, self._cursor = number, 0
+
+    def _compute(self, number: int) -> _Block:
+        before = self._stream.state_dict()
+        parts = [self._stream.next() for _ in range(self._batches_per_block)]
+        rows = torch.cat([part.activations for part in parts if part is not None])
+        if not len(rows):
+            raise ValueError(f"the filter drops every row of {self._batches_per_block} batches: {self._stream.stats}")
+        return _Block(number, rows, before, self._stream.stats)

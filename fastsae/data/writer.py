@@ -1,0 +1,158 @@
+"""Writing a folder of activations shard by shard, so that a kill, a full disk or a second writer loses nothing."""
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from fastsae.data.files import remove_temporaries, write_atomically
+from fastsae.data.manifest import DTYPES, HELD_OUT, MANIFEST, VOCABULARY, FileEntry, Manifest, differences
+from fastsae.data.source import nonfinite_rows
+
+LOCK = "LOCK"
+
+
+class ShardWriter:
+    """A context manager that opens (or makes) a folder of activations for one writer and appends shards to it.
+
+    A shard is one safetensors file: `activations` (rows, d_in) and, where the rows come from text, `token_ids`
+    (windows, window) int32, `window` (rows,) int32 and `position` (rows,) int32. Order of events for each: shard
+    written, fsync, renamed, manifest likewise; a kill in between leaves a file that the manifest does not list, which
+    the next writer overwrites.
+    Raises: ValueError where the folder was made with other settings (naming them), or is no folder of activations;
+    BlockingIOError where another process is writing to it.
+    """
+
+    def __init__(self, folder: str | os.PathLike, d_in: int, dtype: torch.dtype, settings: dict[str, Any]):
+        self.folder = Path(folder)
+        self.dtype = dtype
+        name = str(dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise ValueError(f"activations are stored as one of {', '.join(DTYPES)}, got {name}")
+        self._lock = _lock(self.folder)
+        try:
+            remove_temporaries(self.folder)
+            if (self.folder / MANIFEST).exists():
+                self.manifest = Manifest.read(self.folder)
+                check_settings(
+                    self.folder,
+                    {**settings, "d_in": d_in, "dtype": name},
+                    {**self.manifest.settings, "d_in": self.manifest.d_in, "dtype": self.manifest.dtype},
+                )
+                for entry in self.manifest.entries():
+                    entry.check_size(self.folder)
+            else:
+                _refuse_strangers(self.folder)
+                self.manifest = Manifest(d_in=d_in, dtype=name, settings=settings)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)  # closing releases the lock, as the end of the process does
+
+    def append(self, activations: Tensor, context: dict[str, Tensor] | None = None) -> None:
+        """Write one training shard; the manifest lists it when this returns. `context`: the text tensors, see above."""
+        name = f"shard_{len(self.manifest.shards):05d}.safetensors"
+        self.manifest.shards.append(self._write_rows(name, activations, context))
+        self.manifest.write(self.folder)
+
+    def write_held_out(self, activations: Tensor, context: dict[str, Tensor] | None = None) -> None:
+        """Write the rows that are never trained on."""
+        self.manifest.held_out = self._write_rows(HELD_OUT, activations, context)
+        self.manifest.write(self.folder)
+
+    def write_vocabulary(self, data: bytes) -> None:
+        """Write the JSON list of token strings, with which contexts are shown without the model."""
+        sha256 = write_atomically(self.folder / VOCABULARY, data)
+        self.manifest.vocabulary = FileEntry(VOCABULARY, 0, len(data), sha256)
+        self.manifest.write(self.folder)
+
+    def _write_rows(self, name: str, activations: Tensor, context: dict[str, Tensor] | None) -> FileEntry:
+        if activations.ndim != 2 or activations.shape[1] != self.manifest.d_in:
+            raise ValueError(f"expected activations (rows, {self.manifest.d_in}), got {tuple(activations.shape)}")
+        stored = activations.to("cpu", self.dtype).contiguous()
+        bad = nonfinite_rows(stored)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            largest = float(activations[row].abs().max())
+            raise ValueError(
+                f"{int(bad.sum()):,} rows of {name} are NaN or infinite in {self.manifest.dtype} (first row {row}, "
+                f"largest value {largest:g} before the cast); store a wider dtype or drop these rows"
+            )
+        data = save({"activations": stored, **(context or {})}, metadata={"format": "pt"})
+        sha256 = write_atomically(self.folder / name, data)
+        return FileEntry(name, len(stored), len(data), sha256)
+
+
+def save_rows(
+    folder: str | os.PathLike,
+    x: Tensor,
+    *,
+    holdout: int = 2048,
+    rows_per_shard: int = 65_536,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Store x (rows, d_in) as a folder of activations, the last `holdout` rows as the held-out ones.
+
+    The way in for activations that were taken elsewhere. Raises: ValueError where the folder already holds rows.
+    """
+    if not 0 <= holdout < len(x):
+        raise ValueError(f"holdout must be 0 or more and leave rows to train on: got {holdout} of {len(x)} rows")
+    with ShardWriter(folder, x.shape[1], x.dtype, settings or {}) as writer:
+        if writer.manifest.shards:
+            raise ValueError(f"{folder} already holds {writer.manifest.rows:,} rows; give a new folder")
+        train = x[: len(x) - holdout]
+        for rows in train.split(rows_per_shard):
+            writer.append(rows)
+        if holdout:
+            writer.write_held_out(x[len(train) :])
+        writer.manifest.complete = True
+        writer.manifest.write(writer.folder)
+
+
+def check_settings(folder: Path, wanted: dict[str, Any], made: dict[str, Any]) -> None:
+    """Raise ValueError, naming every difference, where a folder was made with other settings than are wanted."""
+    found = differences(wanted, made)
+    if found:
+        raise ValueError(
+            f"{folder} was made with different settings: {'; '.join(found)}. Use those settings, another folder, "
+            "or remove this one"
+        )
+
+
+def _lock(folder: Path) -> int:
+    """An exclusive lock on the folder; the system releases it whenever the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.read(descriptor, 32).decode().strip()
+        os.close(descriptor)
+        raise BlockingIOError(
+            error.errno, f"another process (pid {owner or 'unknown'}) is writing to {folder}; wait for it or stop it"
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """A folder without a manifest must be empty, or hold only what a first shard cut short may have left."""
+    known = {LOCK, VOCABULARY, HELD_OUT, "shard_00000.safetensors"}
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if strange:
+        raise ValueError(
+            f"{folder} is not empty and holds no activations (it has {strange[0]!r}); give a new or an empty folder"
+        )
