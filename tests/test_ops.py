@@ -1,0 +1,318 @@
+"""Every op on every backend, case and dtype, against the float64 truth of fastsae.reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsae import SparseCodes, ops, reference
+from tests import truth
+from tests.cases import BY_NAME, CASES, DTYPES, FINITE, Case
+
+every_backend = pytest.mark.parametrize(("backend", "dtype"), truth.backend_dtypes(*DTYPES))
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_finite_case = pytest.mark.parametrize("case", FINITE, ids=str)
+both_layouts = pytest.mark.parametrize("make", [truth.fixed_codes, truth.ragged_codes], ids=["fixed", "ragged"])
+
+
+# -- encoders ---------------------------------------------------------------------------------------------------------
+
+
+@every_backend
+@every_case
+@pytest.mark.parametrize("precision", ["exact", "fp32"])
+def test_encode_topk(case: Case, backend: str, dtype: torch.dtype, precision: str) -> None:
+    x, W, b = case.inputs(dtype)
+    codes = ops.encode_topk(x, W, b, case.K, backend=backend, precision=precision)
+    assert codes.acts.dtype == dtype
+    assert codes.acts.shape == (case.N, case.K)
+    pre, magnitude = truth.scores(x, W, b)
+    truth.assert_top_k(codes, pre, magnitude, case.K, case.exact)
+    assert codes.redone is not None
+    assert codes.redone.shape == ()
+    assert 0 <= int(codes.redone) <= case.N
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["random", "odd", "ties", "norms", "hot-latent"])
+def test_encode_topk_with_a_prepared_screen_finds_the_same(name: str, backend: str, dtype: torch.dtype) -> None:
+    case = BY_NAME[name]
+    x, W, b = case.inputs(dtype)
+    screen = ops.prepare_screen(W, b, backend=backend)
+    with_screen = ops.encode_topk(x, W, b, case.K, screen=screen, backend=backend)
+    without = ops.encode_topk(x, W, b, case.K, backend=backend)
+    assert torch.equal(with_screen.acts, without.acts)
+    assert torch.equal(with_screen.indices, without.indices)
+
+
+@every_backend
+@every_finite_case
+def test_encode_topk_on_rows(case: Case, backend: str, dtype: torch.dtype) -> None:
+    x, W, b = case.inputs(dtype)
+    present = torch.arange(0, case.M, 3, dtype=torch.int32)
+    rows = torch.cat([present, torch.full((case.K,), -1, dtype=torch.int32)])  # the count is smaller than the capacity
+    codes = ops.encode_topk(x, W, b, case.K, rows=rows, backend=backend)
+    pre, magnitude = truth.scores(x, W, b)
+    masked = torch.full_like(pre, -1.0)
+    masked[:, present.long()] = pre[:, present.long()]
+    truth.assert_top_k(codes, masked, magnitude, case.K, case.exact)
+
+
+@every_backend
+def test_encode_topk_on_no_rows_is_empty(backend: str, dtype: torch.dtype) -> None:
+    x, W, b = BY_NAME["odd"].inputs(dtype)
+    codes = ops.encode_topk(x, W, b, 5, rows=torch.full((9,), -1, dtype=torch.int32), backend=backend).check()
+    assert int(codes.nnz) == 0
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["random", "odd", "hot-latent"])
+def test_encode_topk_with_many_rows(name: str, backend: str, dtype: torch.dtype) -> None:
+    """AuxK takes up to half the width of the model from the dead latents: K is large there."""
+    case = BY_NAME[name]
+    x, W, b = case.inputs(dtype)
+    dead = torch.arange(case.M, dtype=torch.int32)[case.M // 4 :]
+    codes = ops.encode_topk(x, W, b, case.D // 2, rows=dead, backend=backend)
+    pre, magnitude = truth.scores(x, W, b)
+    pre[:, : case.M // 4] = -1
+    truth.assert_top_k(codes, pre, magnitude, case.D // 2, case.exact)
+
+
+@every_backend
+@every_finite_case
+def test_encode_topk_gated_by_scale(case: Case, backend: str, dtype: torch.dtype) -> None:
+    x, W, b = case.inputs(dtype)
+    scale = torch.linspace(-1, 2, case.M).to(dtype)
+    scale[0] = 0
+    codes = ops.encode_topk(x, W, b, case.K, scale=scale, backend=backend)
+    pre, magnitude = truth.scores(x, W, b)
+    truth.assert_top_k(codes, pre * scale.double(), magnitude * scale.double().abs(), case.K, exact=False)
+
+
+@every_backend
+def test_encode_topk_of_a_shard(backend: str, dtype: torch.dtype) -> None:
+    case = BY_NAME["odd"]
+    x, W, b = case.inputs(dtype)
+    codes = ops.encode_topk(x, W, b, case.K, index_offset=1000, backend=backend)
+    assert codes.d_sae == 1000 + case.M
+    pre, magnitude = truth.scores(x, W, b)
+    truth.assert_top_k(codes, pre, magnitude, case.K, case.exact, offset=1000)
+
+
+def _thresholds(case: Case, pre: Tensor) -> dict[str, Tensor]:
+    """One for all, one per latent, one per token; each lets a different share of the latents through."""
+    filled = torch.where(pre.isnan(), 0, pre)
+    if case.N == 0:
+        return {"one": torch.tensor(0.0), "latent": torch.zeros(case.M), "token": torch.zeros(0, 1)}
+    return {
+        "one": filled.quantile(0.9).float(),
+        "latent": filled.quantile(0.8, dim=0).float() + 0.01,
+        "token": filled.quantile(0.95, dim=1, keepdim=True).float(),
+    }
+
+
+def _assert_above(codes: SparseCodes, pre: Tensor, magnitude: Tensor, threshold: Tensor) -> None:
+    """codes hold every pre-act that is above by more than the bound, and none that is below by more than it."""
+    codes.check()
+    slack = truth.bound(pre, magnitude, torch.float64 if codes.acts.dtype == torch.float64 else torch.float32)
+    stored = torch.zeros_like(pre, dtype=torch.bool)
+    slots = codes.occupied()
+    tokens, latents = codes.token_ids()[slots], codes.indices[slots].long()
+    stored[tokens, latents] = True
+    assert bool((stored | ~(pre > threshold + slack)).all()), "a latent above the threshold is missing"
+    assert bool((~stored | ~(pre <= threshold - slack)).all()), "a latent below the threshold is there"
+    assert bool((stored | ~pre.isnan()).all()), "NaN counts as above"
+    truth.assert_within(codes.acts[slots], pre[tokens, latents], magnitude[tokens, latents], "the pre-acts")
+
+
+@every_backend
+@every_case
+@pytest.mark.parametrize("kind", ["one", "latent", "token"])
+def test_encode_above(case: Case, backend: str, dtype: torch.dtype, kind: str) -> None:
+    x, W, b = case.inputs(dtype)
+    pre, magnitude = truth.scores(x, W, b)
+    threshold = _thresholds(case, pre)[kind]
+    codes, overflow = ops.encode_above(x, W, b, threshold, case.N * case.M, backend=backend)
+    assert codes.acts.dtype == dtype
+    assert not bool(overflow)
+    _assert_above(codes, pre, magnitude, threshold.double())
+
+
+@every_backend
+def test_encode_above_keeps_the_sign(backend: str, dtype: torch.dtype) -> None:
+    case = BY_NAME["all-negative"]
+    x, W, b = case.inputs(dtype)
+    codes, _ = ops.encode_above(x, W, b, -1000.0, case.N * case.M, backend=backend)
+    pre, magnitude = truth.scores(x, W, b)
+    truth.assert_within(codes.to_dense(), pre, magnitude, "every pre-act")
+
+
+@every_backend
+@pytest.mark.parametrize("capacity", [0, 1, 77])
+def test_encode_above_overflows_in_token_order(backend: str, dtype: torch.dtype, capacity: int) -> None:
+    case = BY_NAME["ties"]
+    x, W, b = case.inputs(dtype)
+    codes, overflow = ops.encode_above(x, W, b, 0.5, capacity, backend=backend)
+    assert bool(overflow)
+    assert codes.offsets is not None
+    assert int(codes.offsets[-1]) == capacity
+    codes.check()
+    pre, _ = truth.scores(x, W, b)
+    _, latents = (pre > 0.5).nonzero(as_tuple=True)
+    assert torch.equal(codes.indices.long(), latents[:capacity])
+
+
+@every_backend
+@every_finite_case
+def test_encode_batch_topk(case: Case, backend: str, dtype: torch.dtype) -> None:
+    x, W, b = case.inputs(dtype)
+    codes = ops.encode_batch_topk(x, W, b, case.K, backend=backend).check()
+    assert codes.acts.shape == (case.N * case.K,)
+    pre, magnitude = truth.scores(x, W, b)
+    best = reference.batch_top_k(pre, case.K)
+    expected, places = best.flatten().sort(descending=True, stable=True)
+    expected, places = expected[: case.N * case.K], places[: case.N * case.K]
+    slots = codes.occupied()
+    assert bool((codes.acts[slots] > 0).all()), "zeros are not stored"
+    found = torch.zeros_like(codes.acts)
+    found[: int(slots.sum())] = codes.acts[slots].sort(descending=True).values
+    truth.assert_within(found, expected, magnitude.flatten()[places], "the sorted acts")
+    tokens, latents = codes.token_ids()[slots], codes.indices[slots].long()
+    truth.assert_within(codes.acts[slots], pre[tokens, latents], magnitude[tokens, latents], "the acts at the indices")
+    if case.exact:
+        assert torch.equal(codes.to_dense().double(), best)
+
+
+@every_backend
+def test_encode_batch_topk_keeps_nan(backend: str, dtype: torch.dtype) -> None:
+    case = BY_NAME["nan"]
+    x, W, b = case.inputs(dtype)
+    codes = ops.encode_batch_topk(x, W, b, case.K, backend=backend).check()
+    # 28 slots, and a token with 130 NaN: they rank highest and take all of them, the lower latents first.
+    assert codes.l0.tolist() == [0, 28, 0, 0, 0, 0, 0]
+    assert bool(codes.acts.isnan().all())
+    assert codes.indices.tolist() == list(range(28))
+
+
+# -- decode, active_dot, active_outer, by_latent ----------------------------------------------------------------------
+
+
+@every_backend
+@every_finite_case
+@both_layouts
+def test_decode(case: Case, make, backend: str, dtype: torch.dtype) -> None:
+    codes, _, W = make(case, dtype)
+    A, W64 = codes.to(torch.float64).to_dense(), W.double()
+    got = ops.decode(codes, W, backend=backend)
+    assert got.dtype == dtype
+    truth.assert_within(got, reference.decode(A, W64), reference.decode(A.abs(), W64.abs()), "the reconstruction")
+
+
+@every_backend
+@every_finite_case
+@both_layouts
+def test_active_dot(case: Case, make, backend: str, dtype: torch.dtype) -> None:
+    codes, x, W = make(case, dtype)
+    got = ops.active_dot(x, codes, W, backend=backend)
+    assert got.shape == codes.acts.shape
+    assert got.dtype == dtype
+    slots = codes.occupied()
+    assert bool((got[~slots] == 0).all()), "an empty slot has a dot product"
+    tokens, latents = codes.token_ids().view(slots.shape)[slots], codes.indices[slots].long()
+    x64, W64 = x.double(), W.double()
+    dense, magnitude = reference.active_dot(x64, W64), reference.active_dot(x64.abs(), W64.abs())
+    truth.assert_within(got[slots], dense[tokens, latents], magnitude[tokens, latents], "the dot products")
+
+
+@every_backend
+@every_finite_case
+@both_layouts
+@pytest.mark.parametrize("regrouped", [False, True])
+def test_active_outer(case: Case, make, backend: str, dtype: torch.dtype, regrouped: bool) -> None:
+    codes, x, _ = make(case, dtype)
+    A, x64 = codes.to(torch.float64).to_dense(), x.double()
+    order = ops.by_latent(codes, backend=backend) if regrouped else None
+    got = ops.active_outer(codes, x, by_latent=order, backend=backend)
+    assert got.dtype == dtype
+    truth.assert_within(
+        got, reference.active_outer(A, x64), reference.active_outer(A.abs(), x64.abs()), "the dictionary gradient"
+    )
+
+
+@every_backend
+@every_finite_case
+@both_layouts
+def test_by_latent(case: Case, make, backend: str, dtype: torch.dtype) -> None:
+    codes, _, _ = make(case, dtype)
+    order = ops.by_latent(codes, backend=backend)
+    assert order.offsets.dtype == order.slots.dtype == torch.int64
+    assert order.tokens.dtype == torch.int32
+    occupied = codes.occupied().flatten().nonzero().squeeze(1)
+    latents, tokens = codes.indices.flatten()[occupied], codes.token_ids()[occupied]
+    expected = latents.argsort(stable=True)  # slots ascend by token already
+    n = occupied.numel()
+    assert torch.equal(order.offsets.diff(), torch.bincount(latents, minlength=case.M))
+    assert int(order.offsets[0]) == 0
+    assert torch.equal(order.slots[:n], occupied[expected])
+    assert torch.equal(order.tokens[:n].long(), tokens[expected])
+
+
+@every_backend
+def test_slots_of_zero_may_lie_anywhere(backend: str, dtype: torch.dtype) -> None:
+    """A gradient has zeros between its entries: decode and active_outer must not stop at the first one."""
+    codes, x, W = truth.fixed_codes(BY_NAME["random"], dtype)
+    acts = codes.acts.clone()
+    acts[:, ::2] = 0
+    holes = SparseCodes(acts, codes.indices, codes.d_sae)
+    A, W64, x64 = holes.to(torch.float64).to_dense(), W.double(), x.double()
+    truth.assert_within(
+        ops.decode(holes, W, backend=backend), reference.decode(A, W64), reference.decode(A.abs(), W64.abs())
+    )
+    truth.assert_within(
+        ops.active_outer(holes, x, backend=backend), A.mT @ x64, A.abs().mT @ x64.abs(), "the dictionary gradient"
+    )
+    assert bool((ops.active_dot(x, holes, W, backend=backend)[:, ::2] == 0).all())
+    assert int(ops.by_latent(holes, backend=backend).offsets[-1]) == int(holes.nnz)
+
+
+@every_backend
+def test_a_latent_stored_twice_counts_twice(backend: str, dtype: torch.dtype) -> None:
+    """Not a valid code, and yet it must not be dropped in silence."""
+    acts = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 0.0]], dtype=dtype)
+    codes = SparseCodes(acts, torch.tensor([[1, 1, 3], [0, 0, 3]], dtype=torch.int32), 4)
+    W = torch.arange(8.0).view(4, 2).to(dtype)
+    assert ops.decode(codes, W, backend=backend).tolist() == [[30.0, 37.0], [0.0, 24.0]]
+    assert ops.active_outer(codes, acts.new_ones(2, 1), backend=backend).tolist() == [[24.0], [3.0], [0.0], [4.0]]
+
+
+@every_backend
+def test_nan_reaches_every_result_of_its_token(backend: str, dtype: torch.dtype) -> None:
+    case = BY_NAME["nan"]
+    x, W, b = case.inputs(dtype)
+    codes = ops.encode_topk(x, W, b, case.K, backend=backend).check()
+    assert codes.indices[1].tolist() == list(range(case.K)), "NaN ties go to the lower index"
+    recon = ops.decode(codes, W, backend=backend)
+    assert bool(recon[1].isnan().all())
+    assert bool(recon[[0, 2, 3, 4, 5, 6]].isfinite().all())
+    assert bool(ops.active_outer(codes, W[: case.N], backend=backend)[: case.K].isnan().all())
+
+
+@pytest.mark.parametrize("backend", truth.ENGINES)  # torch's own matmul, the reference's, promises nothing here
+@pytest.mark.parametrize("dtype", truth.NARROW, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(backend: str, dtype: torch.dtype) -> None:
+    case = BY_NAME["hot-latent"]
+    x, W, b = case.inputs(dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            codes = ops.encode_topk(x, W, b, case.K, backend=backend)
+            above, _ = ops.encode_above(x, W, b, 0.5, case.N * case.M, backend=backend)
+            batch = ops.encode_batch_topk(x, W, b, case.K, backend=backend)
+            outer = ops.active_outer(codes, x, backend=backend)
+            results.append([codes.acts, codes.indices, above.to_dense(), batch.to_dense(), outer])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
