@@ -121,10 +121,10 @@ class RowFilter:
         if count and self._nonfinite == "raise":
             row = int(bad.nonzero()[0])
             window, position = divmod(int(places[row]), width)
+            place = f"window {window} of its batch, position {position}, token id {int(token_ids[window, position])}"
             raise ValueError(
                 f"{self.name} gave {count:,} rows with NaN or inf, first in row "
-                f"{int(self.counts['tokens']) + int(places[row]):,} of the stream (window {window} of its batch, position "
-                f"{position}, token id {int(token_ids[window, position])}): the model overflows there or its weights are "
-                "damaged; try float32, or drop such rows (nonfinite 'drop')"
+                f"{int(self.counts['tokens']) + int(places[row]):,} of the stream ({place}): the model overflows there "
+                "or its weights are damaged; try float32, or drop such rows (nonfinite 'drop')"
             )
         return (rows[~bad], places[~bad.cpu()], count) if count else (rows, places, 0)
