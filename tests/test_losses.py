@@ -1,0 +1,122 @@
+"""mse, fvu and AuxK against hand-computed numbers and dense arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastsae import losses, reference
+from tests.dense_sae import DenseSAE, sae_for_test, tokens
+
+RECON = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+TARGET = torch.tensor([[0.0, 2.0], [3.0, 1.0]])
+
+
+def test_mse_and_fvu_by_hand():
+    # Errors (1, 0) and (0, 3): 1 + 9. The mean target is (1.5, 1.5): deviations 2.25 + .25 + 2.25 + .25.
+    assert float(losses.squared_error(RECON, TARGET)) == 10.0
+    assert float(losses.mse(RECON, TARGET)) == 5.0
+    assert float(losses.total_variance(TARGET)) == 5.0
+    assert float(losses.fvu(RECON, TARGET)) == 2.0
+
+
+def test_leading_dimensions_are_tokens():
+    x, y = tokens(24, 6, 1), tokens(24, 6, 2)
+    for loss in (losses.mse, losses.fvu):
+        torch.testing.assert_close(loss(x.view(2, 3, 4, 6), y.view(2, 3, 4, 6)), loss(x, y))
+
+
+def test_variance_far_from_the_origin_is_not_lost():
+    x = tokens(3000, 8, 3)
+    shifted = (x + 1000.0).float()
+    expected = (shifted.double() - shifted.double().mean(0)).square().sum()
+    torch.testing.assert_close(losses.total_variance(shifted).double(), expected, rtol=1e-4, atol=0)
+
+
+def test_narrow_dtypes_are_summed_in_float32():
+    x = torch.ones(4096, 64, dtype=torch.bfloat16)
+    total = losses.squared_error(x, torch.zeros_like(x))
+    assert total.dtype == torch.float32
+    assert float(total) == 4096 * 64
+
+
+def test_empty_and_lonely_batches():
+    assert float(losses.mse(torch.zeros(0, 3), torch.zeros(0, 3))) == 0.0
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=f"got {n} tokens, expected at least 2"):
+            losses.fvu(torch.zeros(n, 3), torch.zeros(n, 3))
+    with pytest.raises(ValueError, match="loss is 'l1', expected one of mse, fvu"):
+        losses.normaliser("l1", TARGET)
+
+
+@pytest.mark.parametrize("dead", [[], [0], [6], [1, 2, 5], list(range(7))])
+def test_dead_rows_list_the_dead_then_minus_one(dead):
+    mask = torch.zeros(7, dtype=torch.bool)
+    mask[dead] = True
+    rows = losses.dead_rows(mask)
+    assert rows.dtype == torch.int32
+    assert rows.tolist() == dead + [-1] * (7 - len(dead))
+
+
+def test_aux_weight_grows_with_the_dead():
+    mask = torch.zeros(10, dtype=torch.bool)
+    seen = []
+    for n in range(6):
+        mask[:n] = True
+        seen.append(float(losses.aux_weight(mask, 4)))
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("n_dead", [1, 3, 15])
+def test_encode_dead_is_a_dense_top_k_of_the_dead(n_dead):
+    sae = sae_for_test()
+    x = tokens(20, 10)
+    dead = torch.zeros(30, dtype=torch.bool)
+    dead[torch.randperm(30, generator=torch.Generator().manual_seed(4))[:n_dead]] = True
+    codes = losses.encode_dead(x, sae.W_enc, sae.b_enc, dead, 5)
+    pre = reference.pre_acts(x, sae.W_enc, sae.b_enc)
+    torch.testing.assert_close(codes.to_dense(), reference.keep_top_k(torch.where(dead, pre, 0), 5))
+    codes.check()
+
+
+def test_nobody_dead_is_noticed_at_once_on_a_cpu():
+    sae = sae_for_test()
+    assert losses.encode_dead(tokens(4, 10), sae.W_enc, sae.b_enc, torch.zeros(30, dtype=torch.bool), 5) is None
+
+
+@pytest.mark.parametrize("loss", ["mse", "fvu"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pre_bias", [False, True])
+def test_aux_k_trains_every_parameter_as_dense_autograd_does(loss, tied, pre_bias):
+    """The encoder and, through the pre-bias, b_dec are trained by AuxK too; the error itself is held fixed."""
+    sae = sae_for_test(aux_k=6, aux_coef=0.7, dead_after=1000, loss=loss, tied=tied, pre_bias=pre_bias, d_sae=60, k=3)
+    sae.tokens_since_fired[::2] = 1000
+    dense = DenseSAE(sae)
+    x = tokens(16, 10)
+    out, truth = sae(x), dense.losses(x)
+    assert float(truth["aux"].detach()) > 0
+    torch.testing.assert_close(out.losses["aux"], truth["aux"], rtol=1e-10, atol=0)
+    out.losses["aux"].backward()
+    truth["aux"].backward()
+    for name, p in sae.named_parameters():
+        expected = dense.params[name].grad
+        expected = torch.zeros_like(p) if expected is None else expected
+        got = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+    encoder = sae.W_dec if tied else sae.W_enc
+    assert float(encoder.grad[::2].abs().max()) > 0
+    assert (float(sae.b_dec.grad.abs().max()) > 0) if pre_bias else sae.b_dec.grad is None
+
+
+def test_aux_k_formula_is_the_reference():
+    """One dead latent in reach of every slot: weight 1, against fastsae.reference's own statement of the loss."""
+    sae = sae_for_test(pre_bias=True)
+    x = tokens(20, 10)
+    dead = torch.arange(30) % 3 == 0
+    params = {name: p.detach() for name, p in sae.named_parameters()}
+    aux = reference.AuxK(dead, k=5, coef=0.5)
+    _, truth = reference.terms_of(params, x, 4, target=None, pre_bias=True, loss="mse", aux=aux)
+    codes = losses.encode_dead(x - sae.b_dec, sae.W_enc, sae.b_enc, dead, 5)
+    error = x - sae(x).recon
+    got = losses.aux_k(codes, sae.W_dec, error, losses.aux_weight(dead, 5), 20)
+    torch.testing.assert_close(got.detach(), truth["aux"], rtol=1e-10, atol=0)
