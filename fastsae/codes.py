@@ -125,11 +125,12 @@ class SparseCodes:
         Of a ragged code the result has capacity nnz, which costs a host sync.
         """
         if self.offsets is None:
-            probe = torch.empty(self.batch_shape, device="meta") if not torch.is_tensor(key) else None
-            if probe is not None and probe[key].ndim == 0:
-                return replace(self, acts=self.acts[key][None], indices=self.indices[key][None], batch_shape=(1,))
-            acts = self.acts[key]
-            return replace(self, acts=acts, indices=self.indices[key], batch_shape=tuple(acts.shape[:-1]))
+            acts, indices = self.acts[key], self.indices[key]
+            if acts.shape[-1:] != self.acts.shape[-1:]:
+                raise IndexError(f"an index picks tokens: at most {len(self.batch_shape)} dimensions, got {key}")
+            if acts.ndim == 1:
+                acts, indices = acts[None], indices[None]
+            return replace(self, acts=acts, indices=indices, batch_shape=tuple(acts.shape[:-1]))
         tokens = torch.arange(self.n_tokens, device=self.acts.device).view(self.batch_shape)[key]
         lengths = self.offsets.diff()[tokens.flatten()]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -249,12 +250,15 @@ class SparseCodes:
 
 
 def _flatten_codes(codes: SparseCodes) -> tuple[list[Any], Any]:
-    return [codes.acts, codes.indices, codes.offsets, codes.redone], (codes.d_sae, codes.batch_shape)
+    optional = [name for name in ("offsets", "redone") if getattr(codes, name) is not None]
+    leaves = [codes.acts, codes.indices, *(getattr(codes, name) for name in optional)]
+    return leaves, (codes.d_sae, codes.batch_shape, tuple(optional))
 
 
 def _unflatten_codes(leaves: Any, context: Any) -> SparseCodes:
-    acts, indices, offsets, redone = leaves
-    return SparseCodes(acts, indices, context[0], offsets, context[1], redone)
+    acts, indices, *rest = leaves
+    d_sae, batch_shape, optional = context
+    return SparseCodes(acts, indices, d_sae, batch_shape=batch_shape, **dict(zip(optional, rest, strict=True)))
 
 
 pytree.register_pytree_node(SparseCodes, _flatten_codes, _unflatten_codes, serialized_type_name="fastsae.SparseCodes")
