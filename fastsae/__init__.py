@@ -7,18 +7,30 @@
 """
 
 from fastsae import autograd, ops
+from fastsae.activations import TopK
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
+from fastsae.optim import FusedTrainStep
+from fastsae.sae import SAEOutput, SparseAutoencoder
+from fastsae.schedules import Schedule
+from fastsae.serialize import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "FusedTrainStep",
     "LatentOrder",
+    "SAEOutput",
+    "Schedule",
     "Screen",
+    "SparseAutoencoder",
     "SparseCodes",
+    "TopK",
     "UpdateTerm",
     "autograd",
     "backends",
+    "load",
     "ops",
+    "save",
 ]
