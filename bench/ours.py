@@ -1,0 +1,92 @@
+"""fastsae as a contestant: the fused step as a user calls it, and the same step op by op, to time its parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import fastsae
+from bench.cases import Inputs
+from bench.dense import LR, bytes_of
+from bench.timing import Mark, unmarked
+from fastsae import SparseCodes, UpdateTerm, ops
+
+
+class Fused:
+    """fastsae.FusedTrainStep on a fastsae.SparseAutoencoder, nothing else."""
+
+    name = "fastsae"
+
+    def __init__(self, inputs: Inputs, k: int, *, lr: float = LR, backend: str | None = None) -> None:
+        M, D = inputs.W_enc.shape
+        self.sae = fastsae.SparseAutoencoder(D, M, fastsae.TopK(k))
+        self.sae.backend = backend
+        assert self.sae.W_enc is not None
+        with torch.no_grad():
+            self.sae.W_enc.copy_(inputs.W_enc)
+            self.sae.b_enc.copy_(inputs.b_enc)
+            self.sae.W_dec.copy_(inputs.W_dec)
+            self.sae.b_dec.copy_(inputs.b_dec)
+        self.train_step = fastsae.FusedTrainStep(self.sae, lr=lr, backend=backend)
+        self.metrics: dict[str, Tensor] = {}
+
+    def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
+        self.metrics = self.train_step(x)
+        return self.metrics["mse"]
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> SparseCodes:
+        return self.sae.encode(x)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.sae.decode(self.sae.encode(x))
+
+    def redone(self) -> int | None:
+        """Tokens of the last step that the encoder had to do again; None where the backend does not screen."""
+        return int(self.metrics["redone"]) if "redone" in self.metrics else None
+
+    def state_bytes(self) -> int:
+        """Weights and moments; the screening copy belongs to the step and is not counted."""
+        return bytes_of([*self.sae.parameters(), *self.train_step.state_dict()["state"].values()])
+
+
+class FusedByPart:
+    """The same step through fastsae.ops, with the screen and the moments held here: mark() after each part."""
+
+    name = "fastsae by part"
+
+    def __init__(self, inputs: Inputs, k: int, *, lr: float = LR, backend: str | None = None) -> None:
+        self.k, self.backend = k, backend
+        tensors = (inputs.W_enc, inputs.b_enc, inputs.W_dec, inputs.b_dec)
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (t.clone() for t in tensors)
+        both = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
+        self.moments = [torch.zeros_like(t) for t in both for _ in range(2)]
+        self.screen = ops.prepare_screen(self.W_enc, self.b_enc, backend=backend)
+        self.lr = torch.tensor(lr, dtype=torch.float64)
+        self.steps = torch.tensor(0)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
+        centred = x - self.b_dec
+        codes = ops.encode_topk(centred, self.W_enc, self.b_enc, self.k, screen=self.screen, backend=self.backend)
+        mark("encode")
+        recon = ops.decode(codes, self.W_dec, backend=self.backend).add_(self.b_dec)
+        mark("decode")
+        error = recon.sub_(x)
+        loss = error.square().sum(-1).mean()
+        grad = error.mul_(2 / x.shape[0])
+        mark("loss")
+        self.steps += 1
+        ops.update_latents_(
+            self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.moments,
+            [UpdateTerm(codes, centred, grad, has_bias=True)],
+            lr=self.lr, step=self.steps, betas=(0.9, 0.999), eps=1e-8, unit_norm=True, pre_bias=True,
+            screen=self.screen, backend=self.backend,
+        )  # fmt: skip
+        mark("update")
+        return loss
+
+    def state_bytes(self) -> int:
+        screen = [] if self.screen is None else self.screen.tensors
+        return bytes_of([self.W_enc, self.b_enc, self.W_dec, self.b_dec, *self.moments, *screen])

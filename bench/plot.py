@@ -1,0 +1,232 @@
+"""`python -m bench.plot`: the plots and the README's numbers, from bench/results/ and from nothing else.
+
+Writes <device>/*.svg and *.png beside the results, and replaces what stands between README.md's two markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from bench import results
+from bench.machine import ROOT
+
+BEGIN, END = "<!-- numbers: begin (python -m bench.plot) -->", "<!-- numbers: end -->"
+NO_RESULTS = "No results yet: `make bench` measures this machine and fills in this section."
+PRIMARY = "random"
+PARTS = ("encode", "decode", "loss", "update")
+COLORS = {"encode": "#3b6fb6", "decode": "#5aa469", "loss": "#b0a04f", "update": "#c2703d"}
+
+
+def step_ms(result: dict[str, Any], name: str, part: str = "step") -> float | None:
+    times = result["contestants"].get(name, {}).get("parts", {})
+    return times[part]["ms"] if part in times else None
+
+
+def best_peer(result: dict[str, Any]) -> str | None:
+    """The fastest public library in this result, or None where none took part."""
+    names = [name for name, entry in result["contestants"].items() if "version" in entry]
+    return min(names, key=lambda name: step_ms(result, name) or float("inf"), default=None)
+
+
+def number(value: float | None, form: str = ",.0f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def times(result: dict[str, Any], name: str | None, part: str = "step") -> str:
+    """How many times as long as fastsae a contestant takes."""
+    ours, theirs = step_ms(result, "fastsae", part), step_ms(result, name, part) if name else None
+    return f"{theirs / ours:{'.1f' if theirs > ours else '.2f'}}×" if ours and theirs else "-"
+
+
+def milliseconds(value: float | None) -> str:
+    return number(value, ",.0f" if value is not None and value >= 100 else ",.1f")
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def label(name: str, entry: dict[str, Any]) -> str:
+    """fastsae in bold, a library with its version, and what is special about its settings."""
+    if "version" in entry:
+        return f"{entry['version']} {name.partition(' ')[2]}".strip()
+    return f"**{name}**" if name == "fastsae" else name
+
+
+def contestants_table(result: dict[str, Any]) -> str:
+    """One case: every contestant, fastest first."""
+    lines = []
+    for name, entry in sorted(result["contestants"].items(), key=lambda item: item[1]["parts"]["step"]["ms"]):
+        ms = entry["parts"]["step"]["ms"]
+        peak = entry.get("extra_peak_bytes")
+        lines.append(
+            [
+                label(name, entry),
+                milliseconds(ms),
+                f"{milliseconds(entry['parts']['step']['p20'])} – {milliseconds(entry['parts']['step']['p80'])}",
+                number(result["case"]["N"] / ms * 1e3),
+                milliseconds(step_ms(result, name, "encode alone")),
+                number(peak / 1e6 if peak is not None else None),
+                times(result, name),
+            ]
+        )
+    head = ("whole training step", "ms", "p20 – p80", "tokens/s", "encode alone, ms", "extra memory, MB", "vs fastsae")
+    return table(head, lines)
+
+
+def cases_table(found: Sequence[dict[str, Any]]) -> str:
+    """Every case: fastsae's step, its parts, and how many times as long the others take."""
+    lines = []
+    for result in found:
+        case, ours = result["case"], result["contestants"].get("fastsae")
+        if ours is None:
+            continue
+        ms, redone = ours["parts"]["step"]["ms"], ours.get("redone_share")
+        isa = "" if result["isa"] == "best" else f", {result['isa']} only"
+        lines.append(
+            [
+                f"{case['name']}{isa} ({case['N']}, {case['D']}, {case['M']}, {case['K']})",
+                milliseconds(ms),
+                " / ".join(milliseconds(step_ms(result, "fastsae", part)) for part in PARTS),
+                f"{result['floors']['floor_ms']['step'] / ms:.0%}",
+                times(result, "dense fp32"),
+                times(result, "dense bf16"),
+                times(result, "sparse eager"),
+                times(result, best_peer(result)),
+                number(redone, ".2%"),
+            ]
+        )
+    head = ("case (N, D, M, K)", "ms", "encode / decode / loss / update", "floor / step", "dense fp32", "dense bf16",
+            "sparse eager", "best peer", "encoded twice")  # fmt: skip
+    return table(head, lines)
+
+
+def provenance(result: dict[str, Any]) -> str:
+    m, floors = result["machine"], result["floors"]
+    return (
+        f"{m['device']} ({', '.join(m['flags'])}), {m['threads']} threads, torch {m['torch']}, commit {m['commit']}, "
+        f"{m['date'][:10]}. Measured beside it: copies {floors['copy_gbs']:.1f} GB/s, torch's best product "
+        f"{floors['fp32_tflops']:.2f} TFLOP/s in fp32 and {floors['bf16_tflops']:.2f} in bf16."
+    )
+
+
+def section(folder: Path) -> str:
+    """One device's part of the README."""
+    found = results.read(folder)
+    by_name = {(result["case"]["name"], result["isa"]): result for result in found}
+    main = by_name.get((PRIMARY, "best"))
+    blocks = [f"### {folder.name}"]
+    if main is not None:
+        case = main["case"]
+        sizes = f"N={case['N']}, D={case['D']}, M={case['M']}, K={case['K']}"
+        blocks += [provenance(main), f"{sizes}, random inputs and weights:", contestants_table(main)]
+        blocks += [f"Left out: {name}: {reason}" for name, reason in main["left_out"].items()]
+    shown = [result for result in found if not result["case"]["name"].startswith("sweep-")]
+    blocks += ["All cases, each against the others in the same run:", cases_table(shown)]
+    pictures = [f"![{p.stem}]({p.relative_to(ROOT)})" for p in sorted(folder.glob("*.svg")) if ROOT in p.parents]
+    return "\n\n".join([*blocks, *pictures])
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    matplotlib.rcParams["svg.hashsalt"] = "fastsae"  # the same results give the same bytes
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")
+
+
+def plot_contestants(result: dict[str, Any], folder: Path) -> None:
+    """Tokens per second of a whole step, one bar for each contestant."""
+    n = result["case"]["N"]
+    pairs = sorted((n / entry["parts"]["step"]["ms"] * 1e3, name) for name, entry in result["contestants"].items())
+    figure = Figure(figsize=(7, 0.45 * len(pairs) + 1))
+    axes = figure.subplots()
+    bars = axes.barh([name for _, name in pairs], [rate for rate, _ in pairs],
+                     color=["#c2703d" if name == "fastsae" else "#9aa5b1" for _, name in pairs])  # fmt: skip
+    axes.bar_label(bars, [f"{rate:,.0f}" for rate, _ in pairs], padding=4)
+    axes.set_xlabel("tokens per second, whole training step")
+    axes.set_xlim(right=max(rate for rate, _ in pairs) * 1.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, folder, "contestants")
+
+
+def plot_parts(found: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Where fastsae's step spends its time, case by case, and the machine's floor as a mark."""
+    shown = [r for r in found if step_ms(r, "fastsae", "encode") and not r["case"]["name"].startswith("sweep-")]
+    if not shown:
+        return
+    labels = [r["case"]["name"] + ("" if r["isa"] == "best" else f" {r['isa']}") for r in shown]
+    figure = Figure(figsize=(7, 0.45 * len(shown) + 1.2))
+    axes = figure.subplots()
+    left = [0.0] * len(shown)
+    for part in PARTS:
+        widths = [step_ms(r, "fastsae", part) or 0.0 for r in shown]
+        axes.barh(labels, widths, left=left, color=COLORS[part], label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.plot([r["floors"]["floor_ms"]["step"] for r in shown], labels, "k|", markersize=16, label="floor")
+    axes.set_xlabel("milliseconds of a fastsae step, by part")
+    axes.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, folder, "parts")
+
+
+def plot_sweep(found: Sequence[dict[str, Any]], folder: Path) -> None:
+    """The step's time as one size grows, the others those of the primary case."""
+    ours = {r["case"]["name"]: r for r in found if r["isa"] == "best" and step_ms(r, "fastsae")}
+    if PRIMARY not in ours or not any(name.startswith("sweep-") for name in ours):
+        return
+    figure = Figure(figsize=(10, 2.6))
+    for axes, axis in zip(figure.subplots(1, 4), "NMDK", strict=True):
+        line = [r for name, r in ours.items() if name == PRIMARY or name.startswith(f"sweep-{axis}-")]
+        line.sort(key=lambda r: r["case"][axis])
+        sizes = [r["case"][axis] for r in line]
+        for part, style in (("step", "-"), ("encode", "--"), ("update", ":")):
+            axes.plot(sizes, [step_ms(r, "fastsae", part) for r in line], f"o{style}", markersize=3, label=part)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes], rotation=40)
+        axes.set_xlabel(axis)
+    figure.axes[0].set_ylabel("ms")
+    figure.axes[0].legend(frameon=False)
+    save(figure, folder, "sweep")
+
+
+def plot(folder: Path) -> None:
+    found = results.read(folder)
+    for result in found:
+        if (result["case"]["name"], result["isa"]) == (PRIMARY, "best"):
+            plot_contestants(result, folder)
+    plot_parts(found, folder)
+    plot_sweep(found, folder)
+
+
+def with_numbers(readme: str, text: str) -> str:
+    """The README with `text` between its markers. Raises ValueError where a marker is missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}, in this order")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args()
+    folders = sorted(folder for folder in options.results.glob("*") if any(folder.glob("*.json")))
+    for folder in folders:
+        plot(folder)
+        results.write_csv(folder)
+    text = "\n\n".join(section(folder) for folder in folders) or NO_RESULTS
+    options.readme.write_text(with_numbers(options.readme.read_text(), text))
+    print(f"{len(folders)} devices plotted; numbers written to {options.readme}")
+
+
+if __name__ == "__main__":
+    main()
