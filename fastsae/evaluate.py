@@ -5,6 +5,7 @@
     l0   = mean_n #{i : latent i is active on n}
     density_i = share of the tokens on which latent i is active
 
+All in the units of the rows, also where the module normalises its input (its training loss is then in other units).
 One pass over the rows in batches; sums in float64; memory is one batch's codes and a few vectors of M: no (N, M).
 """
 
@@ -65,9 +66,10 @@ class EvalResult:
         # JSON has no NaN or infinity: a value that does not exist (the fvu of equal rows) is null.
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
 
-    def write(self, path: str | Path, **extra: Any) -> None:
-        """Writes to_json() plus `extra` to a file."""
-        Path(path).write_text(json.dumps({**extra, **self.to_json()}, indent=2, allow_nan=False) + "\n")
+    def write(self, path: str | Path, *, with_density: bool = False, **extra: Any) -> None:
+        """Writes `extra` and to_json() as one JSON object to a file."""
+        record = {**extra, **self.to_json(with_density=with_density)}
+        Path(path).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def active_entries(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +82,7 @@ def active_entries(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:
         token = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
         nnz = token.shape[0]
         return token, codes.indices[:nnz].long(), codes.acts[:nnz]
-    acts, indices = codes.acts.flatten(0, -2), codes.indices.flatten(0, -2)
+    acts, indices = codes.flatten().acts, codes.flatten().indices
     token, slot = torch.nonzero(acts != 0, as_tuple=True)
     return token, indices[token, slot].long(), acts[token, slot]
 
@@ -147,7 +149,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"evaluate: batch_size must be at least 1, got {batch_size}")
-    like = next(sae.parameters())
+    like = sae.W_dec
     counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=like.device)
     spread = _CenteredSum()
     sse = cosine = ratio = 0.0
@@ -163,8 +165,8 @@ def evaluate(
                 x = batch.to(like.device, like.dtype)
                 y = x if target_batches is None else _next_target(target_batches, batch, like)
                 _require_finite(batch, n_tokens, "rows")
-                codes = sae.encode(x)
-                truth, recon = y.double(), sae.decode(codes).double()
+                out = sae(x) if target_batches is None else sae(x, y)
+                truth, recon = y.double(), out.recon.double()
                 sse += float((recon - truth).square().sum())
                 spread.add(truth)
                 norm, recon_norm = truth.norm(dim=-1), recon.norm(dim=-1)
@@ -172,7 +174,7 @@ def evaluate(
                 floor = torch.finfo(torch.float64).tiny
                 cosine += float(((truth * recon).sum(-1) / (norm * recon_norm).clamp_min(floor)).sum())
                 ratio += float((recon_norm[nonzero] / norm[nonzero]).sum())
-                counts += torch.bincount(active_entries(codes)[1], minlength=sae.d_sae)
+                counts += torch.bincount(active_entries(out.codes)[1], minlength=sae.d_sae)
                 n_tokens += x.shape[0]
                 n_nonzero += int(nonzero.sum())
     finally:

@@ -1,38 +1,27 @@
 """The texts that activate a latent most: which latents, which passages, and how strongly at each token.
 
-One pass of the encoder over the rows; memory follows the number of stored activations. Nothing is chosen by hand:
-latents are drawn at random within equal strata of density rank, passages are the strongest, one per window of text.
+One pass of the encoder over the rows, then one over the passages that are shown. Nothing is chosen by hand: latents are
+drawn at random within equal strata of density rank, passages are the strongest that do not overlap.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..data.contexts import Context as TokenContext
 from ..evaluate import active_entries
 
 if TYPE_CHECKING:
+    from ..data.shards import ShardSource
     from ..sae import SparseAutoencoder
 
-Decode = Callable[[Sequence[int]], str]
-
-
-@dataclasses.dataclass(frozen=True)
-class RowTexts:
-    """The text behind N activation rows: row n was made at `position[n]` of `windows[window[n]]`."""
-
-    windows: Sequence[Tensor]
-    """Token ids of each window of text, as the model read it."""
-    window: Tensor
-    """(N,) int64."""
-    position: Tensor
-    """(N,) int64."""
-    decode: Decode
-    """Token ids to text."""
+RUN_ROWS = 4096
+"""Rows read from one place where only a part of the rows is scanned: whole windows of text, mostly."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +30,14 @@ class Span:
 
     text: str
     act: float | None
-    """The latent's activation; None where the token is not among the rows (dropped when they were made)."""
+    """The latent's activation; None where the token's row was not stored (first position, norm filter)."""
     share: float = 0.0
     """act over the latent's maximum, 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
-    """One passage around a token on which the latent is strong."""
+class Passage:
+    """The text around a token on which the latent is strong."""
 
     peak: float
     spans: list[Span]
@@ -65,13 +54,13 @@ class LatentCard:
     index: int
     density: float
     max_act: float
-    contexts: list[Context]
+    passages: list[Passage]
     top_tokens: list[str]
     """The distinct tokens at the peaks, strongest first."""
 
     @property
     def density_text(self) -> str:
-        return f"{self.density:.2%}" if self.density >= 1e-4 else f"{self.density:.1e}"
+        return f"{self.density:.2%}" if self.density >= 1e-3 else f"{self.density:.4%}"
 
     @property
     def max_text(self) -> str:
@@ -96,67 +85,97 @@ def pick_spread(density: Tensor, count: int, seed: int = 0) -> list[int]:
     return picks
 
 
-def token_pieces(ids: Sequence[int], decode: Decode) -> list[str]:
-    """The text that each token adds to the text of those before it; the pieces joined are decode(ids).
-
-    A character cut over several tokens (bytes of UTF-8) is given whole to the token that completes it.
-    """
-    pieces: list[str] = []
-    before = ""
-    for end in range(1, len(ids) + 1):
-        text = decode(ids[:end])
-        if end < len(ids) and (text.endswith("\ufffd") or not text.startswith(before)):
-            pieces.append("")
-            continue
-        pieces.append(text[len(before) :] if text.startswith(before) else decode(ids[end - 1 : end]))
-        before = text
-    return pieces
+def spread_rows(n: int, most: int) -> list[range]:
+    """Ranges of row ids, ascending, with at most `most` ids: all n, or runs of RUN_ROWS spread evenly over them."""
+    if n <= most:
+        return [range(n)] if n else []
+    size = min(RUN_ROWS, most)
+    runs = most // size
+    starts = [i * (n - size) // max(runs - 1, 1) for i in range(runs)]
+    return [range(start, start + size) for start in starts]
 
 
 def latent_cards(
     sae: SparseAutoencoder,
-    rows: Iterable[Tensor],
-    texts: RowTexts,
+    source: ShardSource,
     *,
     latents: int = 24,
-    contexts: int = 8,
-    radius: int = 20,
+    passages: int = 8,
+    width: int = 20,
     seed: int = 0,
-) -> list[LatentCard]:
-    """Cards of a spread sample of latents, densest first.
+    max_rows: int = 131_072,
+) -> tuple[list[LatentCard], int]:
+    """Cards of a spread sample of latents, densest first, and the number of rows that were scanned.
 
-    rows    blocks (n, d_in) that together are the N rows of `texts`, in order.
-    radius  tokens shown on either side of the strongest one.
-    Raises ValueError where rows and texts differ in number.
+    width     tokens shown on either side of the strongest one.
+    max_rows  rows scanned at most (the held-out ones count as the last); memory is 12 bytes for each active latent.
+    Raises ValueError where the rows were stored without their text.
     """
-    entries = _encode_all(sae, rows)
-    n_rows = entries.n_rows
-    if not n_rows == len(texts.window) == len(texts.position):
-        raise ValueError(f"got {n_rows} rows but texts for {len(texts.window)}; they must be the same rows in order")
-    if n_rows == 0:
-        return []
-    density = torch.bincount(entries.latent, minlength=sae.d_sae).double() / n_rows
+    n_rows = (source.n_tokens or 0) + len(source.held_out_ids())
+    runs = spread_rows(n_rows, max_rows)
+    ids = torch.cat([torch.arange(run.start, run.stop) for run in runs]) if runs else torch.empty(0, dtype=torch.long)
+    scan = _encode(sae, (rows for run in runs for _, rows in source.iterate(RUN_ROWS, run)))
+    if scan.n_rows == 0:
+        return [], 0
+    density = torch.bincount(scan.latent, minlength=sae.d_sae).double() / scan.n_rows
     chosen = pick_spread(density, latents, seed)
-    acts = entries.columns(chosen, sae.d_sae)  # (N, len(chosen)): a handful of latents, not M
+    strongest = scan.columns(chosen, sae.d_sae)  # (rows, len(chosen)): a handful of latents, not M
 
-    row_of = _row_table(texts)
-    n_windows = len(texts.windows)
+    # Neighbours of a strong token are often strong too, so more candidates than passages are looked at.
+    best = torch.topk(strongest, min(8 * passages, scan.n_rows), dim=0)
+    candidates = source.contexts(ids[best.indices.T.flatten()], width)
+    each = best.values.shape[0]
+    shown = [
+        _distinct(candidates[i * each : (i + 1) * each], best.values[:, i].tolist(), passages)
+        for i in range(len(chosen))
+    ]
+    # Tokens of a passage may lie outside the scanned rows: the passages are encoded for themselves.
+    wanted = torch.tensor(sorted({row for contexts in shown for c in contexts for row in c.rows if row >= 0}))
+    acts = _encode(sae, [source.rows(wanted)]).columns(chosen, sae.d_sae)
+    place = {row: i for i, row in enumerate(wanted.tolist())}
     cards = []
     for slot, index in enumerate(chosen):
-        column = acts[:, slot]
-        peak_of_window = torch.zeros(n_windows).scatter_reduce(0, texts.window, column, "amax")
-        best = torch.sort(peak_of_window, descending=True, stable=True)
-        strongest = float(best.values[0])
-        made = []
-        tops: dict[str, None] = {}
-        for peak, window in zip(best.values[:contexts].tolist(), best.indices[:contexts].tolist(), strict=True):
-            if peak <= 0:
-                break
-            context, top = _context(texts, row_of[window], column, window, peak, strongest, radius)
-            made.append(context)
-            tops.setdefault(top)
-        cards.append(LatentCard(index, float(density[index]), strongest, made, list(tops)[:5]))
-    return cards
+        column = acts[:, slot].tolist()
+        shades = [[None if row < 0 else column[place[row]] for row in context.rows] for context in shown[slot]]
+        peak = float(strongest[:, slot].max())
+        made = [passage(context, shade, peak) for context, shade in zip(shown[slot], shades, strict=True)]
+        tops = dict.fromkeys(visible(context.tokens[context.center]) for context in shown[slot])
+        cards.append(LatentCard(index, float(density[index]), peak, made, list(tops)[:5]))
+    return cards, scan.n_rows
+
+
+def _distinct(contexts: Sequence[TokenContext], acts: Sequence[float], most: int) -> list[TokenContext]:
+    """The first contexts with act > 0 whose token lies in none of those before."""
+    kept: list[TokenContext] = []
+    covered: set[int] = set()
+    for context, act in zip(contexts, acts, strict=True):
+        if len(kept) == most or act <= 0:
+            break
+        if context.row not in covered:
+            kept.append(context)
+            covered.update(context.rows)
+    return kept
+
+
+def passage(context: TokenContext, acts: Sequence[float | None], strongest: float) -> Passage:
+    """The context's tokens with their acts; neighbours without an act are joined into one span."""
+    spans: list[Span] = []
+    for token, act in zip(context.tokens, acts, strict=True):
+        text = visible(token)
+        if act is not None and act > 0:
+            # A share that rounds to nothing would hide that the latent is active at all.
+            spans.append(Span(text, act, min(1.0, max(0.01, act / strongest))))
+        elif spans and spans[-1].act == act:
+            spans[-1] = Span(spans[-1].text + text, act)
+        else:
+            spans.append(Span(text, act))
+    return Passage(float(acts[context.center] or 0.0), spans)
+
+
+def visible(text: str) -> str:
+    """Text with line breaks and control characters as signs, so that a passage stays one paragraph."""
+    text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() or c == " " else "·" for c in text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +188,7 @@ class _Entries:
     act: Tensor
 
     def columns(self, latents: list[int], d_sae: int) -> Tensor:
-        """(N, len(latents)) float32: the acts of these latents, 0 where not active."""
+        """(n_rows, len(latents)) float32: the acts of these latents, 0 where not active."""
         slot_of = torch.full((d_sae,), -1)
         slot_of[torch.tensor(latents, dtype=torch.long)] = torch.arange(len(latents))
         slots = slot_of[self.latent.long()]
@@ -179,15 +198,15 @@ class _Entries:
         return dense
 
 
-def _encode_all(sae: SparseAutoencoder, blocks: Iterable[Tensor], batch_size: int = 4096) -> _Entries:
-    like = next(sae.parameters())
+def _encode(sae: SparseAutoencoder, blocks: Iterable[Tensor]) -> _Entries:
+    like = sae.W_dec
     rows, latents, acts, n = [], [], [], 0
     was_training = sae.training
     sae.eval()
     try:
         with torch.no_grad():
             for block in blocks:
-                for batch in block.split(batch_size):
+                for batch in block.split(RUN_ROWS):
                     token, latent, act = active_entries(sae.encode(batch.to(like.device, like.dtype)))
                     # int32: two thirds of the memory of a long pass is indices
                     rows.append((token + n).int().cpu())
@@ -200,41 +219,3 @@ def _encode_all(sae: SparseAutoencoder, blocks: Iterable[Tensor], batch_size: in
         empty = torch.empty(0)
         return _Entries(0, empty.int(), empty.int(), empty)
     return _Entries(n, torch.cat(rows), torch.cat(latents), torch.cat(acts))
-
-
-def _row_table(texts: RowTexts) -> list[Tensor]:
-    """Per window (its length,): the row made at each position, -1 where there is none."""
-    lengths = torch.tensor([len(w) for w in texts.windows])
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    flat = torch.full((int(starts[-1]),), -1)
-    flat[starts[texts.window] + texts.position] = torch.arange(len(texts.window))
-    return list(flat.split(lengths.tolist()))
-
-
-def _context(
-    texts: RowTexts, row_of: Tensor, column: Tensor, window: int, peak: float, strongest: float, radius: int
-) -> tuple[Context, str]:
-    """The passage around a window's peak, and the text of the token at the peak."""
-    inside = row_of >= 0
-    acts = torch.where(inside, column[row_of.clamp_min(0)], -1.0)
-    at = int(acts.argmax())
-    low, high = max(0, at - radius), min(len(acts), at + radius + 1)
-    ids = [int(t) for t in texts.windows[window][low:high]]
-    pieces = token_pieces(ids, texts.decode)
-    spans: list[Span] = []
-    for piece, act in zip(pieces, acts[low:high].tolist(), strict=True):
-        if act > 0:
-            spans.append(Span(visible(piece), act, max(0.01, min(1.0, act / strongest))))
-            continue
-        value = None if act < 0 else 0.0
-        if spans and spans[-1].act == value and spans[-1].share == 0:
-            spans[-1] = Span(spans[-1].text + visible(piece), value)
-        else:
-            spans.append(Span(visible(piece), value))
-    return Context(peak, spans), visible(pieces[at - low])
-
-
-def visible(text: str) -> str:
-    """Text with line breaks and control characters as signs, so that a passage stays one paragraph."""
-    text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() or c == " " else "·" for c in text)

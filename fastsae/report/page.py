@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.resources
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from .contexts import LatentCard
+from ..checkpoint import CheckpointError
+from ..data.shards import ShardSource
+from ..opening import open_run, rows_of_run, version
+from .contexts import LatentCard, latent_cards
 from .plots import all_plots
 from .runlog import Record, RunLog, read_run
 
@@ -53,12 +58,40 @@ def render(log: RunLog, latents: LatentSection | None = None) -> str:
     )
 
 
+def total_steps(config: Record) -> int | None:
+    """The updates that the settings ask for, or None where they do not say."""
+    train, source = config.get("train"), config.get("source")
+    if not isinstance(train, dict):
+        return None
+    tokens = train.get("tokens") or (source.get("n_tokens") if isinstance(source, dict) else None)
+    size = train.get("batch_size")
+    return train.get("steps") or (math.ceil(tokens / size) if tokens and size else None)
+
+
 def _subtitle(log: RunLog) -> str:
-    return ""
+    parts = []
+    sae = log.config.get("sae")
+    if isinstance(sae, dict) and "d_sae" in sae:
+        rule = sae.get("activation")
+        if isinstance(rule, dict):
+            rest = ", ".join(f"{name} {value}" for name, value in rule.items() if name != "kind")
+            parts.append(f"{rule.get('kind', '')} ({rest})")
+        parts.append(f"{sae.get('d_in', '?')} inputs, {sae['d_sae']:,} latents")
+    step, total = log.last("step"), total_steps(log.config)
+    if step is not None:
+        if total is None or step >= total:
+            parts.append(f"{step:,.0f} steps")
+        else:
+            parts.append(f"step {step:,.0f} of {total:,}: not finished")
+    return " · ".join(parts)
 
 
 def _footer(log: RunLog) -> str:
-    return ""
+    machine = log.config.get("machine")
+    torch_version = machine.get("torch") if isinstance(machine, dict) else None
+    now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    made = f"Written by fastsae {version()} on {now}"
+    return f"{made}; trained with torch {torch_version}." if torch_version else f"{made}."
 
 
 def _tiles(log: RunLog) -> list[Tile]:
@@ -115,10 +148,59 @@ def _rows(section: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def write_report(run_dir: str | Path) -> Path:
+def latent_section(
+    log: RunLog, *, latents: int, passages: int, seed: int, max_rows: int, backend: str | None
+) -> LatentSection | None:
+    """The latents and their texts, or None, with a note where there should have been some.
+
+    A report is also for a run that is broken or has moved: what cannot be read is said on the page, not raised.
+    """
+    try:
+        source = rows_of_run(log.config)
+        if not isinstance(source, ShardSource) or source.manifest.vocabulary is None:
+            return None  # not from text, or without the text stored beside it
+        run = open_run(log.folder)
+        run.sae.backend = backend
+        cards, scanned = latent_cards(run.sae, source, latents=latents, passages=passages, seed=seed, max_rows=max_rows)
+    except (OSError, ValueError, CheckpointError) as error:
+        log.notes.append(f"No latents are shown: {error}")
+        return None
+    if not cards:
+        return None
+    intro = (
+        f"{len(cards)} of the latents that fired, one drawn at random (seed {seed}) from each of {len(cards)} equal "
+        f"strata of density rank, densest first. For each, its {passages} strongest passages that do not overlap, over "
+        f"{scanned:,} rows, with the activation at the strongest token. Weights of step {run.step:,}."
+    )
+    return LatentSection(intro, cards)
+
+
+def write_report(
+    run_dir: str | Path,
+    *,
+    out: str | Path | None = None,
+    latents: int = 24,
+    passages: int = 8,
+    seed: int = 0,
+    max_rows: int = 131_072,
+    backend: str | None = None,
+) -> Path:
+    """Writes the report of a run folder, finished or not, and returns its path (None: run_dir/report.html).
+
+    latents   how many are shown with their texts, where the activations were stored with theirs; 0: none.
+    max_rows  rows scanned for these texts at most.
+    The page is replaced in one step. Raises FileNotFoundError or ValueError where run_dir is no run; OSError where the
+    page cannot be written.
+    """
     log = read_run(run_dir)
-    path = log.folder / "report.html"
+    section = None
+    if latents > 0:
+        section = latent_section(log, latents=latents, passages=passages, seed=seed, max_rows=max_rows, backend=backend)
+    path = log.folder / "report.html" if out is None else Path(out)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(log), encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(render(log, section), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path

@@ -11,6 +11,8 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -33,7 +35,7 @@ _INKS = {
 INK, MUTED, GRID, C1, C2, C3, C4, C5 = _INKS
 PARTS = (C1, C2, C3, C4, C5)
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.0,
@@ -89,7 +91,7 @@ def thinned(x: Sequence[float], y: Sequence[float], most: int = 300) -> tuple[li
     if n <= most:
         return list(x), list(y)
     cuts = [i * n // most for i in range(most + 1)]
-    spans = list(zip(cuts, cuts[1:], strict=False))
+    spans = list(pairwise(cuts))
     return [sum(x[a:b]) / (b - a) for a, b in spans], [sum(y[a:b]) / (b - a) for a, b in spans]
 
 
@@ -123,8 +125,15 @@ def _axes(width: float = 4.0, height: float = 2.4) -> tuple[Figure, Axes]:
 
 
 def line_plot(
-    name: str, title: str, caption: str, curves: Sequence[Curve], *, xlabel: str = "step", ylabel: str = "",
-    log: bool = False, from_zero: bool = False,
+    name: str,
+    title: str,
+    caption: str,
+    curves: Sequence[Curve],
+    *,
+    xlabel: str = "step",
+    ylabel: str = "",
+    log: bool = False,
+    from_zero: bool = False,
 ) -> Plot | None:
     """The curves that have points, or None where none has. `log` is ignored where a value is not positive."""
     curves = [c for c in curves if len(c.x)]

@@ -8,6 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..opening import EVALUATION, run_config
+from ..rundir import CONFIG
+
 Record = dict[str, Any]
 
 
@@ -92,25 +95,18 @@ def read_run(run_dir: str | Path) -> RunLog:
     folder = Path(run_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder at {folder}; `fastsae train --run-dir {folder} ...` makes one")
-    config_path, metrics_path = folder / "config.json", folder / "metrics.jsonl"
-    if not config_path.exists() and not metrics_path.exists():
+    metrics_path = folder / "metrics.jsonl"
+    if not (folder / CONFIG).exists() and not metrics_path.exists():
         raise FileNotFoundError(f"{folder} is not a run folder: it has neither config.json nor metrics.jsonl")
     notes: list[str] = []
-    config: Record = {}
-    if config_path.exists():
-        try:
-            config = json.loads(config_path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{config_path} is not valid JSON ({error}); restore it or delete it") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{config_path} holds a {type(config).__name__}, expected a JSON object")
-    else:
+    config = run_config(folder)
+    if not config:
         notes.append("config.json is missing: the settings are not shown.")
     log = RunLog(
         folder=folder,
         config=config,
         metrics=read_jsonl(metrics_path, notes),
-        evals=read_jsonl(folder / "eval.jsonl", notes),
+        evals=_evaluations(folder, notes),
         dense=read_jsonl(folder / "dense_metrics.jsonl", notes),
         notes=notes,
     )
@@ -119,3 +115,19 @@ def read_run(run_dir: str | Path) -> RunLog:
     if not log.evals:
         notes.append("No evaluation on held-out rows yet; `fastsae eval` makes one.")
     return log
+
+
+def _evaluations(folder: Path, notes: list[str]) -> list[Record]:
+    """The run's own evaluations, and the one that `fastsae eval` wrote where it is of the same step or a later one."""
+    evals = read_jsonl(folder / "eval.jsonl", notes)
+    path = folder / EVALUATION
+    if path.exists():
+        try:
+            record = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            record = None
+        if not isinstance(record, dict):
+            notes.append(f"{EVALUATION} is unreadable and left out.")
+        elif not evals or record.get("step", -1) >= evals[-1].get("step", 0):
+            evals = [*(e for e in evals if e.get("step") != record.get("step")), record]
+    return evals
