@@ -1,5 +1,7 @@
 """The text around a stored row, for people to read: token strings from the folder itself, no model needed."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from pathlib import Path
@@ -7,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fastsae.data.files import ShardError
-from fastsae.data.reader import ShardContext
+from .files import ShardError
+from .reader import ShardContext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +49,15 @@ def context_of(shard: ShardContext, local: int, first_row: int, width: int, stri
 def token_strings(tokenizer: Any) -> list[str]:
     """The text of every token id of a Hugging Face tokenizer, with the space that a token begins with.
 
-    A token that is a part of a character shows as U+FFFD, one that continues a word keeps its '##'.
+    A token that is only a part of a character shows as U+FFFD.
     """
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    if any(piece and piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") for piece in pieces):
+    pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    if any(piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") for piece in pieces):
         # SentencePiece: decoding a lone token would drop the leading space that the block stands for.
-        return [(piece or "").replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for piece in pieces]
+        return [piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for piece in pieces]
+    if any(piece.startswith("##") for piece in pieces):
+        # WordPiece: a token begins a word unless it says that it continues one.
+        return [piece[2:] if piece.startswith("##") else " " + piece for piece in pieces]
     return tokenizer.batch_decode([[i] for i in range(len(pieces))], clean_up_tokenization_spaces=False)
 
 

@@ -1,5 +1,7 @@
 """Files that are either whole or not there: atomic writes, checksums, and the error a damaged file raises."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os

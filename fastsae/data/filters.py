@@ -1,5 +1,7 @@
 """Which rows of a window are worth training on, and how many were not, counted by reason."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 from typing import Any, Literal
@@ -7,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastsae.data.source import nonfinite_rows
+from .source import nonfinite_rows
 
 NonFinite = Literal["raise", "drop"]
 
@@ -69,7 +71,7 @@ class RowFilter:
         """The largest norm that passes, or None where no norm is too large."""
         return None if self.norm_factor is None or self.median is None else self.norm_factor * self.median
 
-    def twin(self) -> "RowFilter":
+    def twin(self) -> RowFilter:
         """The same filter with counts of its own."""
         twin = copy.copy(self)
         twin.counts = dict.fromkeys(self.counts, 0)

@@ -1,5 +1,7 @@
 """The activations at one place of a model, without running what comes after it."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 import inspect

@@ -1,12 +1,14 @@
 """The manifest of a folder of activations: what is in it, how it was made, and the checksum of every file."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsae.data.files import ShardError, sha256_of, write_atomically
+from .files import ShardError, sha256_of, write_atomically
 
 FORMAT = "fastsae-activations"
 VERSION = 1
@@ -77,7 +79,7 @@ class Manifest:
         write_atomically(folder / MANIFEST, text.encode())
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Path) -> Manifest:
         """Raises ShardError where there is no manifest, or one that this version cannot read."""
         path = folder / MANIFEST
         if not path.is_file():

@@ -1,5 +1,7 @@
 """Language models by a spec string, loaded by transformers and never unpickled."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsae.data.text import package_folder
+from .text import package_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Reading one file of activations: memory-mapped, its checksum verified, its tensors checked against the manifest."""
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
 from typing import Literal
@@ -8,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastsae.data.files import ShardError
-from fastsae.data.manifest import FileEntry, Manifest
+from .files import ShardError
+from .manifest import FileEntry, Manifest
 
 Verify = Literal["lazy", "eager", "size"]
 

@@ -1,5 +1,7 @@
 """What a trainer asks of its data: shuffled rows without end, rows that are never trained on, a position to resume."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 

@@ -1,5 +1,7 @@
 """Text through a model to rows of activations, batch by batch: what both the live source and the harvest read."""
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import math
@@ -9,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.data.filters import NonFinite, RowFilter, Rows
-from fastsae.data.hooks import HookedModel
-from fastsae.data.models import LanguageModel
-from fastsae.data.source import check_seed
-from fastsae.data.text import Corpus
-from fastsae.data.windows import WindowStream
+from .filters import NonFinite, RowFilter, Rows
+from .hooks import HookedModel
+from .models import LanguageModel
+from .source import check_seed
+from .text import Corpus
+from .windows import WindowStream
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class StreamConfig:
     holdout: int = 4096
     """Rows held out for evaluation, from text of their own at the end of the corpus."""
     shuffle_text: bool = True
-    """Read the pieces of the corpus (64 kB each) in a random order."""
+    """Read the pieces of the corpus (4 to 64 kB each) in a random order."""
     seed: int = 0
     """Fixes the order of the text."""
 

@@ -1,10 +1,12 @@
 """A tensor that is already in memory, as a source of shuffled training rows."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from torch import Tensor
 
-from fastsae.data.source import EpochSource, nonfinite_rows, permutation
+from .source import EpochSource, nonfinite_rows, permutation
 
 
 class TensorSource(EpochSource):

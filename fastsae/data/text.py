@@ -1,5 +1,7 @@
 """Text from files, packages and documentation folders, cut into pieces that can be read in any order."""
 
+from __future__ import annotations
+
 import dataclasses
 import glob
 import gzip
@@ -13,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# A piece is about 16,000 tokens: small enough to shuffle and to hold out, large against a window. A small corpus is
-# cut finer, so that there is something to shuffle and to hold out.
-PIECE_BYTES, LEAST_PIECE_BYTES, LEAST_PIECES = 1 << 16, 1 << 10, 64
+# About a thousand pieces, so that a short harvest sees the whole corpus and there is something to hold out; but none
+# shorter than a few windows, and none longer than 16,000 tokens, which are tokenized at once.
+PIECES, LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1024, 1 << 12, 1 << 16
 SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm")
 
 
@@ -44,8 +46,8 @@ class Piece:
 class TextCorpus:
     """Text files (.txt, .md, .rst, .html, each also .gz) and JSON lines (.jsonl, the text in `field`), UTF-8.
 
-    Files are cut at line ends into pieces of about 64 kB (a small corpus into smaller ones); the documents of a piece
-    are joined by the tokenizer's end of text.
+    Files are cut at line ends into pieces of 4 to 64 kB; the documents of a piece are joined by the tokenizer's end of
+    text.
     Raises: ValueError where there is no file, or one is not UTF-8 or not the JSON expected, naming the place.
     """
 
@@ -56,7 +58,7 @@ class TextCorpus:
         self.spec = spec
         self.field = field
         total = sum(path.stat().st_size for path in self.paths)
-        step = min(PIECE_BYTES, max(LEAST_PIECE_BYTES, total // LEAST_PIECES))
+        step = min(MOST_PIECE_BYTES, max(LEAST_PIECE_BYTES, total // PIECES))
         self._pieces = [piece for path in self.paths for piece in _cut(path, step)]
         if not self._pieces:
             raise ValueError(f"no text: the {len(paths)} files of {spec!r} are empty")

@@ -1,5 +1,7 @@
 """A corpus as an endless, resumable stream of full token windows."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.data.source import permutation
-from fastsae.data.text import Corpus
+from .source import permutation
+from .text import Corpus
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -1,5 +1,7 @@
 """Writing a folder of activations shard by shard, so that a kill, a full disk or a second writer loses nothing."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 from pathlib import Path
@@ -10,9 +12,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fastsae.data.files import remove_temporaries, write_atomically
-from fastsae.data.manifest import DTYPES, HELD_OUT, MANIFEST, VOCABULARY, FileEntry, Manifest, differences
-from fastsae.data.source import nonfinite_rows
+from .files import remove_temporaries, write_atomically
+from .manifest import DTYPES, HELD_OUT, MANIFEST, VOCABULARY, FileEntry, Manifest, differences
+from .source import nonfinite_rows
 
 LOCK = "LOCK"
 
@@ -53,7 +55,7 @@ class ShardWriter:
             os.close(self._lock)
             raise
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(
