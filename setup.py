@@ -16,12 +16,18 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CPU = ROOT / "csrc" / "cpu"
-COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 
 # Sources compiled once, and sources compiled once per instruction set.
-ONCE = ["bind.cpp", "dispatch.cpp", "by_latent.cpp"]
-PER_ISA = ["decode.cpp", "active_dot.cpp", "active_outer.cpp", "registry.cpp"]
+ONCE = ["bind.cpp", "dispatch.cpp", "by_latent.cpp", "format.cpp"]
+PER_ISA = ["decode.cpp", "active_dot.cpp", "active_outer.cpp", "screen.cpp", "screen_f32.cpp", "candidates.cpp", "encode_topk.cpp", "ragged.cpp", "encode_above.cpp", "encode_batch_topk.cpp", "update_latents.cpp", "registry.cpp"]
+# The narrow multiply-adds: sources that need flags of their own, chosen by format once the processor has shown it has them.
+NARROW = {
+    "screen_i8.cpp": ["-mavx512vnni"],
+    "screen_bf16.cpp": ["-mavx512bf16"],
+    "screen_amx.cpp": ["-mamx-tile", "-mamx-bf16"],
+}
 ISAS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512}
@@ -35,6 +41,8 @@ class BuildCpu(build_ext):
         headers = max(p.stat().st_mtime for p in [*CPU.glob("*.h"), Path(__file__)])
         jobs = [("once", name, []) for name in ONCE]
         jobs += [(isa, name, [*flags, f"-DFASTSAE_ISA={isa}"]) for isa, flags in ISAS.items() for name in PER_ISA]
+        if "avx512" in ISAS:
+            jobs += [("avx512", name, [*AVX512, *flags, "-DFASTSAE_ISA=avx512"]) for name, flags in NARROW.items()]
 
         def compile_one(job):
             group, name, flags = job

@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "encode.h"
 #include "ops.h"
+#include "update.h"
 
 namespace py = pybind11;
 using namespace fastsae;
@@ -49,6 +51,85 @@ PYBIND11_MODULE(_cpu, m) {
         },
         release_gil());
   m.def("by_latent", &by_latent, release_gil());
+
+  py::enum_<Format>(m, "Format")
+      .value("f32", Format::f32)
+      .value("bf16", Format::bf16)
+      .value("i8", Format::i8)
+      .value("amx", Format::amx)
+      .value("amx_emulated", Format::amx_emulated);
+  m.def("fastest_format", [](int64_t d) { return fastest_format(ops().name, d); });
+  m.def("format_supported", [](Format f) { return format_supported(f, ops().name); });
+  m.def("words_per_row", &words_per_row);
+  m.def("blocks_of", &blocks_of);
+
+  py::class_<Screen>(m, "Screen")
+      .def(py::init([](uintptr_t words, uintptr_t scale, uintptr_t norm, uintptr_t residual, Format format, int64_t latents,
+                       int64_t d) {
+             return Screen{pointer<uint32_t>(words), pointer<float>(scale), pointer<float>(norm), pointer<float>(residual),
+                           format, latents, d, blocks_of(latents), words_per_row(format, d)};
+           }),
+           py::arg("words"), py::arg("scale"), py::arg("norm"), py::arg("residual"), py::arg("format"),
+           py::arg("latents"), py::arg("d"));
+  m.def("prepare_screen",
+        [](const Matrix& W, uintptr_t rows, const Screen& out, int threads) {
+          ops().prepare_screen(W, pointer<int32_t>(rows), out, threads);
+        },
+        release_gil());
+
+  py::class_<EncodeArgs>(m, "EncodeArgs")
+      .def(py::init([](const Matrix& x, const Matrix& W, uintptr_t bias, uintptr_t scale, uintptr_t rows, int64_t row_count,
+                       int64_t index_offset, int64_t k, bool rescore, const Screen& screen, int threads) {
+             return EncodeArgs{x, W, pointer<float>(bias), pointer<float>(scale), pointer<int32_t>(rows), row_count,
+                               index_offset, k, rescore, screen, threads};
+           }),
+           py::arg("x"), py::arg("W"), py::arg("bias"), py::arg("scale"), py::arg("rows"), py::arg("row_count"),
+           py::arg("index_offset"), py::arg("k"), py::arg("rescore"), py::arg("screen"), py::arg("threads"));
+  m.def("encode_topk",
+        [](const EncodeArgs& args, uintptr_t acts, uintptr_t indices) {
+          return ops().encode_topk(args, {pointer<float>(acts), pointer<int32_t>(indices)});
+        },
+        release_gil(), "The number of tokens that were redone.");
+
+  m.def("encode_above",
+        [](const EncodeArgs& args, uintptr_t per_latent, uintptr_t per_token, uintptr_t acts, uintptr_t indices,
+           uintptr_t offsets, int64_t capacity) {
+          const AboveCounts c = ops().encode_above(args, pointer<float>(per_latent), pointer<float>(per_token),
+                                                   {pointer<float>(acts), pointer<int32_t>(indices),
+                                                    pointer<int64_t>(offsets), capacity});
+          return std::make_pair(c.above, c.redone);
+        },
+        release_gil(), "How many latents are above, and how many tokens were scored in full.");
+  m.def("encode_batch_topk",
+        [](const EncodeArgs& args, uintptr_t acts, uintptr_t indices, uintptr_t offsets) {
+          return ops().encode_batch_topk(args, {pointer<float>(acts), pointer<int32_t>(indices), pointer<int64_t>(offsets),
+                                                args.k * args.x.rows});
+        },
+        release_gil(), "The number of tokens that were redone.");
+
+  py::class_<UpdateTerm>(m, "UpdateTerm")
+      .def(py::init([](const Codes& codes, const LatentOrder& order, const Matrix& x, const Matrix& grad, bool has_bias) {
+             return UpdateTerm{codes, order, x, grad, has_bias};
+           }),
+           py::arg("codes"), py::arg("order"), py::arg("x"), py::arg("grad"), py::arg("has_bias"));
+  py::class_<Parameter>(m, "Parameter")
+      .def(py::init([](uintptr_t data, uintptr_t moment1, uintptr_t moment2, uint32_t stream) {
+             return Parameter{pointer<void>(data), pointer<void>(moment1), pointer<void>(moment2), stream};
+           }),
+           py::arg("data"), py::arg("m"), py::arg("v"), py::arg("stream"));
+  m.def("update_latents",
+        [](const Parameter& W_enc, const Parameter& W_dec, const Parameter& b_enc, const Parameter& b_dec, int64_t latents,
+           int64_t d_in, int64_t d_out, Dtype dtype, bool narrow_moments, std::vector<UpdateTerm> terms, double step_size,
+           double root2, double beta1, double beta2, double eps, bool unit_norm, bool pre_bias, uint32_t seed, int64_t step,
+           const Screen& screen, int threads, uintptr_t stats) {
+          ops().update_latents({W_enc, W_dec, b_enc, b_dec, latents, d_in, d_out, dtype, narrow_moments, std::move(terms),
+                                step_size, root2, beta1, beta2, eps, unit_norm, pre_bias, seed, step, screen, threads,
+                                pointer<double>(stats)});
+        },
+        py::arg("W_enc"), py::arg("W_dec"), py::arg("b_enc"), py::arg("b_dec"), py::arg("latents"), py::arg("d_in"),
+        py::arg("d_out"), py::arg("dtype"), py::arg("narrow_moments"), py::arg("terms"), py::arg("step_size"),
+        py::arg("root2"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("unit_norm"), py::arg("pre_bias"),
+        py::arg("seed"), py::arg("step"), py::arg("screen"), py::arg("threads"), py::arg("stats"), release_gil());
 
   m.def("isa", [] { return std::string(ops().name); }, "The instruction set in use.");
   m.def("isas", [] {

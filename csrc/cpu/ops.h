@@ -35,8 +35,11 @@ struct LatentOrder {
   int64_t* slots;
 };
 
-struct Screen;        // screen.h
-struct EncodeArgs;    // encode.h
+struct Screen;        // encode.h
+struct EncodeArgs;
+struct FixedCodes;
+struct RaggedCodes;
+struct AboveCounts;
 struct UpdateArgs;    // update.h
 
 struct Ops {
@@ -44,10 +47,15 @@ struct Ops {
   void (*decode)(const Codes&, const Matrix& W, const Matrix& out, int threads);
   void (*active_dot)(const Matrix& x, const Codes&, const Matrix& W, void* out, int threads);
   void (*active_outer)(const Codes&, const LatentOrder&, const Matrix& x, const Matrix& out, int threads);
+  void (*prepare_screen)(const Matrix& W, const int32_t* rows, const Screen& out, int threads);
+  int64_t (*encode_topk)(const EncodeArgs&, const FixedCodes& out);   // returns how many tokens were redone
+  AboveCounts (*encode_above)(const EncodeArgs&, const float* per_latent, const float* per_token, const RaggedCodes& out);
+  int64_t (*encode_batch_topk)(const EncodeArgs&, const RaggedCodes& out);
+  void (*update_latents)(const UpdateArgs&);
 };
 
 // Independent of the instruction set.
-void by_latent(const Codes&, const LatentOrder&);
+void by_latent(const Codes&, const LatentOrder&, int threads);
 
 extern const Ops* const all_ops[];   // fastest first, ends with nullptr
 const Ops& ops();                    // the table in use

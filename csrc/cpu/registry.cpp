@@ -7,6 +7,7 @@
 namespace fastsae::FASTSAE_ISA {
 
 extern const Ops table;
-const Ops table = {FASTSAE_TEXT(FASTSAE_ISA), decode, active_dot, active_outer};
+const Ops table = {FASTSAE_TEXT(FASTSAE_ISA), decode, active_dot, active_outer, prepare_screen, encode_topk,
+                   encode_above, encode_batch_topk, update_latents};
 
 }  // namespace fastsae::FASTSAE_ISA

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "encode.h"
 #include "ops.h"
 #include "simd.h"
 
@@ -10,6 +11,15 @@ namespace fastsae::FASTSAE_ISA {
 void decode(const Codes&, const Matrix& W, const Matrix& out, int threads);
 void active_dot(const Matrix& x, const Codes&, const Matrix& W, void* out, int threads);
 void active_outer(const Codes&, const LatentOrder&, const Matrix& x, const Matrix& out, int threads);
+void prepare_screen(const Matrix& W, const int32_t* rows, const Screen& out, int threads);
+int64_t encode_topk(const EncodeArgs&, const FixedCodes& out);
+AboveCounts encode_above(const EncodeArgs&, const float* per_latent, const float* per_token, const RaggedCodes& out);
+int64_t encode_batch_topk(const EncodeArgs&, const RaggedCodes& out);
+void update_latents(const UpdateArgs&);
+
+// The narrow copy of one latent, and of one block of 16 narrowed rows (screen.cpp); update_latents_ keeps the copy with them.
+void narrow_latent(const Screen&, int64_t position, const float* row, uint32_t* words);
+void pack_block(const uint32_t* rows, int64_t words, uint32_t* block);
 
 template <class F> void by_dtype(Dtype dtype, F f) {
   switch (dtype) {

@@ -19,10 +19,21 @@ from torch import Tensor
 from fastsae import env
 from fastsae.backends import reference
 
+
+
+def _built_cpu() -> ModuleType | str:
+    try:
+        from fastsae.backends import cpu
+    except ImportError as error:
+        return f"the C++ extension is not built ({error}); install fastsae where there is a C++ compiler"
+    return cpu
+
+
 # Fastest first. A string instead of a module is the reason why the backend is absent.
 _REGISTRY: tuple[tuple[str, ModuleType | str], ...] = (
     ("cuda", "the CUDA kernels are not part of this build"),
     ("triton", "the Triton kernels are not part of this build"),
+    ("cpu", _built_cpu()),
     ("reference", reference),
 )
 

@@ -1,0 +1,86 @@
+// See candidates.h.
+#include "candidates.h"
+
+#include "registry.h"
+
+namespace fastsae::FASTSAE_ISA {
+
+LatentTerms latent_terms(const EncodeArgs& a, const float* shift) {
+  const Screen& s = a.screen;
+  const int64_t positions = s.blocks * kLanes;
+  LatentTerms t;
+  t.mult.resize(positions), t.bias.resize(positions), t.norm.resize(positions), t.residual.resize(positions);
+  t.slack.resize(positions);
+  for (int64_t p = 0; p < positions; ++p) {
+    const int64_t i = s.latent_at(p);
+    if (i >= s.latents) {   // padding: never passes a bar
+      t.mult[p] = t.norm[p] = t.residual[p] = t.slack[p] = 0.f;
+      t.bias[p] = -std::numeric_limits<float>::infinity();
+      continue;
+    }
+    const int64_t latent = a.latent(i);
+    const float gain = a.scale ? a.scale[latent] : 1.f, width = std::fabs(gain), off = shift ? shift[i] : 0.f;
+    t.mult[p] = s.scale[p] * gain;
+    t.norm[p] = s.norm[p] * width * kRoundUp;
+    t.residual[p] = s.residual[p] * width * kRoundUp;
+    t.bias[p] = a.bias[latent] * gain - off;
+    // Adding the bias, the scale and the shift are roundings of their own; denormals may be flushed by a narrow product.
+    t.slack[p] = (std::fabs(a.bias[latent] * gain) + std::fabs(off)) * 0x1p-21f + 1e-36f;
+  }
+  return t;
+}
+
+const ScreenKernel& kernel_for(Format format) {
+#if defined(__AVX512F__)
+  switch (format) {
+    case Format::i8: return screen_i8;
+    case Format::bf16: return screen_bf16;
+    case Format::amx: return screen_amx;
+    case Format::amx_emulated: return screen_amx_emulated;
+    case Format::f32: break;
+  }
+#else
+  (void)format;
+#endif
+  return screen_f32;
+}
+
+std::vector<float> guess_bars(const EncodeArgs& a, const LatentTerms& terms, const Panel& panel, int64_t wanted) {
+  std::vector<float> bars(panel.count, 0.f);
+  const int64_t tiles = a.screen.blocks / kBlocksPerTile, per_tile = kBlocksPerTile * kLanes;
+  const int64_t step = std::min<int64_t>(16, tiles * per_tile / 1024);
+  if (step < 2 || wanted * 8 > a.screen.latents) return bars;
+  // Of the wanted latents about `hits` are in the sample; take a rank that this number exceeds about once in a thousand tokens.
+  const double hits = double(wanted) / step;
+  const int64_t rank = int64_t(std::ceil(hits + 3.2 * std::sqrt(hits) + 0.5));
+  const int64_t sampled = (tiles + step - 1) / step * per_tile;
+  if (rank * 4 > sampled) return bars;
+  Lists lists(panel.count, std::max<int64_t>(256, 4 * rank), rank);
+  kernel_for(a.screen.format).pass({a.screen, a, terms, panel, step / 2, step, false}, lists);
+  for (int64_t t = 0; t < panel.count; ++t) {
+    float* v = lists.value.data() + t * lists.capacity;
+    if (lists.size[t] < rank) {
+      bars[t] = lists.bar[t];
+      continue;
+    }
+    std::nth_element(v, v + rank - 1, v + lists.size[t], std::greater<float>());
+    bars[t] = std::max(0.f, v[rank - 1]);
+  }
+  return bars;
+}
+
+template <class T>
+static void score_all_typed(const EncodeArgs& a, const float* x, const float* per_latent, float bar,
+                            std::vector<Ranked>& out) {
+  for (int64_t i = 0; i < a.row_count; ++i) {
+    const float s = exact_score<T>(a, x, i);
+    if (!(s <= (per_latent ? per_latent[i] : bar))) out.push_back(rank_of(s, a.latent(i)));
+  }
+}
+
+void score_all(const EncodeArgs& a, const float* x, const float* per_latent, float bar, std::vector<Ranked>& out) {
+  if (a.W.dtype == Dtype::bf16) return score_all_typed<bf16>(a, x, per_latent, bar, out);
+  score_all_typed<float>(a, x, per_latent, bar, out);
+}
+
+}  // namespace fastsae::FASTSAE_ISA

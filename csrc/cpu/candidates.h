@@ -1,0 +1,63 @@
+// Exact scores and their order, shared by the encoders. A scored latent is one 64-bit integer that sorts as the op contract says:
+// larger score first, NaN above all, ties to the lower index.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "narrow.h"
+#include "screen.h"
+
+namespace fastsae::FASTSAE_ISA {
+
+using Ranked = int64_t;
+
+FASTSAE_INLINE int32_t sortable(float score) {
+  int32_t i;
+  std::memcpy(&i, &score, 4);
+  return score != score ? INT32_MAX : i ^ (i >> 31 & INT32_MAX);
+}
+FASTSAE_INLINE float from_sortable(int32_t key) {
+  if (key == INT32_MAX) return std::numeric_limits<float>::quiet_NaN();
+  const int32_t i = key ^ (key >> 31 & INT32_MAX);
+  float score;
+  std::memcpy(&score, &i, 4);
+  return score;
+}
+FASTSAE_INLINE Ranked rank_of(float score, int64_t index) {
+  return Ranked(sortable(score)) * (int64_t(1) << 32) + int64_t(UINT32_MAX - uint32_t(index));
+}
+FASTSAE_INLINE float score_of(Ranked r) { return from_sortable(int32_t(r >> 32)); }
+FASTSAE_INLINE int64_t index_of(Ranked r) { return int64_t(UINT32_MAX - uint32_t(r)); }
+
+// Leaves the `count` best in front, in no order.
+inline void best_first(std::vector<Ranked>& v, int64_t count) {
+  if (count < int64_t(v.size())) std::nth_element(v.begin(), v.begin() + count, v.end(), std::greater<Ranked>());
+}
+
+// The engine's score of one considered latent: fixed-order fp32 dot, bias, scale.
+template <class T> FASTSAE_INLINE float exact_score(const EncodeArgs& a, const float* x, int64_t i) {
+  const int64_t latent = a.latent(i);
+  const T* row = static_cast<const T*>(a.W.data) + latent * a.W.stride;
+  const float s = dot(x, row, a.W.cols) + a.bias[latent];
+  return a.scale ? s * a.scale[latent] : s;
+}
+template <class T> FASTSAE_INLINE void fetch_latent(const EncodeArgs& a, int64_t i) {
+  prefetch_row(static_cast<const T*>(a.W.data) + a.latent(i) * a.W.stride, a.W.cols);
+}
+
+// What turns products into bounds, for this call's bias and scale. `shift` (per considered latent, may be null) is taken off
+// the score: thresholds of encode_above.
+LatentTerms latent_terms(const EncodeArgs& args, const float* shift);
+
+// The kernel for the screen's format.
+const ScreenKernel& kernel_for(Format format);
+
+// A bar per token of `panel` that about three times `wanted` of its latents pass, guessed from a sample of the dictionary; 0
+// where the dictionary is too small for a sample to pay.
+std::vector<float> guess_bars(const EncodeArgs& args, const LatentTerms& terms, const Panel& panel, int64_t wanted);
+
+// Every considered latent scored exactly for one token; those above its threshold (per_latent, or `bar` where that is null)
+// are kept, NaN included.
+void score_all(const EncodeArgs& args, const float* x, const float* per_latent, float bar, std::vector<Ranked>& out);
+
+}  // namespace fastsae::FASTSAE_ISA

@@ -1,0 +1,80 @@
+// The narrow copy of an encoder, and the upkeep of the lists of the screening pass.
+#include "screen.h"
+
+#include <algorithm>
+
+#include "narrow.h"
+#include "registry.h"
+
+namespace fastsae::FASTSAE_ISA {
+
+// 16 narrowed rows interleaved: word w of lane l stands at [w][l].
+void pack_block(const uint32_t* rows, int64_t words, uint32_t* block) {
+  for (int64_t w0 = 0; w0 < words; w0 += 16) {
+    const int64_t w1 = std::min<int64_t>(words, w0 + 16);
+    for (int64_t l = 0; l < kLanes; ++l)
+      for (int64_t w = w0; w < w1; ++w) block[w * kLanes + l] = rows[l * words + w];
+  }
+}
+
+// The copy of one row changed by an update, or made anew: its words go to `words`, its numbers to the screen's tables.
+void narrow_latent(const Screen& s, int64_t position, const float* row, uint32_t* words) {
+  const Narrowed n = narrow_row(s.format, row, s.d, words);
+  s.scale[position] = std::isfinite(n.norm) ? n.scale : std::numeric_limits<float>::quiet_NaN();
+  s.norm[position] = n.norm;
+  s.residual[position] = n.residual;
+}
+
+void prepare_screen(const Matrix& W, const int32_t* rows, const Screen& s, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint32_t> words(kLanes * s.words_per_row);
+    std::vector<float> buffer(s.d);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < s.blocks; ++block) {
+      std::fill(words.begin(), words.end(), 0u);
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t position = block * kLanes + lane, latent = s.latent_at(position);
+        if (latent < s.latents)
+          narrow_latent(s, position, as_floats(W, rows ? rows[latent] : latent, buffer.data()),
+                        words.data() + lane * s.words_per_row);
+        else
+          s.scale[position] = s.norm[position] = s.residual[position] = 0.f;
+      }
+      if (s.format != Format::f32)
+        pack_block(words.data(), s.words_per_row, s.words + block * s.words_per_row * kLanes);
+    }
+  }
+}
+
+void prune(const ScreenCall& call, Lists& lists, int64_t token) {
+  float* value = lists.value.data() + token * lists.capacity;
+  int32_t* where = lists.where.data() + token * lists.capacity;
+  const int64_t size = lists.size[token];
+  std::vector<float> low(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const LatentTerms& t = call.terms;
+    const int32_t p = where[i];
+    const float width = call.bounded ? 2.f * (call.panel.error[token] * t.norm[p] +
+                                              call.panel.norm[token] * t.residual[p] + t.slack[p]) : 0.f;
+    low[i] = value[i] - width;
+    if (!(low[i] == low[i])) low[i] = -std::numeric_limits<float>::infinity();
+  }
+  float bar = lists.bar[token];
+  if (lists.keep <= size) {
+    std::nth_element(low.begin(), low.begin() + lists.keep - 1, low.end(), std::greater<float>());
+    // Strictly below, so that an equal score with a lower index stays in the race.
+    bar = std::max(bar, std::nextafter(low[lists.keep - 1], -std::numeric_limits<float>::infinity()));
+  }
+  int64_t kept = 0;
+  for (int64_t i = 0; i < size; ++i)
+    if (!(value[i] <= bar)) value[kept] = value[i], where[kept] = where[i], ++kept;
+  lists.bar[token] = bar;
+  if (kept + kLanes > lists.capacity) {
+    if (call.bounded) lists.spilled[token] = 1, lists.bar[token] = std::numeric_limits<float>::infinity();
+    kept = call.bounded ? 0 : lists.keep;   // a sample only guesses a bar: any part of the ties will do
+  }
+  lists.size[token] = int32_t(kept);
+}
+
+}  // namespace fastsae::FASTSAE_ISA

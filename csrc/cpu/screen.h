@@ -1,0 +1,66 @@
+// One thread's panel of tokens against all packed latents: the interface between the encoders and the screening kernels.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "encode.h"
+#include "simd.h"
+
+namespace fastsae::FASTSAE_ISA {
+
+// Per latent, in packed order, what turns a raw product into the upper bound
+// u = mult·token_scale·product + bias + token_error·norm + token_norm·residual.
+struct LatentTerms {
+  std::vector<float> mult, bias, norm, residual, slack;   // slack: rounding of the bias, part of the bound
+};
+
+// A panel of tokens, narrowed and packed for one kernel: groups of `group` tokens, [words][group] or [group][words].
+struct Panel {
+  int64_t count = 0;
+  std::vector<uint32_t> words;
+  std::vector<float> scale, error, norm;
+  std::vector<int32_t> correction;
+};
+
+// Per token a short list of latents whose bound passed the token's bar; the bar rises when the list is full.
+struct Lists {
+  int64_t capacity, keep;
+  std::vector<float> value;     // [count][capacity] the bound u
+  std::vector<int32_t> where;   // [count][capacity] packed position
+  std::vector<int32_t> size;
+  std::vector<float> bar;       // a latent is left out only if u <= bar
+  std::vector<uint8_t> spilled; // the list could not hold all that passed: decide this token another way
+
+  Lists(int64_t count, int64_t capacity_, int64_t keep_)
+      : capacity(capacity_), keep(keep_), value(count * capacity_), where(count * capacity_), size(count, 0), bar(count, 0.f),
+        spilled(count, 0) {}
+};
+
+struct ScreenCall {
+  const Screen& screen;
+  const EncodeArgs& args;       // f32 packs its tiles from args.W
+  const LatentTerms& terms;
+  const Panel& panel;
+  int64_t first_tile, tile_step;
+  bool bounded;                 // false: u is ŝ itself (sampling, "screened" precision)
+};
+
+// One format's kernel: how tokens are narrowed, and the pass over the latents.
+struct ScreenKernel {
+  int64_t group;
+  void (*pack)(const float* const* rows, int64_t count, int64_t d, int64_t words, Panel& panel);
+  void (*pass)(const ScreenCall& call, Lists& lists);
+};
+
+// Make room in a full list of one token. At least `keep` latents are known to score no less than the keep-th largest lower
+// bound; whoever's upper bound is not above it is out. Returns the new size.
+void prune(const ScreenCall& call, Lists& lists, int64_t token);
+
+extern const ScreenKernel screen_f32;
+#if defined(__AVX512F__)
+extern const ScreenKernel screen_i8, screen_bf16, screen_amx, screen_amx_emulated;
+#endif
+
+}  // namespace fastsae::FASTSAE_ISA

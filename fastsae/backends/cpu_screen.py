@@ -1,0 +1,129 @@
+"""The CPU backend's narrow copy of an encoder, and the encoders that screen with it (csrc/cpu/encode.h has the bound)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import _cpu
+from fastsae.backends.cpu_memory import address, matrix
+from fastsae.codes import Screen
+
+_Tensors = list[Tensor]
+
+
+def allocate(latents: int, d: int, fmt: _cpu.Format) -> _Tensors:
+    """[words int32, tables fp32 (3, positions), format int32 ()]: the memory of one narrow copy, not filled."""
+    blocks = _cpu.blocks_of(latents)
+    words = 0 if fmt == _cpu.Format.f32 else blocks * _cpu.words_per_row(fmt, d) * 16
+    return [
+        torch.empty(words, dtype=torch.int32),
+        torch.empty(3, blocks * 16),
+        torch.tensor(int(fmt), dtype=torch.int32),
+    ]
+
+
+def view(tensors: _Tensors, latents: int, d: int) -> _cpu.Screen:
+    """The C++ view of a narrow copy. Raises ValueError for one of another dictionary or another processor."""
+    words, tables, code = tensors
+    fmt = _cpu.Format(int(code))
+    if not _cpu.format_supported(fmt):
+        raise ValueError(f"the screen is in {fmt.name}, which {_cpu.isa()} has no code for; make it anew")
+    blocks = _cpu.blocks_of(latents)
+    expected = 0 if fmt == _cpu.Format.f32 else blocks * _cpu.words_per_row(fmt, d) * 16
+    if tables.shape != (3, blocks * 16) or words.numel() != expected:
+        raise ValueError(f"the screen is of another dictionary than W ({latents}, {d}); make it anew")
+    scale, norm, residual = (row.data_ptr() for row in tables)
+    return _cpu.Screen(words.data_ptr(), scale, norm, residual, fmt, latents, d)
+
+
+def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format) -> tuple[_cpu.Screen, _Tensors]:
+    """A narrow copy of W, or of some of its rows, with the tensors that hold it."""
+    latents = W.shape[0] if rows is None else rows.shape[0]
+    tensors = allocate(latents, W.shape[1], fmt)
+    screen = view(tensors, latents, W.shape[1])
+    _cpu.prepare_screen(matrix(W), address(rows), screen, torch.get_num_threads())
+    return screen, tensors
+
+
+def prepare_screen(W: Tensor, b: Tensor | None) -> Screen | None:
+    fmt = _cpu.fastest_format(W.shape[1])
+    return Screen(fill(W.contiguous(), None, fmt)[1], f"cpu/{fmt.name}")
+
+
+def arguments(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    k: int,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    index_offset: int,
+    screen: _Tensors | None,
+    precision: str,
+) -> tuple[_cpu.EncodeArgs, list[Any]]:
+    """What every encoder hands to C++, and the tensors that must live as long."""
+    bias = b.float().contiguous()
+    gain = None if scale is None else scale.float().contiguous()
+    considered = None if rows is None else rows[rows >= 0].contiguous()
+    count = W.shape[0] if considered is None else considered.shape[0]
+    if screen is not None and considered is None and precision != "fp32":
+        narrow, held = view(screen, W.shape[0], W.shape[1]), screen
+    else:
+        fmt = _cpu.Format.f32 if precision == "fp32" else _cpu.fastest_format(W.shape[1])
+        narrow, held = fill(W, considered, fmt)
+    args = _cpu.EncodeArgs(
+        matrix(x), matrix(W), bias.data_ptr(), address(gain), address(considered), count,
+        index_offset, k, precision != "screened", narrow, torch.get_num_threads(),
+    )  # fmt: skip
+    return args, [bias, gain, considered, held]
+
+
+def encode_topk(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    k: int,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    index_offset: int,
+    screen: _Tensors | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args, held = arguments(x, W, b, k, rows, scale, index_offset, screen, precision)
+    acts = torch.empty(x.shape[0], k)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int32)
+    redone = _cpu.encode_topk(args, acts.data_ptr(), indices.data_ptr())
+    del held
+    return acts.to(x.dtype), indices, torch.tensor(redone)
+
+
+def encode_above(
+    x: Tensor, W: Tensor, b: Tensor, threshold: Tensor, capacity: int, screen: _Tensors | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    per_token = threshold.ndim == 2
+    per_latent = None if per_token else threshold.float().expand(W.shape[0]).contiguous()
+    bars = threshold.float().expand(x.shape[0], 1).contiguous() if per_token else None
+    args, held = arguments(x, W, b, 1, None, None, 0, screen, precision)
+    acts, indices, offsets = _ragged(x.shape[0], capacity)
+    above, redone = _cpu.encode_above(
+        args, address(per_latent), address(bars), acts.data_ptr(), indices.data_ptr(), offsets.data_ptr(), capacity
+    )
+    del held
+    return acts.to(x.dtype), indices, offsets, torch.tensor(above > capacity), torch.tensor(redone)
+
+
+def encode_batch_topk(
+    x: Tensor, W: Tensor, b: Tensor, k: int, screen: _Tensors | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args, held = arguments(x, W, b, k, None, None, 0, screen, precision)
+    acts, indices, offsets = _ragged(x.shape[0], x.shape[0] * k)
+    redone = _cpu.encode_batch_topk(args, acts.data_ptr(), indices.data_ptr(), offsets.data_ptr())
+    del held
+    return acts.to(x.dtype), indices, offsets, torch.tensor(redone)
+
+
+def _ragged(n: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(capacity), torch.zeros(capacity, dtype=torch.int32), torch.zeros(n + 1, dtype=torch.int64)

@@ -1,0 +1,87 @@
+"""update_latents_ on the CPU backend: one call into csrc/cpu/update_latents.cpp."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastsae import _cpu
+from fastsae.backends import cpu_screen
+from fastsae.backends.cpu_memory import DTYPES, codes, latent_order, matrix
+from fastsae.reference import wide
+
+
+def update_latents_(
+    W_enc: Tensor | None,
+    W_dec: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    moments: list[Tensor],
+    screen: list[Tensor],
+    acts: list[Tensor],
+    indices: list[Tensor],
+    offsets: list[Tensor],
+    xs: list[Tensor],
+    grads: list[Tensor],
+    has_bias: list[bool],
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit_norm: bool,
+    pre_bias: bool,
+    seed: int | None,
+) -> Tensor:
+    weights = [weight for weight in (W_enc, W_dec, b_enc, b_dec) if weight is not None]
+    parameters = [
+        _cpu.Parameter(weight.data_ptr(), moments[2 * i].data_ptr(), moments[2 * i + 1].data_ptr(), 2 * i)
+        for i, weight in enumerate(weights)
+    ]
+    if W_enc is None:
+        parameters.insert(0, _cpu.Parameter(0, 0, 0, 0))
+    latents, d_out = W_dec.shape
+    d_in = d_out if W_enc is None else W_enc.shape[1]
+
+    terms, held = [], []
+    for act, index, offset, x, grad, bias in zip(acts, indices, offsets, xs, grads, has_bias, strict=True):
+        rows = offset if offset.numel() else None
+        act, x, grad = act.to(W_dec.dtype), wide(x).contiguous(), wide(grad).contiguous()
+        code = codes(act, index, rows, latents)
+        order = (
+            torch.empty(latents + 1, dtype=torch.int64),
+            torch.empty(act.numel(), dtype=torch.int32),
+            torch.empty(act.numel(), dtype=torch.int64),
+        )
+        _cpu.by_latent(code, latent_order(*order), torch.get_num_threads())
+        terms.append(_cpu.UpdateTerm(code, latent_order(*order), matrix(x), matrix(grad), bias))
+        held.append((act, x, grad, order))
+
+    t = int(step)
+    narrow = cpu_screen.view(screen, latents, d_in) if screen else _cpu.Screen(0, 0, 0, 0, _cpu.Format.f32, latents, d_in)
+    stats = torch.empty(4, dtype=torch.float64)
+    _cpu.update_latents(
+        *parameters,
+        latents=latents,
+        d_in=d_in,
+        d_out=d_out,
+        dtype=DTYPES[W_dec.dtype],
+        narrow_moments=moments[0].dtype == torch.bfloat16,
+        terms=terms,
+        step_size=float(lr) / (1 - beta1**t),
+        root2=math.sqrt(1 - beta2**t),
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        unit_norm=unit_norm,
+        pre_bias=pre_bias,
+        seed=(seed or 0) & 0xFFFFFFFF,
+        step=t,
+        screen=narrow,
+        threads=torch.get_num_threads(),
+        stats=stats.data_ptr(),
+    )
+    del held
+    return stats
