@@ -174,6 +174,7 @@ class Trainer:
         self._saved = path
         # Only now: a checkpoint that could not be loaded leaves everything as it was.
         moved = set_aside_newer(self.checkpoints, self.step)
+        prune(self.checkpoints, self.config.keep)  # a kill may have come between a checkpoint and this
         for problem in problems:
             warnings.warn(
                 f"{problem}. Going on from {path} instead; kept for a look: {', '.join(str(m) for m in moved)}",

@@ -34,7 +34,7 @@ FLOORS = {
     "activations": 5, "losses": 5, "sae": 5, "normalize": 5, "initial": 5,
     "optim": 6, "plain_step": 6, "schedules": 6, "serialize": 6, "data": 6,
     "train": 6, "train_config": 6, "stopping": 6, "rng": 6, "checkpoint": 6, "state_tree": 6, "rundir": 6, "logs": 6,
-    "evaluate": 6, "opening": 6, "report": 6, "config": 6, "__main__": 6,
+    "evaluate": 6, "opening": 6, "report": 6, "config": 6, "commands": 6, "__main__": 6,
 }  # fmt: skip
 PUBLIC_FACE = 7
 LONG_FILES: dict[str, str] = {}

@@ -1,0 +1,96 @@
+"""A small training run that several test files start, kill, break and compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.activations import TopK
+from fastsae.data.tensor import TensorSource
+from fastsae.sae import SparseAutoencoder
+from fastsae.train import TrainConfig, Trainer
+
+D_IN, D_SAE, K, BATCH = 24, 96, 6, 48
+
+
+def rows(n: int = 700) -> Tensor:
+    """Correlated, off-centre rows (n, D_IN) with a few strong dimensions, as activations have."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(n, 12, generator=generator).relu()
+    return hidden @ torch.randn(12, D_IN, generator=generator) + 0.1 * torch.randn(n, D_IN, generator=generator) + 1
+
+
+def source() -> TensorSource:
+    return TensorSource(rows(), holdout=100, seed=3)
+
+
+class Hooked:
+    """A source that calls `before(n)` ahead of the n-th batch (from 1), and may hand out another one instead."""
+
+    def __init__(self, inner: TensorSource, before: Callable[[int, Tensor], Tensor | None]):
+        self.inner, self.before, self.calls = inner, before, 0
+        self.d_in, self.n_tokens = inner.d_in, inner.n_tokens
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return self.inner.stats
+
+    def next_batch(self, n: int) -> Tensor:
+        self.calls += 1
+        batch = self.inner.next_batch(n)
+        changed = self.before(self.calls, batch)
+        return batch if changed is None else changed
+
+    def held_out(self) -> Tensor:
+        return self.inner.held_out()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state)
+
+
+class CalledHooked(Hooked):
+    """`Hooked` whose class name is TensorSource's, so that a run directory may be shared with it."""
+
+
+CalledHooked.__name__ = "TensorSource"
+
+
+def module(**settings: Any) -> SparseAutoencoder:
+    # AuxK with latents that die soon, so that every part of the state matters.
+    return SparseAutoencoder(D_IN, D_SAE, TopK(K), **{"seed": 1, "aux_k": 8, "dead_after": 300, **settings})
+
+
+def config(**settings: Any) -> TrainConfig:
+    # One thread: so little work is slower on two, much slower when the machine is busy.
+    quiet = {"tensorboard": False, "progress": False, "threads": 1}
+    usual = {"steps": 30, "batch_size": BATCH, "lr": 5e-3, "log_every": 1, "eval_every": 10, "checkpoint_every": 7}
+    usual |= {"keep": 3, "warmup": min(5, settings.get("steps") or 5)}
+    return TrainConfig(**{**quiet, **usual, **settings})
+
+
+def trainer(run_dir: Path, hook: Callable[[int, Tensor], Tensor | None] | None = None, **settings: Any) -> Trainer:
+    data: Any = source() if hook is None else CalledHooked(source(), hook)
+    return Trainer(module(), data, config(**settings), run_dir)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def saved_bytes(checkpoint: Path) -> dict[str, bytes]:
+    """What must be equal bit by bit: weights, dead-latent counters and Adam's moments."""
+    return {name: (checkpoint / name).read_bytes() for name in ("sae.safetensors", "optimizer.safetensors")}
+
+
+def curve(run_dir: Path) -> list[tuple[Any, ...]]:
+    """metrics.jsonl without the columns that are times."""
+    names = ("step", "tokens", "loss", "mse", "fvu", "l0", "dead", "lr", "grad_norm")
+    return [tuple(line[name] for name in names) for line in lines(run_dir / "metrics.jsonl")]
