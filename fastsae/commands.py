@@ -86,7 +86,11 @@ def run_train(options: Train) -> int:
     print_table(
         {
             "steps": f"{result.step:,} ({result.tokens:,} tokens)",
-            **{f"{name} ({where})": f"{numbers[name]:.4g}" for name in ("fvu", "mse", "l0") if numbers.get(name)},
+            **{
+                f"{name} ({where})": f"{numbers[name]:.4g}"
+                for name in ("fvu", "mse", "l0")
+                if numbers.get(name) is not None
+            },
             "tokens/s": f"{result.metrics.get('tokens_per_s') or 0:,.0f} (last logged steps)",
             "checkpoint": result.checkpoint,
             "next": f"fastsae report {options.run_dir}",
@@ -153,18 +157,10 @@ def print_evaluation(result: EvalResult, where: str, out: Path) -> None:
 def run_report(options: Report) -> int:
     """fastsae report"""
     # Imported here: drawing costs a second that no other command should pay.
-    from .report import write_report
+    from .report import ReportOptions, write_report
 
-    path = write_report(
-        options.run,
-        out=options.out,
-        latents=options.latents,
-        passages=options.passages,
-        seed=options.seed,
-        max_rows=options.max_rows,
-        backend=options.backend,
-    )
-    print(path)
+    names = [field.name for field in dataclasses.fields(ReportOptions)]
+    print(write_report(options.run, out=options.out, options=ReportOptions(**{n: getattr(options, n) for n in names})))
     return 0
 
 

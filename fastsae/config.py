@@ -216,6 +216,8 @@ class Report(Common):
     """Seeds the draw of the latents."""
     max_rows: int = 131_072
     """Rows looked through for the passages at most."""
+    time_step: bool = True
+    """Time the parts of one update on the run's data; takes a few updates' time and Adam's memory."""
     backend: str | None = None
     """Who computes, see `fastsae info`. Left out: the fastest that can."""
 

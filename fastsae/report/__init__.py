@@ -1,5 +1,5 @@
 """The report of a run: one HTML page that needs nothing but itself."""
 
-from .page import write_report
+from .page import ReportOptions, write_report
 
-__all__ = ["write_report"]
+__all__ = ["ReportOptions", "write_report"]

@@ -169,6 +169,9 @@ def passage(context: TokenContext, acts: Sequence[float | None], strongest: floa
             spans[-1] = Span(spans[-1].text + text, act)
         else:
             spans.append(Span(text, act))
+    if spans:
+        # The space that a first word begins with would only indent the passage.
+        spans[0] = dataclasses.replace(spans[0], text=spans[0].text.lstrip(" "))
     return Passage(float(acts[context.center] or 0.0), spans)
 
 

@@ -16,10 +16,11 @@ from markupsafe import Markup
 
 from ..checkpoint import CheckpointError
 from ..data.shards import ShardSource
-from ..opening import open_run, rows_of_run, version
+from ..opening import OpenedRun, open_run, rows_of_run, version
 from .contexts import LatentCard, latent_cards
 from .plots import all_plots
 from .runlog import Record, RunLog, read_run
+from .timing import StepTiming, time_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LatentSection:
     cards: list[LatentCard]
 
 
-def render(log: RunLog, latents: LatentSection | None = None) -> str:
+def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming | None = None) -> str:
     """The page's HTML. Everything that comes from files or models is escaped by the template."""
     here = importlib.resources.files(__package__)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -51,7 +52,7 @@ def render(log: RunLog, latents: LatentSection | None = None) -> str:
         subtitle=_subtitle(log),
         notes=log.notes,
         tiles=_tiles(log),
-        plots=all_plots(log),
+        plots=all_plots(log, timing),
         latents=latents,
         settings=_settings(log.config),
         footer=_footer(log),
@@ -113,14 +114,25 @@ def _tiles(log: RunLog) -> list[Tile]:
         value = best(key)
         if value is not None:
             tiles.append(Tile(label, form.format(value), hint))
-    tokens, speed, dense = log.last("tokens"), log.median("tokens_per_s"), log.median("tokens_per_s", of="dense")
+    tokens, speed = log.last("tokens"), log.median("tokens_per_s")
     if tokens is not None:
         tiles.append(Tile("Tokens", f"{tokens:,.0f}", f"in {log.last('step') or 0:,.0f} steps"))
     if speed is not None:
         tiles.append(Tile("Tokens/s", f"{speed:,.0f}", "median over the run"))
-    if speed is not None and dense:
-        tiles.append(Tile("Speed-up", f"{speed / dense:.1f}×", f"over the dense reference ({dense:,.0f} tokens/s)"))
-    return tiles
+    return [*tiles, *_speed_up(log)]
+
+
+def _speed_up(log: RunLog) -> list[Tile]:
+    """Against the fastest reference that was timed side by side, or else against the dense curve of the run."""
+    ours = log.step_times.get("fastsae")
+    others = {name: times["ms"] for name, times in log.step_times.items() if name != "fastsae"}
+    if ours and others:
+        best = min(others, key=lambda name: others[name])
+        return [Tile("Speed-up", f"{others[best] / ours['ms']:.1f}×", f"of a whole step, over {best}")]
+    speed, dense = log.median("tokens_per_s"), log.median("tokens_per_s", of="dense")
+    if speed is None or not dense:
+        return []
+    return [Tile("Speed-up", f"{speed / dense:.1f}×", f"over the dense reference ({dense:,.0f} tokens/s)")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,58 +160,80 @@ def _rows(section: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def latent_section(
-    log: RunLog, *, latents: int, passages: int, seed: int, max_rows: int, backend: str | None
-) -> LatentSection | None:
-    """The latents and their texts, or None, with a note where there should have been some.
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """What a report holds besides what the run folder says.
+
+    latents: how many are shown with their texts; 0: none. passages: of each. seed: of the draw. max_rows: looked
+    through for the texts at most. time_step: time the parts of an update on the run's data. backend: of the ops.
+    """
+
+    latents: int = 24
+    passages: int = 8
+    seed: int = 0
+    max_rows: int = 131_072
+    time_step: bool = True
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("latents", 0), ("passages", 1), ("max_rows", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+
+
+def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, StepTiming | None]:
+    """What needs the weights and the activations: the latents' texts and the parts of an update, where there can be.
 
     A report is also for a run that is broken or has moved: what cannot be read is said on the page, not raised.
     """
+    if not options.latents and not options.time_step:
+        return None, None
     try:
         source = rows_of_run(log.config)
-        if not isinstance(source, ShardSource) or source.manifest.vocabulary is None:
-            return None  # not from text, or without the text stored beside it
+        if source is None:
+            return None, None
         run = open_run(log.folder)
-        run.sae.backend = backend
-        cards, scanned = latent_cards(run.sae, source, latents=latents, passages=passages, seed=seed, max_rows=max_rows)
+        run.sae.backend = options.backend
+        section = timing = None
+        if options.latents and isinstance(source, ShardSource) and source.manifest.vocabulary is not None:
+            section = latent_section(run, source, options)
+        train = log.config.get("train")
+        if options.time_step and isinstance(train, dict) and train.get("fused") and train.get("batch_size"):
+            timing = time_step(run.sae, source.next_batch(train["batch_size"]), options.backend)
+        return section, timing
     except (OSError, ValueError, CheckpointError) as error:
-        log.notes.append(f"No latents are shown: {error}")
-        return None
+        log.notes.append(f"Weights or activations could not be read, so latents and timings may be missing: {error}")
+        return None, None
+
+
+def latent_section(run: OpenedRun, source: ShardSource, options: ReportOptions) -> LatentSection | None:
+    """The latents and their texts; None where none fired. Raises as `latent_cards`."""
+    cards, scanned = latent_cards(
+        run.sae, source, latents=options.latents, passages=options.passages, seed=options.seed,
+        max_rows=options.max_rows,
+    )  # fmt: skip
     if not cards:
         return None
     intro = (
-        f"{len(cards)} of the latents that fired, one drawn at random (seed {seed}) from each of {len(cards)} equal "
-        f"strata of density rank, densest first. For each, its {passages} strongest passages that do not overlap, over "
-        f"{scanned:,} rows, with the activation at the strongest token. Weights of step {run.step:,}."
+        f"{len(cards)} of the latents that fired, one drawn at random (seed {options.seed}) from each of {len(cards)} "
+        f"equal strata of density rank, densest first. For each, its {options.passages} strongest passages that do not "
+        f"overlap, over {scanned:,} rows, with the activation at the strongest token. Weights of step {run.step:,}."
     )
     return LatentSection(intro, cards)
 
 
-def write_report(
-    run_dir: str | Path,
-    *,
-    out: str | Path | None = None,
-    latents: int = 24,
-    passages: int = 8,
-    seed: int = 0,
-    max_rows: int = 131_072,
-    backend: str | None = None,
-) -> Path:
-    """Writes the report of a run folder, finished or not, and returns its path (None: run_dir/report.html).
+def write_report(run_dir: str | Path, *, out: str | Path | None = None, options: ReportOptions | None = None) -> Path:
+    """Writes the report of a run folder, finished or not, and returns its path (`out`, or run_dir/report.html).
 
-    latents   how many are shown with their texts, where the activations were stored with theirs; 0: none.
-    max_rows  rows scanned for these texts at most.
     The page is replaced in one step. Raises FileNotFoundError or ValueError where run_dir is no run; OSError where the
     page cannot be written.
     """
     log = read_run(run_dir)
-    section = None
-    if latents > 0:
-        section = latent_section(log, latents=latents, passages=passages, seed=seed, max_rows=max_rows, backend=backend)
+    latents, timing = measure(log, options or ReportOptions())
     path = log.folder / "report.html" if out is None else Path(out)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(render(log, section), encoding="utf-8")
+        partial.write_text(render(log, latents, timing), encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -24,6 +24,8 @@ class RunLog:
     evals: list[Record]
     dense: list[Record]
     """Learning curve of the dense reference on the same batches, from dense_metrics.jsonl."""
+    step_times: dict[str, Record]
+    """A whole step's {"ms": median, ...} by who computes it, from step_times.json: "fastsae" and references."""
     notes: list[str]
     """What was missing or unreadable, in words for the page."""
 
@@ -108,6 +110,7 @@ def read_run(run_dir: str | Path) -> RunLog:
         metrics=read_jsonl(metrics_path, notes),
         evals=_evaluations(folder, notes),
         dense=read_jsonl(folder / "dense_metrics.jsonl", notes),
+        step_times=_step_times(folder, notes),
         notes=notes,
     )
     if not log.metrics:
@@ -120,14 +123,26 @@ def read_run(run_dir: str | Path) -> RunLog:
 def _evaluations(folder: Path, notes: list[str]) -> list[Record]:
     """The run's own evaluations, and the one that `fastsae eval` wrote where it is of the same step or a later one."""
     evals = read_jsonl(folder / "eval.jsonl", notes)
-    path = folder / EVALUATION
-    if path.exists():
-        try:
-            record = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            record = None
-        if not isinstance(record, dict):
-            notes.append(f"{EVALUATION} is unreadable and left out.")
-        elif not evals or record.get("step", -1) >= evals[-1].get("step", 0):
-            evals = [*(e for e in evals if e.get("step") != record.get("step")), record]
+    record = _read_object(folder / EVALUATION, notes)
+    if record and (not evals or record.get("step", -1) >= evals[-1].get("step", 0)):
+        evals = [*(e for e in evals if e.get("step") != record.get("step")), record]
     return evals
+
+
+def _step_times(folder: Path, notes: list[str]) -> dict[str, Record]:
+    times = _read_object(folder / "step_times.json", notes)
+    return {k: v for k, v in times.items() if isinstance(v, dict) and _is_number(v.get("ms")) and v["ms"] > 0}
+
+
+def _read_object(path: Path, notes: list[str]) -> Record:
+    """The JSON object in a file; empty, with a note unless the file is not there at all, where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text(errors="replace"))
+    except json.JSONDecodeError:
+        record = None
+    if isinstance(record, dict):
+        return record
+    notes.append(f"{path.name} is unreadable and left out.")
+    return {}
