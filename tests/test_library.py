@@ -1,0 +1,364 @@
+"""The ops as citizens of torch: opcheck, compile, autocast, batch dimensions, and the words they refuse with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import fastsae
+from fastsae import SparseCodes, UpdateTerm, ops
+from tests import truth
+
+N, D, M, K = 6, 8, 16, 4
+raw = torch.ops.fastsae
+every_backend = pytest.mark.parametrize("backend", truth.BACKENDS)
+
+
+def inputs(dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    made = (torch.randn(*shape, generator=g).to(dtype) for shape in ((N, D), (M, D), (M,)))
+    x, W, b = (t.requires_grad_(grad) for t in made)
+    return x, W, b
+
+
+def both_codes() -> list[SparseCodes]:
+    x, W, b = inputs()
+    return [ops.encode_topk(x, W, b, K), ops.encode_above(x, W, b, 1.0, N * M)[0]]
+
+
+def update_arguments() -> dict[str, Any]:
+    x, W, b = inputs()
+    W_dec, b_dec = W / W.norm(dim=1, keepdim=True), torch.zeros(D)
+    moments = [torch.zeros_like(p) for p in (W, W, W_dec, W_dec, b, b, b_dec, b_dec)]
+    terms = [UpdateTerm(ops.encode_topk(x, W, b, K), x, torch.ones_like(x))]
+    lr, step = torch.tensor(1e-3, dtype=torch.float64), torch.tensor(1)
+    return {
+        **{"W_enc": W, "W_dec": W_dec, "b_enc": b, "b_dec": b_dec, "moments": moments, "terms": terms},
+        **{"lr": lr, "step": step},
+    }
+
+
+# -- opcheck ----------------------------------------------------------------------------------------------------------
+
+
+@every_backend
+def test_opcheck_of_encoders(backend: str) -> None:
+    x, W, b = inputs(grad=True)
+    rows, scale = torch.tensor([1, 3, 4, 9, 12, -1], dtype=torch.int32), torch.ones(M, requires_grad=True)
+    screen = ops.prepare_screen(W, b, backend=backend)
+    tensors = None if screen is None else screen.tensors
+    opcheck(raw.encode_topk.default, (x, W, b, K, None, None, 0, tensors, "exact", backend))
+    opcheck(raw.encode_topk.default, (x, W, b, K, rows, scale, 3, None, "fp32", backend))
+    opcheck(raw.encode_above.default, (x, W, b, torch.tensor(0.5), 3 * N, tensors, "exact", backend))
+    opcheck(raw.encode_batch_topk.default, (x, W, b, K, tensors, "exact", backend))
+
+
+@every_backend
+@pytest.mark.parametrize("layout", [0, 1], ids=["fixed", "ragged"])
+def test_opcheck_of_sparse_products(backend: str, layout: int) -> None:
+    x, W, _ = inputs(grad=True)
+    codes = both_codes()[layout]
+    code = (codes.acts.requires_grad_(), codes.indices, codes.offsets)
+    order = ops.by_latent(codes, backend=backend)
+    opcheck(raw.decode.default, (*code, W, backend))
+    opcheck(raw.active_dot.default, (x, *code, W, backend))
+    opcheck(raw.active_outer.default, (*code, x, M, None, backend))
+    opcheck(raw.active_outer.default, (*code, x, M, [order.offsets, order.tokens, order.slots], backend))
+    # Entries past offsets[M] are unspecified, and opcheck compares them; these codes have none.
+    full = SparseCodes(torch.ones(N, K), torch.arange(N * K, dtype=torch.int32).view(N, K) % M, M)
+    opcheck(raw.by_latent.default, (full.acts, full.indices, None, M, backend))
+
+
+@every_backend
+def test_opcheck_of_update_latents(backend: str) -> None:
+    given = update_arguments()
+    term = given["terms"][0]
+    opcheck(
+        raw.update_latents_.default,
+        (
+            *(given[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "moments")),
+            *([], [term.codes.acts], [term.codes.indices], [torch.empty(0, dtype=torch.int64)], [term.x], [term.grad]),
+            *([True], given["lr"], given["step"], 0.9, 0.999, 1e-8, True, True, None, backend),
+        ),
+    )
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@every_backend
+def test_compile_forward_and_backward(backend: str) -> None:
+    x, W, b = inputs(grad=True)
+
+    def loss(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+        codes = ops.encode_topk(x, W, b, K, backend=backend)
+        above, _ = ops.encode_above(x, W, b, 0.5, x.shape[0] * M, backend=backend)
+        batch = ops.encode_batch_topk(x, W, b, K, backend=backend)
+        recon = sum(ops.decode(code, W, backend=backend) for code in (codes, above, batch))
+        gate = ops.active_dot(x, codes, W, backend=backend).sum() + ops.active_outer(codes, x, backend=backend).sum()
+        return (recon - x).square().sum() + gate
+
+    eager = torch.autograd.grad(loss(x, W, b), (x, W, b))
+    # Inductor's own share, code for the few pointwise operations between the ops, is compiled in the next test.
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, W, b), (x, W, b))
+    for a, e in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_compile_with_any_number_of_tokens() -> None:
+    _, W, b = inputs()
+    encode = torch.compile(lambda x: ops.encode_topk(x, W, b, K), fullgraph=True, dynamic=True)
+    for shape in ((5,), (7,), (2, 3)):
+        x = torch.randn(*shape, D, generator=torch.Generator().manual_seed(1))
+        codes, eager = encode(x), ops.encode_topk(x, W, b, K)
+        assert isinstance(codes, SparseCodes)
+        assert codes.batch_shape == shape
+        assert torch.equal(codes.check().acts, eager.acts)
+
+
+def test_compile_update_latents() -> None:
+    eager, compiled = update_arguments(), update_arguments()
+    ops.update_latents_(**eager)
+    torch.compile(lambda given: ops.update_latents_(**given), fullgraph=True)(compiled)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        assert torch.equal(eager[name], compiled[name])
+    assert all(torch.equal(a, b) for a, b in zip(eager["moments"], compiled["moments"], strict=True))
+
+
+# -- autocast, modes --------------------------------------------------------------------------------------------------
+
+
+@every_backend
+def test_autocast_runs_in_the_dtype_of_the_weights(backend: str) -> None:
+    x, W, b = inputs()
+    plain = ops.encode_topk(x.bfloat16().float(), W, b, K, backend=backend)
+    narrow = x.bfloat16().requires_grad_()
+    W = W.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = ops.encode_topk(narrow, W, b, K, backend=backend)
+        above, _ = ops.encode_above(narrow, W, b, 0.5, N * M, backend=backend)
+        batch = ops.encode_batch_topk(narrow, W, b, K, backend=backend)
+        recon = ops.decode(codes.to(torch.bfloat16), W, backend=backend)
+        dots = ops.active_dot(narrow, codes, W, backend=backend)
+        outer = ops.active_outer(codes, narrow, backend=backend)
+    assert torch.equal(codes.acts, plain.acts), "the weights were narrowed"
+    for result in (codes.acts, above.acts, batch.acts, recon, dots, outer):
+        assert result.dtype == torch.float32
+    (recon.sum() + codes.acts.sum()).backward()
+    assert narrow.grad is not None
+    assert narrow.grad.dtype == torch.bfloat16
+    assert W.grad is not None
+    assert W.grad.dtype == torch.float32
+
+
+@every_backend
+def test_deterministic_mode_changes_nothing(backend: str) -> None:
+    def run() -> list[Tensor]:
+        x, W, b = inputs(grad=True)
+        codes = ops.encode_topk(x, W, b, K, backend=backend)
+        ops.decode(codes, W, backend=backend).square().sum().backward()
+        assert x.grad is not None
+        assert W.grad is not None
+        assert b.grad is not None
+        return [codes.acts, x.grad, W.grad, b.grad]
+
+    usual = run()
+    torch.use_deterministic_algorithms(True)
+    try:
+        strict = run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(usual, strict, strict=True))
+
+
+@every_backend
+def test_no_grad_keeps_no_graph(backend: str) -> None:
+    x, W, b = inputs(grad=True)
+    with torch.no_grad():
+        codes = ops.encode_topk(x, W, b, K, backend=backend)
+        assert not ops.decode(codes, W, backend=backend).requires_grad
+    with torch.inference_mode():
+        assert ops.decode(ops.encode_topk(x, W, b, K, backend=backend), W, backend=backend).is_inference()
+
+
+@every_backend
+def test_update_works_on_parameters_that_require_grad(backend: str) -> None:
+    given = update_arguments()
+    before = given["W_enc"].clone()
+    version = given["W_enc"]._version
+    given["W_enc"].requires_grad_()
+    stats = ops.update_latents_(**given, backend=backend)
+    assert stats.shape == (4,)
+    assert given["W_enc"].requires_grad
+    assert not torch.equal(given["W_enc"].detach(), before)
+    assert given["W_enc"]._version > version, "autograd must notice that a saved weight has changed"
+
+
+@every_backend
+def test_leading_batch_dimensions_are_flattened_and_restored(backend: str) -> None:
+    x, W, b = inputs()
+    deep = x.view(2, 1, 3, D)
+    flat, codes = ops.encode_topk(x, W, b, K, backend=backend), ops.encode_topk(deep, W, b, K, backend=backend)
+    assert codes.acts.shape == codes.indices.shape == (2, 1, 3, K)
+    assert torch.equal(codes.flatten().acts, flat.acts)
+    assert torch.equal(ops.decode(codes, W, backend=backend), ops.decode(flat, W, backend=backend).view(deep.shape))
+    assert ops.active_dot(deep, codes, W, backend=backend).shape == codes.acts.shape
+    assert torch.equal(ops.active_outer(codes, deep, backend=backend), ops.active_outer(flat, x, backend=backend))
+    per_token = torch.linspace(0, 1, N).view(2, 1, 3, 1)
+    above, _ = ops.encode_above(deep, W, b, per_token, N * M, backend=backend)
+    assert above.batch_shape == (2, 1, 3)
+    assert ops.decode(above, W, backend=backend).shape == deep.shape
+
+
+# -- what is refused, and how -----------------------------------------------------------------------------------------
+
+
+def encode(**changes: Any) -> SparseCodes:
+    x, W, b = inputs()
+    return ops.encode_topk(**{"x": x, "W": W, "b": b, "k": K, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.ones(D)}, ValueError, r"x has shape \(8,\), expected \(\*batch, 8\).*x\[None\]"),
+        ({"x": torch.ones(N, D + 1)}, ValueError, r"x has shape \(6, 9\) and W \(16, 8\).*9 != 8"),
+        ({"x": torch.ones(N, D).double()}, TypeError, "x has dtype torch.float64 but W has torch.float32.*autocast"),
+        ({"x": torch.ones(N, D, device="meta")}, ValueError, "x is on meta but W is on cpu"),
+        ({"W": torch.ones(D)}, ValueError, r"W has shape \(8,\), expected \(M, D\)"),
+        ({"W": torch.ones(M, D).int()}, TypeError, "W has dtype torch.int32, expected a floating dtype"),
+        ({"b": torch.ones(M - 1)}, ValueError, r"b has shape \(15,\), expected \(16,\)"),
+        ({"scale": torch.ones(3)}, ValueError, r"scale has shape \(3,\), expected \(16,\)"),
+        ({"k": 0}, ValueError, "k is 0, expected 1 <= k <= 16, the size of d_sae"),
+        ({"k": M + 1}, ValueError, "k is 17, expected 1 <= k <= 16"),
+        ({"rows": torch.tensor([1, 2, 3], dtype=torch.int32)}, ValueError, "k is 4, expected 1 <= k <= 3.*rows"),
+        ({"rows": torch.arange(5)}, ValueError, "rows are torch.int64 .*, expected torch.int32"),
+        ({"index_offset": -1}, ValueError, "index_offset is -1, expected 0 or more"),
+        ({"precision": "fast"}, ValueError, "precision is 'fast', expected one of"),
+        ({"backend": "gpu"}, ValueError, "backend is 'gpu', expected None or one of"),
+        ({"x": torch.full((N, D), float("nan")), "check": True}, ValueError, r"48 values that are NaN .* at \(0, 0\)"),
+        ({"x": torch.full((N, D), float("inf")), "check": True}, ValueError, "NaN or infinite"),
+    ],
+)
+def test_encode_refuses(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        encode(**changes)
+
+
+def test_thresholds_and_capacities_are_refused() -> None:
+    x, W, b = inputs()
+    with pytest.raises(ValueError, match=r"threshold has shape \(3,\), expected a number, \(16,\).*\(6, 1\)"):
+        ops.encode_above(x, W, b, torch.ones(3), 10)
+    with pytest.raises(ValueError, match="capacity is -1"):
+        ops.encode_above(x, W, b, 0.0, -1)
+    with pytest.raises(ValueError, match="k is 17"):
+        ops.encode_batch_topk(x, W, b, M + 1)
+
+
+def test_codes_of_another_dictionary_are_refused() -> None:
+    x, W, _ = inputs()
+    codes = encode()
+    with pytest.raises(ValueError, match="codes have d_sae = 16, expected 15"):
+        ops.decode(codes, W[1:])
+    with pytest.raises(ValueError, match="codes have d_sae = 16, expected 9"):
+        ops.active_outer(codes, x, 9)
+    with pytest.raises(ValueError, match=r"x has shape \(5, 8\), expected \(\*batch, D\) with the codes' batch \(6,\)"):
+        ops.active_outer(codes, x[1:])
+    with pytest.raises(TypeError, match=r"codes.acts has dtype torch.float64 but W has torch.float32"):
+        ops.decode(codes.to(torch.float64), W)
+    long = SparseCodes(codes.acts, codes.indices.long(), M)
+    with pytest.raises(TypeError, match=r"codes.indices have dtype torch.int64, expected torch.int32"):
+        ops.decode(long, W)
+
+
+@every_backend
+def test_indices_outside_the_dictionary_never_reach_a_backend(backend: str) -> None:
+    x, W, _ = inputs()
+    codes = encode()
+    for wrong in (-1, M):
+        indices = codes.indices.clone()
+        indices[2, 1] = wrong
+        bad = SparseCodes(codes.acts, indices, M)
+        for call in (
+            lambda bad=bad: ops.decode(bad, W, backend=backend),
+            lambda bad=bad: ops.active_dot(x, bad, W, backend=backend),
+            lambda bad=bad: ops.active_outer(bad, x, backend=backend),
+            lambda bad=bad: ops.by_latent(bad, backend=backend),
+        ):
+            with pytest.raises(IndexError, match=r"codes point at latents .*, expected 0 to 15"):
+                call()
+    ragged = both_codes()[1]
+    assert ragged.offsets is not None
+    past = SparseCodes(ragged.acts, ragged.indices, M, ragged.offsets + 1000)
+    with pytest.raises(ValueError, match="offsets must rise from 0 to at most the capacity"):
+        ops.decode(past, W, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": torch.tensor(1e-3)}, "lr is torch.float32 of shape .*, expected a 0-d torch.float64"),
+        ({"step": torch.tensor([1])}, r"step is torch.int64 of shape \(1,\)"),
+        ({"moments": []}, "got 0 moments, expected 8: m and v of W_enc, W_dec, b_enc, b_dec"),
+        ({"W_enc": None}, "got 8 moments, expected 6: m and v of W_dec, b_enc, b_dec"),
+        ({"b_dec": torch.zeros(D + 1)}, r"b_dec has shape \(9,\), expected \(8,\)"),
+        ({"b_enc": torch.zeros(2 * M)[::2]}, "b_enc is not contiguous, and it is updated in place"),
+        ({"moments": [torch.zeros(1)] * 8}, r"moment m of W_enc has shape \(1,\), expected \(16, 8\)"),
+        ({"moments": "bf16"}, "moment m of W_enc is bfloat16, which needs a seed"),
+        ({"terms": "short"}, r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)"),
+    ],
+    ids=str,
+)
+def test_update_latents_refuses(changes: dict, message: str) -> None:
+    given = update_arguments()
+    if changes.get("moments") == "bf16":
+        changes = {"moments": [m.bfloat16() for m in given["moments"]]}
+    if changes.get("terms") == "short":
+        term = given["terms"][0]
+        changes = {"terms": [UpdateTerm(term.codes, term.x, term.grad[1:])]}
+    with pytest.raises(ValueError, match=message):
+        ops.update_latents_(**{**given, **changes})
+
+
+# -- backends ---------------------------------------------------------------------------------------------------------
+
+
+def test_backends_say_why_not() -> None:
+    table = fastsae.backends()
+    assert list(table)[-1] == "reference"
+    assert table["reference"]["available"]
+    for entry in table.values():
+        assert (entry["reason"] is None) == entry["available"]
+        assert isinstance(entry["detail"], dict)
+
+
+@pytest.mark.parametrize("backend", [name for name, e in fastsae.backends().items() if not e["available"]])
+def test_an_absent_backend_fails_loudly_with_its_reason(backend: str) -> None:
+    reason = fastsae.backends()[backend]["reason"]
+    with pytest.raises(fastsae.BackendError) as caught:
+        encode(backend=backend)
+    assert reason in str(caught.value)
+    assert f"no backend can serve fastsae.encode_topk here ({backend}:" in str(caught.value)
+
+
+def test_the_environment_names_the_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSAE_BACKEND", "cuda")
+    with pytest.raises(fastsae.BackendError, match="cuda"):
+        encode()
+    assert encode(backend="reference").k == K
+    monkeypatch.setenv("FASTSAE_BACKEND", "reference")
+    assert encode().k == K
+    monkeypatch.setenv("FASTSAE_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="'nonsense', expected None or one of"):
+        encode()
+
+
+@pytest.mark.parametrize("backend", truth.ENGINES)
+def test_a_screen_of_another_backend_is_refused(backend: str) -> None:
+    screen = fastsae.Screen([torch.zeros(1)], f"{backend}/whatever")
+    with pytest.raises(ValueError, match=f"the screen has format '{backend}/whatever', expected one of"):
+        encode(screen=screen, backend="reference")
