@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen, because Lightning Fabric refuses a module whose output holds a frozen dataclass; treat it as if it were.
+@dataclass(eq=False)
 class SparseCodes:
     """The active latents of each token. A pytree, so it passes through torch.compile and torch.func.
 
@@ -44,7 +45,7 @@ class SparseCodes:
                     f"acts has shape {tuple(self.acts.shape)}, expected (*batch, K) with at least one batch dimension; "
                     "for one token use acts[None]"
                 )
-            object.__setattr__(self, "batch_shape", shape)
+            self.batch_shape = shape
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 

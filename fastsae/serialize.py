@@ -37,7 +37,7 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Makes `path` anew: write(temporary name beside it), fsync, rename. On any error the old file stays as it was."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
