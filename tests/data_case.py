@@ -33,11 +33,11 @@ class ToyModel(nn.Module):
 
     base_model_prefix = "model"
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.config = types.SimpleNamespace(num_hidden_layers=3, max_position_embeddings=64)
-        self.embed = nn.Embedding(VOCABULARY, D_IN)
+        self.embed = nn.Embedding(vocabulary, D_IN)
         self.layers = nn.ModuleList(ToyLayer() for _ in range(3))
         self.unused = nn.Linear(D_IN, D_IN)
         for parameter in self.parameters():
@@ -53,8 +53,8 @@ class ToyModel(nn.Module):
         return hidden
 
 
-def toy_model() -> LanguageModel:
-    return LanguageModel(ToyModel(), None, "toy")
+def toy_model(vocabulary: int = VOCABULARY) -> LanguageModel:
+    return LanguageModel(ToyModel(vocabulary), None, "toy")
 
 
 def toy_corpus(documents: int = 60, length: int = 50, seed: int = 0) -> TokenCorpus:
