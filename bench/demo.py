@@ -197,8 +197,8 @@ def table(batch: int, result: TrainResult, times: dict[str, dict[str, float]], g
     return "\n".join(lines)
 
 
-def run(settings: Settings) -> bool:
-    """The five stages; True where the two curves agree. Raises StageFailed."""
+def run(settings: Settings, harvest: Callable[[Settings], None] = harvest) -> bool:
+    """The five stages; True where the two curves agree. Raises StageFailed. harvest: fills settings.activations."""
     torch.set_num_threads(settings.threads)
     again = f"Nothing is lost: `make demo` goes on from here. To begin anew: rm -r {shown(settings.run_dir)}"
     stage(1, f"harvest {settings.rows:,} activations of SmolLM2-135M, layer {real.LAYER}",

@@ -22,11 +22,17 @@ INTERESTING_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx5
 
 @dataclass(frozen=True)
 class Floors:
-    """Measured rates: copy_gbs counts bytes read and written; products in TFLOP/s, the best of a few shapes."""
+    """Measured rates: copy_gbs counts bytes read and written; torch's best products in 1e12 operations per second."""
 
     copy_gbs: float
     fp32_tflops: float
     bf16_tflops: float
+    int8_tops: float
+
+    @property
+    def best_product(self) -> float:
+        """Operations per second of the fastest of the three."""
+        return max(self.fp32_tflops, self.bf16_tflops, self.int8_tops) * 1e12
 
 
 def measure_floors(rounds: int = 5, scale: int = 1) -> Floors:
@@ -44,13 +50,18 @@ def measure_floors(rounds: int = 5, scale: int = 1) -> Floors:
             name = f"{dtype}-{shape}"
             flops[name] = 2 * a * b * c
             calls[name] = partial(torch.mm, left, right.T, out=out)
+    for shape, (a, b, c) in shapes.items():
+        left, right = (torch.randint(-127, 128, size, dtype=torch.int8) for size in ((a, b), (c, b)))
+        name = f"{torch.int8}-{shape}"
+        flops[name] = 2 * a * b * c
+        calls[name] = partial(torch._int_mm, left, right.T)
     times = interleaved(calls, rounds=rounds, min_seconds=0.2 / scale, warmup=2)
 
     def best(dtype: torch.dtype) -> float:
         return max(flops[name] / times[name].p20 for name in flops if name.startswith(str(dtype))) / 1e12
 
     copied = 2 * n * source.element_size()
-    return Floors(copied / times["copy"].p20 / 1e9, best(torch.float32), best(torch.bfloat16))
+    return Floors(copied / times["copy"].p20 / 1e9, best(torch.float32), best(torch.bfloat16), best(torch.int8))
 
 
 @dataclass(frozen=True)
@@ -69,14 +80,14 @@ class StepFloor:
 def step_floor(case: Case, floors: Floors) -> StepFloor:
     """Arithmetic from the measured rates, fp32 weights and moments:
 
-    encode   the product N·M·D at the better of the two rates, and one gather of N·K rows for exact scores
+    encode   the product N·M·D at the best of torch's rates, and one gather of N·K rows for exact scores
     decode   one gather of N·K rows of D
     update   two gathers (the output's gradient and x) and, for each of the 2·M·D weights, w, m and v read and written
              (24 bytes), with the encoder's 2-byte copy written beside it
     Gathers are read once at half the copy rate, which counts a byte when read and again when written.
     """
     gather = case.N * case.K * case.D * 4 / (floors.copy_gbs * 1e9)
-    product = 2 * case.N * case.M * case.D / (max(floors.fp32_tflops, floors.bf16_tflops) * 1e12)
+    product = 2 * case.N * case.M * case.D / floors.best_product
     adam = case.M * case.D * (2 * 24 + 2) / (floors.copy_gbs * 1e9)
     return StepFloor(encode=product + gather, decode=gather, update=2 * gather + adam)
 

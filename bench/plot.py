@@ -89,7 +89,7 @@ def cases_table(found: Sequence[dict[str, Any]]) -> str:
         if ours is None:
             continue
         ms, redone = ours["parts"]["step"]["ms"], ours.get("redone_share")
-        isa = "" if result["isa"] == "best" else f", {result['isa']} only"
+        isa = "" if result["isa"] == "best" else f", {result['isa']} only, screened in {engine(result)['screening']}"
         lines.append(
             [
                 f"{case['name']}{isa} ({case['N']}, {case['D']}, {case['M']}, {case['K']})",
@@ -108,12 +108,19 @@ def cases_table(found: Sequence[dict[str, Any]]) -> str:
     return table(head, lines)
 
 
+def engine(result: dict[str, Any]) -> dict[str, Any]:
+    """What the cpu backend said of itself: its instruction set and its screening format."""
+    detail = result["machine"]["backends"].get("cpu", {}).get("detail", {})
+    return {"isa": "-", "screening": "-"} | detail
+
+
 def provenance(result: dict[str, Any]) -> str:
-    m, floors = result["machine"], result["floors"]
+    m, floors, own = result["machine"], result["floors"], engine(result)
     return (
         f"{m['device']} ({', '.join(m['flags'])}), {m['threads']} threads, torch {m['torch']}, commit {m['commit']}, "
-        f"{m['date'][:10]}. Measured beside it: copies {floors['copy_gbs']:.1f} GB/s, torch's best product "
-        f"{floors['fp32_tflops']:.2f} TFLOP/s in fp32 and {floors['bf16_tflops']:.2f} in bf16."
+        f"{m['date'][:10]}; fastsae used {own['isa']} and screened in {own['screening']}. Measured beside it: copies "
+        f"{floors['copy_gbs']:.1f} GB/s, torch's best product {floors['fp32_tflops']:.2f} TFLOP/s in fp32 and "
+        f"{floors['bf16_tflops']:.2f} in bf16, {floors['int8_tops']:.2f} TOP/s in int8."
     )
 
 
@@ -214,18 +221,24 @@ def with_numbers(readme: str, text: str) -> str:
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
+def renew(results_folder: Path, readme: Path) -> int:
+    """Plots every device and puts its tables into the README. Returns the number of devices."""
+    folders = sorted(folder for folder in results_folder.glob("*") if any(folder.glob("*.json")))
+    for folder in folders:
+        plot(folder)
+        results.write_csv(folder)
+    text = "\n\n".join(section(folder) for folder in folders) or NO_RESULTS
+    readme.write_text(with_numbers(readme.read_text(), text))
+    return len(folders)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args()
-    folders = sorted(folder for folder in options.results.glob("*") if any(folder.glob("*.json")))
-    for folder in folders:
-        plot(folder)
-        results.write_csv(folder)
-    text = "\n\n".join(section(folder) for folder in folders) or NO_RESULTS
-    options.readme.write_text(with_numbers(options.readme.read_text(), text))
-    print(f"{len(folders)} devices plotted; numbers written to {options.readme}")
+    devices = renew(options.results, options.readme)
+    print(f"{devices} devices plotted; numbers written to {options.readme}")
 
 
 if __name__ == "__main__":

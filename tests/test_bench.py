@@ -1,0 +1,269 @@
+"""bench/: the references compute the same step, wrong results are caught, and every script runs at toy size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cases, check, contestants, demo, machine, memory, peers, plot, real, results
+from bench.cases import Case, Inputs
+from bench.dense import Dense, SparseEager
+from bench.ours import Fused, FusedByPart
+from bench.run import main
+from bench.timing import Mark, Sample, Stopwatch, interleaved, unmarked
+from fastsae import SparseCodes
+from fastsae.data import save_rows
+
+TINY = Case("tiny", N=48, D=20, M=96, K=5)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> object:
+    """The scripts set torch's thread count; the rest of the suite keeps its own."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(**changes: object) -> Inputs:
+    return cases.build(replace(TINY, **changes), real.rows, real.trained)  # type: ignore[arg-type]
+
+
+# -- the references ----------------------------------------------------------------------------------------------------
+
+
+def test_sparse_eager_is_the_dense_step() -> None:
+    inputs = tiny()
+    inputs = replace(inputs, b_dec=torch.linspace(-1, 1, TINY.D))
+    dense, sparse = Dense(inputs, TINY.K, lr=1e-3), SparseEager(inputs, TINY.K, lr=1e-3)
+    for x in inputs.batches:
+        torch.testing.assert_close(sparse.step(x), dense.step(x), rtol=1e-5, atol=0)
+    for ours, theirs in zip(sparse.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("distribution", ["random", "zipf", "hot"])
+def test_fused_is_the_dense_step(distribution: str) -> None:
+    inputs = tiny(distribution=distribution)
+    check.check_fused(inputs, TINY.K)
+    fused, parts = Fused(inputs, TINY.K), FusedByPart(inputs, TINY.K)
+    for x in inputs.batches:
+        torch.testing.assert_close(parts.step(x), fused.step(x).to(torch.float32), rtol=1e-6, atol=0)
+    torch.testing.assert_close(parts.W_dec, fused.sae.W_dec.detach(), rtol=0, atol=1e-7)
+
+
+def test_autocast_reference_computes_in_bf16() -> None:
+    inputs = tiny()
+    half = Dense(inputs, TINY.K, autocast=True)
+    assert half.name == "dense bf16"
+    assert half.encode(inputs.x)[0].dtype == torch.bfloat16
+    assert half.W_enc.dtype == torch.float32
+    full = Dense(inputs, TINY.K)
+    assert 0 < check.relative(half.reconstruct(inputs.x), full.reconstruct(inputs.x)) < 0.2
+
+
+# -- a wrong result is not timed ---------------------------------------------------------------------------------------
+
+
+class Broken(Fused):
+    """fastsae with one fault: the way to see the check fail."""
+
+    def __init__(self, inputs: Inputs, k: int, fault: str) -> None:
+        super().__init__(inputs, k, lr=check.STEP_LR)
+        self.fault = fault
+
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        return super().reconstruct(x) * (1.001 if self.fault == "scale" else 1)
+
+    def encode(self, x: torch.Tensor) -> SparseCodes:
+        codes = super().encode(x)
+        if self.fault == "selection":
+            codes = replace(codes, acts=codes.acts * torch.tensor([1] * (TINY.K - 1) + [0.999]))
+        return codes
+
+    def step(self, x: torch.Tensor, mark: Mark = unmarked) -> torch.Tensor:
+        loss = super().step(x)
+        if self.fault == "update":
+            self.sae.W_enc.data[0] += check.STEP_LR
+        return loss * 1.001 if self.fault == "loss" else loss
+
+
+@pytest.mark.parametrize("fault", ["none", "scale", "selection", "loss", "update"])
+def test_checks_catch_a_wrong_contestant(fault: str) -> None:
+    inputs = tiny()
+    acts, recon = check.truth(inputs, TINY.K)
+    broken = Broken(inputs, TINY.K, fault)
+
+    def everything() -> None:
+        check.check_forward(broken, inputs, recon)
+        check.check_selection(broken, inputs, acts)
+        check.check_step(broken, Dense(inputs, TINY.K, lr=check.STEP_LR), inputs)
+
+    if fault == "none":
+        everything()
+    else:
+        with pytest.raises(check.WrongResult, match="fastsae"):
+            everything()
+
+
+# -- cases -------------------------------------------------------------------------------------------------------------
+
+
+def test_zipf_uses_few_latents_often_and_hot_one_always() -> None:
+    case = replace(TINY, N=256, M=512, D=64, K=8)
+    used = {}
+    for distribution in ("random", "zipf", "hot"):
+        inputs = cases.build(replace(case, distribution=distribution), real.rows, real.trained)
+        _, indices = Dense(inputs, case.K).encode(inputs.x)
+        used[distribution] = torch.bincount(indices.flatten(), minlength=case.M).sort(descending=True).values
+    assert used["hot"][0] == case.N
+    assert used["random"][0] < case.N / 4 < used["zipf"][0]
+    assert used["zipf"][:16].sum() > 2 * used["random"][:16].sum()
+
+
+def test_cases_are_reproducible_and_named_once() -> None:
+    one, two = tiny(), tiny()
+    assert torch.equal(one.batches[3], two.batches[3])
+    assert not torch.equal(one.batches[0], one.batches[1])
+    assert len(cases.BY_NAME) == len(cases.CASES) + len(cases.SWEEP)
+    assert (cases.PRIMARY.N, cases.PRIMARY.D, cases.PRIMARY.M, cases.PRIMARY.K) == (4096, 768, 24576, 32)
+    with pytest.raises(ValueError, match="trained weights go with real inputs"):
+        Case("x", weights="trained")
+    with pytest.raises(ValueError, match="expected 1 <= K <= M"):
+        Case("x", K=0)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def test_sample_is_median_and_percentiles() -> None:
+    sample = Sample.of([0.001 * i for i in range(1, 12)])
+    assert sample.in_ms() == pytest.approx({"ms": 6, "p20": 3, "p80": 9, "runs": 11})
+    assert Sample.of([2.0]) == Sample(2.0, 2.0, 2.0, 1)
+    with pytest.raises(ValueError, match="no run was timed"):
+        Sample.of([])
+
+
+def test_contestants_take_turns() -> None:
+    calls: list[str] = []
+    times = interleaved({n: (lambda n=n: calls.append(n)) for n in "ab"}, rounds=3, min_seconds=0, warmup=2)
+    assert calls == ["a", "a", "b", "b", "a", "b", "a", "b", "a", "b"]
+    assert times["a"].n == 3
+    with pytest.raises(ValueError, match="rounds: got 0"):
+        interleaved({}, rounds=0, min_seconds=0)
+
+
+def test_stopwatch_names_the_parts_of_a_step() -> None:
+    inputs = tiny()
+    for contestant in (Dense(inputs, TINY.K), SparseEager(inputs, TINY.K), FusedByPart(inputs, TINY.K)):
+        watch = Stopwatch()
+        for _ in range(2):
+            watch.start()
+            contestant.step(inputs.x, watch.mark)
+        assert set(watch.samples()) == {"encode", "decode", "loss", "update"}
+        assert watch.samples()["update"].n == 2
+
+
+def test_step_floor_is_the_arithmetic_it_says() -> None:
+    floors = machine.Floors(copy_gbs=50, fp32_tflops=0.1, bf16_tflops=1, int8_tops=0.5)
+    floor = machine.step_floor(Case("x", N=1000, D=500, M=10_000, K=10), floors)
+    assert floor.decode == pytest.approx(1000 * 10 * 500 * 4 / 50e9)
+    assert floor.encode == pytest.approx(2 * 1000 * 500 * 10_000 / 1e12 + floor.decode)
+    assert floor.update == pytest.approx(2 * floor.decode + 10_000 * 500 * 50 / 50e9)
+    measured = machine.measure_floors(rounds=1, scale=256)
+    assert min(measured.copy_gbs, measured.fp32_tflops, measured.bf16_tflops, measured.int8_tops) > 0
+
+
+def test_peak_memory_sees_what_a_step_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hungry(Dense):
+        def step(self, x: torch.Tensor, mark: Mark = unmarked) -> torch.Tensor:
+            return torch.ones((100 if len(x) > 64 else 1) * 2**20 // 4).sum()  # 100 MiB on a whole batch
+
+    monkeypatch.setitem(contestants.OWN, "hungry", Hungry)
+    measured = memory.extra_peak("random", "hungry", is_quick=True)
+    assert 95 * 2**20 < measured["extra_peak_bytes"] < 115 * 2**20
+
+
+def test_memory_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = memory.measure("random", "fastsae", threads=2, is_quick=True)
+    weights_and_moments = 3 * (2 * 1024 * 64 + 1024 + 64) * 4
+    assert measured["state_bytes"] == weights_and_moments
+    assert 0 <= measured["extra_peak_bytes"] < 200e6
+    monkeypatch.setattr(memory.sys, "executable", "/bin/false")
+    with pytest.raises(memory.CannotMeasure, match="fastsae: no message"):
+        memory.measure("random", "fastsae", threads=2)
+
+
+def test_a_peer_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.Sparsify, "module", "a_module_that_is_not_there")
+    reason = contestants.unavailable("sparsify")
+    assert reason is not None
+    assert "eai-sparsify does not import" in reason
+    assert contestants.unavailable("dense fp32") is None
+
+
+# -- the scripts -------------------------------------------------------------------------------------------------------
+
+
+def test_bench_writes_results_plots_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["fastsae", "dense fp32", "dense bf16", "sparse eager"]
+    code = main(["--quick", "--no-memory", "--cases", "random", "trained", "--contestants", *names,
+                 "--out", str(tmp_path)])  # fmt: skip
+    assert code == 0
+    (folder,) = tmp_path.iterdir()
+    result = json.loads((folder / "random.json").read_text())
+    assert set(result["contestants"]) == set(names)
+    assert set(result["contestants"]["fastsae"]["parts"]) == {"step", "encode alone", *plot.PARTS}
+    assert {"device", "torch", "commit", "date", "threads", "backends", "torch_isa"} <= set(result["machine"])
+    csv = (folder / "steps.csv").read_text().splitlines()
+    assert csv[0].split(",") == list(results.COLUMNS)
+    assert len(csv) == 1 + 2 * 4 * 6
+    assert "x fastsae" in capsys.readouterr().out
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
+    plot.renew(tmp_path, readme)
+    text = readme.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| **fastsae** |" in text
+    assert {"contestants.svg", "contestants.png", "parts.svg"} <= {p.name for p in folder.iterdir()}
+    plot.renew(tmp_path, readme)
+    assert readme.read_text() == text, "the same results give the same README"
+
+
+def test_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="must hold the lines"):
+        plot.with_numbers("no markers", "numbers")
+
+
+def test_demo_trains_compares_and_finds_everything_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(32, 24, generator=generator)
+    save_rows(tmp_path / "rows", torch.rand(1200, 32, generator=generator).pow(4) @ basis, holdout=200)
+    settings = demo.Settings(
+        activations=tmp_path / "rows", run_dir=tmp_path / "run", rows=1000, d_sae=64, k=4, batch=128, steps=12,
+        dense_steps=6, timing_rounds=1, log_every=2, progress=False,
+    )  # fmt: skip
+    stages = {"harvest": lambda settings: None}
+    assert demo.run(settings, **stages)
+    first = capsys.readouterr().out
+    assert "over 3 logged steps the FVU is at most 0.0" in first
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*.json*")}
+    assert demo.run(settings, **stages)
+    for name in ("dense_metrics.jsonl", "step_times.json", "metrics.jsonl"):
+        assert (tmp_path / "run" / name).stat().st_mtime_ns == kept[name], f"{name} was made again"
+    assert first.split("whole training step")[1] == capsys.readouterr().out.split("whole training step")[1]
+
+
+def test_demo_says_what_to_do_when_a_stage_fails(tmp_path: Path) -> None:
+    settings = demo.Settings(activations=tmp_path / "none", run_dir=tmp_path / "run", progress=False)
+    with pytest.raises(demo.StageFailed, match=r"stage 2 .* failed[\s\S]*make demo"):
+        demo.run(settings, harvest=lambda settings: None)
