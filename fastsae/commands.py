@@ -50,7 +50,7 @@ def run_harvest(options: Harvest) -> int:
             "rows": f"{manifest.rows:,} in {len(manifest.shards)} shards",
             "held-out rows": f"{held:,}",
             "d_in": manifest.d_in,
-            **{name.replace("_", " "): f"{v:,}" if isinstance(v, int) else v for name, v in manifest.stats.items()},
+            **{name.replace("_", " "): _shown(value) for name, value in manifest.stats.items() if name != "rows"},
             "folder": options.out,
         }
     )
@@ -205,6 +205,10 @@ def bench(arguments: Sequence[str]) -> int:
             "`pip install -e .` there, and run `fastsae bench` again"
         )
     return subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=root, check=False).returncode
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_table(rows: dict[str, Any]) -> None:

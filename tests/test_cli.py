@@ -1,0 +1,275 @@
+"""The command line as a user types it: the whole way from a model to a report, its help, its errors and exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastsae import commands, config
+from fastsae.__main__ import COMMANDS, main
+from fastsae.config import LiveOptions
+from fastsae.data.stream import StreamConfig
+from fastsae.opening import open_run
+from fastsae.stopping import TrainingInterrupted
+from tests.cli_case import write_text, write_tiny_model
+
+QUIET = ["--no-progress", "--no-tensorboard"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny model, a text, a tensor file, and a run trained on that file."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_tiny_model(folder / "model")
+    write_text(folder / "text.txt")
+    x = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
+    np.save(folder / "rows.npy", x.numpy())
+    assert main(train(folder, "rows.npy", "run")) == 0
+    return folder
+
+
+def train(place: Path, data: str, run: str, *more: str) -> list[str]:
+    sizes = ["--d-sae", "48", "--k", "4", "--batch-size", "100", "--steps", "6", "--log-every", "2"]
+    return ["train", str(place / data), "--run-dir", str(place / run), *sizes, *QUIET, *more]
+
+
+def fails(capsys, arguments: list[str], code: int = 1) -> str:
+    """Runs a command that must fail with this code and exactly one line on stderr; returns the line."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert captured.err.startswith("fastsae")
+    return captured.err
+
+
+def test_from_a_language_model_to_a_report(place, capsys):
+    source = ["--model", str(place / "model"), "--text", str(place / "text.txt"), "--hook", "1"]
+    sizes = ["--window", "32", "--rows", "1000", "--rows-per-shard", "600", "--holdout", "200", "--no-progress"]
+    harvest = ["harvest", str(place / "acts"), *source, *sizes]
+    assert main(harvest) == 0
+    assert re.search(r"^rows +1,\d\d\d in 2 shards$", capsys.readouterr().out, re.M)
+    assert main(harvest) == 0  # there already: no model is loaded
+    assert main(train(place, "acts", "lm")) == 0
+    assert "fvu (held out)" in capsys.readouterr().out
+
+    assert main(["eval", str(place / "lm")]) == 0
+    assert "200 held-out rows" in capsys.readouterr().out
+    record = json.loads((place / "lm" / "evaluation.json").read_text())
+    assert record["step"] == 6
+    assert record["l0"] == 4
+    last = json.loads((place / "lm" / "eval.jsonl").read_text().splitlines()[-1])
+    assert record["fvu"] == pytest.approx(last["fvu"], rel=1e-6)
+
+    assert main(["report", str(place / "lm"), "--latents", "5", "--passages", "2"]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    page = path.read_text()
+    assert path == place / "lm" / "report.html"
+    assert page.count('<details class="latent"') == 5
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+
+
+def test_a_live_model(place, capsys):
+    live = ["--live.model", str(place / "model"), "--live.text", str(place / "text.txt"), "--live.hook", "1"]
+    more = ["--live.window", "32", "--live.holdout", "100", "--live.buffer-rows", "600"]
+    arguments = train(place, "live", "live", *live, *more)
+    arguments[1] = "live"
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(["eval", str(place / "live")]) == 0
+    assert "100 held-out text of the run's live stream" in capsys.readouterr().out
+    assert "needs --live.model" in fails(capsys, [*arguments[:3], str(place / "none"), "--d-sae", "48"])
+
+
+def test_live_options_survive_the_notes():
+    options = LiveOptions(model="m", text="t", stream=StreamConfig(hook="layers.3", window=64), prefetch=True)
+    assert LiveOptions.from_notes(json.loads(json.dumps(dataclasses.asdict(options)))) == options
+    with pytest.raises(ValueError, match="does not fit this version"):
+        LiveOptions.from_notes({"stream": {"hook": 1, "unheard_of": 2}})
+
+
+def test_resume_goes_on_and_is_asked_for(place, capsys):
+    message = fails(capsys, train(place, "rows.npy", "run"))
+    assert "holds a run with checkpoints" in message
+    longer = train(place, "rows.npy", "longer", "--decay", "constant")
+    assert main(longer) == 0
+    longer[longer.index("--steps") + 1] = "9"
+    assert main([*longer, "--resume"]) == 0
+    assert open_run(place / "longer").step == 9
+    assert "lr is 0.0002 there and 0.5 here" in fails(capsys, [*longer, "--resume", "--lr", "0.5"])
+
+
+def test_eval_on_other_rows(place, capsys):
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    save_file({"a": x, "b": x.bfloat16()}, place / "two.safetensors")
+    out = place / "elsewhere.json"
+    run = ["eval", str(open_run(place / "run").path), "--data", str(place / "two.safetensors")]
+    assert "name one of a, b" in fails(capsys, run)
+    assert main([*run, "--tensor", "b", "--all-rows", "--density", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["n_tokens"] == 50
+    assert len(record["density"]) == 48
+    assert "--all-rows needs --data" in fails(capsys, ["eval", str(place / "run"), "--all-rows"])
+    np.save(place / "narrow.npy", np.zeros((30, 5), np.float32))
+    message = fails(capsys, ["eval", str(place / "run"), "--data", str(place / "narrow.npy")])
+    assert "the rows have 5 numbers, the autoencoder wants d_in = 16" in message
+
+
+def test_info_in_words_and_as_json(capsys):
+    assert main(["info"]) == 0
+    words = capsys.readouterr().out
+    for expected in (torch.__version__, "threads", "reference", "cuda"):
+        assert expected in words
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["torch"] == torch.__version__
+    assert facts["backends"]["reference"]["available"] is True
+    for entry in facts["backends"].values():
+        assert entry["available"] or entry["reason"]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "bench"])
+def test_every_option_is_documented(command, capsys):
+    assert main([command, "--help"]) == 0
+    # The frame's first and last column: lines or, where the terminal does not know them, blanks.
+    lines = [line[1:-1] for line in capsys.readouterr().out.splitlines()]
+    blocks = re.split(r"^ (?=--[a-z])", "\n".join(lines), flags=re.M)[1:]
+    assert len(blocks) >= len(dataclasses.fields(commands.OPTIONS[command])) - 1  # the positional one is no option
+    for block in blocks:
+        # Names stand in the first columns; what is left of the help must say something.
+        help_text = re.sub(r"--[\w.-]+|\((default|required)[^)]*\)|\{.*?\}|\b[A-Z]+\b", "", block)
+        assert len(help_text.split()) >= 2, block
+
+
+def test_help_and_version_say_where_to_look(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {command}" in text for command in COMMANDS)
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no command 'trian'; the commands are harvest, train"),
+        (["train"], "Missing from fastsae train: DATA --run-dir PATH --d-sae INT; see fastsae train --help"),
+        (["train", "x", "--run-dir", "y", "--d-sae", "8", "--lrr", "1"], "Perhaps you meant: --lr FLOAT"),
+        (["train", "x", "--run-dir", "y", "--d-sae", "many"], "Error parsing --d-sae"),
+        (
+            ["train", "x", "--run-dir", "y", "--d-sae", "8", "--decay", "no"],
+            "invalid choice 'no' for argument '--decay'",
+        ),
+        (["train", "x", "--run-dir", "y", "--d-sae", "8", "--batch-size", "0"], "batch_size is 0, expected at least 1"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(arguments, message, capsys):
+    assert message in fails(capsys, arguments, code=2)
+
+
+def test_errors_name_the_thing(place, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("words")
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
+    (tmp_path / "cut.safetensors").write_bytes(
+        (place / "run/checkpoints/step_00000006/sae.safetensors").read_bytes()[:99]
+    )
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "whole.npy", np.ones((40, 3), np.int64))
+    np.save(tmp_path / "cube.npy", np.ones((4, 3, 2), np.float32))
+    np.save(tmp_path / "nan.npy", np.full((40, 16), np.nan, np.float32))
+    for name, message in [
+        ("missing.npy", "missing.npy is not there"),
+        ("empty", "holds no activations: expected a manifest.json"),
+        ("text.txt", "neither a folder nor a .safetensors or .npy file"),
+        ("broken.npy", "broken.npy is truncated or no .npy file"),
+        ("pickled.npy", "pickled.npy is truncated or no .npy file of numbers"),
+        ("cut.safetensors", "cut.safetensors is truncated or no .safetensors file"),
+        ("whole.npy", "holds int64 of shape (40, 3)"),
+        ("cube.npy", "shape (4, 3, 2), expected rows (n, d_in)"),
+        ("nan.npy", "40 of 40 rows hold NaN or inf"),
+    ]:
+        assert message in fails(capsys, train(tmp_path, name, "run")), name
+    assert not (tmp_path / "run").exists()
+    rows = str(place / "rows.npy")
+    more = ["--run-dir", str(tmp_path / "run"), "--steps", "2", *QUIET]
+    assert "k" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "9"])
+    assert "CUDA devices" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "2", "--device", "cuda:77"])
+    assert "no rows are held out" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "2", "--holdout", "0"])
+    assert "no run or saved SAE" in fails(capsys, ["eval", str(tmp_path / "nowhere")])
+    assert "no checkpoint" in fails(capsys, ["eval", str(tmp_path / "empty")])
+    assert "is not a run folder" in fails(capsys, ["report", str(tmp_path / "empty")])
+    assert "neither.html" in fails(capsys, ["report", str(place / "run"), "--out", str(tmp_path / "no/neither.html")])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "fastsae info: interrupted\n"),
+        (TrainingInterrupted("stopped after step 3", signal.SIGTERM), 143, "fastsae info: stopped after step 3\n"),
+        (OSError(28, "No space left on device", "/x/y"), 1, "fastsae info: error: /x/y: No space left on device\n"),
+        (ValueError("two\nlines"), 1, "fastsae info: error: two lines\n"),
+    ],
+)
+def test_exit_codes(error, code, line, monkeypatch, capsys):
+    def stop(options: config.Info) -> int:
+        raise error
+
+    monkeypatch.setitem(commands.RUN, "info", stop)
+    assert main(["info"]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch, capsys):
+    def fault(options: config.Info) -> int:
+        raise errors.pop()
+
+    monkeypatch.setitem(commands.RUN, "info", fault)
+    errors: list[Exception] = [ValueError("shown whole"), RuntimeError("torch's own"), TypeError("a bug")]
+    for _ in range(2):
+        with pytest.raises((RuntimeError, TypeError)):
+            main(["info"])
+    with pytest.raises(ValueError, match="shown whole"):
+        main(["info", "--debug"])
+
+
+def test_as_a_process(tmp_path):
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fastsae", *arguments], capture_output=True, text=True, check=False
+        )
+
+    broken = call("report", str(tmp_path / "nowhere"))
+    assert (broken.returncode, broken.stdout) == (1, "")
+    assert broken.stderr.startswith("fastsae report: error: no run folder at")
+    assert broken.stderr.count("\n") == 1
+
+
+def test_bench_without_the_repository(monkeypatch, capsys):
+    monkeypatch.setattr(commands, "__file__", "/usr/lib/python3/site-packages/fastsae/commands.py")
+    assert "in the source repository" in fails(capsys, ["bench"])
+
+
+def test_bench_hands_its_arguments_on(monkeypatch):
+    called = {}
+
+    def note(command, **keywords):
+        called.update(command=command, **keywords)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(commands.subprocess, "run", note)
+    assert main(["bench", "--quick", "--help"]) == 3
+    assert called["command"][1:] == ["-m", "bench", "--quick", "--help"]
+    assert (called["cwd"] / "bench" / "__main__.py").is_file()
