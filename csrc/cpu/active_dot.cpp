@@ -19,7 +19,7 @@ template <class T> void active_dot_typed(const Matrix& x, const Codes& c, const 
   const auto row = [&](int64_t slot) { return static_cast<const T*>(W.data) + c.indices[slot] * W.stride; };
   const int64_t D = W.cols, last = c.n ? c.end(c.n - 1) : 0;
   const int64_t distance = std::clamp(kAheadBytes / std::max<int64_t>(D * sizeof(T), 1), int64_t(1), kAheadRows);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+#pragma omp parallel for num_threads(team(threads, last * D)) schedule(dynamic, 16)
   for (int64_t n = 0; n < c.n; ++n)
     for (int64_t s = c.begin(n); s < c.end(n); ++s) {
       const int64_t ahead = std::min(s + distance, last - 1);

@@ -60,7 +60,7 @@ void active_outer_typed(const Codes& c, const LatentOrder& order, const Matrix& 
     return LatentRows<T>{static_cast<const T*>(c.acts), order, static_cast<const T*>(x.data), x.stride, begin, end, last};
   };
   const auto out_row = [&](int64_t i) { return static_cast<T*>(out.data) + i * out.stride; };
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(team(threads, (last + M) * D))
   {
     // The largest first; whoever finds none left goes on with the short ones.
 #pragma omp for schedule(dynamic, 1) nowait

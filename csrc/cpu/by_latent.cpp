@@ -12,9 +12,6 @@
 namespace fastsae {
 namespace {
 
-// Below this many slots the threads cost more than they save.
-constexpr int64_t kParallelSlots = 1 << 14;
-
 struct Never {
   bool operator()(int64_t) const { return false; }
 };
@@ -34,9 +31,10 @@ int64_t cut(int64_t total, int part, int parts) { return total / parts * part + 
 
 template <class Empty> void sort(const Codes& c, const LatentOrder& out, Empty empty, int threads) {
   const int64_t M = c.d_sae, slots = c.n ? c.end(c.n - 1) : 0;
-  const int team = slots < kParallelSlots ? 1 : threads;
-  std::vector<int64_t> places(team * M, 0), before(team + 1, 0);
-#pragma omp parallel num_threads(team)
+  // A slot here costs about what 8 numbers of a product cost.
+  const int size = team(threads, 8 * slots);
+  std::vector<int64_t> places(size * M, 0), before(size + 1, 0);
+#pragma omp parallel num_threads(size)
   {
     const int me = omp_get_thread_num(), parts = omp_get_num_threads();
     const int64_t token_end = cut(c.n, me + 1, parts), latent_begin = cut(M, me, parts), latent_end = cut(M, me + 1, parts);

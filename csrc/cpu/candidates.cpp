@@ -58,7 +58,7 @@ std::vector<float> guess_bars(const EncodeArgs& a, const LatentTerms& terms, con
   Lists lists(panel.count, std::max<int64_t>(256, 4 * rank), rank);
   kernel_for(a.screen.format).pass({a.screen, a, terms, panel, step / 2, step, false}, lists);
   for (int64_t t = 0; t < panel.count; ++t) {
-    float* v = lists.value.data() + t * lists.capacity;
+    float* v = lists.value.get() + t * lists.capacity;
     if (lists.size[t] < rank) {
       bars[t] = lists.bar[t];
       continue;

@@ -22,10 +22,11 @@ template <class T> struct TokenRows {
 template <class T> void decode_typed(const Codes& c, const Matrix& W, const Matrix& out, int threads) {
   const T* acts = static_cast<const T*>(c.acts);
   const T* rows = static_cast<const T*>(W.data);
+  const int64_t last = c.n ? c.end(c.n - 1) : 0;
   // Ragged tokens differ in length, so they are dealt out in small lots.
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+#pragma omp parallel for num_threads(team(threads, (last + c.n) * W.cols)) schedule(dynamic, 16)
   for (int64_t n = 0; n < c.n; ++n) {
-    const TokenRows<T> token{acts, c.indices, rows, W.stride, c.begin(n), c.end(n), c.end(c.n - 1)};
+    const TokenRows<T> token{acts, c.indices, rows, W.stride, c.begin(n), c.end(n), last};
     sum_rows<T>(token, W.cols, static_cast<T*>(out.data) + n * out.stride);
   }
 }

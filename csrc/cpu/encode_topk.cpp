@@ -1,12 +1,13 @@
 // acts, indices = the K largest of relu(scale · (x Wᵀ + b)) per token; (N, M) is never stored.
 //
 // A thread takes a panel of tokens: narrow it, guess a bar per token from a sample of the dictionary, screen the dictionary
-// tile by tile against the bars, then decide each token among the latents that passed. Deciding is exact: the K best bounds
-// are scored in fp32, then whoever's bound reaches the K-th score found. A token whose K-th score does not clear the guessed
-// bar has no certificate; it is redone with bar 0, under which nothing that counts is left out. What even then does not fit
-// its list (masses of ties) or is not finite is scored in fp32 in full.
+// tile by tile against the bars, score the K best bounds of each token in fp32. Whoever's bound reaches the K-th score found
+// is a rival; rivals of all tokens are scored latent by latent, so that the rows gathered are those of x, which stay in L3,
+// and not those of W, which do not. A token whose K-th score does not clear the guessed bar has no certificate; it is redone
+// with bar 0, under which nothing that counts is left out. What even then does not fit its list (masses of ties) or is not
+// finite is scored in fp32 in full.
 //
-// Flops 2·N·M·D narrow, about 8·N·K·D in fp32. Bytes: the packed copy once per panel from L3, about 4·N·K rows of W.
+// Flops 2·N·M·D narrow, about 8·N·K·D in fp32. Bytes: the packed copy once per panel from L3, N·K rows of W, some 3·N·K of x.
 // The result is the K best by (fp32 score, lower index), whatever the panel, the bar or the number of threads.
 #include "candidates.h"
 #include "registry.h"
@@ -14,7 +15,97 @@
 namespace fastsae::FASTSAE_ISA {
 namespace {
 
-constexpr int64_t kPanel = 240;   // tokens: 240 x 768 bytes of i8 stay in half of a 1 MB L2, beside the lists
+constexpr int64_t kPanel = 240;      // tokens: 240 x 768 bytes of i8 stay in half of a 1 MB L2, beside the lists
+constexpr int64_t kAtOnce = 4096;    // tokens whose rivals are scored together: 12 MB of fp32 x at D = 768
+
+// What is known of some tokens between the phases.
+struct Tokens {
+  std::vector<int64_t> which;                // rows of x
+  std::vector<const float*> rows;            // the same, as fp32
+  std::vector<float> widened;                // holds them where x is bf16
+  std::vector<float> guessed;                // bars
+  std::vector<uint8_t> spilled;
+  std::vector<std::vector<Ranked>> best;     // scored exactly, at most K
+  std::vector<std::vector<int32_t>> rivals;  // per panel: considered latents still to score, token after token
+  std::vector<int64_t> offsets;              // per token into all rivals; before they are joined, sizes
+
+  int64_t count() const { return int64_t(which.size()); }
+};
+
+void keep_positive(const EncodeArgs& a, float score, int64_t i, std::vector<Ranked>& best) {
+  if (!(score <= 0.f)) best.push_back(rank_of(score, a.latent(i)));
+}
+
+float kth_score(std::vector<Ranked>& best, int64_t k) {
+  if (int64_t(best.size()) < k) return 0.f;
+  best_first(best, k);
+  return score_of(*std::min_element(best.begin(), best.begin() + k));
+}
+
+// From one token's list: score the K best bounds, name the rivals.
+template <class T>
+void shortlist(const EncodeArgs& a, const Lists& lists, int64_t in_panel, Tokens& tokens, int64_t t,
+               std::vector<Ranked>& order, std::vector<int32_t>& rivals) {
+  const float* value = lists.value.get() + in_panel * lists.capacity;
+  const int32_t* where = lists.where.get() + in_panel * lists.capacity;
+  order.clear();
+  for (int64_t j = 0; j < lists.size[in_panel]; ++j)
+    order.push_back(rank_of(value[j], a.screen.latent_at(where[j])));
+  const int64_t first = std::min<int64_t>(a.k, order.size());
+  best_first(order, first);
+  std::vector<Ranked>& best = tokens.best[t];
+  for (int64_t j = 0; j < std::min<int64_t>(2, first); ++j) fetch_latent<T>(a, index_of(order[j]));
+  for (int64_t j = 0; j < first; ++j) {
+    if (j + 2 < first) fetch_latent<T>(a, index_of(order[j + 2]));
+    const int64_t i = index_of(order[j]);
+    keep_positive(a, exact_score<T>(a, tokens.rows[t], i), i, best);
+  }
+  if (!a.rescore) return;
+  const float bar = kth_score(best, a.k);
+  for (int64_t j = first; j < int64_t(order.size()); ++j)
+    if (!(score_of(order[j]) < bar)) rivals.push_back(int32_t(index_of(order[j])));
+}
+
+// Screens one panel of tokens, [first, first + count).
+template <class T>
+void screen_tokens(const EncodeArgs& a, const LatentTerms& terms, Tokens& tokens, int64_t first, int64_t count, bool guess,
+                   Panel& panel, Lists& lists, std::vector<int32_t>& rivals) {
+  const ScreenKernel& kernel = kernel_for(a.screen.format);
+  kernel.pack(tokens.rows.data() + first, count, a.x.cols, a.screen.words_per_row, panel);
+  std::vector<float> bars(count, 0.f);
+  if (guess) bars = guess_bars(a, terms, panel, a.k);
+  lists.reset(count);
+  for (int64_t t = 0; t < count; ++t) {
+    lists.bar[t] = tokens.guessed[first + t] = bars[t];
+    if (!std::isfinite(panel.error[t])) lists.spilled[t] = 1, lists.bar[t] = std::numeric_limits<float>::infinity();
+  }
+  kernel.pass({a.screen, a, terms, panel, 0, 1, a.rescore}, lists);
+  std::vector<Ranked> order;
+  for (int64_t t = 0; t < count; ++t) {
+    const size_t before = rivals.size();
+    tokens.spilled[first + t] = lists.spilled[t];
+    if (!lists.spilled[t]) shortlist<T>(a, lists, t, tokens, first + t, order, rivals);
+    tokens.offsets[first + t] = int64_t(rivals.size() - before);
+  }
+}
+
+// Exact scores of all rivals, latent by latent; result in the order of `rivals`.
+template <class T>
+std::vector<float> score_rivals(const EncodeArgs& a, const Tokens& tokens, const std::vector<int32_t>& rivals) {
+  std::vector<float> scores(rivals.size());
+  std::vector<int64_t> offsets(a.row_count + 1), slots(rivals.size());
+  std::vector<int32_t> owners(rivals.size());
+  const Codes pairs{nullptr, rivals.data(), tokens.offsets.data(), tokens.count(), 0, a.row_count, Dtype::f32};
+  by_latent(pairs, {offsets.data(), owners.data(), slots.data()}, a.threads);
+  const int64_t D = a.x.cols;
+#pragma omp parallel for schedule(dynamic, 64) num_threads(a.threads)
+  for (int64_t i = 0; i < a.row_count; ++i)
+    for (int64_t e = offsets[i]; e < offsets[i + 1]; ++e) {
+      if (e + 2 < int64_t(rivals.size())) prefetch_row(tokens.rows[owners[e + 2]], D);
+      scores[slots[e]] = exact_score<T>(a, tokens.rows[owners[e]], i);
+    }
+  return scores;
+}
 
 void write_code(const EncodeArgs& a, std::vector<Ranked>& best, int64_t token, const FixedCodes& out) {
   best_first(best, a.k);
@@ -27,91 +118,63 @@ void write_code(const EncodeArgs& a, std::vector<Ranked>& best, int64_t token, c
   for (; slot < a.k; ++slot) acts[slot] = 0.f, indices[slot] = int32_t(a.W.rows - 1 + a.index_offset);
 }
 
-// Scores `order[from..to)` exactly and keeps the positive ones (and NaN).
+// Merges a token's scores and writes its code; false if there is no certificate.
 template <class T>
-void score_listed(const EncodeArgs& a, const float* x, const std::vector<Ranked>& order, int64_t from, int64_t to,
-                  std::vector<Ranked>& best) {
-  for (int64_t j = from; j < to; ++j) {
-    if (j + 1 < to) fetch_latent<T>(a, index_of(order[j + 1]));
-    const int64_t i = index_of(order[j]);
-    const float s = exact_score<T>(a, x, i);
-    if (!(s <= 0.f)) best.push_back(rank_of(s, a.latent(i)));
-  }
+bool decide(const EncodeArgs& a, Tokens& tokens, int64_t t, const std::vector<int32_t>& rivals,
+            const std::vector<float>& scores, const FixedCodes& out) {
+  if (tokens.spilled[t]) return false;
+  std::vector<Ranked>& best = tokens.best[t];
+  for (int64_t e = tokens.offsets[t]; e < tokens.offsets[t + 1]; ++e) keep_positive(a, scores[e], rivals[e], best);
+  const float guessed = tokens.guessed[t], kth = kth_score(best, a.k);
+  const bool certain = guessed <= 0.f || kth > guessed || kth != kth || (!a.rescore && int64_t(best.size()) >= a.k);
+  if (certain) write_code(a, best, tokens.which[t], out);
+  return certain;
 }
 
-float kth_score(std::vector<Ranked>& best, int64_t k) {
-  if (int64_t(best.size()) < k) return 0.f;
-  best_first(best, k);
-  return score_of(*std::min_element(best.begin(), best.begin() + k));
-}
-
-// Decides one token from its list; false if there is no certificate.
+// Encodes these tokens; returns those without a certificate.
 template <class T>
-bool decide(const EncodeArgs& a, const float* x, const Lists& lists, int64_t t, float guessed, std::vector<Ranked>& order,
-            std::vector<Ranked>& best) {
-  order.clear(), best.clear();
-  if (lists.spilled[t]) return false;
-  const float* value = lists.value.data() + t * lists.capacity;
-  const int32_t* where = lists.where.data() + t * lists.capacity;
-  for (int64_t j = 0; j < lists.size[t]; ++j) order.push_back(rank_of(value[j], a.screen.latent_at(where[j])));
-  const int64_t first = std::min<int64_t>(a.k, order.size());
-  best_first(order, first);
-  score_listed<T>(a, x, order, 0, first, best);
-  if (a.rescore) {
-    const float bar = kth_score(best, a.k);
-    const auto end = std::partition(order.begin() + first, order.end(), [bar](Ranked r) { return !(score_of(r) < bar); });
-    score_listed<T>(a, x, order, first, end - order.begin(), best);
-  }
-  const float kth = kth_score(best, a.k);
-  return guessed <= 0.f || kth > guessed || kth != kth || (!a.rescore && int64_t(best.size()) >= a.k);
-}
+std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms, std::vector<int64_t> which, bool guess,
+                                   const FixedCodes& out) {
+  Tokens tokens;
+  tokens.which = std::move(which);
+  const int64_t count = tokens.count(), D = a.x.cols;
+  tokens.rows.resize(count), tokens.guessed.resize(count), tokens.spilled.resize(count), tokens.best.resize(count);
+  tokens.offsets.assign(count + 1, 0);
+  if (a.x.dtype != Dtype::f32) tokens.widened.resize(count * D);
 
-// One panel of tokens; those without a certificate are appended to `undecided`.
-template <class T>
-void encode_panel(const EncodeArgs& a, const LatentTerms& terms, const std::vector<int64_t>& tokens, bool guess,
-                  const FixedCodes& out, std::vector<int64_t>& undecided) {
-  const int64_t D = a.x.cols, count = int64_t(tokens.size());
-  std::vector<float> widened(a.x.dtype == Dtype::f32 ? 0 : count * D);
-  std::vector<const float*> rows(count);
-  for (int64_t t = 0; t < count; ++t) rows[t] = as_floats(a.x, tokens[t], widened.data() + (widened.empty() ? 0 : t * D));
-
-  const ScreenKernel& kernel = kernel_for(a.screen.format);
-  Panel panel;
-  kernel.pack(rows.data(), count, D, a.screen.words_per_row, panel);
-  std::vector<float> bars(count, 0.f);
-  if (guess) bars = guess_bars(a, terms, panel, a.k);
-
-  Lists lists(count, std::max<int64_t>(guess ? 1024 : 2048, 16 * a.k), a.k);
-  lists.bar = bars;
-  for (int64_t t = 0; t < count; ++t)
-    if (!std::isfinite(panel.error[t])) lists.spilled[t] = 1, lists.bar[t] = std::numeric_limits<float>::infinity();
-  kernel.pass({a.screen, a, terms, panel, 0, 1, a.rescore}, lists);
-
-  std::vector<Ranked> order, best;
-  for (int64_t t = 0; t < count; ++t) {
-    if (decide<T>(a, rows[t], lists, t, bars[t], order, best))
-      write_code(a, best, tokens[t], out);
-    else
-      undecided.push_back(tokens[t]);
-  }
-}
-
-template <class T>
-std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms, const std::vector<int64_t>& tokens,
-                                   bool guess, const FixedCodes& out) {
-  const int64_t group = kernel_for(a.screen.format).group, count = int64_t(tokens.size());
-  const int64_t share = (count + a.threads * 2 - 1) / (a.threads * 2);
+  const int64_t group = kernel_for(a.screen.format).group, share = (count + a.threads * 2 - 1) / (a.threads * 2);
   const int64_t size = std::min(kPanel, (share + group - 1) / group * group);
   const int64_t panels = size ? (count + size - 1) / size : 0;
-  std::vector<std::vector<int64_t>> undecided(panels);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
-  for (int64_t p = 0; p < panels; ++p) {
-    const auto from = tokens.begin() + p * size;
-    encode_panel<T>(a, terms, {from, from + std::min(size, count - p * size)}, guess, out, undecided[p]);
+  tokens.rivals.resize(panels);
+#pragma omp parallel num_threads(a.threads)
+  {
+    Panel panel;
+    Lists lists(size, std::max<int64_t>(guess ? 1024 : 2048, 16 * a.k), a.k);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t first = p * size, last = std::min(count, first + size);
+      for (int64_t t = first; t < last; ++t)
+        tokens.rows[t] = as_floats(a.x, tokens.which[t], tokens.widened.empty() ? nullptr : &tokens.widened[t * D]);
+      screen_tokens<T>(a, terms, tokens, first, last - first, guess, panel, lists, tokens.rivals[p]);
+    }
   }
-  std::vector<int64_t> all;
-  for (const auto& u : undecided) all.insert(all.end(), u.begin(), u.end());
-  return all;
+
+  std::vector<int32_t> rivals;
+  for (const auto& part : tokens.rivals) rivals.insert(rivals.end(), part.begin(), part.end());
+  for (int64_t t = 0, at = 0; t <= count; ++t) {
+    const int64_t length = tokens.offsets[t];
+    tokens.offsets[t] = at;
+    at += length;
+  }
+  const std::vector<float> scores = score_rivals<T>(a, tokens, rivals);
+
+  std::vector<uint8_t> decided(count);
+#pragma omp parallel for schedule(dynamic, 64) num_threads(a.threads)
+  for (int64_t t = 0; t < count; ++t) decided[t] = decide<T>(a, tokens, t, rivals, scores, out);
+  std::vector<int64_t> undecided;
+  for (int64_t t = 0; t < count; ++t)
+    if (!decided[t]) undecided.push_back(tokens.which[t]);
+  return undecided;
 }
 
 // Every latent in fp32 for the tokens that nothing else decides.
@@ -127,11 +190,15 @@ void encode_in_full(const EncodeArgs& a, const std::vector<int64_t>& tokens, con
 
 template <class T> int64_t encode_topk_typed(const EncodeArgs& a, const FixedCodes& out) {
   const LatentTerms terms = latent_terms(a, nullptr);
-  std::vector<int64_t> tokens(a.x.rows);
-  for (int64_t n = 0; n < a.x.rows; ++n) tokens[n] = n;
-  std::vector<int64_t> again = encode_tokens<T>(a, terms, tokens, true, out);
+  std::vector<int64_t> again;
+  for (int64_t first = 0; first < a.x.rows; first += kAtOnce) {
+    std::vector<int64_t> tokens(std::min(kAtOnce, a.x.rows - first));
+    for (int64_t t = 0; t < int64_t(tokens.size()); ++t) tokens[t] = first + t;
+    const std::vector<int64_t> open = encode_tokens<T>(a, terms, std::move(tokens), true, out);
+    again.insert(again.end(), open.begin(), open.end());
+  }
   const int64_t redone = int64_t(again.size());
-  if (redone) again = encode_tokens<T>(a, terms, again, false, out);
+  if (redone) again = encode_tokens<T>(a, terms, std::move(again), false, out);
   encode_in_full(a, again, out);
   return redone;
 }

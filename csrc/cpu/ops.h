@@ -54,6 +54,10 @@ struct Ops {
   void (*update_latents)(const UpdateArgs&);
 };
 
+// Threads for a call that multiplies this many numbers: under some 20 us of work, starting and joining them costs more than
+// they save, above all where other processes hold the cores. No result depends on it.
+inline int team(int threads, int64_t numbers) { return numbers < (1 << 17) ? 1 : threads; }
+
 // Independent of the instruction set.
 void by_latent(const Codes&, const LatentOrder&, int threads);
 

@@ -48,8 +48,8 @@ void prepare_screen(const Matrix& W, const int32_t* rows, const Screen& s, int t
 }
 
 void prune(const ScreenCall& call, Lists& lists, int64_t token) {
-  float* value = lists.value.data() + token * lists.capacity;
-  int32_t* where = lists.where.data() + token * lists.capacity;
+  float* value = lists.value.get() + token * lists.capacity;
+  int32_t* where = lists.where.get() + token * lists.capacity;
   const int64_t size = lists.size[token];
   std::vector<float> low(size);
   for (int64_t i = 0; i < size; ++i) {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "encode.h"
@@ -27,15 +28,17 @@ struct Panel {
 // Per token a short list of latents whose bound passed the token's bar; the bar rises when the list is full.
 struct Lists {
   int64_t capacity, keep;
-  std::vector<float> value;     // [count][capacity] the bound u
-  std::vector<int32_t> where;   // [count][capacity] packed position
+  std::unique_ptr<float[]> value;     // [count][capacity] the bound u; unset past `size`, so what is not used is not touched
+  std::unique_ptr<int32_t[]> where;   // [count][capacity] packed position
   std::vector<int32_t> size;
-  std::vector<float> bar;       // a latent is left out only if u <= bar
-  std::vector<uint8_t> spilled; // the list could not hold all that passed: decide this token another way
+  std::vector<float> bar;             // a latent is left out only if u <= bar
+  std::vector<uint8_t> spilled;       // the list could not hold all that passed: decide this token another way
 
   Lists(int64_t count, int64_t capacity_, int64_t keep_)
-      : capacity(capacity_), keep(keep_), value(count * capacity_), where(count * capacity_), size(count, 0), bar(count, 0.f),
-        spilled(count, 0) {}
+      : capacity(capacity_), keep(keep_), value(new float[count * capacity_]), where(new int32_t[count * capacity_]) {
+    reset(count);
+  }
+  void reset(int64_t count) { size.assign(count, 0), bar.assign(count, 0.f), spilled.assign(count, 0); }
 };
 
 struct ScreenCall {

@@ -31,8 +31,8 @@ FASTSAE_INLINE void append(Lists& lists, int64_t token, vec<float> u, unsigned m
   const int64_t at = token * lists.capacity + lists.size[token];
 #if defined(__AVX512F__)
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  _mm512_mask_compressstoreu_ps(lists.value.data() + at, mask, (__m512)u);
-  _mm512_mask_compressstoreu_epi32(lists.where.data() + at, mask, _mm512_add_epi32(lane, _mm512_set1_epi32(position)));
+  _mm512_mask_compressstoreu_ps(lists.value.get() + at, mask, (__m512)u);
+  _mm512_mask_compressstoreu_epi32(lists.where.get() + at, mask, _mm512_add_epi32(lane, _mm512_set1_epi32(position)));
   lists.size[token] += __builtin_popcount(mask);
 #else
   int64_t to = at;
