@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,26 +24,6 @@ import tokenizers  # noqa: E402
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards box in rainy spring . , ;"
 WORDS = SENTENCE.split()
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "box",
-    "in",
-    "rainy",
-    "spring",
-    ".",
-    ",",
-    ";",
-]
 
 
 def word_tokenizer(bert: bool) -> Any:
@@ -228,14 +210,68 @@ def test_models_that_cannot_be_loaded(packaged: Path, tmp_path: Path) -> None:
         ("package:carrier_of_a_model/a.txt", r"expected a \.gguf file or a folder with config\.json at .*a\.txt"),
         (f"gguf:{tmp_path}/none.gguf", r"no model at .*none\.gguf"),
         (str(packaged), r"no model at .*carrier_of_a_model"),
+        ("./mistyped", r"no model at '\./mistyped': expected a \.gguf file or a folder with config\.json"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_model(spec)
+    weights = packaged / "weights" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+    with pytest.raises(ValueError, match="cannot load the model 'package:carrier_of_a_model'"):
+        load_model("package:carrier_of_a_model")
     # A pickle is refused even where it is all there is.
-    (packaged / "weights" / "model.safetensors").rename(packaged / "weights" / "pytorch_model.bin")
+    weights.rename(packaged / "weights" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot load the model"):
         load_model("package:carrier_of_a_model")
     (packaged / "second").mkdir()
     (packaged / "second" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=r"found 2 \(second, weights\); name it as package:NAME/PATH"):
         load_model("package:carrier_of_a_model")
+
+
+def write_tiny_gguf(path: Path) -> np.ndarray:
+    """A two-layer Llama of width 32 with a byte-level vocabulary; returns its embeddings."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    d_model, d_mlp, n_layers, n_vocab = 32, 64, 2, 40
+    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(97, 123)), "\u0120", "\u010a", "th", "the"]
+    tokens += [f"<{i}>" for i in range(n_vocab - len(tokens))]
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in [
+        ("block_count", n_layers), ("context_length", 64), ("embedding_length", d_model), ("head_count", 2),
+        ("feed_forward_length", d_mlp), ("head_count_kv", 1), ("layer_norm_rms_eps", 1e-5), ("rope_freq_base", 1e4),
+        ("rope_dimension_count", 16), ("vocab_size", n_vocab), ("tokenizer_model", "gpt2"), ("token_list", tokens),
+        ("token_merges", ["t h", "th e"]), ("token_types", [1] * n_vocab), ("bos_token_id", 1), ("eos_token_id", 2),
+    ]:  # fmt: skip
+        getattr(writer, f"add_{key}")(value)
+    shapes = {
+        "attn_q": (d_model, d_model), "attn_k": (16, d_model), "attn_v": (16, d_model),
+        "attn_output": (d_model, d_model), "ffn_gate": (d_mlp, d_model), "ffn_up": (d_mlp, d_model),
+        "ffn_down": (d_model, d_mlp), "attn_norm": (d_model,), "ffn_norm": (d_model,),
+    }  # fmt: skip
+    embeddings = generator.standard_normal((n_vocab, d_model)).astype(np.float32)
+    writer.add_tensor("token_embd.weight", embeddings)
+    writer.add_tensor("output_norm.weight", np.ones(d_model, np.float32))
+    for layer in range(n_layers):
+        for name, shape in shapes.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", generator.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return embeddings
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    embeddings = torch.from_numpy(write_tiny_gguf(path))
+    for spec in (str(path), f"gguf:{path}"):
+        loaded = load_model(spec, dtype=torch.float32)
+        ids = loaded.tokenizer("the cat", return_tensors="pt")["input_ids"]
+        assert token_strings(loaded.tokenizer)[ids[0, 0]] == "the"
+        assert torch.equal(HookedModel(loaded.model, 0)(ids), embeddings[ids])
+        assert HookedModel(loaded.model, 2)(ids).shape == (1, ids.shape[1], 32)
+    size = path.stat().st_size
+    for kept in (size - 500, 300, 10, 0):
+        os.truncate(path, kept)
+        with pytest.raises(ValueError, match=r"cannot load the model '.*tiny\.gguf': "):
+            load_model(str(path))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .text import package_folder
@@ -71,7 +73,8 @@ def load_model(
         else:
             arguments["use_safetensors"] = True  # never a pickle
         model = maker.from_pretrained(where, dtype=dtype, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error, SafetensorError) as error:
+        # What from_pretrained raises for damaged files: the readers of GGUF and safetensors each have their own way.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"cannot load the model {spec!r}: {reason[0]}") from error
     return LanguageModel(model.eval().requires_grad_(False).to(device), tokenizer, spec)
@@ -85,7 +88,7 @@ def _locate(spec: str) -> tuple[str, dict[str, Any]]:
         return _from_path(_model_in(path) if path.is_dir() else path, spec)
     if spec.startswith("gguf:"):
         return _from_path(Path(spec.removeprefix("gguf:")).expanduser(), spec)
-    if spec.endswith(".gguf") or Path(spec).expanduser().exists():
+    if spec.endswith(".gguf") or spec.startswith(("/", ".", "~")) or Path(spec).exists():
         return _from_path(Path(spec).expanduser(), spec)
     return spec, {}
 
