@@ -26,6 +26,11 @@ def n_tokens(x: Tensor) -> int:
     return x.shape[:-1].numel()
 
 
+def sum_of_squares(t: Tensor) -> Tensor:
+    """Σ t² of (N, D), by rows and then in float64: one pass, no copy."""
+    return torch.linalg.vector_norm(t, dim=-1).double().square().sum()
+
+
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:
     """Σ_n ‖recon_n - target_n‖²."""
     return F.mse_loss(_wide(recon), _wide(target), reduction="sum")
@@ -37,7 +42,7 @@ def total_variance(target: Tensor) -> Tensor:
     mean = flat.mean(0)
     # By pieces, so that no second (N, D) tensor is made; in a compiled graph the compiler fuses instead.
     pieces = (flat,) if torch.compiler.is_compiling() else flat.split(512)
-    return torch.stack([(piece - mean).square().sum() for piece in pieces]).sum()
+    return torch.stack([sum_of_squares(piece - mean) for piece in pieces]).sum().to(flat.dtype)
 
 
 def normaliser(loss: str, target: Tensor) -> Tensor | int:

@@ -128,7 +128,7 @@ class FusedTrainStep:
     ) -> tuple[dict[str, Tensor], list[UpdateTerm]]:
         """The losses and what their gradients come from. residual (N, D_out) = recon - target becomes the gradient."""
         sae, n = self.sae, residual.shape[0]
-        squares = _sum_of_squares(residual)
+        squares = losses.sum_of_squares(residual)
         over = n if sae.loss == "mse" else variance
         loss = squares / over
         dead = sae.dead
@@ -146,7 +146,7 @@ class FusedTrainStep:
                 weight = losses.aux_weight(dead, sae.aux_k)
                 # ê - e with e = target - recon: the residual with the sign that is at hand.
                 missed = ops.decode(dead_codes, sae.W_dec, backend=self.backend).add_(residual)
-                metrics["aux"] = weight * _sum_of_squares(missed) / over
+                metrics["aux"] = weight * losses.sum_of_squares(missed) / over
                 missed.mul_(weight * (2 * sae.aux_coef) / over)
                 auxiliary.append(UpdateTerm(dead_codes, encoder_input, missed, has_bias=False))
             loss = loss + sae.aux_coef * metrics["aux"]
@@ -236,8 +236,3 @@ class FusedTrainStep:
         self.count.fill_(state["count"])
         self.lr.fill_(state["lr"])
         self.betas, self.eps, self.seed = tuple(state["betas"]), state["eps"], state["seed"]
-
-
-def _sum_of_squares(t: Tensor) -> Tensor:
-    """Σ t², by rows, then in float64: one pass over (N, D), no copy."""
-    return torch.linalg.vector_norm(t, dim=-1).double().square().sum()

@@ -159,7 +159,7 @@ def test_the_decoder_keeps_unit_norm_and_free_does_not():
         step = FusedTrainStep(sae, lr=1e-2)
         for seed in range(5):
             step(tokens(64, 32, seed, torch.float32))
-        off = float((sae.W_dec.norm(dim=1) - 1).abs().max())
+        off = float((sae.W_dec.detach().norm(dim=1) - 1).abs().max())
         assert (off < 1e-6) if decoder_norm == "unit" else (off > 1e-2)
 
 
