@@ -28,6 +28,8 @@ _INKS = {
     "#010105": "--c2",
     "#010106": "--c3",
 }
+LABEL = 24
+"""Letters of a bar's name at most, so that its bar has room too; the description has all of it."""
 INK, MUTED, GRID, C1, C2, C3 = _INKS
 
 _STYLE: dict[Any, Any] = {
@@ -203,7 +205,8 @@ def bar_plot(name: str, title: str, caption: str, bars: dict[str, float], *, sha
         figure, axes = _axes(height=max(1.2, 0.36 * len(bars) + 0.75))
         labels = sorted(bars, key=lambda n: bars[n])
         values = [bars[n] for n in labels]
-        axes.barh(labels, values, color=C1, height=0.62)
+        axes.barh(range(len(labels)), values, color=C1, height=0.62)
+        axes.set_yticks(range(len(labels)), [n if len(n) <= LABEL else n[: LABEL - 1] + "…" for n in labels])
         for row, value in enumerate(values):
             share = f" ({value / total:.0%})" if shares else ""
             axes.annotate(

@@ -50,7 +50,7 @@ class _OpClock(TorchDispatchMode):
 
 
 def time_step(sae: SparseAutoencoder, x: Tensor, backend: str | None = None) -> StepTiming:
-    """Times updates on x (n, d_in) on the CPU at learning rate 0: weights stay, the dead-latent counters do not.
+    """Times updates on x (n, d_in) on the CPU at learning rate 0; the dead-latent counters move on.
 
     The whole is the median of 5 updates, shared out as 5 more, watched op by op, were. Raises ValueError where the
     fused step does not serve this module.

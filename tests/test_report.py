@@ -1,0 +1,316 @@
+"""The report: whole and partial runs, hostile text, nothing from outside, the right latents and passages."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsae.activations import TopK
+from fastsae.data import ShardSource, ShardWriter
+from fastsae.data.contexts import Context, vocabulary_bytes
+from fastsae.opening import describe_rows
+from fastsae.report import ReportOptions, write_report
+from fastsae.report.contexts import latent_cards, passage, pick_spread, spread_rows, visible
+from fastsae.report.drawing import thinned
+from fastsae.report.runlog import read_jsonl, read_run
+from fastsae.report.timing import time_step
+from fastsae.sae import SparseAutoencoder
+from fastsae.serialize import save
+from fastsae.train import Trainer
+from fastsae.train_config import TrainConfig
+
+D, M, K, WINDOW = 8, 32, 3, 16
+HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)>"
+WORDS = [HOSTILE, " <b>", '" style="', "\n", "&amp;", *(f" w{i}" for i in range(15))]
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+    """A page's tags with their attributes, its unbalanced ones, and its text by tag."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.text: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def count(self, tag: str, css: str | None = None) -> int:
+        return sum(t == tag and (css is None or a.get("class") == css) for t, a in self.tags)
+
+
+def checked(path: Path) -> Page:
+    """The page, after the checks that hold for every report."""
+    source = path.read_text()
+    page = Page(source)
+    assert not page.wrong
+    assert not page.open
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "img", "iframe", "object", "base", "form"), tag
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            # Nothing is fetched: references are to the page itself.
+            if name in ("href", "src", "xlink:href", "action"):
+                assert (value or "").startswith("#"), (tag, name, value)
+    assert not re.search(r"url\((?!#)|@import", source)
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    references = set(re.findall(r"url\(#([^)]*)\)", source)) | {a["href"][1:] for _, a in page.tags if a.get("href")}
+    assert references <= set(ids)
+    for tag, attributes in page.tags:
+        if tag == "svg":
+            assert set((attributes["aria-labelledby"] or "").split()) <= set(ids)
+    return page
+
+
+def make_harvest(folder: Path, *, text: bool = True) -> Path:
+    """Rows that are their token's embedding; the first position of a window and every eleventh row are not stored."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(len(WORDS), D, generator=generator)
+    with ShardWriter(folder, D, torch.float32, {}) as writer:
+        if text:
+            writer.write_vocabulary(vocabulary_bytes(WORDS))
+        for shard in range(3):
+            ids = torch.randint(0, len(WORDS), (12, WINDOW), generator=generator)
+            window = torch.arange(12).repeat_interleave(WINDOW - 1)
+            position = torch.arange(1, WINDOW).repeat(12)
+            stored = torch.arange(len(window)) % 11 != 5
+            window, position = window[stored], position[stored]
+            rows = embedding[ids[window, position]]
+            context = {"token_ids": ids.int(), "window": window.int(), "position": position.int()} if text else None
+            writer.write_held_out(rows, context) if shard == 2 else writer.append(rows, context)
+        writer.manifest.complete = True
+        writer.manifest.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    source = ShardSource(make_harvest(folder / "acts"), progress=False)
+    config = TrainConfig(steps=12, batch_size=64, lr=1e-2, log_every=2, eval_every=6, tensorboard=False, progress=False)
+    notes = {"data": describe_rows(folder / "acts", tensor=None, holdout=None, seed=0), "by": HOSTILE}
+    sae = SparseAutoencoder(D, M, TopK(K), seed=0)
+    Trainer(sae, source, config, folder / "run", notes=notes).run()
+    return folder / "run"
+
+
+def copy_of(run: Path, target: Path, *names: str) -> Path:
+    target.mkdir(exist_ok=True)
+    for name in names:
+        (target / name).write_bytes((run / name).read_bytes())
+    return target
+
+
+def test_a_run_on_text(run):
+    dense = [json.dumps({"step": s, "fvu": 0.5 / s, "time_s": s, "tokens_per_s": 9.0}) for s in (2, 4, 6)]
+    (run / "dense_metrics.jsonl").write_text("\n".join(dense))
+    times = {"fastsae": {"ms": 2.0}, f"dense {HOSTILE} $": {"ms": 50.0}, "slower": {"ms": 90.0}, "bad": {"ms": "x"}}
+    (run / "step_times.json").write_text(json.dumps(times))
+    path = write_report(run, options=ReportOptions(latents=6, passages=3))
+    assert path == run / "report.html"
+    page = checked(path)
+    text = "".join(page.text)
+    for title in ("Loss", "Fraction of variance unexplained", "FVU against the clock", "L0",
+                  "Difference to the dense reference", "Dead latents", "Latent density",
+                  "Learning rate", "Throughput", "Inside one update",
+                  "Time of the training loop by part", "A whole step, side by side"):  # fmt: skip
+        assert title in text
+    assert "25.0×" in text  # over the faster of the two references
+    assert page.count("details", "latent") == 6
+    assert page.count("svg") == len([a for t, a in page.tags if t == "svg" and a.get("role") == "img"]) >= 12
+    assert HOSTILE in text  # said as text, in the settings and in the passages; checked() saw no such tag
+    assert not list(run.glob("*.partial"))
+
+
+def test_partial_runs(run, tmp_path):
+    options = ReportOptions(latents=0, time_step=False)
+    started = copy_of(run, tmp_path / "started", "config.json")
+    text = "".join(checked(write_report(started, options=options)).text)
+    assert "No training metrics yet." in text
+    assert "No evaluation on held-out rows yet" in text
+
+    going = copy_of(run, tmp_path / "going", "config.json")
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    (going / "metrics.jsonl").write_text(first + '\n{"step": 4, "lo')  # killed in the middle of a line
+    text = "".join(checked(write_report(going, options=options)).text)
+    assert "step 2 of 12: not finished" in text
+    assert "metrics.jsonl: 1 unreadable line left out." in text
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    lines = [{"step": i, "loss": v, "fvu": None} for i, v in enumerate([1.0, math.nan, 3.0])]
+    (bare / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    text = "".join(checked(write_report(bare, options=options)).text)
+    assert "config.json is missing" in text
+    assert "Loss" in text
+    assert "Fraction of variance" not in text
+
+
+def test_weights_or_rows_that_are_gone_are_said_and_do_not_stop_the_page(run, tmp_path):
+    no_weights = copy_of(run, tmp_path / "a", "config.json", "metrics.jsonl", "eval.jsonl")
+    assert "holds no checkpoint that can be used" in "".join(checked(write_report(no_weights)).text)
+    moved = copy_of(run, tmp_path / "b", "config.json", "metrics.jsonl", "eval.jsonl")
+    config = json.loads((moved / "config.json").read_text())
+    config["notes"]["data"]["path"] = "/nowhere/acts"
+    (moved / "config.json").write_text(json.dumps(config))
+    assert "/nowhere/acts is not there" in "".join(checked(write_report(moved)).text)
+
+
+def test_a_run_without_text_has_timings_but_no_latents(run, tmp_path):
+    folder = copy_of(run, tmp_path / "c", "config.json", "metrics.jsonl", "eval.jsonl")
+    config = json.loads((folder / "config.json").read_text())
+    config["notes"]["data"]["path"] = str(make_harvest(tmp_path / "acts", text=False))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "checkpoints").symlink_to(run / "checkpoints")
+    page = checked(write_report(folder))
+    assert page.count("details", "latent") == 0
+    assert "Inside one update" in "".join(page.text)
+    assert page.count("ul", "notes") == 0
+
+
+def test_evaluation_by_hand_takes_the_place_of_an_older_one(run, tmp_path):
+    folder = copy_of(run, tmp_path / "d", "config.json", "metrics.jsonl", "eval.jsonl")
+    (folder / "evaluation.json").write_text(json.dumps({"step": 12, "fvu": 0.123}))
+    assert [e["step"] for e in read_run(folder).evals] == [6, 12]
+    assert read_run(folder).last("fvu", of="evals") == 0.123
+    (folder / "evaluation.json").write_text(json.dumps({"step": 1, "fvu": 9}))
+    assert read_run(folder).last("fvu", of="evals") != 9
+    (folder / "evaluation.json").write_text("{")
+    assert "evaluation.json is unreadable and left out." in read_run(folder).notes
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run folder at"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
+        write_report(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds a list, expected a JSON object"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="passages is 0, expected at least 1"):
+        ReportOptions(passages=0)
+
+
+def test_cards_against_the_dense_code(run):
+    source = ShardSource(run.parent / "acts", progress=False)
+    sae = SparseAutoencoder(D, M, TopK(K), seed=3)
+    x = source.rows(range(source.n_tokens + len(source.held_out_ids())))
+    with torch.no_grad():
+        dense = sae.encode(x).to_dense()
+    cards, scanned = latent_cards(sae, source, latents=8, passages=2, width=5, seed=1)
+    assert scanned == len(x)
+    assert [c.density for c in cards] == sorted((c.density for c in cards), reverse=True)
+    for card in cards:
+        column = dense[:, card.index]
+        assert card.density == pytest.approx(float((column > 0).double().mean()))
+        assert card.max_act == pytest.approx(float(column.max()), rel=1e-5)
+        assert card.passages[0].peak == pytest.approx(card.max_act, rel=1e-5)
+        assert len(card.passages) <= 2
+        for shown in card.passages:
+            acts = [span.act for span in shown.spans]
+            assert shown.peak in acts
+            shaded = [span for span in shown.spans if span.share > 0]
+            assert all(span.share == pytest.approx(max(0.01, span.act / card.max_act)) for span in shaded)
+            assert max(acts, key=lambda a: a or 0) == pytest.approx(shown.peak, rel=1e-5) or len(card.passages) > 1
+    assert any(span.act is None for card in cards for shown in card.passages for span in shown.spans)
+    again, _ = latent_cards(sae, source, latents=8, passages=2, width=5, seed=1)
+    assert again == cards
+
+
+def test_passages_outside_the_scanned_rows_are_shaded_too(run):
+    source = ShardSource(run.parent / "acts", progress=False)
+    sae = SparseAutoencoder(D, M, TopK(K), seed=3)
+    cards, scanned = latent_cards(sae, source, latents=4, passages=1, width=10, max_rows=7)
+    assert scanned == 7
+    assert any(span.share > 0 for card in cards for span in card.passages[0].spans)
+
+
+def test_latents_are_spread_over_densities_and_seeded():
+    density = torch.zeros(1000, dtype=torch.float64)
+    fired = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:600]
+    density[fired] = torch.rand(600, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 1e-6
+    picks = pick_spread(density, 12, seed=0)
+    assert picks == pick_spread(density, 12, seed=0) != pick_spread(density, 12, seed=1)
+    order = torch.argsort(density, descending=True)
+    ranks = [int((order == p).nonzero()) for p in picks]
+    assert [rank // 50 for rank in ranks] == list(range(12))  # one in each stratum of 50, densest first
+    assert set(pick_spread(density, 5000)) == set(fired.tolist())
+    assert pick_spread(torch.zeros(5), 3) == []
+
+
+@pytest.mark.parametrize(("n", "most"), [(0, 10), (10, 10), (11, 10), (100_000, 9000), (5000, 4096), (100_000, 4097)])
+def test_rows_are_spread_within_bounds(n, most):
+    runs = spread_rows(n, most)
+    ids = [i for run in runs for i in run]
+    assert ids == sorted(set(ids))
+    assert len(ids) <= most
+    assert all(0 <= i < n for i in ids)
+    assert len(ids) == n or len(ids) > most - 4096
+
+
+def test_a_passage_joins_what_has_no_act_and_keeps_what_has():
+    context = Context(
+        row=5, center=2, tokens=[" a", "b\n", " c", "\x00d", "e"], token_ids=[0] * 5, rows=[-1, 4, 5, 6, 7]
+    )
+    made = passage(context, [None, 0.0, 4.0, 0.0, 0.0], strongest=8.0)
+    assert [(s.text, s.act, s.share) for s in made.spans] == [
+        ("a", None, 0.0), ("b⏎", 0.0, 0.0), (" c", 4.0, 0.5), ("·de", 0.0, 0.0)
+    ]  # fmt: skip
+    assert made.peak == 4.0
+    assert visible("tab\tcr\r\nzero\u200bwidth") == "tab⇥cr⏎zero·width"
+
+
+def test_timing_leaves_the_weights_and_adds_up():
+    sae = SparseAutoencoder(D, M, TopK(K), seed=0)
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    timing = time_step(sae, torch.randn(50, D, generator=torch.Generator().manual_seed(0)))
+    for name, p in sae.named_parameters():  # the decoder's rows are normalised again, to the last bit or two
+        torch.testing.assert_close(p, before[name], rtol=1e-6, atol=1e-7)
+    assert {"encode topk", "decode", "update latents", "other"} <= set(timing.parts)
+    assert all(ms >= 0 for ms in timing.parts.values())
+    assert timing.tokens_per_s == pytest.approx(50e3 / sum(timing.parts.values()))
+
+
+def test_long_curves_are_thinned_by_means():
+    x, y = thinned(range(1000), [float(i % 2) for i in range(1000)], most=100)
+    assert len(x) == len(y) == 100
+    assert set(y) == {0.5}
+    assert thinned([1, 2], [3, 4]) == ([1, 2], [3, 4])
+
+
+def test_repeated_steps_keep_what_was_written_last(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 2, "a": 1}\n[3]\n\n{"step": 1, "a": 5}\n{"step": 2, "a": 7}\n')
+    notes: list[str] = []
+    assert read_jsonl(path, notes) == [{"step": 1, "a": 5}, {"step": 2, "a": 7}]
+    assert notes == ["m.jsonl: 1 unreadable line left out."]
+
+
+def test_a_saved_module_alone_is_no_run(tmp_path):
+    save(SparseAutoencoder(D, M, TopK(K)), tmp_path / "sae")
+    page = checked(write_report(tmp_path / "sae", options=ReportOptions(latents=2)))  # config.json: its settings
+    assert "No training metrics yet." in "".join(page.text)
