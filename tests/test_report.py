@@ -16,7 +16,7 @@ from fastsae.data import ShardSource, ShardWriter
 from fastsae.data.contexts import Context, vocabulary_bytes
 from fastsae.opening import describe_rows
 from fastsae.report import ReportOptions, write_report
-from fastsae.report.contexts import latent_cards, passage, pick_spread, spread_rows, visible
+from fastsae.report.contexts import distinct, latent_cards, passage, pick_spread, spread_rows, visible
 from fastsae.report.drawing import thinned
 from fastsae.report.runlog import read_jsonl, read_run
 from fastsae.report.timing import time_step
@@ -282,6 +282,19 @@ def test_a_passage_joins_what_has_no_act_and_keeps_what_has():
     ]  # fmt: skip
     assert made.peak == 4.0
     assert visible("tab\tcr\r\nzero\u200bwidth") == "tab⇥cr⏎zero·width"
+
+
+def test_passages_neither_overlap_nor_repeat():
+    def context(row: int, ids: list[int], rows: list[int]) -> Context:
+        return Context(row=row, center=1, tokens=["x"] * len(ids), token_ids=ids, rows=rows)
+
+    first = context(5, [1, 2, 3], [4, 5, 6])
+    inside = context(6, [1, 7, 3], [5, 6, 7])
+    again = context(50, [1, 2, 3], [49, 50, 51])
+    other = context(80, [3, 2, 1], [79, 80, 81])
+    silent = context(90, [9, 9, 9], [89, 90, 91])
+    assert distinct([first, inside, again, other, silent], [4.0, 3.0, 2.0, 1.0, 0.0], most=9) == [first, other]
+    assert distinct([first, other], [4.0, 3.0], most=1) == [first]
 
 
 def test_timing_leaves_the_weights_and_adds_up():

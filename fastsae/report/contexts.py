@@ -126,7 +126,7 @@ def latent_cards(
     candidates = source.contexts(ids[best.indices.T.flatten()], width)
     each = best.values.shape[0]
     shown = [
-        _distinct(candidates[i * each : (i + 1) * each], best.values[:, i].tolist(), passages)
+        distinct(candidates[i * each : (i + 1) * each], best.values[:, i].tolist(), passages)
         for i in range(len(chosen))
     ]
     # Tokens of a passage may lie outside the scanned rows: the passages are encoded for themselves.
@@ -144,16 +144,22 @@ def latent_cards(
     return cards, scan.n_rows
 
 
-def _distinct(contexts: Sequence[TokenContext], acts: Sequence[float], most: int) -> list[TokenContext]:
-    """The first contexts with act > 0 whose token lies in none of those before."""
+def distinct(contexts: Sequence[TokenContext], acts: Sequence[float], most: int) -> list[TokenContext]:
+    """The first contexts with act > 0 that neither overlap with nor repeat one before.
+
+    A repeat has the same tokens around its own (4 on either side): licences and headers come again in every file.
+    """
     kept: list[TokenContext] = []
     covered: set[int] = set()
+    seen: set[tuple[int, ...]] = set()
     for context, act in zip(contexts, acts, strict=True):
         if len(kept) == most or act <= 0:
             break
-        if context.row not in covered:
+        around = tuple(context.token_ids[max(0, context.center - 4) : context.center + 5])
+        if context.row not in covered and around not in seen:
             kept.append(context)
             covered.update(context.rows)
+            seen.add(around)
     return kept
 
 

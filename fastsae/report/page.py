@@ -214,10 +214,11 @@ def latent_section(run: OpenedRun, source: ShardSource, options: ReportOptions) 
     )  # fmt: skip
     if not cards:
         return None
+    n = len(cards)
     intro = (
-        f"{len(cards)} of the latents that fired, one drawn at random (seed {options.seed}) from each of {len(cards)} "
-        f"equal strata of density rank, densest first. For each, its {options.passages} strongest passages that do not "
-        f"overlap, over {scanned:,} rows, with the activation at the strongest token. Weights of step {run.step:,}."
+        f"{n} of the latents that fired, one drawn at random (seed {options.seed}) from each of {n} equal strata of "
+        f"density rank, densest first. For each, its {options.passages} strongest passages that neither overlap nor "
+        f"repeat, over {scanned:,} rows, with the activation at the strongest token. Weights of step {run.step:,}."
     )
     return LatentSection(intro, cards)
 
