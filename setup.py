@@ -6,6 +6,7 @@ runs on any x86-64, and on arm64 by its portable code. Never -march=native. torc
 
 import platform
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
@@ -16,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CPU = ROOT / "csrc" / "cpu"
-COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+COMMON = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 
 # Sources compiled once, and sources compiled once per instruction set.
@@ -58,8 +59,11 @@ class BuildCpu(build_ext):
 
         with ThreadPoolExecutor(cpu_count()) as pool:
             objects = list(pool.map(compile_one, jobs))
+        # The order matters: of an inline function that several objects hold (std::vector's), the linker keeps the first,
+        # and that must be the one that every processor can run. So the widest instruction set comes last.
+        link = ["-fopenmp"] + ([f"-Wl,--version-script={CPU / 'exports.map'}"] if sys.platform == "linux" else [])
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=["-fopenmp"], target_lang="c++"
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=link, target_lang="c++"
         )
 
 

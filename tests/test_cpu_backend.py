@@ -1,0 +1,270 @@
+"""What only the CPU backend promises: bits that do not depend on threads, every instruction set, any memory layout.
+
+tests/test_ops.py holds its results in float32 and bfloat16 against the truth; here they are in float64 too, and large
+enough that several threads take part and a hot latent is cut into pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsae import SparseCodes, _cpu, ops, reference
+from fastsae.backends import BackendError, cpu, cpu_memory
+from tests import truth
+from tests.cases import DTYPES
+
+N, D, M = 700, 75, 512
+HOT, DEAD = 3, slice(100, 110)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def fixed(dtype: torch.dtype) -> SparseCodes:
+    """K = 40, a quarter of the slots empty, HOT active for every token."""
+    g = torch.Generator().manual_seed(1)
+    rank = torch.rand(N, M, generator=g)
+    rank[:, HOT], rank[:, DEAD] = 2, -1
+    A = torch.where(rank >= rank.topk(40).values[:, -1:], torch.randn(N, M, generator=g), 0)
+    A[torch.rand(N, M, generator=g) < 0.25] = 0
+    A[:, HOT] = 1.5
+    return SparseCodes.from_dense(A.to(dtype), 40)
+
+
+def ragged(dtype: torch.dtype) -> SparseCodes:
+    """Heavy-tailed: token 0 has every latent that lives, a quarter has none, HOT in the rest; spare slots last."""
+    g = torch.Generator().manual_seed(2)
+    share = (0.04 / torch.rand(N, 1, generator=g)).clamp(max=1)
+    share[0], share[1::4] = 1, 0
+    active = torch.rand(N, M, generator=g) < share
+    active[:, HOT], active[:, DEAD] = share[:, 0] > 0, False
+    A = torch.where(active, torch.randn(N, M, generator=g).clamp(min=0.01), 0)
+    codes = SparseCodes.from_dense(A.to(dtype))
+    spare = torch.full((9,), float("nan"), dtype=dtype)
+    wild = torch.full((9,), -(2**31), dtype=torch.int32)
+    return SparseCodes(torch.cat([codes.acts, spare]), torch.cat([codes.indices, wild]), M, codes.offsets)
+
+
+both_layouts = pytest.mark.parametrize("make", [fixed, ragged], ids=["fixed", "ragged"])
+
+
+def rows(n: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def results(codes: SparseCodes, x: Tensor, W: Tensor) -> dict[str, Tensor]:
+    order = ops.by_latent(codes, backend="cpu")
+    return {
+        "decode": ops.decode(codes, W, backend="cpu"),
+        "active_dot": ops.active_dot(x, codes, W, backend="cpu"),
+        "active_outer": ops.active_outer(codes, x, backend="cpu"),
+        "active_outer of an order": ops.active_outer(codes, x, by_latent=order, backend="cpu"),
+        "offsets": order.offsets,
+        "tokens": order.tokens,
+        "slots": order.slots,
+    }
+
+
+def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor], why: str) -> None:
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), f"{name}: {why}"
+
+
+@pytest.fixture
+def restore() -> Iterator[None]:
+    threads, isa = torch.get_num_threads(), _cpu.isa()
+    yield
+    torch.set_num_threads(threads)
+    _cpu.use_isa(isa)
+
+
+def test_the_codes_are_what_they_should_be() -> None:
+    """Otherwise the tests below would pass without meeting a hot latent, a heavy tail or a second thread."""
+    for codes in (fixed(torch.float32), ragged(torch.float32)):
+        uses = (codes.to_dense() != 0).sum(0)
+        assert int(uses[HOT]) > 512, "kPiece of active_outer.cpp: a longer latent is cut"
+        assert int(uses[DEAD].sum()) == 0
+        assert int(codes.nnz) > 2**14, "team() of ops.h: fewer slots are sorted by one thread"
+    assert int(ragged(torch.float32).l0.max()) > 10 * int(ragged(torch.float32).l0.median())
+
+
+@every_dtype
+@both_layouts
+@pytest.mark.usefixtures("restore")
+def test_bits_do_not_depend_on_the_number_of_threads(make, dtype: torch.dtype) -> None:
+    codes, x, W = make(dtype), rows(N, dtype, 3), rows(M, dtype, 4)
+    torch.set_num_threads(1)
+    expected = results(codes, x, W)
+    for threads in (2, 3, 2):
+        torch.set_num_threads(threads)
+        assert_same_bits(results(codes, x, W), expected, f"{threads} threads and 1 differ")
+
+
+@every_dtype
+@both_layouts
+@pytest.mark.parametrize("isa", _cpu.isas())
+@pytest.mark.usefixtures("restore")
+def test_every_instruction_set_against_float64(make, dtype: torch.dtype, isa: str) -> None:
+    _cpu.use_isa(isa)
+    codes, x, W = make(dtype), rows(N, dtype, 3), rows(M, dtype, 4)
+    got = results(codes, x, W)
+    A, x64, W64 = codes.to(torch.float64).to_dense(), x.double(), W.double()
+    truth.assert_within(got["decode"], A @ W64, A.abs() @ W64.abs(), "decode")
+    for name in ("active_outer", "active_outer of an order"):
+        truth.assert_within(got[name], A.mT @ x64, A.abs().mT @ x64.abs(), name)
+        assert bool((got[name][DEAD] == 0).all()), "a latent without entries has a row of 0"
+    slots = codes.occupied()
+    tokens, latents = codes.token_ids().view(slots.shape)[slots], codes.indices[slots].long()
+    dense, magnitude = reference.active_dot(x64, W64), reference.active_dot(x64.abs(), W64.abs())
+    truth.assert_within(got["active_dot"][slots], dense[tokens, latents], magnitude[tokens, latents], "active_dot")
+    assert bool((got["active_dot"][~slots] == 0).all()), "an empty slot has a dot product"
+
+
+@pytest.mark.parametrize("isa", _cpu.isas())
+@pytest.mark.parametrize("width", [1, 3, 4, 15, 16, 17, 31, 64, 100, 255, 256, 257, 400, 768])
+@pytest.mark.usefixtures("restore")
+def test_every_width_of_a_row(isa: str, width: int) -> None:
+    """Tiles, half tiles, single registers and the tail after them; small integers make every order of sums exact."""
+    _cpu.use_isa(isa)
+    g = torch.Generator().manual_seed(5)
+    for dtype in DTYPES:
+        W = torch.randint(-3, 4, (20, width), generator=g).to(dtype)
+        x = torch.randint(-1, 2, (6, width), generator=g).to(dtype)
+        A = torch.randint(0, 2, (6, 20), generator=g).to(dtype)
+        codes = SparseCodes.from_dense(A)
+        assert torch.equal(ops.decode(codes, W, backend="cpu"), A @ W)
+        assert torch.equal(ops.active_outer(codes, x, backend="cpu"), A.mT @ x)
+        tokens, latents = A.nonzero(as_tuple=True)
+        expected = (x.double() @ W.double().mT)[tokens, latents].to(dtype)  # one rounding, also in bfloat16
+        assert torch.equal(ops.active_dot(x, codes, W, backend="cpu"), expected)
+
+
+def layouts(t: Tensor) -> dict[str, Tensor]:
+    """The same matrix in other memory: rows apart, columns apart, transposed, at an odd address."""
+    n, d = t.shape
+    apart, columns, padded, odd = (
+        t.new_empty(2 * n, d),
+        t.new_empty(n, 2 * d),
+        t.new_empty(n, d + 5),
+        t.new_empty(n * d + 1),
+    )
+    views = {
+        "rows apart": apart[::2], "columns apart": columns[:, ::2], "padded": padded[:, 2:-3],
+        "transposed": t.new_empty(d, n).mT, "odd address": odd[1:].view(n, d),
+    }  # fmt: skip
+    for view in views.values():
+        view.copy_(t)
+    return views
+
+
+@every_dtype
+@both_layouts
+def test_memory_layout_changes_nothing(make, dtype: torch.dtype) -> None:
+    codes, x, W = make(dtype), rows(N, dtype, 3), rows(M, dtype, 4)
+    expected = results(codes, x, W)
+    for name, view in layouts(W).items():
+        assert_same_bits(results(codes, layouts(x)[name], view), expected, f"{name} differs")
+    if not codes.is_ragged:
+        for name, view in layouts(codes.acts).items():
+            other = SparseCodes(view, layouts(codes.indices)[name], M)
+            assert_same_bits(results(other, x, W), expected, f"codes with {name} differ")
+
+
+@every_dtype
+def test_an_expanded_row_stands_for_all_tokens(dtype: torch.dtype) -> None:
+    codes, x, W = fixed(dtype), rows(1, dtype, 3).expand(N, D), rows(M, dtype, 4)
+    assert x.stride(0) == 0
+    assert_same_bits(results(codes, x, W), results(codes, x.contiguous(), W), "stride 0 differs")
+
+
+@pytest.mark.parametrize("isa", _cpu.isas())
+@pytest.mark.usefixtures("restore")
+def test_slots_and_rows_past_2_to_the_31(isa: str) -> None:
+    """Codes whose first slot is number 2^32, and a dictionary whose row 1 lies 2^32 numbers on: int64 addresses.
+
+    The memory before them does not exist; only the addresses are as large as if it did.
+    """
+    _cpu.use_isa(isa)
+    far, f32 = 2**32, _cpu.Dtype.f32
+    acts, indices = torch.tensor([2.0, 3.0, 5.0]), torch.tensor([1, 1, 1], dtype=torch.int32)
+    offsets = far + torch.tensor([0, 1, 3])
+    codes = _cpu.Codes(acts.data_ptr() - 4 * far, indices.data_ptr() - 4 * far, offsets.data_ptr(), 2, 0, 2, f32)
+    row, x, out = torch.arange(20.0), torch.ones(2, 20), torch.empty(2, 20)
+    W = _cpu.Matrix(row.data_ptr() - 4 * far, 2, 20, far, f32)
+
+    _cpu.decode(codes, W, cpu_memory.matrix(out), 2)
+    assert torch.equal(out, torch.stack([2 * row, 8 * row]))
+
+    dots = torch.empty(3)
+    _cpu.active_dot(cpu_memory.matrix(x), codes, W, dots.data_ptr() - 4 * far, 2)
+    assert dots.tolist() == [190.0] * 3
+
+    order = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.int32), torch.empty(3, dtype=torch.int64)
+    _cpu.by_latent(codes, cpu_memory.latent_order(*order), 2)
+    assert order[0].tolist() == [0, 0, 3]
+    assert order[1].tolist() == [0, 1, 1]
+    assert order[2].tolist() == [far, far + 1, far + 2]
+
+    _cpu.active_outer(codes, cpu_memory.latent_order(*order), cpu_memory.matrix(x), cpu_memory.matrix(out), 2)
+    assert out.tolist() == [[0.0] * 20, [10.0] * 20]
+
+
+@every_dtype
+def test_nothing_active(dtype: torch.dtype) -> None:
+    W, x = rows(M, dtype, 4), rows(5, dtype, 3)
+    none = torch.zeros(5, 3, dtype=dtype)
+    for codes, n in (
+        (SparseCodes(none, torch.full((5, 3), M - 1, dtype=torch.int32), M), 5),
+        (SparseCodes(none[:0], torch.empty(0, 3, dtype=torch.int32), M), 0),
+        (SparseCodes(none[:, 0], torch.full((5,), -7, dtype=torch.int32), M, torch.zeros(6, dtype=torch.int64)), 5),
+        (SparseCodes(none[:0, 0], torch.empty(0, dtype=torch.int32), M, torch.zeros(1, dtype=torch.int64)), 0),
+    ):
+        assert torch.equal(ops.decode(codes, W, backend="cpu"), W.new_zeros(n, D))
+        assert torch.equal(ops.active_dot(x[:n], codes, W, backend="cpu"), torch.zeros_like(codes.acts))
+        assert torch.equal(ops.active_outer(codes, x[:n], backend="cpu"), W.new_zeros(M, D))
+        order = ops.by_latent(codes, backend="cpu")
+        assert torch.equal(order.offsets, torch.zeros(M + 1, dtype=torch.int64))
+        assert bool((order.tokens == -1).all())
+        assert bool((order.slots == -1).all())
+
+
+@every_dtype
+def test_a_nan_act_is_not_an_empty_slot_and_an_act_of_0_adds_nothing(dtype: torch.dtype) -> None:
+    nan = float("nan")
+    acts = torch.tensor([[1.0, nan, 0.0], [2.0, -0.0, 0.0]], dtype=dtype)
+    codes = SparseCodes(acts, torch.tensor([[0, 1, 2], [0, 2, 2]], dtype=torch.int32), 3)
+    W, x = torch.tensor([[1.0], [1.0], [nan]], dtype=dtype), torch.ones(2, 1, dtype=dtype)
+    order = ops.by_latent(codes, backend="cpu")
+    assert order.offsets.tolist() == [0, 2, 3, 3]
+    assert order.tokens.tolist() == [0, 1, 0, -1, -1, -1]
+    recon = ops.decode(codes, W, backend="cpu")
+    assert bool(recon[0].isnan())
+    assert float(recon[1]) == 2, "the NaN row of an act of 0 reached the reconstruction"
+    outer = ops.active_outer(codes, x, backend="cpu").flatten().tolist()
+    assert outer[0] == 3
+    assert outer[1] != outer[1]
+    assert outer[2] == 0
+
+
+def test_an_order_of_another_code_is_refused() -> None:
+    codes, x = fixed(torch.float32), rows(N, torch.float32, 3)
+    order = ops.by_latent(codes, backend="cpu")
+    few = SparseCodes(codes.acts[:5], codes.indices[:5], M)
+    with pytest.raises(ValueError, match="made of another one"):
+        ops.active_outer(few, x[:5], by_latent=order, backend="cpu")
+    wider = SparseCodes(codes.acts, codes.indices, M + 1)
+    with pytest.raises(ValueError, match=f"with {M} latents, expected int64, int32, int64 with {M + 1}"):
+        ops.active_outer(wider, x, by_latent=order, backend="cpu")
+
+
+def test_raw_ops_refuse_what_they_would_misread() -> None:
+    codes, x, W = fixed(torch.float32), rows(N, torch.float32, 3), rows(M, torch.float32, 4)
+    with pytest.raises(TypeError, match=r"indices are torch\.int64"):
+        torch.ops.fastsae.decode(codes.acts, codes.indices.long(), None, W, "cpu")
+    with pytest.raises(ValueError, match=r"x has shape \(5, 75\), expected \(700, 75\)"):
+        torch.ops.fastsae.active_dot(x[:5], codes.acts, codes.indices, None, W, "cpu")
+    with pytest.raises(BackendError, match=r"cpu: .*torch\.float16"):
+        torch.ops.fastsae.decode(codes.acts.half(), codes.indices, None, W.half(), "cpu")
+    assert cpu.supports("decode", codes.acts.to("meta"), codes.indices, W) is not None
