@@ -20,7 +20,6 @@ from fastsae import env
 from fastsae.backends import reference
 
 
-
 def _built_cpu() -> ModuleType | str:
     try:
         from fastsae.backends import cpu

@@ -1,4 +1,4 @@
-"""The CPU backend's narrow copy of an encoder, and the encoders that screen with it (csrc/cpu/encode.h has the bound)."""
+"""The CPU backend's narrow copy of an encoder, and the encoders that screen with it (bounds: csrc/cpu/encode.h)."""
 
 from __future__ import annotations
 

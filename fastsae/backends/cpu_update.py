@@ -60,7 +60,8 @@ def update_latents_(
         held.append((act, x, grad, order))
 
     t = int(step)
-    narrow = cpu_screen.view(screen, latents, d_in) if screen else _cpu.Screen(0, 0, 0, 0, _cpu.Format.f32, latents, d_in)
+    no_copy = _cpu.Screen(0, 0, 0, 0, _cpu.Format.f32, latents, d_in)
+    narrow = cpu_screen.view(screen, latents, d_in) if screen else no_copy
     stats = torch.empty(4, dtype=torch.float64)
     _cpu.update_latents(
         *parameters,

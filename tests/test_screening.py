@@ -1,0 +1,232 @@
+"""Screening on the CPU: every narrow format must return bit for bit what the fp32 scores say, however hard the input.
+
+The formats share one exact score per instruction set, so i8, bf16, AMX (its software twin) and fp32 screening have to
+agree in every bit; and fp32 screening is held against float64 in test_ops.
+"""
+
+import pytest
+import torch
+
+import fastsae
+from fastsae import ops
+
+pytestmark = pytest.mark.skipif(
+    not fastsae.backends()["cpu"]["available"], reason="the C++ extension is not built: the cpu backend is missing"
+)
+
+if fastsae.backends()["cpu"]["available"]:
+    from fastsae import _cpu
+    from fastsae.backends import cpu_screen
+
+    FORMATS = [f for f in _cpu.Format.__members__.values() if _cpu.format_supported(f)]
+else:
+    FORMATS = []
+
+
+def encode(x, W, b, k, fmt, precision="exact"):
+    screen = cpu_screen.fill(W, None, fmt)[1]
+    acts, indices, redone = cpu_screen.encode_topk(x, W, b, k, None, None, 0, screen, precision)
+    return acts, indices, int(redone)
+
+
+def dictionary(M, D, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(M, D, generator=g) / D**0.5, torch.randn(M, generator=g) * 0.1, g
+
+
+def gaussian(N=200, D=96, M=4096):
+    W, b, g = dictionary(M, D)
+    return torch.randn(N, D, generator=g), W, b, 32
+
+
+def sorted_latents():
+    """The first latents are the strong ones: a sample of a prefix would lie."""
+    x, W, b, k = gaussian()
+    return x, W * torch.linspace(6, 0.01, W.shape[0])[:, None], b, k
+
+
+def mass_in_one_block():
+    x, W, b, k = gaussian()
+    b = b.clone()
+    b[1000:1020] += 50  # twenty of the thirty-two winners of every token stand together
+    return x, W, b, k
+
+
+def exact_ties():
+    """Thousands of latents with one and the same score: the lower index wins, and no list can hold them."""
+    x, W, b, k = gaussian(N=20)
+    W = W.clone()
+    W[500:3500] = W[7]
+    b[500:3500] = b[7]
+    return torch.cat([x, W[7:8] * 10]), W, b, k
+
+
+def duplicates():
+    x, W, b, k = gaussian()
+    return x, W[torch.arange(W.shape[0]) // 2 * 2], b[torch.arange(W.shape[0]) // 2 * 2], k
+
+
+def hot_latent():
+    x, W, b, k = gaussian()
+    b = b.clone()
+    b[17] = 1e3
+    return x, W, b, k
+
+
+def extreme_norms():
+    x, W, b, k = gaussian()
+    x = x.clone()
+    x[::3] = 0
+    x[1::3] *= 1e4 / x[1::3].norm(dim=1, keepdim=True)
+    return x, W, b, k
+
+
+def massive_dimensions():
+    """Two coordinates a hundred times the rest, as in the residual stream of a language model."""
+    x, W, b, k = gaussian()
+    x = x.clone()
+    x[:, [5, 50]] *= 100
+    return x, W, b, k
+
+
+def all_negative():
+    x, W, b, k = gaussian(N=30)
+    return x, W, b - 1e4, k
+
+
+def nearly_all_negative():
+    x, W, b, k = gaussian(N=30)
+    b = b - 1e4
+    b[[3, 900, 4000]] = 1e3
+    return x, W, b, k
+
+
+def few_latents():
+    W, b, g = dictionary(40, 33)
+    return torch.randn(70, 33, generator=g), W, b, 40
+
+
+def tiny_numbers():
+    x, W, b, k = gaussian(N=40)
+    return x * 1e-19, W * 1e-19, b * 0, k
+
+
+HARD = [
+    gaussian, sorted_latents, mass_in_one_block, exact_ties, duplicates, hot_latent, extreme_norms, massive_dimensions,
+    all_negative, nearly_all_negative, few_latents, tiny_numbers,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HARD, ids=lambda f: f.__name__)
+def test_every_format_returns_the_bits_of_the_full_fp32_scores(case):
+    x, W, b, k = case()
+    wanted_acts, wanted_indices, _ = encode(x, W, b, k, _cpu.Format.f32)
+    reference = ops.encode_topk(x.double(), W.double(), b.double(), k, backend="reference")
+    scale = max(1e-30, float(reference.acts.abs().max()))
+    assert float((wanted_acts.sort(-1).values - reference.acts.sort(-1).values).abs().max()) <= 2e-6 * scale
+    for fmt in FORMATS:
+        acts, indices, _ = encode(x, W, b, k, fmt)
+        assert torch.equal(acts, wanted_acts), fmt
+        assert torch.equal(indices, wanted_indices), fmt
+
+
+@pytest.mark.parametrize("case", HARD, ids=lambda f: f.__name__)
+def test_ties_go_to_the_lower_index(case):
+    """Nobody left out may beat, or tie below, anybody taken: checked on the engine's own scores of all latents."""
+    x, W, b, k = case()
+    acts, indices, _ = encode(x, W, b, k, _cpu.fastest_format(W.shape[1]))
+    M = W.shape[0]
+    all_acts, all_indices, _ = encode(x, W, b, M, _cpu.Format.f32)
+    scores = torch.zeros(x.shape[0], M).scatter_add(1, all_indices.long(), all_acts)
+    order = scores.sort(dim=1, descending=True, stable=True)
+    wanted = torch.zeros_like(scores).scatter(1, order.indices[:, :k], order.values[:, :k])
+    got = torch.zeros_like(scores).scatter_add(1, indices.long(), acts)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("case", [gaussian, sorted_latents, exact_ties, extreme_norms], ids=lambda f: f.__name__)
+def test_bits_do_not_depend_on_threads_or_panels(case):
+    x, W, b, k = case()
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(encode(x, W, b, k, _cpu.fastest_format(W.shape[1]))[:2])
+    finally:
+        torch.set_num_threads(before)
+    for n, row in enumerate(x):  # a token alone is a panel of its own
+        if n % 50 == 0:
+            acts, indices, _ = encode(row[None].contiguous(), W, b, k, _cpu.fastest_format(W.shape[1]))
+            assert torch.equal(acts[0], results[0][0][n])
+            assert torch.equal(indices[0], results[0][1][n])
+    for acts, indices in results[1:]:
+        assert torch.equal(acts, results[0][0])
+        assert torch.equal(indices, results[0][1])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_few_tokens_are_redone_where_the_sample_tells_the_truth(fmt):
+    x, W, b, k = gaussian(N=2000, D=64, M=8192)
+    assert encode(x, W, b, k, fmt)[2] <= 20
+
+
+def test_a_sample_that_lies_is_found_out():
+    """Hot latents that are all in the sample: the guessed bar is too high for every token, and all are redone."""
+    x, W, b, k = gaussian(N=48)
+    fmt = _cpu.fastest_format(W.shape[1])
+    blocks = _cpu.blocks_of(W.shape[0])
+    step = min(16, blocks // 2 * 32 // 1024)
+    in_sample = [tile * 2 + half + lane * blocks for tile in range(step // 2, blocks // 2, step)
+                 for half in (0, 1) for lane in range(16)]  # fmt: skip
+    b = b.clone()
+    b[in_sample[:30]] += 1e3
+    acts, indices, redone = encode(x, W, b, k, fmt)
+    assert redone == 48
+    wanted = encode(x, W, b, k, _cpu.Format.f32)
+    assert torch.equal(acts, wanted[0])
+    assert torch.equal(indices, wanted[1])
+
+
+def test_a_nan_latent_wins_for_every_token_and_a_nan_token_has_nan_acts():
+    x, W, b, k = gaussian(N=40)
+    W, x = W.clone(), x.clone()
+    W[33, 4] = float("nan")
+    x[5] = float("nan")
+    for fmt in FORMATS:
+        acts, indices, _ = encode(x, W, b, k, fmt)
+        others = torch.arange(40) != 5
+        assert (indices[others] == 33).any(dim=1).all()
+        assert (acts[others].isnan().sum(dim=1) == 1).all()
+        assert acts[5].isnan().all()
+        assert torch.equal(indices[5], torch.arange(k, dtype=torch.int32))
+
+
+def test_infinite_input_is_scored_in_full():
+    x, W, b, k = gaussian(N=10)
+    x = x.clone()
+    x[2, 3] = float("inf")
+    wanted = ops.encode_topk(x, W, b, k, backend="reference")
+    for fmt in FORMATS:
+        acts, indices, redone = encode(x, W, b, k, fmt)
+        assert redone >= 1
+        assert torch.equal(acts[2].isinf(), wanted.acts[2].isinf())
+        assert torch.equal(indices[2], wanted.indices[2])
+
+
+def test_screened_precision_is_close_and_fp32_is_exact():
+    x, W, b, k = gaussian(N=300, D=256, M=8192)
+    exact = encode(x, W, b, k, _cpu.fastest_format(256))
+    fp32 = encode(x, W, b, k, _cpu.fastest_format(256), "fp32")
+    screened = encode(x, W, b, k, _cpu.fastest_format(256), "screened")
+    assert torch.equal(fp32[0], exact[0])
+    assert torch.equal(fp32[1], exact[1])
+    hits = sum(len(set(p.tolist()) & set(q.tolist())) for p, q in zip(screened[1], exact[1], strict=True))
+    assert hits / exact[1].numel() > 0.95
+
+
+def test_a_screen_of_another_dictionary_is_refused():
+    _, W, b, _ = gaussian(N=2)
+    screen = ops.prepare_screen(W, b, backend="cpu")
+    with pytest.raises(ValueError, match="another dictionary"):
+        ops.encode_topk(torch.randn(3, 96), W[:100], b[:100], 4, screen=screen, backend="cpu")
