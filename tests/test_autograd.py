@@ -14,6 +14,7 @@ from fastsae import SparseCodes, ops, reference
 from tests import truth
 from tests.cases import BY_NAME
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, D, M, K = 3, 2, 5, 2
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastsae import SparseCodes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")
 
 

@@ -13,6 +13,7 @@ import fastsae
 from fastsae import SparseCodes, UpdateTerm, ops
 from tests import truth
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, D, M, K = 6, 8, 16, 4
 raw = torch.ops.fastsae
 every_backend = pytest.mark.parametrize("backend", truth.BACKENDS)

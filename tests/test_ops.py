@@ -10,6 +10,7 @@ from fastsae import SparseCodes, ops, reference
 from tests import truth
 from tests.cases import BY_NAME, CASES, DTYPES, FINITE, Case
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize(("backend", "dtype"), truth.backend_dtypes(*DTYPES))
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_finite_case = pytest.mark.parametrize("case", FINITE, ids=str)
@@ -22,7 +23,7 @@ both_layouts = pytest.mark.parametrize("make", [truth.fixed_codes, truth.ragged_
 @every_backend
 @every_case
 @pytest.mark.parametrize("precision", ["exact", "fp32"])
-def test_encode_topk(case: Case, backend: str, dtype: torch.dtype, precision: str) -> None:
+def test_encode_topk(case: Case, precision: str, backend: str, dtype: torch.dtype) -> None:
     x, W, b = case.inputs(dtype)
     codes = ops.encode_topk(x, W, b, case.K, backend=backend, precision=precision)
     assert codes.acts.dtype == dtype

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from fastsae import reference
 from fastsae.reference import AuxK, Params
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")
 
 

@@ -18,6 +18,7 @@ from fastsae.reference import Params
 from tests import truth
 from tests.cases import BY_NAME, Case
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 CASE_NAMES = ("random", "odd", "no-tokens", "one-token", "hot-latent", "repeated-tokens", "all-negative", "k-all")
 BETAS, EPS = (0.9, 0.999), 1e-8
