@@ -251,7 +251,21 @@ def edit_optimizer(sae: SparseAutoencoder) -> None:
     sgd.zero_grad()
 
 
-EDITS = [edit_data, edit_one_row_data, edit_bias_data, edit_state_dict, edit_new_parameter, edit_optimizer]
+def edit_beside_the_sample(sae: SparseAutoencoder) -> None:
+    """A weight that the fingerprint does not hold; torch's version counter sees the write."""
+    with torch.no_grad():
+        sae.encoder_weight[3, 0] += 5.0
+
+
+EDITS = [
+    edit_beside_the_sample,
+    edit_data,
+    edit_one_row_data,
+    edit_bias_data,
+    edit_state_dict,
+    edit_new_parameter,
+    edit_optimizer,
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
