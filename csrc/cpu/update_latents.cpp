@@ -51,7 +51,7 @@ FASTSAE_INLINE A dot_and_add(const A* g, const T* w, A act, A* sum, int64_t leng
     store(sum + d, load(sum + d) + va * g0), store(sum + d + L, load(sum + d + L) + va * g1);
   }
   A s = sum_lanes<A>(s0 + s1);
-  for (; d < length; ++d) s += g[d] * A(widen(w[d])), sum[d] += act * g[d];
+  for (; d < length; ++d) s = multiply_add(g[d], A(widen(w[d])), s), sum[d] = multiply_add(act, g[d], sum[d]);
   return s;
 }
 
