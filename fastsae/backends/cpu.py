@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae import _cpu, env
-from fastsae.backends.cpu_memory import DTYPES, codes, latent_order, matrix, packed, rows
+from fastsae.backends.cpu_memory import DTYPES, codes, latent_order, matrix, sort
 from fastsae.backends.cpu_screen import encode_above, encode_batch_topk, encode_topk, prepare_screen
 from fastsae.backends.cpu_update import update_latents_
 
@@ -49,47 +49,39 @@ def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:
 
 
 def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
-    code, W = packed(acts, indices, offsets), rows(W)
-    out = W.new_empty(_tokens(*code), W.shape[1])
-    _cpu.decode(codes(*code, W.shape[0]), matrix(W), matrix(out), torch.get_num_threads())
+    code = codes(acts, indices, offsets, W.shape[0])
+    out = W.new_empty(_tokens(acts, offsets), W.shape[1])
+    _cpu.decode(code, matrix(W), matrix(out), torch.get_num_threads())
     return out
 
 
 def active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
-    code, x, W = packed(acts, indices, offsets), rows(x), rows(W)
-    _check_rows(x, _tokens(*code), W.shape[1])
-    out = torch.zeros_like(code[0])  # zeros: a ragged code's spare slots are not written
-    _cpu.active_dot(matrix(x), codes(*code, W.shape[0]), matrix(W), out.data_ptr(), torch.get_num_threads())
+    code = codes(acts, indices, offsets, W.shape[0])
+    _check_rows(x, _tokens(acts, offsets), W.shape[1])
+    out = torch.zeros_like(acts)  # zeros: a ragged code's spare slots are not written
+    _cpu.active_dot(matrix(x), code, matrix(W), out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def active_outer(
     acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, by_latent: list[Tensor] | None
 ) -> Tensor:
-    code, x = packed(acts, indices, offsets), rows(x)
-    _check_rows(x, _tokens(*code), x.shape[1])
-    order = _order(*code, d_sae) if by_latent is None else _checked_order(by_latent, code[0], x.shape[0], d_sae)
+    code = codes(acts, indices, offsets, d_sae)
+    _check_rows(x, _tokens(acts, offsets), x.shape[1])
+    if by_latent is None:
+        order = sort(code, acts.numel(), d_sae)
+    else:
+        order = _checked_order(by_latent, acts.numel(), x.shape[0], d_sae)
     out = x.new_empty(d_sae, x.shape[1])
-    _cpu.active_outer(codes(*code, d_sae), latent_order(*order), matrix(x), matrix(out), torch.get_num_threads())
+    _cpu.active_outer(code, latent_order(*order), matrix(x), matrix(out), torch.get_num_threads())
     return out
 
 
 def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _order(*packed(acts, indices, offsets), d_sae)
+    return sort(codes(acts, indices, offsets, d_sae), acts.numel(), d_sae)
 
 
-def _order(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """-1 past the last entry, so that reading on is noticed."""
-    order = (
-        torch.empty(d_sae + 1, dtype=torch.int64),
-        torch.full((acts.numel(),), -1, dtype=torch.int32),
-        torch.full((acts.numel(),), -1, dtype=torch.int64),
-    )
-    _cpu.by_latent(codes(acts, indices, offsets, d_sae), latent_order(*order), torch.get_num_threads())
-    return order
-
-
-def _tokens(acts: Tensor, indices: Tensor, offsets: Tensor | None) -> int:
+def _tokens(acts: Tensor, offsets: Tensor | None) -> int:
     return acts.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
@@ -98,23 +90,23 @@ def _check_rows(x: Tensor, tokens: int, width: int) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected ({tokens}, {width}): one row per token of the code")
 
 
-def _checked_order(order: list[Tensor], acts: Tensor, tokens: int, d_sae: int) -> list[Tensor]:
-    """The order in contiguous memory. Raises ValueError where it is not one of this code: C++ takes it as addresses."""
-    offsets, of_token, slots = order = [t.contiguous() for t in order]
+def _checked_order(order: list[Tensor], capacity: int, tokens: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tensors. Raises ValueError where they are not an order of this code: C++ takes them as addresses."""
+    offsets, of_token, slots = order
     dtypes = [t.dtype for t in order]
     if dtypes != [torch.int64, torch.int32, torch.int64] or offsets.shape != (d_sae + 1,):
         raise ValueError(
             f"by_latent is {dtypes} with {offsets.numel() - 1} latents, expected int64, int32, int64 with {d_sae}"
         )
-    end, capacity = int(offsets[-1]), min(of_token.numel(), slots.numel())
-    inside = int(offsets[0]) == 0 and end <= capacity and not bool((offsets.diff() < 0).any())
-    for places, count in ((of_token, tokens), (slots, acts.numel())):
+    end = int(offsets[-1])
+    inside = int(offsets[0]) == 0 and end <= min(of_token.numel(), slots.numel()) and bool((offsets.diff() >= 0).all())
+    for places, count in ((of_token, tokens), (slots, capacity)):
         if inside and end:
             low, high = torch.aminmax(places[:end])
             inside = int(low) >= 0 and int(high) < count
     if not inside:
         raise ValueError("by_latent points outside the code; it was made of another one: use ops.by_latent(codes)")
-    return order
+    return offsets, of_token, slots
 
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import _cpu
 from fastsae.backends import cpu_screen
-from fastsae.backends.cpu_memory import DTYPES, codes, latent_order, matrix
+from fastsae.backends.cpu_memory import DTYPES, codes, latent_order, matrix, sort
 from fastsae.reference import wide
 
 
@@ -50,12 +50,7 @@ def update_latents_(
         rows = offset if offset.numel() else None
         act, x, grad = act.to(W_dec.dtype), wide(x).contiguous(), wide(grad).contiguous()
         code = codes(act, index, rows, latents)
-        order = (
-            torch.empty(latents + 1, dtype=torch.int64),
-            torch.empty(act.numel(), dtype=torch.int32),
-            torch.empty(act.numel(), dtype=torch.int64),
-        )
-        _cpu.by_latent(code, latent_order(*order), torch.get_num_threads())
+        order = sort(code, act.numel(), latents)
         terms.append(_cpu.UpdateTerm(code, latent_order(*order), matrix(x), matrix(grad), bias))
         held.append((act, x, grad, order))
 
