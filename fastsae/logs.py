@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .serialize import replace_file
@@ -112,6 +114,14 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(item) for item in value]
     return value
+
+
+def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """0-d tensors as floats, in one transfer."""
+    names = list(metrics)
+    device = metrics[names[0]].device
+    values = torch.stack([metrics[name].detach().double().to(device) for name in names]).tolist()
+    return dict(zip(names, values, strict=True))
 
 
 class PartTimer:

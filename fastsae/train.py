@@ -19,20 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    newest_valid,
-    prune,
-    read_state,
-    remove_unfinished,
-    set_aside_newer,
-    step_of,
-    write_checkpoint,
-)
+from . import checkpoint
+from .checkpoint import CheckpointError
 from .data.source import ActivationSource
 from .evaluate import evaluate
-from .logs import PartTimer, RunLogs
+from .logs import PartTimer, RunLogs, numbers
 from .optim import FusedTrainStep
 from .plain_step import PlainTrainStep
 from .rng import restore_rng_state, rng_state
@@ -107,8 +98,10 @@ class Trainer:
             stack.enter_context(RunLock(self.run_dir))
             self.stop = stack.enter_context(StopSignals())
             stack.enter_context(_settings_of_the_run(self.config, self.sae))
+            if not self.resume and checkpoint.list_checkpoints(self.checkpoints):
+                raise RunDirError(f"{self.run_dir} holds a run with checkpoints; resume it or give another directory")
             claim(self.run_dir, self._describe(), self._free())
-            remove_unfinished(self.checkpoints)
+            checkpoint.remove_unfinished(self.checkpoints)
             torch.manual_seed(self.config.seed)
             self.update = self._make_step()
             self._go_to_checkpoint()
@@ -125,16 +118,12 @@ class Trainer:
     # -- before the first step ----------------------------------------------------------------------------------------
 
     def _describe(self) -> dict[str, Any]:
-        machine = {"torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads()}
+        source = self.source
         return {
             "train": asdict(self.config),
             "sae": {**self.sae.config, "dtype": str(self.sae.W_dec.dtype), "precision": self.sae.precision},
-            "source": {
-                "kind": type(self.source).__name__,
-                "d_in": self.source.d_in,
-                "n_tokens": self.source.n_tokens,
-            },
-            "machine": machine,
+            "source": {"kind": type(source).__name__, "d_in": source.d_in, "n_tokens": source.n_tokens},
+            "machine": {"torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads()},
             "notes": self.notes,
         }
 
@@ -152,9 +141,7 @@ class Trainer:
 
     def _go_to_checkpoint(self) -> None:
         """Loads the newest checkpoint that verifies, if there is any; newer broken ones are named and set aside."""
-        path, problems = newest_valid(self.checkpoints)
-        if list_checkpoints(self.checkpoints) and not self.resume:
-            raise RunDirError(f"{self.run_dir} holds a run with checkpoints; resume it or give another directory")
+        path, problems = checkpoint.newest_valid(self.checkpoints)
         if path is None:
             if problems:
                 raise CheckpointError(
@@ -162,7 +149,7 @@ class Trainer:
                     "Restore one, or give another directory"
                 )
             return
-        state = read_state(path)
+        state = checkpoint.read_state(path)
         try:
             self.sae.load_state_dict(load(path).state_dict())
             self.update.load_state_dict(state["optimizer"])
@@ -173,8 +160,8 @@ class Trainer:
             raise CheckpointError(f"the checkpoint {path} does not fit this run: {error}") from error
         self._saved = path
         # Only now: a checkpoint that could not be loaded leaves everything as it was.
-        moved = set_aside_newer(self.checkpoints, self.step)
-        prune(self.checkpoints, self.config.keep)  # a kill may have come between a checkpoint and this
+        moved = checkpoint.set_aside_newer(self.checkpoints, self.step)
+        checkpoint.prune(self.checkpoints, self.config.keep)  # a kill may have come between a checkpoint and this
         for problem in problems:
             warnings.warn(
                 f"{problem}. Going on from {path} instead; kept for a look: {', '.join(str(m) for m in moved)}",
@@ -206,7 +193,7 @@ class Trainer:
                 self._redone += metrics.pop("redone", 0)
                 self._window += 1
                 at_end = self.step == self.total
-                values = _numbers(metrics) if at_end or self.step % c.log_every == 0 else None
+                values = numbers(metrics) if at_end or self.step % c.log_every == 0 else None
             if c.eval_every and (at_end or self.step % c.eval_every == 0):
                 with self.timer("eval"):
                     self._evaluate()
@@ -271,7 +258,7 @@ class Trainer:
             )
 
     def _checkpoint(self) -> None:
-        if self._saved is not None and step_of(self._saved) == self.step:
+        if self._saved is not None and checkpoint.step_of(self._saved) == self.step:
             return
         with self.timer("checkpoint"):
             self.guard.raise_noted()
@@ -285,8 +272,10 @@ class Trainer:
                 "rng": rng_state(),
                 "trainer": {"seconds": self.seconds, "last": self.last},
             }
-            self._saved = write_checkpoint(self.checkpoints, self.step, state, lambda path: save(self.sae, path))
-            prune(self.checkpoints, self.config.keep)
+            self._saved = checkpoint.write_checkpoint(
+                self.checkpoints, self.step, state, lambda path: save(self.sae, path)
+            )
+            checkpoint.prune(self.checkpoints, self.config.keep)
 
     @property
     def _tokens(self) -> int:
@@ -306,11 +295,3 @@ def _settings_of_the_run(config: TrainConfig, sae: SparseAutoencoder) -> Iterato
     finally:
         torch.set_num_threads(threads)
         sae.backend = backend
-
-
-def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """0-d tensors as floats, in one transfer."""
-    names = list(metrics)
-    device = metrics[names[0]].device
-    values = torch.stack([metrics[name].detach().double().to(device) for name in names]).tolist()
-    return dict(zip(names, values, strict=True))

@@ -42,7 +42,7 @@ class TrainConfig:
     seed: int = 0
     """Seeds torch's generator and the stochastic rounding. The module and the source have seeds of their own."""
     threads: int | None = None
-    """CPU threads of torch and of the engine. Left out: as torch has it."""
+    """CPU threads of torch and of the engine, whose results do not depend on it. Left out: as torch has it."""
     log_every: int = 10
     """Updates per line of metrics.jsonl."""
     eval_every: int = 500
@@ -88,7 +88,11 @@ class TrainConfig:
         return Schedule(total, self.warmup, self.decay, self.decay_fraction)
 
     def free_settings(self) -> set[str]:
-        """Names that may change when a run goes on, because the weights do not depend on them."""
+        """Names that may change when a run goes on: the weights do not depend on them.
+
+        (On the number of threads only torch's own products do, in the last bits: those of fused=False and of a model
+        whose activations are taken live.)
+        """
         free = {"threads", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "progress"}
         # With a decay, the rate of every step so far may depend on where the end lies.
         return free | {"steps", "tokens"} if self.decay == "constant" else free

@@ -83,10 +83,6 @@ def child(run_dir: Path, settings: dict[str, Any], kill: tuple[str, float] | Non
         try:
             if kill is not None and kill[0] != "after":
                 PLACES[kill[0]](int(kill[1]))
-            # trainer.py imported its names from checkpoint.py; a replaced one must be seen there too.
-            from fastsae import train
-
-            train.prune = checkpoint.prune  # type: ignore[attr-defined]
             trainer(run_dir, **settings).run()
             status = 0
         finally:

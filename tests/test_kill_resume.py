@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, object], list[list[str | int]]]] = {
     "fused": ({}, IN_PLACES),
     "bf16-moments": ({"moments": "bf16"}, [["update", 9], ["manifest", 1]]),
     "plain": ({"fused": False, "init_b_dec": "geometric_median"}, [["update", 9], ["sealed", 1]]),
+    "live": ({"kind": "live"}, [["update", 9], ["tensors", 2]]),
 }
 RANDOM_KILLS = 4
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastsae.activations import TopK
+from fastsae.data.live import LiveSource
 from fastsae.data.tensor import TensorSource
 from fastsae.sae import SparseAutoencoder
 from fastsae.train import TrainConfig, Trainer
+from tests.data_case import toy_config, toy_corpus, toy_model
 
 D_IN, D_SAE, K, BATCH = 24, 96, 6, 48
 
@@ -25,14 +27,17 @@ def rows(n: int = 700) -> Tensor:
     return hidden @ torch.randn(12, D_IN, generator=generator) + 0.1 * torch.randn(n, D_IN, generator=generator) + 1
 
 
-def source() -> TensorSource:
+def source(kind: str = "tensor") -> Any:
+    """600 rows of a tensor, shuffled; or ("live") an endless stream from a toy language model."""
+    if kind == "live":
+        return LiveSource(toy_model(), toy_corpus(), toy_config(), buffer_rows=400)
     return TensorSource(rows(), holdout=100, seed=3)
 
 
 class Hooked:
     """A source that calls `before(n)` ahead of the n-th batch (from 1), and may hand out another one instead."""
 
-    def __init__(self, inner: TensorSource, before: Callable[[int, Tensor], Tensor | None]):
+    def __init__(self, inner: Any, before: Callable[[int, Tensor], Tensor | None]):
         self.inner, self.before, self.calls = inner, before, 0
         self.d_in, self.n_tokens = inner.d_in, inner.n_tokens
 
@@ -56,16 +61,15 @@ class Hooked:
         self.inner.load_state_dict(state)
 
 
-class CalledHooked(Hooked):
-    """`Hooked` whose class name is TensorSource's, so that a run directory may be shared with it."""
-
-
-CalledHooked.__name__ = "TensorSource"
+def hooked(inner: Any, before: Callable[[int, Tensor], Tensor | None]) -> Hooked:
+    """`Hooked` under the inner source's class name: a run directory records that name and may be shared with it."""
+    return type(type(inner).__name__, (Hooked,), {})(inner, before)
 
 
 def module(**settings: Any) -> SparseAutoencoder:
     # AuxK with latents that die soon, so that every part of the state matters.
-    return SparseAutoencoder(D_IN, D_SAE, TopK(K), **{"seed": 1, "aux_k": 8, "dead_after": 300, **settings})
+    usual = {"d_in": D_IN, "d_sae": D_SAE, "activation": TopK(K), "seed": 1, "aux_k": 8, "dead_after": 300}
+    return SparseAutoencoder(**{**usual, **settings})
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -76,9 +80,12 @@ def config(**settings: Any) -> TrainConfig:
     return TrainConfig(**{**quiet, **usual, **settings})
 
 
-def trainer(run_dir: Path, hook: Callable[[int, Tensor], Tensor | None] | None = None, **settings: Any) -> Trainer:
-    data: Any = source() if hook is None else CalledHooked(source(), hook)
-    return Trainer(module(), data, config(**settings), run_dir)
+def trainer(
+    run_dir: Path, hook: Callable[[int, Tensor], Tensor | None] | None = None, kind: str = "tensor", **settings: Any
+) -> Trainer:
+    data = source(kind)
+    sae = module(d_in=data.d_in)
+    return Trainer(sae, data if hook is None else hooked(data, hook), config(**settings), run_dir)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
