@@ -5,7 +5,19 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-WORDS = ["<unk>", "<s>", "the", "sea", "king", "of", "<b>bold</b>", "&", '"quoted"', *(f"w{i}" for i in range(55))]
+WORDS = [
+    "<unk>",
+    "<s>",
+    "the",
+    "sea",
+    "king",
+    "of",
+    "<b>bold</b>",
+    "&",
+    '"quoted"',
+    "##",
+    *(f"w{i}" for i in range(54)),
+]
 
 
 def write_tiny_model(folder: Path) -> Path:

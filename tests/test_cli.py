@@ -21,7 +21,7 @@ from fastsae.config import LiveOptions
 from fastsae.data.stream import StreamConfig
 from fastsae.opening import open_run
 from fastsae.stopping import TrainingInterrupted
-from tests.cli_case import write_text, write_tiny_model
+from tests.cli_case import WORDS, write_text, write_tiny_model
 
 QUIET = ["--no-progress", "--no-tensorboard"]
 
@@ -61,6 +61,8 @@ def test_from_a_language_model_to_a_report(place, capsys):
     harvest = ["harvest", str(place / "acts"), *source, *sizes]
     assert main(harvest) == 0
     assert re.search(r"^rows +1,\d\d\d in 2 shards$", capsys.readouterr().out, re.M)
+    # "##" alone makes no WordPiece vocabulary: words are stored as they are.
+    assert json.loads((place / "acts" / "vocabulary.json").read_text()) == WORDS
     assert main(harvest) == 0  # there already: no model is loaded
     assert main(train(place, "acts", "lm")) == 0
     assert "fvu (held out)" in capsys.readouterr().out

@@ -55,8 +55,9 @@ def token_strings(tokenizer: Any) -> list[str]:
     if any(piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") for piece in pieces):
         # SentencePiece: decoding a lone token would drop the leading space that the block stands for.
         return [piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for piece in pieces]
-    if any(piece.startswith("##") for piece in pieces):
-        # WordPiece: a token begins a word unless it says that it continues one.
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None and type(fast.model).__name__ == "WordPiece":
+        # A token begins a word unless it says that it continues one. (Other vocabularies hold "##" for headings.)
         return [piece[2:] if piece.startswith("##") else " " + piece for piece in pieces]
     return tokenizer.batch_decode([[i] for i in range(len(pieces))], clean_up_tokenization_spaces=False)
 
