@@ -68,6 +68,7 @@ class LiveSource:
         self._batches_per_block = max(1, math.ceil(buffer_rows / 2 / per_batch))
         self._worker = ThreadPoolExecutor(1, "fastsae-live") if prefetch else None
         self._held: Tensor | None = None
+        self._model_digest = self.language_model.describe()["digest"]
         self._reset(0)
 
     @property
@@ -127,7 +128,7 @@ class LiveSource:
             "source": "live",
             "config": dataclasses.asdict(self.config),
             "text": self.corpus.describe(),
-            "model": self.language_model.describe()["digest"],
+            "model": self._model_digest,
             "batches_per_block": self._batches_per_block,
         }
 
@@ -155,7 +156,8 @@ class LiveSource:
         pool = torch.cat([self._kept.to(block.rows), block.rows[order[:half]]])
         self._pool = pool[permutation(len(pool), self.config.seed, number, _MIX).to(pool.device)]
         self._kept = block.rows[order[half:]]
-        self._previous, self._block = self._block, dataclasses.replace(block, rows=block.rows[:0])
+        # Not a slice of the rows: it would keep all of them in memory.
+        self._previous, self._block = self._block, dataclasses.replace(block, rows=torch.empty(0))
         self._generation, self._cursor = number, 0
 
     def _compute(self, number: int) -> _Block:
