@@ -37,6 +37,6 @@ def write_tiny_model(folder: Path) -> Path:
 
 def write_text(path: Path, words: int = 6000) -> Path:
     """Lines of random words, always the same."""
-    chosen = random.Random(0).choices(WORDS[2:], k=words)
+    chosen = random.Random(0).choices(WORDS[len(SPECIAL) :], k=words)
     path.write_text("\n".join(" ".join(chosen[i : i + 12]) for i in range(0, words, 12)))
     return path

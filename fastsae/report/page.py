@@ -188,22 +188,21 @@ def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, 
     """
     if not options.latents and not options.time_step:
         return None, None
+    section = timing = None
     try:
         source = rows_of_run(log.config)
         if source is None:
             return None, None
         run = open_run(log.folder)
         run.sae.backend = options.backend
-        section = timing = None
         if options.latents and isinstance(source, ShardSource) and source.manifest.vocabulary is not None:
             section = latent_section(run, source, options)
         train = log.config.get("train")
         if options.time_step and isinstance(train, dict) and train.get("fused") and train.get("batch_size"):
             timing = time_step(run.sae, source.next_batch(train["batch_size"]), options.backend)
-        return section, timing
     except (OSError, ValueError, CheckpointError) as error:
-        log.notes.append(f"Weights or activations could not be read, so latents and timings may be missing: {error}")
-        return None, None
+        log.notes.append(f"Weights or activations could not be read, so latents or timings are missing: {error}")
+    return section, timing
 
 
 def latent_section(run: OpenedRun, source: ShardSource, options: ReportOptions) -> LatentSection | None:
