@@ -5,19 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-WORDS = [
-    "<unk>",
-    "<s>",
-    "the",
-    "sea",
-    "king",
-    "of",
-    "<b>bold</b>",
-    "&",
-    '"quoted"',
-    "##",
-    *(f"w{i}" for i in range(54)),
-]
+SPECIAL = ["<unk>", "<s>"]
+WORDS = [*SPECIAL, "the", "sea", "king", "of", "<b>bold</b>", "&", '"quoted"', "##", *(f"w{i}" for i in range(54))]
 
 
 def write_tiny_model(folder: Path) -> Path:
