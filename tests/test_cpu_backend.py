@@ -258,6 +258,19 @@ def test_a_nan_act_is_not_an_empty_slot_and_an_act_of_0_adds_nothing(dtype: torc
     assert bool((outer[2] == 0).all())
 
 
+@every_dtype
+def test_an_act_of_0_in_a_ragged_code_is_an_entry(dtype: torch.dtype) -> None:
+    """Occupancy is what the offsets say; a gradient is 0 by chance, and its slot still has a dot product."""
+    acts = torch.tensor([0.0, 2.0, 0.0], dtype=dtype)
+    codes = SparseCodes(acts, torch.tensor([0, 1, 1], dtype=torch.int32), 2, torch.tensor([0, 2, 3]))
+    order = ops.by_latent(codes, backend="cpu")
+    assert order.offsets.tolist() == [0, 1, 3]
+    assert order.tokens.tolist() == [0, 0, 1]
+    assert order.slots.tolist() == [0, 1, 2]
+    x, W = torch.ones(2, D, dtype=dtype), torch.ones(2, D, dtype=dtype)
+    assert ops.active_dot(x, codes, W, backend="cpu").tolist() == [D] * 3
+
+
 def test_an_order_of_another_code_is_refused() -> None:
     codes, x = fixed(torch.float32), rows(N, torch.float32, 3)
     order = ops.by_latent(codes, backend="cpu")
