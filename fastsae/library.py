@@ -2,8 +2,8 @@
 
 Each op hands its arguments to the backend that fastsae.backends.choose picks at run time, so a compiled graph holds one
 opaque call. Everything here is flat: x (N, D), fixed codes (N, K), ragged codes (capacity,) with offsets (N+1,).
-Public callers use fastsae.ops, which validates; here only the index range of CPU codes is checked, because a backend
-reads memory at those indices.
+Public callers use fastsae.ops, which says what is wrong in more words; here stands what keeps a backend from reading
+memory that is not there: shapes, dtypes, and the index range of CPU codes.
 
 Autocast: the ops run in the weights' dtype. x and acts are cast to W's dtype (x to that of acts where there is no W),
 weights never. Backends see contiguous tensors only; what is not, is copied first.
@@ -88,6 +88,31 @@ def _fake_update_latents_(*args):
 _MUTATED = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "screen")
 
 
+def _check_shapes(given: dict[str, Any]) -> None:
+    """What a backend takes for granted before it touches memory, for callers who come past fastsae.ops."""
+    like = {n: given[n] for n in ("x", "W", "b", "scale", "acts") if given.get(n) is not None}
+    if len({t.dtype for t in like.values()}) > 1:
+        raise TypeError(f"got {', '.join(f'{n} {t.dtype}' for n, t in like.items())}, expected one dtype for all")
+    x, W, acts, indices = (given.get(n) for n in ("x", "W", "acts", "indices"))
+    offsets, latents = given.get("offsets"), None if W is None else W.shape[:1]
+    expected = {
+        "x": None if x is None or W is None else (x.shape[0], W.shape[1]),
+        "b": latents,
+        "scale": latents,
+        "indices": None if acts is None else acts.shape,
+    }
+    for name, shape in expected.items():
+        t = given.get(name)
+        if t is not None and shape is not None and tuple(t.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {tuple(shape)}")
+    if acts is not None and indices is not None:
+        tokens = acts.shape[0] if offsets is None else offsets.shape[0] - 1
+        if indices.dtype != torch.int32 or (offsets is not None and offsets.dtype != torch.int64):
+            raise TypeError(f"indices are {indices.dtype}, expected torch.int32; offsets, if any, torch.int64")
+        if x is not None and x.shape[0] != tokens:
+            raise ValueError(f"x has {x.shape[0]} rows and the code {tokens} tokens, expected as many")
+
+
 def check_indices(indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
     """Raises IndexError for a code that points outside the dictionary, ValueError for offsets past its end.
 
@@ -141,6 +166,8 @@ def _define(op: str, fake: Callable[..., Any], cast: tuple[str, ...] = (), to: s
 
     def run(*args: Any) -> Any:
         given = {n: v if n in mutated else _contiguous(v) for n, v in zip(names, args, strict=True)}
+        if not mutated:
+            _check_shapes(given)
         _check_codes(op, given)
         backend = given.pop("backend")
         info = {n: v for n, v in given.items() if isinstance(v, (int, float, str))}

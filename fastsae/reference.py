@@ -1,8 +1,7 @@
 """The mathematics of every op and of a whole TopK training step: dense, any floating dtype, torch only.
 
-This file is the single source of truth: nothing here is fast and everything here is short. A is the dense (N, M)
-matrix of activations; gradients are written out in closed form, so the tests can hold them against torch's autograd
-and the sparse engine can be held against them. Every function is pure.
+This file is the single source of truth: nothing here is fast and everything here is short. Every function is pure.
+Gradients are in closed form, so the tests can hold them against torch's autograd, and the sparse engine against them.
 
 Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A (N, M). Both dictionaries keep one
 latent per row.
@@ -34,11 +33,6 @@ def pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None = Non
     return pre if scale is None else pre * scale
 
 
-def relu(pre: Tensor) -> Tensor:
-    """max(pre, 0); NaN stays NaN."""
-    return torch.relu(pre)
-
-
 def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest along the last dimension: values and int64 indices, largest first.
 
@@ -50,7 +44,7 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def keep_top_k(pre: Tensor, k: int) -> Tensor:
     """A (N, M): relu(pre) with all but the k largest of each token set to 0 (TopK, arXiv:2406.04093 eq. 2)."""
-    values, latents = top_k(relu(pre), k)
+    values, latents = top_k(torch.relu(pre), k)
     return torch.zeros_like(pre).scatter(-1, latents, values)
 
 
@@ -59,7 +53,7 @@ def batch_top_k(pre: Tensor, k: int) -> Tensor:
 
     Ties go to the lower token, then to the lower latent.
     """
-    values, places = top_k(relu(pre).flatten(), pre.shape[0] * k)
+    values, places = top_k(torch.relu(pre).flatten(), pre.shape[0] * k)
     return torch.zeros_like(pre).flatten().scatter(-1, places, values).view_as(pre)
 
 
@@ -297,8 +291,7 @@ def train_step(
     """One whole training step of a TopK SAE: forward, loss, gradients, projection, Adam, renormalisation.
 
     params: W_enc (leave it out to tie it to W_dec), W_dec, b_enc, b_dec; moments as many (m, v), zeros at the start;
-    step: 0-d, counts from 1. target: what to reconstruct if not x (a transcoder). Returns the new parameters, the new
-    moments and the losses.
+    step: 0-d, counts from 1; target: what to reconstruct if not x (a transcoder). Returns new params, moments, losses.
     """
     terms, losses = terms_of(params, x, k, target=target, pre_bias=pre_bias, loss=loss, aux=aux)
     grads = gradients(params, terms, pre_bias)

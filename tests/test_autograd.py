@@ -92,7 +92,7 @@ def test_gradcheck_of_decode_dot_and_outer(ragged: bool) -> None:
 def dense_loss(x: Tensor, W: Tensor, b: Tensor, W_dec: Tensor, weight: Tensor, keep: Tensor, sign: bool) -> Tensor:
     """A whole SAE on a given choice of active latents, dense and in float64."""
     pre = reference.pre_acts(x, W, b)
-    A = torch.where(keep, pre if sign else reference.relu(pre), 0)
+    A = torch.where(keep, pre if sign else torch.relu(pre), 0)
     return (reference.decode(A, W_dec) * weight).sum() + 0.5 * A.square().sum()
 
 
@@ -157,7 +157,7 @@ def test_bf16_gradients(backend: str) -> None:
     ops.decode(codes, W, backend=backend).square().sum().backward()
     wide = [t.detach().double().requires_grad_() for t in (x, W, b)]
     keep = codes.detach().to_dense() != 0
-    A = torch.where(keep, reference.relu(reference.pre_acts(*wide)), 0)
+    A = torch.where(keep, torch.relu(reference.pre_acts(*wide)), 0)
     reference.decode(A, wide[1]).square().sum().backward()
     for got, expected in zip((x, W, b), wide, strict=True):
         assert got.grad is not None

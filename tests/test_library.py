@@ -299,6 +299,28 @@ def test_indices_outside_the_dictionary_never_reach_a_backend(backend: str) -> N
         ops.decode(past, W, backend=backend)
 
 
+@every_backend
+def test_the_raw_ops_check_what_a_backend_would_read_by(backend: str) -> None:
+    x, W, b = inputs()
+    acts, indices = encode().acts, encode().indices
+
+    def topk(x: Tensor, W: Tensor, b: Tensor) -> Any:
+        return raw.encode_topk(x, W, b, K, None, None, 0, None, "exact", backend)
+
+    with pytest.raises(TypeError, match=r"got x torch.bfloat16, W torch.float32, b torch.float32, expected one dtype"):
+        topk(x.bfloat16(), W, b)
+    with pytest.raises(ValueError, match=r"x has shape \(6, 7\), expected \(6, 8\)"):
+        topk(x[:, 1:], W, b)
+    with pytest.raises(ValueError, match=r"b has shape \(15,\), expected \(16,\)"):
+        topk(x, W, b[1:])
+    with pytest.raises(ValueError, match="x has 5 rows and the code 6 tokens"):
+        raw.active_outer(acts, indices, None, x[1:], M, None, backend)
+    with pytest.raises(TypeError, match=r"indices are torch.int64, expected torch.int32"):
+        raw.decode(acts, indices.long(), None, W, backend)
+    with pytest.raises(ValueError, match=r"indices has shape \(5, 4\), expected \(6, 4\)"):
+        raw.decode(acts, indices[1:], None, W, backend)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -79,10 +79,10 @@ def assert_top_k(codes: SparseCodes, pre: Tensor, magnitude: Tensor, k: int, exa
     """
     codes.check()
     acts, indices = codes.acts.double(), codes.indices.long() - offset
-    top, chosen = reference.top_k(reference.relu(pre), k)
+    top, chosen = reference.top_k(torch.relu(pre), k)
     assert_within(codes.acts.sort(dim=-1, descending=True).values, top, magnitude.gather(-1, chosen), "the sorted acts")
     occupied = codes.occupied()
-    theirs = torch.where(occupied, reference.relu(pre).gather(-1, indices.clamp(0, pre.shape[1] - 1)), 0)
+    theirs = torch.where(occupied, torch.relu(pre).gather(-1, indices.clamp(0, pre.shape[1] - 1)), 0)
     allowed = magnitude.gather(-1, indices.clamp(0, pre.shape[1] - 1))
     assert_within(codes.acts, theirs, allowed, "the acts at the indices")
     if exact:

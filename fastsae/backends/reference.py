@@ -79,7 +79,7 @@ def encode_topk(
             wide(x), wide(W[latents]), wide(b[latents]), None if scale is None else wide(scale[latents])
         )
         pre = torch.where(rows < 0, 0, pre)
-    values, chosen = reference.top_k(reference.relu(pre), k)
+    values, chosen = reference.top_k(torch.relu(pre), k)
     last = index_offset + W.shape[0] - 1
     acts, indices = _fixed(values, latents[chosen] + index_offset, last, x.dtype)
     return acts, indices, _none_redone(x)
