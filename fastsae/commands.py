@@ -22,6 +22,7 @@ from .data.shards import ShardSource
 from .data.source import ActivationSource
 from .evaluate import EvalResult, evaluate
 from .opening import EVALUATION, OpenedRun, describe_rows, open_rows, open_run, rows_of_run, version
+from .stopping import TrainingInterrupted
 from .train import Trainer
 
 
@@ -79,7 +80,10 @@ def run_train(options: Train) -> int:
     trainer = Trainer(
         sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()}
     )
-    result = trainer.run()
+    try:
+        result = trainer.run()
+    except TrainingInterrupted as stop:
+        raise TrainingInterrupted(f"{stop}, with --resume", stop.signal) from None
     evaluation = result.evaluation or {}
     where = "held out" if evaluation else "last batch"
     numbers = evaluation or result.metrics
