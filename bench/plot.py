@@ -185,11 +185,11 @@ def plot_parts(found: Sequence[dict[str, Any]], folder: Path) -> None:
 def plot_sweep(found: Sequence[dict[str, Any]], folder: Path) -> None:
     """The step's time as one size grows, the others those of the primary case."""
     ours = {r["case"]["name"]: r for r in found if r["isa"] == "best" and step_ms(r, "fastsae")}
-    if PRIMARY not in ours or not any(name.startswith("sweep-") for name in ours):
+    if "sweep-base" not in ours:
         return
     figure = Figure(figsize=(10, 2.6))
     for axes, axis in zip(figure.subplots(1, 4), "NMDK", strict=True):
-        line = [r for name, r in ours.items() if name == PRIMARY or name.startswith(f"sweep-{axis}-")]
+        line = [r for name, r in ours.items() if name == "sweep-base" or name.startswith(f"sweep-{axis}-")]
         line.sort(key=lambda r: r["case"][axis])
         sizes = [r["case"][axis] for r in line]
         for part, style in (("step", "-"), ("encode", "--"), ("update", ":")):

@@ -30,7 +30,7 @@ FIXTURE_ROWS = 2048
 
 
 class NoActivations(RuntimeError):
-    """A case wants real activations that are not on this machine yet."""
+    """A case wants real activations that are not to be had on this machine."""
 
 
 def harvest(folder: Path = ACTIVATIONS, rows: int = ROWS, *, progress: bool = True) -> Manifest:
@@ -48,13 +48,15 @@ def is_small(case: Case) -> bool:
 
 
 def rows(case: Case, n: int) -> Tensor:
-    """(n, D) activations in fp32, shuffled. Raises NoActivations where they were not harvested yet."""
+    """(n, D) activations in fp32, shuffled, harvested first if need be. Raises NoActivations where that cannot be."""
     if is_small(case):
         x = load_file(FIXTURE)["activations"].float()[:n]
-    elif (ACTIVATIONS / "manifest.json").exists():
-        x = ShardSource(ACTIVATIONS, seed=case.seed, progress=False).next_batch(n)
     else:
-        raise NoActivations(f"no activations in {ACTIVATIONS}: run `make demo` once, which harvests them")
+        try:
+            harvest()
+        except (OSError, ValueError, ImportError) as error:
+            raise NoActivations(f"no activations: {error}. `make demo` installs model and text") from error
+        x = ShardSource(ACTIVATIONS, seed=case.seed, progress=False).next_batch(n)
     if x.shape != (n, case.D):
         raise NoActivations(f"case {case.name} wants {n} rows of {case.D}, got {tuple(x.shape)}")
     return x
