@@ -232,7 +232,7 @@ def write_tiny_gguf(path: Path) -> np.ndarray:
     """A two-layer Llama of width 32 with a byte-level vocabulary; returns its embeddings."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     d_model, d_mlp, n_layers, n_vocab = 32, 64, 2, 40
-    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(97, 123)), "\u0120", "\u010a", "th", "the"]
+    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(97, 123)), "\u0120", "\u010a", "th", "the", "##"]
     tokens += [f"<{i}>" for i in range(n_vocab - len(tokens))]
     generator = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
@@ -267,7 +267,9 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     for spec in (str(path), f"gguf:{path}"):
         loaded = load_model(spec, dtype=torch.float32)
         ids = loaded.tokenizer("the cat", return_tensors="pt")["input_ids"]
-        assert token_strings(loaded.tokenizer)[ids[0, 0]] == "the"
+        strings = token_strings(loaded.tokenizer)
+        assert strings[ids[0, 0]] == "the"
+        assert strings[29:34] == [" ", "\n", "th", "the", "##"]  # bytes decoded; a heading is no WordPiece
         assert torch.equal(HookedModel(loaded.model, 0)(ids), embeddings[ids])
         assert HookedModel(loaded.model, 2)(ids).shape == (1, ids.shape[1], 32)
     size = path.stat().st_size

@@ -215,7 +215,9 @@ def test_a_live_source_serves_every_row_once_and_mixed() -> None:
     text_order = [tuple(row) for _ in range(30) for row in stream.next().activations.tolist()]  # type: ignore[union-attr]
     place = {row: i for i, row in enumerate(text_order)}
     places = torch.tensor([place[tuple(row)] for row in batches[20].tolist()])
-    assert places.max() - places.min() > 200, "a batch comes from more than one block's text"
+    per_block = torch.bincount(places // 240)  # 4 batches of 4 windows with 15 rows each
+    assert (per_block[per_block > 0] > 5).all(), f"a batch mixes two blocks' text, got {per_block.tolist()}"
+    assert (per_block > 0).sum() == 2
     assert int((places.diff() == 1).sum()) <= 2, "neighbours in the text are apart"
     assert source.stats["rows"] >= 1200
     held = {tuple(row) for row in source.held_out().tolist()}
