@@ -61,7 +61,7 @@ FASTSAE_INLINE void sum_tiles(const Rows& rows, int64_t d, int64_t D, Out* out) 
     for (; d < D; ++d) {
       acc_t<T> sum = 0;
       for (int64_t e = rows.begin; e < rows.end; ++e)
-        if (const acc_t<T> weight = rows.weight(e); weight != 0) sum += weight * widen(rows.row(e)[d]);
+        if (const acc_t<T> weight = rows.weight(e); weight != 0) sum = multiply_add(weight, widen(rows.row(e)[d]), sum);
       out[d] = narrow<Out>(sum);
     }
   }

@@ -186,10 +186,9 @@ FASTSAE_INLINE acc_t<W> dot(const X* x, const W* w, int64_t length, const W* nex
 
 // y += a * x
 template <class A, class X> FASTSAE_INLINE void add_scaled(A* y, A a, const X* x, int64_t length) {
-  constexpr int L = lanes<A>;
-  const vec<A> va = splat<A>(a);
+  constexpr int L = reg_lanes<A>;
   int64_t d = 0;
-  for (; d + L <= length; d += L) store(y + d, load(y + d) + va * load(x + d));
+  for (; d + L <= length; d += L) store_reg(y + d, load_reg(y + d) + a * load_reg(x + d));
   for (; d < length; ++d) y[d] = multiply_add(a, A(widen(x[d])), y[d]);
 }
 

@@ -50,14 +50,13 @@ def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:
 
 def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     code = codes(acts, indices, offsets, W.shape[0])
-    out = W.new_empty(_tokens(acts, offsets), W.shape[1])
+    out = W.new_empty(acts.shape[0] if offsets is None else offsets.shape[0] - 1, W.shape[1])
     _cpu.decode(code, matrix(W), matrix(out), torch.get_num_threads())
     return out
 
 
 def active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     code = codes(acts, indices, offsets, W.shape[0])
-    _check_rows(x, _tokens(acts, offsets), W.shape[1])
     out = torch.zeros_like(acts)  # zeros: a ragged code's spare slots are not written
     _cpu.active_dot(matrix(x), code, matrix(W), out.data_ptr(), torch.get_num_threads())
     return out
@@ -67,7 +66,6 @@ def active_outer(
     acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, by_latent: list[Tensor] | None
 ) -> Tensor:
     code = codes(acts, indices, offsets, d_sae)
-    _check_rows(x, _tokens(acts, offsets), x.shape[1])
     if by_latent is None:
         order = sort(code, acts.numel(), d_sae)
     else:
@@ -79,15 +77,6 @@ def active_outer(
 
 def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     return sort(codes(acts, indices, offsets, d_sae), acts.numel(), d_sae)
-
-
-def _tokens(acts: Tensor, offsets: Tensor | None) -> int:
-    return acts.shape[0] if offsets is None else offsets.shape[0] - 1
-
-
-def _check_rows(x: Tensor, tokens: int, width: int) -> None:
-    if x.shape != (tokens, width):
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected ({tokens}, {width}): one row per token of the code")
 
 
 def _checked_order(order: list[Tensor], capacity: int, tokens: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:

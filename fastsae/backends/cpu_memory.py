@@ -1,7 +1,7 @@
 """How tensors are shown to the C++ extension: addresses, shapes and dtypes, nothing copied.
 
-They are contiguous (fastsae.library sees to it), and the caller keeps them alive for the length of the call. torch is
-imported before the extension, so that both use one OpenMP runtime.
+They are contiguous and fit together (fastsae.library sees to it), and the caller keeps them alive for the length of the
+call. torch is imported before the extension, so that both use one OpenMP runtime.
 """
 
 from __future__ import annotations
@@ -21,16 +21,7 @@ def matrix(t: Tensor) -> _cpu.Matrix:
 
 
 def codes(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> _cpu.Codes:
-    """A fixed-K code (N, K), or a ragged one with offsets (N+1,). Raises TypeError for one that C++ would misread."""
-    if indices.dtype != int32 or indices.shape != acts.shape:
-        raise TypeError(
-            f"indices are {indices.dtype} of shape {tuple(indices.shape)}, expected torch.int32 of acts' shape "
-            f"{tuple(acts.shape)}"
-        )
-    if offsets is None and acts.ndim != 2:
-        raise TypeError(f"acts have shape {tuple(acts.shape)}, expected (N, K); a ragged code needs its offsets")
-    if offsets is not None and (offsets.dtype != int64 or offsets.ndim != 1 or not offsets.numel()):
-        raise TypeError(f"offsets are {offsets.dtype} of shape {tuple(offsets.shape)}, expected torch.int64 (N+1,)")
+    """A fixed-K code (N, K), or a ragged one with offsets (N+1,)."""
     n, k = (acts.shape[0], acts.shape[1]) if offsets is None else (offsets.shape[0] - 1, 0)
     return _cpu.Codes(acts.data_ptr(), indices.data_ptr(), address(offsets), n, k, d_sae, DTYPES[acts.dtype])
 
