@@ -62,7 +62,7 @@ class FusedByPart:
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (t.clone() for t in tensors)
         both = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
         self.moments = [torch.zeros_like(t) for t in both for _ in range(2)]
-        self.screen = ops.prepare_screen(self.W_enc, self.b_enc, backend=backend)
+        self.screen = ops.prepare_screen(self.W_enc, self.b_enc, x=inputs.x - self.b_dec, k=k, backend=backend)
         self.lr = torch.tensor(lr, dtype=torch.float64)
         self.steps = torch.tensor(0)
 

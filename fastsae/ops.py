@@ -183,15 +183,21 @@ def by_latent(codes: SparseCodes, *, backend: str | None = None) -> LatentOrder:
     return LatentOrder(*_raw.by_latent(flat.acts.detach(), flat.indices, flat.offsets, codes.d_sae, backend))
 
 
-def prepare_screen(W: Tensor, b: Tensor | None = None, *, backend: str | None = None) -> Screen | None:
+def prepare_screen(
+    W: Tensor, b: Tensor | None = None, *, x: Tensor | None = None, k: int | None = None, backend: str | None = None
+) -> Screen | None:
     """The low-precision copy of an encoder that the chosen backend screens with, or None where it needs none.
 
     It goes stale when W changes: only `update_latents_` maintains it. Without it an encoder makes its own, every call.
+    x (*batch, D) and k: what it will encode, for a backend that chooses its format by how well that is told apart;
+    speed depends on the choice, results never do.
     """
     check_that.dictionary("W", W)
     given = [W.detach()] if b is None else [W.detach(), b.detach()]
     module = choose("prepare_screen", backend, *given)
-    return module.prepare_screen(given[0], given[1] if b is not None else None)
+    return module.prepare_screen(
+        given[0], None if b is None else given[1], None if x is None else x.reshape(-1, x.shape[-1]), k
+    )
 
 
 def update_latents_(

@@ -21,6 +21,11 @@ from fastsae.sae import SparseAutoencoder
 MOMENTS = ("fp32", "bf16")
 FORMAT = 1
 
+# Steps after which the screen is made anew, at the latest; and at the earliest, if more tokens than this are redone.
+SCREEN_LIFE = 64
+SCREEN_TRIAL = 8
+REDONE_LIMIT = 0.01
+
 
 class FusedTrainStep:
     """`metrics = step(x)`: one update of every parameter of `sae`, and its dead-latent counters.
@@ -74,6 +79,8 @@ class FusedTrainStep:
                 self._state[f"{name}_{moment}"] = torch.zeros(p.shape, dtype=dtype, device=device)
         self._screen: Screen | None = None
         self._seen: tuple[Any, ...] | None = None
+        self._redone: Tensor | None = None  # share of tokens, in the last step
+        self._age = 0
         self._sample: Tensor | None = None
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -99,7 +106,7 @@ class FusedTrainStep:
         centred = sae.pre_bias and target is None
         if centred:
             goal = encoder_input  # recon - x = A W_dec - (x - b_dec): saves a pass over (N, D), and a copy of x
-        screen = self._current_screen()
+        screen = self._current_screen(encoder_input)
         codes = sae.activation.encode(
             encoder_input, sae.encoder_weight, sae.b_enc,
             screen=screen, precision=sae.precision, backend=self.backend, check=self.check,
@@ -135,6 +142,7 @@ class FusedTrainStep:
         metrics = {"mse": squares / n, "fvu": squares / variance, "l0": codes.nnz / n, "dead": dead.sum()}
         if codes.redone is not None:
             metrics["redone"] = codes.redone
+            self._redone = codes.redone / n
         auxiliary: list[UpdateTerm] = []
         if sae.aux_k is not None:
             metrics["aux"] = torch.zeros_like(loss)
@@ -164,16 +172,32 @@ class FusedTrainStep:
 
     # -- the screen, and who else wrote the weights -------------------------------------------------------------------
 
-    def refresh(self) -> None:
-        """Makes the low-precision copy of the encoder anew. Needed only after a write that cannot be seen."""
-        self._screen = ops.prepare_screen(self.sae.encoder_weight, self.sae.b_enc, backend=self.backend)
+    def refresh(self, encoder_input: Tensor | None = None) -> None:
+        """Makes the low-precision copy of the encoder anew. Needed only after a write that cannot be seen.
+
+        encoder_input (N, d_in): what it will encode, for a backend that chooses its format by it.
+        """
+        sae = self.sae
+        self._screen = ops.prepare_screen(
+            sae.encoder_weight, sae.b_enc, x=encoder_input, k=sae.activation.k, backend=self.backend
+        )
+        self._age = 0
         self._remember()
 
-    def _current_screen(self) -> Screen | None:
+    def _current_screen(self, encoder_input: Tensor) -> Screen | None:
         written = self._seen != self._signature()
-        if written or (self._sample is not None and not torch.equal(self._sample, self._fingerprint())):
-            self.refresh()
+        if written or self._outgrown() or (
+            self._sample is not None and not torch.equal(self._sample, self._fingerprint())
+        ):  # fmt: skip
+            self.refresh(encoder_input)
+        self._age += 1
         return self._screen
+
+    def _outgrown(self) -> bool:
+        """Whether the screen's format should be chosen again: training changes how well it tells latents apart."""
+        if self._screen is None or self._redone is None or self._redone.device.type != "cpu":
+            return False  # a GPU is never asked
+        return self._age >= SCREEN_LIFE or (self._age >= SCREEN_TRIAL and float(self._redone) > REDONE_LIMIT)
 
     def _remember(self) -> None:
         self._seen = self._signature()

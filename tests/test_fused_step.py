@@ -289,7 +289,7 @@ def test_edited_weights_are_seen(edit, backend):
 def test_the_screen_is_made_anew_exactly_when_the_weights_were_written(monkeypatch):
     made = []
 
-    def prepare(W: Tensor, b: Tensor | None = None, *, backend: str | None = None) -> Screen:
+    def prepare(W: Tensor, b: Tensor | None = None, *, x: Tensor, k: int, backend: str | None = None) -> Screen:
         made.append(W.detach().clone())
         return Screen([W.detach().clone()], "reference/copy")
 
@@ -304,7 +304,7 @@ def test_the_screen_is_made_anew_exactly_when_the_weights_were_written(monkeypat
         step(tokens(16, 32, 4, torch.float32))
         step(tokens(16, 32, 5, torch.float32))
         assert len(made) == 2 + i, f"{edit.__name__}: the screen was made {len(made)} times, expected {2 + i}"
-    step.refresh()
+    step.refresh(tokens(16, 32, 6, torch.float32))
     assert len(made) == 2 + len(EDITS)
     assert torch.equal(made[-1], sae.W_enc)
 

@@ -230,3 +230,23 @@ def test_a_screen_of_another_dictionary_is_refused():
     screen = ops.prepare_screen(W, b, backend="cpu")
     with pytest.raises(ValueError, match="another dictionary"):
         ops.encode_topk(torch.randn(3, 96), W[:100], b[:100], 4, screen=screen, backend="cpu")
+
+
+@pytest.mark.skipif(not FORMATS or _cpu.fastest_format(96) == _cpu.tight_format(), reason="one format serves all here")
+def test_a_format_that_cannot_tell_the_latents_apart_is_given_up():
+    x, W, b, k = gaussian()
+    blind = [5, 50]
+    W = W.clone()
+    W[:, blind] = 0  # nothing to see in the dimensions that set a token's scale
+    loose, *_ = massive_dimensions()
+    assert ops.prepare_screen(W, b, x=x, k=k, backend="cpu").format == f"cpu/{_cpu.fastest_format(96).name}"
+    assert ops.prepare_screen(W, b, x=loose, k=k, backend="cpu").format == f"cpu/{_cpu.tight_format().name}"
+
+    sae = fastsae.SparseAutoencoder(96, 4096, fastsae.TopK(32), seed=0)
+    with torch.no_grad():
+        sae.W_enc[:, blind] = 0
+    step = fastsae.FusedTrainStep(sae, lr=0, backend="cpu")
+    step(x)  # the screen is chosen on harmless input; then the input changes
+    shares = [float(step(loose)["redone"]) / x.shape[0] for _ in range(12)]
+    assert shares[0] > 0.01
+    assert shares[-1] <= 0.01

@@ -59,6 +59,7 @@ PYBIND11_MODULE(_cpu, m) {
       .value("amx", Format::amx)
       .value("amx_emulated", Format::amx_emulated);
   m.def("fastest_format", [](int64_t d) { return fastest_format(ops().name, d); });
+  m.def("tight_format", [] { return tight_format(ops().name); });
   m.def("format_supported", [](Format f) { return format_supported(f, ops().name); });
   m.def("words_per_row", &words_per_row);
   m.def("blocks_of", &blocks_of);
@@ -87,9 +88,10 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("index_offset"), py::arg("k"), py::arg("rescore"), py::arg("screen"), py::arg("threads"));
   m.def("encode_topk",
         [](const EncodeArgs& args, uintptr_t acts, uintptr_t indices) {
-          return ops().encode_topk(args, {pointer<float>(acts), pointer<int32_t>(indices)});
+          const TopkCounts c = ops().encode_topk(args, {pointer<float>(acts), pointer<int32_t>(indices)});
+          return std::make_pair(c.redone, c.rivals);
         },
-        release_gil(), "The number of tokens that were redone.");
+        release_gil(), "How many tokens were redone, and how many latents beyond the K best were scored.");
 
   m.def("encode_above",
         [](const EncodeArgs& args, uintptr_t per_latent, uintptr_t per_token, uintptr_t acts, uintptr_t indices,

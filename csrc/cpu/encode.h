@@ -57,12 +57,18 @@ struct RaggedCodes {       // encode_above's and encode_batch_topk's result
   int64_t capacity;
 };
 
+struct TopkCounts {
+  int64_t redone;   // tokens without a certificate at first
+  int64_t rivals;   // latents scored in fp32 beyond the K best bounds: how loose the format is on this input
+};
+
 struct AboveCounts {
   int64_t above, redone;
 };
 
 int64_t words_per_row(Format format, int64_t d);
 bool format_supported(Format format, const char* isa);
+Format tight_format(const char* isa);
 Format fastest_format(const char* isa, int64_t d);
 inline int64_t blocks_of(int64_t latents) {
   const int64_t blocks = (latents + kLanes - 1) / kLanes;

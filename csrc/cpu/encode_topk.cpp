@@ -131,10 +131,10 @@ bool decide(const EncodeArgs& a, Tokens& tokens, int64_t t, const std::vector<in
   return certain;
 }
 
-// Encodes these tokens; returns those without a certificate.
+// Encodes these tokens, counts their rivals, and returns those without a certificate.
 template <class T>
 std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms, std::vector<int64_t> which, bool guess,
-                                   const FixedCodes& out) {
+                                   const FixedCodes& out, int64_t& rival_count) {
   Tokens tokens;
   tokens.which = std::move(which);
   const int64_t count = tokens.count(), D = a.x.cols;
@@ -160,12 +160,16 @@ std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms
   }
 
   std::vector<int32_t> rivals;
-  for (const auto& part : tokens.rivals) rivals.insert(rivals.end(), part.begin(), part.end());
+  for (auto& part : tokens.rivals) {
+    rivals.insert(rivals.end(), part.begin(), part.end());
+    std::vector<int32_t>().swap(part);
+  }
   for (int64_t t = 0, at = 0; t <= count; ++t) {
     const int64_t length = tokens.offsets[t];
     tokens.offsets[t] = at;
     at += length;
   }
+  rival_count += int64_t(rivals.size());
   const std::vector<float> scores = score_rivals<T>(a, tokens, rivals);
 
   std::vector<uint8_t> decided(count);
@@ -188,25 +192,26 @@ void encode_in_full(const EncodeArgs& a, const std::vector<int64_t>& tokens, con
   }
 }
 
-template <class T> int64_t encode_topk_typed(const EncodeArgs& a, const FixedCodes& out) {
+template <class T> TopkCounts encode_topk_typed(const EncodeArgs& a, const FixedCodes& out) {
   const LatentTerms terms = latent_terms(a, nullptr);
   std::vector<int64_t> again;
+  TopkCounts counts{0, 0};
   for (int64_t first = 0; first < a.x.rows; first += kAtOnce) {
     std::vector<int64_t> tokens(std::min(kAtOnce, a.x.rows - first));
     for (int64_t t = 0; t < int64_t(tokens.size()); ++t) tokens[t] = first + t;
-    const std::vector<int64_t> open = encode_tokens<T>(a, terms, std::move(tokens), true, out);
+    const std::vector<int64_t> open = encode_tokens<T>(a, terms, std::move(tokens), true, out, counts.rivals);
     again.insert(again.end(), open.begin(), open.end());
   }
-  const int64_t redone = int64_t(again.size());
-  if (redone) again = encode_tokens<T>(a, terms, std::move(again), false, out);
+  counts.redone = int64_t(again.size());
+  int64_t more = 0;
+  if (counts.redone) again = encode_tokens<T>(a, terms, std::move(again), false, out, more);
   encode_in_full(a, again, out);
-  return redone;
+  return counts;
 }
 
 }  // namespace
 
-// Returns how many tokens had to be redone.
-int64_t encode_topk(const EncodeArgs& a, const FixedCodes& out) {
+TopkCounts encode_topk(const EncodeArgs& a, const FixedCodes& out) {
   return a.W.dtype == Dtype::bf16 ? encode_topk_typed<bf16>(a, out) : encode_topk_typed<float>(a, out);
 }
 

@@ -50,13 +50,17 @@ bool format_supported(Format format, const char* isa) {
   return false;
 }
 
-// AMX in bf16 beats VNNI in 8 bits on the processors that have both (wider, and its bound is tighter); VNNI has twice the rate
-// of the AVX-512 bf16 instruction. 8 bits sum 32-bit integers exactly only up to 66,000 inputs.
-Format fastest_format(const char* isa, int64_t d) {
+// AMX in bf16 beats VNNI in 8 bits on the processors that have both (wider, and its bound is tighter).
+Format tight_format(const char* isa) {
   if (format_supported(Format::amx, isa)) return Format::amx;
-  if (d <= 65536 && format_supported(Format::i8, isa)) return Format::i8;
   if (format_supported(Format::bf16, isa)) return Format::bf16;
   return Format::f32;
+}
+
+// VNNI has twice the rate of the AVX-512 bf16 instruction. Its 32-bit sums are exact up to 66,000 inputs.
+Format fastest_format(const char* isa, int64_t d) {
+  const bool i8 = d <= 65536 && format_supported(Format::i8, isa);
+  return i8 && !format_supported(Format::amx, isa) ? Format::i8 : tight_format(isa);
 }
 
 }  // namespace fastsae

@@ -39,6 +39,7 @@ struct Screen;        // encode.h
 struct EncodeArgs;
 struct FixedCodes;
 struct RaggedCodes;
+struct TopkCounts;
 struct AboveCounts;
 struct UpdateArgs;    // update.h
 
@@ -48,7 +49,7 @@ struct Ops {
   void (*active_dot)(const Matrix& x, const Codes&, const Matrix& W, void* out, int threads);
   void (*active_outer)(const Codes&, const LatentOrder&, const Matrix& x, const Matrix& out, int threads);
   void (*prepare_screen)(const Matrix& W, const int32_t* rows, const Screen& out, int threads);
-  int64_t (*encode_topk)(const EncodeArgs&, const FixedCodes& out);   // returns how many tokens were redone
+  TopkCounts (*encode_topk)(const EncodeArgs&, const FixedCodes& out);
   AboveCounts (*encode_above)(const EncodeArgs&, const float* per_latent, const float* per_token, const RaggedCodes& out);
   int64_t (*encode_batch_topk)(const EncodeArgs&, const RaggedCodes& out);
   void (*update_latents)(const UpdateArgs&);

@@ -123,16 +123,32 @@ template <class T> struct Updater {
     add_scaled(g, -along / (square > A(0) ? square : A(1)), row, a.d_out);
   }
 
-  void normalise(T* row) const {
+  void normalise(A* row) const {
     const A norm = std::sqrt(dot(row, row, a.d_out));
     if (norm > A(0))
-      for (int64_t d = 0; d < a.d_out; ++d) row[d] = narrow<T>(A(widen(row[d])) / norm);
+      for (int64_t d = 0; d < a.d_out; ++d) row[d] /= norm;
   }
 
-  template <class S> void step_row(const Parameter& p, T* data, int64_t row, int64_t length, const A* g) const {
+  // `row`: where the row stands while it is updated, in its own type or widened.
+  template <class S, class R> void step_row(const Parameter& p, R* row, int64_t i, int64_t length, const A* g) const {
     const uint32_t m = stream_key(a.seed, a.step, p.stream), v = stream_key(a.seed, a.step, p.stream + 1);
-    adam_row<T, S>(adam, data + row * length, static_cast<S*>(p.m) + row * length, static_cast<S*>(p.v) + row * length, g,
-                   length, uint32_t(row * length), m, v);
+    adam_row<R, S>(adam, row, static_cast<S*>(p.m) + i * length, static_cast<S*>(p.v) + i * length, g, length,
+                   uint32_t(i * length), m, v);
+  }
+
+  // A row that keeps norm 1 is narrowed once, after both steps: rounding in between would stretch it.
+  template <class S> void step_decoder(int64_t i, const A* g, std::vector<A>& wide) const {
+    T* row = dec + i * a.d_out;
+    if (!a.unit_norm) return step_row<S>(a.W_dec, row, i, a.d_out, g);
+    if constexpr (std::is_same_v<T, A>) {
+      step_row<S>(a.W_dec, row, i, a.d_out, g);
+      normalise(row);
+    } else {
+      for (int64_t d = 0; d < a.d_out; ++d) wide[d] = widen(row[d]);
+      step_row<S>(a.W_dec, wide.data(), i, a.d_out, g);
+      normalise(wide.data());
+      for (int64_t d = 0; d < a.d_out; ++d) row[d] = narrow<T>(wide[d]);
+    }
   }
 
   void fetch(const Parameter& p, int64_t row, int64_t length, size_t moment) const {
@@ -143,7 +159,8 @@ template <class T> struct Updater {
 
   // One latent: gradient, statistics, update. `words`: where its narrow copy goes, or null.
   template <class S>
-  void latent(int64_t i, int64_t position, RowGradient<A>& g, A* bias_sum, double* stats, float* buffer, uint32_t* words) {
+  void latent(int64_t i, int64_t position, RowGradient<A>& g, std::vector<A>& wide, A* bias_sum, double* stats, float* buffer,
+              uint32_t* words) {
     fetch(a.W_dec, i, a.d_out, sizeof(S));
     if (!tied) fetch(a.W_enc, i, a.d_in, sizeof(S));
     gradient_of(i, g);
@@ -154,10 +171,9 @@ template <class T> struct Updater {
     stats[1] += dot(g.dec.data(), g.dec.data(), a.d_out);
     stats[2] += double(g.bias) * g.bias;
     if (a.unit_norm) project(dec + i * a.d_out, g.dec.data());
-    step_row<S>(a.W_dec, dec, i, a.d_out, g.dec.data());
-    if (a.unit_norm) normalise(dec + i * a.d_out);
-    if (!tied) step_row<S>(a.W_enc, enc, i, a.d_in, g.enc.data());
-    step_row<S>(a.b_enc, b_enc, i, 1, &g.bias);
+    step_decoder<S>(i, g.dec.data(), wide);
+    if (!tied) step_row<S>(a.W_enc, enc + i * a.d_in, i, a.d_in, g.enc.data());
+    step_row<S>(a.b_enc, b_enc + i, i, 1, &g.bias);
     if constexpr (!std::is_same_v<T, double>)
       if (words) {
         const Matrix view{const_cast<T*>(encoder), 1, a.d_in, a.d_in, a.dtype};
@@ -174,6 +190,7 @@ template <class T> struct Updater {
 #pragma omp parallel num_threads(a.threads)
     {
       RowGradient<A> gradient(a.d_out, a.d_in);
+      std::vector<A> wide(a.d_out);
       std::vector<float> buffer(a.d_in);
       std::vector<uint32_t> words(screened ? kLanes * a.screen.words_per_row : 0);
 #pragma omp for schedule(dynamic, 1)
@@ -183,7 +200,8 @@ template <class T> struct Updater {
           for (int64_t lane = 0; lane < kLanes; ++lane) {
             const int64_t i = block + lane * blocks;   // as Screen::latent_at
             if (i >= a.latents) break;
-            latent<S>(i, block * kLanes + lane, gradient, bias_sums.data() + chunk * a.d_in, chunk_stats.data() + chunk * 4,
+            latent<S>(i, block * kLanes + lane, gradient, wide, bias_sums.data() + chunk * a.d_in,
+                      chunk_stats.data() + chunk * 4,
                       buffer.data(), screened ? words.data() + lane * a.screen.words_per_row : nullptr);
           }
           if (packed)

@@ -6,7 +6,7 @@ A backend is a module with one function per raw op (same name, same arguments wi
     supports(op, *tensors, **info) -> str | None    the reason against serving this call, or None; tensors are the
                                             op's tensors in schema order (absent ones left out, lists flattened),
                                             info its other arguments by name
-    prepare_screen(W, b) -> Screen | None   its low-precision copy of an encoder, or None where it uses none
+    prepare_screen(W, b, x, k) -> Screen | None    its low-precision copy of an encoder, or None where it uses none
 """
 
 from __future__ import annotations

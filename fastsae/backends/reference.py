@@ -29,7 +29,7 @@ def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:
     return None
 
 
-def prepare_screen(W: Tensor, b: Tensor | None) -> Screen | None:
+def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None) -> Screen | None:
     return None
 
 
