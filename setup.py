@@ -1,7 +1,7 @@
 """Builds the extension modules; everything else about the package stands in pyproject.toml.
 
-The CPU extension compiles each op once per instruction set (own flags, own namespace) and chooses at run time, so a wheel
-runs on any x86-64, and on arm64 by its portable code. Never -march=native. torch is not needed to build.
+The CPU extension compiles each op once per instruction set (own flags, own namespace) and chooses at run time, so a
+wheel runs on any x86-64, and on arm64 by its portable code. Never -march=native. torch is not needed to build.
 """
 
 import platform
@@ -17,13 +17,37 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CPU = ROOT / "csrc" / "cpu"
-COMMON = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 
 # Sources compiled once, and sources compiled once per instruction set.
 ONCE = ["bind.cpp", "dispatch.cpp", "by_latent.cpp", "format.cpp"]
-PER_ISA = ["decode.cpp", "active_dot.cpp", "active_outer.cpp", "screen.cpp", "screen_f32.cpp", "candidates.cpp", "encode_topk.cpp", "ragged.cpp", "encode_above.cpp", "encode_batch_topk.cpp", "update_latents.cpp", "registry.cpp"]
-# The narrow multiply-adds: sources that need flags of their own, chosen by format once the processor has shown it has them.
+PER_ISA = [
+    "decode.cpp",
+    "active_dot.cpp",
+    "active_outer.cpp",
+    "screen.cpp",
+    "screen_f32.cpp",
+    "candidates.cpp",
+    "encode_topk.cpp",
+    "ragged.cpp",
+    "encode_above.cpp",
+    "encode_batch_topk.cpp",
+    "update_latents.cpp",
+    "registry.cpp",
+]
+# The narrow multiply-adds: sources with flags of their own, chosen by format once the processor has shown it has them.
 NARROW = {
     "screen_i8.cpp": ["-mavx512vnni"],
     "screen_bf16.cpp": ["-mavx512bf16"],
@@ -59,8 +83,8 @@ class BuildCpu(build_ext):
 
         with ThreadPoolExecutor(cpu_count()) as pool:
             objects = list(pool.map(compile_one, jobs))
-        # The order matters: of an inline function that several objects hold (std::vector's), the linker keeps the first,
-        # and that must be the one that every processor can run. So the widest instruction set comes last.
+        # The order matters: of an inline function that several objects hold (std::vector's), the linker keeps the
+        # first, and that must be the one that every processor can run. So the widest instruction set comes last.
         link = ["-fopenmp"] + ([f"-Wl,--version-script={CPU / 'exports.map'}"] if sys.platform == "linux" else [])
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=link, target_lang="c++"
