@@ -159,6 +159,15 @@ def step_times(settings: Settings, checkpoint: Path) -> dict[str, dict[str, floa
     return json.loads(path.read_text())
 
 
+def report(settings: Settings) -> Path:
+    """The report, written anew only if something that it shows is younger."""
+    path = settings.run_dir / "report.html"
+    shows = [settings.run_dir / name for name in ("metrics.jsonl", "eval.jsonl", "dense_metrics.jsonl")]
+    if path.exists() and path.stat().st_mtime > max(part.stat().st_mtime for part in shows):
+        return path
+    return write_report(settings.run_dir)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -211,9 +220,9 @@ def run(settings: Settings, harvest: Callable[[Settings], None] = harvest) -> bo
                   lambda: dense_curve(settings))  # fmt: skip
     gap = worst_gap(read_lines(settings.run_dir / "metrics.jsonl"), dense)
     times = stage(4, "time whole steps, in turns", again, lambda: step_times(settings, result.checkpoint))
-    report = stage(5, "write the report", again, lambda: write_report(settings.run_dir))
+    page = stage(5, "write the report", again, lambda: report(settings))
     print(f"\n{table(settings.batch, result, times, gap)}\n")
-    for what, path in (("report", report), ("checkpoint", result.checkpoint), ("metrics", settings.run_dir),
+    for what, path in (("report", page), ("checkpoint", result.checkpoint), ("metrics", settings.run_dir),
                        ("activations", settings.activations)):  # fmt: skip
         print(f"{what:12} {shown(path)}")
     if gap[0] > TOLERANCE:
