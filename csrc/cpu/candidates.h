@@ -35,14 +35,19 @@ inline void best_first(std::vector<Ranked>& v, int64_t count) {
 }
 
 // The engine's score of one considered latent: fixed-order fp32 dot, bias, scale.
-template <class T> FASTSAE_INLINE float exact_score(const EncodeArgs& a, const float* x, int64_t i) {
-  const int64_t latent = a.latent(i);
-  const T* row = static_cast<const T*>(a.W.data) + latent * a.W.stride;
-  const float s = dot(x, row, a.W.cols) + a.bias[latent];
-  return a.scale ? s * a.scale[latent] : s;
+template <class T> FASTSAE_INLINE const T* latent_row(const EncodeArgs& a, int64_t i) {
+  return static_cast<const T*>(a.W.data) + a.latent(i) * a.W.stride;
 }
-template <class T> FASTSAE_INLINE void fetch_latent(const EncodeArgs& a, int64_t i) {
-  prefetch_row(static_cast<const T*>(a.W.data) + a.latent(i) * a.W.stride, a.W.cols);
+FASTSAE_INLINE float with_bias(const EncodeArgs& a, float dot, int64_t i) {
+  const int64_t latent = a.latent(i);
+  return a.scale ? (dot + a.bias[latent]) * a.scale[latent] : dot + a.bias[latent];
+}
+template <class T> FASTSAE_INLINE float exact_score(const EncodeArgs& a, const float* x, int64_t i) {
+  return with_bias(a, dot(x, latent_row<T>(a, i), a.W.cols), i);
+}
+// The same, while the row of considered latent `next` comes into the cache.
+template <class T> FASTSAE_INLINE float exact_score_fetching(const EncodeArgs& a, const float* x, int64_t i, int64_t next) {
+  return with_bias(a, dot<true>(x, latent_row<T>(a, i), a.W.cols, latent_row<T>(a, next)), i);
 }
 
 // What turns products into bounds, for this call's bias and scale. `shift` (per considered latent, may be null) is taken off

@@ -54,11 +54,9 @@ void shortlist(const EncodeArgs& a, const Lists& lists, int64_t in_panel, Tokens
   const int64_t first = std::min<int64_t>(a.k, order.size());
   best_first(order, first);
   std::vector<Ranked>& best = tokens.best[t];
-  for (int64_t j = 0; j < std::min<int64_t>(2, first); ++j) fetch_latent<T>(a, index_of(order[j]));
   for (int64_t j = 0; j < first; ++j) {
-    if (j + 2 < first) fetch_latent<T>(a, index_of(order[j + 2]));
-    const int64_t i = index_of(order[j]);
-    keep_positive(a, exact_score<T>(a, tokens.rows[t], i), i, best);
+    const int64_t i = index_of(order[j]), next = index_of(order[std::min(j + 3, first - 1)]);
+    keep_positive(a, exact_score_fetching<T>(a, tokens.rows[t], i, next), i, best);
   }
   if (!a.rescore) return;
   const float bar = kth_score(best, a.k);
@@ -97,12 +95,13 @@ std::vector<float> score_rivals(const EncodeArgs& a, const Tokens& tokens, const
   std::vector<int32_t> owners(rivals.size());
   const Codes pairs{nullptr, rivals.data(), tokens.offsets.data(), tokens.count(), 0, a.row_count, Dtype::f32};
   by_latent(pairs, {offsets.data(), owners.data(), slots.data()}, a.threads);
-  const int64_t D = a.x.cols;
+  const int64_t D = a.x.cols, last = int64_t(rivals.size()) - 1;
 #pragma omp parallel for schedule(dynamic, 64) num_threads(a.threads)
   for (int64_t i = 0; i < a.row_count; ++i)
     for (int64_t e = offsets[i]; e < offsets[i + 1]; ++e) {
-      if (e + 2 < int64_t(rivals.size())) prefetch_row(tokens.rows[owners[e + 2]], D);
-      scores[slots[e]] = exact_score<T>(a, tokens.rows[owners[e]], i);
+      // <x, w> = <w, x>: the row gathered is the token's.
+      const float* next = tokens.rows[owners[std::min(e + 3, last)]];
+      scores[slots[e]] = with_bias(a, dot<true>(latent_row<T>(a, i), tokens.rows[owners[e]], D, next), i);
     }
   return scores;
 }

@@ -96,8 +96,8 @@ template <class T> static void score_typed(const EncodeArgs& a, Candidates& c, c
         token = std::upper_bound(c.offsets.begin(), c.offsets.end(), e) - c.offsets.begin() - 1;
         row = as_floats(a.x, token, buffer.data());
       }
-      if (j + 1 < count) fetch_latent<T>(a, c.latents[which[j + 1]]);
-      if (!c.scored[token]) c.values[e] = exact_score<T>(a, row, c.latents[e]);
+      const int64_t next = c.latents[which[std::min(j + 3, count - 1)]];
+      if (!c.scored[token]) c.values[e] = exact_score_fetching<T>(a, row, c.latents[e], next);
     }
   }
 }

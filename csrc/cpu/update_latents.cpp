@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "adam.h"
+#include "gather.h"
 #include "narrow.h"
 #include "registry.h"
 #include "update.h"
@@ -20,16 +21,19 @@ namespace fastsae::FASTSAE_ISA {
 namespace {
 
 constexpr int64_t kPiece = 1024;         // pairs of one latent added in one go
+constexpr int64_t kBatch = 64;           // pairs of one latent whose grad rows stay in L2 between their two uses
+constexpr int64_t kPairsAhead = 2;
 constexpr int64_t kBlocksPerChunk = 16;  // latent blocks that a thread takes at a time, and one partial sum
 constexpr int64_t kTokensPerChunk = 256;
 
 template <class A> struct RowGradient {
-  std::vector<A> dec, enc;
+  std::vector<A> dec, enc, more;
   A bias = 0;
-  RowGradient(int64_t d_out, int64_t d_in) : dec(d_out), enc(d_in) {}
+  bool empty = true;
+  RowGradient(int64_t d_out, int64_t d_in) : dec(d_out), enc(d_in), more(std::max(d_out, d_in)) {}
   void clear() {
     std::fill(dec.begin(), dec.end(), A(0)), std::fill(enc.begin(), enc.end(), A(0));
-    bias = 0;
+    bias = 0, empty = true;
   }
   void add(const RowGradient& other) {
     add_scaled(dec.data(), A(1), other.dec.data(), int64_t(dec.size()));
@@ -38,22 +42,15 @@ template <class A> struct RowGradient {
   }
 };
 
-// <g, w> and sum += act · g in one pass over g.
-template <class T, class A>
-FASTSAE_INLINE A dot_and_add(const A* g, const T* w, A act, A* sum, int64_t length) {
-  constexpr int L = lanes<A>;
-  vec<A> s0{}, s1{};
-  const vec<A> va = splat<A>(act);
-  int64_t d = 0;
-  for (; d + 2 * L <= length; d += 2 * L) {
-    const vec<A> g0 = load(g + d), g1 = load(g + d + L);
-    s0 += g0 * load(w + d), s1 += g1 * load(w + d + L);
-    store(sum + d, load(sum + d) + va * g0), store(sum + d + L, load(sum + d + L) + va * g1);
-  }
-  A s = sum_lanes<A>(s0 + s1);
-  for (; d < length; ++d) s = multiply_add(g[d], A(widen(w[d])), s), sum[d] = multiply_add(act, g[d], sum[d]);
-  return s;
-}
+// The rows of x or grad that one latent's pairs begin .. end name, with a weight for each: see gather.h.
+template <class A, class Weight> struct PairRows {
+  Weight weight;
+  const LatentOrder& order;
+  const Matrix& rows;
+  int64_t begin, end, last;
+
+  const A* row(int64_t pair) const { return static_cast<const A*>(rows.data) + order.tokens[pair] * rows.stride; }
+};
 
 template <class T> struct Updater {
   using A = acc_t<T>;
@@ -73,21 +70,31 @@ template <class T> struct Updater {
   std::vector<int64_t> first_piece;   // per latent, -1: none
 
   void accumulate(const UpdateTerm& t, int64_t i, int64_t begin, int64_t end, RowGradient<A>& out) const {
-    const A* x = static_cast<const A*>(t.x.data);
-    const A* grad = static_cast<const A*>(t.grad.data);
+    for (int64_t b = begin; b < end; b += kBatch) batch(t, i, b, std::min(b + kBatch, end), out);
+  }
+
+  // dacts first, row after row; then both sums, tile after tile in registers: the rows of grad are still in the cache.
+  // 131072 pairs of D = 768, one Zen 5 core: 30 ms, and 44 with both sums kept in L1 (AVX2: 35 and 85).
+  void batch(const UpdateTerm& t, int64_t i, int64_t begin, int64_t end, RowGradient<A>& out) const {
     const T* acts = static_cast<const T*>(t.codes.acts);
+    const int64_t last = t.order.offsets[a.latents];
+    A dacts[kBatch];
+    const auto act = [&](int64_t e) { return widen(acts[t.order.slots[e]]); };
+    const auto dact = [&](int64_t e) { return dacts[e - begin]; };
+    const PairRows<A, decltype(act)> grads{act, t.order, t.grad, begin, end, begin};   // at hand: nothing to fetch
+    const PairRows<A, decltype(dact)> inputs{dact, t.order, t.x, begin, end, last};
     for (int64_t e = begin; e < end; ++e) {
-      if (e + 1 < end) {
-        prefetch_row(grad + t.order.tokens[e + 1] * t.grad.stride, a.d_out);
-        prefetch_row(x + t.order.tokens[e + 1] * t.x.stride, a.d_in);
-      }
-      const int64_t n = t.order.tokens[e];
-      const A act = widen(acts[t.order.slots[e]]);
-      if (act == A(0)) continue;
-      const A dact = dot_and_add(grad + n * t.grad.stride, dec + i * a.d_out, act, out.dec.data(), a.d_out);
-      add_scaled(out.enc.data(), dact, x + n * t.x.stride, a.d_in);
-      out.bias += dact;
+      const A* next = grads.row(std::min(e + kPairsAhead, last - 1));
+      dacts[e - begin] = act(e) == A(0) ? A(0) : dot<true>(dec + i * a.d_out, grads.row(e), a.d_out, next);
+      out.bias += dacts[e - begin];
     }
+    if (out.empty) {
+      sum_rows<A>(grads, a.d_out, out.dec.data()), sum_rows<A>(inputs, a.d_in, out.enc.data());
+    } else {
+      sum_rows<A>(grads, a.d_out, out.more.data()), add_scaled(out.dec.data(), A(1), out.more.data(), a.d_out);
+      sum_rows<A>(inputs, a.d_in, out.more.data()), add_scaled(out.enc.data(), A(1), out.more.data(), a.d_in);
+    }
+    out.empty = false;
   }
 
   void cut_long_latents() {
