@@ -87,7 +87,7 @@ format: $(VENV)/.installed
 
 bench: $(PEERS)/.installed $(VENV)/.demo
 	$(PEERS)/bin/python -m bench $(ARGS)
-	$(PEERS)/bin/python -m bench $(ARGS) --cases random --isa avx2 --contestants fastsae 'dense fp32' 'dense bf16' 'sparse eager'
+	$(PEERS)/bin/python -m bench $(ARGS) --cases random --isa avx2 --contestants fastsae 'dense fp32' 'dense bf16' 'sparse eager' 'sparse eager bf16'
 	$(PEERS)/bin/python -m bench $(ARGS) --sweep
 	$(PEERS)/bin/python -m bench.plot
 

@@ -33,6 +33,7 @@ OWN: dict[str, Callable[[Inputs, int], Contestant]] = {
     "dense fp32": Dense,
     "dense bf16": lambda inputs, k: Dense(inputs, k, autocast=True),
     "sparse eager": SparseEager,
+    "sparse eager bf16": lambda inputs, k: SparseEager(inputs, k, autocast=True),
 }
 NAMES = (*OWN, *peers.PEERS)
 

@@ -100,20 +100,23 @@ class SparseEager(Dense):
     """The step with torch's own sparse ops: dense top-k, embedding_bag decode, index_add dictionary gradients.
 
     The gradients are written out, chunk by chunk of tokens, so that N·K·D is never materialised: autograd would.
+    autocast: the encoder's product and top-k in bfloat16, all else in fp32, where it is not slower.
     """
 
     CHUNK = 256
 
-    def __init__(self, inputs: Inputs, k: int, *, lr: float = LR) -> None:
-        super().__init__(inputs, k, lr=lr)
-        self.name = "sparse eager"
+    def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, lr: float = LR) -> None:
+        super().__init__(inputs, k, autocast=autocast, lr=lr)
+        self.name = "sparse eager" + (" bf16" if autocast else "")
 
     def decode(self, acts: Tensor, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return F.embedding_bag(indices, self.W_dec, per_sample_weights=acts, mode="sum") + self.b_dec
+        return F.embedding_bag(indices, self.W_dec, per_sample_weights=acts.float(), mode="sum") + self.b_dec
 
     @torch.no_grad()
     def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
-        acts, indices, shape = self.topk(x)
+        with self.precision():
+            acts, indices, shape = self.topk(x)
+        acts = acts.float()
         mark("encode")
         recon = self.decode(acts, indices, shape)
         mark("decode")

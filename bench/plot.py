@@ -99,12 +99,13 @@ def cases_table(found: Sequence[dict[str, Any]]) -> str:
                 times(result, "dense fp32"),
                 times(result, "dense bf16"),
                 times(result, "sparse eager"),
+                times(result, "sparse eager bf16"),
                 times(result, best_peer(result)),
                 number(redone, ".2%"),
             ]
         )
     head = ("case (N, D, M, K)", "ms", "encode / decode / loss / update", "floor / step", "dense fp32", "dense bf16",
-            "sparse eager", "best peer", "encoded twice")  # fmt: skip
+            "sparse eager", "sparse bf16", "best peer", "encoded twice")  # fmt: skip
     return table(head, lines)
 
 

@@ -41,16 +41,32 @@ def say(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").split("\n\n")[0])
-    p.add_argument("--cases", nargs="+", default=[c.name for c in cases.CASES], choices=list(cases.BY_NAME),
-                   metavar="CASE", help=f"which cases, of: {', '.join(cases.BY_NAME)} (default: the first five)")
-    p.add_argument("--contestants", nargs="+", default=list(contestants.NAMES), choices=contestants.NAMES,
-                   metavar="NAME", help=f"who takes part, of: {', '.join(contestants.NAMES)} (default: all)")
+    p.add_argument(
+        "--cases",
+        nargs="+",
+        default=[c.name for c in cases.CASES],
+        choices=list(cases.BY_NAME),
+        metavar="CASE",
+        help=f"which cases, of: {', '.join(cases.BY_NAME)} (default: the first five)",
+    )
+    p.add_argument(
+        "--contestants",
+        nargs="+",
+        default=list(contestants.NAMES),
+        choices=contestants.NAMES,
+        metavar="NAME",
+        help=f"who takes part, of: {', '.join(contestants.NAMES)} (default: all)",
+    )
     p.add_argument("--sweep", action="store_true", help="fastsae alone over growing N, D, M and K instead of --cases")
     p.add_argument("--threads", type=int, default=2, help="torch's thread count (default: 2)")
     p.add_argument("--rounds", type=int, default=5, help="turns of every contestant (default: 5)")
     p.add_argument("--turn", type=float, default=1.0, help="seconds of a turn, at least one run (default: 1)")
-    p.add_argument("--isa", choices=["best", *ISA_SETTINGS], default="best",
-                   help="hold fastsae and torch to an instruction set (default: best)")
+    p.add_argument(
+        "--isa",
+        choices=["best", *ISA_SETTINGS],
+        default="best",
+        help="hold fastsae and torch to an instruction set (default: best)",
+    )
     p.add_argument("--out", type=Path, default=results.RESULTS, help="results folder (default: bench/results)")
     p.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     p.add_argument("--quick", action="store_true", help="toy sizes, one round, results only if --out is given")

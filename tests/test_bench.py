@@ -59,7 +59,9 @@ def test_fused_is_the_dense_step(distribution: str) -> None:
 def test_autocast_reference_computes_in_bf16() -> None:
     inputs = tiny()
     half = Dense(inputs, TINY.K, autocast=True)
-    assert half.name == "dense bf16"
+    sparse = SparseEager(inputs, TINY.K, autocast=True)
+    assert (half.name, sparse.name) == ("dense bf16", "sparse eager bf16")
+    torch.testing.assert_close(sparse.step(inputs.x), half.step(inputs.x), rtol=0.02, atol=0)
     assert half.encode(inputs.x)[0].dtype == torch.bfloat16
     assert half.W_enc.dtype == torch.float32
     full = Dense(inputs, TINY.K)
