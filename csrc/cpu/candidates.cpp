@@ -1,6 +1,8 @@
 // See candidates.h.
 #include "candidates.h"
 
+#include <utility>
+
 #include "registry.h"
 
 namespace fastsae::FASTSAE_ISA {
@@ -45,28 +47,26 @@ const ScreenKernel& kernel_for(Format format) {
   return screen_f32;
 }
 
-std::vector<float> guess_bars(const EncodeArgs& a, const LatentTerms& terms, const Panel& panel, int64_t wanted) {
-  std::vector<float> bars(panel.count, 0.f);
-  const int64_t tiles = a.screen.blocks / kBlocksPerTile, per_tile = kBlocksPerTile * kLanes;
-  const int64_t step = std::min<int64_t>(16, tiles * per_tile / 1024);
-  if (step < 2 || wanted * 8 > a.screen.latents) return bars;
+Tiles guess_bars(const ScreenCall& call, int64_t wanted, Lists& lists) {
+  const Screen& screen = call.screen;
+  const int64_t tiles = screen.blocks / kBlocksPerTile, per_tile = kBlocksPerTile * kLanes;
+  const int64_t step = std::min<int64_t>(8, tiles * per_tile / 1024);
+  if (step < 2 || wanted * 8 > screen.latents) return {};
   // Of the wanted latents about `hits` are in the sample; take a rank that this number exceeds about once in a thousand tokens.
   const double hits = double(wanted) / step;
   const int64_t rank = int64_t(std::ceil(hits + 3.2 * std::sqrt(hits) + 0.5));
-  const int64_t sampled = (tiles + step - 1) / step * per_tile;
-  if (rank * 4 > sampled) return bars;
-  Lists lists(panel.count, std::max<int64_t>(256, 4 * rank), rank);
-  kernel_for(a.screen.format).pass({a.screen, a, terms, panel, step / 2, step, false}, lists);
-  for (int64_t t = 0; t < panel.count; ++t) {
-    float* v = lists.value.get() + t * lists.capacity;
-    if (lists.size[t] < rank) {
-      bars[t] = lists.bar[t];
-      continue;
-    }
-    std::nth_element(v, v + rank - 1, v + lists.size[t], std::greater<float>());
-    bars[t] = std::max(0.f, v[rank - 1]);
-  }
-  return bars;
+  const Tiles sample{step / 2, step};
+  if (rank * 4 > tiles / step * per_tile) return {};
+
+  ScreenCall guess = call;
+  guess.tiles = sample, guess.guessing = true;
+  const int64_t keep = std::exchange(lists.keep, rank), room = std::exchange(lists.room, std::max<int64_t>(256, 8 * rank));
+  lists.room = std::min(lists.room, lists.capacity);
+  kernel_for(screen.format).pass(guess, lists);
+  // A last pruning raises each bar to the estimate of that rank and keeps only what clears it.
+  for (int64_t t = 0; t < call.panel.count; ++t) prune(guess, lists, t);
+  lists.keep = keep, lists.room = room;
+  return {sample.first, sample.step, true};
 }
 
 template <class T>

@@ -57,9 +57,10 @@ LatentTerms latent_terms(const EncodeArgs& args, const float* shift);
 // The kernel for the screen's format.
 const ScreenKernel& kernel_for(Format format);
 
-// A bar per token of `panel` that about three times `wanted` of its latents pass, guessed from a sample of the dictionary; 0
-// where the dictionary is too small for a sample to pay.
-std::vector<float> guess_bars(const EncodeArgs& args, const LatentTerms& terms, const Panel& panel, int64_t wanted);
+// Screens a sample of the dictionary and sets the bar of every token in `lists` to a guess that about three times `wanted`
+// of its latents pass. The lists then hold what passed in the sample, and the tiles still to visit come back: nothing is
+// multiplied twice. Where the dictionary is too small for a sample to pay, bars stay 0 and all tiles come back.
+Tiles guess_bars(const ScreenCall& call, int64_t wanted, Lists& lists);
 
 // Every considered latent scored exactly for one token; those above its threshold (per_latent, or `bar` where that is null)
 // are kept, NaN included.

@@ -34,7 +34,7 @@ std::vector<float> sample_scores(const EncodeArgs& a, const LatentTerms& terms, 
     Panel panel;
     kernel.pack(rows.data(), count, a.x.cols, a.screen.words_per_row, panel);
     Lists lists(count, capacity, std::numeric_limits<int64_t>::max());
-    kernel.pass({a.screen, a, terms, panel, tile_step / 2, tile_step, false}, lists);
+    kernel.pass({a.screen, a, terms, panel, {tile_step / 2, tile_step}, false}, lists);
     for (int64_t t = 0; t < count; ++t)
       for (int64_t j = t * capacity; j < t * capacity + lists.size[t]; ++j)
         if (std::isfinite(lists.value[j])) parts[p].push_back(lists.value[j]);

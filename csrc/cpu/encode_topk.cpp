@@ -15,7 +15,7 @@
 namespace fastsae::FASTSAE_ISA {
 namespace {
 
-constexpr int64_t kPanel = 240;      // tokens: 240 x 768 bytes of i8 stay in half of a 1 MB L2, beside the lists
+constexpr int64_t kPanel = 240;      // tokens: 240 x 768 bytes of i8 stay in L2, beside the lists
 constexpr int64_t kAtOnce = 4096;    // tokens whose rivals are scored together: 12 MB of fp32 x at D = 768
 
 // What is known of some tokens between the phases.
@@ -70,14 +70,13 @@ void screen_tokens(const EncodeArgs& a, const LatentTerms& terms, Tokens& tokens
                    Panel& panel, Lists& lists, std::vector<int32_t>& rivals) {
   const ScreenKernel& kernel = kernel_for(a.screen.format);
   kernel.pack(tokens.rows.data() + first, count, a.x.cols, a.screen.words_per_row, panel);
-  std::vector<float> bars(count, 0.f);
-  if (guess) bars = guess_bars(a, terms, panel, a.k);
   lists.reset(count);
-  for (int64_t t = 0; t < count; ++t) {
-    lists.bar[t] = tokens.guessed[first + t] = bars[t];
+  for (int64_t t = 0; t < count; ++t)
     if (!std::isfinite(panel.error[t])) lists.spilled[t] = 1, lists.bar[t] = std::numeric_limits<float>::infinity();
-  }
-  kernel.pass({a.screen, a, terms, panel, 0, 1, a.rescore}, lists);
+  ScreenCall call{a.screen, a, terms, panel, {}, a.rescore};
+  if (guess) call.tiles = guess_bars(call, a.k, lists);
+  std::copy(lists.bar.begin(), lists.bar.end(), tokens.guessed.begin() + first);
+  kernel.pass(call, lists);
   std::vector<Ranked> order;
   for (int64_t t = 0; t < count; ++t) {
     const size_t before = rivals.size();
@@ -141,8 +140,11 @@ std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms
   tokens.offsets.assign(count + 1, 0);
   if (a.x.dtype != Dtype::f32) tokens.widened.resize(count * D);
 
-  const int64_t group = kernel_for(a.screen.format).group, share = (count + a.threads * 2 - 1) / (a.threads * 2);
-  const int64_t size = std::min(kPanel, (share + group - 1) / group * group);
+  // As many panels for every thread, and no larger than fits.
+  const int64_t group = kernel_for(a.screen.format).group;
+  const int64_t rounds = std::max<int64_t>(2, (count + a.threads * kPanel - 1) / (a.threads * kPanel));
+  const int64_t share = (count + a.threads * rounds - 1) / (a.threads * rounds);
+  const int64_t size = (share + group - 1) / group * group;
   const int64_t panels = size ? (count + size - 1) / size : 0;
   tokens.rivals.resize(panels);
 #pragma omp parallel num_threads(a.threads)

@@ -32,7 +32,7 @@ PanelResult collect_panel(const EncodeArgs& a, const LatentTerms& terms, const f
     lists.bar[t] = bars[first + t];
     if (!std::isfinite(panel.error[t])) lists.spilled[t] = 1, lists.bar[t] = std::numeric_limits<float>::infinity();
   }
-  kernel.pass({a.screen, a, terms, panel, 0, 1, a.rescore}, lists);
+  kernel.pass({a.screen, a, terms, panel, {}, a.rescore}, lists);
 
   PanelResult out;
   std::vector<std::pair<int32_t, float>> found;

@@ -55,9 +55,8 @@ void prune(const ScreenCall& call, Lists& lists, int64_t token) {
   for (int64_t i = 0; i < size; ++i) {
     const LatentTerms& t = call.terms;
     const int32_t p = where[i];
-    const float width = call.bounded ? 2.f * (call.panel.error[token] * t.norm[p] +
-                                              call.panel.norm[token] * t.residual[p] + t.slack[p]) : 0.f;
-    low[i] = value[i] - width;
+    const float error = call.panel.error[token] * t.norm[p] + call.panel.norm[token] * t.residual[p] + t.slack[p];
+    low[i] = value[i] - (!call.bounded ? 0.f : call.guessing ? error : 2.f * error);
     if (!(low[i] == low[i])) low[i] = -std::numeric_limits<float>::infinity();
   }
   float bar = lists.bar[token];
@@ -71,8 +70,8 @@ void prune(const ScreenCall& call, Lists& lists, int64_t token) {
     if (!(value[i] <= bar)) value[kept] = value[i], where[kept] = where[i], ++kept;
   lists.bar[token] = bar;
   if (kept + kLanes > lists.capacity) {
-    if (call.bounded) lists.spilled[token] = 1, lists.bar[token] = std::numeric_limits<float>::infinity();
-    kept = call.bounded ? 0 : lists.keep;   // a sample only guesses a bar: any part of the ties will do
+    lists.spilled[token] = 1, lists.bar[token] = std::numeric_limits<float>::infinity();
+    kept = 0;
   }
   lists.size[token] = int32_t(kept);
 }

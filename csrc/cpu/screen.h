@@ -28,6 +28,7 @@ struct Panel {
 // Per token a short list of latents whose bound passed the token's bar; the bar rises when the list is full.
 struct Lists {
   int64_t capacity, keep;
+  int64_t room;                       // a list that has no room for 16 more below this size is pruned
   std::unique_ptr<float[]> value;     // [count][capacity] the bound u; unset past `size`, so what is not used is not touched
   std::unique_ptr<int32_t[]> where;   // [count][capacity] packed position
   std::vector<int32_t> size;
@@ -35,10 +36,22 @@ struct Lists {
   std::vector<uint8_t> spilled;       // the list could not hold all that passed: decide this token another way
 
   Lists(int64_t count, int64_t capacity_, int64_t keep_)
-      : capacity(capacity_), keep(keep_), value(new float[count * capacity_]), where(new int32_t[count * capacity_]) {
+      : capacity(capacity_), keep(keep_), room(capacity_), value(new float[count * capacity_]), where(new int32_t[count * capacity_]) {
     reset(count);
   }
   void reset(int64_t count) { size.assign(count, 0), bar.assign(count, 0.f), spilled.assign(count, 0); }
+};
+
+// Which tiles a pass visits: every step-th from `first`, or all the others.
+struct Tiles {
+  int64_t first = 0, step = 1;
+  bool others = false;
+
+  int64_t begin() const { return others ? next(-1) : first; }
+  int64_t next(int64_t tile) const {
+    if (!others) return tile + step;
+    return tile + 1 + ((tile + 1) % step == first);
+  }
 };
 
 struct ScreenCall {
@@ -46,8 +59,9 @@ struct ScreenCall {
   const EncodeArgs& args;       // f32 packs its tiles from args.W
   const LatentTerms& terms;
   const Panel& panel;
-  int64_t first_tile, tile_step;
-  bool bounded;                 // false: u is ŝ itself (sampling, "screened" precision)
+  Tiles tiles;
+  bool bounded;                 // false: u is ŝ itself ("screened" precision)
+  bool guessing = false;        // bars rise with the estimates ŝ, not with what is certain: see guess_bars
 };
 
 // One format's kernel: how tokens are narrowed, and the pass over the latents.
@@ -57,8 +71,8 @@ struct ScreenKernel {
   void (*pass)(const ScreenCall& call, Lists& lists);
 };
 
-// Make room in a full list of one token. At least `keep` latents are known to score no less than the keep-th largest lower
-// bound; whoever's upper bound is not above it is out. Returns the new size.
+// Makes room in a full list of one token. At least `keep` latents are known to score no less than the keep-th largest lower
+// bound (or, guessing, the keep-th largest estimate): whoever's upper bound is not above it is out.
 void prune(const ScreenCall& call, Lists& lists, int64_t token);
 
 extern const ScreenKernel screen_f32;

@@ -73,7 +73,7 @@ template <class Unit> void amx_pass(const ScreenCall& call, Lists& lists) {
   Unit unit;
   alignas(64) float scores[2 * kRows * 2 * kLanes];
   unit.begin();
-  for (int64_t tile = call.first_tile; tile < tiles; tile += call.tile_step) {
+  for (int64_t tile = call.tiles.begin(); tile < tiles; tile = call.tiles.next(tile)) {
     const uint32_t* w0 = call.screen.words + tile * kBlocksPerTile * words * kLanes;
     const uint32_t* w1 = w0 + words * kLanes;
     for (int64_t first = 0; first < call.panel.count; first += 2 * kRows) {
@@ -82,10 +82,8 @@ template <class Unit> void amx_pass(const ScreenCall& call, Lists& lists) {
       for (int64_t k = 0; k < words; k += kWords)
         unit.step(x + k, x + kRows * words + k, words, w0 + k * kLanes, w1 + k * kLanes);
       unit.finish(scores);
-      const int64_t live = std::min<int64_t>(2 * kRows, call.panel.count - first);
-      for (int64_t t = 0; t < live; ++t)
-        for (int64_t b = 0; b < kBlocksPerTile; ++b)
-          examine(call, lists, first + t, tile * kBlocksPerTile + b, load(scores + (t * kBlocksPerTile + b) * kLanes));
+      examine(call, lists, first, std::min<int64_t>(2 * kRows, call.panel.count - first), tile,
+              [&](int64_t t, int64_t b) { return load(scores + (t * kBlocksPerTile + b) * kLanes); });
     }
   }
   unit.end();

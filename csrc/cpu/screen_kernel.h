@@ -31,8 +31,10 @@ FASTSAE_INLINE void append(Lists& lists, int64_t token, vec<float> u, unsigned m
   const int64_t at = token * lists.capacity + lists.size[token];
 #if defined(__AVX512F__)
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  _mm512_mask_compressstoreu_ps(lists.value.get() + at, mask, (__m512)u);
-  _mm512_mask_compressstoreu_epi32(lists.where.get() + at, mask, _mm512_add_epi32(lane, _mm512_set1_epi32(position)));
+  // Compressed in registers and stored whole (a list keeps a vector of room): compressing into memory is microcode on Zen.
+  const __m512i where = _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(lane, _mm512_set1_epi32(position)));
+  _mm512_storeu_ps(lists.value.get() + at, _mm512_maskz_compress_ps(mask, (__m512)u));
+  _mm512_storeu_si512(lists.where.get() + at, where);
   lists.size[token] += __builtin_popcount(mask);
 #else
   int64_t to = at;
@@ -45,18 +47,31 @@ FASTSAE_INLINE void append(Lists& lists, int64_t token, vec<float> u, unsigned m
 #endif
 }
 
-// Bound and compare one vector of 16 products of one token.
-FASTSAE_INLINE void examine(const ScreenCall& call, Lists& lists, int64_t token, int64_t block, vec<float> product) {
+// Bound and compare the products of up to `live` tokens with one tile: product(t, b) are 16 of token first + t.
+template <class Product>
+FASTSAE_INLINE void examine(const ScreenCall& call, Lists& lists, int64_t first, int64_t live, int64_t tile, Product product) {
+  constexpr int B = kBlocksPerTile;
   const Panel& p = call.panel;
-  const int64_t at = block * kLanes;
-  vec<float> u = load(&call.terms.mult[at]) * (product * splat(p.scale[token])) + load(&call.terms.bias[at]);
-  if (call.bounded)
-    u += splat(p.error[token]) * load(&call.terms.norm[at]) + splat(p.norm[token]) * load(&call.terms.residual[at]) +
-         load(&call.terms.slack[at]);
-  const unsigned mask = above(u, lists.bar[token]);
-  if (__builtin_expect(mask != 0, 0)) {
-    append(lists, token, u, mask, int32_t(at));
-    if (__builtin_expect(lists.size[token] + kLanes > lists.capacity, 0)) prune(call, lists, token);
+  vec<float> mult[B], bias[B], norm[B], residual[B];
+  for (int b = 0; b < B; ++b) {
+    const int64_t at = (tile * B + b) * kLanes;
+    mult[b] = load(&call.terms.mult[at]), bias[b] = load(&call.terms.bias[at]);
+    norm[b] = residual[b] = vec<float>{};
+    if (call.bounded) {
+      norm[b] = load(&call.terms.norm[at]), residual[b] = load(&call.terms.residual[at]);
+      bias[b] += load(&call.terms.slack[at]);
+    }
+  }
+  for (int64_t t = first; t < first + live; ++t) {
+    const vec<float> scale = splat(p.scale[t]), error = splat(p.error[t]), size = splat(p.norm[t]);
+    for (int b = 0; b < B; ++b) {
+      const vec<float> u = mult[b] * (product(t - first, b) * scale) + (bias[b] + error * norm[b] + size * residual[b]);
+      const unsigned mask = above(u, lists.bar[t]);
+      if (__builtin_expect(mask != 0, 0)) {
+        append(lists, t, u, mask, int32_t((tile * B + b) * kLanes));
+        if (__builtin_expect(lists.size[t] + kLanes > lists.room, 0)) prune(call, lists, t);
+      }
+    }
   }
 }
 
@@ -86,21 +101,28 @@ FASTSAE_INLINE void multiply_tile(const uint32_t* x, const uint32_t* w0, int64_t
     for (int b = 0; b < B; ++b) out[t * B + b] = acc[t][b];
 }
 
+// One part of `parts` of the next tile, asked for while this one is multiplied: the copy comes from L3 or memory.
+FASTSAE_INLINE void fetch_share(const ScreenCall& call, int64_t tile, int64_t part, int64_t parts) {
+  if ((tile + 1) * kBlocksPerTile > call.screen.blocks) return;
+  const int64_t lines = kBlocksPerTile * call.screen.words_per_row;   // a word of 16 lanes is a line
+  const uint32_t* next = call.screen.words + tile * lines * kLanes;
+  for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) __builtin_prefetch(next + i * kLanes, 0, 2);
+}
+
 template <class Policy> void pass(const ScreenCall& call, Lists& lists) {
   constexpr int64_t G = Policy::kGroup, B = kBlocksPerTile;
   const int64_t words = call.screen.words_per_row, tiles = call.screen.blocks / B;
   std::vector<uint32_t> scratch(Policy::kPacked ? 0 : B * words * kLanes);
   typename Policy::Acc products[G * B];
-  for (int64_t tile = call.first_tile; tile < tiles; tile += call.tile_step) {
+  for (int64_t tile = call.tiles.begin(); tile < tiles; tile = call.tiles.next(tile)) {
     const uint32_t* w = Policy::kPacked ? call.screen.words + tile * B * words * kLanes : scratch.data();
     if constexpr (!Policy::kPacked) Policy::pack_tile(call, tile, scratch.data());
     for (int64_t first = 0; first < call.panel.count; first += G) {
+      if constexpr (Policy::kPacked) fetch_share(call, call.tiles.next(tile), first / G, (call.panel.count + G - 1) / G);
       multiply_tile<Policy>(call.panel.words.data() + first * words, w, words, products);
-      const int64_t live = std::min(G, call.panel.count - first);
-      for (int64_t t = 0; t < live; ++t)
-        for (int64_t b = 0; b < B; ++b)
-          examine(call, lists, first + t, tile * B + b,
-                  Policy::product(products[t * B + b], call.panel.correction[first + t]));
+      examine(call, lists, first, std::min(G, call.panel.count - first), tile, [&](int64_t t, int64_t b) {
+        return Policy::product(products[t * B + b], call.panel.correction[first + t]);
+      });
     }
   }
 }
