@@ -15,8 +15,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= $(VENV)-peers
 TORCH ?= torch==2.13.0
-# Where PyTorch publishes its CPU builds, for a machine without a GPU: the default index brings gigabytes of CUDA along.
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# For instance --index-url=..., to take torch's CPU build: the default one brings gigabytes of CUDA along.
+TORCH_ARGS ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -38,14 +38,11 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# A CPU build that pip can already see (pip.conf, PIP_FIND_LINKS) comes first; then, without a GPU, PyTorch's own CPU
-# builds; the default build last.
+# Without a GPU a CPU build is enough, where pip can see one (pip.conf, PIP_FIND_LINKS, TORCH_ARGS).
 $(VENV)/.torch: $(VENV)/.made
 	@echo "installing $(TORCH)"
-	@if command -v nvidia-smi > /dev/null; then $(PIP) install '$(TORCH)'; \
-	else $(PIP) install '$(TORCH)+cpu' 2> /dev/null \
-	  || $(PIP) install --index-url '$(TORCH_CPU_INDEX)' '$(TORCH)' \
-	  || $(PIP) install '$(TORCH)'; fi
+	@if command -v nvidia-smi > /dev/null; then $(PIP) install $(TORCH_ARGS) '$(TORCH)'; \
+	else $(PIP) install $(TORCH_ARGS) '$(TORCH)+cpu' 2> /dev/null || $(PIP) install $(TORCH_ARGS) '$(TORCH)'; fi
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)

@@ -177,10 +177,9 @@ class FusedTrainStep:
 
         encoder_input (N, d_in): what it will encode, for a backend that chooses its format by it.
         """
-        sae = self.sae
-        self._screen = ops.prepare_screen(
-            sae.encoder_weight, sae.b_enc, x=encoder_input, k=sae.activation.k, backend=self.backend
-        )
+        W, b, activation = self.sae.encoder_weight, self.sae.b_enc, self.sae.activation
+        assert isinstance(activation, TopK)  # checked at the start
+        self._screen = ops.prepare_screen(W, b, x=encoder_input, k=activation.k, backend=self.backend)
         self._age = 0
         self._remember()
 
