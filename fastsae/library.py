@@ -2,8 +2,8 @@
 
 Each op hands its arguments to the backend that fastsae.backends.choose picks at run time, so a compiled graph holds one
 opaque call. Everything here is flat: x (N, D), fixed codes (N, K), ragged codes (capacity,) with offsets (N+1,).
-Public callers use fastsae.ops, which says what is wrong in more words; here stands what keeps a backend from reading
-memory that is not there: shapes, dtypes, and the index range of CPU codes.
+Public callers use fastsae.ops, which says what is wrong in more words; what keeps a backend from touching memory that
+is not there is checked for every call (fastsae.raw_checks), on a GPU as far as it costs no host sync.
 
 Autocast: the ops run in the weights' dtype. x and acts are cast to W's dtype (x to that of acts where there is no W),
 weights never. Backends see contiguous tensors only; what is not, is copied first.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import choose
+from fastsae.raw_checks import check_call
 
 _CODE = "Tensor acts, Tensor indices, Tensor? offsets"
 
@@ -88,61 +89,6 @@ def _fake_update_latents_(*args):
 _MUTATED = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "screen")
 
 
-def _check_shapes(given: dict[str, Any]) -> None:
-    """What a backend takes for granted before it touches memory, for callers who come past fastsae.ops."""
-    like = {n: given[n] for n in ("x", "W", "b", "scale", "acts") if given.get(n) is not None}
-    if len({t.dtype for t in like.values()}) > 1:
-        raise TypeError(f"got {', '.join(f'{n} {t.dtype}' for n, t in like.items())}, expected one dtype for all")
-    x, W, acts, indices = (given.get(n) for n in ("x", "W", "acts", "indices"))
-    offsets, latents = given.get("offsets"), None if W is None else W.shape[:1]
-    expected = {
-        "x": None if x is None or W is None else (x.shape[0], W.shape[1]),
-        "b": latents,
-        "scale": latents,
-        "indices": None if acts is None else acts.shape,
-    }
-    for name, shape in expected.items():
-        t = given.get(name)
-        if t is not None and shape is not None and tuple(t.shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {tuple(shape)}")
-    if acts is not None and indices is not None:
-        tokens = acts.shape[0] if offsets is None else offsets.shape[0] - 1
-        if indices.dtype != torch.int32 or (offsets is not None and offsets.dtype != torch.int64):
-            raise TypeError(f"indices are {indices.dtype}, expected torch.int32; offsets, if any, torch.int64")
-        if x is not None and x.shape[0] != tokens:
-            raise ValueError(f"x has {x.shape[0]} rows and the code {tokens} tokens, expected as many")
-
-
-def check_indices(indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
-    """Raises IndexError for a code that points outside the dictionary, ValueError for offsets past its end.
-
-    Costs a host sync on a device, so the raw ops call it for CPU codes only.
-    """
-    if offsets is not None and offsets.numel():
-        end = int(offsets[-1])
-        if int(offsets[0]) != 0 or end > indices.numel() or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"offsets must rise from 0 to at most the capacity {indices.numel()}, got an end of {end}")
-        indices = indices[:end]
-    if indices.numel():
-        low, high = (int(v) for v in torch.aminmax(indices))
-        if low < 0 or high >= d_sae:
-            raise IndexError(f"codes point at latents {low} to {high}, expected 0 to {d_sae - 1}, their dictionary")
-
-
-def _check_codes(op: str, args: dict[str, Any]) -> None:
-    if op == "update_latents_":
-        codes = list(zip(args["indices"], args["offsets"], strict=True))
-        d_sae = args["W_dec"].shape[0]
-    elif "indices" in args:
-        codes = [(args["indices"], args["offsets"])]
-        d_sae = args["d_sae"] if "d_sae" in args else args["W"].shape[0]
-    else:
-        return
-    for indices, offsets in codes:
-        if indices.device.type == "cpu":
-            check_indices(indices, offsets, d_sae)
-
-
 def _tensors(values: Sequence[Any]) -> list[Tensor]:
     found: list[Tensor] = []
     for value in values:
@@ -166,9 +112,7 @@ def _define(op: str, fake: Callable[..., Any], cast: tuple[str, ...] = (), to: s
 
     def run(*args: Any) -> Any:
         given = {n: v if n in mutated else _contiguous(v) for n, v in zip(names, args, strict=True)}
-        if not mutated:
-            _check_shapes(given)
-        _check_codes(op, given)
+        check_call(op, given)
         backend = given.pop("backend")
         info = {n: v for n, v in given.items() if isinstance(v, (int, float, str))}
         module = choose(op, backend, *_tensors(list(given.values())), **info)

@@ -33,7 +33,7 @@ def _encoder_input(
     check_that.dictionary("W", W)
     check_that.rows("x", x, "W", W)
     check_that.vector("b", b, W)
-    check_that.one_of("precision", precision, ("exact", "screened", "fp32"))
+    check_that.one_of("precision", precision, check_that.PRECISIONS)
     _check_backend(backend, screen)
     if check:
         check_that.no_nan("x", x)
@@ -73,7 +73,8 @@ def encode_topk(
     with check=True raises ValueError instead. scale (M,): gates by decoder norm, acts are the scaled ones.
     rows int32 (capacity,): the latents to consider, ascending, negative entries absent (so the number of them can live
     on the device); k <= capacity then. index_offset is added to the indices returned: W is a shard that starts there,
-    and d_sae of the codes is index_offset + M. Raises ValueError where k is not in 1..M (or 1..capacity).
+    and d_sae of the codes is index_offset + M, at most 2³¹ - 1. Raises ValueError where k is not in 1..M (or
+    1..capacity), and on the CPU IndexError for a row past M and ValueError for rows that do not ascend.
     """
     flat = _encoder_input(x, W, b, screen, precision, backend, check)
     if rows is not None:
@@ -81,8 +82,7 @@ def encode_topk(
     check_that.k_fits(k, W.shape[0] if rows is None else rows.shape[0], "d_sae" if rows is None else "rows")
     if scale is not None:
         check_that.vector("scale", scale, W)
-    if index_offset < 0:
-        raise ValueError(f"index_offset is {index_offset}, expected 0 or more")
+    check_that.offset(index_offset, W)
     acts, indices, redone = _raw.encode_topk(
         flat, W, b, k, rows, scale, index_offset, _tensors(screen), precision, backend
     )
@@ -179,6 +179,7 @@ def by_latent(codes: SparseCodes, *, backend: str | None = None) -> LatentOrder:
     Tokens ascend within a latent; empty slots of a fixed code are left out.
     """
     check_name(backend)
+    check_that.fits_int32("the number of tokens of the codes", codes.n_tokens)
     flat = codes.flatten()
     return LatentOrder(*_raw.by_latent(flat.acts.detach(), flat.indices, flat.offsets, codes.d_sae, backend))
 
@@ -222,14 +223,17 @@ def update_latents_(
 
     W_enc (M, D), or None where it is tied to W_dec (M, D_out); b_enc (M,), b_dec (D_out,).
     moments: [mW_enc, vW_enc, mW_dec, vW_dec, mb_enc, vb_enc, mb_dec, vb_dec], without the first two when tied, shaped
-    like their parameter; bfloat16 ones need a seed for their stochastic rounding. lr: 0-d float64, step: 0-d int64, the
+    like their parameter, all in the weights' dtype (float32 at least) or all bfloat16, which needs a seed for its
+    stochastic rounding. lr: 0-d float64, step: 0-d int64, the
     count including this step, both on the device. pre_bias: the encoder's input had b_dec subtracted. The screen is
     refreshed on the way. Order: accumulate all terms, norms, project (unit_norm), Adam, renormalise (unit_norm).
     Returns float64 (4,): [Σ dW_enc², Σ dW_dec², Σ db_enc², Σ db_dec²] before projection; tied: the first is 0, the
     second that of the summed gradient. Formulas: fastsae.reference.gradients and .update.
     """
     _check_backend(backend, screen)
-    check_that.update(W_enc, W_dec, b_enc, b_dec, moments, terms, lr, step, pre_bias, seed)
+    check_that.update(W_enc, W_dec, b_enc, b_dec, moments, lr, step, pre_bias, seed)
+    for i, term in enumerate(terms):
+        check_that.update_term(f"terms[{i}]", term, W_dec if W_enc is None else W_enc, W_dec)
     codes = [term.codes.flatten() for term in terms]
     fixed = lr.new_empty(0, dtype=torch.int64)
     arguments: Any = (

@@ -11,10 +11,20 @@ from torch import Tensor
 
 from fastsae.codes import SparseCodes, UpdateTerm
 
+PRECISIONS = ("exact", "screened", "fp32")
+MOST = 2**31 - 1
+"""Tokens and latents are counted in int32."""
+
+
+def fits_int32(name: str, n: int) -> None:
+    if n > MOST:
+        raise ValueError(f"{name} is {n}, expected at most {MOST}: tokens and latents are counted in int32")
+
 
 def dictionary(name: str, W: Tensor) -> None:
     if W.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(W.shape)}, expected (M, D): one latent per row")
+    fits_int32(f"the number of rows of {name}", W.shape[0])
     if not W.is_floating_point():
         raise TypeError(f"{name} has dtype {W.dtype}, expected a floating dtype: float32, bfloat16, float64, float16")
 
@@ -45,6 +55,7 @@ def rows(name: str, x: Tensor, other_name: str, W: Tensor) -> None:
             f"{name} has shape {tuple(x.shape)} and {other_name} {tuple(W.shape)}, expected the same last dimension "
             f"({x.shape[-1]} != {W.shape[1]}); dictionaries are stored (M, D), one latent per row"
         )
+    fits_int32(f"the number of tokens of {name}", x.shape[:-1].numel())
     same_kind(name, x, other_name, W, castable=True)
 
 
@@ -65,7 +76,14 @@ def k_fits(k: int, most: int, what: str) -> None:
         raise ValueError(f"k is {k}, expected 1 <= k <= {most}, the size of {what}")
 
 
+def offset(index_offset: int, W: Tensor) -> None:
+    if index_offset < 0:
+        raise ValueError(f"index_offset is {index_offset}, expected 0 or more")
+    fits_int32("index_offset + M", index_offset + W.shape[0])
+
+
 def latent_rows(rows: Tensor, W: Tensor) -> None:
+    """Which latents they name is checked by the raw op (fastsae.raw_checks)."""
     if rows.dtype != torch.int32 or rows.ndim != 1:
         got = f"{rows.dtype} of shape {tuple(rows.shape)}"
         raise ValueError(f"rows are {got}, expected torch.int32 of shape (capacity,)")
@@ -113,6 +131,8 @@ def codes(codes: SparseCodes, W: Tensor, d_sae: int | None = None, name: str = "
     if W.ndim < 2:
         raise ValueError(f"{name} has shape {tuple(W.shape)}, expected two dimensions or more")
     width = W.shape[0] if d_sae is None else d_sae
+    fits_int32("d_sae", width)
+    fits_int32("the number of tokens of the codes", codes.n_tokens)
     if codes.d_sae != width:
         raise ValueError(f"codes have d_sae = {codes.d_sae}, expected {width}, the latents of their dictionary")
     if codes.indices.dtype != torch.int32:
@@ -127,13 +147,12 @@ def update(
     b_enc: Tensor,
     b_dec: Tensor,
     moments: Sequence[Tensor],
-    terms: Sequence[UpdateTerm],
     lr: Tensor,
     step: Tensor,
     pre_bias: bool,
     seed: int | None,
 ) -> None:
-    """What `update_latents_` takes."""
+    """What `update_latents_` writes, and its numbers."""
     dictionary("W_dec", W_dec)
     params = {"W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     if W_enc is not None:
@@ -150,6 +169,11 @@ def update(
             raise ValueError(f"{name} is not contiguous, and it is updated in place; pass a contiguous tensor")
     if len(moments) != 2 * len(params):
         raise ValueError(f"got {len(moments)} moments, expected {2 * len(params)}: m and v of {', '.join(params)}")
+    wide = torch.promote_types(W_dec.dtype, torch.float32)
+    dtypes = {moment.dtype for moment in moments}
+    if dtypes not in ({torch.bfloat16}, {wide}):
+        got = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise TypeError(f"moments are {got}, expected all {wide} or all torch.bfloat16 for {W_dec.dtype} weights")
     for i, name in enumerate(params):
         for which, moment in zip("mv", moments[2 * i : 2 * i + 2], strict=True):
             _moment(f"{which} of {name}", moment, params[name], seed)
@@ -159,8 +183,8 @@ def update(
         raise ValueError(f"lr is {lr.dtype} of shape {tuple(lr.shape)}, expected a 0-d torch.float64 tensor")
     if step.shape != () or step.dtype != torch.int64:
         raise ValueError(f"step is {step.dtype} of shape {tuple(step.shape)}, expected a 0-d torch.int64 tensor")
-    for i, term in enumerate(terms):
-        _term(f"terms[{i}]", term, W_dec if W_enc is None else W_enc, W_dec)
+    for name, number in (("lr", lr), ("step", step)):
+        same_device(name, number, "W_dec", W_dec)
 
 
 def _moment(name: str, moment: Tensor, p: Tensor, seed: int | None) -> None:
@@ -173,7 +197,8 @@ def _moment(name: str, moment: Tensor, p: Tensor, seed: int | None) -> None:
     same_device(f"moment {name}", moment, "its parameter", p)
 
 
-def _term(name: str, term: UpdateTerm, W_enc: Tensor, W_dec: Tensor) -> None:
+def update_term(name: str, term: UpdateTerm, W_enc: Tensor, W_dec: Tensor) -> None:
+    """One of the terms that `update_latents_` reads. W_enc: W_dec where they are tied."""
     codes(term.codes, W_dec)
     n = term.codes.n_tokens
     for what, t, width in (("x", term.x, W_enc.shape[1]), ("grad", term.grad, W_dec.shape[1])):

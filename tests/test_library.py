@@ -1,8 +1,6 @@
-"""The ops as citizens of torch: opcheck, compile, autocast, batch dimensions, and the words they refuse with."""
+"""The ops as citizens of torch: opcheck, compile, autocast, batch dimensions, backends."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,37 +8,11 @@ from torch import Tensor
 from torch.library import opcheck
 
 import fastsae
-from fastsae import SparseCodes, UpdateTerm, ops
+from fastsae import SparseCodes, ops
 from tests import truth
+from tests.small_case import D, K, M, N, both_codes, encode, every_backend, inputs, raw, update_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-N, D, M, K = 6, 8, 16, 4
-raw = torch.ops.fastsae
-every_backend = pytest.mark.parametrize("backend", truth.BACKENDS)
-
-
-def inputs(dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    made = (torch.randn(*shape, generator=g).to(dtype) for shape in ((N, D), (M, D), (M,)))
-    x, W, b = (t.requires_grad_(grad) for t in made)
-    return x, W, b
-
-
-def both_codes() -> list[SparseCodes]:
-    x, W, b = inputs()
-    return [ops.encode_topk(x, W, b, K), ops.encode_above(x, W, b, 1.0, N * M)[0]]
-
-
-def update_arguments() -> dict[str, Any]:
-    x, W, b = inputs()
-    W_dec, b_dec = W / W.norm(dim=1, keepdim=True), torch.zeros(D)
-    moments = [torch.zeros_like(p) for p in (W, W, W_dec, W_dec, b, b, b_dec, b_dec)]
-    terms = [UpdateTerm(ops.encode_topk(x, W, b, K), x, torch.ones_like(x))]
-    lr, step = torch.tensor(1e-3, dtype=torch.float64), torch.tensor(1)
-    return {
-        **{"W_enc": W, "W_dec": W_dec, "b_enc": b, "b_dec": b_dec, "moments": moments, "terms": terms},
-        **{"lr": lr, "step": step},
-    }
 
 
 # -- opcheck ----------------------------------------------------------------------------------------------------------
@@ -213,138 +185,6 @@ def test_leading_batch_dimensions_are_flattened_and_restored(backend: str) -> No
     above, _ = ops.encode_above(deep, W, b, per_token, N * M, backend=backend)
     assert above.batch_shape == (2, 1, 3)
     assert ops.decode(above, W, backend=backend).shape == deep.shape
-
-
-# -- what is refused, and how -----------------------------------------------------------------------------------------
-
-
-def encode(**changes: Any) -> SparseCodes:
-    x, W, b = inputs()
-    return ops.encode_topk(**{"x": x, "W": W, "b": b, "k": K, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"x": torch.ones(D)}, ValueError, r"x has shape \(8,\), expected \(\*batch, 8\).*x\[None\]"),
-        ({"x": torch.ones(N, D + 1)}, ValueError, r"x has shape \(6, 9\) and W \(16, 8\).*9 != 8"),
-        ({"x": torch.ones(N, D).double()}, TypeError, "x has dtype torch.float64 but W has torch.float32.*autocast"),
-        ({"x": torch.ones(N, D, device="meta")}, ValueError, "x is on meta but W is on cpu"),
-        ({"W": torch.ones(D)}, ValueError, r"W has shape \(8,\), expected \(M, D\)"),
-        ({"W": torch.ones(M, D).int()}, TypeError, "W has dtype torch.int32, expected a floating dtype"),
-        ({"b": torch.ones(M - 1)}, ValueError, r"b has shape \(15,\), expected \(16,\)"),
-        ({"scale": torch.ones(3)}, ValueError, r"scale has shape \(3,\), expected \(16,\)"),
-        ({"k": 0}, ValueError, "k is 0, expected 1 <= k <= 16, the size of d_sae"),
-        ({"k": M + 1}, ValueError, "k is 17, expected 1 <= k <= 16"),
-        ({"rows": torch.tensor([1, 2, 3], dtype=torch.int32)}, ValueError, "k is 4, expected 1 <= k <= 3.*rows"),
-        ({"rows": torch.arange(5)}, ValueError, "rows are torch.int64 .*, expected torch.int32"),
-        ({"index_offset": -1}, ValueError, "index_offset is -1, expected 0 or more"),
-        ({"precision": "fast"}, ValueError, "precision is 'fast', expected one of"),
-        ({"backend": "gpu"}, ValueError, "backend is 'gpu', expected None or one of"),
-        ({"x": torch.full((N, D), float("nan")), "check": True}, ValueError, r"48 values that are NaN .* at \(0, 0\)"),
-        ({"x": torch.full((N, D), float("inf")), "check": True}, ValueError, "NaN or infinite"),
-    ],
-)
-def test_encode_refuses(changes: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        encode(**changes)
-
-
-def test_thresholds_and_capacities_are_refused() -> None:
-    x, W, b = inputs()
-    with pytest.raises(ValueError, match=r"threshold has shape \(3,\), expected a number, \(16,\).*\(6, 1\)"):
-        ops.encode_above(x, W, b, torch.ones(3), 10)
-    with pytest.raises(ValueError, match="capacity is -1"):
-        ops.encode_above(x, W, b, 0.0, -1)
-    with pytest.raises(ValueError, match="k is 17"):
-        ops.encode_batch_topk(x, W, b, M + 1)
-
-
-def test_codes_of_another_dictionary_are_refused() -> None:
-    x, W, _ = inputs()
-    codes = encode()
-    with pytest.raises(ValueError, match="codes have d_sae = 16, expected 15"):
-        ops.decode(codes, W[1:])
-    with pytest.raises(ValueError, match="codes have d_sae = 16, expected 9"):
-        ops.active_outer(codes, x, 9)
-    with pytest.raises(ValueError, match=r"x has shape \(5, 8\), expected \(\*batch, D\) with the codes' batch \(6,\)"):
-        ops.active_outer(codes, x[1:])
-    with pytest.raises(TypeError, match=r"codes.acts has dtype torch.float64 but W has torch.float32"):
-        ops.decode(codes.to(torch.float64), W)
-    long = SparseCodes(codes.acts, codes.indices.long(), M)
-    with pytest.raises(TypeError, match=r"codes.indices have dtype torch.int64, expected torch.int32"):
-        ops.decode(long, W)
-
-
-@every_backend
-def test_indices_outside_the_dictionary_never_reach_a_backend(backend: str) -> None:
-    x, W, _ = inputs()
-    codes = encode()
-    for wrong in (-1, M):
-        indices = codes.indices.clone()
-        indices[2, 1] = wrong
-        bad = SparseCodes(codes.acts, indices, M)
-        for call in (
-            lambda bad=bad: ops.decode(bad, W, backend=backend),
-            lambda bad=bad: ops.active_dot(x, bad, W, backend=backend),
-            lambda bad=bad: ops.active_outer(bad, x, backend=backend),
-            lambda bad=bad: ops.by_latent(bad, backend=backend),
-        ):
-            with pytest.raises(IndexError, match=r"codes point at latents .*, expected 0 to 15"):
-                call()
-    ragged = both_codes()[1]
-    assert ragged.offsets is not None
-    past = SparseCodes(ragged.acts, ragged.indices, M, ragged.offsets + 1000)
-    with pytest.raises(ValueError, match="offsets must rise from 0 to at most the capacity"):
-        ops.decode(past, W, backend=backend)
-
-
-@every_backend
-def test_the_raw_ops_check_what_a_backend_would_read_by(backend: str) -> None:
-    x, W, b = inputs()
-    acts, indices = encode().acts, encode().indices
-
-    def topk(x: Tensor, W: Tensor, b: Tensor) -> Any:
-        return raw.encode_topk(x, W, b, K, None, None, 0, None, "exact", backend)
-
-    with pytest.raises(TypeError, match=r"got x torch.bfloat16, W torch.float32, b torch.float32, expected one dtype"):
-        topk(x.bfloat16(), W, b)
-    with pytest.raises(ValueError, match=r"x has shape \(6, 7\), expected \(6, 8\)"):
-        topk(x[:, 1:], W, b)
-    with pytest.raises(ValueError, match=r"b has shape \(15,\), expected \(16,\)"):
-        topk(x, W, b[1:])
-    with pytest.raises(ValueError, match="x has 5 rows and the code 6 tokens"):
-        raw.active_outer(acts, indices, None, x[1:], M, None, backend)
-    with pytest.raises(TypeError, match=r"indices are torch.int64, expected torch.int32"):
-        raw.decode(acts, indices.long(), None, W, backend)
-    with pytest.raises(ValueError, match=r"indices has shape \(5, 4\), expected \(6, 4\)"):
-        raw.decode(acts, indices[1:], None, W, backend)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lr": torch.tensor(1e-3)}, "lr is torch.float32 of shape .*, expected a 0-d torch.float64"),
-        ({"step": torch.tensor([1])}, r"step is torch.int64 of shape \(1,\)"),
-        ({"moments": []}, "got 0 moments, expected 8: m and v of W_enc, W_dec, b_enc, b_dec"),
-        ({"W_enc": None}, "got 8 moments, expected 6: m and v of W_dec, b_enc, b_dec"),
-        ({"b_dec": torch.zeros(D + 1)}, r"b_dec has shape \(9,\), expected \(8,\)"),
-        ({"b_enc": torch.zeros(2 * M)[::2]}, "b_enc is not contiguous, and it is updated in place"),
-        ({"moments": [torch.zeros(1)] * 8}, r"moment m of W_enc has shape \(1,\), expected \(16, 8\)"),
-        ({"moments": "bf16"}, "moment m of W_enc is bfloat16, which needs a seed"),
-        ({"terms": "short"}, r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)"),
-    ],
-    ids=str,
-)
-def test_update_latents_refuses(changes: dict, message: str) -> None:
-    given = update_arguments()
-    if changes.get("moments") == "bf16":
-        changes = {"moments": [m.bfloat16() for m in given["moments"]]}
-    if changes.get("terms") == "short":
-        term = given["terms"][0]
-        changes = {"terms": [UpdateTerm(term.codes, term.x, term.grad[1:])]}
-    with pytest.raises(ValueError, match=message):
-        ops.update_latents_(**{**given, **changes})
 
 
 # -- backends ---------------------------------------------------------------------------------------------------------
