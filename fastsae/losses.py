@@ -12,13 +12,10 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.codes import Screen, SparseCodes
+from fastsae.reference import wide
 
 LOSSES = ("mse", "fvu")
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float32 at least: a sum of N·D squares has no meaning in 8 or 11 bits."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+SERIAL_SUM = 16384
 
 
 def n_tokens(x: Tensor) -> int:
@@ -27,18 +24,22 @@ def n_tokens(x: Tensor) -> int:
 
 
 def sum_of_squares(t: Tensor) -> Tensor:
-    """Σ t² of (N, D), by rows and then in float64: one pass, no copy."""
-    return torch.linalg.vector_norm(t, dim=-1).double().square().sum()
+    """Σ t² of (N, D), by rows and then in float64: one pass, no copy. Bits do not depend on the CPU threads."""
+    squares = torch.linalg.vector_norm(t, dim=-1).double().square()
+    # torch deals a full sum of 32768 numbers or more out to its threads; in a compiled graph the compiler sums.
+    if torch.compiler.is_compiling() or squares.numel() <= SERIAL_SUM:
+        return squares.sum()
+    return torch.stack([piece.sum() for piece in squares.flatten().split(SERIAL_SUM)]).sum()
 
 
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:
-    """Σ_n ‖recon_n - target_n‖²."""
-    return F.mse_loss(_wide(recon), _wide(target), reduction="sum")
+    """Σ_n ‖recon_n - target_n‖², in float32 at least: a sum of N·D squares has no meaning in 8 or 11 bits."""
+    return F.mse_loss(wide(recon), wide(target), reduction="sum")
 
 
 def total_variance(target: Tensor) -> Tensor:
     """Σ_n ‖target_n - mean‖², the mean taken over this batch."""
-    flat = _wide(target).reshape(-1, target.shape[-1])
+    flat = wide(target).reshape(-1, target.shape[-1])
     mean = flat.mean(0)
     # By pieces, so that no second (N, D) tensor is made; in a compiled graph the compiler fuses instead.
     pieces = (flat,) if torch.compiler.is_compiling() else flat.split(512)

@@ -40,6 +40,21 @@ def test_narrow_dtypes_are_summed_in_float32():
     assert float(total) == 4096 * 64
 
 
+@pytest.mark.parametrize("sum_of", [losses.sum_of_squares, losses.total_variance])
+def test_sums_do_not_depend_on_the_number_of_threads(sum_of):
+    x = tokens(50_000, 3, 4) * torch.logspace(-4, 4, 50_000, dtype=torch.float64)[:, None]
+    threads = torch.get_num_threads()
+    try:
+        for t in (x, x.float()):
+            sums = []
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                sums.append(float(sum_of(t)))
+            assert len(set(sums)) == 1, sums
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_empty_and_lonely_batches():
     assert float(losses.mse(torch.zeros(0, 3), torch.zeros(0, 3))) == 0.0
     for n in (0, 1):
