@@ -106,14 +106,20 @@ def few_latents():
     return torch.randn(70, 33, generator=g), W, b, 40
 
 
-def tiny_numbers():
+def tiny_tokens():
+    """Their squares vanish in fp32: a norm measured as 0 would certify anything."""
     x, W, b, k = gaussian(N=40)
-    return x * 1e-19, W * 1e-19, b * 0, k
+    return x * 1e-24, W, b * 0, k
+
+
+def tiny_latents():
+    x, W, b, k = gaussian(N=40)
+    return x, W * 1e-30, b * 0, k
 
 
 HARD = [
     gaussian, sorted_latents, mass_in_one_block, exact_ties, duplicates, hot_latent, extreme_norms, massive_dimensions,
-    all_negative, nearly_all_negative, few_latents, tiny_numbers,
+    all_negative, nearly_all_negative, few_latents, tiny_tokens, tiny_latents,
 ]  # fmt: skip
 
 
@@ -122,7 +128,7 @@ def test_every_format_returns_the_bits_of_the_full_fp32_scores(case):
     x, W, b, k = case()
     wanted_acts, wanted_indices, _ = encode(x, W, b, k, _cpu.Format.f32)
     reference = ops.encode_topk(x.double(), W.double(), b.double(), k, backend="reference")
-    scale = max(1e-30, float(reference.acts.abs().max()))
+    scale = float(reference.acts.abs().max())
     assert float((wanted_acts.sort(-1).values - reference.acts.sort(-1).values).abs().max()) <= 2e-6 * scale
     for fmt in FORMATS:
         acts, indices, _ = encode(x, W, b, k, fmt)
@@ -176,7 +182,7 @@ def test_a_sample_that_lies_is_found_out():
     x, W, b, k = gaussian(N=48)
     fmt = _cpu.fastest_format(W.shape[1])
     blocks = _cpu.blocks_of(W.shape[0])
-    step = min(16, blocks // 2 * 32 // 1024)
+    step = min(8, blocks * 16 // 1024)  # sample_step of csrc/cpu/candidates.cpp
     in_sample = [tile * 2 + half + lane * blocks for tile in range(step // 2, blocks // 2, step)
                  for half in (0, 1) for lane in range(16)]  # fmt: skip
     b = b.clone()
@@ -250,3 +256,38 @@ def test_a_format_that_cannot_tell_the_latents_apart_is_given_up():
     shares = [float(step(loose)["redone"]) / x.shape[0] for _ in range(12)]
     assert shares[0] > 0.01
     assert shares[-1] <= 0.01
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_rows_of_zeros_and_masked_latents_cost_nothing(fmt):
+    """Padding tokens, and latents switched off by a bias of -inf, leave no doubt: nobody is redone."""
+    x, W, b, k = gaussian(N=64)
+    x = x.clone()
+    x[::2] = 0
+    acts, _, redone = encode(x, W, b * 0, k, fmt)
+    assert redone <= 1
+    assert (acts[::2] == 0).all()
+    masked = (b * 0).index_fill(0, torch.arange(0, 4096, 2), float("-inf"))
+    acts, indices, redone = encode(x, W, masked, k, fmt)
+    assert redone <= 1
+    assert (indices[acts > 0] % 2 == 1).all()
+    assert (acts[1::2] > 0).all()
+
+
+def test_many_active_latents_are_not_scored_in_full():
+    """encode_above at 0: half of the dictionary is above, and every token's list holds it."""
+    x, W, b, _ = gaussian(N=20)
+    codes, overflow = ops.encode_above(x, W, b, 0.0, 20 * 4096, backend="cpu")
+    assert not overflow
+    assert int(codes.redone) == 0
+    assert int(codes.nnz) > 20 * 1500
+
+
+def test_sizes_that_once_went_wrong():
+    g = torch.Generator().manual_seed(0)
+    W, b = torch.randn(1 << 17, 1, generator=g), torch.zeros(1 << 17)
+    x = torch.randn(2, 1, generator=g)
+    codes = ops.encode_batch_topk(x, W, b, 40000, backend="cpu")  # lists longer than a panel's share of memory
+    assert int(codes.nnz) == 80000
+    codes, _ = ops.encode_above(x, W[:0], b[:0], 0.0, 4, backend="cpu")  # no latents at all
+    assert int(codes.nnz) == 0

@@ -71,7 +71,8 @@ PYBIND11_MODULE(_cpu, m) {
                            format, latents, d, blocks_of(latents), words_per_row(format, d)};
            }),
            py::arg("words"), py::arg("scale"), py::arg("norm"), py::arg("residual"), py::arg("format"),
-           py::arg("latents"), py::arg("d"));
+           py::arg("latents"), py::arg("d"))
+      .def_readonly("latents", &Screen::latents);
   m.def("prepare_screen",
         [](const Matrix& W, uintptr_t rows, const Screen& out, int threads) {
           ops().prepare_screen(W, pointer<int32_t>(rows), out, threads);

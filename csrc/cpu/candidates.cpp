@@ -7,6 +7,9 @@
 
 namespace fastsae::FASTSAE_ISA {
 
+constexpr int64_t kPanel = 240;             // tokens: 240 x 768 bytes of i8 stay in L2, beside the lists
+constexpr int64_t kPanelBytes = 64 << 20;   // a thread's lists; what is not used of them is never touched
+
 LatentTerms latent_terms(const EncodeArgs& a, const float* shift) {
   const Screen& s = a.screen;
   const int64_t positions = s.blocks * kLanes;
@@ -15,19 +18,21 @@ LatentTerms latent_terms(const EncodeArgs& a, const float* shift) {
   t.slack.resize(positions);
   for (int64_t p = 0; p < positions; ++p) {
     const int64_t i = s.latent_at(p);
-    if (i >= s.latents) {   // padding: never passes a bar
+    const int64_t latent = i < s.latents ? a.latent(i) : 0;
+    const float gain = a.scale && i < s.latents ? a.scale[latent] : 1.f, width = std::fabs(gain);
+    const float off = shift && i < s.latents ? shift[i] : 0.f;
+    // Padding never passes a bar, nor does a latent that its bias or threshold masks.
+    if (i >= s.latents || a.bias[latent] * gain - off == -std::numeric_limits<float>::infinity()) {
       t.mult[p] = t.norm[p] = t.residual[p] = t.slack[p] = 0.f;
       t.bias[p] = -std::numeric_limits<float>::infinity();
       continue;
     }
-    const int64_t latent = a.latent(i);
-    const float gain = a.scale ? a.scale[latent] : 1.f, width = std::fabs(gain), off = shift ? shift[i] : 0.f;
     t.mult[p] = s.scale[p] * gain;
     t.norm[p] = s.norm[p] * width * kRoundUp;
     t.residual[p] = s.residual[p] * width * kRoundUp;
     t.bias[p] = a.bias[latent] * gain - off;
-    // Adding the bias, the scale and the shift are roundings of their own; denormals may be flushed by a narrow product.
-    t.slack[p] = (std::fabs(a.bias[latent] * gain) + std::fabs(off)) * 0x1p-21f + 1e-36f;
+    // Adding the bias, the scale and the shift are roundings of their own.
+    t.slack[p] = (std::fabs(a.bias[latent] * gain) + std::fabs(off)) * 0x1p-21f;
   }
   return t;
 }
@@ -47,10 +52,21 @@ const ScreenKernel& kernel_for(Format format) {
   return screen_f32;
 }
 
+int64_t sample_step(int64_t blocks) { return std::min<int64_t>(8, blocks * kLanes / 1024); }
+
+int64_t panel_size(const EncodeArgs& a, int64_t count, int64_t capacity) {
+  // As many panels for every thread, and no larger than fits.
+  const int64_t largest = std::max<int64_t>(1, std::min(kPanel, kPanelBytes / (capacity * 8)));
+  const int64_t group = kernel_for(a.screen.format).group;
+  const int64_t rounds = std::max<int64_t>(2, (count + a.threads * largest - 1) / (a.threads * largest));
+  const int64_t share = std::max<int64_t>(1, (count + a.threads * rounds - 1) / (a.threads * rounds));
+  return (share + group - 1) / group * group;
+}
+
 Tiles guess_bars(const ScreenCall& call, int64_t wanted, Lists& lists) {
   const Screen& screen = call.screen;
   const int64_t tiles = screen.blocks / kBlocksPerTile, per_tile = kBlocksPerTile * kLanes;
-  const int64_t step = std::min<int64_t>(8, tiles * per_tile / 1024);
+  const int64_t step = sample_step(screen.blocks);
   if (step < 2 || wanted * 8 > screen.latents) return {};
   // Of the wanted latents about `hits` are in the sample; take a rank that this number exceeds about once in a thousand tokens.
   const double hits = double(wanted) / step;

@@ -57,6 +57,12 @@ LatentTerms latent_terms(const EncodeArgs& args, const float* shift);
 // The kernel for the screen's format.
 const ScreenKernel& kernel_for(Format format);
 
+// How many tokens a thread screens at a time, with lists of `capacity` latents each.
+int64_t panel_size(const EncodeArgs& args, int64_t count, int64_t capacity);
+
+// Every how many tiles one is sampled; below 2 the dictionary is too small for a sample to pay.
+int64_t sample_step(int64_t blocks);
+
 // Screens a sample of the dictionary and sets the bar of every token in `lists` to a guess that about three times `wanted`
 // of its latents pass. The lists then hold what passed in the sample, and the tiles still to visit come back: nothing is
 // multiplied twice. Where the dictionary is too small for a sample to pay, bars stay 0 and all tiles come back.

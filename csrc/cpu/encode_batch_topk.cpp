@@ -4,7 +4,9 @@
 // bounds scored in fp32, then whoever's bound reaches the worst of those. If the N·K-th score does not clear the guessed bar
 // the batch is redone with a lower one. No flat top-k over N·M numbers.
 #include <cmath>
+#include <stdexcept>
 
+#include "guard.h"
 #include "ragged.h"
 #include "registry.h"
 
@@ -23,8 +25,9 @@ std::vector<float> sample_scores(const EncodeArgs& a, const LatentTerms& terms, 
   const int64_t capacity = sampled_tiles * kBlocksPerTile * kLanes + kLanes;
   constexpr int64_t kPanel = 48;
   std::vector<std::vector<float>> parts((tokens + kPanel - 1) / kPanel);
+  Guard guard;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
-  for (int64_t p = 0; p < int64_t(parts.size()); ++p) {
+  for (int64_t p = 0; p < int64_t(parts.size()); ++p) guard.run([&] {
     const int64_t count = std::min(kPanel, tokens - p * kPanel);
     std::vector<float> widened(count * a.x.cols);
     std::vector<const float*> rows(count);
@@ -38,7 +41,8 @@ std::vector<float> sample_scores(const EncodeArgs& a, const LatentTerms& terms, 
     for (int64_t t = 0; t < count; ++t)
       for (int64_t j = t * capacity; j < t * capacity + lists.size[t]; ++j)
         if (std::isfinite(lists.value[j])) parts[p].push_back(lists.value[j]);
-  }
+  });
+  guard.rethrow();
   std::vector<float> all;
   for (const auto& part : parts) all.insert(all.end(), part.begin(), part.end());
   std::sort(all.begin(), all.end(), std::greater<float>());
@@ -48,6 +52,7 @@ std::vector<float> sample_scores(const EncodeArgs& a, const LatentTerms& terms, 
 
 // Exact selection among the candidates; the worst chosen score, or 0 where there are fewer than `wanted` positive ones.
 float choose(const EncodeArgs& a, Candidates& c, int64_t wanted, std::vector<Ranked>& chosen) {
+  if (c.values.size() > UINT32_MAX) throw std::length_error("encode_batch_topk: more than 2^32 candidates; split the batch");
   std::vector<Ranked> order(c.values.size());
   for (int64_t e = 0; e < int64_t(order.size()); ++e) order[e] = rank_of(c.values[e], e);
   const auto score_and_rank = [&](int64_t from, int64_t to) {

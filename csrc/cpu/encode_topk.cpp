@@ -9,13 +9,17 @@
 //
 // Flops 2·N·M·D narrow, about 8·N·K·D in fp32. Bytes: the packed copy once per panel from L3, N·K rows of W, some 3·N·K of x.
 // The result is the K best by (fp32 score, lower index), whatever the panel, the bar or the number of threads.
+#include <omp.h>
+
+#include <numeric>
+
 #include "candidates.h"
+#include "guard.h"
 #include "registry.h"
 
 namespace fastsae::FASTSAE_ISA {
 namespace {
 
-constexpr int64_t kPanel = 240;      // tokens: 240 x 768 bytes of i8 stay in L2, beside the lists
 constexpr int64_t kAtOnce = 4096;    // tokens whose rivals are scored together: 12 MB of fp32 x at D = 768
 
 // What is known of some tokens between the phases.
@@ -37,7 +41,7 @@ void keep_positive(const EncodeArgs& a, float score, int64_t i, std::vector<Rank
 }
 
 float kth_score(std::vector<Ranked>& best, int64_t k) {
-  if (int64_t(best.size()) < k) return 0.f;
+  if (k <= 0 || int64_t(best.size()) < k) return 0.f;
   best_first(best, k);
   return score_of(*std::min_element(best.begin(), best.begin() + k));
 }
@@ -140,25 +144,28 @@ std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms
   tokens.offsets.assign(count + 1, 0);
   if (a.x.dtype != Dtype::f32) tokens.widened.resize(count * D);
 
-  // As many panels for every thread, and no larger than fits.
-  const int64_t group = kernel_for(a.screen.format).group;
-  const int64_t rounds = std::max<int64_t>(2, (count + a.threads * kPanel - 1) / (a.threads * kPanel));
-  const int64_t share = (count + a.threads * rounds - 1) / (a.threads * rounds);
-  const int64_t size = (share + group - 1) / group * group;
-  const int64_t panels = size ? (count + size - 1) / size : 0;
+  const int64_t latents = a.screen.latents + 2 * kLanes;
+  const int64_t capacity = std::min(std::max<int64_t>(guess ? 1024 : 2048, 16 * a.k), latents);
+  const int64_t size = panel_size(a, count, capacity), panels = (count + size - 1) / size;
   tokens.rivals.resize(panels);
+  std::vector<std::unique_ptr<Lists>> lists(a.threads);
+  for (auto& own : lists) own = std::make_unique<Lists>(size, capacity, a.k);
+  Guard guard;
 #pragma omp parallel num_threads(a.threads)
   {
     Panel panel;
-    Lists lists(size, std::max<int64_t>(guess ? 1024 : 2048, 16 * a.k), a.k);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t first = p * size, last = std::min(count, first + size);
-      for (int64_t t = first; t < last; ++t)
-        tokens.rows[t] = as_floats(a.x, tokens.which[t], tokens.widened.empty() ? nullptr : &tokens.widened[t * D]);
-      screen_tokens<T>(a, terms, tokens, first, last - first, guess, panel, lists, tokens.rivals[p]);
-    }
+    for (int64_t p = 0; p < panels; ++p)
+      guard.run([&] {
+        const int64_t first = p * size, last = std::min(count, first + size);
+        for (int64_t t = first; t < last; ++t)
+          tokens.rows[t] = as_floats(a.x, tokens.which[t], tokens.widened.empty() ? nullptr : &tokens.widened[t * D]);
+        screen_tokens<T>(a, terms, tokens, first, last - first, guess, panel, *lists[omp_get_thread_num()],
+                         tokens.rivals[p]);
+      });
   }
+  guard.rethrow();
+  lists.clear();
 
   std::vector<int32_t> rivals;
   for (auto& part : tokens.rivals) {
@@ -175,7 +182,8 @@ std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms
 
   std::vector<uint8_t> decided(count);
 #pragma omp parallel for schedule(dynamic, 64) num_threads(a.threads)
-  for (int64_t t = 0; t < count; ++t) decided[t] = decide<T>(a, tokens, t, rivals, scores, out);
+  for (int64_t t = 0; t < count; ++t) guard.run([&] { decided[t] = decide<T>(a, tokens, t, rivals, scores, out); });
+  guard.rethrow();
   std::vector<int64_t> undecided;
   for (int64_t t = 0; t < count; ++t)
     if (!decided[t]) undecided.push_back(tokens.which[t]);
@@ -184,29 +192,38 @@ std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms
 
 // Every latent in fp32 for the tokens that nothing else decides.
 void encode_in_full(const EncodeArgs& a, const std::vector<int64_t>& tokens, const FixedCodes& out) {
+  Guard guard;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
-  for (int64_t j = 0; j < int64_t(tokens.size()); ++j) {
-    std::vector<float> buffer(a.x.cols);
-    std::vector<Ranked> best;
-    score_all(a, as_floats(a.x, tokens[j], buffer.data()), nullptr, 0.f, best);
-    write_code(a, best, tokens[j], out);
-  }
+  for (int64_t j = 0; j < int64_t(tokens.size()); ++j)
+    guard.run([&] {
+      std::vector<float> buffer(a.x.cols);
+      std::vector<Ranked> best;
+      score_all(a, as_floats(a.x, tokens[j], buffer.data()), nullptr, 0.f, best);
+      write_code(a, best, tokens[j], out);
+    });
+  guard.rethrow();
 }
 
 template <class T> TopkCounts encode_topk_typed(const EncodeArgs& a, const FixedCodes& out) {
   const LatentTerms terms = latent_terms(a, nullptr);
-  std::vector<int64_t> again;
+  std::vector<int64_t> all(a.x.rows);
+  std::iota(all.begin(), all.end(), int64_t(0));
   TopkCounts counts{0, 0};
-  for (int64_t first = 0; first < a.x.rows; first += kAtOnce) {
-    std::vector<int64_t> tokens(std::min(kAtOnce, a.x.rows - first));
-    for (int64_t t = 0; t < int64_t(tokens.size()); ++t) tokens[t] = first + t;
-    const std::vector<int64_t> open = encode_tokens<T>(a, terms, std::move(tokens), true, out, counts.rivals);
-    again.insert(again.end(), open.begin(), open.end());
-  }
+  // Tokens in lots of kAtOnce; those without a certificate come back.
+  const auto encode_lots = [&](const std::vector<int64_t>& tokens, bool guess, int64_t& rivals) {
+    std::vector<int64_t> open;
+    for (size_t first = 0; first < tokens.size(); first += kAtOnce) {
+      const auto from = tokens.begin() + first;
+      const std::vector<int64_t> part(from, from + std::min<int64_t>(kAtOnce, tokens.end() - from));
+      const std::vector<int64_t> back = encode_tokens<T>(a, terms, part, guess, out, rivals);
+      open.insert(open.end(), back.begin(), back.end());
+    }
+    return open;
+  };
+  const std::vector<int64_t> again = encode_lots(all, true, counts.rivals);
   counts.redone = int64_t(again.size());
   int64_t more = 0;
-  if (counts.redone) again = encode_tokens<T>(a, terms, std::move(again), false, out, more);
-  encode_in_full(a, again, out);
+  encode_in_full(a, encode_lots(again, false, more), out);
   return counts;
 }
 

@@ -16,8 +16,14 @@ struct Narrowed {
   int32_t correction;   // i8 tokens: 128·Σ q, what the latents' offset of 128 adds to a product
 };
 
-// Sums of squares below are fp32 with relative error far under 1e-3, so this factor rounds a norm up.
+// Sums of squares below are fp32 with relative error far under 1e-3, so this factor rounds a norm up. Squares of numbers
+// below 2⁻⁷⁵ vanish, and products of denormals may be flushed: kFloor·√d, added to what is not 0, is more than they hold.
 constexpr float kRoundUp = 1.001f;
+constexpr float kFloor = 0x1p-62f;
+
+inline float rounded_up_norm(float squares, int64_t d, bool zero) {
+  return zero && squares == 0.f ? 0.f : kRoundUp * std::sqrt(squares) + kFloor * std::sqrt(float(d));
+}
 
 // Relative to ‖x‖‖W‖: the engine's score and the screening product each add at most D roundings of 2⁻²⁴, and a few for scaling.
 inline float accumulation_error(int64_t d) { return float(2 * d + 128) * 0x1p-24f; }
@@ -38,7 +44,7 @@ FASTSAE_INLINE float max_abs(const float* v, int64_t d) {
 
 inline Narrowed narrow_f32(const float* v, int64_t d, uint32_t* words) {
   if (words) std::memcpy(words, v, d * 4);
-  return {1.f, kRoundUp * std::sqrt(dot(v, v, d)), 0.f, 0};
+  return {1.f, rounded_up_norm(dot(v, v, d), d, max_abs(v, d) == 0.f), 0.f, 0};
 }
 
 inline Narrowed narrow_bf16(const float* v, int64_t d, uint32_t* words) {
@@ -51,14 +57,16 @@ inline Narrowed narrow_bf16(const float* v, int64_t d, uint32_t* words) {
     out[i] = h;
     lost += r * r;
   }
-  return {1.f, kRoundUp * std::sqrt(dot(v, v, d)), kRoundUp * std::sqrt(lost), 0};
+  const bool zero = max_abs(v, d) == 0.f;
+  return {1.f, rounded_up_norm(dot(v, v, d), d, zero), rounded_up_norm(lost, d, zero), 0};
 }
 
 // q = round(v / scale) in -127 .. 127. OFFSET: stored as q + 128, unsigned, as the latents are.
 template <int OFFSET> Narrowed narrow_i8(const float* v, int64_t d, uint32_t* words) {
   uint8_t* out = reinterpret_cast<uint8_t*>(words);
-  const float top = max_abs(v, d), norm = kRoundUp * std::sqrt(dot(v, v, d));
-  const float scale = top / 127.f, inverse = top > 1e-30f ? 127.f / top : 0.f;
+  const float top = max_abs(v, d), norm = rounded_up_norm(dot(v, v, d), d, top == 0.f);
+  const bool finite = top <= 3e38f;   // else the caller scores the row in full; keep the conversion below defined
+  const float scale = finite ? top / 127.f : top, inverse = finite && top > 1e-30f ? 127.f / top : 0.f;
   float lost = 0;
   int32_t sum = 0;
 #pragma omp simd reduction(+ : lost, sum)
@@ -66,13 +74,13 @@ template <int OFFSET> Narrowed narrow_i8(const float* v, int64_t d, uint32_t* wo
     // Adding and taking away 1.5·2²³ rounds to the nearest integer, without a call.
     const float q = (v[i] * inverse + 12582912.f) - 12582912.f;
     const float r = v[i] - q * scale;
-    const int32_t n = int32_t(q);
+    const int32_t n = q >= -127.f && q <= 127.f ? int32_t(q) : 0;   // NaN
     out[i] = uint8_t(n + OFFSET);
     sum += n;
     lost += r * r;
   }
   // q·scale is rounded once in the line above: at most 2⁻²⁴ of each narrowed number.
-  return {scale, norm, kRoundUp * std::sqrt(lost) + 0x1p-22f * norm, sum * 128};
+  return {scale, norm, rounded_up_norm(lost, d, top == 0.f) + 0x1p-22f * norm, sum * 128};
 }
 
 inline Narrowed narrow_row(Format format, const float* v, int64_t d, uint32_t* words) {

@@ -3,12 +3,11 @@
 
 #include <numeric>
 
+#include "guard.h"
 #include "registry.h"
 
 namespace fastsae::FASTSAE_ISA {
 namespace {
-
-constexpr int64_t kPanelBytes = 4 << 20;   // a thread's lists: half of them is touched at most, so they stay near L2
 
 struct PanelResult {
   std::vector<int64_t> sizes;
@@ -59,15 +58,17 @@ PanelResult collect_panel(const EncodeArgs& a, const LatentTerms& terms, const f
 
 Candidates collect(const EncodeArgs& a, const float* per_latent, const std::vector<float>& bars) {
   const LatentTerms terms = latent_terms(a, per_latent);
-  const int64_t N = a.x.rows, capacity = std::max<int64_t>(2048, std::min<int64_t>(a.screen.latents + 2 * kLanes, 16 * a.k));
-  const int64_t group = kernel_for(a.screen.format).group;
-  const int64_t fits = kPanelBytes / (capacity * 8), share = (N + 2 * a.threads - 1) / (2 * a.threads);
-  const int64_t size = std::max<int64_t>(1, std::min(fits, share) + group - 1) / group * group;
-  const int64_t panels = size ? (N + size - 1) / size : 0;
+  // Nothing may be left out but by its bar, so a list has room for the whole dictionary.
+  const int64_t N = a.x.rows, capacity = a.screen.latents + 2 * kLanes;
+  const int64_t size = panel_size(a, N, capacity), panels = (N + size - 1) / size;
   std::vector<PanelResult> parts(panels);
+  Guard guard;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
   for (int64_t p = 0; p < panels; ++p)
-    parts[p] = collect_panel(a, terms, per_latent, bars, p * size, std::min(size, N - p * size), capacity);
+    guard.run([&] {
+      parts[p] = collect_panel(a, terms, per_latent, bars, p * size, std::min(size, N - p * size), capacity);
+    });
+  guard.rethrow();
 
   Candidates c;
   c.offsets.assign(1, 0);

@@ -78,15 +78,6 @@ template <class T> FASTSAE_INLINE void store(T* p, vec<acc_t<T>> v) {
 
 template <class A> FASTSAE_INLINE vec<A> splat(A a) { return a - vec<A>{}; }
 
-// Sum of the lanes, pairwise, in an order that no instruction set changes.
-template <class A> FASTSAE_INLINE A sum_lanes(vec<A> v) {
-  alignas(64) A a[lanes<A>];
-  std::memcpy(a, &v, 64);
-  for (int width = lanes<A> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) a[i] += a[i + width];
-  return a[0];
-}
-
 // Fetch a row that is about to be read; gathers of whole rows run at twice the speed with it (Zen 5, 3 KB rows).
 template <class T> FASTSAE_INLINE void prefetch_row(const T* p, int64_t length) {
   const char* c = reinterpret_cast<const char*>(p);

@@ -71,7 +71,7 @@ def _best_copy(
     fmt = _cpu.fastest_format(W.shape[1])
     narrow, tensors = fill(W, rows, fmt)
     tight = _cpu.tight_format()
-    if x is None or k is None or fmt == tight or x.shape[0] == 0:
+    if x is None or k is None or fmt == tight or not x.shape[0] or not narrow.latents:
         return fmt, tensors
     few = x[:: max(1, x.shape[0] // PROBED)][:PROBED].to(W.dtype).contiguous()
     n, latents = few.shape[0], W.shape[0] if rows is None else rows.shape[0]
