@@ -33,7 +33,7 @@ venv: $(VENV)/.installed
 # -- the environment: one stamp for each layer, each depending on the one below ----------------------------------------
 
 $(VENV)/.made:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.11 or newer needed: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.11 or 3.12 needed: make PYTHON=python3.12")'
 	@c++ --version > /dev/null 2>&1 || { echo "no C++ compiler found (c++): install one, for example the package g++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@

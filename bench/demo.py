@@ -2,7 +2,7 @@
 
     1. harvest   the residual stream of SmolLM2-135M after layer 15, over Shakespeare
     2. train     a TopK SAE with the fused step, through the Trainer
-    3. dense     the dense reference from the same weights on the same batches, for as many steps as time allows
+    3. dense     the dense reference from the same weights on the same batches, for the first 60 of the 600 steps
     4. time      both, and the dense step under bf16 autocast, in turns on the same batch
     5. report    one HTML page
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from bench import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,6 +28,29 @@ def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.Monk
 def test_there_are_blocks_to_run() -> None:
     assert len(BLOCKS) == 2
     assert len(BLOCKS[0].strip().splitlines()) <= 12
+
+
+def test_the_demo_is_as_long_as_it_says() -> None:
+    text = f"for the first {demo.Settings.dense_steps} of the {demo.Settings.steps} steps"
+    assert text in README
+    assert text in (demo.__doc__ or "")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("version", ["3, 10, 0", "3, 13, 1"])
+def test_another_python_is_refused_with_what_to_do(version: str, tmp_path: Path) -> None:
+    """The versions of pyproject.toml are those of the README and of the Makefile."""
+    assert 'requires-python = ">=3.11,<3.13"' in (ROOT / "pyproject.toml").read_text()
+    assert "Python 3.11 or 3.12" in README
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = ({version}); $2"\n')
+    python.chmod(0o755)
+    command = ["make", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}", str(tmp_path / "venv" / ".made")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    found = ".".join(version.split(", ")[:2])
+    assert f"Python {found} found, 3.11 or 3.12 needed: make PYTHON=python3.12" in done.stderr
+    assert not (tmp_path / "venv").exists()
 
 
 def test_make_targets_exist() -> None:
