@@ -66,7 +66,8 @@ class SaeOptions:
     init_seed: int = 0
     """Seeds the initial weights."""
     precision: Literal["exact", "screened", "fp32"] = "exact"
-    """How latents are selected: screened in bf16 and certified (exact), screened only, or in fp32 throughout."""
+    """How latents are selected: screened in a narrow format and certified (exact), screened only, or in fp32.
+    "screened" alone depends on which format is chosen, anew on every start, and does not resume bit for bit."""
 
     def build(self, d_in: int) -> SparseAutoencoder:
         """The autoencoder for rows of d_in numbers. Raises ValueError for settings that do not fit together."""

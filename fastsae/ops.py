@@ -4,7 +4,7 @@ Every function takes leading batch dimensions, which are flattened on the way in
 `backend=None|"reference"|"cpu"|...`: None takes the fastest backend that has nothing against the call, a name fails
 loudly with the reason. All of them are deterministic, work for N = 0, and are differentiable where that makes sense
 (fastsae.autograd). precision="exact" returns the fp32 answer even if a backend screens in a narrower format first;
-"screened" trusts the screen; "fp32" does not screen.
+"screened" trusts the screen, so its selection depends on the screen's format; "fp32" does not screen.
 
 Errors: ValueError for shapes, sizes and names, TypeError for dtypes, IndexError for codes that point outside the
 dictionary, fastsae.BackendError for a backend that cannot serve.
@@ -191,7 +191,7 @@ def prepare_screen(
 
     It goes stale when W changes: only `update_latents_` maintains it. Without it an encoder makes its own, every call.
     x (*batch, D) and k: what it will encode, for a backend that chooses its format by how well that is told apart;
-    speed depends on the choice, results never do.
+    speed depends on the choice, and results do with precision="screened" only, which trusts that format.
     """
     check_that.dictionary("W", W)
     given = [W.detach()] if b is None else [W.detach(), b.detach()]

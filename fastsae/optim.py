@@ -42,6 +42,9 @@ class FusedTrainStep:
     row, because a write through `.data` changes neither. Call `refresh()` after a write through `.data` on a GPU, or
     after one that spares those samples.
 
+    The screen's format is chosen by the inputs at hand: speed depends on it, and with precision="screened" the
+    selection too, so that such a step repeats itself only from its start, not from a state loaded in the middle.
+
     Raises ValueError for bad settings, for parameters that do not require a gradient, and for an activation rule whose
     gradient the fused update does not know.
     """

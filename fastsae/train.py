@@ -3,7 +3,8 @@
     Trainer(sae, source, TrainConfig(steps=2000), "runs/a").run()
 
 The loop's state after a step is a function of the settings and the step alone, so a run that was killed goes on from
-its newest checkpoint to the same weights, bit for bit, as one that was not.
+its newest checkpoint to the same weights, bit for bit, as one that was not. The exception is a module with
+precision="screened": its selection depends on the screen's format, which is chosen anew when a run goes on.
 """
 
 from __future__ import annotations
