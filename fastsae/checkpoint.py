@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ _log = logging.getLogger("fastsae")
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or that is not what its manifest says."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, but that the disk or its permissions keep from being read."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -124,7 +129,20 @@ def _seal(directory: Path, step: int) -> None:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raises CheckpointError naming the first file that is missing, truncated or changed; None when all is well."""
+    """Raises CheckpointError naming the first file that is missing, truncated or changed; None when all is well.
+
+    Raises UnreadableError, which says nothing about the bytes, where a file that is there cannot be read.
+    """
+    try:
+        _verify(path)
+    except OSError as error:
+        raise UnreadableError(
+            f"cannot read {error.filename or path} to verify it: {error.strerror or error}; it may be whole, so "
+            "nothing was changed. Make it readable (permissions, disk) and start the same run again"
+        ) from error
+
+
+def _verify(path: Path) -> None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
@@ -132,7 +150,7 @@ def verify_checkpoint(path: Path) -> None:
                 f"{path} has format {manifest['format']} {manifest['version']}, expected {FORMAT} {VERSION}"
             )
         step, files = manifest["step"], {name: (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError(f"{path} has no readable {MANIFEST}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {type(error).__name__} {error}") from error
@@ -168,11 +186,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, or None, and what is wrong with each newer one."""
+    """The newest checkpoint that verifies, or None, and what is wrong with each newer one. Raises UnreadableError."""
     problems = []
     for path in reversed(list_checkpoints(root)):
         try:
             verify_checkpoint(path)
+        except UnreadableError:
+            raise
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -200,14 +220,24 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints."""
+    """Deletes all but the newest `keep` checkpoints. Warns of one that cannot be deleted: nothing is lost by it."""
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     for path in list_checkpoints(root)[:-keep]:
         # Renamed first: a kill in the middle of the deletion must not leave something that looks like a checkpoint.
         doomed = root / f"{_UNFINISHED}{path.name}"
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        try:
+            if doomed.exists():
+                shutil.rmtree(doomed)
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            warnings.warn(
+                f"cannot delete the old checkpoint {path}: {error}; training goes on, the newest are safe. "
+                "It takes room until it can be deleted",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def remove_unfinished(root: Path) -> None:

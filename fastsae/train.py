@@ -2,9 +2,9 @@
 
     Trainer(sae, source, TrainConfig(steps=2000), "runs/a").run()
 
-The loop's state after a step is a function of the settings and the step alone, so a run that was killed goes on from
-its newest checkpoint to the same weights, bit for bit, as one that was not. The exception is a module with
-precision="screened": its selection depends on the screen's format, which is chosen anew when a run goes on.
+The loop's state after a step is a function of the settings and the step alone (and, with precision="screened", of the
+screen's format, chosen anew at every start), so a run that was killed goes on from its newest checkpoint to the same
+weights, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -86,15 +86,18 @@ class Trainer:
         self.seconds = 0.0
         self.last: dict[str, dict[str, Any] | None] = {"metrics": None, "evaluation": None}
         self._saved: Path | None = None
-        self._warned = False
+        self._warned = self._begun = False
 
     def run(self) -> TrainResult:
         """Trains to the end and returns how it went; a run that is already at its end returns at once.
 
         The first Ctrl-C or SIGTERM ends the step that runs, writes a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt). Raises RunDirError (directory in use, or of another run), CheckpointError and LogWriteError
-        (disk full), NonFiniteError (bad activations or loss); each says what is saved.
+        (disk full), NonFiniteError (bad activations or loss); each says what is saved. A second call goes on from the
+        last checkpoint, and raises RuntimeError where there is none.
         """
+        if self._begun and self._saved is None:
+            raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
         with ExitStack() as stack:
             stack.enter_context(RunLock(self.run_dir))
             self.stop = stack.enter_context(StopSignals())
@@ -119,11 +122,10 @@ class Trainer:
     # -- before the first step ----------------------------------------------------------------------------------------
 
     def _describe(self) -> dict[str, Any]:
-        source = self.source
         return {
             "train": asdict(self.config),
             "sae": {**self.sae.config, "dtype": str(self.sae.W_dec.dtype), "precision": self.sae.precision},
-            "source": {"kind": type(source).__name__, "d_in": source.d_in, "n_tokens": source.n_tokens},
+            "source": {"kind": type(self.source).__name__, "d_in": self.sae.d_in, "n_tokens": self.source.n_tokens},
             "machine": {"torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads()},
             "notes": self.notes,
         }
@@ -160,8 +162,7 @@ class Trainer:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint {path} does not fit this run: {error}") from error
         self._saved = path
-        # Only now: a checkpoint that could not be loaded leaves everything as it was.
-        moved = checkpoint.set_aside_newer(self.checkpoints, self.step)
+        moved = checkpoint.set_aside_newer(self.checkpoints, self.step)  # only now that this one was loaded
         checkpoint.prune(self.checkpoints, self.config.keep)  # a kill may have come between a checkpoint and this
         for problem in problems:
             warnings.warn(
@@ -182,6 +183,7 @@ class Trainer:
         self._redone = torch.zeros((), dtype=torch.int64, device=self.device)
         self._started = time.perf_counter() - self.seconds
         while self.step < self.total and self.stop.requested is None:
+            self._begun = True
             with self.timer("data"):
                 x = self.source.next_batch(c.batch_size).to(self.device, self.sae.W_dec.dtype, non_blocking=True)
                 self.guard.look_at_input(x, self.step + 1)

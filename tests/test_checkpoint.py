@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
 import math
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -215,6 +219,48 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path)) == 2
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         prune(tmp_path, 0)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "sae.safetensors"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_is_not_called_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    real_open = io.open
+
+    def broken(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(file).endswith(f"step_00000002/{name}"):
+            raise OSError(code, os.strerror(code), str(file))
+        return real_open(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", broken)
+    monkeypatch.setattr(builtins, "open", broken)
+    with pytest.raises(CheckpointError, match=rf"cannot read .*{name} to verify it: .*may be whole, so nothing was"):
+        newest_valid(tmp_path)
+    assert [step_of(p) for p in list_checkpoints(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("call", ["rename", "rmtree"])
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    doomed = tmp_path / ".unfinished-step_00000001"
+    doomed.mkdir()
+    (doomed / "half").touch()
+    prune(tmp_path, 2)  # what an earlier attempt left is in nobody's way
+    assert not doomed.exists()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os if call == "rename" else shutil, call, refuse)
+    with pytest.warns(RuntimeWarning, match=r"cannot delete the old checkpoint .*step_00000002.*training goes on"):
+        prune(tmp_path, 1)
+    assert (tmp_path / "step_00000003").is_dir()
 
 
 def test_leftovers_of_a_killed_writer_go(tmp_path: Path) -> None:

@@ -305,6 +305,15 @@ def test_bad_rows_stop_a_run_before_they_touch_a_parameter(tmp_path: Path, value
     assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 10))
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_second_run_after_bad_rows_ahead_of_the_first_checkpoint_is_refused(tmp_path: Path, batch: int) -> None:
+    run = trainer(tmp_path, spoil(batch, [5], float("nan")))
+    with pytest.raises(NonFiniteError):
+        run.run()
+    with pytest.raises(RuntimeError, match=f"stopped at step {batch - 1} before a checkpoint; make a new Trainer"):
+        run.run()
+
+
 def test_rows_whose_sum_overflows_are_not_bad_rows() -> None:
     big = torch.full((4, 8), 1e38)
     assert not torch.isfinite(big.sum())
