@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import time
@@ -31,11 +32,12 @@ from bench.dense import Dense
 from bench.machine import ROOT
 from bench.ours import Fused
 from bench.timing import interleaved
-from fastsae.checkpoint import CheckpointError
+from fastsae.checkpoint import CheckpointError, write_json
 from fastsae.data import ShardSource
 from fastsae.logs import LogWriteError
 from fastsae.report import write_report
 from fastsae.rundir import RunDirError
+from fastsae.serialize import replace_file
 from fastsae.stopping import NonFiniteError
 from fastsae.train import TrainConfig, Trainer, TrainResult
 
@@ -139,9 +141,8 @@ def dense_curve(settings: Settings) -> list[dict[str, float]]:
             curve.append({"step": step, "tokens": step * settings.batch, "mse": mse, "fvu": fvu,
                           "time_s": seconds, "tokens_per_s": settings.batch / took})  # fmt: skip
         x = source.next_batch(settings.batch)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in curve))
-    partial.replace(path)
+    text = "".join(json.dumps(line) + "\n" for line in curve)
+    replace_file(path, lambda partial: partial.write_text(text))
     return curve
 
 
@@ -155,7 +156,7 @@ def step_times(settings: Settings, checkpoint: Path) -> dict[str, dict[str, floa
     contestants.append(Dense(inputs, settings.k, autocast=True))
     calls = {c.name: (lambda c=c: c.step(inputs.x)) for c in contestants}
     times = interleaved(calls, settings.timing_rounds, min_seconds=0.3)
-    path.write_text(json.dumps({name: sample.in_ms() for name, sample in times.items()}, indent=1) + "\n")
+    write_json(path, {name: sample.in_ms() for name, sample in times.items()})
     return json.loads(path.read_text())
 
 
@@ -173,7 +174,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def worst_gap(fused: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]]) -> tuple[float, int, int]:
-    """(largest |FVU fused / FVU dense - 1|, its step, how many steps both logged). Raises ValueError for none."""
+    """(largest |FVU fused / FVU dense - 1|, its step, how many steps both logged). Raises ValueError for none, and for
+    an FVU that is not a number, which a log holds as null.
+    """
+    for which, curve in (("fused", fused), ("dense", dense)):
+        for line in curve:
+            if line["fvu"] is None or not math.isfinite(line["fvu"]):
+                raise ValueError(
+                    f"the {which} run's FVU of step {line['step']} is not a number; look at its learning rate"
+                )
     expected = {line["step"]: line["fvu"] for line in dense}
     gaps = [(abs(line["fvu"] / expected[line["step"]] - 1), line["step"]) for line in fused if line["step"] in expected]
     if not gaps:
@@ -218,7 +227,10 @@ def run(settings: Settings, harvest: Callable[[Settings], None] = harvest) -> bo
                    lambda: train(settings))  # fmt: skip
     dense = stage(3, f"train the dense reference for {settings.dense_steps} of these steps", again,
                   lambda: dense_curve(settings))  # fmt: skip
-    gap = worst_gap(read_lines(settings.run_dir / "metrics.jsonl"), dense)
+    try:
+        gap = worst_gap(read_lines(settings.run_dir / "metrics.jsonl"), dense)
+    except ValueError as error:
+        raise StageFailed(f"the two curves cannot be compared: {error}\n{again}") from error
     times = stage(4, "time whole steps, in turns", again, lambda: step_times(settings, result.checkpoint))
     page = stage(5, "write the report", again, lambda: report(settings))
     print(f"\n{table(settings.batch, result, times, gap)}\n")
