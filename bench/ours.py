@@ -9,7 +9,8 @@ import fastsae
 from bench.cases import Inputs
 from bench.dense import LR, bytes_of
 from bench.timing import Mark, unmarked
-from fastsae import SparseCodes, UpdateTerm, ops
+from fastsae import Screen, SparseCodes, UpdateTerm, ops
+from fastsae.optim import SCREEN_LIFE
 
 
 class Fused:
@@ -29,9 +30,12 @@ class Fused:
             self.sae.b_dec.copy_(inputs.b_dec)
         self.train_step = fastsae.FusedTrainStep(self.sae, lr=lr, backend=backend)
         self.metrics: dict[str, Tensor] = {}
+        self._redone: list[Tensor] = []
 
     def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
         self.metrics = self.train_step(x)
+        if "redone" in self.metrics:
+            self._redone.append(self.metrics["redone"].double() / len(x))
         return self.metrics["mse"]
 
     @torch.no_grad()
@@ -42,9 +46,12 @@ class Fused:
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.sae.decode(self.sae.encode(x))
 
-    def redone(self) -> int | None:
-        """Tokens of the last step that the encoder had to do again; None where the backend does not screen."""
-        return int(self.metrics["redone"]) if "redone" in self.metrics else None
+    def redone(self) -> tuple[float, float] | None:
+        """Mean and largest share of tokens that the encoder had to do again, over all steps; None for no screen."""
+        if not self._redone:
+            return None
+        shares = torch.stack(self._redone)
+        return float(shares.mean()), float(shares.max())
 
     def state_bytes(self) -> int:
         """Weights and moments; the screening copy belongs to the step and is not counted."""
@@ -62,13 +69,19 @@ class FusedByPart:
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (t.clone() for t in tensors)
         both = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
         self.moments = [torch.zeros_like(t) for t in both for _ in range(2)]
-        self.screen = ops.prepare_screen(self.W_enc, self.b_enc, x=inputs.x - self.b_dec, k=k, backend=backend)
+        self.screen = self._prepare(inputs.x - self.b_dec)
         self.lr = torch.tensor(lr, dtype=torch.float64)
         self.steps = torch.tensor(0)
+
+    def _prepare(self, centred: Tensor) -> Screen | None:
+        return ops.prepare_screen(self.W_enc, self.b_enc, x=centred, k=self.k, backend=self.backend)
 
     @torch.no_grad()
     def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
         centred = x - self.b_dec
+        # Chosen again as often as FusedTrainStep does, so that the parts and the whole step are of one format.
+        if self.steps > 0 and int(self.steps) % SCREEN_LIFE == 0:
+            self.screen = self._prepare(centred)
         codes = ops.encode_topk(centred, self.W_enc, self.b_enc, self.k, screen=self.screen, backend=self.backend)
         mark("encode")
         recon = ops.decode(codes, self.W_dec, backend=self.backend).add_(self.b_dec)

@@ -135,7 +135,7 @@ def time_case(inputs: Inputs, k: int, taking_part: dict[str, Contestant], rounds
         if name in peers.PEERS:
             timed[name]["version"] = peers.version(name)
         if isinstance(contestant, Fused) and (redone := contestant.redone()) is not None:
-            timed[name]["redone_share"] = redone / len(inputs.x)
+            timed[name]["redone_share"], timed[name]["redone_share_max"] = redone
     return timed
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+import fastsae
 from bench import cases, check, contestants, demo, machine, memory, peers, plot, real, results
 from bench.cases import Case, Inputs
 from bench.dense import Dense, SparseEager
 from bench.ours import Fused, FusedByPart
 from bench.run import main
 from bench.timing import Mark, Sample, Stopwatch, interleaved, unmarked
-from fastsae import SparseCodes
+from fastsae import Screen, SparseCodes, ops
 from fastsae.data import save_rows
 
 TINY = Case("tiny", N=48, D=20, M=96, K=5)
@@ -263,6 +265,58 @@ def test_demo_trains_compares_and_finds_everything_again(tmp_path: Path, capsys:
     for name in ("dense_metrics.jsonl", "step_times.json", "metrics.jsonl", "report.html"):
         assert (tmp_path / "run" / name).stat().st_mtime_ns == kept[name], f"{name} was made again"
     assert first.split("whole training step")[1] == capsys.readouterr().out.split("whole training step")[1]
+
+
+def test_demo_leaves_no_half_file_and_compares_numbers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = demo.Settings(activations=tmp_path / "rows", run_dir=tmp_path, d_sae=64, k=4, batch=32, timing_rounds=1)
+    save_rows(tmp_path / "rows", torch.randn(120, 32, generator=torch.Generator().manual_seed(0)), holdout=20)
+    checkpoint = fastsae.save(settings.sae(32), tmp_path / "sae")
+
+    def cut(self: Path, text: str, *args: object, **kwargs: object) -> int:
+        with open(self, "w") as file:
+            file.write(text[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="No space left"):
+        demo.step_times(settings, checkpoint)
+    monkeypatch.undo()
+    assert not (tmp_path / "step_times.json").exists()
+    assert set(demo.step_times(settings, checkpoint)) == set(demo.step_times(settings, checkpoint))
+
+    fine, null = {"step": 5, "fvu": 0.5}, {"step": 5, "fvu": None}
+    with pytest.raises(ValueError, match="the fused run's FVU of step 5 is not a number"):
+        demo.worst_gap([null], [fine])
+    with pytest.raises(ValueError, match="the dense run's FVU of step 5 is not a number"):
+        demo.worst_gap([fine], [{"step": 5, "fvu": float("nan")}])
+
+
+def test_parts_choose_the_screen_again_as_the_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Tensor | None] = []
+    prepare = ops.prepare_screen
+
+    def counted(*args: object, x: Tensor | None = None, **kwargs: object) -> Screen | None:
+        prepared.append(x)
+        return prepare(*args, x=x, **kwargs)  # type: ignore[arg-type]
+
+    inputs = tiny()
+    monkeypatch.setattr(ops, "prepare_screen", counted)
+    parts = FusedByPart(inputs, TINY.K)
+    for _ in range(65):
+        parts.step(inputs.x)
+    assert len(prepared) == 2
+
+
+def test_redone_is_over_all_steps() -> None:
+    inputs = tiny()
+    fused = Fused(inputs, TINY.K)
+    assert fused.redone() is None
+    shares = iter((6, 0, 12))
+    step = fused.train_step
+    fused.train_step = lambda x: step(x) | {"redone": torch.tensor(next(shares))}  # type: ignore[assignment]
+    for _ in range(3):
+        fused.step(inputs.x)
+    assert fused.redone() == pytest.approx((18 / 3 / len(inputs.x), 12 / len(inputs.x)))
 
 
 def test_demo_says_what_to_do_when_a_stage_fails(tmp_path: Path) -> None:
