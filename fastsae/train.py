@@ -93,8 +93,7 @@ class Trainer:
 
         The first Ctrl-C or SIGTERM ends the step that runs, writes a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt). Raises RunDirError (directory in use, or of another run), CheckpointError and LogWriteError
-        (disk full), NonFiniteError (bad activations or loss); each says what is saved. A second call goes on from the
-        last checkpoint, and raises RuntimeError where there is none.
+        (disk full), NonFiniteError (bad numbers), RuntimeError (a second call, none saved); each says what is saved.
         """
         if self._begun and self._saved is None:
             raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
