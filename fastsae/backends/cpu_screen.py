@@ -67,7 +67,7 @@ PROBED_K = 32  # stands for a threshold, which has no K
 def _best_copy(
     x: Tensor | None, W: Tensor, b: Tensor, k: int | None, rows: Tensor | None, scale: Tensor | None
 ) -> tuple[_cpu.Format, _Tensors]:
-    """The narrow copy that encodes such inputs fastest, found by encoding a few of them. Results never depend on it."""
+    """The narrow copy that encodes such inputs fastest, found by encoding a few. Exact results never depend on it."""
     fmt = _cpu.fastest_format(W.shape[1])
     narrow, tensors = fill(W, rows, fmt)
     tight = _cpu.tight_format()
