@@ -81,12 +81,12 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<EncodeArgs>(m, "EncodeArgs")
       .def(py::init([](const Matrix& x, const Matrix& W, uintptr_t bias, uintptr_t scale, uintptr_t rows, int64_t row_count,
-                       int64_t index_offset, int64_t k, bool rescore, const Screen& screen, int threads) {
+                       int64_t index_offset, int64_t k, bool rescore, bool redo, const Screen& screen, int threads) {
              return EncodeArgs{x, W, pointer<float>(bias), pointer<float>(scale), pointer<int32_t>(rows), row_count,
-                               index_offset, k, rescore, screen, threads};
+                               index_offset, k, rescore, redo, screen, threads};
            }),
            py::arg("x"), py::arg("W"), py::arg("bias"), py::arg("scale"), py::arg("rows"), py::arg("row_count"),
-           py::arg("index_offset"), py::arg("k"), py::arg("rescore"), py::arg("screen"), py::arg("threads"));
+           py::arg("index_offset"), py::arg("k"), py::arg("rescore"), py::arg("redo"), py::arg("screen"), py::arg("threads"));
   m.def("encode_topk",
         [](const EncodeArgs& args, uintptr_t acts, uintptr_t indices) {
           const TopkCounts c = ops().encode_topk(args, {pointer<float>(acts), pointer<int32_t>(indices)});

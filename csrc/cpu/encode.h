@@ -39,6 +39,7 @@ struct EncodeArgs {
   int64_t row_count;       // M where rows is null
   int64_t index_offset, k;
   bool rescore;            // false: select by the screened score alone ("screened" precision)
+  bool redo;               // false: only count the tokens without a certificate; their codes are not written
   Screen screen;           // over the considered latents, in their order
   int threads;
 

@@ -222,6 +222,7 @@ template <class T> TopkCounts encode_topk_typed(const EncodeArgs& a, const Fixed
   };
   const std::vector<int64_t> again = encode_lots(all, true, counts.rivals);
   counts.redone = int64_t(again.size());
+  if (!a.redo) return counts;
   int64_t more = 0;
   encode_in_full(a, encode_lots(again, false, more), out);
   return counts;

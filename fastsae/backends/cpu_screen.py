@@ -78,7 +78,7 @@ def _best_copy(
     acts, indices = torch.empty(n, k), torch.empty(n, k, dtype=torch.int32)
     args = _cpu.EncodeArgs(
         matrix(few), matrix(W), b.data_ptr(), address(scale), address(rows), latents,
-        0, k, True, narrow, torch.get_num_threads(),
+        0, k, True, False, narrow, torch.get_num_threads(),
     )  # fmt: skip
     redone, rivals = _cpu.encode_topk(args, acts.data_ptr(), indices.data_ptr())
     if redone <= REDONE_WORTH * n and rivals <= RIVALS_WORTH * latents * n:
@@ -111,7 +111,7 @@ def arguments(
     narrow = view(held, count, W.shape[1])
     args = _cpu.EncodeArgs(
         matrix(x), matrix(W), bias.data_ptr(), address(gain), address(considered), count,
-        index_offset, k, precision != "screened", narrow, torch.get_num_threads(),
+        index_offset, k, precision != "screened", True, narrow, torch.get_num_threads(),
     )  # fmt: skip
     return args, [bias, gain, considered, held]
 
