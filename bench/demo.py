@@ -2,7 +2,7 @@
 
     1. harvest   the residual stream of SmolLM2-135M after layer 15, over Shakespeare
     2. train     a TopK SAE with the fused step, through the Trainer
-    3. dense     the dense reference from the same weights on the same batches, for the first 60 of the 600 steps
+    3. dense     the dense reference from the same weights on the same batches, for the first 25 of the 500 steps
     4. time      both, and the dense step under bf16 autocast, in turns on the same batch
     5. report    one HTML page
 
@@ -53,13 +53,13 @@ class Settings:
     activations: Path = real.ACTIVATIONS
     run_dir: Path = ROOT / "runs" / "demo"
     rows: int = real.ROWS
-    d_sae: int = 8192
+    d_sae: int = 24_576
     k: int = 32
     batch: int = 2048
-    steps: int = 600
+    steps: int = 500
     lr: float = 1e-3
-    dense_steps: int = 60
-    timing_rounds: int = 5
+    dense_steps: int = 25
+    timing_rounds: int = 3
     log_every: int = 5
     threads: int = 2
     seed: int = 0

@@ -23,7 +23,7 @@ FORMAT = 1
 
 # Steps after which the screen is made anew, at the latest; and at the earliest, if more tokens than this are redone.
 SCREEN_LIFE = 64
-SCREEN_TRIAL = 8
+SCREEN_TRIAL = 2
 REDONE_LIMIT = 0.01
 
 
