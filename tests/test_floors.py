@@ -29,7 +29,7 @@ FLOORS = {
     "reference": 0, "codes": 0, "env": 0,
     "kernels": 1, "_cpu": 1,
     "backends": 2,
-    "ops": 3, "library": 3, "validation": 3,
+    "ops": 3, "library": 3, "validation": 3, "raw_checks": 3,
     "autograd": 4,
     "activations": 5, "losses": 5, "sae": 5, "normalize": 5, "initial": 5,
     "optim": 6, "plain_step": 6, "schedules": 6, "serialize": 6, "data": 6,
