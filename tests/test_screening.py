@@ -272,6 +272,11 @@ def test_rows_of_zeros_and_masked_latents_cost_nothing(fmt):
     assert redone <= 1
     assert (indices[acts > 0] % 2 == 1).all()
     assert (acts[1::2] > 0).all()
+    W = W.clone()
+    W[6, 0] = float("nan")  # a mask does not hide a broken latent
+    acts, indices, _ = encode(x, W, masked, k, fmt)
+    assert (indices[acts.isnan()] == 6).all()
+    assert (acts.isnan().sum(dim=1) == 1).all()
 
 
 def test_many_active_latents_are_not_scored_in_full():

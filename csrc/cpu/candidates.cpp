@@ -21,8 +21,9 @@ LatentTerms latent_terms(const EncodeArgs& a, const float* shift) {
     const int64_t latent = i < s.latents ? a.latent(i) : 0;
     const float gain = a.scale && i < s.latents ? a.scale[latent] : 1.f, width = std::fabs(gain);
     const float off = shift && i < s.latents ? shift[i] : 0.f;
-    // Padding never passes a bar, nor does a latent that its bias or threshold masks.
-    if (i >= s.latents || a.bias[latent] * gain - off == -std::numeric_limits<float>::infinity()) {
+    // Padding never passes a bar, nor does a latent that its bias or threshold masks, unless its weights make it NaN.
+    const bool masked = a.row_count && a.bias[latent] * gain - off == -std::numeric_limits<float>::infinity();
+    if (i >= s.latents || (masked && std::isfinite(s.norm[p]))) {
       t.mult[p] = t.norm[p] = t.residual[p] = t.slack[p] = 0.f;
       t.bias[p] = -std::numeric_limits<float>::infinity();
       continue;
