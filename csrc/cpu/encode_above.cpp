@@ -10,8 +10,6 @@
 
 namespace fastsae::FASTSAE_ISA {
 
-constexpr int64_t kAtOnce = 4096;   // tokens whose candidates are held together
-
 // Returns {how many latents are above, how many tokens were scored in full}. Where there is no room for all, the first
 // `capacity` in token order are kept and the offsets end there; the rest is only counted.
 AboveCounts encode_above(const EncodeArgs& a, const float* per_latent, const float* per_token, const RaggedCodes& out) {

@@ -20,8 +20,6 @@
 namespace fastsae::FASTSAE_ISA {
 namespace {
 
-constexpr int64_t kAtOnce = 4096;    // tokens whose rivals are scored together: 12 MB of fp32 x at D = 768
-
 // What is known of some tokens between the phases.
 struct Tokens {
   std::vector<int64_t> which;                // rows of x

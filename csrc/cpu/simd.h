@@ -29,10 +29,6 @@ template <class A> struct vector_of;
 template <> struct vector_of<float> { typedef float type __attribute__((vector_size(64))); };
 template <> struct vector_of<double> { typedef double type __attribute__((vector_size(64))); };
 template <class A> using vec = typename vector_of<A>::type;
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-
-template <class A> constexpr int lanes = 64 / sizeof(A);
 
 FASTSAE_INLINE float widen(float v) { return v; }
 FASTSAE_INLINE double widen(double v) { return v; }
@@ -51,32 +47,13 @@ template <> FASTSAE_INLINE bf16 narrow<bf16>(float v) {
   return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
 
-// Unaligned loads and stores of one vector of the accumulation type.
-template <class T> FASTSAE_INLINE vec<acc_t<T>> load(const T* p) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    u16x16 h;
-    std::memcpy(&h, p, 32);
-    return (vec<float>)(__builtin_convertvector(h, u32x16) << 16);
-  } else {
-    vec<T> v;
-    std::memcpy(&v, p, 64);
-    return v;
-  }
+FASTSAE_INLINE vec<float> load(const float* p) {
+  vec<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
 
-template <class T> FASTSAE_INLINE void store(T* p, vec<acc_t<T>> v) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    u32x16 u = (u32x16)v;
-    u32x16 rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    u32x16 quiet = u >> 16 | 0x40;
-    u16x16 h = __builtin_convertvector(v != v ? quiet : rounded, u16x16);
-    std::memcpy(p, &h, 32);
-  } else {
-    std::memcpy(p, &v, 64);
-  }
-}
-
-template <class A> FASTSAE_INLINE vec<A> splat(A a) { return a - vec<A>{}; }
+FASTSAE_INLINE vec<float> splat(float a) { return a - vec<float>{}; }
 
 // Fetch a row that is about to be read; gathers of whole rows run at twice the speed with it (Zen 5, 3 KB rows).
 template <class T> FASTSAE_INLINE void prefetch_row(const T* p, int64_t length) {
