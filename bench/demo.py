@@ -32,12 +32,12 @@ from bench.dense import Dense
 from bench.machine import ROOT
 from bench.ours import Fused
 from bench.timing import interleaved
-from fastsae.checkpoint import CheckpointError, write_json
+from fastsae.checkpoint import CheckpointError
 from fastsae.data import ShardSource
+from fastsae.files import replace_file, write_json
 from fastsae.logs import LogWriteError
 from fastsae.report import write_report
 from fastsae.rundir import RunDirError
-from fastsae.serialize import replace_file
 from fastsae.stopping import NonFiniteError
 from fastsae.train import TrainConfig, Trainer, TrainResult
 

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastsae.files import replace_file
+
 RESULTS = Path(__file__).parent / "results"
 FORMAT = 1
 COLUMNS = (
@@ -53,9 +55,8 @@ def write(folder: Path, result: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "" if result["isa"] == "best" else f"@{result['isa']}"
     path = folder / f"{result['case']['name']}{suffix}.json"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"format": FORMAT, **result}, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    text = json.dumps({"format": FORMAT, **result}, indent=1, allow_nan=False) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text))
     write_csv(folder)
     return path
 

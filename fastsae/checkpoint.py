@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .data.files import sha256_of
-from .serialize import SavedModuleError, fsync_path, replace_file
+from .files import fsync_path, sha256_of, write_json
+from .serialize import SavedModuleError
 from .state_tree import join_state, split_state
 
 MANIFEST = "manifest.json"
@@ -45,12 +45,6 @@ class CheckpointError(RuntimeError):
 
 class UnreadableError(CheckpointError):
     """A checkpoint that may be whole, but that the disk or its permissions keep from being read."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file in one step. Raises OSError; the old file is then untouched."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def checkpoint_path(root: Path, step: int) -> Path:

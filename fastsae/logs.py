@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .serialize import replace_file
+from .files import replace_file
 
 
 class LogWriteError(RuntimeError):

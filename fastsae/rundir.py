@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-import socket
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_json
+from .files import lock_folder, write_json
 
 CONFIG = "config.json"
-LOCK = "LOCK"
 
 
 class RunDirError(RuntimeError):
@@ -22,37 +18,23 @@ class RunDirError(RuntimeError):
 
 
 class RunLock:
-    """Holds run_dir/LOCK while training; use as a context manager.
-
-    The lock is the kernel's (flock) and dies with the process: a file left by `kill -9` blocks nobody. The pid inside
-    is for the error message only.
-    """
+    """Holds run_dir/LOCK while training; use as a context manager."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / LOCK
+        self._run_dir = run_dir
         self._fd = -1
 
     def __enter__(self) -> RunLock:
-        """Raises RunDirError naming the directory and the pid that holds it."""
+        """Raises RunDirError naming the directory and the process that holds it."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._fd = lock_folder(self._run_dir)
+        except BlockingIOError as error:
+            raise RunDirError(
+                f"the run directory {self._run_dir} is in use by {error.strerror}; "
+                "wait for it, stop it, or give another directory"
+            ) from None
         except OSError as error:
-            raise RunDirError(f"cannot use the run directory {self.path.parent}: {error.strerror}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        except OSError as error:
-            holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(fd)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise RunDirError(
-                    f"the run directory {self.path.parent} is in use by {holder}; "
-                    "wait for it, stop it, or give another directory"
-                ) from None
-            raise RunDirError(f"cannot lock {self.path}: {error.strerror}") from error
-        self._fd = fd
+            raise RunDirError(f"cannot use the run directory {self._run_dir}: {error.strerror}") from error
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastsae.files import replace_file
 from fastsae.sae import SparseAutoencoder
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
@@ -26,31 +26,6 @@ _HEADER = "fastsae"
 
 class SavedModuleError(ValueError):
     """A saved SAE that cannot be written, or that is not what it says; the message names the file."""
-
-
-def fsync_path(path: Path) -> None:
-    """Blocks until a file's bytes, or a directory's entries, are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes `path` anew: write(temporary name beside it), fsync, rename. On any error the old file stays as it was."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        # Created here, so that it gets the permissions of the user's umask: safetensors would make it private.
-        partial.touch()
-        mode = partial.stat().st_mode
-        write(partial)
-        partial.chmod(mode)
-        fsync_path(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    fsync_path(path.parent)
 
 
 def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:

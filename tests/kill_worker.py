@@ -57,6 +57,11 @@ def half_a_file(tensors: Any, path: Path) -> None:
     die()
 
 
+def half_replaced(path: Path, write: Callable[[Path], object]) -> None:
+    write(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+    die()
+
+
 def half_deleted(path: Path) -> None:
     (path / "sae.safetensors").unlink(missing_ok=True)
     die()
@@ -66,6 +71,7 @@ PLACES: dict[str, Callable[[int], None]] = {
     "update": lambda n: [on_call(kind, "__call__", n, lambda *_: die(), first=False)
                          for kind in (FusedTrainStep, PlainTrainStep)] and None,
     "line": lambda n: on_call(logs.JsonlLog, "append", n, half_a_line),
+    "cut": lambda n: on_call(logs, "replace_file", n, half_replaced),
     "tensors": lambda n: on_call(checkpoint, "save_file", n, half_a_file),
     "manifest": lambda n: on_call(checkpoint, "write_json", n, lambda *_: die()),
     "sealed": lambda n: on_call(checkpoint, "_seal", n, lambda *_: die(), first=False),

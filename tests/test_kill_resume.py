@@ -25,6 +25,7 @@ IN_PLACES: list[list[str | int]] = [
     ["tensors", 4],  # the same, of the second; each has a file of moments and one of generators
     ["manifest", 1],  # every file is there but the manifest
     ["line", 4],  # half a line in metrics.jsonl
+    ["cut", 1],  # that line is being cut off, into a file that is not yet renamed
     ["sealed", 1],  # complete, not yet renamed
     ["renamed", 1],  # renamed, older ones not yet deleted
     ["deleting", 1],  # an old checkpoint is half deleted

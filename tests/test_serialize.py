@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastsae import serialize
+from fastsae import files
 from fastsae.serialize import SavedModuleError, load, save
 from tests.dense_sae import sae_for_test, tokens
 
@@ -64,14 +64,14 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch, failing):
     old = sae_for_test(seed=1)
     save(old, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    real = serialize.fsync_path
+    real = files.fsync_path
 
     def full(path):
         if failing in path.name:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path)
 
-    monkeypatch.setattr(serialize, "fsync_path", full)
+    monkeypatch.setattr(files, "fsync_path", full)
     with pytest.raises(SavedModuleError, match=rf"cannot write .*{failing}: .*No space left"):
         save(sae_for_test(seed=2), tmp_path)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

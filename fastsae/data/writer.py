@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +11,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .files import remove_temporaries, write_atomically
+from ..files import LOCK, is_partial, lock_folder
+from .files import write_atomically
 from .manifest import DTYPES, HELD_OUT, MANIFEST, VOCABULARY, FileEntry, Manifest, differences
 from .source import nonfinite_rows
-
-LOCK = "LOCK"
 
 
 class ShardWriter:
@@ -38,7 +36,6 @@ class ShardWriter:
             raise ValueError(f"activations are stored as one of {', '.join(DTYPES)}, got {name}")
         self._lock = _lock(self.folder)
         try:
-            remove_temporaries(self.folder)
             if (self.folder / MANIFEST).exists():
                 self.manifest = Manifest.read(self.folder)
                 check_settings(
@@ -134,26 +131,18 @@ def check_settings(folder: Path, wanted: dict[str, Any], made: dict[str, Any]) -
 
 
 def _lock(folder: Path) -> int:
-    """An exclusive lock on the folder; the system releases it whenever the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_folder(folder)
     except BlockingIOError as error:
-        owner = os.read(descriptor, 32).decode().strip()
-        os.close(descriptor)
         raise BlockingIOError(
-            error.errno, f"another process (pid {owner or 'unknown'}) is writing to {folder}; wait for it or stop it"
-        ) from error
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
-    return descriptor
+            error.errno, f"another process ({error.strerror}) is writing to {folder}; wait for it or stop it"
+        ) from None
 
 
 def _refuse_strangers(folder: Path) -> None:
     """A folder without a manifest must be empty, or hold only what a first shard cut short may have left."""
     known = {LOCK, VOCABULARY, HELD_OUT, "shard_00000.safetensors"}
-    strange = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    strange = sorted(p.name for p in folder.iterdir() if p.name not in known and not is_partial(p))
     if strange:
         raise ValueError(
             f"{folder} is not empty and holds no activations (it has {strange[0]!r}); give a new or an empty folder"

@@ -7,7 +7,6 @@ import datetime
 import importlib.resources
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from markupsafe import Markup
 
 from ..checkpoint import CheckpointError
 from ..data.shards import ShardSource
+from ..files import replace_file
 from ..opening import OpenedRun, open_run, rows_of_run, version
 from .contexts import LatentCard, latent_cards
 from .plots import all_plots
@@ -231,10 +231,6 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None, options:
     log = read_run(run_dir)
     latents, timing = measure(log, options or ReportOptions())
     path = log.folder / "report.html" if out is None else Path(out)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(render(log, latents, timing), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    html = render(log, latents, timing)
+    replace_file(path, lambda partial: partial.write_text(html, encoding="utf-8"))
     return path
