@@ -93,10 +93,13 @@ def step_floor(case: Case, floors: Floors) -> StepFloor:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system gives it, with family and model, for hypervisors that cut names short."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    text = info.read_text() if info.exists() else ""
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    return f"{fields['model name'].strip()} family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
 
 
 def cpu_flags() -> list[str]:
