@@ -1,6 +1,8 @@
 // See ragged.h.
 #include "ragged.h"
 
+#include <omp.h>
+
 #include <numeric>
 
 #include "guard.h"
@@ -85,9 +87,11 @@ Candidates collect(const EncodeArgs& a, const float* per_latent, const std::vect
 
 template <class T> static void score_typed(const EncodeArgs& a, Candidates& c, const std::vector<int64_t>& which) {
   const int64_t count = int64_t(which.size());
+  // Made before the threads start: an allocation that fails in there would end the process.
+  std::vector<std::vector<float>> buffers(a.threads, std::vector<float>(a.x.cols));
 #pragma omp parallel num_threads(a.threads)
   {
-    std::vector<float> buffer(a.x.cols);
+    std::vector<float>& buffer = buffers[omp_get_thread_num()];
     const float* row = nullptr;
     int64_t token = -1;
 #pragma omp for schedule(static)

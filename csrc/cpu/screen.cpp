@@ -1,6 +1,8 @@
 // The narrow copy of an encoder, and the upkeep of the lists of the screening pass.
 #include "screen.h"
 
+#include <omp.h>
+
 #include <algorithm>
 
 #include "narrow.h"
@@ -26,10 +28,13 @@ void narrow_latent(const Screen& s, int64_t position, const float* row, uint32_t
 }
 
 void prepare_screen(const Matrix& W, const int32_t* rows, const Screen& s, int threads) {
+  // Made before the threads start: an allocation that fails in there would end the process.
+  std::vector<std::vector<uint32_t>> all_words(threads, std::vector<uint32_t>(kLanes * s.words_per_row));
+  std::vector<std::vector<float>> buffers(threads, std::vector<float>(s.d));
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<uint32_t> words(kLanes * s.words_per_row);
-    std::vector<float> buffer(s.d);
+    std::vector<uint32_t>& words = all_words[omp_get_thread_num()];
+    std::vector<float>& buffer = buffers[omp_get_thread_num()];
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < s.blocks; ++block) {
       std::fill(words.begin(), words.end(), 0u);

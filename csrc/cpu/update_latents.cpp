@@ -9,6 +9,8 @@
 //
 // Deterministic: a latent's pairs are added in token order, in pieces of kPiece whose sums are added in order (so one latent
 // that every token uses does not fall to one thread); sums over latents and tokens go by fixed chunks.
+#include <omp.h>
+
 #include <algorithm>
 
 #include "adam.h"
@@ -40,6 +42,17 @@ template <class A> struct RowGradient {
     add_scaled(enc.data(), A(1), other.enc.data(), int64_t(enc.size()));
     bias += other.bias;
   }
+};
+
+// What a thread works in, made before the threads start: an allocation that fails in there would end the process.
+template <class A> struct Scratch {
+  RowGradient<A> gradient;
+  std::vector<A> wide;
+  std::vector<float> buffer;
+  std::vector<uint32_t> words;
+  explicit Scratch(const UpdateArgs& a)
+      : gradient(a.d_out, a.d_in), wide(a.d_out), buffer(a.d_in),
+        words(a.screen.scale ? kLanes * a.screen.words_per_row : 0) {}
 };
 
 // The rows of x or grad that one latent's pairs begin .. end name, with a weight for each: see gather.h.
@@ -166,8 +179,8 @@ template <class T> struct Updater {
 
   // One latent: gradient, statistics, update. `words`: where its narrow copy goes, or null.
   template <class S>
-  void latent(int64_t i, int64_t position, RowGradient<A>& g, std::vector<A>& wide, A* bias_sum, double* stats, float* buffer,
-              uint32_t* words) {
+  void latent(int64_t i, int64_t position, Scratch<A>& s, A* bias_sum, double* stats, uint32_t* words) {
+    RowGradient<A>& g = s.gradient;
     fetch(a.W_dec, i, a.d_out, sizeof(S));
     if (!tied) fetch(a.W_enc, i, a.d_in, sizeof(S));
     gradient_of(i, g);
@@ -178,28 +191,29 @@ template <class T> struct Updater {
     stats[1] += dot(g.dec.data(), g.dec.data(), a.d_out);
     stats[2] += double(g.bias) * g.bias;
     if (a.unit_norm) project(dec + i * a.d_out, g.dec.data());
-    step_decoder<S>(i, g.dec.data(), wide);
+    step_decoder<S>(i, g.dec.data(), s.wide);
     if (!tied) step_row<S>(a.W_enc, enc + i * a.d_in, i, a.d_in, g.enc.data());
     step_row<S>(a.b_enc, b_enc + i, i, 1, &g.bias);
     if constexpr (!std::is_same_v<T, double>)
       if (words) {
         const Matrix view{const_cast<T*>(encoder), 1, a.d_in, a.d_in, a.dtype};
-        narrow_latent(a.screen, position, as_floats(view, 0, buffer), words);
+        narrow_latent(a.screen, position, as_floats(view, 0, s.buffer.data()), words);
       }
   }
 
   template <class S> void run() {
     cut_long_latents();
     const int64_t blocks = blocks_of(a.latents), chunks = (blocks + kBlocksPerChunk - 1) / kBlocksPerChunk;
-    const bool screened = a.screen.scale != nullptr, packed = a.screen.words != nullptr;
+    const bool packed = a.screen.words != nullptr;
+    // Everything that is allocated, is allocated before the first weight changes.
+    std::vector<Scratch<A>> scratch(a.threads, Scratch<A>(a));
+    std::vector<A> bias_grad = sum_of_grads();
     std::vector<A> bias_sums(chunks * a.d_in, A(0));
     std::vector<double> chunk_stats(chunks * 4, 0.0);
 #pragma omp parallel num_threads(a.threads)
     {
-      RowGradient<A> gradient(a.d_out, a.d_in);
-      std::vector<A> wide(a.d_out);
-      std::vector<float> buffer(a.d_in);
-      std::vector<uint32_t> words(screened ? kLanes * a.screen.words_per_row : 0);
+      Scratch<A>& mine = scratch[omp_get_thread_num()];
+      std::vector<uint32_t>& words = mine.words;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t chunk = 0; chunk < chunks; ++chunk)
         for (int64_t block = chunk * kBlocksPerChunk; block < std::min(blocks, (chunk + 1) * kBlocksPerChunk); ++block) {
@@ -207,23 +221,22 @@ template <class T> struct Updater {
           for (int64_t lane = 0; lane < kLanes; ++lane) {
             const int64_t i = block + lane * blocks;   // as Screen::latent_at
             if (i >= a.latents) break;
-            latent<S>(i, block * kLanes + lane, gradient, wide, bias_sums.data() + chunk * a.d_in,
-                      chunk_stats.data() + chunk * 4,
-                      buffer.data(), screened ? words.data() + lane * a.screen.words_per_row : nullptr);
+            latent<S>(i, block * kLanes + lane, mine, bias_sums.data() + chunk * a.d_in, chunk_stats.data() + chunk * 4,
+                      words.empty() ? nullptr : words.data() + lane * a.screen.words_per_row);
           }
           if (packed)
             pack_block(words.data(), a.screen.words_per_row, a.screen.words + block * a.screen.words_per_row * kLanes);
         }
     }
-    decoder_bias<S>(bias_sums, chunks);
+    step_decoder_bias<S>(bias_grad, bias_sums, chunks);
     for (int s = 0; s < 3; ++s) {
       a.stats[s] = 0;
       for (int64_t c = 0; c < chunks; ++c) a.stats[s] += chunk_stats[c * 4 + s];
     }
   }
 
-  // db_dec = Σ_n grad_n, less Σ_i db_enc_i · W_enc_i where the encoder sees x - b_dec.
-  template <class S> void decoder_bias(const std::vector<A>& bias_sums, int64_t chunks) {
+  // Σ_n grad_n over the terms whose reconstruction includes b_dec.
+  std::vector<A> sum_of_grads() const {
     std::vector<A> g(a.d_out, A(0));
     for (const UpdateTerm& t : a.terms) {
       if (!t.has_bias) continue;
@@ -235,6 +248,11 @@ template <class T> struct Updater {
           add_scaled(sums.data() + c * a.d_out, A(1), static_cast<const A*>(t.grad.data) + n * t.grad.stride, a.d_out);
       for (int64_t c = 0; c < parts; ++c) add_scaled(g.data(), A(1), sums.data() + c * a.d_out, a.d_out);
     }
+    return g;
+  }
+
+  // db_dec = g = Σ_n grad_n, less Σ_i db_enc_i · W_enc_i where the encoder sees x - b_dec.
+  template <class S> void step_decoder_bias(std::vector<A>& g, const std::vector<A>& bias_sums, int64_t chunks) {
     if (a.pre_bias)
       for (int64_t c = 0; c < chunks; ++c) add_scaled(g.data(), A(-1), bias_sums.data() + c * a.d_in, a.d_in);
     a.stats[3] = dot(g.data(), g.data(), a.d_out);
