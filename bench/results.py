@@ -78,4 +78,4 @@ def write_csv(folder: Path) -> None:
     writer.writeheader()
     for result in read(folder):
         writer.writerows(rows(result))
-    (folder / "steps.csv").write_text(text.getvalue())
+    replace_file(folder / "steps.csv", lambda partial: partial.write_text(text.getvalue()))

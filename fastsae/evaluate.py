@@ -12,7 +12,6 @@ One pass over the rows in batches; sums in float64; memory is one batch's codes 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .codes import SparseCodes
+from .files import write_json
 
 if TYPE_CHECKING:
     from .sae import SparseAutoencoder
@@ -69,7 +69,7 @@ class EvalResult:
     def write(self, path: str | Path, *, with_density: bool = False, **extra: Any) -> None:
         """Writes `extra` and to_json() as one JSON object to a file."""
         record = {**extra, **self.to_json(with_density=with_density)}
-        Path(path).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(Path(path), record)
 
 
 def active_entries(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,12 +32,14 @@ def sha256_of(path: Path) -> str:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes `path` anew: write(temporary name beside it), fsync, rename. On any error the old file stays as it was.
+    """Makes `path` anew: write(temporary name beside it), fsync, rename.
 
-    A process killed in here leaves the temporary file behind; the next one that locks the folder removes it.
+    Raises OSError naming `path`: it is then as it was, or whole and new where only the folder's fsync failed. A process
+    killed in here leaves the temporary file behind, which goes when somebody locks the folder (see `lock_folder`).
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.unlink(missing_ok=True)
         # Created here, so that it gets the permissions of the user's umask: safetensors would make it private.
         partial.touch()
         mode = partial.stat().st_mode
@@ -45,6 +47,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         partial.chmod(mode)
         fsync_path(partial)
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         partial.unlink(missing_ok=True)
     fsync_path(path.parent)
@@ -76,24 +82,24 @@ def lock_folder(folder: Path) -> int:
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         for path in folder.iterdir():
             match = _PARTIAL.fullmatch(path.name)
-            if match is not None and not _runs(int(match[1])):
+            if match is not None and path.is_file() and not _runs(int(match[1])):
                 path.unlink(missing_ok=True)
     except BlockingIOError as error:
         holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
         os.close(fd)
         raise BlockingIOError(error.errno, holder) from None
-    except OSError:
+    except BaseException:
         os.close(fd)
         raise
     return fd
 
 
 def _runs(pid: int) -> bool:
-    """Whether another process of this pid runs. Our own has written nothing yet where this is asked."""
+    """Whether a process of this pid runs here; our own does, and may be writing in another thread."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
         return True
-    return pid != os.getpid()
+    return True
