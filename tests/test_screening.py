@@ -238,6 +238,15 @@ def test_a_screen_of_another_dictionary_is_refused():
         ops.encode_topk(torch.randn(3, 96), W[:100], b[:100], 4, screen=screen, backend="cpu")
 
 
+def test_a_screen_of_another_type_never_reaches_cpp():
+    """C++ counts in elements: as many, but smaller ones would have it read and write past the end."""
+    x, W, b, _ = gaussian(N=2)
+    words, tables, code = ops.prepare_screen(W, b, backend="cpu").tensors
+    for bad in ([words.to(torch.int8), tables, code], [words, tables.view(torch.int32), code]):
+        with pytest.raises(TypeError, match="expected contiguous torch"):
+            torch.ops.fastsae.encode_topk(x, W, b, 4, None, None, 0, bad, "exact", "cpu")
+
+
 @pytest.mark.skipif(not FORMATS or _cpu.fastest_format(96) == _cpu.tight_format(), reason="one format serves all here")
 def test_a_format_that_cannot_tell_the_latents_apart_is_given_up():
     x, W, b, k = gaussian()

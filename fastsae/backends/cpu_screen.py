@@ -26,13 +26,16 @@ def allocate(latents: int, d: int, fmt: _cpu.Format) -> _Tensors:
 
 
 def view(tensors: _Tensors, latents: int, d: int) -> _cpu.Screen:
-    """The C++ view of a narrow copy. Raises ValueError for one of another dictionary or another processor."""
+    """The C++ view of a narrow copy. Raises ValueError for one of another dictionary or processor; TypeError."""
     words, tables, code = tensors
     fmt = _cpu.Format(int(code))
     if not _cpu.format_supported(fmt):
         raise ValueError(f"the screen is in {fmt.name}, which {_cpu.isa()} has no code for; make it anew")
     blocks = _cpu.blocks_of(latents)
     expected = 0 if fmt == _cpu.Format.f32 else blocks * _cpu.words_per_row(fmt, d) * 16
+    for name, t, dtype in (("words", words, torch.int32), ("tables", tables, torch.float32)):
+        if t.dtype != dtype or not t.is_contiguous():
+            raise TypeError(f"the screen's {name} are {t.dtype} with strides {t.stride()}, expected contiguous {dtype}")
     if tables.shape != (3, blocks * 16) or words.numel() != expected:
         raise ValueError(f"the screen is of another dictionary than W ({latents}, {d}); make it anew")
     scale, norm, residual = (row.data_ptr() for row in tables)
