@@ -47,6 +47,7 @@ def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> No
     """Writes config.json into a new run directory, or compares it with the one that is there.
 
     config  JSON-able sections of settings.
+    A run that has saved nothing yet is taken over, whatever its settings.
     free    dotted names that may change from one start to the next, as "train.log_every"; they are updated.
     Raises RunDirError naming every other setting that differs, or a config.json that cannot be read.
     """
@@ -56,6 +57,9 @@ def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> No
         held = [name for name in ("checkpoints", "metrics.jsonl") if (run_dir / name).exists()]
         if held:
             raise RunDirError(f"{run_dir} holds {' and '.join(held)} but no {CONFIG}; give another directory")
+        _write_config(path, wanted)
+        return
+    if not _has_begun(run_dir):
         _write_config(path, wanted)
         return
     try:
@@ -78,6 +82,12 @@ def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> No
         )
     if old != new:
         _write_config(path, wanted)
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether anything was saved: a start that failed before its first step must not bind the next one."""
+    kept = [run_dir / "checkpoints", run_dir / "metrics.jsonl"]
+    return any(p.exists() and (any(p.iterdir()) if p.is_dir() else p.stat().st_size > 0) for p in kept)
 
 
 def _write_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -143,6 +143,14 @@ def test_the_lock_is_free_again_after_a_run_and_after_an_error(tmp_path: Path) -
         pass
 
 
+def test_a_start_that_saved_nothing_does_not_bind_the_next(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, at(1, lambda: 1 / 0), lr=0.5).run()
+    assert trainer(tmp_path, steps=2, lr=1e-3).run().step == 2
+    with pytest.raises(RunDirError, match=r"holds a run with other settings: .*lr is 0\.001 there and 0.5 here"):
+        trainer(tmp_path, steps=2, lr=0.5).run()
+
+
 # -- a full disk ----------------------------------------------------------------------------------------------------
 
 
