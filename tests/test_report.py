@@ -215,6 +215,13 @@ def test_what_is_no_run_is_refused(tmp_path):
         ReportOptions(passages=0)
 
 
+def test_a_place_that_cannot_hold_the_page_is_refused_first(run, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}, which is a folder"):
+        write_report(run, out=tmp_path)
+    with pytest.raises(ValueError, match=r"nowhere/page\.html, which lies in a folder that is not there"):
+        write_report(run, out=tmp_path / "nowhere" / "page.html")
+
+
 def test_cards_against_the_dense_code(run):
     source = ShardSource(run.parent / "acts", progress=False)
     sae = SparseAutoencoder(D, M, TopK(K), seed=3)

@@ -225,12 +225,15 @@ def latent_section(run: OpenedRun, source: ShardSource, options: ReportOptions) 
 def write_report(run_dir: str | Path, *, out: str | Path | None = None, options: ReportOptions | None = None) -> Path:
     """Writes the report of a run folder, finished or not, and returns its path (`out`, or run_dir/report.html).
 
-    The page is replaced in one step. Raises FileNotFoundError or ValueError where run_dir is no run; OSError where the
-    page cannot be written.
+    The page is replaced in one step. Raises FileNotFoundError or ValueError where run_dir is no run or `out` no
+    name for a file; OSError where the page cannot be written.
     """
     log = read_run(run_dir)
-    latents, timing = measure(log, options or ReportOptions())
     path = log.folder / "report.html" if out is None else Path(out)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "lies in a folder that is not there"
+        raise ValueError(f"the report cannot be written to {path}, which {what}; give the name of a file")
+    latents, timing = measure(log, options or ReportOptions())
     html = render(log, latents, timing)
     replace_file(path, lambda partial: partial.write_text(html, encoding="utf-8"))
     return path
