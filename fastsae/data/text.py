@@ -152,7 +152,8 @@ def package_folder(name: str) -> Path:
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise ValueError(
-            f"the package {name!r} is not installed; install it: pip install --no-deps {name.replace('_', '-')}"
+            f"the package {name!r} is not installed; install the distribution that holds it, which may be called "
+            "otherwise, without its dependencies: pip install --no-deps ..."
         )
     return Path(next(iter(found.submodule_search_locations)))
 
