@@ -56,9 +56,14 @@ def normaliser(loss: str, target: Tensor) -> Tensor | int:
         return max(n, 1)
     if loss != "fvu":
         raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
-    if n < 2:
-        raise ValueError(f"loss 'fvu' divides by the variance of the batch; got {n} tokens, expected at least 2")
+    check_tokens(loss, n)
     return total_variance(target)
+
+
+def check_tokens(loss: str, n: int) -> None:
+    """Raises ValueError for fvu with fewer than two tokens, whose variance is zero."""
+    if loss == "fvu" and n < 2:
+        raise ValueError(f"loss 'fvu' divides by the variance of the batch; got {n} tokens, expected at least 2")
 
 
 def mse(recon: Tensor, target: Tensor) -> Tensor:

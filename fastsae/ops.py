@@ -231,6 +231,7 @@ def update_latents_(
     second that of the summed gradient. Formulas: fastsae.reference.gradients and .update.
     """
     _check_backend(backend, screen)
+    check_that.adam(betas, eps)
     check_that.update(W_enc, W_dec, b_enc, b_dec, moments, lr, step, pre_bias, seed)
     for i, term in enumerate(terms):
         check_that.update_term(f"terms[{i}]", term, W_dec if W_enc is None else W_enc, W_dec)

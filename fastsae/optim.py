@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import losses, ops
+from fastsae import losses, ops, validation
 from fastsae.activations import TopK
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
 from fastsae.sae import SparseAutoencoder
@@ -63,8 +63,9 @@ class FusedTrainStep:
     ):
         if not isinstance(sae.activation, TopK):
             raise ValueError(f"got {sae.activation!r}, a fused step knows only TopK's gradient; use a torch optimizer")
-        if not (lr >= 0 and eps >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(f"lr {lr}, betas {betas}, eps {eps}: expected lr >= 0, eps >= 0 and 0 <= beta < 1")
+        if not lr >= 0:
+            raise ValueError(f"lr {lr}: expected 0 or more")
+        validation.adam(betas, eps)
         if moments not in MOMENTS:
             raise ValueError(f"moments is {moments!r}, expected one of {', '.join(MOMENTS)}")
         frozen = [name for name, p in sae.named_parameters() if not p.requires_grad]
@@ -106,6 +107,7 @@ class FusedTrainStep:
         encoder_input, goal, _ = sae.inputs(x, target)
         if encoder_input.shape[0] == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
+        losses.check_tokens(sae.loss, encoder_input.shape[0])
         centred = sae.pre_bias and target is None
         if centred:
             goal = encoder_input  # recon - x = A W_dec - (x - b_dec): saves a pass over (N, D), and a copy of x

@@ -141,6 +141,12 @@ def codes(codes: SparseCodes, W: Tensor, d_sae: int | None = None, name: str = "
     same_device("codes.indices", codes.indices, name, W)
 
 
+def adam(betas: tuple[float, float], eps: float) -> None:
+    """Adam's settings. Raises ValueError."""
+    if not (eps >= 0 and all(0 <= beta < 1 for beta in betas)):
+        raise ValueError(f"betas {betas}, eps {eps}: expected 0 <= beta < 1 and eps >= 0")
+
+
 def update(
     W_enc: Tensor | None,
     W_dec: Tensor,

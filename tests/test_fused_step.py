@@ -338,6 +338,9 @@ def test_bad_batches_are_refused_and_change_nothing():
             step(x)
     with pytest.raises(fastsae.BackendError, match="cuda"):
         FusedTrainStep(sae, backend="cuda")(tokens(8, 10))
+    sae.loss = "fvu"
+    with pytest.raises(ValueError, match="divides by the variance of the batch; got 1 tokens"):
+        step(tokens(1, 10))
     assert int(step.count) == 0
     for name, value in sae.state_dict().items():
         assert torch.equal(value, before[name]), name

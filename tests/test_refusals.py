@@ -129,6 +129,8 @@ def test_the_raw_ops_check_what_a_backend_would_read_by(backend: str) -> None:
         ({"terms": "short"}, r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)"),
         ({"step": torch.tensor(0)}, "step is 0: step counts this one, expected >= 1"),
         ({"step": torch.tensor(-1)}, "step is -1: step counts this one, expected >= 1"),
+        ({"betas": (1.0, 0.999)}, r"betas \(1.0, 0.999\), eps 1e-08: expected 0 <= beta < 1"),
+        ({"eps": -1.0}, r"eps -1.0: expected .* eps >= 0"),
     ],
     ids=str,
 )
