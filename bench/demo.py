@@ -2,7 +2,7 @@
 
     1. harvest   the residual stream of SmolLM2-135M after layer 15, over Shakespeare
     2. train     a TopK SAE with the fused step, through the Trainer
-    3. dense     the dense reference from the same weights on the same batches, for the first 20 of the 400 steps
+    3. dense     the dense reference from the same weights on the same batches, for the first 15 of the 350 steps
     4. time      both, and the dense step under bf16 autocast, in turns on the same batch
     5. report    one HTML page
 
@@ -56,9 +56,9 @@ class Settings:
     d_sae: int = 24_576
     k: int = 32
     batch: int = 2048
-    steps: int = 400
+    steps: int = 350
     lr: float = 1e-3
-    dense_steps: int = 20
+    dense_steps: int = 15
     timing_rounds: int = 3
     log_every: int = 5
     threads: int = 2

@@ -70,7 +70,7 @@ def trained(case: Case) -> dict[str, Tensor]:
     elif folder.exists():
         sae = fastsae.load(folder)
     else:
-        sae = train(case, ROWS // 2, steps=600, batch=2048)
+        sae = train(case, ROWS * 9 // 10, steps=600, batch=2048)
         fastsae.save(sae, folder)
     return {name: getattr(sae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 
