@@ -101,5 +101,5 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
+        pass  # somebody else's, or no number that a process can have: not ours to clear
     return True

@@ -46,8 +46,9 @@ class RunLock:
 def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
     """Writes config.json into a new run directory, or compares it with the one that is there.
 
-    config  JSON-able sections of settings.
     A run that has saved nothing yet is taken over, whatever its settings.
+
+    config  JSON-able sections of settings.
     free    dotted names that may change from one start to the next, as "train.log_every"; they are updated.
     Raises RunDirError naming every other setting that differs, or a config.json that cannot be read.
     """
