@@ -2,6 +2,7 @@
 
 FASTSAE_BACKEND   the backend that backend=None takes ("reference", "cpu", ...); it fails loudly where it cannot serve
 FASTSAE_CPU_ISA   the widest instruction set that the cpu backend may use, in its own names (see `fastsae info`)
+TRITON_INTERPRET  Triton's own: "1" runs its kernels in an interpreter on the CPU, which is for tests
 """
 
 from __future__ import annotations
@@ -17,3 +18,8 @@ def default_backend() -> str | None:
 def cpu_isa() -> str | None:
     """The instruction set named by FASTSAE_CPU_ISA, or None."""
     return os.environ.get("FASTSAE_CPU_ISA") or None
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's interpreter is on; it has to be before the first kernel is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -6,6 +6,7 @@ A backend is a module with one function per raw op (same name, same arguments wi
     supports(op, *tensors, **info) -> str | None    the reason against serving this call, or None; tensors are the
                                             op's tensors in schema order (absent ones left out, lists flattened),
                                             info its other arguments by name
+    by_name_only() -> bool                  whether it serves only callers who name it, as an interpreter does
     prepare_screen(W, b, x, k) -> Screen | None    its low-precision copy of an encoder, or None where it uses none
 """
 
@@ -28,10 +29,18 @@ def _built_cpu() -> ModuleType | str:
     return cpu
 
 
+def _built_triton() -> ModuleType | str:
+    try:
+        from fastsae.backends import triton
+    except ImportError as error:
+        return f"Triton is not installed ({error}); it comes with torch's CUDA builds, or as the package triton"
+    return triton
+
+
 # Fastest first. A string instead of a module is the reason why the backend is absent.
 _REGISTRY: tuple[tuple[str, ModuleType | str], ...] = (
     ("cuda", "the CUDA kernels are not part of this build"),
-    ("triton", "the Triton kernels are not part of this build"),
+    ("triton", _built_triton()),
     ("cpu", _built_cpu()),
     ("reference", reference),
 )
@@ -73,6 +82,8 @@ def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> Modul
             reason: str | None = module
         else:
             reason = module.available() or module.supports(op, *tensors, **info)
+            if reason is None and backend is None and module.by_name_only():
+                reason = f"it is there for those who name it: backend={name!r}"
             if reason is None:
                 return module
         reasons.append(f"{name}: {reason}")

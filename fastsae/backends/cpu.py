@@ -48,6 +48,10 @@ def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:
     return None
 
 
+def by_name_only() -> bool:
+    return False
+
+
 def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     code = codes(acts, indices, offsets, W.shape[0])
     out = W.new_empty(acts.shape[0] if offsets is None else offsets.shape[0] - 1, W.shape[1])
@@ -99,6 +103,6 @@ def _checked_order(order: list[Tensor], capacity: int, tokens: int, d_sae: int) 
 
 
 __all__ = [
-    "active_dot", "active_outer", "available", "by_latent", "decode", "detail", "encode_above",
+    "active_dot", "active_outer", "available", "by_latent", "by_name_only", "decode", "detail", "encode_above",
     "encode_batch_topk", "encode_topk", "prepare_screen", "supports", "update_latents_",
 ]  # fmt: skip

@@ -29,6 +29,10 @@ def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:
     return None
 
 
+def by_name_only() -> bool:
+    return False
+
+
 def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None) -> Screen | None:
     return None
 

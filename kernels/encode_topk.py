@@ -1,0 +1,147 @@
+"""acts, indices = the K largest of relu((x Wᵀ + b) · g) of each token; (N, M) is never stored.
+
+The order of work, each step a kernel of its own file:
+    narrow       x and W in row-scaled fp16, with the norms of what is kept and lost
+    product      x̂ Ŵᵀ in chunks that stay in L2: cuBLAS, or `product` over a list of rows
+    bar          from the first chunks, a guess τ of what a few K latents of a token reach
+    survivors    of every chunk, the latents that may reach τ
+    candidates   of the survivors, those that may be among the K largest; the certificate
+    rescore      their exact fp32 scores
+    top_k        the K largest of them
+    exhaustive   tokens without a certificate, from every latent
+Nothing is read back by the host: all sizes depend on shapes, so the whole can be captured in a CUDA graph.
+
+Why a library's product and a pass over its result, and not one fused kernel: at N=8192 D=4096 M=131072 the product is
+8.8 TFLOP, 11.1 ms at the 790 TFLOP/s that cuBLAS reaches on an H200; a chunk of scores is written to and read from L2
+at a few TB/s, 2.1 GB in all: 0.8 ms. A fused product would have to reach 93 % of cuBLAS to break even. At D=768 the
+same pass weighs more (0.15 of 0.55 ms), and a fused one may win there: to be measured where there is a GPU.
+
+Bytes: (N + M)·D·2 a chunk's product and 4·N·M through L2; 1.03-1.25·N·K·D·sizeof(W) to rescore.
+Flops: 2·N·M·D on tensor cores, about 12·N·M beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .bar import bars
+from .candidates import select
+from .exhaustive import exhaustive_top_k, listed_tokens
+from .narrow import Narrow, narrowed
+from .product import product
+from .rescore import rescore
+from .screening import Plan, plan, tables, token_bounds
+from .survivors import append
+from .top_k import top_k
+
+
+@contextlib.contextmanager
+def fp32_sums() -> Iterator[None]:
+    """cuBLAS adds the parts of an fp16 product in fp32: in fp16, which torch allows it by default, no bound holds."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_fp16_reduced_precision_reduction
+    settings.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_reduced_precision_reduction = before
+
+
+def chunk_product(x: Narrow, W: Narrow, rows: Tensor | None, count: Tensor, out: Tensor, chunk: int, stride: int) -> None:
+    """Screened products of a chunk's positions chunk, chunk + stride, ... into the first columns of out (N, width)."""
+    if rows is None and x.low.dtype == torch.float16:
+        part = W.low[chunk::stride][: out.shape[1]]
+        torch.mm(x.low, part.mT, out=out[:, : part.shape[0]])
+        return
+    if rows is None:
+        rows = torch.arange(W.low.shape[0], dtype=torch.int32, device=x.low.device)
+    product(x.low, W.low, rows, count, out, chunk, stride)
+
+
+def encode_topk(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    k: int,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    index_offset: int,
+    screen: Narrow | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """acts (N, k) in x's dtype, indices int32 (N, k), and 0-d int64: the tokens that had to be done exhaustively."""
+    n, positions = x.shape[0], W.shape[0] if rows is None else rows.shape[0]
+    acts = x.new_empty(n, k)
+    indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
+    redone = torch.zeros((), dtype=torch.int64, device=x.device)
+    if n == 0:
+        return acts, indices, redone
+    dtype = torch.float32 if precision == "fp32" else torch.float16
+    if screen is None or precision == "fp32":
+        screen = narrowed(W, dtype)
+    if rows is None:
+        count = torch.full((), positions, dtype=torch.int32, device=x.device)
+    else:
+        count = (rows >= 0).sum(dtype=torch.int32)
+    p = plan(n, positions, k, dtype.itemsize)
+    table = tables(screen, b, scale, None, rows, p.chunks, p.width, strided=True)
+    for start in range(0, n, p.tokens):
+        part = slice(start, start + p.tokens)
+        redone += _encode_slab(
+            x[part], W, b, scale, rows, count, screen, table, p, precision, acts[part], indices[part], index_offset
+        )
+    return acts, indices, redone
+
+
+def _encode_slab(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    rows: Tensor | None,
+    count: Tensor,
+    screen: Narrow,
+    table: Tensor,
+    p: Plan,
+    precision: str,
+    acts: Tensor,
+    indices: Tensor,
+    offset: int,
+) -> Tensor:
+    """Writes acts and indices of some tokens; returns how many were done exhaustively."""
+    n, k = acts.shape
+    device, dtype = x.device, screen.low.dtype
+    narrow = narrowed(x, dtype)
+    bounds = token_bounds(narrow, x.shape[1])
+    scores = torch.empty(n, p.sampled_chunks * p.width, dtype=dtype, device=device)
+    bar = torch.empty(n, dtype=torch.float32, device=device)
+    values = torch.empty(n, p.survivors, dtype=torch.float32, device=device)
+    places = torch.empty(n, p.survivors, dtype=torch.int32, device=device)
+    counts = torch.zeros(n, dtype=torch.int32, device=device)
+
+    def keep(of_chunk: Tensor, j: int) -> None:
+        append(of_chunk, table[j], bounds, bar, count, values, places, counts, j, p.chunks, j * p.width)
+
+    with fp32_sums():
+        sampled = [scores[:, j * p.width : (j + 1) * p.width] for j in range(p.sampled_chunks)]
+        for j, out in enumerate(sampled):
+            chunk_product(narrow, screen, rows, count, out, j, p.chunks)
+        bars(scores, table, bounds, count, bar, p)
+        for j, out in enumerate(sampled):
+            keep(out, j)
+        for j in range(p.sampled_chunks, p.chunks):
+            chunk_product(narrow, screen, rows, count, sampled[0], j, p.chunks)
+            keep(sampled[0], j)
+    exact = precision != "screened"
+    latents, best, found, certified = select(values, places, counts, table, bounds, bar, rows, k, p, dtype, exact)
+    if exact:
+        rescore(x, W, b, scale, latents, found, best)
+    last = offset + W.shape[0] - 1
+    top_k(latents, best, found, certified, acts, indices, offset, last)
+    tokens, listed = listed_tokens(certified == 0)
+    exhaustive_top_k(x, W, b, scale, rows, count, tokens, listed, acts, indices, offset, last)
+    return listed

@@ -1,0 +1,206 @@
+"""The K largest of a few tokens by scoring every latent: for tokens that no screen could certify, listed on the device.
+
+How many there are is not known to the host, so the launches are fixed and return at once where there is nothing to do:
+first the list's first SLOTS tokens, whose scores all programs compute together into rows of scratch memory and one
+program a token selects from; then whatever is left, one program a token. Scores are those of `rescore`, bit for bit.
+A score's key is found bit by bit over the whole row, then the row is walked through in order: ties go to the lower index.
+
+Bytes: M·D·sizeof(W) for each token of the list (from L2 where that fits), 32·M·4 to select.
+Flops: 2·M·D a token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dots import BLOCK_D, BLOCK_L, NUM_WARPS
+from .keys import key_of
+from .rescore import exact_scores
+from .variants import POINTERS, Variant
+
+SLOTS = 64
+PROGRAMS = 1024
+BLOCK = 2048
+
+
+@triton.jit
+def score_blocks(
+    x_row, w_ptr, b_ptr, gate_ptr, rows_ptr, out_row, D, count, first, step,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores of one token for the blocks first, first + step, ... of the positions below count, into out_row."""
+    for start in range(first * BLOCK_L, count, step * BLOCK_L):
+        position = start + tl.arange(0, BLOCK_L)
+        live = position < count
+        latent = position
+        if rows_ptr is not None:
+            latent = tl.load(rows_ptr + position, mask=live, other=0)
+        score = exact_scores(x_row, w_ptr, b_ptr, gate_ptr, latent, live, D, BLOCK_L, BLOCK_D)
+        tl.store(out_row + position, score, mask=live)
+
+
+@triton.jit
+def select_row(
+    score_row, rows_ptr, count, acts_row, indices_row, K, index_offset, last, BLOCK: tl.constexpr
+):
+    """The K largest positive of a row of `count` scores, in order, as one token of a fixed code."""
+    # The K-th largest key.
+    least = tl.full((), 0, tl.int32)
+    for bit in range(0, 31):
+        trial = least | (1 << (30 - bit))
+        reached = tl.full((), 0, tl.int32)
+        for start in range(0, count, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            keys = key_of(tl.load(score_row + i, mask=i < count, other=-1.0))
+            reached += tl.sum((keys >= trial).to(tl.int32), axis=0)
+        least = tl.where(reached >= K, trial, least)
+
+    # How many lie above it, which says how many of those that share it are taken.
+    above = tl.full((), 0, tl.int32)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        keys = key_of(tl.load(score_row + i, mask=i < count, other=-1.0))
+        above += tl.sum(((keys > least) & (keys > 0)).to(tl.int32), axis=0)
+    free = tl.where(least > 0, K - above, 0)
+
+    # Walk through the row in order, and store.
+    ties, filled = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        score = tl.load(score_row + i, mask=i < count, other=-1.0)
+        keys = key_of(score)
+        tie = (keys == least).to(tl.int32)
+        taken = (keys > 0) & ((keys > least) | ((tie == 1) & (ties + tl.cumsum(tie, axis=0) <= free)))
+        ties += tl.sum(tie, axis=0)
+        act = score.to(acts_row.dtype.element_ty)
+        taken &= act.to(tl.float32) != 0
+        slot = filled + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        latent = i
+        if rows_ptr is not None:
+            latent = tl.load(rows_ptr + i, mask=taken, other=0)
+        tl.store(acts_row + slot, act, mask=taken)
+        tl.store(indices_row + slot, latent + index_offset, mask=taken)
+        filled += tl.sum(taken.to(tl.int32), axis=0)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        empty = (k >= filled) & (k < K)
+        tl.store(acts_row + k, tl.zeros((BLOCK,), dtype=acts_row.dtype.element_ty), mask=empty)
+        tl.store(indices_row + k, tl.zeros((BLOCK,), dtype=tl.int32) + last, mask=empty)
+
+
+@triton.jit
+def _scores_kernel(
+    x_ptr, w_ptr, b_ptr, gate_ptr, rows_ptr, count_ptr, list_ptr, listed_ptr, scratch_ptr, D, positions, programs,
+    SLOTS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    listed, count = tl.load(listed_ptr), tl.load(count_ptr)
+    for t in range(0, tl.minimum(listed, SLOTS)):
+        n = tl.load(list_ptr + t).to(tl.int64)
+        score_blocks(
+            x_ptr + n * D, w_ptr, b_ptr, gate_ptr, rows_ptr, scratch_ptr + (tl.full((), 0, tl.int64) + t) * positions, D, count,
+            tl.program_id(0), programs, BLOCK_L, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _select_kernel(
+    rows_ptr, count_ptr, list_ptr, listed_ptr, scratch_ptr, acts_ptr, indices_ptr, positions, K, index_offset, last,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    if t >= tl.load(listed_ptr):
+        return
+    n = tl.load(list_ptr + t).to(tl.int64)
+    select_row(
+        scratch_ptr + t * positions, rows_ptr, tl.load(count_ptr), acts_ptr + n * K, indices_ptr + n * K, K,
+        index_offset, last, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _rest_kernel(
+    x_ptr, w_ptr, b_ptr, gate_ptr, rows_ptr, count_ptr, list_ptr, listed_ptr, scratch_ptr, acts_ptr, indices_ptr,
+    D, positions, K, index_offset, last,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    count = tl.load(count_ptr)
+    row = scratch_ptr + tl.program_id(0).to(tl.int64) * positions
+    for t in range(SLOTS + tl.program_id(0), tl.load(listed_ptr), SLOTS):
+        n = tl.load(list_ptr + t).to(tl.int64)
+        tl.debug_barrier()  # the row is read to its end before it is written again, and written before it is read
+        score_blocks(x_ptr + n * D, w_ptr, b_ptr, gate_ptr, rows_ptr, row, D, count, 0, 1, BLOCK_L, BLOCK_D)
+        tl.debug_barrier()
+        select_row(row, rows_ptr, count, acts_ptr + n * K, indices_ptr + n * K, K, index_offset, last, BLOCK)
+
+
+def listed_tokens(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens where wanted (N,) bool, ascending, as int32 (N+1,) of which the first `listed` (0-d int32) count."""
+    n = wanted.shape[0]
+    place = torch.where(wanted, wanted.cumsum(0) - 1, n)
+    tokens = torch.zeros(n + 1, dtype=torch.int32, device=wanted.device)
+    tokens.scatter_(0, place, torch.arange(n, dtype=torch.int32, device=wanted.device))
+    return tokens, wanted.sum(dtype=torch.int32)
+
+
+def exhaustive_top_k(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    rows: Tensor | None,
+    count: Tensor,
+    tokens: Tensor,
+    listed: Tensor,
+    acts: Tensor,
+    indices: Tensor,
+    offset: int,
+    last: int,
+) -> None:
+    """Writes acts and indices (N, K) of the listed tokens, over the first `count` (0-d int32) of the positions."""
+    n, D = x.shape
+    k, positions = acts.shape[1], W.shape[0] if rows is None else rows.shape[0]
+    slots = min(SLOTS, n)
+    scratch = torch.empty(slots, positions, dtype=torch.float32, device=x.device)
+    programs = min(PROGRAMS, triton.cdiv(positions, BLOCK_L))
+    block = min(BLOCK, max(64, triton.next_power_of_2(positions)))
+    blocks = {"BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}
+    _scores_kernel[(programs,)](
+        x, W, b, gate, rows, count, tokens, listed, scratch, D, positions, programs,
+        SLOTS=slots, **blocks, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    _select_kernel[(slots,)](
+        rows, count, tokens, listed, scratch, acts, indices, positions, k, offset, last, BLOCK=block, num_warps=8
+    )
+    if n > slots:
+        _rest_kernel[(slots,)](
+            x, W, b, gate, rows, count, tokens, listed, scratch, acts, indices, D, positions, k, offset, last,
+            SLOTS=slots, BLOCK=block, **blocks, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        value = POINTERS[dtype]
+        inputs = {"x_ptr": value, "w_ptr": value, "b_ptr": value}
+        lists = {"count_ptr": "*i32", "list_ptr": "*i32", "listed_ptr": "*i32", "scratch_ptr": "*fp32"}
+        outputs = {"acts_ptr": value, "indices_ptr": "*i32"}
+        blocks = {"BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}
+        for kernel, name, signature, sizes, constants, warps in (
+            (_scores_kernel, "scores", inputs | lists, ("D", "positions", "programs"),
+             {"gate_ptr": None, "SLOTS": SLOTS, **blocks}, NUM_WARPS),
+            (_select_kernel, "select", lists | outputs, ("positions", "K", "index_offset", "last"),
+             {"BLOCK": BLOCK}, 8),
+            (_rest_kernel, "rest", inputs | lists | outputs, ("D", "positions", "K", "index_offset", "last"),
+             {"gate_ptr": None, "SLOTS": SLOTS, "BLOCK": BLOCK, **blocks}, NUM_WARPS),
+        ):  # fmt: skip
+            found.append(
+                Variant(
+                    kernel, f"exhaustive {name}/{value[1:]}", signature | dict.fromkeys(sizes, "i32"),
+                    constants | {"rows_ptr": None}, warps, aligned=tuple({"D", "positions"} & set(sizes)),
+                )
+            )  # fmt: skip
+    return found

@@ -1,0 +1,138 @@
+"""t̂ = fp16(t · 2ᵉ) row by row, with ‖t̂‖ and ‖t - t̂‖ measured at the cast: the copy that a product screens with.
+
+One program narrows one row: a pass for the largest magnitude, which puts the row's largest element in [1/2, 1), and a
+pass that rounds and measures. fp16 has three more bits than bf16 and the tensor cores multiply both at the same rate;
+the scale by row keeps its short exponent from mattering. Norms are of the unscaled row and rounded up, so a bound built
+on them holds: with x = x̂ + r, w = ŵ + q, |⟨x, w⟩ - ⟨x̂, ŵ⟩| <= ‖r‖‖ŵ‖ + ‖x‖‖q‖.
+
+Products of two such rows are below D in magnitude, so they fit fp16 for D <= 65504.
+
+Bytes: D·(sizeof(t) + 2) a row, the second pass reads L1 or L2.
+Flops: 8·D a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .variants import POINTERS, Variant
+
+WIDEST = 65504
+ALIGNMENT = 16
+"""Columns of a narrow copy are padded with zeros to a multiple of this: products want rows of whole 32-byte sectors."""
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """low (rows, padded D) fp16; scale, norm, residual fp32 (rows,): t̂ = low · scale, ‖t̂‖, ‖t - t̂‖, rounded up."""
+
+    low: Tensor
+    scale: Tensor
+    norm: Tensor
+    residual: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.low, self.scale, self.norm, self.residual]
+
+
+@triton.jit
+def power_of_two(largest):
+    """2ᵉ that brings `largest` > 0 into [1/2, 1), and 2⁻ᵉ. Of 0, inf and NaN the result is finite and does not matter."""
+    exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF, 1), 252)
+    up = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent + 1) << 23).to(tl.float32, bitcast=True)
+    return up, down
+
+
+@triton.jit
+def _narrow_kernel(
+    t_ptr, low_ptr, scale_ptr, norm_ptr, residual_ptr, D, padded, NARROW: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    # Shapes.
+    row = tl.program_id(0).to(tl.int64)
+    source, target = t_ptr + row * D, low_ptr + row * padded
+
+    # The largest magnitude decides the scale; it does not depend on the order of a sum.
+    up, down = 1.0, 1.0
+    if NARROW:
+        most = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            most = tl.maximum(most, tl.abs(tl.load(source + d, mask=d < D, other=0.0).to(tl.float32)))
+        up, down = power_of_two(tl.max(most, axis=0))
+
+    # Round, and measure what was kept and what was lost.
+    kept = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    lost = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start in range(0, padded, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        value = tl.load(source + d, mask=d < D, other=0.0).to(tl.float32) * up
+        low = value.to(low_ptr.dtype.element_ty)
+        rest = value - low.to(tl.float32)
+        kept += low.to(tl.float32) * low.to(tl.float32)
+        lost += rest * rest
+        tl.store(target + d, low, mask=d < padded)
+
+    # Store. 2⁻¹⁶ is more than the sums and roots can have lost.
+    tl.store(scale_ptr + row, down)
+    tl.store(norm_ptr + row, tl.sqrt(tl.sum(kept, axis=0)) * down * (1 + 2**-16))
+    tl.store(residual_ptr + row, tl.sqrt(tl.sum(lost, axis=0)) * down * (1 + 2**-16))
+
+
+def padded_width(D: int) -> int:
+    return triton.cdiv(D, ALIGNMENT) * ALIGNMENT
+
+
+def allocate(t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
+    """Memory for a narrow copy of t (rows, D), not filled."""
+    rows, D = t.shape
+    vectors = [torch.empty(rows, dtype=torch.float32, device=t.device) for _ in range(3)]
+    return Narrow(torch.empty(rows, padded_width(D), dtype=dtype, device=t.device), *vectors)
+
+
+def narrow_rows(t: Tensor, low: Tensor, scale: Tensor, norm: Tensor, residual: Tensor) -> None:
+    """Fills the four from t (rows, D). low in float32 is a plain copy, padded: then nothing is lost and scale is 1."""
+    rows, D = t.shape
+    if rows:
+        block = block_of(D)
+        _narrow_kernel[(rows,)](
+            t, low, scale, norm, residual, D, low.shape[1],
+            NARROW=low.dtype == torch.float16, BLOCK_D=block, num_warps=warps_of(block),
+        )  # fmt: skip
+
+
+def narrowed(t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
+    """A narrow copy of t (rows, D)."""
+    copy = allocate(t, dtype)
+    narrow_rows(t, *copy.tensors())
+    return copy
+
+
+def block_of(D: int) -> int:
+    """A row at once where it fits 1024 columns; more would leave too few programs in flight on a multiprocessor."""
+    return min(1024, max(64, triton.next_power_of_2(D)))
+
+
+def warps_of(block: int) -> int:
+    """Eight values to a thread."""
+    return max(1, min(4, block // 256))
+
+
+def variants() -> list[Variant]:
+    found = []
+    for dtype, low in ((torch.float32, torch.float16), (torch.bfloat16, torch.float16), (torch.float32, torch.float32)):
+        for D in (768, 4096, 1000):
+            signature = {
+                "t_ptr": POINTERS[dtype], "low_ptr": POINTERS[low], "scale_ptr": "*fp32", "norm_ptr": "*fp32",
+                "residual_ptr": "*fp32", "D": "i32", "padded": "i32",
+            }  # fmt: skip
+            constants = {"NARROW": low == torch.float16, "BLOCK_D": block_of(D)}
+            name = f"narrow/{POINTERS[dtype][1:]}-{POINTERS[low][1:]}/D={D}"
+            aligned = ("D", "padded") if D % 16 == 0 else ("padded",)
+            found.append(Variant(_narrow_kernel, name, signature, constants, warps_of(block_of(D)), aligned=aligned))
+    return found
