@@ -91,33 +91,39 @@ def unit_rows(W: Tensor) -> Tensor:
 def zipf_rows(W_dec: Tensor, n: int, k: int, generator: torch.Generator) -> Tensor:
     """(n, D): each token a sum of k different decoder rows drawn by Zipf(1), weighted in [1, 2), plus some noise."""
     M, D = W_dec.shape
-    weights = 1.0 / torch.arange(1, M + 1, dtype=torch.float32)
-    rank_to_latent = torch.randperm(M, generator=generator)  # hot latents lie anywhere, not first
+    device = W_dec.device
+    weights = 1.0 / torch.arange(1, M + 1, dtype=torch.float32, device=device)
+    rank_to_latent = torch.randperm(M, generator=generator, device=device)  # hot latents lie anywhere, not first
     rows = []
     for start in range(0, n, 512):
         m = min(512, n - start)
         drawn = rank_to_latent[torch.multinomial(weights.expand(m, M), min(k, M), generator=generator)]
-        coefficients = 1 + torch.rand(drawn.shape, generator=generator)
+        coefficients = 1 + torch.rand(drawn.shape, generator=generator, device=device)
         rows.append(torch.einsum("nk,nkd->nd", coefficients, W_dec[drawn]))
-    return torch.cat(rows) + 0.05 * torch.randn(n, D, generator=generator)
+    return torch.cat(rows) + 0.05 * torch.randn(n, D, generator=generator, device=device)
 
 
-def build(case: Case, real: Callable[[Case, int], Tensor], trained: Callable[[Case], dict[str, Tensor]]) -> Inputs:
-    """The case's tensors, from its seed.
+def build(
+    case: Case,
+    real: Callable[[Case, int], Tensor],
+    trained: Callable[[Case], dict[str, Tensor]],
+    device: torch.device | str = "cpu",
+) -> Inputs:
+    """The case's tensors, from its seed, made on the device: another kind of device draws other numbers.
 
     real(case, n) gives n rows of activations; trained(case) gives the trained SAE's W_enc, b_enc, W_dec, b_dec.
     """
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator(device).manual_seed(case.seed)
     N, D, M, K = case.N, case.D, case.M, case.K
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
-    W_enc, b_enc, b_dec = randn(M, D) / D**0.5, torch.zeros(M), torch.zeros(D)
+    W_enc, b_enc, b_dec = randn(M, D) / D**0.5, torch.zeros(M, device=device), torch.zeros(D, device=device)
     W_dec = unit_rows(W_enc)
     provenance = f"seed {case.seed}"
     if case.distribution == "real":
-        x = real(case, N * N_BATCHES)
+        x = real(case, N * N_BATCHES).to(device)
         b_dec, provenance = x.mean(0), "activations of a language model"
     elif case.distribution == "zipf":
         W_enc = W_dec.clone()
@@ -128,6 +134,6 @@ def build(case: Case, real: Callable[[Case, int], Tensor], trained: Callable[[Ca
         b_enc[M // 3] = 100.0
     if case.weights == "trained":
         parameters = trained(case)
-        W_enc, b_enc, W_dec, b_dec = (parameters[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+        W_enc, b_enc, W_dec, b_dec = (parameters[name].to(device) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
         provenance += ", trained weights"
     return Inputs(tuple(x.split(N)), W_enc, b_enc, W_dec, b_dec, provenance)

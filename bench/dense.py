@@ -7,7 +7,7 @@ decoder's gradient projected, Adam(fused=True), and the decoder's rows renormali
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,27 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
 
 
-class Dense:
-    """F.linear, relu, topk, scatter, matmul, mse, backward, fused Adam. autocast: in bfloat16, weights kept in fp32."""
+@contextlib.contextmanager
+def fp32_products(precision: str) -> Iterator[None]:
+    """How fp32 products are computed meanwhile: "highest" in fp32, "high" in TF32 on a GPU that has it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
-    def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, lr: float = LR) -> None:
-        self.name = "dense bf16" if autocast else "dense fp32"
+
+class Dense:
+    """F.linear, relu, topk, scatter, matmul, mse, backward, fused Adam.
+
+    autocast: in bfloat16, weights kept in fp32. tf32: fp32 products on the tensor cores, with TF32's ten bits.
+    """
+
+    def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, tf32: bool = False, lr: float = LR) -> None:
+        self.name = "dense bf16" if autocast else "dense tf32" if tf32 else "dense fp32"
         self.k = k
-        self.autocast = autocast
+        self.autocast, self.products = autocast, "high" if tf32 else "highest"
         tensors = (inputs.W_enc, inputs.b_enc, inputs.W_dec, inputs.b_dec)
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (nn.Parameter(t.clone()) for t in tensors)
         self.optimizer = torch.optim.Adam(self.parameters(), lr=lr, fused=True)
@@ -60,40 +74,80 @@ class Dense:
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with self.precision():
+        with fp32_products(self.products), self.precision():
             acts, indices, _ = self.topk(x)
         return acts, indices
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        with self.precision():
+        with fp32_products(self.products), self.precision():
             return self.decode(*self.topk(x)).float()
 
     def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
-        with self.precision():
-            code = self.topk(x)
-            mark("encode")
-            recon = self.decode(*code)
-            mark("decode")
-        loss = (recon.float() - x).square().sum(-1).mean()
-        mark("loss")
-        loss.backward()
-        self.update()
-        mark("update")
+        with fp32_products(self.products):
+            with self.precision():
+                code = self.topk(x)
+                mark("encode")
+                recon = self.decode(*code)
+                mark("decode")
+            loss = (recon.float() - x).square().sum(-1).mean()
+            mark("loss")
+            loss.backward()
+            self.update()
+            mark("update")
         return loss.detach()
 
     @torch.no_grad()
     def update(self) -> None:
         """Project the decoder's gradient, Adam, renormalise: the rows have norm 1 before and after."""
-        grad = self.W_dec.grad
-        assert grad is not None
-        grad.sub_((grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec)
+        assert self.W_dec.grad is not None
+        self.project(self.W_dec.grad, self.W_dec)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True))
+        self.renormalise(self.W_dec)
+
+    @staticmethod
+    def project(grad: Tensor, W: Tensor) -> None:
+        grad.sub_((grad * W).sum(-1, keepdim=True) * W)
+
+    @staticmethod
+    def renormalise(W: Tensor) -> None:
+        W.div_(W.norm(dim=-1, keepdim=True))
 
     def state_bytes(self) -> int:
         return bytes_of([*self.parameters(), *optimizer_tensors(self.optimizer)])
+
+
+class Compiled(Dense):
+    """Dense through torch.compile: forward with backward, projection, renormalisation. Adam is fused already."""
+
+    def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, tf32: bool = False, lr: float = LR) -> None:
+        super().__init__(inputs, k, autocast=autocast, tf32=tf32, lr=lr)
+        self.name += " compiled"
+        # The same function objects live as long as this does, so that a second step meets what the first compiled.
+        self.compiled_loss = torch.compile(self.loss, dynamic=False)
+        self.compiled_topk = torch.compile(self.topk, dynamic=False)
+        self.project = torch.compile(Dense.project, dynamic=False)  # type: ignore[method-assign]
+        self.renormalise = torch.compile(Dense.renormalise, dynamic=False)  # type: ignore[method-assign]
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.decode(*self.topk(x)).float() - x).square().sum(-1).mean()
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with fp32_products(self.products), self.precision():
+            acts, indices, _ = self.compiled_topk(x)
+        return acts, indices
+
+    def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
+        with fp32_products(self.products):
+            with self.precision():
+                loss = self.compiled_loss(x)
+            mark("loss")
+            loss.backward()
+            self.update()
+            mark("update")
+        return loss.detach()
 
 
 class SparseEager(Dense):
@@ -103,7 +157,8 @@ class SparseEager(Dense):
     autocast: the encoder's product and top-k in bfloat16, all else in fp32, where it is not slower.
     """
 
-    CHUNK = 256
+    GPU_CHUNK = 2**29
+    """Bytes that a chunk of gathered rows may take on a GPU, which many small launches slow; else it is 256 tokens."""
 
     def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, lr: float = LR) -> None:
         super().__init__(inputs, k, autocast=autocast, lr=lr)
@@ -131,8 +186,9 @@ class SparseEager(Dense):
     def backward(self, x: Tensor, acts: Tensor, indices: Tensor, grad: Tensor) -> None:
         """x: the encoder's input, b_dec subtracted; grad: dL/d recon. Sets .grad of the four parameters."""
         dW_enc, dW_dec, db_enc = (torch.zeros_like(p) for p in (self.W_enc, self.W_dec, self.b_enc))
-        for start in range(0, x.shape[0], self.CHUNK):
-            rows = slice(start, start + self.CHUNK)
+        chunk = max(256, self.GPU_CHUNK // (self.k * x.shape[1] * 4) if x.is_cuda else 0)
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
             i, g = indices[rows], grad[rows].unsqueeze(1)
             dacts = torch.where(acts[rows] > 0, (F.embedding(i, self.W_dec) * g).sum(-1), 0)
             flat = i.flatten()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,11 @@ class Fused:
 
     name = "fastsae"
 
-    def __init__(self, inputs: Inputs, k: int, *, lr: float = LR, backend: str | None = None) -> None:
+    def __init__(
+        self, inputs: Inputs, k: int, *, lr: float = LR, backend: str | None = None, cuda_graph: bool = False
+    ) -> None:
         M, D = inputs.W_enc.shape
-        self.sae = fastsae.SparseAutoencoder(D, M, fastsae.TopK(k))
+        self.sae = fastsae.SparseAutoencoder(D, M, fastsae.TopK(k), device=inputs.W_enc.device)
         self.sae.backend = backend
         assert self.sae.W_enc is not None
         with torch.no_grad():
@@ -28,7 +32,8 @@ class Fused:
             self.sae.b_enc.copy_(inputs.b_enc)
             self.sae.W_dec.copy_(inputs.W_dec)
             self.sae.b_dec.copy_(inputs.b_dec)
-        self.train_step = fastsae.FusedTrainStep(self.sae, lr=lr, backend=backend)
+        graph: dict[str, Any] = {"cuda_graph": True} if cuda_graph else {}
+        self.train_step = fastsae.FusedTrainStep(self.sae, lr=lr, backend=backend, **graph)
         self.metrics: dict[str, Tensor] = {}
         self._redone: list[Tensor] = []
 
@@ -70,8 +75,10 @@ class FusedByPart:
         both = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
         self.moments = [torch.zeros_like(t) for t in both for _ in range(2)]
         self.screen = self._prepare(inputs.x - self.b_dec)
-        self.lr = torch.tensor(lr, dtype=torch.float64)
-        self.steps = torch.tensor(0)
+        device = self.W_enc.device
+        self.lr = torch.tensor(lr, dtype=torch.float64, device=device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._age = 0
 
     def _prepare(self, centred: Tensor) -> Screen | None:
         return ops.prepare_screen(self.W_enc, self.b_enc, x=centred, k=self.k, backend=self.backend)
@@ -79,9 +86,12 @@ class FusedByPart:
     @torch.no_grad()
     def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
         centred = x - self.b_dec
-        # Chosen again as often as FusedTrainStep does, so that the parts and the whole step are of one format.
-        if self.steps > 0 and int(self.steps) % SCREEN_LIFE == 0:
+        # Chosen again as often as FusedTrainStep does, so that the parts and the whole step are of one format: on a GPU
+        # never.
+        if self._age == SCREEN_LIFE and x.device.type == "cpu":
             self.screen = self._prepare(centred)
+            self._age = 0
+        self._age += 1
         codes = ops.encode_topk(centred, self.W_enc, self.b_enc, self.k, screen=self.screen, backend=self.backend)
         mark("encode")
         recon = ops.decode(codes, self.W_dec, backend=self.backend).add_(self.b_dec)

@@ -30,9 +30,10 @@ class SAELens:
         config = importlib.import_module("sae_lens.config")
         self.name = "sae-lens" + (" bf16" if autocast else "") + (" sparse" if sparse else "")
         M, D = inputs.W_enc.shape
+        device = str(inputs.W_enc.device)
         settings = lens.TopKTrainingSAEConfig(
             d_in=D, d_sae=M, k=k, apply_b_dec_to_input=True, use_sparse_activations=sparse,
-            rescale_acts_by_decoder_norm=False, normalize_activations="none",
+            rescale_acts_by_decoder_norm=False, normalize_activations="none", device=device,
         )  # fmt: skip
         self.sae = lens.TopKTrainingSAE(settings)
         with torch.no_grad():
@@ -43,6 +44,7 @@ class SAELens:
         n = len(inputs.x)
         run = config.SAETrainerConfig(
             total_training_samples=10**9, train_batch_size_samples=n, lr=LR, lr_end=LR, autocast=autocast,
+            device=device,
         )  # fmt: skip
         self.trainer = trainer.SAETrainer(run, self.sae, data_provider=iter(()))
 
@@ -73,8 +75,9 @@ class DictionaryLearning:
         M, D = inputs.W_enc.shape
         trainers = importlib.import_module("dictionary_learning.trainers.top_k")
         self.trainer = trainers.TopKTrainer(
-            steps=10**6, activation_dim=D, dict_size=M, k=k, layer=0, lm_name="", lr=LR, warmup_steps=1, device="cpu"
-        )
+            steps=10**6, activation_dim=D, dict_size=M, k=k, layer=0, lm_name="", lr=LR, warmup_steps=1,
+            device=str(inputs.W_enc.device),
+        )  # fmt: skip
         sae = self.sae = self.trainer.ae
         with torch.no_grad():
             sae.encoder.weight.copy_(inputs.W_enc)
@@ -108,15 +111,19 @@ class Sparsify:
         self.name = "sparsify"
         M, D = inputs.W_enc.shape
         library = importlib.import_module(self.module)
+        if inputs.W_enc.device.type == "cpu":
+            # Where Triton is installed it decodes with its GPU kernel on every device; this is its own CPU path.
+            coder: Any = importlib.import_module(f"{self.module}.sparse_coder")
+            coder.decoder_impl = importlib.import_module(f"{self.module}.utils").eager_decode
         config = library.SparseCoderConfig(num_latents=M, k=k, normalize_decoder=True)
-        sae = self.sae = library.SparseCoder(D, config)
+        sae = self.sae = library.SparseCoder(D, config, device=inputs.W_enc.device)
         with torch.no_grad():
             sae.encoder.weight.copy_(inputs.W_enc)
             sae.encoder.bias.copy_(inputs.b_enc)
             sae.W_dec.copy_(inputs.W_dec)
             sae.b_dec.copy_(inputs.b_dec)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
-        self.since_fired = torch.zeros(M, dtype=torch.long)
+        self.since_fired = torch.zeros(M, dtype=torch.long, device=inputs.W_enc.device)
 
     def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
         self.sae.set_decoder_norm_to_unit_norm()

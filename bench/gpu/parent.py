@@ -1,0 +1,284 @@
+"""`python -m bench.gpu`: proves and times the engine on this GPU, unattended and within a budget.
+
+Goes through the jobs of plan.py, most important first: what the machine is (and building what is missing), every op of
+every backend against float64, the device's ceilings, every op and whole training step against dense PyTorch and public
+libraries, compute-sanitizer, sweeps over N, D, M and K. Each job runs in a process of its own and each result is
+written when it is there, so a crash or a hang costs one case, and a run that is stopped is taken up where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.gpu import child, faults, plan, report
+from bench.gpu.plan import Job, Settings
+from bench.gpu.setup_machine import result_folder
+from bench.gpu.store import FOUND_WRONG, Store
+from bench.gpu.worker import Child
+from bench.results import RESULTS
+
+START_SECONDS = 90.0
+"""What a process may take before it begins its first item: imports, and on a cold machine the reading of them."""
+LEAST_SECONDS = {"full": 12.0, "toy": 2.0}
+"""With less than this left, no further job is begun."""
+POLL_SECONDS = 0.1
+PLOT_SECONDS = 20.0
+"""Plots take a processor's seconds, so while a run goes on they are made again no more often than this."""
+
+EPILOG = """examples:
+  python -m bench.gpu                                   everything that fits into eight minutes
+  python -m bench.gpu --budget 3600                     everything
+  python -m bench.gpu --only check ceilings             correctness and the device's rates alone
+  python -m bench.gpu --only steps-big --items fastsae "dense bf16 compiled"
+  python -m bench.gpu --report-only --out FOLDER        tables and plots again, from the files
+  python -m bench.gpu --device cpu --size toy           the same path where there is no GPU, within a minute
+  TRITON_INTERPRET=1 python -m bench.gpu --device cpu --size toy --backends triton
+
+exit codes: 0 done, or as far as the budget went; 1 a result is wrong or a case crashed; 2 wrong usage or no such
+device; 130 interrupted. Files: <job>.json, results.csv, summary.md, *.svg and *.png, logs/<job>.log."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """argparse and not tyro: the command has to start on a machine that has torch and little else."""
+    p = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="for everything (default: 480)")
+    p.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
+    p.add_argument("--size", choices=list(plan.CASES), default="full", help="toy: milliseconds a case (default: full)")
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="default: bench/results/<device>/gpu")
+    p.add_argument("--fresh", action="store_true", help="measure again what the folder already holds")
+    p.add_argument("--only", nargs="+", default=[], metavar="JOB", help="jobs by the start of their name, see --list")
+    p.add_argument("--items", nargs="+", default=[], metavar="ITEM", help="of those jobs only these items, see --list")
+    p.add_argument(
+        "--backends", nargs="+", default=None, metavar="NAME",
+        help="checked, and the first of them timed (default: triton and reference on cuda, cpu and reference on cpu)",
+    )  # fmt: skip
+    p.add_argument("--list", action="store_true", help="print the jobs and their items, in order, and stop")
+    p.add_argument("--report-only", action="store_true", help="measure nothing; write CSV, summary and plots again")
+    p.add_argument(
+        "--plant", metavar="OP:FAULT",
+        help="break an op, to see that it is noticed: decode:wrong, or raise, crash or hang; its results say so",
+    )  # fmt: skip
+    return p  # fmt: skip
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM, made to unwind like Ctrl-C."""
+
+
+@contextlib.contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Run:
+    """A run: settings, its store, and the time that is left."""
+
+    def __init__(self, settings: Settings, deadline: float) -> None:
+        self.settings, self.deadline = settings, deadline
+        self.store: Store | None = None
+        self.logs = Path(tempfile.gettempdir())
+        self.stale = False  # results since the outputs were made
+        self.drawn = -PLOT_SECONDS
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def record(self, job: Job, item: str, result: dict[str, Any]) -> None:
+        say(f"{job.name:18} {item:28} {result['status']:8} {note(result)}")
+        if self.store is not None:
+            self.store.put(job, item, result, self.settings.cases[job.case] if job.case else None)
+            self.stale = True
+
+    def job(self, job: Job, todo: list[str], bar: Any = None) -> dict[str, Any]:
+        """Runs the items, in as many processes as it takes; returns the results. Stops where the time is up."""
+        results: dict[str, Any] = {}
+        while todo and self.left() > LEAST_SECONDS[self.settings.size]:
+            worker = Child(job, self.settings, todo, self.logs / f"{job.name}.log")
+            try:
+                self.outputs()  # of what there was before, while the child starts
+                done, end = self.watch(worker, bar)
+            finally:
+                worker.end()
+            results |= done
+            todo = [item for item in todo if item not in done]
+            if end == "budget" or not worker.has_begun:
+                break
+        return results
+
+    def watch(self, worker: Child, bar: Any) -> tuple[dict[str, Any], str]:
+        """Follows one process to its end: the results, and what ended it, "exit" or "budget"."""
+        job, begun, since, limit = worker.job, None, time.monotonic(), START_SECONDS
+        done: dict[str, Any] = {}
+
+        def finish(item: str, result: dict[str, Any]) -> None:
+            done[item] = result
+            self.record(job, item, result)
+            if bar is not None:
+                bar.update()
+
+        while True:
+            code = worker.process.poll()  # before reading: what it wrote last is read below
+            for line in worker.news():
+                since = time.monotonic()
+                if "begun" in line:
+                    worker.has_begun = True
+                    begun, limit = line["begun"], job.limit
+                else:
+                    begun, limit = None, START_SECONDS
+                    finish(line["item"], line["result"])
+            if code is not None:
+                if begun is not None:
+                    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                    finish(begun, {"status": "died", "error": f"the process ended with {how}: {worker.tail()}"})
+                elif code not in (0, child.LOST):
+                    first = next((item for item in worker.items if item not in done), job.name)
+                    finish(first, {"status": "died", "error": f"exit code {code} outside an item: {worker.tail()}"})
+                return done, "exit"
+            if self.left() <= 0:
+                return done, "budget"
+            if time.monotonic() - since > limit:
+                if begun is not None:
+                    finish(begun, {"status": "timeout", "error": f"not done within {limit:.0f} s: {worker.tail()}"})
+                else:
+                    first = next(item for item in worker.items if item not in done)
+                    finish(first, {"status": "timeout", "error": f"not begun within {limit:.0f} s: {worker.tail()}"})
+                return done, "exit"
+            time.sleep(POLL_SECONDS)
+
+    def outputs(self, last: bool = False) -> None:
+        """CSV and summary from the files, where something is new; the plots too, if the last ones are not too fresh."""
+        if self.store is None or not (self.stale or last):
+            return
+        plots = last or time.monotonic() - self.drawn > PLOT_SECONDS
+        report.write(self.store, plots=plots)
+        self.stale = False
+        if plots:
+            self.drawn = time.monotonic()
+
+
+def note(result: dict[str, Any]) -> str:
+    """A result in a few words."""
+    if "error" in result:
+        return str(result["error"]).splitlines()[0][:110]
+    for name in ("step", "time"):
+        if name in result:
+            return f"{result[name]['ms']:.4g} ms ({result[name]['p20']:.4g} - {result[name]['p80']:.4g})"
+    if "rate" in result:
+        return f"{result['rate'] / 1e12:.4g} T/s, {result['what']}"
+    if "passed" in result:
+        return f"{result['passed']} checks, the worst at {result['worst_of_bound']:.2f} of its bound"
+    return str(result.get("summary", ""))
+
+
+def say(text: str) -> None:
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    default = ("triton", "reference") if options.device == "cuda" else ("cpu", "reference")
+    return Settings(options.device, options.size, tuple(options.backends or default), options.plant)
+
+
+def about_machine(run: Run) -> dict[str, Any] | str:
+    """Builds what is missing and asks what this machine is; or the reason why it cannot be used."""
+    # A process for each: one that was there before the build does not find what was built.
+    for item in ("build", "device"):
+        found = run.job(Job("machine", "machine", (item,), limit=320), [item])
+        if item not in found:
+            return f"the machine could not be asked; see {run.logs / 'machine.log'}"
+    result = found["device"]
+    return result["machine"] if result["status"] == "ok" else str(result["error"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    settings = settings_of(options)
+    try:
+        jobs = plan.chosen(plan.jobs(settings), options.only, options.items)
+        if settings.plant:
+            faults.parse(settings.plant)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.list:
+        for job in jobs:
+            print(f"{job.name:18} {', '.join(job.items)}")
+        return 0
+    if options.report_only:
+        return report_only(options.out)
+    # A twentieth is kept for the last outputs.
+    run = Run(settings, time.monotonic() + options.budget - min(8.0, 0.05 * options.budget))
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as logs, terminated_like_interrupted():
+        run.logs = Path(logs)
+        machine = about_machine(run)
+        if isinstance(machine, str):
+            print(f"error: {machine}", file=sys.stderr)
+            return 2
+        out = options.out or result_folder(RESULTS, machine, settings)
+        store = run.store = Store(out, machine | {"size": settings.size, "plant": settings.plant})
+        store.begin()
+        run.logs = out / "logs"
+        run.logs.mkdir(exist_ok=True)
+        return everything(run, store, jobs, options.fresh)
+
+
+def everything(run: Run, store: Store, jobs: Sequence[Job], fresh: bool) -> int:
+    """All jobs as far as the time goes. Returns the exit code."""
+    todo = {job: [item for item in job.items if fresh or item not in store.items(job)] for job in jobs}
+    total, count = sum(len(job.items) for job in jobs), sum(map(len, todo.values()))
+    if count < total:
+        say(f"{total - count} of {total} results are there already (--fresh measures them again)")
+    try:
+        with tqdm(total=count, unit="item", disable=None, file=sys.stderr) as bar:
+            for job, items in todo.items():
+                run.job(job, items, bar)
+    except KeyboardInterrupt:
+        run.outputs(last=True)
+        say(f"interrupted; the same command goes on from here. Results so far: {store.out}")
+        return 130
+    run.outputs(last=True)
+    held = {job.name: store.items(job) for job in jobs}
+    wrong = [f"{name}: {item}" for name, items in held.items() for item, r in items.items()
+             if r["status"] in FOUND_WRONG]  # fmt: skip
+    missed = sum(item not in held[job.name] for job in jobs for item in job.items)
+    if missed:
+        say(f"{missed} of {total} items were not reached; the same command goes on from here")
+    for line in wrong:
+        say(f"to look at: {line}")
+    say(f"results: {store.out}")
+    return 1 if wrong else 0
+
+
+def report_only(out: Path | None) -> int:
+    if out is None:
+        print("error: --report-only needs --out FOLDER, the results' folder", file=sys.stderr)
+        return 2
+    try:
+        store = Store.found(out)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report.write(store)
+    print(f"results: {out}")
+    return 0
