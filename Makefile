@@ -4,6 +4,8 @@
 #   make test    the whole test suite              make lint    ruff and mypy
 #   make bench   time whole steps and write bench/results/, then redraw plots and the README's table
 #   make venv    the environment alone             make clean   remove what make made
+#   make kernels-check   compile the Triton kernels for every target, without a GPU, and compare with the table
+#   make kernels-report  ... and write the table: bench/results/compiled/
 #
 # Overridable: make test PYTHON=python3.12 VENV=/tmp/env TORCH='torch==2.11.0' ARGS='-k codes -x'
 
@@ -23,7 +25,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: help venv demo test lint format bench bench-quick plots clean
+.PHONY: help venv demo test lint format bench bench-quick plots kernels-check kernels-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -93,6 +95,13 @@ bench-quick: $(VENV)/.installed
 
 plots: $(VENV)/.installed
 	$(BIN)/python -m bench.plot
+
+# Interpreted kernels cannot be compiled, so these two want a process without TRITON_INTERPRET.
+kernels-check: $(VENV)/.installed
+	env -u TRITON_INTERPRET $(BIN)/python -m bench.compiled --check $(ARGS)
+
+kernels-report: $(VENV)/.installed
+	env -u TRITON_INTERPRET $(BIN)/python -m bench.compiled $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist ./*.egg-info fastsae/*.so .pytest_cache .ruff_cache .mypy_cache .benchmarks .cache runs
