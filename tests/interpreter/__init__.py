@@ -1,0 +1,48 @@
+"""Triton's interpreter, mended for tests on machines without a GPU: `mend()`, before any kernel runs.
+
+The interpreter runs a kernel's Python on CPU tensors, program by program, with numpy for each op. As released it
+computes bfloat16 on its bit patterns, truncates where hardware rounds, reads and writes wherever a pointer happens to
+lead, drops `tl.device_assert`, and spends most of its time on looking up what the language is. Mended, it
+
+- computes bf16 in float32 and rounds to nearest even; fp16 and bf16 dots accumulate in float32, TF32 dots round so;
+- raises OutOfBounds for every live lane outside the tensor that its pointer was made from;
+- raises where tl.device_assert fails, and where int32 arithmetic overflows, as Triton's debug mode does on a GPU;
+- treats floats among the arguments, `and`, `or`, `not`, tl.maximum of NaN and unknown options as the compiler does;
+- reduces and scans with any combining function in log2(n) vector steps;
+- raises what the kernel raised, with the kernel's line in the traceback.
+
+fp8 casts are refused. Not seen here at all: races between programs or threads, shared memory, what compiles.
+All of this replaces private parts of Triton, hence the range of versions that it accepts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.runtime import interpreter as stock
+
+SUPPORTED = ((3, 6), (3, 7))
+
+
+class OutOfBounds(IndexError):
+    """A live lane of a load, store or atomic lies outside the tensor that its pointer was made from."""
+
+
+def mend() -> None:
+    """Replaces what is broken or slow in the interpreter of this process; a second call changes nothing.
+
+    Raises ImportError outside Triton 3.6-3.7, and where Triton was imported without TRITON_INTERPRET=1.
+    """
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) not in SUPPORTED:
+        wanted = " and ".join(".".join(map(str, version)) for version in SUPPORTED)
+        raise ImportError(
+            f"the mended interpreter replaces private parts of Triton {wanted}, found {triton.__version__}"
+        )
+    if not isinstance(tl.sum, stock.InterpretedFunction):
+        raise ImportError("Triton was imported before TRITON_INTERPRET=1 was set, so its kernels are compiled ones")
+    from tests.interpreter import kept, launch, memory, numbers, reductions  # they need what only those versions have
+
+    if not hasattr(stock, "mended_for_fastsae"):
+        stock.mended_for_fastsae = True
+        for part in (numbers, memory, reductions, launch, kept):
+            part.mend()
