@@ -1,7 +1,7 @@
 """out[n, k] = ⟨x[n], W[indices[n, k]]⟩ at the active latents only; 0 in empty slots (the gradient of the acts).
 
-One program computes a token: its slots in blocks of BLOCK_L, each block by `dots.row_dots`, so the bits are those of the
-exact score. x's row is read once for each block and stays in L1.
+One program computes a token: its slots in blocks of BLOCK_L, each block by `dots.row_dots`, so the bits are those of
+the exact score. x's row is read once for each block and stays in L1.
 
 Bytes: nnz·D·sizeof(W) + N·D·sizeof(x) + nnz·(8 + sizeof(acts)).
 Flops: 2·nnz·D.

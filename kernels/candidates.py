@@ -1,8 +1,9 @@
 """From a token's survivors those that can be among its K largest, and whether it is certain that they all are there.
 
-One program takes one token. With L the K-th largest lower end v - e of the survivors, K latents score at least L; so only
-v + e >= L can belong to the K largest. Who did not survive scores at most the bar τ: where L > τ nobody was left out, and
-where τ = 0 nobody who could be (an act of 0 is an empty slot). Such a token is certified, unless a list was too short.
+One program takes one token. With L the K-th largest lower end v - e of the survivors, K latents score at least L; so
+only v + e >= L can belong to the K largest. Who did not survive scores at most the bar τ: where L > τ nobody was left
+out, and where τ = 0 nobody who could be (an act of 0 is an empty slot). Such a token is certified, unless a list was
+too short.
 
 Bytes: 24 a survivor, 8 a candidate.
 Flops: 31·2 a survivor, integer.
@@ -98,8 +99,8 @@ def select(
 
 
 def warps_of(block: int) -> int:
-    """Eight survivors to a thread, while there are warps."""
-    return max(1, min(16, block // 256))
+    """Eight survivors to a thread; of the longest lists 32, for which half the warps have twice the registers."""
+    return max(1, min(8, block // 256))
 
 
 def variants() -> list[Variant]:

@@ -1,7 +1,7 @@
 """out[n] = Σ_k acts[n, k] · W[indices[n, k]]: A W, an act of 0 adds nothing.
 
-One program computes BLOCK_N tokens × BLOCK_D columns in registers, slot by slot in order; a masked gather moves only the
-rows that are there. Several tokens share a program so that narrow tiles too have enough loads in flight.
+One program computes BLOCK_N tokens × BLOCK_D columns in registers, slot by slot in order; a masked gather moves only
+the rows that are there. Several tokens share a program so that narrow tiles too have enough loads in flight.
 
 Bytes: nnz·D·sizeof(W) + N·D·sizeof(W) + 8·nnz; the rows of latents in common use come from L2.
 Flops: 2·nnz·D.
@@ -40,13 +40,12 @@ def choose(D: int) -> Config:
 
 
 @triton.jit
-def _decode_kernel(
-    acts_ptr, indices_ptr, offsets_ptr, w_ptr, out_ptr, N, K, D,
+def decoded_tile(
+    acts_ptr, indices_ptr, offsets_ptr, w_ptr, n, d, N, K, D,
     RAGGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    # Shapes: which tokens, which columns, and where each token's slots lie.
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """(BLOCK_N, BLOCK_D) fp32: columns d of the tokens n of A W, 0 outside."""
+    # Shapes: where each token's slots lie.
     is_token = n < N
     if RAGGED:
         first = tl.load(offsets_ptr + n, mask=is_token, other=0)
@@ -66,14 +65,25 @@ def _decode_kernel(
             act = tl.load(acts_ptr + first + slot, mask=live, other=0.0).to(tl.float32)
             live &= act != 0
             latent = tl.load(indices_ptr + first + slot, mask=live, other=0).to(tl.int64)
-            w = tl.load(
-                w_ptr + latent[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
-            ).to(tl.float32)
+            w = tl.load(w_ptr + latent[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(
+                tl.float32
+            )
             acc += act[:, None] * w
+    return acc
 
-    # Store.
+
+@triton.jit
+def _decode_kernel(
+    acts_ptr, indices_ptr, offsets_ptr, w_ptr, out_ptr, N, K, D,
+    RAGGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = decoded_tile(
+        acts_ptr, indices_ptr, offsets_ptr, w_ptr, n, d, N, K, D, RAGGED, BLOCK_N, BLOCK_D, UNROLL
+    )  # fmt: skip
     out = out_ptr + n.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=is_token[:, None] & (d < D)[None, :])
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
 
 
 def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:

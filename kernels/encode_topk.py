@@ -51,7 +51,9 @@ def fp32_sums() -> Iterator[None]:
         settings.allow_fp16_reduced_precision_reduction = before
 
 
-def chunk_product(x: Narrow, W: Narrow, rows: Tensor | None, count: Tensor, out: Tensor, chunk: int, stride: int) -> None:
+def chunk_product(
+    x: Narrow, W: Narrow, rows: Tensor | None, count: Tensor, out: Tensor, chunk: int, stride: int
+) -> None:
     """Screened products of a chunk's positions chunk, chunk + stride, ... into the first columns of out (N, width)."""
     if rows is None and x.low.dtype == torch.float16:
         part = W.low[chunk::stride][: out.shape[1]]

@@ -1,9 +1,10 @@
 """The K largest of a few tokens by scoring every latent: for tokens that no screen could certify, listed on the device.
 
-How many there are is not known to the host, so the launches are fixed and return at once where there is nothing to do:
-first the list's first SLOTS tokens, whose scores all programs compute together into rows of scratch memory and one
-program a token selects from; then whatever is left, one program a token. Scores are those of `rescore`, bit for bit.
-A score's key is found bit by bit over the whole row, then the row is walked through in order: ties go to the lower index.
+How many there are is not known to the host, so the launches are fixed and return at once where there is nothing to
+do: first the list's first SLOTS tokens, whose scores all programs compute together into rows of scratch memory and
+one program a token selects from; then whatever is left, one program a token. Scores are those of `rescore`, bit for
+bit. A score's key is found bit by bit over the whole row, then the row is walked through in order: ties go to the
+lower index.
 
 Bytes: M·D·sizeof(W) for each token of the list (from L2 where that fits), 32·M·4 to select.
 Flops: 2·M·D a token.
@@ -23,7 +24,8 @@ from .variants import POINTERS, Variant
 
 SLOTS = 64
 PROGRAMS = 1024
-BLOCK = 2048
+BLOCK = 1024
+REST_BLOCK = 512  # of a program that also holds a block of dots, without spilling
 
 
 @triton.jit
@@ -43,9 +45,7 @@ def score_blocks(
 
 
 @triton.jit
-def select_row(
-    score_row, rows_ptr, count, acts_row, indices_row, K, index_offset, last, BLOCK: tl.constexpr
-):
+def select_row(score_row, rows_ptr, count, acts_row, indices_row, K, index_offset, last, BLOCK: tl.constexpr):
     """The K largest positive of a row of `count` scores, in order, as one token of a fixed code."""
     # The K-th largest key.
     least = tl.full((), 0, tl.int32)
@@ -100,8 +100,8 @@ def _scores_kernel(
     for t in range(0, tl.minimum(listed, SLOTS)):
         n = tl.load(list_ptr + t).to(tl.int64)
         score_blocks(
-            x_ptr + n * D, w_ptr, b_ptr, gate_ptr, rows_ptr, scratch_ptr + (tl.full((), 0, tl.int64) + t) * positions, D, count,
-            tl.program_id(0), programs, BLOCK_L, BLOCK_D,
+            x_ptr + n * D, w_ptr, b_ptr, gate_ptr, rows_ptr, scratch_ptr + (tl.full((), 0, tl.int64) + t) * positions,
+            D, count, tl.program_id(0), programs, BLOCK_L, BLOCK_D,
         )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def exhaustive_top_k(
     if n > slots:
         _rest_kernel[(slots,)](
             x, W, b, gate, rows, count, tokens, listed, scratch, acts, indices, D, positions, k, offset, last,
-            SLOTS=slots, BLOCK=block, **blocks, num_warps=NUM_WARPS,
+            SLOTS=slots, BLOCK=min(REST_BLOCK, block), **blocks, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def variants() -> list[Variant]:
             (_select_kernel, "select", lists | outputs, ("positions", "K", "index_offset", "last"),
              {"BLOCK": BLOCK}, 8),
             (_rest_kernel, "rest", inputs | lists | outputs, ("D", "positions", "K", "index_offset", "last"),
-             {"gate_ptr": None, "SLOTS": SLOTS, "BLOCK": BLOCK, **blocks}, NUM_WARPS),
+             {"gate_ptr": None, "SLOTS": SLOTS, "BLOCK": REST_BLOCK, **blocks}, NUM_WARPS),
         ):  # fmt: skip
             found.append(
                 Variant(

@@ -1,8 +1,9 @@
 """What every screened encoder shares: the sizes of a screened product, its tables, and the bound on a screened score.
 
-The product x̂ Ŵᵀ is computed in chunks that stay in L2, and (N, M) never is. Positions 0 ... P-1 number the latents that
-are considered: all M, or the `rows` of AuxK. Chunk j of S holds every S-th position, j, j + S, ..., so that the first few
-chunks are a fair sample of all (a dictionary may be sorted, or hot at its front), and need not be computed twice.
+The product x̂ Ŵᵀ is computed in chunks that stay in L2, and (N, M) never is. Positions 0 ... P-1 number the latents
+that are considered: all M, or the `rows` of AuxK. Chunk j of S holds every S-th position, j, j + S, ..., so that the
+first few chunks are a fair sample of all (a dictionary may be sorted, or hot at its front), and need not be computed
+twice.
 
 A screened score v of the exact score s obeys |v - s| <= e with
     v = ŝ · 2^(..) · g + b·g,      e = p_n · A_i + q_n · B_i + (|v| + |b_i·g|) · r + t_n

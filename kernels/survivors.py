@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .screening import TABLE_ROWS, bounded_score, roundoff
+from .screening import bounded_score, roundoff
 from .variants import POINTERS, Variant
 
 BLOCK_N = 8
@@ -42,7 +42,8 @@ def _survivors_kernel(
     p = tl.load(bounds_ptr + N + n, mask=is_token, other=0.0)[:, None]
     q = tl.load(bounds_ptr + 2 * N + n, mask=is_token, other=0.0)[:, None]
     tiny = tl.load(bounds_ptr + 3 * N + n, mask=is_token, other=0.0)[:, None]
-    bar = tl.load(bars_ptr + n, mask=is_token, other=float("inf"))[:, None]
+    if not PER_LATENT:
+        bar = tl.load(bars_ptr + n, mask=is_token, other=float("inf"))[:, None]
     count = tl.load(counts_ptr + n, mask=is_token, other=0)
     row = n.to(tl.int64)[:, None]
 

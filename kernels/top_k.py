@@ -66,7 +66,14 @@ def _top_k_kernel(
 
 
 def top_k(
-    latents: Tensor, scores: Tensor, counts: Tensor, certified: Tensor, acts: Tensor, indices: Tensor, offset: int, last: int
+    latents: Tensor,
+    scores: Tensor,
+    counts: Tensor,
+    certified: Tensor,
+    acts: Tensor,
+    indices: Tensor,
+    offset: int,
+    last: int,
 ) -> None:
     """Fills acts and indices (N, K) of the certified tokens. latents (N, candidates) is used up."""
     n, k = acts.shape

@@ -1,0 +1,120 @@
+"""The raw pre-acts x Wᵀ + b, sign kept, of every latent above its threshold, as a ragged code; (N, M) is never stored.
+
+The bar is given, so there is no guess and no certificate: chunks of latents in order, survivors of each, their exact
+scores, and from those what is above. A token with more survivors than its list holds is scored in full, on the device.
+See `encode_topk` for the parts.
+
+Bytes: (N + M)·D·2 a chunk's product and 4·N·M through L2; about nnz·D·sizeof(W) to score.
+Flops: 2·N·M·D on tensor cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .encode_topk import chunk_product, fp32_sums
+from .exhaustive import listed_tokens
+from .narrow import Narrow, narrowed
+from .ragged import count_listed, emit_listed, every_latent
+from .rescore import rescore
+from .screening import chunk_width, tables, token_bounds
+from .survivors import append
+
+LIST_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Each token's survivors (N, slots), ascending: latents int32, exact scores fp32; found (N,), more than slots where
+    a list was too short; tokens, listed: those tokens, as `exhaustive.listed_tokens` gives them."""
+
+    latents: Tensor
+    scores: Tensor
+    found: Tensor
+    tokens: Tensor
+    listed: Tensor
+
+
+def list_slots(tokens: int, latents: int, expected: int) -> int:
+    """Four times what a token is expected to have: few have more, and those are scored in full."""
+    return min(latents, max(256, 4 * expected), max(64, LIST_BYTES // (8 * max(1, tokens))))
+
+
+def survivors_above(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    thresholds: Tensor,
+    per_latent: bool,
+    slots: int,
+    screen: Narrow | None,
+    precision: str,
+) -> Lists:
+    """Every latent that may be above its threshold, scored exactly. thresholds fp32: (M,) if per_latent, else (N,)."""
+    n, latents = x.shape[0], W.shape[0]
+    dtype = torch.float32 if precision == "fp32" else torch.float16
+    if screen is None or precision == "fp32":
+        screen = narrowed(W, dtype)
+    width = chunk_width(n, latents, dtype.itemsize)
+    chunks = triton.cdiv(latents, width)
+    table = tables(screen, b, None, thresholds if per_latent else None, None, chunks, width, strided=False)
+    narrow = narrowed(x, dtype)
+    bounds = token_bounds(narrow, x.shape[1])
+    out = torch.empty(n, width, dtype=dtype, device=x.device)
+    scores = torch.empty(n, slots, dtype=torch.float32, device=x.device)
+    found_latents = torch.empty(n, slots, dtype=torch.int32, device=x.device)
+    found = torch.zeros(n, dtype=torch.int32, device=x.device)
+    end = torch.full((), latents, dtype=torch.int32, device=x.device)
+    with fp32_sums():
+        for j in range(chunks):
+            first = j * width
+            chunk_product(narrow, screen, None, end, out, first, 1)
+            append(out, table[j], bounds, thresholds, end, scores, found_latents, found, first, 1, first, per_latent)
+    if precision != "screened":
+        rescore(x, W, b, None, found_latents, found, scores)
+    return Lists(found_latents, scores, found, *listed_tokens(found > slots))
+
+
+def pack(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    thresholds: Tensor,
+    per_latent: bool,
+    lists: Lists,
+    capacity: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """acts, indices (capacity,), offsets (N+1,) cut at the capacity, and how many entries there are without the cut."""
+    totals = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    acts = torch.zeros(capacity, dtype=dtype, device=x.device)
+    indices = torch.zeros(capacity, dtype=torch.int32, device=x.device)
+    exhaustive = (x, W, b, lists.tokens, lists.listed, acts, indices)
+    given = {"thresholds": thresholds, "per_latent": per_latent}
+    count_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, totals)
+    every_latent(*exhaustive, totals=totals, **given)
+    offsets = torch.cat([totals.new_zeros(1), totals.cumsum(0)])
+    emit_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, offsets, acts, indices)
+    every_latent(*exhaustive, offsets=offsets, **given)
+    return acts, indices, offsets.clamp(max=capacity), offsets[-1]
+
+
+def encode_above(
+    x: Tensor, W: Tensor, b: Tensor, threshold: Tensor, capacity: int, screen: Narrow | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """acts (capacity,) in x's dtype, indices, offsets (N+1,), and 0-d: overflow, tokens scored in full."""
+    n = x.shape[0]
+    if n == 0:
+        none = torch.zeros((), dtype=torch.int64, device=x.device)
+        indices = torch.zeros(capacity, dtype=torch.int32, device=x.device)
+        return x.new_zeros(capacity), indices, none.new_zeros(1), none > 0, none
+    per_latent = threshold.ndim == 1
+    thresholds = threshold.float().contiguous() if per_latent else threshold.float().reshape(-1).expand(n).contiguous()
+    slots = list_slots(n, W.shape[0], capacity // n)
+    lists = survivors_above(x, W, b, thresholds, per_latent, slots, screen, precision)
+    acts, indices, offsets, total = pack(x, W, b, thresholds, per_latent, lists, capacity, x.dtype)
+    return acts, indices, offsets, total > capacity, lists.listed.long()
