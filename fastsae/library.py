@@ -30,6 +30,7 @@ SCHEMAS = {
     "encode_batch_topk": "(Tensor x, Tensor W, Tensor b, SymInt k, Tensor[]? screen, str precision, str? backend) "
     "-> (Tensor acts, Tensor indices, Tensor offsets, Tensor redone)",
     "decode": f"({_CODE}, Tensor W, str? backend) -> Tensor",
+    "decode_error": f"({_CODE}, Tensor W, Tensor target, Tensor? bias, str? backend) -> (Tensor error, Tensor squares)",
     "active_dot": f"(Tensor x, {_CODE}, Tensor W, str? backend) -> Tensor",
     "active_outer": f"({_CODE}, Tensor x, SymInt d_sae, Tensor[]? by_latent, str? backend) -> Tensor",
     "by_latent": f"({_CODE}, SymInt d_sae, str? backend) -> (Tensor offsets, Tensor tokens, Tensor slots)",
@@ -65,6 +66,10 @@ def _fake_encode_batch_topk(x, W, b, k, screen, precision, backend):
 
 def _fake_decode(acts, indices, offsets, W, backend):
     return W.new_empty(acts.shape[0] if offsets is None else offsets.shape[0] - 1, W.shape[1])
+
+
+def _fake_decode_error(acts, indices, offsets, W, target, bias, backend):
+    return target.new_empty(target.shape), target.new_empty(target.shape[0], dtype=torch.float64)
 
 
 def _fake_active_dot(x, acts, indices, offsets, W, backend):
@@ -141,6 +146,7 @@ encode_topk = _define("encode_topk", _fake_encode_topk, cast=("x",))
 encode_above = _define("encode_above", _fake_encode_above, cast=("x",))
 encode_batch_topk = _define("encode_batch_topk", _fake_encode_batch_topk, cast=("x",))
 decode = _define("decode", _fake_decode, cast=("acts",))
+decode_error = _define("decode_error", _fake_decode_error, cast=("acts", "target"))
 active_dot = _define("active_dot", _fake_active_dot, cast=("x", "acts"))
 active_outer = _define("active_outer", _fake_active_outer, cast=("x",), to="acts")
 by_latent = _define("by_latent", _fake_by_latent)

@@ -25,7 +25,11 @@ def n_tokens(x: Tensor) -> int:
 
 def sum_of_squares(t: Tensor) -> Tensor:
     """Σ t² of (N, D), by rows and then in float64: one pass, no copy. Bits do not depend on the CPU threads."""
-    squares = torch.linalg.vector_norm(t, dim=-1).double().square()
+    return total(torch.linalg.vector_norm(t, dim=-1).double().square())
+
+
+def total(squares: Tensor) -> Tensor:
+    """The sum of float64 (N,), in an order that does not depend on the CPU threads."""
     # torch deals a full sum of 32768 numbers or more out to its threads; in a compiled graph the compiler sums.
     if torch.compiler.is_compiling() or squares.numel() <= SERIAL_SUM:
         return squares.sum()
@@ -40,6 +44,9 @@ def squared_error(recon: Tensor, target: Tensor) -> Tensor:
 def total_variance(target: Tensor) -> Tensor:
     """Σ_n ‖target_n - mean‖², the mean taken over this batch."""
     flat = wide(target).reshape(-1, target.shape[-1])
+    if flat.is_cuda and flat.shape[0]:
+        # One kernel by columns instead of hundreds by pieces.
+        return (torch.var(flat, dim=0, correction=0).double().sum() * flat.shape[0]).to(flat.dtype)
     mean = flat.mean(0)
     # By pieces, so that no second (N, D) tensor is made; in a compiled graph the compiler fuses instead.
     pieces = (flat,) if torch.compiler.is_compiling() else flat.split(512)

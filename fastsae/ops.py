@@ -144,6 +144,24 @@ def decode(codes: SparseCodes, W: Tensor, *, backend: str | None = None) -> Tens
     return out.view(*codes.batch_shape, W.shape[1])
 
 
+def decode_error(
+    codes: SparseCodes, W: Tensor, target: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """A W (+ bias) - target: (*batch, D) in W's dtype, and Σ_d of its squares: float64 (*batch).
+
+    target (*batch, D), bias (D,). What a loss needs of a decode, in one pass where a backend can; not differentiable.
+    """
+    check_name(backend)
+    check_that.codes(codes, W)
+    check_that.rows("target", target, "W", W)
+    check_that.tokens("target", target, codes)
+    flat = codes.flatten()
+    goal = target.reshape(-1, target.shape[-1])
+    with torch.no_grad():
+        error, squares = _raw.decode_error(flat.acts, flat.indices, flat.offsets, W, goal, bias, backend)
+    return error.view(*codes.batch_shape, W.shape[1]), squares.view(codes.batch_shape)
+
+
 def active_dot(x: Tensor, codes: SparseCodes, W: Tensor, *, backend: str | None = None) -> Tensor:
     """⟨xₙ, Wᵢ⟩ at the active latents only, 0 in empty slots: shape and dtype of codes.acts. x (*batch, D), W (M, D)."""
     check_name(backend)
@@ -260,6 +278,7 @@ __all__ = [
     "active_outer",
     "by_latent",
     "decode",
+    "decode_error",
     "encode_above",
     "encode_batch_topk",
     "encode_topk",

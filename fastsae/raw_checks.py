@@ -28,7 +28,7 @@ def check_call(op: str, given: dict[str, Any]) -> None:
 
 
 def _check_shapes(given: dict[str, Any]) -> None:
-    like = {n: given[n] for n in ("x", "W", "b", "scale", "acts") if given.get(n) is not None}
+    like = {n: given[n] for n in ("x", "W", "b", "scale", "acts", "target", "bias") if given.get(n) is not None}
     if len({t.dtype for t in like.values()}) > 1:
         raise TypeError(f"got {', '.join(f'{n} {t.dtype}' for n, t in like.items())}, expected one dtype for all")
     x, W, acts, indices = (given.get(n) for n in ("x", "W", "acts", "indices"))
@@ -38,6 +38,8 @@ def _check_shapes(given: dict[str, Any]) -> None:
         "b": latents,
         "scale": latents,
         "indices": None if acts is None else acts.shape,
+        "target": None if W is None or acts is None else (_tokens(acts, offsets), W.shape[1]),
+        "bias": None if W is None else W.shape[1:],
     }
     for name, shape in expected.items():
         t = given.get(name)
@@ -47,8 +49,12 @@ def _check_shapes(given: dict[str, Any]) -> None:
         _check_code(acts, indices, offsets, x, "x")
 
 
+def _tokens(acts: Tensor, offsets: Tensor | None) -> int:
+    return acts.shape[0] if offsets is None else offsets.shape[0] - 1
+
+
 def _check_code(acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor | None, name: str) -> None:
-    tokens = acts.shape[0] if offsets is None else offsets.shape[0] - 1
+    tokens = _tokens(acts, offsets)
     if indices.dtype != torch.int32 or (offsets is not None and offsets.dtype != torch.int64):
         raise TypeError(f"indices are {indices.dtype}, expected torch.int32; offsets, if any, torch.int64")
     if x is not None and x.shape[0] != tokens:

@@ -14,6 +14,7 @@ from fastsae import _cpu, env
 from fastsae.backends.cpu_memory import DTYPES, codes, latent_order, matrix, sort
 from fastsae.backends.cpu_screen import encode_above, encode_batch_topk, encode_topk, prepare_screen
 from fastsae.backends.cpu_update import update_latents_
+from fastsae.reference import wide
 
 if isa := env.cpu_isa():
     _cpu.use_isa(isa)
@@ -57,6 +58,16 @@ def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> 
     out = W.new_empty(acts.shape[0] if offsets is None else offsets.shape[0] - 1, W.shape[1])
     _cpu.decode(code, matrix(W), matrix(out), torch.get_num_threads())
     return out
+
+
+def decode_error(
+    acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, target: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    error = decode(acts, indices, offsets, W)
+    if bias is not None:
+        error.add_(bias)
+    error.sub_(target)
+    return error, torch.linalg.vector_norm(error, dim=-1, dtype=wide(error).dtype).double().square()
 
 
 def active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
@@ -103,6 +114,6 @@ def _checked_order(order: list[Tensor], capacity: int, tokens: int, d_sae: int) 
 
 
 __all__ = [
-    "active_dot", "active_outer", "available", "by_latent", "by_name_only", "decode", "detail", "encode_above",
-    "encode_batch_topk", "encode_topk", "prepare_screen", "supports", "update_latents_",
+    "active_dot", "active_outer", "available", "by_latent", "by_name_only", "decode", "decode_error", "detail",
+    "encode_above", "encode_batch_topk", "encode_topk", "prepare_screen", "supports", "update_latents_",
 ]  # fmt: skip

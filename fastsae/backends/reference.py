@@ -113,6 +113,15 @@ def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> 
     return reference.decode(_dense(acts, indices, offsets, W.shape[0]), wide(W)).to(W.dtype)
 
 
+def decode_error(
+    acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, target: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    error = reference.decode(_dense(acts, indices, offsets, W.shape[0]), wide(W)) - wide(target)
+    if bias is not None:
+        error = error + wide(bias)
+    return error.to(W.dtype), error.double().square().sum(-1)
+
+
 def active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     codes = SparseCodes(acts, indices, W.shape[0], offsets)
     occupied = codes.occupied().flatten()
