@@ -103,6 +103,8 @@ def compile_one(module: str, name: str, target: str) -> dict[str, Any]:
     """The record of one variant on one target. Raises what Triton raises."""
     _, variant = variants_of([module])[name]
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    if variant.maxnreg is not None and TARGETS[target].gpu.backend == "cuda":
+        options["maxnreg"] = variant.maxnreg
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True

@@ -26,6 +26,7 @@ class Variant:
     constants: the value of every constexpr argument, and of every argument that is None.
     aligned: integer arguments that are divisible by 16 in this class; pointers always are.
     product: whether tensor-core instructions are meant.
+    maxnreg: the most registers a thread may have on NVIDIA's GPUs, where the launcher says so.
     """
 
     kernel: Any
@@ -36,3 +37,4 @@ class Variant:
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
     product: bool = False
+    maxnreg: int | None = None

@@ -14,9 +14,13 @@ import triton
 from torch import Tensor
 
 from fastsae import env
+from fastsae.backends import triton_update as _update
 from fastsae.codes import Screen
 from fastsae.kernels import active_dot as _active_dot
 from fastsae.kernels import decode as _decode
+from fastsae.kernels import decode_error as _decode_error
+from fastsae.kernels import encode_above as _encode_above
+from fastsae.kernels import encode_batch_topk as _encode_batch_topk
 from fastsae.kernels import encode_topk as _encode_topk
 from fastsae.kernels.narrow import WIDEST, Narrow, narrowed
 
@@ -39,7 +43,9 @@ def by_name_only() -> bool:
 
 
 def detail() -> dict[str, Any]:
-    device = "Triton's interpreter on the CPU, for tests" if env.triton_is_interpreted() else torch.cuda.get_device_name()
+    device = (
+        "Triton's interpreter on the CPU, for tests" if env.triton_is_interpreted() else torch.cuda.get_device_name()
+    )
     return {"triton": triton.__version__, "device": device, "screening": "fp16, scaled by row"}
 
 
@@ -84,11 +90,49 @@ def encode_topk(
         return _encode_topk.encode_topk(x, W, b, k, rows, scale, index_offset, _screen(screen), precision)
 
 
+def encode_above(
+    x: Tensor, W: Tensor, b: Tensor, threshold: Tensor, capacity: int, screen: list[Tensor] | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with _on(W):
+        return _encode_above.encode_above(x, W, b, threshold, capacity, _screen(screen), precision)
+
+
+def encode_batch_topk(
+    x: Tensor, W: Tensor, b: Tensor, k: int, screen: list[Tensor] | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with _on(W):
+        return _encode_batch_topk.encode_batch_topk(x, W, b, k, _screen(screen), precision)
+
+
 def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     with _on(W):
         return _decode.decode(acts, indices, offsets, W)
 
 
+def decode_error(
+    acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, target: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    with _on(W):
+        return _decode_error.decode_error(acts, indices, offsets, W, target, bias)
+
+
 def active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     with _on(W):
         return _active_dot.active_dot(x, acts, indices, offsets, W)
+
+
+def active_outer(
+    acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, by_latent: list[Tensor] | None
+) -> Tensor:
+    with _on(x):
+        return _update.active_outer(acts, indices, offsets, x, d_sae, by_latent)
+
+
+def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    with _on(acts):
+        return _update.by_latent(acts, indices, offsets, d_sae)
+
+
+def update_latents_(W_enc: Tensor | None, W_dec: Tensor, *args: Any) -> Tensor:
+    with _on(W_dec):
+        return _update.update_latents_(W_enc, W_dec, *args)

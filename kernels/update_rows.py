@@ -1,0 +1,295 @@
+"""Gradient and Adam step of one latent's rows, kept in registers from the first gather to the last store.
+
+    dact_e = ⟨grad_n, W_dec_i⟩    dW_dec_i = Σ act_e · grad_n    dW_enc_i = Σ dact_e · x_n    db_enc_i = Σ dact_e
+    then W_dec's gradient loses its part along W_dec_i, Adam, and W_dec_i is divided by its norm (unit_norm)
+
+over the entries e = (token n, act_e) of latent i. One program takes every R-th latent: neighbours, which are often
+alike in how much they are used, fall to different programs, and it adds the pre-bias term Σ db_enc_i · W_enc_i of its
+latents in registers, so that W_enc is read once. A piece of a long latent (pieces.py) is added up by a program of
+`_row_pieces_kernel`. For rows of at most ROW_LIMIT columns; wider ones: update_wide.py.
+
+Bytes: nnz·(D_in·sizeof(x) + D_out·sizeof(grad)) gathered; M·(D_in + D_out)·(2·sizeof(W) + 4·sizeof(moment)).
+Flops: 6·nnz·D + 15·M·(D_in + D_out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .adam import adam_step
+from .gather import load_rows
+from .limits import register_limit
+from .pieces import Pieces, find_piece
+from .variants import POINTERS, Variant
+
+ROW_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class Config:
+    BLOCK_IN: int
+    BLOCK_OUT: int
+    BLOCK_E: int  # entries whose rows are in flight together
+    num_warps: int
+    max_registers: int
+
+
+def choose(d_in: int, d_out: int) -> Config:
+    """8 columns of a row to a thread, and of 4096 columns 16. Four rows stay in registers (W_dec's, both gradients, the
+    pre-bias sum); the rows of BLOCK_E entries, and later two moments, pass through.
+
+    Entries at once and registers are a bargain: 4 and 168, three programs of four warps on a multiprocessor; for 2048
+    columns 2 and 128, or there would be one program of eight warps; 4096 columns are one at any rate. Odd widths load
+    number by number and pay for their addresses in registers.
+    """
+    block_in, block_out = (max(16, triton.next_power_of_2(d)) for d in (d_in, d_out))
+    widest, warps = max(block_in, block_out), min(8, max(1, max(block_in, block_out) // 256))
+    if widest > 2048:
+        return Config(block_in, block_out, BLOCK_E=2, num_warps=warps, max_registers=255)
+    if d_in % 16 or d_out % 16:
+        return Config(block_in, block_out, BLOCK_E=2, num_warps=warps, max_registers=168)
+    if widest > 1024:
+        return Config(block_in, block_out, BLOCK_E=2, num_warps=warps, max_registers=128)
+    return Config(block_in, block_out, BLOCK_E=4, num_warps=warps, max_registers=168)
+
+
+@triton.jit
+def _add_entries(
+    w, rows_ptr, acts_ptr, begin, end, x_ptr, more_x_ptr, grad_ptr, more_grad_ptr, split, D_IN, D_OUT,
+    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dW_dec_i, dW_enc_i and db_enc_i, summed over the entries begin .. end; w: W_dec_i in float32, 0 past D_OUT."""
+    c_in, c_out = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_OUT)
+    dec, enc = tl.zeros((BLOCK_OUT,), tl.float32), tl.zeros((BLOCK_IN,), tl.float32)
+    bias = tl.full((), 0.0, tl.float32)
+    for first in range(begin, end, BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)
+        live = e < end
+        row = tl.load(rows_ptr + e, mask=live, other=0)
+        act = tl.load(acts_ptr + e, mask=live, other=0.0)
+        grad = load_rows(grad_ptr, more_grad_ptr, row, split, live, c_out, c_out < D_OUT, D_OUT)
+        dact = tl.sum(grad * w[None, :], axis=1)
+        dec += tl.sum(act[:, None] * grad, axis=0)
+        x = load_rows(x_ptr, more_x_ptr, row, split, live, c_in, c_in < D_IN, D_IN)
+        enc += tl.sum(dact[:, None] * x, axis=0)
+        bias += tl.sum(dact, axis=0)
+    return dec, enc, bias
+
+
+@triton.jit
+def _row_pieces_kernel(
+    W_dec_ptr, starts_ptr, rows_ptr, acts_ptr, x_ptr, more_x_ptr, grad_ptr, more_grad_ptr, split,
+    pieces_ptr, sums_ptr, bias_sums_ptr, M, D_IN, D_OUT, length,
+    BITS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """sums[j] (D_OUT + D_IN,), bias_sums[j] = what piece j adds to dW_dec_i, dW_enc_i and db_enc_i of its latent."""
+    j = tl.program_id(0)
+    if j >= tl.load(pieces_ptr + M):
+        return
+    i, begin, end = find_piece(j, pieces_ptr, starts_ptr, M, length, BITS)
+    c_in, c_out = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_OUT)
+    w = tl.load(W_dec_ptr + tl.cast(i, tl.int64) * D_OUT + c_out, mask=c_out < D_OUT, other=0.0).to(tl.float32)
+
+    dec, enc, bias = _add_entries(
+        w, rows_ptr, acts_ptr, begin, end, x_ptr, more_x_ptr, grad_ptr, more_grad_ptr, split, D_IN, D_OUT,
+        BLOCK_IN, BLOCK_OUT, BLOCK_E,
+    )  # fmt: skip
+
+    sums = sums_ptr + tl.cast(j, tl.int64) * (D_OUT + D_IN)
+    tl.store(sums + c_out, dec, mask=c_out < D_OUT)
+    tl.store(sums + D_OUT + c_in, enc, mask=c_in < D_IN)
+    tl.store(bias_sums_ptr + j, bias)
+
+
+@triton.jit
+def _update_rows_kernel(
+    W_enc_ptr, W_dec_ptr, b_enc_ptr, m_enc_ptr, v_enc_ptr, m_dec_ptr, v_dec_ptr, m_bias_ptr, v_bias_ptr,
+    starts_ptr, rows_ptr, acts_ptr, x_ptr, more_x_ptr, grad_ptr, more_grad_ptr, split,
+    pieces_ptr, sums_ptr, bias_sums_ptr, pre_bias_ptr, stats_ptr,
+    numbers_ptr, keys_ptr, eps, beta1, rest1, beta2, rest2, M, D_IN, D_OUT,
+    UNIT_NORM: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Absent, and so not done: W_enc_ptr and its moments (tied), pieces_ptr (nothing is long), pre_bias_ptr.
+
+    pre_bias[p] (D_IN,) = Σ db_enc_i · W_enc_i, stats[p] (4,) = squared norms, both over the latents of program p.
+    """
+    TIED: tl.constexpr = W_enc_ptr is None
+    dec_keys, bias_keys = keys_ptr + (0 if TIED else 2), keys_ptr + (2 if TIED else 4)
+    numbers = (tl.load(numbers_ptr), tl.load(numbers_ptr + 1), eps)
+    betas = (beta1, rest1, beta2, rest2)
+    c_in, c_out = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_OUT)
+    in_enc, in_dec = c_in < D_IN, c_out < D_OUT
+    pre_bias = tl.zeros((BLOCK_IN,), tl.float32)
+    square_enc = tl.full((), 0.0, tl.float64)
+    square_dec = tl.full((), 0.0, tl.float64)
+    square_bias = tl.full((), 0.0, tl.float64)
+
+    for i in range(tl.program_id(0), M, tl.num_programs(0)):
+        # Load the row; a latent in pieces has no entries left to add here.
+        at_dec = tl.cast(i, tl.int64) * D_OUT + c_out
+        w_dec = tl.load(W_dec_ptr + at_dec, mask=in_dec, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        begin, end = tl.load(starts_ptr + i).to(tl.int32), tl.load(starts_ptr + i + 1).to(tl.int32)
+        if pieces_ptr is not None:
+            first, last = tl.load(pieces_ptr + i), tl.load(pieces_ptr + i + 1)
+            begin = tl.where(last > first, end, begin)
+
+        # Gradients.
+        dec, enc, bias = _add_entries(
+            w_dec, rows_ptr, acts_ptr, begin, end, x_ptr, more_x_ptr, grad_ptr, more_grad_ptr, split, D_IN, D_OUT,
+            BLOCK_IN, BLOCK_OUT, BLOCK_E,
+        )  # fmt: skip
+        if pieces_ptr is not None:
+            for j in range(first, last):
+                sums = sums_ptr + tl.cast(j, tl.int64) * (D_OUT + D_IN)
+                dec += tl.load(sums + c_out, mask=in_dec, other=0.0)
+                enc += tl.load(sums + D_OUT + c_in, mask=in_enc, other=0.0)
+                bias += tl.load(bias_sums_ptr + j)
+
+        # The decoder's row, while w_dec is still the one before the step. A row of 0 keeps its gradient and its norm.
+        if TIED:
+            dec += enc
+            if pre_bias_ptr is not None:
+                pre_bias += bias * w_dec
+        square_dec += tl.sum(dec * dec, axis=0).to(tl.float64)
+        if UNIT_NORM:
+            square = tl.sum(w_dec * w_dec, axis=0)
+            dec -= tl.sum(dec * w_dec, axis=0) / tl.where(square > 0, square, 1.0) * w_dec
+        w_dec = adam_step(w_dec, dec, m_dec_ptr, v_dec_ptr, at_dec, in_dec, numbers, betas, dec_keys, STOCHASTIC)
+        if UNIT_NORM:
+            norm = tl.sqrt(tl.sum(w_dec * w_dec, axis=0))
+            w_dec *= 1.0 / tl.where(norm > 0, norm, 1.0)
+        tl.store(W_dec_ptr + at_dec, w_dec.to(W_dec_ptr.dtype.element_ty), mask=in_dec)
+
+        # The encoder's row, where it is another one.
+        if not TIED:
+            at_enc = tl.cast(i, tl.int64) * D_IN + c_in
+            w_enc = tl.load(W_enc_ptr + at_enc, mask=in_enc, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            if pre_bias_ptr is not None:
+                pre_bias += bias * w_enc
+            square_enc += tl.sum(enc * enc, axis=0).to(tl.float64)
+            w_enc = adam_step(w_enc, enc, m_enc_ptr, v_enc_ptr, at_enc, in_enc, numbers, betas, keys_ptr, STOCHASTIC)
+            tl.store(W_enc_ptr + at_enc, w_enc.to(W_enc_ptr.dtype.element_ty), mask=in_enc)
+
+        # The bias.
+        square_bias += bias.to(tl.float64) * bias
+        at = tl.cast(i, tl.int64)
+        b = tl.load(b_enc_ptr + at).to(tl.float32)
+        b = adam_step(b, bias, m_bias_ptr, v_bias_ptr, at, True, numbers, betas, bias_keys, STOCHASTIC)
+        tl.store(b_enc_ptr + at, b.to(b_enc_ptr.dtype.element_ty))
+
+    # Sums over this program's latents.
+    p = tl.program_id(0).to(tl.int64)
+    if pre_bias_ptr is not None:
+        tl.store(pre_bias_ptr + p * D_IN + c_in, pre_bias, mask=in_enc)
+    tl.store(stats_ptr + 4 * p, square_enc)
+    tl.store(stats_ptr + 4 * p + 1, square_dec)
+    tl.store(stats_ptr + 4 * p + 2, square_bias)
+    tl.store(stats_ptr + 4 * p + 3, 0.0)
+
+
+Moments = tuple[Tensor | None, Tensor | None]
+
+
+def update(
+    W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, enc_moments: Moments, dec_moments: Moments,
+    bias_moments: Moments, entries: tuple[Tensor | int | None, ...], pieces: Pieces, pre_bias: Tensor | None,
+    stats: Tensor, numbers: Tensor, keys: Tensor, eps: float, betas: tuple[float, float, float, float],
+    unit_norm: bool, stochastic: bool, programs: int,
+) -> None:  # fmt: skip
+    """Steps W_enc, W_dec and b_enc, and fills pre_bias (programs, D_in) float32 and stats[:programs].
+
+    entries: starts, rows, acts, x, more_x, grad, more_grad, split as update_latents.Entries has them.
+    """
+    (d_sae, d_out), d_in = W_dec.shape, (W_dec if W_enc is None else W_enc).shape[1]
+    c = choose(d_in, d_out)
+    blocks = dict(BLOCK_IN=c.BLOCK_IN, BLOCK_OUT=c.BLOCK_OUT, BLOCK_E=c.BLOCK_E, num_warps=c.num_warps)
+    blocks |= register_limit(c.max_registers)
+    sums = bias_sums = None
+    if pieces.first is not None:
+        sums = torch.empty(pieces.capacity, d_out + d_in, dtype=torch.float32, device=W_dec.device)
+        bias_sums = torch.empty(pieces.capacity, dtype=torch.float32, device=W_dec.device)
+        _row_pieces_kernel[(pieces.capacity,)](
+            W_dec, *entries, pieces.first, sums, bias_sums, d_sae, d_in, d_out, pieces.length,
+            BITS=pieces.BITS, **blocks,
+        )  # fmt: skip
+    _update_rows_kernel[(programs,)](
+        W_enc, W_dec, b_enc, *enc_moments, *dec_moments, *bias_moments, *entries, pieces.first, sums, bias_sums,
+        pre_bias, stats, numbers, keys, eps, *betas, d_sae, d_in, d_out,
+        UNIT_NORM=unit_norm, STOCHASTIC=stochastic, **blocks,
+    )  # fmt: skip
+
+
+SCALARS = dict.fromkeys(("eps", "beta1", "rest1", "beta2", "rest2"), "fp32") | dict.fromkeys(
+    ("M", "D", "D_IN", "D_OUT", "split", "length"), "i32"
+)
+WORKSPACES = {
+    "starts_ptr": "*i64", "rows_ptr": "*i32", "acts_ptr": "*fp32", "dacts_ptr": "*fp32", "pieces_ptr": "*i32",
+    "sums_ptr": "*fp32", "bias_sums_ptr": "*fp32", "scratch_ptr": "*fp32", "pre_bias_ptr": "*fp32",
+    "stats_ptr": "*fp64", "numbers_ptr": "*fp32", "keys_ptr": "*i32",
+    "biases_ptr": "*fp32", "alongs_ptr": "*fp32", "weights_ptr": "*fp32", "weights2_ptr": "*fp32",
+}  # fmt: skip
+WEIGHTS = (
+    "W_ptr", "W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "x_ptr", "more_x_ptr", "grad_ptr", "more_grad_ptr",
+    "source_ptr", "more_source_ptr", "source2_ptr", "more_source2_ptr",
+)  # fmt: skip
+MOMENTS = ("m_ptr", "v_ptr", "m_enc_ptr", "v_enc_ptr", "m_dec_ptr", "v_dec_ptr", "m_bias_ptr", "v_bias_ptr")
+
+
+def variant(
+    kernel: Any, name: str, dtypes: tuple[torch.dtype, torch.dtype], widths: tuple[int, int],
+    absent: tuple[str, ...], constants: dict[str, Any], num_warps: int, maxnreg: int,
+) -> Variant:  # fmt: skip
+    """A compilation of one of the update kernels, which name their arguments alike. dtypes: of weights and moments."""
+    weight, moment = dtypes
+    types = SCALARS | WORKSPACES | dict.fromkeys(WEIGHTS, POINTERS[weight]) | dict.fromkeys(MOMENTS, POINTERS[moment])
+    used = [argument for argument in kernel.arg_names if argument in types]
+    sizes = {"D_IN": widths[0], "D_OUT": widths[1], "D": widths[1]}
+    return Variant(
+        kernel,
+        f"{name}/{POINTERS[weight][1:]}-{POINTERS[moment][1:]}/D={widths[0]}x{widths[1]}",
+        {argument: types[argument] for argument in used if argument not in absent},
+        constants | {argument: None for argument in used if argument in absent},
+        num_warps,
+        aligned=tuple(name for name, width in sizes.items() if name in used and width % 16 == 0),
+        maxnreg=maxnreg,
+    )
+
+
+ONE_TERM = ("more_x_ptr", "more_grad_ptr")
+TIED = ("W_enc_ptr", "m_enc_ptr", "v_enc_ptr")
+UNCUT = ("pieces_ptr", "sums_ptr", "bias_sums_ptr")
+DTYPES = tuple((w, m) for w in (torch.float32, torch.bfloat16) for m in (torch.float32, torch.bfloat16))
+
+
+def variants() -> list[Variant]:
+    """Rows of every class in all dtypes; where weights and moments are alike also with each option."""
+    found = []
+    for dtypes in DTYPES:
+        for widths in ((768, 768), (2048, 2048), (4096, 4096), (577, 577), (768, 4096)):
+            c = choose(*widths)
+            blocks = {"BLOCK_IN": c.BLOCK_IN, "BLOCK_OUT": c.BLOCK_OUT, "BLOCK_E": c.BLOCK_E}
+            flags = {"UNIT_NORM": True, "STOCHASTIC": dtypes[1] == torch.bfloat16}
+            rows = {"": ONE_TERM if widths[0] == widths[1] else (*ONE_TERM, "pre_bias_ptr")}
+            if dtypes[0] == dtypes[1] and widths[0] == widths[1]:
+                rows |= {"/terms": (), "/tied": TIED, "/uncut": ONE_TERM + UNCUT}
+            for option, absent in rows.items():
+                name, constants = f"update_rows{option}", blocks | flags
+                found.append(
+                    variant(_update_rows_kernel, name, dtypes, widths, absent, constants, c.num_warps, c.max_registers)
+                )
+            if dtypes[0] == dtypes[1]:
+                for option, absent in (("", ONE_TERM), ("/terms", ())):
+                    name, constants = f"row_pieces{option}", blocks | {"BITS": 17}
+                    found.append(
+                        variant(
+                            _row_pieces_kernel, name, dtypes, widths, absent, constants, c.num_warps, c.max_registers
+                        )
+                    )
+    return found
