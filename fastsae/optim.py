@@ -17,6 +17,7 @@ from fastsae import losses, ops, validation
 from fastsae.activations import TopK
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
 from fastsae.sae import SparseAutoencoder
+from fastsae.step_graph import StepGraph
 
 MOMENTS = ("fp32", "bf16")
 FORMAT = 1
@@ -25,6 +26,9 @@ FORMAT = 1
 SCREEN_LIFE = 64
 SCREEN_TRIAL = 2
 REDONE_LIMIT = 0.01
+
+# Steps before a CUDA graph is captured: kernels are compiled by then, and cuBLAS has its workspace.
+GRAPH_WARMUP = 2
 
 
 class FusedTrainStep:
@@ -36,6 +40,9 @@ class FusedTrainStep:
                      stochastically as a function of (seed, step, position).
     backend          of the ops, see `fastsae.backends()`; None takes the fastest.
     check            raise ValueError for NaN in x before anything changes; a host sync on a GPU.
+    cuda_graph       capture the step in a CUDA graph after two ordinary ones and replay it from then on, for as long as
+                     shapes, settings and the places of the parameters stay; other shapes run without. lr is read on
+                     the device, so `step.lr.fill_` and `schedule` work on; a schedule must be made of tensor ops.
 
     The backend's low-precision copy of the encoder (the screen) is maintained by the update. It is made anew when
     somebody else wrote the weights: seen by address and version, and on a CPU also by a sample of one weight in every
@@ -60,6 +67,7 @@ class FusedTrainStep:
         seed: int = 0,
         backend: str | None = None,
         check: bool = False,
+        cuda_graph: bool = False,
     ):
         if not isinstance(sae.activation, TopK):
             raise ValueError(f"got {sae.activation!r}, a fused step knows only TopK's gradient; use a torch optimizer")
@@ -74,6 +82,14 @@ class FusedTrainStep:
         self.sae, self.betas, self.eps = sae, (float(betas[0]), float(betas[1])), float(eps)
         self.schedule, self.moments, self.seed, self.backend, self.check = schedule, moments, seed, backend, check
         device = sae.W_dec.device
+        if cuda_graph and device.type != "cuda":
+            raise ValueError(f"cuda_graph=True needs the SAE on a CUDA device, it is on {device}; move it there first")
+        if cuda_graph and check:
+            raise ValueError("check=True asks the device at every step, which a CUDA graph cannot; leave one of them")
+        self.cuda_graph = cuda_graph
+        self._graph: StepGraph | None = None
+        self._graph_of: tuple[Any, ...] | None = None
+        self._warm = 0
         self.lr = torch.tensor(lr, dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self._state: dict[str, Tensor] = {}
@@ -102,28 +118,64 @@ class FusedTrainStep:
         latents), redone (tokens whose selection was repeated), dead (latents), grad_norm (before projection), lr.
         Raises ValueError for an empty batch and what `sae.inputs` raises; nothing has changed then.
         """
-        sae = self.sae
         self._check_place()
+        if self.cuda_graph:
+            return self._replayed(x, target)
+        return self._step(x, target)
+
+    def _replayed(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """The step by its CUDA graph, which is captured when nothing has changed for GRAPH_WARMUP steps."""
+        settings = self._graph_settings(x, target)
+        if self._graph_of != settings:
+            if self._graph is not None and self._graph_of is not None and self._graph_of[1:] == settings[1:]:
+                return self._step(x, target)  # another shape, the last batch of an epoch for instance
+            self._graph, self._graph_of, self._warm = None, settings, 0
+        if self._graph is None and self._warm < GRAPH_WARMUP:
+            self._warm += 1
+            return self._step(x, target)
+        if self._graph is None:
+            self._current_screen(self.sae.inputs(x, target).encoder_input)  # made outside, so that it can be made anew
+            self._graph = StepGraph(self._step, x, target)
+            self._remember()
+        if self._seen != self._signature():
+            self.refresh()
+        metrics = self._graph(x, target)
+        # A replay writes behind torch's back: whoever saved a parameter for a backward must notice.
+        torch.autograd.graph.increment_version(list(self.sae.parameters()))
+        self._remember()
+        return metrics
+
+    def _graph_settings(self, x: Tensor, target: Tensor | None) -> tuple[Any, ...]:
+        """All that a captured step holds fast: the shapes first, then the settings and the places in memory."""
+        sae = self.sae
+        shapes = (x.shape, x.dtype, None if target is None else (target.shape, target.dtype))
+        held = [*sae.parameters(), *sae.buffers(), *self._state.values(), self.lr, self.count]
+        return (
+            shapes, sae.activation, sae.loss, sae.aux_k, sae.aux_coef, sae.dead_after, sae.precision, sae.pre_bias,
+            sae.decoder_norm, self.betas, self.eps, self.seed, self.backend, self.schedule,
+            tuple(t.data_ptr() for t in held),
+        )  # fmt: skip
+
+    def _step(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        sae = self.sae
         encoder_input, goal, _ = sae.inputs(x, target)
         if encoder_input.shape[0] == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
         losses.check_tokens(sae.loss, encoder_input.shape[0])
         centred = sae.pre_bias and target is None
         if centred:
-            goal = encoder_input  # recon - x = A W_dec - (x - b_dec): saves a pass over (N, D), and a copy of x
+            goal = encoder_input  # recon - x = A W_dec - (x - b_dec): no bias to add, and no copy of x to keep
         screen = self._current_screen(encoder_input)
         codes = sae.activation.encode(
             encoder_input, sae.encoder_weight, sae.b_enc,
             screen=screen, precision=sae.precision, backend=self.backend, check=self.check,
         )  # fmt: skip
-        residual = ops.decode(codes, sae.W_dec, backend=self.backend)
-        if not centred:
-            residual.add_(sae.b_dec)
-        residual.sub_(goal)
+        bias = None if centred else sae.b_dec
+        residual, squares = ops.decode_error(codes, sae.W_dec, goal, bias, backend=self.backend)
         variance = losses.total_variance(goal)
         del goal
         sae.note_fired_(codes)
-        metrics, terms = self._terms(codes, encoder_input, residual, variance, screen)
+        metrics, terms = self._terms(codes, encoder_input, residual, losses.total(squares), variance, screen)
         count = self.count + 1
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.count))
         stats = ops.update_latents_(
@@ -136,11 +188,16 @@ class FusedTrainStep:
         return metrics | {"grad_norm": stats.sum().sqrt(), "lr": lr}
 
     def _terms(
-        self, codes: SparseCodes, encoder_input: Tensor, residual: Tensor, variance: Tensor, screen: Screen | None
+        self,
+        codes: SparseCodes,
+        encoder_input: Tensor,
+        residual: Tensor,
+        squares: Tensor,
+        variance: Tensor,
+        screen: Screen | None,
     ) -> tuple[dict[str, Tensor], list[UpdateTerm]]:
         """The losses and what their gradients come from. residual (N, D_out) = recon - target becomes the gradient."""
         sae, n = self.sae, residual.shape[0]
-        squares = losses.sum_of_squares(residual)
         over = n if sae.loss == "mse" else variance
         loss = squares / over
         dead = sae.dead
@@ -184,7 +241,12 @@ class FusedTrainStep:
         """
         W, b, activation = self.sae.encoder_weight, self.sae.b_enc, self.sae.activation
         assert isinstance(activation, TopK)  # checked at the start
-        self._screen = ops.prepare_screen(W, b, x=encoder_input, k=activation.k, backend=self.backend)
+        fresh = ops.prepare_screen(W, b, x=encoder_input, k=activation.k, backend=self.backend)
+        if self._graph is not None and self._screen is not None and fresh is not None:
+            for place, made in zip(self._screen.tensors, fresh.tensors, strict=True):
+                place.copy_(made)  # where the graph looks for it
+        else:
+            self._screen = fresh
         self._age = 0
         self._remember()
 

@@ -285,7 +285,7 @@ class SparseAutoencoder(nn.Module):
         active = codes.occupied() & (codes.acts != 0)
         # Empty slots all point one past the last latent. Every write writes True, so their order does not matter.
         fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=codes.acts.device)
-        fired[torch.where(active, codes.indices, self.d_sae).flatten()] = True
+        fired.index_fill_(0, torch.where(active, codes.indices, self.d_sae).flatten().long(), True)
         self.tokens_since_fired.add_(codes.n_tokens).masked_fill_(fired[:-1], 0)
 
     @torch.no_grad()

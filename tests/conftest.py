@@ -1,11 +1,48 @@
-"""Fixtures for the whole suite."""
+"""Fixtures for the whole suite, and Triton's interpreter where there is no GPU.
+
+TRITON_INTERPRET has to be set before anything imports Triton, and processes that tests start inherit it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests import interpreter
+
+        interpreter.mend()
+
+# Interpreted kernels run a thousand times slower than compiled ones. So all their cases run in float32, one bar and one
+# precision each, and only these also in the other dtypes, bars and precisions. On a GPU everything runs.
+IN_FULL = ("odd", "norms", "nan", "no-tokens", "one-token", "strided")
+OTHER = {"dtype": torch.float32, "precision": "exact", "kind": "one", "biased": True, "regrouped": False}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-interpreted", action="store_true", help="every case of Triton's interpreter; takes an hour")
+
+
+def _left_out(item: pytest.Item) -> bool:
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    if given.get("backend") != "triton" or str(given.get("case", given.get("name", "odd"))) in IN_FULL:
+        return False
+    return any(given.get(name, usual) != usual for name, usual in OTHER.items())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or config.getoption("all_interpreted"):
+        return
+    out = [item for item in items if _left_out(item)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if not _left_out(item)]
 
 
 @pytest.fixture

@@ -38,6 +38,10 @@ def test_opcheck_of_sparse_products(backend: str, layout: int) -> None:
     code = (codes.acts.requires_grad_(), codes.indices, codes.offsets)
     order = ops.by_latent(codes, backend=backend)
     opcheck(raw.decode.default, (*code, W, backend))
+    opcheck(
+        raw.decode_error.default,
+        (codes.acts.detach(), codes.indices, codes.offsets, W.detach(), x.detach(), W[0].detach(), backend),
+    )
     opcheck(raw.active_dot.default, (x, *code, W, backend))
     opcheck(raw.active_outer.default, (*code, x, M, None, backend))
     opcheck(raw.active_outer.default, (*code, x, M, [order.offsets, order.tokens, order.slots], backend))

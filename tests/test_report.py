@@ -310,7 +310,7 @@ def test_timing_leaves_the_weights_and_adds_up():
     timing = time_step(sae, torch.randn(50, D, generator=torch.Generator().manual_seed(0)))
     for name, p in sae.named_parameters():  # the decoder's rows are normalised again, to the last bit or two
         torch.testing.assert_close(p, before[name], rtol=1e-6, atol=1e-7)
-    assert {"encode topk", "decode", "update latents", "other"} <= set(timing.parts)
+    assert {"encode topk", "decode error", "update latents", "other"} <= set(timing.parts)
     assert all(ms >= 0 for ms in timing.parts.values())
     assert timing.tokens_per_s == pytest.approx(50e3 / sum(timing.parts.values()))
 

@@ -174,7 +174,7 @@ def test_no_terms_at_all_still_takes_an_adam_step(backend: str, dtype: torch.dty
 
 @pytest.mark.parametrize("backend", truth.BACKENDS)
 def test_bf16_moments_are_rounded_at_random_under_a_seed(backend: str) -> None:
-    case = BY_NAME["random"]
+    case = BY_NAME["odd" if backend == "triton" else "random"]
     exact = make_problem(case, torch.float32)
     exact.moments = [m.bfloat16().float() for m in exact.moments]
     exact.run(backend)
@@ -219,7 +219,7 @@ def test_the_screen_is_refreshed_on_the_way(backend: str) -> None:
     truth.assert_top_k(codes, pre, magnitude, 32, exact=False)
 
 
-@pytest.mark.parametrize("backend", truth.ENGINES)
+@pytest.mark.parametrize("backend", truth.THREADED)
 @pytest.mark.parametrize("name", ["random", "hot-latent"])
 def test_update_does_not_depend_on_the_number_of_threads(name: str, backend: str) -> None:
     threads, runs = torch.get_num_threads(), []

@@ -1,0 +1,131 @@
+"""FusedTrainStep(cuda_graph=True): when it captures, when it replays, and what it does when something has changed.
+
+Without a GPU the graph itself is played by a stand-in that runs the step at every call, as a replay would; that a real
+graph gives the same numbers is checked by `python -m bench.gpu`, and here where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsae import optim
+from fastsae.optim import GRAPH_WARMUP, FusedTrainStep
+from fastsae.schedules import Schedule
+from tests.dense_sae import sae_for_test, tokens
+
+WIDTH, LATENTS = 10, 60
+
+
+class StandIn:
+    """Counts how often a step was captured and replayed; a capture itself runs nothing."""
+
+    captured: int
+    replayed: int
+
+    def __init__(self, run, x: Tensor, target: Tensor | None):
+        StandIn.captured += 1
+        self.run, self.shape = run, x.shape
+
+    def __call__(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        StandIn.replayed += 1
+        assert x.shape == self.shape
+        return self.run(x, target)
+
+
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch) -> FusedTrainStep:
+    monkeypatch.setattr(optim, "StepGraph", StandIn)
+    StandIn.captured = StandIn.replayed = 0
+    step = FusedTrainStep(sae_for_test(d_sae=LATENTS, dtype=torch.float32), lr=1e-3)
+    step.cuda_graph = True  # the constructor refuses it on a CPU
+    return step
+
+
+def batch(seed: int, n: int = 16) -> Tensor:
+    return tokens(n, WIDTH, seed, torch.float32)
+
+
+def test_it_captures_after_the_warm_up_and_gives_the_same_numbers(graphed: FusedTrainStep) -> None:
+    plain = FusedTrainStep(copy.deepcopy(graphed.sae), lr=1e-3)
+    for seed in range(GRAPH_WARMUP + 3):
+        got, expected = graphed(batch(seed)), plain(batch(seed))
+        assert {name: float(value) for name, value in got.items()} == {n: float(v) for n, v in expected.items()}
+        assert StandIn.captured == (seed >= GRAPH_WARMUP)
+    assert StandIn.replayed == 3
+    assert int(graphed.count) == GRAPH_WARMUP + 3
+    for p, q in zip(graphed.sae.parameters(), plain.sae.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_another_shape_runs_without_the_graph_and_keeps_it(graphed: FusedTrainStep) -> None:
+    for seed in range(GRAPH_WARMUP + 1):
+        graphed(batch(seed))
+    graphed(batch(7, n=5))
+    graphed(batch(8))
+    assert (StandIn.captured, StandIn.replayed) == (1, 2)
+
+
+@pytest.mark.parametrize("change", ["betas", "loss", "parameter", "schedule"])
+def test_what_a_graph_holds_fast_is_captured_anew(change: str, graphed: FusedTrainStep) -> None:
+    for seed in range(GRAPH_WARMUP + 1):
+        graphed(batch(seed))
+    if change == "betas":
+        graphed.betas = (0.8, 0.99)
+    elif change == "loss":
+        graphed.sae.loss = "fvu"
+    elif change == "schedule":
+        graphed.schedule = Schedule(total=10, warmup=4)
+    else:
+        graphed.sae.W_enc = torch.nn.Parameter(graphed.sae.W_enc.detach().clone())
+    for seed in range(GRAPH_WARMUP):
+        graphed(batch(seed))
+        assert StandIn.captured == 1
+    graphed(batch(9))
+    assert StandIn.captured == 2
+
+
+def test_edited_weights_refill_the_screen_in_its_place(graphed: FusedTrainStep) -> None:
+    for seed in range(GRAPH_WARMUP + 1):
+        graphed(batch(seed))
+    screen = graphed._screen
+    assert screen is not None, "the case needs a backend that screens"
+    places = [t.data_ptr() for t in screen.tensors]
+    with torch.no_grad():
+        graphed.sae.W_enc.mul_(-1)
+    plain = FusedTrainStep(copy.deepcopy(graphed.sae), lr=1e-3)
+    plain.load_state_dict(copy.deepcopy(graphed.state_dict()))
+    assert float(graphed(batch(5))["loss"]) == float(plain(batch(5))["loss"])
+    assert [t.data_ptr() for t in graphed._screen.tensors] == places
+    assert StandIn.captured == 1
+
+
+def test_a_replay_tells_autograd_that_the_weights_changed(graphed: FusedTrainStep) -> None:
+    for seed in range(GRAPH_WARMUP + 1):
+        graphed(batch(seed))
+    out = graphed.sae(batch(1))
+    graphed(batch(2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()
+
+
+def test_it_is_refused_where_it_cannot_work() -> None:
+    sae = sae_for_test(dtype=torch.float32)
+    if sae.W_dec.device.type == "cpu":
+        with pytest.raises(ValueError, match="cuda_graph=True needs the SAE on a CUDA device, it is on cpu"):
+            FusedTrainStep(sae, cuda_graph=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU: a real CUDA graph cannot be captured")
+def test_a_real_graph_gives_the_same_numbers() -> None:
+    runs = []
+    for cuda_graph in (False, True):
+        sae = sae_for_test(d_sae=LATENTS, dtype=torch.float32, aux_k=4, dead_after=40).cuda()
+        step = FusedTrainStep(sae, lr=1e-3, cuda_graph=cuda_graph)
+        losses = [float(step(batch(seed).cuda())["loss"]) for seed in range(8)]
+        runs.append((losses, [p.detach() for p in sae.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
