@@ -17,8 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .keys import key_of, kth_key
+from .limits import register_limit
 from .screening import TABLE_ROWS, Plan, error_of, roundoff
 from .variants import Variant
+
+REGISTERS = 224
 
 
 @triton.jit
@@ -94,6 +97,7 @@ def select(
         values, places, counts, table, bounds, bars, rows, latents, scores, found, certified,
         n, k, p.width, p.chunks, p.survivors, p.candidates,
         ROUNDOFF=roundoff(dtype), EXACT=exact, TABLE_ROWS=TABLE_ROWS, BLOCK=block, num_warps=warps_of(block),
+        **register_limit(REGISTERS),
     )  # fmt: skip
     return latents, scores, found, certified
 
@@ -105,7 +109,7 @@ def warps_of(block: int) -> int:
 
 def variants() -> list[Variant]:
     found = []
-    for block, rows in ((512, False), (1024, False), (2048, True), (8192, True)):
+    for block, rows in ((512, False), (1024, False), (2048, True), (4096, True)):
         signature = {
             "values_ptr": "*fp32", "places_ptr": "*i32", "counts_ptr": "*i32", "table_ptr": "*fp32",
             "bounds_ptr": "*fp32", "bars_ptr": "*fp32", "latents_ptr": "*i32", "scores_ptr": "*fp32",
@@ -120,6 +124,6 @@ def variants() -> list[Variant]:
         name = f"candidates/survivors={block}{'/rows' if rows else ''}"
         aligned = ("N", "width", "candidates")
         found.append(
-            Variant(_candidates_kernel, name, signature, constants, warps_of(block), aligned=aligned)
+            Variant(_candidates_kernel, name, signature, constants, warps_of(block), aligned=aligned, maxnreg=REGISTERS)
         )  # fmt: skip
     return found

@@ -15,7 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import choose, decoded_tile
+from .limits import register_limit
 from .variants import POINTERS, Variant
+
+REGISTERS = 128
 
 
 @triton.jit
@@ -56,6 +59,7 @@ def decode_error(
         _decode_error_kernel[(triton.cdiv(n, c.BLOCK_N), tiles)](
             acts, indices, offsets, W, target, bias, error, squares, n, 0 if offsets is not None else acts.shape[1], D,
             RAGGED=offsets is not None, BLOCK_N=c.BLOCK_N, BLOCK_D=c.BLOCK_D, UNROLL=c.UNROLL, num_warps=c.num_warps,
+            **register_limit(REGISTERS),
         )  # fmt: skip
     return error, squares.double().sum(0)
 
@@ -78,5 +82,9 @@ def variants() -> list[Variant]:
             else:
                 constants["bias_ptr"] = None
             name = f"decode_error/{value[1:]}/D={D}"
-            found.append(Variant(_decode_error_kernel, name, signature, constants, c.num_warps, aligned=("D",)))
+            found.append(
+                Variant(
+                    _decode_error_kernel, name, signature, constants, c.num_warps, aligned=("D",), maxnreg=REGISTERS
+                )
+            )
     return found

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from .dots import BLOCK_D, BLOCK_L, NUM_WARPS
 from .keys import key_of
+from .limits import register_limit
 from .rescore import exact_scores
 from .variants import POINTERS, Variant
 
 BLOCK = 256
 PROGRAMS = 1024
+REGISTERS = 160
 
 
 @triton.jit
@@ -188,6 +190,7 @@ def every_latent(
             W.shape[0], W.shape[1], acts.shape[0], programs,
             EMIT=offsets is not None, BY_KEY=least is not None, PER_LATENT=per_latent,
             BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
+            **register_limit(REGISTERS),
         )  # fmt: skip
 
 
@@ -227,14 +230,15 @@ def variants() -> list[Variant]:
             Variant(
                 _every_kernel, f"ragged every/{what}/threshold",
                 inputs | tokens | where | out | {"thresholds_ptr": value},
-                flags | {"BY_KEY": False, "least_ptr": None, "ties_ptr": None}, NUM_WARPS, aligned=("D",),
+                flags | {"BY_KEY": False, "least_ptr": None, "ties_ptr": None},
+                NUM_WARPS, aligned=("D",), maxnreg=REGISTERS,
             )
         )  # fmt: skip
         found.append(
             Variant(
                 _every_kernel, f"ragged every/{what}/key",
                 inputs | tokens | where | out | {"least_ptr": "*i32", "ties_ptr": "*i64"},
-                flags | {"BY_KEY": True, "thresholds_ptr": None}, NUM_WARPS, aligned=("D",),
+                flags | {"BY_KEY": True, "thresholds_ptr": None}, NUM_WARPS, aligned=("D",), maxnreg=REGISTERS,
             )
         )  # fmt: skip
     for shift in (16, 0):
@@ -242,7 +246,8 @@ def variants() -> list[Variant]:
             Variant(
                 _histogram_kernel, f"ragged histogram/shift={shift}",
                 inputs | {"needed_ptr": "*i32", "bins_ptr": "*i32"} | ({} if shift else {"prefix_ptr": "*i32"}),
-                {"SHIFT": shift, **blocks} | ({"prefix_ptr": None} if shift else {}), NUM_WARPS, aligned=("D",),
+                {"SHIFT": shift, **blocks} | ({"prefix_ptr": None} if shift else {}),
+                NUM_WARPS, aligned=("D",),
             )
         )  # fmt: skip
     return found

@@ -29,6 +29,8 @@ CHUNK_BYTES = 32 << 20
 SAMPLE = 8192
 """Largest sample of a token, in positions: 64 keys to a thread."""
 SAMPLE_SHARE = 16
+LONG_LIST = 4096
+"""A list of survivors that a program holds without spilling on every target; a longer one gives up two deviations."""
 LIST_BYTES = 128 << 20
 """Memory of the lists of survivors; more tokens than fit are encoded slab by slab."""
 
@@ -72,7 +74,11 @@ def plan(tokens: int, positions: int, k: int, element_size: int = 2) -> Plan:
     samples = min(SAMPLE, triton.next_power_of_2(sampled * width))
     share = min(1.0, samples / positions)
     rank = ceil(k * share + 5 * sqrt(k * share) + 4)
-    survivors = min(positions, max(64, ceil(rank / share * (1 + 6 / sqrt(rank)))))
+    expected = rank / share
+    survivors = ceil(expected * (1 + 6 / sqrt(rank)))
+    if survivors > LONG_LIST >= expected * (1 + 4 / sqrt(rank)):
+        survivors = LONG_LIST
+    survivors = min(positions, max(64, survivors))
     candidates = min(triton.next_power_of_2(ceil(1.5 * k) + 64), triton.next_power_of_2(positions))
     slab = max(1, min(tokens, LIST_BYTES // (8 * survivors)))
     return Plan(slab, positions, chunks, width, sampled, samples, rank, survivors, candidates)

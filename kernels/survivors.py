@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .limits import register_limit
 from .screening import bounded_score, roundoff
 from .variants import POINTERS, Variant
 
 BLOCK_N = 8
 BLOCK_C = 256
 NUM_WARPS = 4
+REGISTERS = 200
 
 
 @triton.jit
@@ -97,6 +99,7 @@ def append(
         scores, table, bounds, bars, limit, values, places, counts,
         n, scores.stride(0), width, chunk, stride, base, values.shape[1],
         ROUNDOFF=roundoff(scores.dtype), PER_LATENT=per_latent, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        **register_limit(REGISTERS),
     )  # fmt: skip
 
 
@@ -113,5 +116,7 @@ def variants() -> list[Variant]:
         }  # fmt: skip
         name = f"survivors/{POINTERS[dtype][1:]}{'/threshold by latent' if per_latent else ''}"
         aligned = ("N", "row_stride", "width", "base")
-        found.append(Variant(_survivors_kernel, name, signature, constants, NUM_WARPS, aligned=aligned))
+        found.append(
+            Variant(_survivors_kernel, name, signature, constants, NUM_WARPS, aligned=aligned, maxnreg=REGISTERS)
+        )
     return found
