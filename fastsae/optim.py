@@ -116,6 +116,7 @@ class FusedTrainStep:
 
         Returns 0-d tensors: loss (what was minimised), mse, fvu and aux (all in normalised units), l0 (mean active
         latents), redone (tokens whose selection was repeated), dead (latents), grad_norm (before projection), lr.
+        Counts are int64, and float64 where a CUDA graph gives them.
         Raises ValueError for an empty batch and what `sae.inputs` raises; nothing has changed then.
         """
         self._check_place()
@@ -135,7 +136,7 @@ class FusedTrainStep:
             return self._step(x, target)
         if self._graph is None:
             self._current_screen(self.sae.inputs(x, target).encoder_input)  # made outside, so that it can be made anew
-            self._graph = StepGraph(self._step, x, target)
+            self._graph = self._captured(x, target)
             self._remember()
         if self._seen != self._signature():
             self.refresh()
@@ -145,14 +146,26 @@ class FusedTrainStep:
         self._remember()
         return metrics
 
+    def _captured(self, x: Tensor, target: Tensor | None) -> StepGraph:
+        """The graph. Raises RuntimeError where it cannot be captured: nothing was computed then, and the next calls run
+        without one before it is tried again.
+        """
+        try:
+            return StepGraph(self._step, x, target)
+        except RuntimeError as error:
+            self._graph_of, self._redone = None, None  # what a capture leaves behind was never computed
+            raise RuntimeError(
+                f"this step cannot be captured in a CUDA graph ({error}); pass cuda_graph=False"
+            ) from error
+
     def _graph_settings(self, x: Tensor, target: Tensor | None) -> tuple[Any, ...]:
         """All that a captured step holds fast: the shapes first, then the settings and the places in memory."""
         sae = self.sae
-        shapes = (x.shape, x.dtype, None if target is None else (target.shape, target.dtype))
+        shapes = tuple((t.shape, t.dtype, t.device) for t in (x, target) if t is not None)
         held = [*sae.parameters(), *sae.buffers(), *self._state.values(), self.lr, self.count]
         return (
             shapes, sae.activation, sae.loss, sae.aux_k, sae.aux_coef, sae.dead_after, sae.precision, sae.pre_bias,
-            sae.decoder_norm, self.betas, self.eps, self.seed, self.backend, self.schedule,
+            sae.decoder_norm, sae.norm.mode, self.betas, self.eps, self.seed, self.backend, self.schedule,
             tuple(t.data_ptr() for t in held),
         )  # fmt: skip
 

@@ -71,7 +71,8 @@ def adam(p, g, m, v, numbers, betas):
     # As torch.lerp: from the nearer end, so that β₁ = 0 gives g itself.
     m = tl.where(rest1 < 0.5, m + rest1 * (g - m), g - beta1 * (g - m))
     v = beta2 * v + rest2 * g * g
-    return p - step_size * (m / (tl.sqrt(v) * inverse_root + eps)), m, v
+    # The approximate root and quotient flush what is below 1e-38 to 0; a step waits for memory either way.
+    return p - step_size * tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + eps), m, v
 
 
 @triton.jit

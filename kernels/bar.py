@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .keys import key_of, kth_key
-from .screening import SAMPLE, TABLE_ROWS, Plan
+from .screening import SAMPLE, TABLE_ROWS, Plan, sample_step
 from .variants import Variant
 
 LAST_BIT = 8  # of float32's 23: a relative precision of 2⁻¹⁵ is plenty for a guess
@@ -46,7 +46,7 @@ def bars(scores: Tensor, table: Tensor, bounds: Tensor, count: Tensor, out: Tens
     """Fills out (N,) fp32 from the sampled chunks' scores (N, sampled_chunks · width)."""
     n, limit = out.shape[0], p.sampled_chunks * p.width
     _bar_kernel[(n,)](
-        scores, table, bounds, count, out, n, scores.stride(0), p.width, p.chunks, triton.cdiv(limit, p.samples),
+        scores, table, bounds, count, out, n, scores.stride(0), p.width, p.chunks, sample_step(limit, p.samples),
         limit, p.rank, TABLE_ROWS=TABLE_ROWS, SAMPLES=p.samples, LAST_BIT=LAST_BIT, num_warps=warps_of(p.samples),
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ def _digit(bins: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """The bin, 0-d int32, in which the wanted-th largest lies, -1 where there are fewer; and how many lie above it."""
     reached = bins.flip(0).cumsum(0)
     steps = (reached < wanted).sum()
-    above = torch.where(steps > 0, reached[(steps - 1).clamp(min=0)], 0)
+    above = torch.where(steps > 0, reached.gather(0, (steps - 1).clamp(min=0)[None])[0], 0)
     return (bins.shape[0] - 1 - steps).int(), above
 
 

@@ -41,14 +41,17 @@ from .top_k import top_k
 
 @contextlib.contextmanager
 def fp32_sums() -> Iterator[None]:
-    """cuBLAS adds the parts of an fp16 product in fp32: in fp16, which torch allows it by default, no bound holds."""
+    """cuBLAS adds an fp16 product up in fp32: in fp16, which torch can let it do in two ways, no bound holds."""
     settings = torch.backends.cuda.matmul
-    before = settings.allow_fp16_reduced_precision_reduction
-    settings.allow_fp16_reduced_precision_reduction = False
+    before = settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction
+    if not any(before):
+        yield
+        return
+    settings.allow_fp16_accumulation = settings.allow_fp16_reduced_precision_reduction = False
     try:
         yield
     finally:
-        settings.allow_fp16_reduced_precision_reduction = before
+        settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction = before
 
 
 def chunk_product(
@@ -138,6 +141,7 @@ def _encode_slab(
         for j in range(p.sampled_chunks, p.chunks):
             chunk_product(narrow, screen, rows, count, sampled[0], j, p.chunks)
             keep(sampled[0], j)
+    del scores, sampled  # the largest of all, and not needed any more
     exact = precision != "screened"
     latents, best, found, certified = select(values, places, counts, table, bounds, bar, rows, k, p, dtype, exact)
     if exact:

@@ -40,7 +40,7 @@ def put(score, latent, keep, filled, room, acts_row, indices_row):
 def row_of(offsets_ptr, n, capacity):
     """Where a token's entries begin, and how many slots there are from there on, as int32."""
     first = tl.load(offsets_ptr + n)
-    return first, tl.minimum(capacity - first, 0x7FFFFFFF).to(tl.int32)
+    return first, tl.maximum(tl.minimum(capacity - first, 0x7FFFFFFF), 0).to(tl.int32)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _histogram_kernel(
         if SHIFT == 0:
             counted &= (key >> 16) == tl.load(prefix_ptr)
         # Counts of integers: whatever the order of the additions, the sum is the same.
-        tl.atomic_add(bins_ptr + ((key >> SHIFT) & 0xFFFF), counted.to(tl.int32), mask=counted)
+        tl.atomic_add(bins_ptr + ((key >> SHIFT) & 0xFFFF), counted.to(tl.int64), mask=counted)
 
 
 def count_listed(
@@ -195,8 +195,8 @@ def every_latent(
 
 
 def histogram(x: Tensor, W: Tensor, b: Tensor, needed: Tensor, prefix: Tensor | None) -> Tensor:
-    """int32 (65536,): positive keys by their upper bits, or by their lower 16 where the upper are `prefix`."""
-    bins = torch.zeros(1 << 16, dtype=torch.int32, device=x.device)
+    """int64 (65536,): positive keys by their upper bits, or by their lower 16 where the upper are `prefix`."""
+    bins = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
     if x.shape[0]:
         _histogram_kernel[(x.shape[0],)](
             x, W, b, needed, prefix, bins, W.shape[0], W.shape[1],
@@ -245,7 +245,7 @@ def variants() -> list[Variant]:
         found.append(
             Variant(
                 _histogram_kernel, f"ragged histogram/shift={shift}",
-                inputs | {"needed_ptr": "*i32", "bins_ptr": "*i32"} | ({} if shift else {"prefix_ptr": "*i32"}),
+                inputs | {"needed_ptr": "*i32", "bins_ptr": "*i64"} | ({} if shift else {"prefix_ptr": "*i32"}),
                 {"SHIFT": shift, **blocks} | ({"prefix_ptr": None} if shift else {}),
                 NUM_WARPS, aligned=("D",),
             )

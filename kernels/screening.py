@@ -68,11 +68,18 @@ def plan(tokens: int, positions: int, k: int, element_size: int = 2) -> Plan:
     standard deviations more than are expected to reach the guess. Candidates: the bound lets in 1.03 K on a trained
     SAE, 1.25 K on Gaussian scores of a wide one; 1.5 K + 64 fit.
     """
+    first = _plan(tokens, positions, k, element_size)
+    # Fewer tokens at a time leave room for wider chunks.
+    return first if first.tokens == tokens else _plan(first.tokens, positions, k, element_size)
+
+
+def _plan(tokens: int, positions: int, k: int, element_size: int) -> Plan:
     width = chunk_width(tokens, positions, element_size)
     chunks = triton.cdiv(positions, width)
     sampled = min(max(1, chunks // SAMPLE_SHARE), 4)
     samples = min(SAMPLE, triton.next_power_of_2(sampled * width))
-    share = min(1.0, samples / positions)
+    looked_at = triton.cdiv(sampled * width, sample_step(sampled * width, samples))
+    share = min(1.0, looked_at / positions)
     rank = ceil(k * share + 5 * sqrt(k * share) + 4)
     expected = rank / share
     survivors = ceil(expected * (1 + 6 / sqrt(rank)))
@@ -82,6 +89,11 @@ def plan(tokens: int, positions: int, k: int, element_size: int = 2) -> Plan:
     candidates = min(triton.next_power_of_2(ceil(1.5 * k) + 64), triton.next_power_of_2(positions))
     slab = max(1, min(tokens, LIST_BYTES // (8 * survivors)))
     return Plan(slab, positions, chunks, width, sampled, samples, rank, survivors, candidates)
+
+
+def sample_step(columns: int, samples: int) -> int:
+    """Every which of the sampled columns is looked at; a power of two of samples seldom divides them."""
+    return triton.cdiv(columns, samples)
 
 
 def bound_of_sums(D: int) -> float:

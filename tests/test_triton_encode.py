@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif("triton" not in truth.BACKENDS, reason="no Triton here"),
 ]
 if "triton" in truth.BACKENDS:
-    from fastsae.kernels import encode_above, exhaustive, narrow, screening
+    from fastsae.kernels import encode_above, encode_batch_topk, exhaustive, narrow, screening
 
 
 def _best_of_every_score(x: Tensor, W: Tensor, b: Tensor, k: int) -> SparseCodes:
@@ -120,6 +120,29 @@ def test_encode_above_in_chunks_and_past_its_lists(kind: str, monkeypatch: pytes
     pre, magnitude = truth.scores(x, W, b)
     above = torch.where(pre.isnan() | (pre > threshold), pre, 0)
     truth.assert_within(codes.to_dense(), above, magnitude, "every pre-act above")
+
+
+def test_encode_batch_topk_counts_every_latent_where_ties_fail_its_bar() -> None:
+    """Too few scores above the bar: two histograms, the last latents and the lowest bits of the scores among them."""
+    x, W, b = torch.ones(6, 8), torch.full((100, 8), 0.125), torch.zeros(100)
+    W[96:] *= 2
+    W[:96:3] *= 1 - 2**-20
+    codes = ops.encode_batch_topk(x, W, b, 8, backend="triton").check()
+    assert int(codes.redone) == 6
+    assert torch.equal(codes.to_dense(), reference.batch_top_k(x @ W.mT, 8))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_encode_batch_topk_with_too_little_room(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar that lets too many through: all hot latents lie between those that are sampled."""
+    x, W, b = _normal(6, 8, 2100)
+    monkeypatch.setattr(encode_batch_topk, "LEAST_ROOM", 1)
+    b[1::2] += 10 + spread * torch.linspace(0, 1, 1050)
+    W *= 0.01
+    codes = ops.encode_batch_topk(x, W, b, 4, backend="triton").check()
+    assert int(codes.redone) == 6
+    every = _best_of_every_score(x, W, b, 2100).to_dense()
+    assert torch.equal(codes.to_dense(), reference.batch_top_k(every, 4))
 
 
 # -- the certificate --------------------------------------------------------------------------------------------------
@@ -232,3 +255,17 @@ def test_the_bound_holds_where_it_is_tight() -> None:
     sums = narrow_x.norm.double() * screening.bound_of_sums(48)
     assert bool((p >= narrow_x.residual.double() + sums).all())
     assert screening.bound_of_sums(48) >= 48 * 2**-24
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2000, 16640, 32), (6000, 49152, 64), (3000, 65536, 32), (8192, 24576, 32), (5, 7, 3)]
+)
+def test_a_list_holds_what_is_expected_to_reach_the_guess(sizes: tuple[int, int, int]) -> None:
+    """The sample is a power of two of slots, and looks at fewer positions where that does not divide the chunks."""
+    tokens, positions, k = sizes
+    p = screening.plan(tokens, positions, k)
+    columns = p.sampled_chunks * p.width
+    looked_at = len(range(0, columns, screening.sample_step(columns, p.samples)))
+    assert p.survivors >= min(positions, p.rank * positions / min(looked_at, positions) * (1 + 4 / p.rank**0.5))
+    assert p.chunks * p.width >= positions
+    assert p.candidates >= k
