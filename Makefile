@@ -72,8 +72,9 @@ $(VENV)/.demo: $(VENV)/.installed
 demo: $(VENV)/.demo
 	@$(BIN)/python -m bench.demo $(ARGS)
 
+# A process for each core, whole files to each: the interpreter of the Triton kernels takes half the time.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
