@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .encode_topk import chunk_product, fp32_sums
 from .exhaustive import listed_tokens
-from .narrow import Narrow, narrowed
+from .narrow import Narrow, narrowed, screening_copy
 from .ragged import count_listed, emit_listed, every_latent
 from .rescore import rescore
 from .screening import chunk_width, tables, token_bounds
@@ -51,14 +51,14 @@ def survivors_above(
     thresholds: Tensor,
     per_latent: bool,
     slots: int,
-    screen: Narrow | None,
-    precision: str,
+    screen: Narrow,
+    exact: bool,
 ) -> Lists:
-    """Every latent that may be above its threshold, scored exactly. thresholds fp32: (M,) if per_latent, else (N,)."""
-    n, latents = x.shape[0], W.shape[0]
-    dtype = torch.float32 if precision == "fp32" else torch.float16
-    if screen is None or precision == "fp32":
-        screen = narrowed(W, dtype)
+    """Every latent that may be above its threshold, scored exactly. thresholds fp32: (M,) if per_latent, else (N,).
+
+    exact=False: with their screened scores.
+    """
+    n, latents, dtype = x.shape[0], W.shape[0], screen.low.dtype
     width = chunk_width(n, latents, dtype.itemsize)
     chunks = triton.cdiv(latents, width)
     table = tables(screen, b, None, thresholds if per_latent else None, None, chunks, width, strided=False)
@@ -74,7 +74,7 @@ def survivors_above(
             first = j * width
             chunk_product(narrow, screen, None, end, out, first, 1)
             append(out, table[j], bounds, thresholds, end, scores, found_latents, found, first, 1, first, per_latent)
-    if precision != "screened":
+    if exact:
         rescore(x, W, b, None, found_latents, found, scores)
     return Lists(found_latents, scores, found, *listed_tokens(found > slots))
 
@@ -115,6 +115,7 @@ def encode_above(
     per_latent = threshold.ndim == 1
     thresholds = threshold.float().contiguous() if per_latent else threshold.float().reshape(-1).expand(n).contiguous()
     slots = list_slots(n, W.shape[0], capacity // n)
-    lists = survivors_above(x, W, b, thresholds, per_latent, slots, screen, precision)
+    screen, exact = screening_copy(W, screen, precision), precision != "screened"
+    lists = survivors_above(x, W, b, thresholds, per_latent, slots, screen, exact)
     acts, indices, offsets, total = pack(x, W, b, thresholds, per_latent, lists, capacity, x.dtype)
     return acts, indices, offsets, total > capacity, lists.listed.long()

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from .encode_above import list_slots, pack, survivors_above
 from .encode_topk import chunk_product, fp32_sums
-from .narrow import Narrow, narrowed
+from .narrow import Narrow, narrowed, screening_copy
 from .ragged import every_latent, histogram
-from .screening import tables, token_bounds
 
 SAMPLE_SHARE = 16
 LEAST_SAMPLE = 1024
@@ -28,9 +27,9 @@ SAMPLE = 1 << 21
 LEAST_ROOM = 1 << 16
 
 
-def sampled_bar(x: Tensor, W: Tensor, b: Tensor, k: int, screen: Narrow, dtype: torch.dtype) -> Tensor:
+def sampled_bar(x: Tensor, b: Tensor, k: int, screen: Narrow) -> Tensor:
     """τ, 0-d fp32, at least 0: a screened score that about 1.25 N·k of all exceed, from a strided sample."""
-    latents = W.shape[0]
+    latents, dtype = b.shape[0], screen.low.dtype
     width = min(latents, max(LEAST_SAMPLE, latents // SAMPLE_SHARE))
     stride = latents // width
     few = x[:: max(1, x.shape[0] * width // SAMPLE)].contiguous()
@@ -39,8 +38,8 @@ def sampled_bar(x: Tensor, W: Tensor, b: Tensor, k: int, screen: Narrow, dtype: 
     count = torch.full((), latents, dtype=torch.int32, device=x.device)
     with fp32_sums():
         chunk_product(narrow, screen, None, count, scores, 0, stride)
-    scale, bias = tables(screen, b, None, None, None, 1, latents, strided=False)[0, :2, ::stride][:, :width]
-    v = torch.addcmul(bias, scores.float(), token_bounds(narrow, x.shape[1])[0][:, None] * scale)
+    scale, bias = (t[::stride][:width] for t in (screen.scale, b.float()))
+    v = torch.addcmul(bias, scores.float(), narrow.scale[:, None] * scale)
     expected = k * v.numel() / latents
     rank = min(v.numel(), ceil(1.25 * expected + 5 * sqrt(expected) + 4))
     best = torch.topk(torch.where(v.isnan(), float("-inf"), v).flatten(), rank).values
@@ -56,12 +55,10 @@ def encode_batch_topk(
     if n == 0:
         none = torch.zeros((), dtype=torch.int64, device=x.device)
         return x.new_zeros(0), torch.zeros(0, dtype=torch.int32, device=x.device), none.new_zeros(1), none
-    dtype = torch.float32 if precision == "fp32" else torch.float16
-    if screen is None or precision == "fp32":
-        screen = narrowed(W, dtype)
-    bar = sampled_bar(x, W, b, k, screen, dtype)
+    screen, exact = screening_copy(W, screen, precision), precision != "screened"
+    bar = sampled_bar(x, b, k, screen)
     bars = bar.expand(n).contiguous()
-    lists = survivors_above(x, W, b, bars, False, list_slots(n, latents, 4 * k), screen, precision)
+    lists = survivors_above(x, W, b, bars, False, list_slots(n, latents, 4 * k), screen, exact)
     room = min(n * latents, max(3 * wanted, LEAST_ROOM))
     scores, found, offsets, total = pack(x, W, b, bars, False, lists, room, torch.float32)
     acts, indices, offsets = _largest(scores, found, offsets, wanted, x.dtype)

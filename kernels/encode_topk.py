@@ -31,7 +31,7 @@ from torch import Tensor
 from .bar import bars
 from .candidates import select
 from .exhaustive import exhaustive_top_k, listed_tokens
-from .narrow import Narrow, narrowed
+from .narrow import Narrow, narrowed, screening_copy
 from .product import product
 from .rescore import rescore
 from .screening import Plan, plan, tables, token_bounds
@@ -62,8 +62,6 @@ def chunk_product(
         part = W.low[chunk::stride][: out.shape[1]]
         torch.mm(x.low, part.mT, out=out[:, : part.shape[0]])
         return
-    if rows is None:
-        rows = torch.arange(W.low.shape[0], dtype=torch.int32, device=x.low.device)
     product(x.low, W.low, rows, count, out, chunk, stride)
 
 
@@ -85,14 +83,12 @@ def encode_topk(
     redone = torch.zeros((), dtype=torch.int64, device=x.device)
     if n == 0:
         return acts, indices, redone
-    dtype = torch.float32 if precision == "fp32" else torch.float16
-    if screen is None or precision == "fp32":
-        screen = narrowed(W, dtype)
+    screen = screening_copy(W, screen, precision)
     if rows is None:
         count = torch.full((), positions, dtype=torch.int32, device=x.device)
     else:
         count = (rows >= 0).sum(dtype=torch.int32)
-    p = plan(n, positions, k, dtype.itemsize)
+    p = plan(n, positions, k, screen.low.itemsize)
     table = tables(screen, b, scale, None, rows, p.chunks, p.width, strided=True)
     for start in range(0, n, p.tokens):
         part = slice(start, start + p.tokens)

@@ -119,6 +119,13 @@ def narrowed(t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
     return copy
 
 
+def screening_copy(W: Tensor, kept: Narrow | None, precision: str) -> Narrow:
+    """What an encoder screens with: the copy that was kept, or a new one; in float32 for precision "fp32"."""
+    if kept is not None and precision != "fp32":
+        return kept
+    return narrowed(W, torch.float32 if precision == "fp32" else torch.float16)
+
+
 @dataclass(frozen=True)
 class Config:
     BLOCK_R: int

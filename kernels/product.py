@@ -50,7 +50,9 @@ def _product_kernel(
     column = first + tl.arange(0, BLOCK_C)
     position = chunk + column * stride
     inside = (column < width) & (position < count)
-    row = tl.load(rows_ptr + position, mask=inside, other=0).to(tl.int64)
+    row = position.to(tl.int64)
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + position, mask=inside, other=0).to(tl.int64)
     x_rows = x_ptr + n.to(tl.int64)[:, None] * D
     w_rows = w_ptr + row[None, :] * D
 
@@ -67,8 +69,8 @@ def _product_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & inside[None, :])
 
 
-def product(x: Tensor, W: Tensor, rows: Tensor, count: Tensor, out: Tensor, chunk: int, stride: int) -> None:
-    """Fills out (N, columns) for the positions chunk, chunk + stride, ... of rows (P,) int32 that are below count."""
+def product(x: Tensor, W: Tensor, rows: Tensor | None, count: Tensor, out: Tensor, chunk: int, stride: int) -> None:
+    """Fills out (N, columns) for the positions chunk, chunk + stride, ... below count, of rows (P,) int32 or of W."""
     n, D = x.shape
     c = choose(x.dtype, n)
     grid = (triton.cdiv(n, c.BLOCK_N), triton.cdiv(out.shape[1], c.BLOCK_C))
@@ -80,17 +82,23 @@ def product(x: Tensor, W: Tensor, rows: Tensor, count: Tensor, out: Tensor, chun
 
 def variants() -> list[Variant]:
     found = []
-    for dtype, tokens in ((torch.float16, 8192), (torch.float16, 64), (torch.float32, 8192)):
+    narrow, wide = torch.float16, torch.float32
+    for dtype, tokens, listed in ((narrow, 8192, True), (narrow, 64, True), (wide, 8192, True), (wide, 8192, False)):
         c = choose(dtype, tokens)
         value = POINTERS[dtype]
         signature = {
-            "x_ptr": value, "w_ptr": value, "rows_ptr": "*i32", "count_ptr": "*i32", "out_ptr": value, "N": "i32",
+            "x_ptr": value, "w_ptr": value, "count_ptr": "*i32", "out_ptr": value, "N": "i32",
             "D": "i32", "width": "i32", "out_stride": "i32", "chunk": "i32", "stride": "i32",
         }  # fmt: skip
         constants = {"BLOCK_N": c.BLOCK_N, "BLOCK_C": c.BLOCK_C, "BLOCK_D": c.BLOCK_D}
+        if listed:
+            signature["rows_ptr"] = "*i32"
+        else:
+            constants["rows_ptr"] = None
+        name = f"product/{value[1:]}/N={tokens}{'' if listed else '/every row'}"
         found.append(
             Variant(
-                _product_kernel, f"product/{value[1:]}/N={tokens}", signature, constants, c.num_warps, c.num_stages,
+                _product_kernel, name, signature, constants, c.num_warps, c.num_stages,
                 aligned=("D", "width", "out_stride"), product=dtype == torch.float16,
             )
         )  # fmt: skip

@@ -27,6 +27,15 @@ REGISTERS = 160
 
 
 @triton.jit
+def is_above(score, thresholds_ptr, n, latent, live, PER_LATENT: tl.constexpr):
+    """Which live scores of token n are above their latent's threshold, or their token's. NaN is."""
+    if PER_LATENT:
+        return live & ~(score <= tl.load(thresholds_ptr + latent, mask=live, other=0.0))
+    else:
+        return live & ~(score <= tl.load(thresholds_ptr + n))
+
+
+@triton.jit
 def put(score, latent, keep, filled, room, acts_row, indices_row):
     """Stores the kept scores from slot `filled` of a row on, as far as there is room; returns their count."""
     slot = filled + tl.cumsum(keep.to(tl.int32), axis=0) - 1
@@ -60,10 +69,7 @@ def _listed_kernel(
         live = i < found
         score = tl.load(scores_ptr + n * slots + i, mask=live, other=0.0)
         latent = tl.load(latents_ptr + n * slots + i, mask=live, other=0)
-        if PER_LATENT:
-            keep = live & ~(score <= tl.load(thresholds_ptr + latent, mask=live, other=0.0))
-        else:
-            keep = live & ~(score <= tl.load(thresholds_ptr + n))
+        keep = is_above(score, thresholds_ptr, n, latent, live, PER_LATENT)
         if EMIT:
             filled = put(score, latent, keep, filled, room, acts_ptr + first, indices_ptr + first)
         else:
@@ -102,10 +108,8 @@ def _every_kernel(
                 if EMIT:
                     keep = keep | (tie & (ties + tl.cumsum(tie.to(tl.int32), axis=0) <= free))
                 ties += tl.sum(tie.to(tl.int32), axis=0)
-            elif PER_LATENT:
-                keep = live & ~(score <= tl.load(thresholds_ptr + latent, mask=live, other=0.0))
             else:
-                keep = live & ~(score <= tl.load(thresholds_ptr + n))
+                keep = is_above(score, thresholds_ptr, n, latent, live, PER_LATENT)
             if EMIT:
                 filled = put(score, latent, keep, filled, room, acts_ptr + first, indices_ptr + first)
             else:
