@@ -27,7 +27,7 @@ SCREEN_LIFE = 64
 SCREEN_TRIAL = 2
 REDONE_LIMIT = 0.01
 
-# Steps before a CUDA graph is captured: kernels are compiled by then, and cuBLAS has its workspace.
+# Steps before a CUDA graph is captured: kernels are compiled and loaded by then, which a capture would not survive.
 GRAPH_WARMUP = 2
 
 
