@@ -1,4 +1,4 @@
-"""active_outer: out[i] = Σ_e acts[e] · x[token of e] over the entries e of latent i: Aᵀ x, a dictionary's gradient.
+"""out[i] = Σ_e acts[e] · x[token of e] over the entries e of latent i: Aᵀ x, a dictionary's gradient.
 
 One program computes one latent's row, BLOCK_D columns of it, from the code in latent order; where a latent has many
 entries (pieces.py), one program adds a piece of them into a workspace row, and the latent's own adds those in order.
@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .by_latent import by_latent
+from fastsae.gpu.entries import Pieces
+
 from .decode import tile_of
 from .gather import load_rows
-from .pieces import cut, find_piece
+from .pieces import bits_of, find_piece
 from .variants import POINTERS, Variant
 
 
@@ -91,25 +92,18 @@ def _active_outer_kernel(
     tl.store(out_ptr + tl.cast(i, tl.int64) * D + columns, total.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
-def active_outer(
-    acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, order: list[Tensor] | None
-) -> Tensor:
-    """(M, D) in x's dtype. order: what by_latent gives for this code, or None to regroup it here."""
-    starts, tokens, slots = by_latent(acts, indices, offsets, d_sae) if order is None else order
-    n, D = x.shape
-    out = x.new_empty(d_sae, D)
-    if out.numel() == 0:
-        return out
-    c = choose(D)
+def outer(starts: Tensor, tokens: Tensor, slots: Tensor, acts: Tensor, x: Tensor, pieces: Pieces, out: Tensor) -> None:
+    """Fills out (M, D), not empty. starts, tokens, slots: the code in latent order, as by_latent gives it."""
+    d_sae, D = out.shape
+    c, sums = choose(D), None
     tiles, common = triton.cdiv(D, c.BLOCK_D), dict(BLOCK_E=c.BLOCK_E, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps)
-    pieces, sums = cut(starts, acts.numel(), n), None
     if pieces.first is not None:
         sums = torch.empty(pieces.capacity, D, dtype=torch.float32, device=x.device)
         _outer_pieces_kernel[(pieces.capacity, tiles)](
-            starts, tokens, slots, acts, x, pieces.first, sums, d_sae, D, pieces.length, BITS=pieces.BITS, **common
-        )
+            starts, tokens, slots, acts, x, pieces.first, sums, d_sae, D, pieces.length,
+            BITS=bits_of(pieces.first), **common,
+        )  # fmt: skip
     _active_outer_kernel[(d_sae, tiles)](starts, tokens, slots, acts, x, pieces.first, sums, out, D, **common)
-    return out
 
 
 def variants() -> list[Variant]:

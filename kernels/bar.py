@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.gpu.bounds import TABLE_ROWS
+from fastsae.gpu.plan import SAMPLE, Plan, sample_step
+
 from .keys import key_of, kth_key
-from .screening import SAMPLE, TABLE_ROWS, Plan, sample_step
 from .variants import Variant
 
 LAST_BIT = 8  # of float32's 23: a relative precision of 2⁻¹⁵ is plenty for a guess
@@ -42,12 +44,13 @@ def _bar_kernel(
     tl.store(bars_ptr + n, found.to(tl.float32, bitcast=True))
 
 
-def bars(scores: Tensor, table: Tensor, bounds: Tensor, count: Tensor, out: Tensor, p: Plan) -> None:
+def bars(scores: Tensor, table: Tensor, bounds: Tensor, count: Tensor, out: Tensor, plan: Plan) -> None:
     """Fills out (N,) fp32 from the sampled chunks' scores (N, sampled_chunks · width)."""
-    n, limit = out.shape[0], p.sampled_chunks * p.width
+    n, limit = out.shape[0], plan.sampled_chunks * plan.width
     _bar_kernel[(n,)](
-        scores, table, bounds, count, out, n, scores.stride(0), p.width, p.chunks, sample_step(limit, p.samples),
-        limit, p.rank, TABLE_ROWS=TABLE_ROWS, SAMPLES=p.samples, LAST_BIT=LAST_BIT, num_warps=warps_of(p.samples),
+        scores, table, bounds, count, out, n, scores.stride(0), plan.width, plan.chunks,
+        sample_step(limit, plan.samples), limit, plan.rank,
+        TABLE_ROWS=TABLE_ROWS, SAMPLES=plan.samples, LAST_BIT=LAST_BIT, num_warps=warps_of(plan.samples),
     )  # fmt: skip
 
 

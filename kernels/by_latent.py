@@ -1,15 +1,8 @@
-"""by_latent: the occupied slots of a code, latent by latent (CSC); tokens ascend within a latent, slots within a token.
+"""The slots of a code listed, and put in the order of their latents: the two steps of fastsae.gpu.by_latent.
 
-    key of a slot = its latent, M where it is empty;  order = a stable sort of the keys;
-    offsets[i] = how many keys are below i;  tokens, slots = those of order[0], order[1], ...
-
-A stable sort has one result, so this is deterministic, duplicates and all. The sort is torch's (a radix sort without
-atomics on data, which a CUDA graph can capture); the kernels around it are one program for each BLOCK slots or latents.
-A counting sort of our own would have to be stable too, which takes a histogram of M for each block of slots: at
-M = 131072 more bytes than the four passes of the radix sort over the keys.
-
-Occupied: fixed K, act != 0 (NaN is); ragged, slot < offsets[N]. A slot whose latent is outside 0 .. M-1 counts as
-empty, so that nothing is ever read or written outside the dictionary. Past the end tokens and slots are -1.
+The sort is torch's (a radix sort without atomics on data, which a CUDA graph can capture); the kernels around it are
+one program for each BLOCK slots or latents. A counting sort of our own would have to be stable too, which takes a
+histogram of M for each block of slots: at M = 131072 more bytes than the four passes of the radix sort over the keys.
 
 Bytes: nnz·(4 + 4 + 4 + 4) for the keys, about 4·24·nnz in the sort, nnz·(4 + 8 + 4 + 4 + 8) for the entries, 8·M.
 Flops: none; log2(nnz)·M + log2(N)·nnz comparisons.
@@ -130,14 +123,6 @@ def sort_slots(
         keys, order, rows, values, rows_out, values_out, n_slots, d_sae, BLOCK=config.BLOCK, num_warps=config.num_warps
     )
     return starts, rows_out, order, values_out
-
-
-def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """offsets (M+1,) int64, tokens (slots,) int32, slots (slots,) int64."""
-    keys, rows = (torch.empty(acts.numel(), dtype=torch.int32, device=acts.device) for _ in range(2))
-    list_slots(acts, indices, offsets, d_sae, keys, rows, None)
-    starts, tokens, slots, _ = sort_slots(keys, rows, None, d_sae)
-    return starts, tokens, slots
 
 
 def variants() -> list[Variant]:

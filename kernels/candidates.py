@@ -16,9 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.gpu.bounds import TABLE_ROWS, roundoff
+from fastsae.gpu.plan import Plan
+
 from .keys import key_of, kth_key
 from .limits import register_limit
-from .screening import TABLE_ROWS, Plan, error_of, roundoff
+from .screening import error_of
 from .variants import Variant
 
 REGISTERS = 224
@@ -80,7 +83,7 @@ def select(
     bars: Tensor,
     rows: Tensor | None,
     k: int,
-    p: Plan,
+    plan: Plan,
     dtype: torch.dtype,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,13 +92,13 @@ def select(
     A token that is not certified has none. dtype: of the stored scores; exact: by the bound, else by the scores alone.
     """
     n = counts.shape[0]
-    latents = torch.empty(n, p.candidates, dtype=torch.int32, device=values.device)
-    scores = torch.empty(n, p.candidates, dtype=torch.float32, device=values.device)
+    latents = torch.empty(n, plan.candidates, dtype=torch.int32, device=values.device)
+    scores = torch.empty(n, plan.candidates, dtype=torch.float32, device=values.device)
     found, certified = torch.empty_like(counts), torch.empty_like(counts)
-    block = triton.next_power_of_2(p.survivors)
+    block = triton.next_power_of_2(plan.survivors)
     _candidates_kernel[(n,)](
         values, places, counts, table, bounds, bars, rows, latents, scores, found, certified,
-        n, k, p.width, p.chunks, p.survivors, p.candidates,
+        n, k, plan.width, plan.chunks, plan.survivors, plan.candidates,
         ROUNDOFF=roundoff(dtype), EXACT=exact, TABLE_ROWS=TABLE_ROWS, BLOCK=block, num_warps=warps_of(block),
         **register_limit(REGISTERS),
     )  # fmt: skip

@@ -136,15 +136,6 @@ def _rest_kernel(
         select_row(row, rows_ptr, count, acts_ptr + n * K, indices_ptr + n * K, K, index_offset, last, BLOCK)
 
 
-def listed_tokens(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens where wanted (N,) bool, ascending, as int32 (N+1,) of which the first `listed` (0-d int32) count."""
-    n = wanted.shape[0]
-    place = torch.where(wanted, wanted.cumsum(0) - 1, n)
-    tokens = torch.zeros(n + 1, dtype=torch.int32, device=wanted.device)
-    tokens.scatter_(0, place, torch.arange(n, dtype=torch.int32, device=wanted.device))
-    return tokens, wanted.sum(dtype=torch.int32)
-
-
 def exhaustive_top_k(
     x: Tensor,
     W: Tensor,

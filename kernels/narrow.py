@@ -5,8 +5,6 @@ and a pass that rounds and measures. fp16 has three more bits than bf16 and the 
 rate; the scale by row keeps its short exponent from mattering. Norms are of the unscaled row and rounded up, so a
 bound built on them holds: with x = x̂ + r, w = ŵ + q, |⟨x, w⟩ - ⟨x̂, ŵ⟩| <= ‖r‖‖ŵ‖ + ‖x‖‖q‖.
 
-Products of two such rows are below D in magnitude, so they fit fp16 for D <= 65504.
-
 Bytes: D·(sizeof(t) + 2) a row, the second pass reads L1 or L2.
 Flops: 8·D a row.
 """
@@ -21,23 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .variants import POINTERS, Variant
-
-WIDEST = 65504
-ALIGNMENT = 16
-"""Columns of a narrow copy are padded with zeros to a multiple of this: products want rows of whole 32-byte sectors."""
-
-
-@dataclass(frozen=True)
-class Narrow:
-    """low (rows, padded D) fp16; scale, norm, residual fp32 (rows,): t̂ = low · scale, ‖t̂‖, ‖t - t̂‖, rounded up."""
-
-    low: Tensor
-    scale: Tensor
-    norm: Tensor
-    residual: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        return [self.low, self.scale, self.norm, self.residual]
 
 
 @triton.jit
@@ -90,17 +71,6 @@ def _narrow_kernel(
     tl.store(residual_ptr + row, tl.sqrt(tl.sum(lost, axis=1)) * down * (1 + 2**-16), mask=is_row)
 
 
-def padded_width(D: int) -> int:
-    return triton.cdiv(D, ALIGNMENT) * ALIGNMENT
-
-
-def allocate(t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
-    """Memory for a narrow copy of t (rows, D), not filled."""
-    rows, D = t.shape
-    vectors = [torch.empty(rows, dtype=torch.float32, device=t.device) for _ in range(3)]
-    return Narrow(torch.empty(rows, padded_width(D), dtype=dtype, device=t.device), *vectors)
-
-
 def narrow_rows(t: Tensor, low: Tensor, scale: Tensor, norm: Tensor, residual: Tensor) -> None:
     """Fills the four from t (rows, D). low in float32 is a plain copy, padded: then nothing is lost and scale is 1."""
     rows, D = t.shape
@@ -110,20 +80,6 @@ def narrow_rows(t: Tensor, low: Tensor, scale: Tensor, norm: Tensor, residual: T
             t, low, scale, norm, residual, rows, D, low.shape[1],
             NARROW=low.dtype == torch.float16, BLOCK_R=c.BLOCK_R, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps,
         )  # fmt: skip
-
-
-def narrowed(t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
-    """A narrow copy of t (rows, D)."""
-    copy = allocate(t, dtype)
-    narrow_rows(t, *copy.tensors())
-    return copy
-
-
-def screening_copy(W: Tensor, kept: Narrow | None, precision: str) -> Narrow:
-    """What an encoder screens with: the copy that was kept, or a new one; in float32 for precision "fp32"."""
-    if kept is not None and precision != "fp32":
-        return kept
-    return narrowed(W, torch.float32 if precision == "fp32" else torch.float16)
 
 
 @dataclass(frozen=True)

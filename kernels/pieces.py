@@ -1,12 +1,7 @@
-"""Long latents cut into pieces of equal length, so that no program has much more to add up than another.
+"""The pieces of long latents (fastsae.gpu.pieces) on the device: where each latent's begin, and what a piece covers.
 
-A latent with more than `length` entries is summed by pieces: one program adds the entries of one piece into a row of a
-workspace, and whoever owns the latent adds those rows in order. Short latents have no piece. How many pieces there are
-is known on the device only, so the launch grid is the most there can be, and a program past the last one returns:
-
-    Σ over long latents of ceil(count/length) <= nnz/length + (long latents) <= nnz/length + nnz/(length + 1)
-
-pieces (M+1,) int32: the first piece of each latent, ascending; pieces[M] is how many there are.
+One program counts the pieces of BLOCK latents; a prefix sum of torch's gives the first of each. A program that is given
+a piece finds its latent by a search in those.
 
 Bytes: 28·M.
 Flops: none to speak of.
@@ -24,9 +19,6 @@ from torch import Tensor
 from .search import count_up_to
 from .variants import Variant
 
-SHORTEST = 64
-"""Entries below which cutting costs more than it evens out."""
-
 
 @dataclass(frozen=True)
 class Config:
@@ -37,16 +29,6 @@ class Config:
 def choose() -> Config:
     """4 latents a thread."""
     return Config(BLOCK=512, num_warps=4)
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """pieces (M+1,) int32, or None where no latent can be long; length and capacity as above; BITS to search them."""
-
-    first: Tensor | None
-    length: int
-    capacity: int
-    BITS: int
 
 
 @triton.jit
@@ -68,25 +50,19 @@ def find_piece(j, pieces_ptr, starts_ptr, M, length, BITS: tl.constexpr):
     return latent, begin, end
 
 
-def cut(starts: Tensor, slots: int, tokens: int) -> Pieces:
-    """The pieces of a code in latent order: starts (M+1,) int64, over at most `slots` entries of `tokens` tokens.
-
-    The length is eight tokens' worth of slots: then a quarter as many workspace rows as tokens always suffice (1.03 at
-    SHORTEST), and at N = 8192 a piece is a hundredth of what each of a hundred multiprocessors has to add.
-    """
-    latents = starts.shape[0] - 1
-    length = max(SHORTEST, 8 * triton.cdiv(slots, max(tokens, 1)))
-    length = triton.cdiv(length, 16) * 16
-    capacity = slots // length + slots // (length + 1)
-    if slots <= length:
-        return Pieces(None, length, 0, 0)
-    counts = torch.empty(latents + 1, dtype=torch.int32, device=starts.device)
+def piece_starts(starts: Tensor, length: int) -> Tensor:
+    """(M+1,) int32: the first piece of each latent, ascending; the last is how many there are. starts (M+1,) int64."""
+    counts = torch.empty(starts.shape[0], dtype=torch.int32, device=starts.device)
     config = choose()
-    _count_pieces_kernel[(triton.cdiv(latents + 1, config.BLOCK),)](
-        starts, counts, latents, length, BLOCK=config.BLOCK, num_warps=config.num_warps
+    _count_pieces_kernel[(triton.cdiv(starts.shape[0], config.BLOCK),)](
+        starts, counts, starts.shape[0] - 1, length, BLOCK=config.BLOCK, num_warps=config.num_warps
     )
-    first = torch.cumsum(counts, 0, dtype=torch.int32)
-    return Pieces(first, length, capacity, (latents + 1).bit_length())
+    return torch.cumsum(counts, 0, dtype=torch.int32)
+
+
+def bits_of(first: Tensor) -> int:
+    """BITS of a search in the pieces' starts (M+1,)."""
+    return first.shape[0].bit_length()
 
 
 def variants() -> list[Variant]:

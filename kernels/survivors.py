@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.gpu.bounds import roundoff
+
 from .limits import register_limit
-from .screening import bounded_score, roundoff
+from .screening import bounded_score
 from .variants import POINTERS, Variant
 
 BLOCK_N = 8

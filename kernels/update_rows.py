@@ -22,10 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.gpu.entries import Entries, Moments
+
 from .adam import adam_step
 from .gather import load_rows
 from .limits import register_limit
-from .pieces import Pieces, find_piece
+from .pieces import bits_of, find_piece
 from .variants import POINTERS, Variant
 
 ROW_LIMIT = 4096
@@ -194,33 +196,33 @@ def _update_rows_kernel(
     tl.store(stats_ptr + 4 * p + 3, 0.0)
 
 
-Moments = tuple[Tensor | None, Tensor | None]
+def arguments(entries: Entries) -> tuple[Tensor | int | None, ...]:
+    """Entries as the kernels take them."""
+    e = entries
+    return e.starts, e.rows, e.acts, e.x, e.more_x, e.grad, e.more_grad, e.split
 
 
 def update(
     W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, enc_moments: Moments, dec_moments: Moments,
-    bias_moments: Moments, entries: tuple[Tensor | int | None, ...], pieces: Pieces, pre_bias: Tensor | None,
-    stats: Tensor, numbers: Tensor, keys: Tensor, eps: float, betas: tuple[float, float, float, float],
-    unit_norm: bool, stochastic: bool, programs: int,
+    bias_moments: Moments, entries: Entries, pre_bias: Tensor | None, stats: Tensor, numbers: Tensor, keys: Tensor,
+    eps: float, betas: tuple[float, float, float, float], unit_norm: bool, stochastic: bool, programs: int,
 ) -> None:  # fmt: skip
-    """Steps W_enc, W_dec and b_enc, and fills pre_bias (programs, D_in) float32 and stats[:programs].
-
-    entries: starts, rows, acts, x, more_x, grad, more_grad, split as update_latents.Entries has them.
-    """
+    """Steps W_enc, W_dec and b_enc, and fills pre_bias (programs, D_in) float32 and stats[:programs]."""
     (d_sae, d_out), d_in = W_dec.shape, (W_dec if W_enc is None else W_enc).shape[1]
     c = choose(d_in, d_out)
     blocks = dict(BLOCK_IN=c.BLOCK_IN, BLOCK_OUT=c.BLOCK_OUT, BLOCK_E=c.BLOCK_E, num_warps=c.num_warps)
     blocks |= register_limit(c.max_registers)
+    listed, pieces = arguments(entries), entries.pieces
     sums = bias_sums = None
     if pieces.first is not None:
         sums = torch.empty(pieces.capacity, d_out + d_in, dtype=torch.float32, device=W_dec.device)
         bias_sums = torch.empty(pieces.capacity, dtype=torch.float32, device=W_dec.device)
         _row_pieces_kernel[(pieces.capacity,)](
-            W_dec, *entries, pieces.first, sums, bias_sums, d_sae, d_in, d_out, pieces.length,
-            BITS=pieces.BITS, **blocks,
+            W_dec, *listed, pieces.first, sums, bias_sums, d_sae, d_in, d_out, pieces.length,
+            BITS=bits_of(pieces.first), **blocks,
         )  # fmt: skip
     _update_rows_kernel[(programs,)](
-        W_enc, W_dec, b_enc, *enc_moments, *dec_moments, *bias_moments, *entries, pieces.first, sums, bias_sums,
+        W_enc, W_dec, b_enc, *enc_moments, *dec_moments, *bias_moments, *listed, pieces.first, sums, bias_sums,
         pre_bias, stats, numbers, keys, eps, *betas, d_sae, d_in, d_out,
         UNIT_NORM=unit_norm, STOCHASTIC=stochastic, **blocks,
     )  # fmt: skip

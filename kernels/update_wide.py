@@ -22,11 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.gpu.entries import Entries, Moments
+
 from .adam import adam_step
 from .gather import load_rows, weighted_rows
 from .limits import register_limit
-from .pieces import Pieces, find_piece
-from .update_rows import DTYPES, ONE_TERM, UNCUT, Moments, variant
+from .pieces import bits_of, find_piece
+from .update_rows import DTYPES, ONE_TERM, UNCUT, arguments, variant
 from .variants import Variant
 
 
@@ -227,21 +229,20 @@ def _update_wide_kernel(
 
 def update(
     W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, enc_moments: Moments, dec_moments: Moments,
-    bias_moments: Moments, entries: tuple[Tensor | int | None, ...], pieces: Pieces, pre_bias: Tensor | None,
-    stats: Tensor, numbers: Tensor, keys: Tensor, eps: float, betas: tuple[float, float, float, float],
-    unit_norm: bool, stochastic: bool, programs: int,
+    bias_moments: Moments, entries: Entries, pre_bias: Tensor | None, stats: Tensor, numbers: Tensor, keys: Tensor,
+    eps: float, betas: tuple[float, float, float, float], unit_norm: bool, stochastic: bool, programs: int,
 ) -> None:  # fmt: skip
     """As update_rows.update."""
     tied, c = W_enc is None, choose()
     (d_sae, d_out), device = W_dec.shape, W_dec.device
     blocks = dict(BLOCK_D=c.BLOCK_D, BLOCK_E=c.BLOCK_E, num_warps=c.num_warps) | register_limit(c.max_registers)
-    starts, rows, acts, x, more_x, grad, more_grad, split = entries
-    assert isinstance(rows, Tensor)
+    e, listed, pieces = entries, arguments(entries), entries.pieces
+    bits = 0 if pieces.first is None else bits_of(pieces.first)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=device)
 
-    dacts, biases, alongs = floats(rows.shape[0]), floats(d_sae), floats(d_sae) if unit_norm else None
+    dacts, biases, alongs = floats(e.rows.shape[0]), floats(d_sae), floats(d_sae) if unit_norm else None
     stats[:programs].zero_()
     if pre_bias is not None:
         pre_bias.zero_()
@@ -251,11 +252,11 @@ def update(
     if pieces.first is not None:
         bias_sums = floats(pieces.capacity, 2)
         _dot_pieces_kernel[(pieces.capacity,)](
-            W_dec, *entries, dacts, pieces.first, bias_sums, d_sae, d_out, pieces.length,
-            ALONG_X=along_x, BITS=pieces.BITS, **blocks,
+            W_dec, *listed, dacts, pieces.first, bias_sums, d_sae, d_out, pieces.length,
+            ALONG_X=along_x, BITS=bits, **blocks,
         )  # fmt: skip
     _dots_kernel[(programs,)](
-        W_dec, b_enc, *bias_moments, *entries, dacts, pieces.first, bias_sums, biases, alongs, stats, numbers,
+        W_dec, b_enc, *bias_moments, *listed, dacts, pieces.first, bias_sums, biases, alongs, stats, numbers,
         keys[2 if tied else 4 :], eps, *betas, d_sae, d_out, ALONG_X=along_x, STOCHASTIC=stochastic, **blocks,
     )  # fmt: skip
 
@@ -267,16 +268,16 @@ def update(
         if pieces.first is not None:
             sums = floats(pieces.capacity, D)
             _sum_pieces_kernel[(pieces.capacity, triton.cdiv(D, c.BLOCK_D))](
-                starts, rows, *sources, split, pieces.first, sums, d_sae, D, pieces.length, BITS=pieces.BITS, **blocks
+                e.starts, e.rows, *sources, e.split, pieces.first, sums, d_sae, D, pieces.length, BITS=bits, **blocks
             )
         scratch = floats(programs, D) if is_unit else None
         _update_wide_kernel[(programs,)](
-            W, *moments, starts, rows, *sources, split, pieces.first, sums, biases, alongs if is_unit else None,
+            W, *moments, e.starts, e.rows, *sources, e.split, pieces.first, sums, biases, alongs if is_unit else None,
             scratch, partial, stats, numbers, keys, eps, *betas, d_sae, D,
             STOCHASTIC=stochastic, **blocks,
         )  # fmt: skip
 
-    inputs, outputs = (dacts, x, more_x), (acts, grad, more_grad)
+    inputs, outputs = (dacts, e.x, e.more_x), (e.acts, e.grad, e.more_grad)
     if W_enc is None:
         step(W_dec, dec_moments, outputs + inputs, stats.view(-1)[1:], keys, unit_norm, pre_bias)
     else:

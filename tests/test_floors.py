@@ -3,7 +3,8 @@
 The floors (a module imports from lower floors, or from its own without a cycle):
 
     F0  reference, codes, env                       the mathematics and the data type: torch only
-    F1  kernels/, csrc/                             one op per file: torch, triton and siblings only
+    F1  gpu/, kernels/, csrc/                       gpu/: what GPU backends share, of torch and siblings only; kernels/:
+                                                    one Triton op per file: torch, triton, siblings and gpu/ only
     F2  backends/                                   thin wrappers with a supports() each
     F3  ops                                         signatures, validation, choice of backend
     F4  autograd                                    the only backward passes
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
     "reference": 0, "codes": 0, "env": 0,
-    "kernels": 1, "_cpu": 1,
+    "gpu": 1, "kernels": 1, "_cpu": 1, "_cuda": 1,
     "backends": 2,
     "ops": 3, "library": 3, "validation": 3, "raw_checks": 3,
     "autograd": 4,
@@ -37,6 +38,7 @@ FLOORS = {
     "evaluate": 6, "opening": 6, "report": 6, "config": 6, "commands": 6, "__main__": 6,
 }  # fmt: skip
 PUBLIC_FACE = 7
+EXTENSIONS = ("fastsae._cpu", "fastsae._cuda")
 LONG_FILES: dict[str, str] = {}
 """Files over 400 lines, each with the reason why it is one file."""
 
@@ -69,10 +71,15 @@ def floor(module: str) -> int:
     return FLOORS[parts[1]]
 
 
+def part_of(module: str) -> str:
+    """What FLOORS places, fastsae.<part>, of a dotted name inside fastsae; the top-level package of any other."""
+    return ".".join(module.split(".")[: 2 if module.startswith("fastsae.") else 1])
+
+
 def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of every import anywhere in the file, in functions and under TYPE_CHECKING too.
 
-    `from a import b` gives a.b where that is a file of ours, or the extension, and a otherwise.
+    `from a import b` gives a.b where that is a file of ours, or an extension, and a otherwise.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -85,7 +92,7 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[i
                 base = ".".join([*package, *([base] if base else [])])
             for alias in node.names:
                 name = f"{base}.{alias.name}"
-                yield node.lineno, name if name in FILES or name == "fastsae._cpu" else base
+                yield node.lineno, name if name in FILES or name in EXTENSIONS else base
 
 
 def parsed() -> Iterator[tuple[str, Path, ast.Module]]:
@@ -127,17 +134,32 @@ def test_no_cycle_on_a_floor() -> None:
     assert finished == set(FILES)
 
 
-@pytest.mark.parametrize(("ground", "allowed"), [(0, {"torch"}), (1, {"torch", "triton"})])
-def test_the_lowest_floors_import_little(ground: int, allowed: set[str]) -> None:
-    allowed = allowed | {"fastsae"} | sys.stdlib_module_names
+@pytest.mark.parametrize(
+    ("parts", "allowed"),
+    [
+        (("reference", "codes", "env"), {"torch"}),
+        (("gpu",), {"torch"}),
+        (("kernels",), {"torch", "triton", "fastsae.gpu"}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_the_lowest_floors_import_little(parts: tuple[str, ...], allowed: set[str]) -> None:
+    """Each part imports itself and what is allowed to it, of the others nothing."""
+    here = {f"fastsae.{part}" for part in parts}
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: imports {name}"
         for module, path, tree in parsed()
-        if floor(module) == ground
+        if part_of(module) in here
         for line, name in imports(tree, module, path.name == "__init__.py")
-        if name.split(".")[0] not in allowed or (name.startswith("fastsae") and floor(name) != ground)
+        if part_of(name) not in allowed | here | sys.stdlib_module_names
     ]
-    assert not wrong, f"F{ground} imports only {sorted(allowed - sys.stdlib_module_names)}:\n" + "\n".join(wrong)
+    assert not wrong, f"{', '.join(sorted(here))} may import {sorted(allowed)} only:\n" + "\n".join(wrong)
+
+
+def test_the_lowest_floors_are_all_looked_at() -> None:
+    assert {part for part, ground in FLOORS.items() if ground <= 1 and f"fastsae.{part}" not in EXTENSIONS} == {
+        "reference", "codes", "env", "gpu", "kernels",
+    }  # fmt: skip
 
 
 def test_environment_variables_are_read_in_one_place() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsae import SparseCodes, ops, reference
+from fastsae.gpu import bounds, encode_above, encode_batch_topk, narrow, plan
 from tests import truth
 from tests.cases import BY_NAME
 
@@ -15,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif("triton" not in truth.BACKENDS, reason="no Triton here"),
 ]
 if "triton" in truth.BACKENDS:
-    from fastsae.kernels import encode_above, encode_batch_topk, exhaustive, narrow, screening
+    from fastsae.kernels import exhaustive, steps
 
 
 def _best_of_every_score(x: Tensor, W: Tensor, b: Tensor, k: int) -> SparseCodes:
@@ -71,9 +72,9 @@ def test_encode_topk_in_chunks_and_slabs(rows: bool, precision: str, monkeypatch
     x, W, b = case.inputs(torch.float32)
     present = torch.arange(0, case.M, 2, dtype=torch.int32) if rows else torch.arange(case.M, dtype=torch.int32)
     given = torch.cat([present, torch.full((5,), -1, dtype=torch.int32)]) if rows else None
-    monkeypatch.setattr(screening, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(screening, "LIST_BYTES", 8 * 180 * 7)
-    p = screening.plan(case.N, case.M if given is None else len(given), case.K)
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(plan, "LIST_BYTES", 8 * 180 * 7)
+    p = plan.plan(case.N, case.M if given is None else len(given), case.K)
     assert p.chunks > 3
     assert 1 < p.tokens < case.N / 2
     codes = ops.encode_topk(x, W, b, case.K, rows=given, backend="triton", precision=precision)
@@ -92,8 +93,8 @@ def test_more_redone_tokens_than_slots(rows: bool, monkeypatch: pytest.MonkeyPat
     W[1:9] = W[200:] = 0.5
     given = torch.arange(299, -1, -2, dtype=torch.int32).flip(0).contiguous() if rows else None
     monkeypatch.setattr(exhaustive, "SLOTS", 2)
-    monkeypatch.setattr(screening, "LIST_BYTES", 8 * 64 * 12)
-    assert screening.plan(23, 150 if rows else 300, 4).tokens < 23
+    monkeypatch.setattr(plan, "LIST_BYTES", 8 * 64 * 12)
+    assert plan.plan(23, 150 if rows else 300, 4).tokens < 23
     codes = ops.encode_topk(x, W, b, 4, rows=given, backend="triton").check()
     assert int(codes.redone) == 15
     first = torch.tensor([9, 11, 13, 15] if rows else [0, 9, 10, 11], dtype=torch.int32)
@@ -111,7 +112,7 @@ def test_encode_above_in_chunks_and_past_its_lists(kind: str, monkeypatch: pytes
     W[:, 0] = 0
     x[::2, 0] = 1
     threshold = torch.tensor(0.5) if kind == "one" else torch.linspace(0.5, 1, 300)
-    monkeypatch.setattr(screening, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
     monkeypatch.setattr(encode_above, "LIST_BYTES", 1)
     codes, overflow = ops.encode_above(x, W, b, threshold, 6 * 300, backend="triton")
     codes.check()
@@ -152,8 +153,8 @@ def test_a_sample_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
     """Hot latents that are all in the sample: the guessed bar is too high for every token."""
     x, W, b = _normal(6, 24, 1030)
     k = 24
-    monkeypatch.setattr(screening, "CHUNK_BYTES", 1)
-    p = screening.plan(6, 1030, k)
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+    p = plan.plan(6, 1030, k)
     assert p.sampled_chunks == 1 < p.chunks
     assert p.rank < k
     b[torch.arange(0, 1030, p.chunks)[: k - 1]] += 30
@@ -168,8 +169,8 @@ def test_a_list_that_is_too_short_is_found_out(short: str, monkeypatch: pytest.M
     x, W, _ = _normal(5, 24, 1030)
     W *= 1e-4
     k = 16
-    monkeypatch.setattr(screening, "CHUNK_BYTES", 1)
-    p = screening.plan(5, 1030, k)
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+    p = plan.plan(5, 1030, k)
     position = torch.arange(1030)
     chunk, column = position % p.chunks, position // p.chunks
     order = chunk * p.width + column  # of the list
@@ -222,7 +223,7 @@ def test_a_nan_latent_wins_for_every_token() -> None:
 def test_a_narrow_copy_measures_what_it_loses(D: int) -> None:
     _x, t, _ = _normal(1, D, 37)
     t[1:4] *= torch.tensor([1e-30, 1e20, 0.0])[:, None]
-    copy = narrow.narrowed(t)
+    copy = narrow.narrowed(steps, t)
     assert bool((copy.low[:, D:] == 0).all())
     kept = copy.low[:, :D].double() * copy.scale.double()[:, None]
     for measured, exact in ((copy.norm, kept.norm(dim=1)), (copy.residual, (t.double() - kept).norm(dim=1))):
@@ -236,12 +237,12 @@ def test_the_bound_holds_where_it_is_tight() -> None:
     g = torch.Generator().manual_seed(0)
     x, W = torch.randn(20, 48, generator=g), torch.randn(30, 48, generator=g)
     lost = [t.double() - c.low[:, :48].double() * c.scale.double()[:, None]
-            for t, c in ((x, narrow.narrowed(x)), (W, narrow.narrowed(W)))]  # fmt: skip
+            for t, c in ((x, narrow.narrowed(steps, x)), (W, narrow.narrowed(steps, W)))]  # fmt: skip
     x, W = torch.cat([x, 1e3 * lost[1].float()]), torch.cat([W, 1e3 * lost[0].float()])
-    narrow_x, narrow_W = narrow.narrowed(x), narrow.narrowed(W)
+    narrow_x, narrow_W = narrow.narrowed(steps, x), narrow.narrowed(steps, W)
     b = torch.zeros(50)
-    _, _, A, B, _ = screening.tables(narrow_W, b, None, None, None, 1, 50, strided=False)[0].double()
-    _, p, q, _ = screening.token_bounds(narrow_x, 48).double()
+    _, _, A, B, _ = bounds.tables(narrow_W, b, None, None, None, 1, 50, strided=False)[0].double()
+    _, p, q, _ = bounds.token_bounds(narrow_x, 48).double()
     screened = (narrow_x.low.double() @ narrow_W.low.double().mT)[:, :50]
     screened = screened * narrow_x.scale.double()[:, None] * narrow_W.scale.double()
     error = (screened - x.double() @ W.double().mT).abs()
@@ -252,9 +253,9 @@ def test_the_bound_holds_where_it_is_tight() -> None:
         (error / bound)[20:, :30],
     ):  # by what the tokens lost, by what the latents did
         assert float(tight.max()) > 0.6, "the inputs do not try the bound"
-    sums = narrow_x.norm.double() * screening.bound_of_sums(48)
+    sums = narrow_x.norm.double() * bounds.bound_of_sums(48)
     assert bool((p >= narrow_x.residual.double() + sums).all())
-    assert screening.bound_of_sums(48) >= 48 * 2**-24
+    assert bounds.bound_of_sums(48) >= 48 * 2**-24
 
 
 @pytest.mark.parametrize(
@@ -263,9 +264,9 @@ def test_the_bound_holds_where_it_is_tight() -> None:
 def test_a_list_holds_what_is_expected_to_reach_the_guess(sizes: tuple[int, int, int]) -> None:
     """The sample is a power of two of slots, and looks at fewer positions where that does not divide the chunks."""
     tokens, positions, k = sizes
-    p = screening.plan(tokens, positions, k)
+    p = plan.plan(tokens, positions, k)
     columns = p.sampled_chunks * p.width
-    looked_at = len(range(0, columns, screening.sample_step(columns, p.samples)))
+    looked_at = len(range(0, columns, plan.sample_step(columns, p.samples)))
     assert p.survivors >= min(positions, p.rank * positions / min(looked_at, positions) * (1 + 4 / p.rank**0.5))
     assert p.chunks * p.width >= positions
     assert p.candidates >= k

@@ -4,8 +4,8 @@
     db_dec = Σ_n grad_n - Σ_i db_enc_i · W_enc_i (pre_bias);  then project, Adam, renormalise: reference.update
 
 The entries of all terms are listed latent by latent once, long latents are cut (pieces.py), and then a program holds
-one latent's rows and does everything to them: update_rows.py up to 4096 columns, update_wide.py beyond. Every sum has
-one order: nothing is atomic and the bits never change. The launches depend on shapes only, and no number is read back.
+one latent's rows and does everything to them (steps.update_rows). Every sum has one order: nothing is atomic and the
+bits never change. The launches depend on shapes only, and no number is read back.
 
 Bytes: nnz·(D_in·sizeof(x) + D_out·sizeof(grad)) + M·(D_in + D_out)·(2·sizeof(W) + 4·sizeof(moment)) + N·D_out.
 Flops: 6·nnz·D + 15·M·(D_in + D_out).
@@ -19,14 +19,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from . import update_rows, update_wide
-from .adam import step_numbers
-from .by_latent import list_slots, sort_slots
-from .pieces import Pieces, cut
-from .update_bias import bias_programs, update_bias
+from .entries import Entries
+from .pieces import cut
+from .sizes import cdiv
+from .steps import LatentSteps
 
 
 @dataclass(frozen=True)
@@ -41,30 +39,7 @@ class Term:
     has_bias: bool
 
 
-@dataclass(frozen=True)
-class Entries:
-    """The occupied slots of all terms in latent order, and the matrices their rows are in.
-
-    starts (M+1,) int64; rows (slots,) int32 and acts (slots,) float32; row r is row r of x and grad, or from `split` on
-    row r - split of more_x and more_grad (None with one term).
-    """
-
-    starts: Tensor
-    rows: Tensor
-    acts: Tensor
-    x: Tensor
-    more_x: Tensor | None
-    grad: Tensor
-    more_grad: Tensor | None
-    split: int
-    pieces: Pieces
-
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
-        """As the kernels take them."""
-        return self.starts, self.rows, self.acts, self.x, self.more_x, self.grad, self.more_grad, self.split
-
-
-def list_entries(terms: list[Term], d_sae: int, x_like: Tensor, grad_like: Tensor) -> Entries:
+def list_entries(steps: LatentSteps, terms: list[Term], d_sae: int, x_like: Tensor, grad_like: Tensor) -> Entries:
     """x_like, grad_like: what stands for x and grad where there is no term; nothing is read from them."""
     slots, tokens = sum(t.acts.numel() for t in terms), sum(t.grad.shape[0] for t in terms)
     keys, rows = (torch.empty(slots, dtype=torch.int32, device=grad_like.device) for _ in range(2))
@@ -72,14 +47,14 @@ def list_entries(terms: list[Term], d_sae: int, x_like: Tensor, grad_like: Tenso
     slot = row = 0
     for t in terms:
         here = slice(slot, slot + t.acts.numel())
-        list_slots(t.acts, t.indices, t.offsets, d_sae, keys[here], rows[here], acts[here], first_row=row)
+        steps.list_slots(t.acts, t.indices, t.offsets, d_sae, keys[here], rows[here], acts[here], first_row=row)
         slot, row = here.stop, row + t.grad.shape[0]
-    starts, rows, _, sorted_acts = sort_slots(keys, rows, acts, d_sae)
+    starts, rows, _, sorted_acts = steps.sort_slots(keys, rows, acts, d_sae)
     assert sorted_acts is not None
     x, more_x = _in_two([t.x for t in terms], x_like)
     grad, more_grad = _in_two([t.grad for t in terms], grad_like)
     split = terms[0].grad.shape[0] if terms else 0
-    return Entries(starts, rows, sorted_acts, x, more_x, grad, more_grad, split, cut(starts, slots, tokens))
+    return Entries(starts, rows, sorted_acts, x, more_x, grad, more_grad, split, cut(steps, starts, slots, tokens))
 
 
 def _in_two(matrices: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -102,10 +77,11 @@ def programs_of(d_sae: int, tokens: int) -> int:
     Four latents a program at least; 4096 programs at most, which fill 132 multiprocessors six times or more; and no
     more than half as many as there are tokens, to keep the partial rows small next to x.
     """
-    return max(1, min(triton.cdiv(d_sae, 4), 4096, max(1024, tokens // 2)))
+    return max(1, min(cdiv(d_sae, 4), 4096, max(1024, tokens // 2)))
 
 
 def update_latents(
+    steps: LatentSteps,
     W_enc: Tensor | None,
     W_dec: Tensor,
     b_enc: Tensor,
@@ -130,18 +106,17 @@ def update_latents(
     stochastic = seed is not None and moments[0].dtype == torch.bfloat16
     betas = (beta1, 1 - beta1, beta2, 1 - beta2)
 
-    numbers, keys = step_numbers(lr, step, beta1, beta2, seed)
-    entries = list_entries(terms, d_sae, encoder, W_dec)
+    numbers, keys = steps.step_numbers(lr, step, beta1, beta2, seed)
+    entries = list_entries(steps, terms, d_sae, encoder, W_dec)
     programs = programs_of(d_sae, sum(t.grad.shape[0] for t in terms))
-    stats = torch.empty(programs + bias_programs(d_out), 4, dtype=torch.float64, device=W_dec.device)
+    stats = torch.empty(programs + steps.bias_programs(d_out), 4, dtype=torch.float64, device=W_dec.device)
     partial = torch.empty(programs, d_in, dtype=torch.float32, device=W_dec.device) if pre_bias else None
 
-    rows = update_rows if max(d_in, d_out) <= update_rows.ROW_LIMIT else update_wide
-    rows.update(
-        W_enc, W_dec, b_enc, enc_moments, dec_moments, bias_moments, entries.arguments(), entries.pieces,
-        partial, stats, numbers, keys, eps, betas, unit_norm, stochastic, programs,
+    steps.update_rows(
+        W_enc, W_dec, b_enc, enc_moments, dec_moments, bias_moments, entries, partial, stats,
+        numbers, keys, eps, betas, unit_norm, stochastic, programs,
     )  # fmt: skip
-    update_bias(
+    steps.update_bias(
         b_dec, *last_moments, [t.grad for t in terms if t.has_bias], partial, stats[programs:],
         numbers, keys[4 if tied else 6 :], eps, betas, stochastic,
     )  # fmt: skip

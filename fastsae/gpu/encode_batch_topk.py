@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .encode_above import list_slots, pack, survivors_above
-from .encode_topk import chunk_product, fp32_sums
 from .narrow import Narrow, narrowed, screening_copy
-from .ragged import every_latent, histogram
+from .product import chunk_product, fp32_sums
+from .steps import EncodeSteps
 
 SAMPLE_SHARE = 16
 LEAST_SAMPLE = 1024
@@ -27,17 +27,17 @@ SAMPLE = 1 << 21
 LEAST_ROOM = 1 << 16
 
 
-def sampled_bar(x: Tensor, b: Tensor, k: int, screen: Narrow) -> Tensor:
+def sampled_bar(steps: EncodeSteps, x: Tensor, b: Tensor, k: int, screen: Narrow) -> Tensor:
     """τ, 0-d fp32, at least 0: a screened score that about 1.25 N·k of all exceed, from a strided sample."""
     latents, dtype = b.shape[0], screen.low.dtype
     width = min(latents, max(LEAST_SAMPLE, latents // SAMPLE_SHARE))
     stride = latents // width
     few = x[:: max(1, x.shape[0] * width // SAMPLE)].contiguous()
-    narrow = narrowed(few, dtype)
+    narrow = narrowed(steps, few, dtype)
     scores = torch.empty(few.shape[0], width, dtype=dtype, device=x.device)
     count = torch.full((), latents, dtype=torch.int32, device=x.device)
     with fp32_sums():
-        chunk_product(narrow, screen, None, count, scores, 0, stride)
+        chunk_product(steps, narrow, screen, None, count, scores, 0, stride)
     scale, bias = (t[::stride][:width] for t in (screen.scale, b.float()))
     v = torch.addcmul(bias, scores.float(), narrow.scale[:, None] * scale)
     expected = k * v.numel() / latents
@@ -47,7 +47,7 @@ def sampled_bar(x: Tensor, b: Tensor, k: int, screen: Narrow) -> Tensor:
 
 
 def encode_batch_topk(
-    x: Tensor, W: Tensor, b: Tensor, k: int, screen: Narrow | None, precision: str
+    steps: EncodeSteps, x: Tensor, W: Tensor, b: Tensor, k: int, screen: Narrow | None, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """acts (N·k,) in x's dtype, indices, offsets (N+1,), and 0-d int64: the tokens that were scored in full."""
     n, latents = x.shape[0], W.shape[0]
@@ -55,15 +55,15 @@ def encode_batch_topk(
     if n == 0:
         none = torch.zeros((), dtype=torch.int64, device=x.device)
         return x.new_zeros(0), torch.zeros(0, dtype=torch.int32, device=x.device), none.new_zeros(1), none
-    screen, exact = screening_copy(W, screen, precision), precision != "screened"
-    bar = sampled_bar(x, b, k, screen)
+    screen, exact = screening_copy(steps, W, screen, precision), precision != "screened"
+    bar = sampled_bar(steps, x, b, k, screen)
     bars = bar.expand(n).contiguous()
-    lists = survivors_above(x, W, b, bars, False, list_slots(n, latents, 4 * k), screen, exact)
+    lists = survivors_above(steps, x, W, b, bars, False, list_slots(n, latents, 4 * k), screen, exact)
     room = min(n * latents, max(3 * wanted, LEAST_ROOM))
-    scores, found, offsets, total = pack(x, W, b, bars, False, lists, room, torch.float32)
+    scores, found, offsets, total = pack(steps, x, W, b, bars, False, lists, room, torch.float32)
     acts, indices, offsets = _largest(scores, found, offsets, wanted, x.dtype)
     failed = (total > room) | ((total < wanted) & (bar > 0))
-    offsets = _redo(x, W, b, wanted, failed, acts, indices, offsets)
+    offsets = _redo(steps, x, W, b, wanted, failed, acts, indices, offsets)
     return acts, indices, offsets, torch.where(failed, n, lists.listed.long())
 
 
@@ -92,20 +92,28 @@ def _digit(bins: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _redo(
-    x: Tensor, W: Tensor, b: Tensor, wanted: int, failed: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor
+    steps: EncodeSteps,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    wanted: int,
+    failed: Tensor,
+    acts: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
 ) -> Tensor:
     """Where `failed` (0-d bool) writes acts and indices anew from every score; returns the offsets that hold then."""
     n = x.shape[0]
     needed = failed.int()
-    upper, above = _digit(histogram(x, W, b, needed, None), torch.full_like(needed, wanted))
-    lower, above_too = _digit(histogram(x, W, b, needed, upper), wanted - above)
+    upper, above = _digit(steps.histogram(x, W, b, needed, None), torch.full_like(needed, wanted))
+    lower, above_too = _digit(steps.histogram(x, W, b, needed, upper), wanted - above)
     # Fewer positive scores than wanted: all of them are above key 0.
     least = torch.where(upper < 0, 0, (upper << 16) | lower.clamp(min=0)).int()
     quota = torch.where(upper < 0, 0, wanted - above - above_too)
     everyone, listed = torch.arange(n, dtype=torch.int32, device=x.device), needed * n
     totals, ties = torch.zeros(2, n, dtype=torch.int64, device=x.device)
-    every_latent(x, W, b, everyone, listed, acts, indices, totals=totals, least=least, ties=ties)
+    steps.every_latent(x, W, b, everyone, listed, acts, indices, totals=totals, least=least, ties=ties)
     admitted = (quota - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)
     anew = torch.cat([totals.new_zeros(1), (totals + admitted).cumsum(0)])
-    every_latent(x, W, b, everyone, listed, acts, indices, offsets=anew, least=least, ties=admitted)
+    steps.every_latent(x, W, b, everyone, listed, acts, indices, offsets=anew, least=least, ties=admitted)
     return torch.where(failed, anew, offsets)

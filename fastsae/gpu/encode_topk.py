@@ -1,14 +1,14 @@
 """acts, indices = the K largest of relu((x Wᵀ + b) · g) of each token; (N, M) is never stored.
 
-The order of work, each step a kernel of its own file:
-    narrow       x and W in row-scaled fp16, with the norms of what is kept and lost
-    product      x̂ Ŵᵀ in chunks that stay in L2: cuBLAS, or `product` over a list of rows
-    bar          from the first chunks, a guess τ of what a few K latents of a token reach
-    survivors    of every chunk, the latents that may reach τ
-    candidates   of the survivors, those that may be among the K largest; the certificate
-    rescore      their exact fp32 scores
-    top_k        the K largest of them
-    exhaustive   tokens without a certificate, from every latent
+The order of work, each step one of `steps`:
+    narrow_rows       x and W in row-scaled fp16, with the norms of what is kept and lost
+    product           x̂ Ŵᵀ in chunks that stay in L2: cuBLAS, or the step over a list of rows
+    bars              from the first chunks, a guess τ of what a few K latents of a token reach
+    append            of every chunk, the latents that may reach τ: the survivors
+    select            of the survivors, those that may be among the K largest: the candidates; the certificate
+    rescore           their exact fp32 scores
+    top_k             the K largest of them
+    exhaustive_top_k  tokens without a certificate, from every latent
 Nothing is read back by the host: all sizes depend on shapes, so the whole can be captured in a CUDA graph.
 
 Why a library's product and a pass over its result, and not one fused kernel: at N=8192 D=4096 M=131072 the product is
@@ -22,50 +22,19 @@ Flops: 2·N·M·D on tensor cores, about 12·N·M beside them.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from .bar import bars
-from .candidates import select
-from .exhaustive import exhaustive_top_k, listed_tokens
+from .bounds import tables, token_bounds
+from .listed import listed_tokens
 from .narrow import Narrow, narrowed, screening_copy
-from .product import product
-from .rescore import rescore
-from .screening import Plan, plan, tables, token_bounds
-from .survivors import append
-from .top_k import top_k
-
-
-@contextlib.contextmanager
-def fp32_sums() -> Iterator[None]:
-    """cuBLAS adds an fp16 product up in fp32: in fp16, which torch can let it do in two ways, no bound holds."""
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction
-    if not any(before):
-        yield
-        return
-    settings.allow_fp16_accumulation = settings.allow_fp16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction = before
-
-
-def chunk_product(
-    x: Narrow, W: Narrow, rows: Tensor | None, count: Tensor, out: Tensor, chunk: int, stride: int
-) -> None:
-    """Screened products of a chunk's positions chunk, chunk + stride, ... into the first columns of out (N, width)."""
-    if rows is None and x.low.dtype == torch.float16:
-        part = W.low[chunk::stride][: out.shape[1]]
-        torch.mm(x.low, part.mT, out=out[:, : part.shape[0]])
-        return
-    product(x.low, W.low, rows, count, out, chunk, stride)
+from .plan import Plan, plan
+from .product import chunk_product, fp32_sums
+from .steps import EncodeSteps
 
 
 def encode_topk(
+    steps: EncodeSteps,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -83,7 +52,7 @@ def encode_topk(
     redone = torch.zeros((), dtype=torch.int64, device=x.device)
     if n == 0:
         return acts, indices, redone
-    screen = screening_copy(W, screen, precision)
+    screen = screening_copy(steps, W, screen, precision)
     if rows is None:
         count = torch.full((), positions, dtype=torch.int32, device=x.device)
     else:
@@ -93,12 +62,14 @@ def encode_topk(
     for start in range(0, n, p.tokens):
         part = slice(start, start + p.tokens)
         redone += _encode_slab(
-            x[part], W, b, scale, rows, count, screen, table, p, precision, acts[part], indices[part], index_offset
-        )
+            steps, x[part], W, b, scale, rows, count, screen, table, p, precision, acts[part], indices[part],
+            index_offset,
+        )  # fmt: skip
     return acts, indices, redone
 
 
 def _encode_slab(
+    steps: EncodeSteps,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -116,7 +87,7 @@ def _encode_slab(
     """Writes acts and indices of some tokens; returns how many were done exhaustively."""
     n, k = acts.shape
     device, dtype = x.device, screen.low.dtype
-    narrow = narrowed(x, dtype)
+    narrow = narrowed(steps, x, dtype)
     bounds = token_bounds(narrow, x.shape[1])
     scores = torch.empty(n, p.sampled_chunks * p.width, dtype=dtype, device=device)
     bar = torch.empty(n, dtype=torch.float32, device=device)
@@ -125,25 +96,25 @@ def _encode_slab(
     counts = torch.zeros(n, dtype=torch.int32, device=device)
 
     def keep(of_chunk: Tensor, j: int) -> None:
-        append(of_chunk, table[j], bounds, bar, count, values, places, counts, j, p.chunks, j * p.width)
+        steps.append(of_chunk, table[j], bounds, bar, count, values, places, counts, j, p.chunks, j * p.width)
 
     with fp32_sums():
         sampled = [scores[:, j * p.width : (j + 1) * p.width] for j in range(p.sampled_chunks)]
         for j, out in enumerate(sampled):
-            chunk_product(narrow, screen, rows, count, out, j, p.chunks)
-        bars(scores, table, bounds, count, bar, p)
+            chunk_product(steps, narrow, screen, rows, count, out, j, p.chunks)
+        steps.bars(scores, table, bounds, count, bar, p)
         for j, out in enumerate(sampled):
             keep(out, j)
         for j in range(p.sampled_chunks, p.chunks):
-            chunk_product(narrow, screen, rows, count, sampled[0], j, p.chunks)
+            chunk_product(steps, narrow, screen, rows, count, sampled[0], j, p.chunks)
             keep(sampled[0], j)
     del scores, sampled  # the largest of all, and not needed any more
     exact = precision != "screened"
-    latents, best, found, certified = select(values, places, counts, table, bounds, bar, rows, k, p, dtype, exact)
+    latents, best, found, certified = steps.select(values, places, counts, table, bounds, bar, rows, k, p, dtype, exact)
     if exact:
-        rescore(x, W, b, scale, latents, found, best)
+        steps.rescore(x, W, b, scale, latents, found, best)
     last = offset + W.shape[0] - 1
-    top_k(latents, best, found, certified, acts, indices, offset, last)
+    steps.top_k(latents, best, found, certified, acts, indices, offset, last)
     tokens, listed = listed_tokens(certified == 0)
-    exhaustive_top_k(x, W, b, scale, rows, count, tokens, listed, acts, indices, offset, last)
+    steps.exhaustive_top_k(x, W, b, scale, rows, count, tokens, listed, acts, indices, offset, last)
     return listed

@@ -11,18 +11,18 @@ Flops: 2·N·M·D on tensor cores.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
-from .encode_topk import chunk_product, fp32_sums
-from .exhaustive import listed_tokens
+from .bounds import tables, token_bounds
+from .listed import listed_tokens
 from .narrow import Narrow, narrowed, screening_copy
-from .ragged import count_listed, emit_listed, every_latent
-from .rescore import rescore
-from .screening import chunk_width, tables, token_bounds
-from .survivors import append
+from .plan import chunk_width
+from .product import chunk_product, fp32_sums
+from .sizes import cdiv
+from .steps import EncodeSteps
 
 LIST_BYTES = 256 << 20
 
@@ -30,7 +30,7 @@ LIST_BYTES = 256 << 20
 @dataclass(frozen=True)
 class Lists:
     """Each token's survivors (N, slots), ascending: latents int32, exact scores fp32; found (N,), more than slots where
-    a list was too short; tokens, listed: those tokens, as `exhaustive.listed_tokens` gives them."""
+    a list was too short; tokens, listed: those tokens, as `listed_tokens` gives them."""
 
     latents: Tensor
     scores: Tensor
@@ -45,6 +45,7 @@ def list_slots(tokens: int, latents: int, expected: int) -> int:
 
 
 def survivors_above(
+    steps: EncodeSteps,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -60,9 +61,9 @@ def survivors_above(
     """
     n, latents, dtype = x.shape[0], W.shape[0], screen.low.dtype
     width = chunk_width(n, latents, dtype.itemsize)
-    chunks = triton.cdiv(latents, width)
+    chunks = cdiv(latents, width)
     table = tables(screen, b, None, thresholds if per_latent else None, None, chunks, width, strided=False)
-    narrow = narrowed(x, dtype)
+    narrow = narrowed(steps, x, dtype)
     bounds = token_bounds(narrow, x.shape[1])
     out = torch.empty(n, width, dtype=dtype, device=x.device)
     scores = torch.empty(n, slots, dtype=torch.float32, device=x.device)
@@ -72,14 +73,17 @@ def survivors_above(
     with fp32_sums():
         for j in range(chunks):
             first = j * width
-            chunk_product(narrow, screen, None, end, out, first, 1)
-            append(out, table[j], bounds, thresholds, end, scores, found_latents, found, first, 1, first, per_latent)
+            chunk_product(steps, narrow, screen, None, end, out, first, 1)
+            steps.append(
+                out, table[j], bounds, thresholds, end, scores, found_latents, found, first, 1, first, per_latent
+            )
     if exact:
-        rescore(x, W, b, None, found_latents, found, scores)
+        steps.rescore(x, W, b, None, found_latents, found, scores)
     return Lists(found_latents, scores, found, *listed_tokens(found > slots))
 
 
 def pack(
+    steps: EncodeSteps,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -93,18 +97,27 @@ def pack(
     totals = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     acts = torch.zeros(capacity, dtype=dtype, device=x.device)
     indices = torch.zeros(capacity, dtype=torch.int32, device=x.device)
-    exhaustive = (x, W, b, lists.tokens, lists.listed, acts, indices)
-    given = {"thresholds": thresholds, "per_latent": per_latent}
-    count_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, totals)
-    every_latent(*exhaustive, totals=totals, **given)
+    every = partial(
+        steps.every_latent, x, W, b, lists.tokens, lists.listed, acts, indices,
+        thresholds=thresholds, per_latent=per_latent,
+    )  # fmt: skip
+    steps.count_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, totals)
+    every(totals=totals)
     offsets = torch.cat([totals.new_zeros(1), totals.cumsum(0)])
-    emit_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, offsets, acts, indices)
-    every_latent(*exhaustive, offsets=offsets, **given)
+    steps.emit_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, offsets, acts, indices)
+    every(offsets=offsets)
     return acts, indices, offsets.clamp(max=capacity), offsets[-1]
 
 
 def encode_above(
-    x: Tensor, W: Tensor, b: Tensor, threshold: Tensor, capacity: int, screen: Narrow | None, precision: str
+    steps: EncodeSteps,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    threshold: Tensor,
+    capacity: int,
+    screen: Narrow | None,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """acts (capacity,) in x's dtype, indices, offsets (N+1,), and 0-d: overflow, tokens scored in full."""
     n = x.shape[0]
@@ -115,7 +128,7 @@ def encode_above(
     per_latent = threshold.ndim == 1
     thresholds = threshold.float().contiguous() if per_latent else threshold.float().reshape(-1).expand(n).contiguous()
     slots = list_slots(n, W.shape[0], capacity // n)
-    screen, exact = screening_copy(W, screen, precision), precision != "screened"
-    lists = survivors_above(x, W, b, thresholds, per_latent, slots, screen, exact)
-    acts, indices, offsets, total = pack(x, W, b, thresholds, per_latent, lists, capacity, x.dtype)
+    screen, exact = screening_copy(steps, W, screen, precision), precision != "screened"
+    lists = survivors_above(steps, x, W, b, thresholds, per_latent, slots, screen, exact)
+    acts, indices, offsets, total = pack(steps, x, W, b, thresholds, per_latent, lists, capacity, x.dtype)
     return acts, indices, offsets, total > capacity, lists.listed.long()

@@ -1,0 +1,160 @@
+"""The raw ops of a GPU backend, made of its steps: each call on its tensors' device, nothing else in between.
+
+Nothing here looks at a value on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .active_outer import active_outer
+from .by_latent import by_latent
+from .encode_above import encode_above
+from .encode_batch_topk import encode_batch_topk
+from .encode_topk import encode_topk
+from .narrow import WIDEST, Narrow, narrowed
+from .steps import Steps
+from .update_latents import Term, update_latents
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(op: str, tensors: Iterable[Tensor], device: str) -> str | None:
+    """The reason against an op on these tensors by steps that compute on `device` ("cuda", "cpu"), or None."""
+    for t in tensors:
+        if t.device.type != device:
+            return f"it computes on {device} tensors here, and a tensor is on {t.device}"
+        if t.is_floating_point() and t.dtype not in DTYPES and t.ndim:
+            return f"{op} has no kernel for {t.dtype}"
+        if op.startswith(("encode", "prepare")) and t.ndim == 2 and t.shape[1] > WIDEST:
+            return f"a row has {t.shape[1]} columns, and the screen's scale allows {WIDEST}"
+    return None
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to t's device; torch's current stream of it is the caller's."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def _kept(screen: list[Tensor] | None) -> Narrow | None:
+    return Narrow(*screen) if screen else None
+
+
+@dataclass(frozen=True)
+class RawOps:
+    """A backend's functions, as fastsae.backends describes them, over its steps."""
+
+    steps: Steps
+
+    def screen(self, W: Tensor) -> list[Tensor]:
+        """The tensors of a narrow copy of W, as the encoders and update_latents_ take them."""
+        with on_device(W):
+            return narrowed(self.steps, W.contiguous()).tensors()
+
+    def encode_topk(
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        k: int,
+        rows: Tensor | None,
+        scale: Tensor | None,
+        index_offset: int,
+        screen: list[Tensor] | None,
+        precision: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with on_device(W):
+            return encode_topk(self.steps, x, W, b, k, rows, scale, index_offset, _kept(screen), precision)
+
+    def encode_above(
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        threshold: Tensor,
+        capacity: int,
+        screen: list[Tensor] | None,
+        precision: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with on_device(W):
+            return encode_above(self.steps, x, W, b, threshold, capacity, _kept(screen), precision)
+
+    def encode_batch_topk(
+        self, x: Tensor, W: Tensor, b: Tensor, k: int, screen: list[Tensor] | None, precision: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with on_device(W):
+            return encode_batch_topk(self.steps, x, W, b, k, _kept(screen), precision)
+
+    def decode(self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
+        with on_device(W):
+            return self.steps.decode(acts, indices, offsets, W)
+
+    def decode_error(
+        self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, target: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with on_device(W):
+            return self.steps.decode_error(acts, indices, offsets, W, target, bias)
+
+    def active_dot(self, x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
+        with on_device(W):
+            return self.steps.active_dot(x, acts, indices, offsets, W)
+
+    def active_outer(
+        self,
+        acts: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        x: Tensor,
+        d_sae: int,
+        by_latent: list[Tensor] | None,
+    ) -> Tensor:
+        with on_device(x):
+            return active_outer(self.steps, acts, indices, offsets, x, d_sae, by_latent)
+
+    def by_latent(
+        self, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with on_device(acts):
+            return by_latent(self.steps, acts, indices, offsets, d_sae)
+
+    def update_latents_(
+        self,
+        W_enc: Tensor | None,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        moments: list[Tensor],
+        screen: list[Tensor],
+        acts: list[Tensor],
+        indices: list[Tensor],
+        offsets: list[Tensor],
+        xs: list[Tensor],
+        grads: list[Tensor],
+        has_bias: list[bool],
+        lr: Tensor,
+        step: Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        unit_norm: bool,
+        pre_bias: bool,
+        seed: int | None,
+    ) -> Tensor:
+        terms = [
+            Term(act, index, offset if offset.numel() else None, x, grad, bias)
+            for act, index, offset, x, grad, bias in zip(acts, indices, offsets, xs, grads, has_bias, strict=True)
+        ]
+        with on_device(W_dec):
+            stats = update_latents(
+                self.steps, W_enc, W_dec, b_enc, b_dec, moments, terms, lr, step, beta1, beta2, eps, unit_norm,
+                pre_bias, seed,
+            )  # fmt: skip
+            if screen:
+                self.steps.narrow_rows(W_dec if W_enc is None else W_enc, *screen)
+        return stats

@@ -1,0 +1,47 @@
+"""The Triton launchers under the names of fastsae.gpu.steps: what this backend computes itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastsae.gpu.entries import Entries, Moments
+
+from . import update_rows as in_registers
+from . import update_wide as in_tiles
+from .active_dot import active_dot
+from .active_outer import outer
+from .adam import step_numbers
+from .bar import bars
+from .by_latent import list_slots, sort_slots
+from .candidates import select
+from .decode import decode
+from .decode_error import decode_error
+from .exhaustive import exhaustive_top_k
+from .narrow import narrow_rows
+from .pieces import piece_starts
+from .product import product
+from .ragged import count_listed, emit_listed, every_latent, histogram
+from .rescore import rescore
+from .survivors import append
+from .top_k import top_k
+from .update_bias import bias_programs, update_bias
+
+__all__ = [
+    "active_dot", "append", "bars", "bias_programs", "count_listed", "decode", "decode_error", "emit_listed",
+    "every_latent", "exhaustive_top_k", "histogram", "list_slots", "narrow_rows", "outer", "piece_starts", "product",
+    "rescore", "select", "sort_slots", "step_numbers", "top_k", "update_bias", "update_rows",
+]  # fmt: skip
+
+
+def update_rows(
+    W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, enc_moments: Moments, dec_moments: Moments,
+    bias_moments: Moments, entries: Entries, pre_bias: Tensor | None, stats: Tensor, numbers: Tensor, keys: Tensor,
+    eps: float, betas: tuple[float, float, float, float], unit_norm: bool, stochastic: bool, programs: int,
+) -> None:  # fmt: skip
+    """In registers as far as they reach, in tiles beyond."""
+    d_in, d_out = (W_dec if W_enc is None else W_enc).shape[1], W_dec.shape[1]
+    rows = in_registers if max(d_in, d_out) <= in_registers.ROW_LIMIT else in_tiles
+    rows.update(
+        W_enc, W_dec, b_enc, enc_moments, dec_moments, bias_moments, entries, pre_bias, stats, numbers, keys, eps,
+        betas, unit_norm, stochastic, programs,
+    )  # fmt: skip

@@ -1,0 +1,29 @@
+"""A GPU backend has every step of fastsae.gpu.steps, under the name and with the arguments that are written there."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+
+from fastsae.gpu.steps import Steps
+
+WANTED = [name for name, _ in inspect.getmembers(Steps, inspect.isfunction) if not name.startswith("_")]
+
+
+@pytest.fixture(params=["fastsae.kernels.steps"])
+def steps(request: pytest.FixtureRequest) -> object:
+    pytest.importorskip("triton", reason="triton is not installed")
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_step_has_the_signature_of_the_protocol(name: str, steps: object) -> None:
+    wanted, given = inspect.signature(getattr(Steps, name)), inspect.signature(getattr(steps, name))
+    without_self = wanted.replace(parameters=list(wanted.parameters.values())[1:])
+    assert str(given) == str(without_self)
+
+
+def test_a_backend_has_no_step_that_nobody_asks_for(steps: object) -> None:
+    assert sorted(steps.__all__) == sorted(set(WANTED))
