@@ -1,11 +1,13 @@
 # One command for each job. Every target makes what it needs first; a second call finds it made.
 #
 #   make demo    harvest real activations, train a TopK SAE, compare with dense PyTorch, write a report
-#   make test    the whole test suite              make lint    ruff and mypy
+#   make test    the test suite                    make lint    ruff and mypy
+#   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make bench   time whole steps and write bench/results/, then redraw plots and the README's table
 #   make venv    the environment alone             make clean   remove what make made
 #   make kernels-check   compile the Triton kernels for every target, without a GPU, and compare with the table
 #   make kernels-report  ... and write the table: bench/results/compiled/
+#   make cuda-check, make cuda-report  the same of the CUDA kernels, as nvcc compiled them
 #
 # Overridable: make test PYTHON=python3.12 VENV=/tmp/env TORCH='torch==2.11.0' ARGS='-k codes -x'
 
@@ -23,9 +25,9 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test lint format bench bench-quick plots kernels-check kernels-report clean
+.PHONY: help venv demo test test-cuda emulation lint format bench bench-quick plots kernels-check kernels-report cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -76,6 +78,35 @@ demo: $(VENV)/.demo
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
+# The CUDA kernels compiled for the CPU (tests/emulation). -O1 keeps the sanitizers' reports readable, and is as fast.
+EMULATION := build/emulation
+EMULATED := $(patsubst %,$(EMULATION)/%.o,$(notdir $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp)) fibers.cpp)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+EMULATE := $(CXX) -std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -DFASTSAE_EMULATED $(SANITIZE) \
+  -Wall -Wextra -Werror -Wno-unknown-pragmas -Icsrc/cuda -Itests/emulation -MMD
+
+$(EMULATION)/%.o: csrc/cuda/% $(VENV)/.installed
+	@mkdir -p $(@D)
+	$(EMULATE) $$($(BIN)/python -m pybind11 --includes) -x c++ -c $< -o $@
+
+$(EMULATION)/fibers.cpp.o: tests/emulation/fibers.cpp
+	@mkdir -p $(@D)
+	$(EMULATE) -c $< -o $@
+
+$(EMULATION)/_cuda.so: $(EMULATED)
+	$(CXX) -shared $(SANITIZE) $^ -o $@
+
+-include $(EMULATED:.o=.d)
+
+emulation: $(VENV)/.installed
+	$(MAKE) -j $$(nproc) $(EMULATION)/_cuda.so
+
+# The sanitizer has to be there before Python is, and with it the library that throws exceptions.
+test-cuda: emulation
+	env FASTSAE_CUDA_EMULATION=$(CURDIR)/$(EMULATION)/_cuda.so ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest -n auto --dist loadfile -k cuda $(ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -103,6 +134,12 @@ kernels-check: $(VENV)/.installed
 
 kernels-report: $(VENV)/.installed
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.compiled $(ARGS)
+
+cuda-check: $(VENV)/.installed
+	$(BIN)/python -m bench.ptxas --check $(ARGS)
+
+cuda-report: $(VENV)/.installed
+	$(BIN)/python -m bench.ptxas $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist ./*.egg-info fastsae/*.so .pytest_cache .ruff_cache .mypy_cache .benchmarks .cache runs

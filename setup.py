@@ -1,14 +1,24 @@
 """Builds the extension modules; everything else about the package stands in pyproject.toml.
 
-The CPU extension compiles each op once per instruction set (own flags, own namespace) and chooses at run time, so a
-wheel runs on any x86-64, and on arm64 by its portable code. Never -march=native. torch is not needed to build.
+fastsae._cpu: each op compiled once per instruction set (own flags, own namespace), chosen at run time, so a wheel runs
+on any x86-64, and on arm64 by its portable code. Never -march=native.
+
+fastsae._cuda: where there is an nvcc, for the targets it knows, CUDA's runtime linked in. Two variables steer it:
+    FASTSAE_CUDA                auto (default: built if it can be, left out with a message if not), require (left out is
+                                an error), skip
+    FASTSAE_CUDA_ARCHITECTURES  nvcc's names, default "80;90a;100a"; PTX for what comes after is always there
+
+torch is not needed to build. Objects stay in build/, and are compiled anew where one of the files they were made of is
+newer or the command is another.
 """
 
+import os
 import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -16,19 +26,9 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CPU = ROOT / "csrc" / "cpu"
-COMMON = [
-    "-std=c++17",
-    "-O3",
-    "-g0",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    "-Wno-psabi",
-    "-Wno-maybe-uninitialized",
-]
+CPU, CUDA = ROOT / "csrc" / "cpu", ROOT / "csrc" / "cuda"
+HOST = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON = [*HOST, "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 
 # Sources compiled once, and sources compiled once per instruction set.
@@ -57,39 +57,165 @@ ISAS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512}
 
+ARCHITECTURES = ("80", "90a", "100a")
+PTX = "80"  # for processors that come after: their drivers compile it
+NVCC = "/usr/local/cuda/bin/nvcc"  # where it is when nothing says otherwise
 
-class BuildCpu(build_ext):
+
+class CudaUnavailable(Exception):
+    """Why the CUDA extension cannot be built here."""
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    for found in (home and f"{home}/bin/nvcc", shutil.which("nvcc"), NVCC):
+        if found and os.access(found, os.X_OK):
+            return found
+    raise CudaUnavailable("there is no nvcc (in CUDA_HOME, on the PATH or in /usr/local/cuda)")
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """The targets to build for: those asked for, or the usual ones that this nvcc knows."""
+    asked = os.environ.get("FASTSAE_CUDA_ARCHITECTURES")
+    if asked:
+        return asked.split(";")
+    known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
+    found = [a for a in ARCHITECTURES if f"sm_{a}" in known or f"sm_{a.rstrip('a')}" in known]
+    if not found:
+        raise CudaUnavailable(f"{nvcc} knows none of the targets {', '.join(ARCHITECTURES)}")
+    return found
+
+
+def recorded(command: list[str]) -> str:
+    """A command as it is kept beside its object. Where headers are looked for is left out, since pip moves pybind11's
+    with every build: what was found there is in the list of the files that the object was made of.
+    """
+    return "\n".join(x for x in map(str, command) if not x.startswith("-I"))
+
+
+def is_current(target: Path, command: list[str]) -> bool:
+    """Whether this command made the object, from files that are all older: the compiler wrote them down beside it."""
+    listed, made_by = target.with_suffix(".d"), target.with_suffix(".cmd")
+    if not (target.exists() and listed.exists() and made_by.exists()) or made_by.read_text() != recorded(command):
+        return False
+    names = listed.read_text().split(":", 1)[1].replace("\\\n", " ").split()
+    made_of = [Path(__file__), *map(Path, names)]
+    return all(p.exists() and p.stat().st_mtime_ns < target.stat().st_mtime_ns for p in made_of)
+
+
+class BuildExtensions(build_ext):
     """Compiles what is older than its sources, in parallel, and links it."""
+
+    def finalize_options(self):
+        # pip builds an editable install in a temporary folder, where the next one would find no objects.
+        if self.build_temp is None:
+            folder = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / folder)
+        super().finalize_options()
+
+    def build_extensions(self):
+        mode = os.environ.get("FASTSAE_CUDA", "auto")
+        if mode not in ("auto", "require", "skip"):
+            sys.exit(f"FASTSAE_CUDA is {mode!r}, expected auto, require or skip")
+        # CUDA's first: whether it can be built shows at once, and the other takes minutes.
+        for extension in sorted(self.extensions, key=lambda extension: extension.name != "fastsae._cuda"):
+            if extension.name != "fastsae._cuda":
+                self.build_extension(extension)
+                continue
+            try:
+                if mode == "skip":
+                    raise CudaUnavailable("FASTSAE_CUDA is skip")
+                self.build_cuda(extension)
+            except (CudaUnavailable, subprocess.CalledProcessError) as why:
+                if mode == "require":
+                    sys.exit(f"the CUDA extension could not be built, and FASTSAE_CUDA is require: {why}")
+                print(f"fastsae: the CUDA extension is left out: {why}", file=sys.stderr)
+                # An older build would be taken for this one.
+                for old in (self.get_ext_fullpath(extension.name), ROOT / self.get_ext_filename(extension.name)):
+                    Path(old).unlink(missing_ok=True)
+                self.extensions.remove(extension)
+
+    def compile_all(self, jobs) -> list[str]:
+        """Compiles (source, object, command) jobs whose object is not current; the objects in order."""
+
+        def compile_one(job):
+            source, target, command = job
+            if self.force or not is_current(target, command):
+                log = target.with_suffix(".log")
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.touch()
+                start = log.stat().st_mtime_ns  # by the clock of files, which may be behind time.time()
+                depends = ["-MMD", "-MF", str(target.with_suffix(".d"))]
+                done = subprocess.run(
+                    [*command, *depends, "-c", str(source), "-o", str(target)],
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                )  # fmt: skip
+                # ptxas says here what registers each kernel takes; `make cuda-check` reads it.
+                log.write_text(done.stdout)
+                if done.returncode or source.suffix != ".cu":
+                    sys.stderr.write(done.stdout)
+                done.check_returncode()
+                os.utime(target, ns=(start, start))  # so that a file which was changed meanwhile is newer
+                target.with_suffix(".cmd").write_text(recorded(command))
+            return str(target)
+
+        with ThreadPoolExecutor(cpu_count()) as pool:
+            return list(pool.map(compile_one, jobs))
+
+    def include_flags(self, extension, folder: Path) -> list[str]:
+        return [f"-I{d}" for d in [*extension.include_dirs, *self.include_dirs, folder]]
 
     def build_extension(self, ext):
         build = Path(self.build_temp).resolve()
-        headers = max(p.stat().st_mtime for p in [*CPU.glob("*.h"), Path(__file__)])
         jobs = [("once", name, []) for name in ONCE]
         jobs += [(isa, name, [*flags, f"-DFASTSAE_ISA={isa}"]) for isa, flags in ISAS.items() for name in PER_ISA]
         if "avx512" in ISAS:
             jobs += [("avx512", name, [*AVX512, *flags, "-DFASTSAE_ISA=avx512"]) for name, flags in NARROW.items()]
-
-        def compile_one(job):
-            group, name, flags = job
-            source, folder = CPU / name, build / group
-            target = folder / Path(name).with_suffix(".o").name
-            newest = max(source.stat().st_mtime, headers)
-            if self.force or not target.exists() or target.stat().st_mtime < newest:
-                folder.mkdir(parents=True, exist_ok=True)
-                command = [*self.compiler.compiler_so, *COMMON, *flags]
-                command += [f"-I{d}" for d in [*ext.include_dirs, *self.include_dirs, CPU]]
-                subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
-            return str(target)
-
-        with ThreadPoolExecutor(cpu_count()) as pool:
-            objects = list(pool.map(compile_one, jobs))
+        compiler = [*self.compiler.compiler_so, *COMMON, *self.include_flags(ext, CPU)]
+        objects = self.compile_all(
+            (CPU / name, build / group / Path(name).with_suffix(".o").name, [*compiler, *flags])
+            for group, name, flags in jobs
+        )
         # The order matters: of an inline function that several objects hold (std::vector's), the linker keeps the
         # first, and that must be the one that every processor can run. So the widest instruction set comes last.
-        link = ["-fopenmp"] + ([f"-Wl,--version-script={CPU / 'exports.map'}"] if sys.platform == "linux" else [])
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=link, target_lang="c++"
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=["-fopenmp", *exports(CPU)], target_lang="c++"
         )
 
+    def build_cuda(self, ext):
+        nvcc = find_nvcc()
+        targets = cuda_architectures(nvcc)
+        build = Path(self.build_temp).resolve() / "cuda"
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
+        codes += [f"-gencode=arch=compute_{PTX},code=compute_{PTX}"]
+        names = " ".join([f"sm_{a}" for a in targets] + [f"compute_{PTX}"])
+        device = [nvcc, "-std=c++17", "-O3", "--threads", "0", *codes, f'-DFASTSAE_ARCHITECTURES="{names}"']
+        device += [f"-I{CUDA}", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Xptxas", "-v"]
+        host = [*self.compiler.compiler_so, *HOST, *self.include_flags(ext, CUDA)]
+        objects = self.compile_all(
+            (source, build / (source.name + ".o"), device if source.suffix == ".cu" else host)
+            for source in [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))]
+        )
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # nvcc links too: it may be a wrapper script, so the folder of its libraries cannot be told from its own.
+        link = [nvcc, "-shared", "-nodlink", "--cudart", "static"]
+        link += [option.replace("-Wl,", "-Xlinker=") for option in exports(CUDA)]
+        subprocess.run([*link, *objects, "-o", str(target)], check=True)
 
-extension = Pybind11Extension("fastsae._cpu", [f"csrc/cpu/{n}" for n in ONCE + PER_ISA])
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildCpu})
+
+def exports(folder: Path) -> list[str]:
+    return [f"-Wl,--version-script={folder / 'exports.map'}"] if sys.platform == "linux" else []
+
+
+def cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+setup(
+    ext_modules=[
+        Pybind11Extension("fastsae._cpu", [f"csrc/cpu/{n}" for n in ONCE + PER_ISA]),
+        Pybind11Extension("fastsae._cuda", [f"csrc/cuda/{p.name}" for p in sorted(CUDA.glob("*.c*"))]),
+    ],
+    cmdclass={"build_ext": BuildExtensions},
+)

@@ -2,6 +2,7 @@
 
 FASTSAE_BACKEND   the backend that backend=None takes ("reference", "cpu", ...); it fails loudly where it cannot serve
 FASTSAE_CPU_ISA   the widest instruction set that the cpu backend may use, in its own names (see `fastsae info`)
+FASTSAE_CUDA_EMULATION  a build of the CUDA kernels for the CPU, which is for tests (tests/emulation)
 TRITON_INTERPRET  Triton's own: "1" runs its kernels in an interpreter on the CPU, which is for tests
 """
 
@@ -18,6 +19,11 @@ def default_backend() -> str | None:
 def cpu_isa() -> str | None:
     """The instruction set named by FASTSAE_CPU_ISA, or None."""
     return os.environ.get("FASTSAE_CPU_ISA") or None
+
+
+def cuda_emulation() -> str | None:
+    """The extension module named by FASTSAE_CUDA_EMULATION, or None."""
+    return os.environ.get("FASTSAE_CUDA_EMULATION") or None
 
 
 def triton_is_interpreted() -> bool:

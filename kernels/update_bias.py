@@ -81,24 +81,29 @@ def bias_programs(D: int) -> int:
     return triton.cdiv(D, choose().BLOCK_D)
 
 
+def bias_parts(rows: int) -> int:
+    """Rows of the workspace that a matrix of so many rows takes: one for each program that adds up its columns."""
+    return triton.cdiv(rows, choose().BLOCK_N)
+
+
 def update_bias(
     b: Tensor, m: Tensor, v: Tensor, grads: list[Tensor], pre_bias: Tensor | None, stats: Tensor,
     numbers: Tensor, keys: Tensor, eps: float, betas: tuple[float, float, float, float], stochastic: bool,
+    workspace: Tensor,
 ) -> None:  # fmt: skip
     """Steps b (D,): grads: (N, D) each; pre_bias (R, D) float32 is subtracted; stats (bias_programs(D), 4) float64."""
     c, D = choose(), b.shape[0]
     parts = [t for t in (*grads, pre_bias) if t is not None]
-    counts = [triton.cdiv(t.shape[0], c.BLOCK_N) for t in parts]
+    counts = [bias_parts(t.shape[0]) for t in parts]
     added = sum(counts) if pre_bias is None else sum(counts[:-1])
-    sums = torch.empty(sum(counts), D, dtype=torch.float32, device=b.device)
     tiles = bias_programs(D)
-    for t, out, count in zip(parts, sums.split(counts), counts, strict=True):
+    for t, out, count in zip(parts, workspace.split(counts), counts, strict=True):
         if count:
             _column_sums_kernel[(count, tiles)](
                 t, out, t.shape[0], D, BLOCK_N=c.BLOCK_N, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps
             )
     _update_bias_kernel[(tiles,)](
-        b, m, v, sums, stats, numbers, keys, eps, *betas, D, added, sum(counts),
+        b, m, v, workspace, stats, numbers, keys, eps, *betas, D, added, sum(counts),
         STOCHASTIC=stochastic, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps,
     )  # fmt: skip
 

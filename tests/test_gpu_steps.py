@@ -12,10 +12,12 @@ from fastsae.gpu.steps import Steps
 WANTED = [name for name, _ in inspect.getmembers(Steps, inspect.isfunction) if not name.startswith("_")]
 
 
-@pytest.fixture(params=["fastsae.kernels.steps"])
+@pytest.fixture(params=["fastsae.kernels.steps", "fastsae.backends.cuda_steps"], ids=["triton", "cuda"])
 def steps(request: pytest.FixtureRequest) -> object:
-    pytest.importorskip("triton", reason="triton is not installed")
-    return importlib.import_module(request.param)
+    try:
+        return importlib.import_module(request.param)
+    except ImportError as error:
+        pytest.skip(f"the backend is not here: {error}")
 
 
 @pytest.mark.parametrize("name", WANTED)

@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from fastsae import env
-from fastsae.backends import reference
+from fastsae.backends import choice, reference
+from fastsae.backends.errors import BackendError
 
 
 def _built_cpu() -> ModuleType | str:
@@ -37,17 +38,24 @@ def _built_triton() -> ModuleType | str:
     return triton
 
 
-# Fastest first. A string instead of a module is the reason why the backend is absent.
+def _built_cuda() -> ModuleType | str:
+    try:
+        from fastsae.backends import cuda
+    except ImportError as error:
+        return f"the CUDA extension is not built ({error}); install fastsae where there is nvcc, the CUDA compiler"
+    return cuda
+
+
+# Fastest first, but for what fastsae.backends.choice says of the first two. A string instead of a module is the reason why the backend is absent.
 _REGISTRY: tuple[tuple[str, ModuleType | str], ...] = (
-    ("cuda", "the CUDA kernels are not part of this build"),
+    ("cuda", _built_cuda()),
     ("triton", _built_triton()),
     ("cpu", _built_cpu()),
     ("reference", reference),
 )
 
 
-class BackendError(RuntimeError):
-    """The backend that was asked for cannot serve the call; the message says why."""
+__all__ = ["BackendError", "backends", "check_name", "choose"]
 
 
 def backends() -> dict[str, dict[str, Any]]:
@@ -75,7 +83,8 @@ def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> Modul
     backend = backend or env.default_backend()
     check_name(backend)
     reasons = []
-    for name, module in _REGISTRY:
+    first = choice.first(op, tensors)
+    for name, module in sorted(_REGISTRY, key=lambda entry: entry[0] != first):
         if backend not in (None, name):
             continue
         if isinstance(module, str):

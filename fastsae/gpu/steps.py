@@ -195,10 +195,16 @@ class LatentSteps(Protocol):
     def update_bias(
         self, b: Tensor, m: Tensor, v: Tensor, grads: list[Tensor], pre_bias: Tensor | None, stats: Tensor,
         numbers: Tensor, keys: Tensor, eps: float, betas: tuple[float, float, float, float], stochastic: bool,
+        workspace: Tensor,
     ) -> None:  # fmt: skip
         """Adam step of b (D,) in place, with the gradient Σ of the rows of grads, (N, D) each, - Σ of pre_bias (R, D)
         float32. stats (bias_programs(D), 4) float64: (0, 0, 0, its squared norm) in parts. keys: m's stream, then v's.
+        workspace (Σ bias_parts, D) float32, for grads and pre_bias in turn: the caller allocates it before it lets
+        update_rows change anything, since memory may be out.
         """
+
+    def bias_parts(self, rows: int) -> int:
+        """Rows of update_bias' workspace that a matrix of so many rows takes."""
 
     def bias_programs(self, D: int) -> int:
         """Rows of stats that update_bias fills."""

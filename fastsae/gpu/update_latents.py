@@ -112,12 +112,17 @@ def update_latents(
     stats = torch.empty(programs + steps.bias_programs(d_out), 4, dtype=torch.float64, device=W_dec.device)
     partial = torch.empty(programs, d_in, dtype=torch.float32, device=W_dec.device) if pre_bias else None
 
+    # Whatever memory is needed is there before a parameter changes.
+    grads = [t.grad for t in terms if t.has_bias]
+    parts = sum(steps.bias_parts(t.shape[0]) for t in (*grads, partial) if t is not None)
+    workspace = torch.empty(parts, d_out, dtype=torch.float32, device=W_dec.device)
+
     steps.update_rows(
         W_enc, W_dec, b_enc, enc_moments, dec_moments, bias_moments, entries, partial, stats,
         numbers, keys, eps, betas, unit_norm, stochastic, programs,
     )  # fmt: skip
     steps.update_bias(
-        b_dec, *last_moments, [t.grad for t in terms if t.has_bias], partial, stats[programs:],
-        numbers, keys[4 if tied else 6 :], eps, betas, stochastic,
+        b_dec, *last_moments, grads, partial, stats[programs:], numbers, keys[4 if tied else 6 :], eps, betas,
+        stochastic, workspace,
     )  # fmt: skip
     return stats.sum(0)

@@ -1,0 +1,88 @@
+// out[i] = Σ_e weight(e) · matrix[row(e), :] over the entries e of owner i: what decode does for tokens and active_outer
+// for latents.
+//
+// A row of threads computes one owner, a pack of columns to a thread, AT_ONCE rows of the matrix in flight at a time and
+// added in order; several owners share a block where rows are short. Long owners are cut into pieces (pieces.h): so rows of
+// very different lengths cost what their entries cost. 4 loads of 16 bytes in each of 1024 threads are 64 KiB in flight on
+// a multiprocessor, twice what hides the latency of an H200's memory at its full bandwidth.
+#pragma once
+#include "launch.h"
+#include "pieces.h"
+
+namespace fastsae {
+
+constexpr int GATHER_THREADS = 256, GATHER_BLOCKS = 4;  // at most, of a block; at least, on a multiprocessor
+
+// An Entries type says, in device code: begin(i), end(i), weight(e), row(e). A weight of 0 is an empty entry: it adds
+// nothing, whatever its row holds.
+template <bool ALIGNED, class T, class Entries>
+__device__ inline void add_rows(const Entries& entries, int64_t begin, int64_t end, const T* matrix, int64_t D, int64_t c,
+                                float (&sum)[V<T>]) {
+  constexpr int AT_ONCE = 4;
+  for (int64_t e = begin; e < end; e += AT_ONCE) {
+    float weight[AT_ONCE], row[AT_ONCE][V<T>];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      weight[j] = e + j < end ? entries.weight(e + j) : 0.f;
+      if (weight[j] != 0.f) load_pack<ALIGNED>(matrix + entries.row(e + j) * D, c, D, row[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j)
+      if (weight[j] != 0.f) {
+#pragma unroll
+        for (int i = 0; i < V<T>; ++i) sum[i] = fmaf(weight[j], row[j][i], sum[i]);
+      }
+  }
+}
+
+template <bool ALIGNED, class T, class Entries>
+__global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
+    sum_pieces(Entries entries, Pieces pieces, const T* matrix, float* sums, int64_t D) {
+  const int64_t j = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, c = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * V<T>;
+  if (j >= pieces.first[pieces.owners]) return;
+  const Piece piece = find_piece(pieces, j, entries);
+  float sum[V<T>] = {};
+  add_rows<ALIGNED>(entries, piece.begin, piece.end, matrix, D, c, sum);
+  float* out = sums + j * D;
+#pragma unroll
+  for (int i = 0; i < V<T>; ++i)
+    if (c + i < D) out[c + i] = sum[i];
+}
+
+// Finish: what becomes of a sum, `finish(i, is_owner, c, sum)`; every thread comes to it.
+template <bool ALIGNED, class T, class Entries, class Finish>
+__global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
+    sum_rows(Entries entries, Pieces pieces, const T* matrix, const float* sums, int64_t D, Finish finish) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, c = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * V<T>;
+  float sum[V<T>] = {};
+  if (i < pieces.owners) {
+    if (!pieces.cut(i)) {
+      add_rows<ALIGNED>(entries, entries.begin(i), entries.end(i), matrix, D, c, sum);
+    } else {
+      for (int64_t j = pieces.first[i]; j < pieces.first[i + 1]; ++j)
+#pragma unroll
+        for (int v = 0; v < V<T>; ++v)
+          if (c + v < D) sum[v] += sums[j * D + c + v];
+    }
+  }
+  finish(i, i < pieces.owners, c, sum);
+}
+
+// Blocks of whole warps that cover a row of D columns, and several rows where those are short.
+template <class T> Shape gather_shape(int64_t owners, int64_t D) {
+  const unsigned across = static_cast<unsigned>(std::min<int64_t>(GATHER_THREADS, ceil_div(ceil_div(D, V<T>), WARP) * WARP));
+  const unsigned down = std::max(1u, 128 / across);
+  return {dim3(ceil_div(owners, down), ceil_div(D, across * V<T>)), dim3(across, down)};
+}
+
+// sums: (pieces.capacity, D) float, where anybody can be long.
+template <bool ALIGNED, class T, class Entries, class Finish>
+void gather(const Where& where, const char* name, const Entries& entries, const Pieces& pieces, const T* matrix, float* sums,
+            int64_t D, const Finish& finish) {
+  if (pieces.first)
+    launch(where, name, sum_pieces<ALIGNED, T, Entries>, gather_shape<T>(pieces.capacity, D), entries, pieces, matrix, sums, D);
+  launch(where, name, sum_rows<ALIGNED, T, Entries, Finish>, gather_shape<T>(pieces.owners, D), entries, pieces, matrix, sums,
+         D, finish);
+}
+
+}  // namespace fastsae

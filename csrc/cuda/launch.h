@@ -1,0 +1,100 @@
+// Launching a kernel on the caller's stream, in one form for CUDA and for the emulation; every refusal is an exception.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+#include <string>
+
+#include "device.h"
+#include "ops.h"
+
+namespace fastsae {
+
+struct Shape {
+  dim3 grid, block;
+  size_t shared = 0;  // bytes of dynamic_shared()
+};
+
+#ifndef FASTSAE_EMULATED
+
+inline void check(cudaError_t status, const std::string& what) {
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();  // what was reported here is not reported again to somebody else
+  throw Error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+}
+
+template <class... P> void allow_shared(const char* name, void (*kernel)(P...), const Shape& shape) {
+  if (shape.shared <= 48 << 10) return;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shape.shared)), std::string(name) + " does not fit in shared memory");
+}
+
+// Throws where the kernel could not be launched, without launching it: before anything that is changed in place.
+template <class... P> void foresee(const Where&, const char* name, void (*kernel)(P...), const Shape& shape) {
+  allow_shared(name, kernel, shape);
+  int blocks = 0;
+  const int threads = shape.block.x * shape.block.y * shape.block.z;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads, shape.shared),
+        std::string(name) + " cannot be launched");
+  if (blocks < 1)
+    throw Error(std::string(name) + " cannot be launched: no multiprocessor takes " + std::to_string(threads) +
+                " threads with " + std::to_string(shape.shared) + " bytes of shared memory");
+}
+
+template <class... P, class... A>
+void launch(const Where& where, const char* name, void (*kernel)(P...), const Shape& shape, A&&... arguments) {
+  if (!shape.grid.x || !shape.grid.y) return;
+  allow_shared(name, kernel, shape);
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = static_cast<cudaStream_t>(where.stream);
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), std::string(name) + " was not launched");
+}
+
+// Major and minor of the device's compute capability, 90 for Hopper.
+inline int capability(const Where& where) {
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, where.device), "no compute capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, where.device), "no compute capability");
+  return 10 * major + minor;
+}
+
+#else
+
+template <class... P> void foresee(const Where&, const char* name, void (*)(P...), const Shape& shape) {
+  const std::string reason = emulation::refusal(name, shape.shared);
+  if (!reason.empty()) throw Error(std::string(name) + " cannot be launched: " + reason);
+}
+
+template <class... P, class... A>
+void launch(const Where& where, const char* name, void (*kernel)(P...), const Shape& shape, A&&... arguments) {
+  if (!shape.grid.x || !shape.grid.y) return;
+  foresee(where, name, kernel, shape);
+  emulation::run(shape.grid, shape.block, shape.shared, [&] { kernel(static_cast<P>(arguments)...); });
+}
+
+inline int capability(const Where&) { return emulation::capability(); }
+
+#endif
+
+// Calls f with a value of the C++ type that a dtype stands for.
+template <class F> void by_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f32: return f(float{});
+    case Dtype::bf16: return f(bf16{});
+    case Dtype::f16: return f(f16{});
+    default: throw std::invalid_argument("there is no kernel for this dtype, expected float32, bfloat16 or float16");
+  }
+}
+
+// Calls f with std::true_type where every row of all these matrices can be read 16 bytes at a time.
+template <class F, class... Arrays> void by_alignment(F f, const Arrays&... arrays) {
+  const auto whole = [](const Array& a) {
+    return reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && a.cols * size_of(a.dtype) % 16 == 0;
+  };
+  if ((whole(arrays) && ...)) f(std::true_type{});
+  else f(std::false_type{});
+}
+
+}  // namespace fastsae

@@ -1,0 +1,39 @@
+// The arguments of every op, as plain memory: no torch and no CUDA header, so one build serves every torch version and
+// the binding is compiled by any C++ compiler. Nothing here allocates: results and workspaces come from the caller.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace fastsae {
+
+enum class Dtype : int32_t { f32, bf16, f16, f64, i32, i64 };
+
+inline int64_t size_of(Dtype t) { return t == Dtype::f64 || t == Dtype::i64 ? 8 : t == Dtype::f32 || t == Dtype::i32 ? 4 : 2; }
+
+// A contiguous tensor of at most two dimensions; a vector has cols = 1, a scalar both.
+struct Array {
+  void* data;
+  int64_t rows, cols;
+  Dtype dtype;
+
+  int64_t size() const { return rows * cols; }
+  template <class T> T* as() const { return static_cast<T*>(data); }
+};
+using Maybe = std::optional<Array>;
+
+template <class T> T* pointer(const Maybe& a) { return a ? a->as<T>() : nullptr; }
+
+// The device whose tensors an op takes, and the stream it is put on. device -1 is the CPU, where kernels are emulated.
+struct Where {
+  int device;
+  void* stream;
+};
+
+// Something that CUDA refused. The binding adds the op, the device and the shapes.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace fastsae

@@ -1,0 +1,86 @@
+// update_rows: gradient and Adam step of every latent's rows and of b_enc, in place, by update_rows.cu or update_wide.cu.
+//
+// Nothing is written before it is known that every kernel of the whole update can be launched, those that step b_dec
+// afterwards too: a step that fails leaves no parameter and no moment changed.
+#include "latent_rows.h"
+#include "update.h"
+
+namespace fastsae {
+namespace {
+
+int64_t most_shared(const Where& where) {
+#ifdef FASTSAE_EMULATED
+  return (capability(where) >= 90 ? 227 : 163) << 10;
+#else
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, where.device), "no shared memory size");
+  return bytes;
+#endif
+}
+
+constexpr int64_t STATIC_SHARED = 1 << 10;  // more than a block of update_rows has besides the staged rows
+
+template <class S> LatentEntries<S> entries_of(const std::vector<Maybe>& entries, int64_t split) {
+  return {pointer<int64_t>(entries[0]), pointer<int32_t>(entries[1]), pointer<float>(entries[2]),
+          pointer<S>(entries[3]),       pointer<S>(entries[4]),       pointer<S>(entries[5]),
+          pointer<S>(entries[6]),       split};
+}
+
+}  // namespace
+
+bool rows_are_staged(const Where& where, const Maybe& W_enc, const Array& W_dec, const std::vector<Maybe>& moments,
+                     const std::vector<Maybe>& sources) {
+  const int64_t D_in = W_enc ? W_enc->cols : W_dec.cols;
+  if (std::max(D_in, W_dec.cols) > STAGED_COLUMNS) return false;
+  const auto whole = [](const Maybe& a) {
+    return !a || (reinterpret_cast<uintptr_t>(a->data) % 16 == 0 && a->cols * size_of(a->dtype) % 16 == 0);
+  };
+  for (const Maybe& source : sources)
+    if (!whole(source) || (source && source->dtype != W_dec.dtype)) return false;
+  for (int i = 0; i < 4; ++i)  // those of b_enc have no rows
+    if (!whole(moments[i])) return false;
+  const int64_t bytes = staged_bytes(size_of(W_dec.dtype), size_of(moments[2]->dtype), !W_enc, D_in, W_dec.cols);
+  return whole(W_enc) && whole(W_dec) && bytes + STATIC_SHARED <= most_shared(where);
+}
+
+void update_rows(const Where& where, const std::vector<Maybe>& params, const std::vector<Maybe>& moments,
+                 const std::vector<Maybe>& entries, int64_t split, const Maybe& first_piece, int64_t piece_length,
+                 const std::vector<Maybe>& workspaces, const Maybe& pre_bias, const Array& stats, const Array& numbers,
+                 const Array& keys, double eps, double beta1, double rest1, double beta2, double rest2, bool unit_norm,
+                 bool stochastic, int64_t programs) {
+  const Maybe &W_enc = params[0], &dacts = workspaces[2];
+  const Array &W_dec = *params[1], &b_enc = *params[2], &grad = *entries[5];
+  foresee_bias(where, W_dec.dtype, moments[2]->dtype);
+
+  const Pieces pieces{pointer<int32_t>(first_piece), W_dec.rows, piece_length, workspaces[0] ? workspaces[0]->rows : 0};
+  const PieceSums sums{pointer<float>(workspaces[0]), pointer<float>(workspaces[1])};
+  const Step step{numbers.as<float>(), static_cast<float>(eps),
+                  {static_cast<float>(beta1), static_cast<float>(rest1), static_cast<float>(beta2),
+                   static_cast<float>(rest2)}};
+  by_dtype(W_dec.dtype, [&](auto t) {
+    by_moment(moments[2]->dtype, [&](auto moment) {
+      using T = decltype(t);
+      using Moment = decltype(moment);
+      const int of_dec = W_enc ? 2 : 0;  // its first stream of random bits
+      const auto stepped = [&](const Maybe& p, int i, int stream) {
+        return Stepped<T, Moment>{pointer<T>(p), pointer<Moment>(moments[i]), pointer<Moment>(moments[i + 1]),
+                                  Keys{stochastic ? keys.as<uint32_t>() + stream : nullptr}};
+      };
+      const Update<T, Moment> u{stepped(W_enc, 0, 0), stepped(W_dec, 2, of_dec), stepped(b_enc, 4, of_dec + 2),
+                                W_dec.rows, W_enc ? W_enc->cols : W_dec.cols, W_dec.cols, step,
+                                pointer<float>(pre_bias), stats.as<double>(), unit_norm};
+      if (!dacts) {
+        update_rows(where, entries_of<T>(entries, split), pieces, sums, u, programs);
+        return;
+      }
+      const auto wide = [&](auto source) {
+        update_wide(where, entries_of<decltype(source)>(entries, split), pieces, sums, u, programs, dacts->as<float>(),
+                    pointer<float>(workspaces[3]));
+      };
+      if (grad.dtype == W_dec.dtype) wide(T{});
+      else wide(float{});
+    });
+  });
+}
+
+}  // namespace fastsae

@@ -1,0 +1,323 @@
+// Gradient and Adam step of one latent's rows, kept in registers from the first gather to the last store.
+//
+//   dact_e = ⟨grad_n, W_dec_i⟩    dW_dec_i = Σ act_e · grad_n    dW_enc_i = Σ dact_e · x_n    db_enc_i = Σ dact_e
+//   then W_dec's gradient loses its part along W_dec_i, Adam, and W_dec_i is divided by its norm (unit_norm)
+//
+// over the entries e = (token n, act_e) of latent i. A block takes every R-th latent: neighbours, which are often alike in
+// how much they are used, fall to different blocks, and it adds the pre-bias term Σ db_enc_i · W_enc_i of its latents in
+// registers. A thread owns fours of columns: it holds both gradients and the pre-bias sum of those. A piece of a long
+// latent (pieces.h) is added up by a block of row_pieces. For rows of whole 16 bytes that fit, x and grad in the weights'
+// dtype; others: update_wide.cu.
+//
+// While a block adds up one latent, the rows that it will step next are on their way to shared memory (copy.h): the
+// gathers of a latent's few entries (N·K/M is 4 or so) are chains of loads that wait for each other, about 3 µs, in which
+// nothing else would be read. W_dec's row is wanted first and begun a latent ahead, so it has two places; W_enc's and the
+// moments are begun where those of the latent before were used up. At D = 4096 in float that is 7 · 16 KiB = 112 KiB: two
+// blocks in the 228 KiB of a multiprocessor of sm_90, each with 80 KiB under way or more, where 32 KiB hide the latency of
+// its share of 4.3 TB/s; in 6 µs a multiprocessor can move the rows of one latent, 192 KiB there and back. At 2048 columns
+// it is three blocks of 57 KiB, at 8192 one of 225. On sm_80 (164 KiB, of which a block gets 163) 4096 columns are one
+// block, and 8192 in float do not fit.
+//
+// Bytes: nnz·(D_in·sizeof(x) + D_out·sizeof(grad)) gathered; M·(D_in + D_out)·(2·sizeof(W) + 4·sizeof(moment)).
+// Flops: 6·nnz·D + 15·M·(D_in + D_out).
+#include "copy.h"
+#include "fours.h"
+#include "latent_rows.h"
+
+namespace fastsae {
+namespace {
+
+// Fours of columns to a thread; threads at most. 128 registers a thread, so 512 threads on a multiprocessor in any number of
+// blocks: eight blocks of two warps at 768 columns.
+constexpr int FOURS = 4, THREADS = 512, BLOCKS = 1;
+static_assert(4 * FOURS * THREADS == STAGED_COLUMNS);
+
+using RowPart = float[FOURS][4];
+
+__device__ inline int column(int j) { return 4 * (threadIdx.x + j * blockDim.x); }
+
+// Adds to dW_dec_i, dW_enc_i and db_enc_i the entries begin .. end; w: W_dec_i, in shared or global memory.
+template <class T>
+__device__ inline void add_entries(const LatentEntries<T>& entries, int begin, int end, const T* w, int D_in, int D_out,
+                                   RowPart& dec, RowPart& enc, float& bias, BlockSums& sums) {
+  constexpr int AT_ONCE = ENTRIES_AT_ONCE;
+  for (int e = begin; e < end; e += AT_ONCE) {
+    const T* row[AT_ONCE];
+    float act[AT_ONCE], dact[AT_ONCE] = {};
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) {
+      row[k] = e + k < end ? entries.grad_row(e + k, D_out) : nullptr;
+      act[k] = e + k < end ? entries.acts[e + k] : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < FOURS; ++j) {
+      const int c = column(j);
+      if (c >= D_out) continue;
+      float grad[AT_ONCE][4], of_w[4];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k)
+        if (e + k < end) gather_four(row[k] + c, grad[k]);
+      load_four(w + c, of_w);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k)
+        if (e + k < end) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            dact[k] = fmaf(grad[k][i], of_w[i], dact[k]);
+            dec[j][i] = fmaf(act[k], grad[k][i], dec[j][i]);
+          }
+        }
+    }
+    sums.add(dact);
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) {
+      row[k] = e + k < end ? entries.x_row(e + k, D_in) : nullptr;
+      bias += dact[k];
+    }
+#pragma unroll
+    for (int j = 0; j < FOURS; ++j) {
+      const int c = column(j);
+      if (c >= D_in) continue;
+      float x[AT_ONCE][4];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k)
+        if (e + k < end) gather_four(row[k] + c, x[k]);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k)
+        if (e + k < end) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) enc[j][i] = fmaf(dact[k], x[k][i], enc[j][i]);
+        }
+    }
+  }
+}
+
+// sums.rows[j] (D_out + D_in,), sums.biases[j] = what piece j adds to dW_dec_i, dW_enc_i and db_enc_i of its latent.
+template <class T>
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    row_pieces_kernel(LatentEntries<T> entries, Pieces pieces, PieceSums out, const T* W_dec, int D_in, int D_out) {
+  const int64_t piece = blockIdx.x;
+  if (piece >= pieces.first[pieces.owners]) return;
+  SHARED(BlockSums::Memory, memory);
+  BlockSums sums{memory};
+  const Piece p = find_piece(pieces, piece, entries);
+  RowPart dec = {}, enc = {};
+  float bias = 0.f;
+  add_entries(entries, p.begin, p.end, W_dec + p.owner * D_out, D_in, D_out, dec, enc, bias, sums);
+
+  float* row = out.rows + piece * (D_out + D_in);
+#pragma unroll
+  for (int j = 0; j < FOURS; ++j) {
+    const int c = column(j);
+    if (c < D_out) store_four(row + c, dec[j]);
+    if (c < D_in) store_four(row + D_out + c, enc[j]);
+  }
+  if (threadIdx.x == 0) out.biases[piece] = bias;
+}
+
+// The rows of a latent in shared memory, one after the other: W_dec's twice, its moments, W_enc's and its moments.
+template <class T, class Moment> struct Staged {
+  char* memory;
+  int D_in, D_out;
+
+  __device__ T* dec(int stage) const { return reinterpret_cast<T*>(memory) + stage * D_out; }
+  __device__ Moment* m_dec() const { return reinterpret_cast<Moment*>(dec(2)); }
+  __device__ Moment* v_dec() const { return m_dec() + D_out; }
+  __device__ T* enc() const { return reinterpret_cast<T*>(v_dec() + D_out); }
+  __device__ Moment* m_enc() const { return reinterpret_cast<Moment*>(enc() + D_in); }
+  __device__ Moment* v_enc() const { return m_enc() + D_in; }
+};
+
+// p (float) of four columns from `at` on: its step with the gradient g; m and v come from shared memory and go to global.
+template <class T, class Moment>
+__device__ inline void step_four(const Stepped<T, Moment>& of, const Adam& adam, int64_t at, const Moment* m_staged,
+                                 const Moment* v_staged, const float (&g)[4], float (&p)[4]) {
+  float m[4], v[4];
+  load_four(m_staged, m);
+  load_four(v_staged, v);
+  const uint32_t* keys = of.keys.of;
+  const uint32_t m_key = of.keys.m(), v_key = of.keys.v();
+  Moment m_rounded[4], v_rounded[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    adam(p[i], g[i], m[i], v[i]);
+    m_rounded[i] = round_moment<Moment>(m[i], keys, m_key, static_cast<uint32_t>(at + i));
+    v_rounded[i] = round_moment<Moment>(v[i], keys, v_key, static_cast<uint32_t>(at + i));
+  }
+  stream_four(of.m + at, m_rounded);
+  stream_four(of.v + at, v_rounded);
+}
+
+template <class T> __device__ inline void stream_weights(T* p, const float (&t)[4], float scale) {
+  T rounded[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rounded[i] = round_to<T>(t[i] * scale);
+  stream_four(p, rounded);
+}
+
+template <class T, class Moment>
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    update_rows_kernel(LatentEntries<T> entries, Pieces pieces, PieceSums of_pieces, Update<T, Moment> u) {
+  const int R = gridDim.x, M = u.latents, D_in = u.D_in, D_out = u.D_out;
+  SHARED(BlockSums::Memory, memory);
+  SHARED(uint64_t[3], arrived);
+  SHARED(Squares, squares);
+  if (threadIdx.x == 0) squares[0] = squares[1] = squares[2] = 0;
+  BlockSums sums{memory};
+  const Staged<T, Moment> staged{dynamic_shared<char>(), D_in, D_out};
+  const Stages stages(arrived, 3);
+
+  constexpr int REST = 2;  // the stage of all but W_dec's rows, which are stages 0 and 1 in turn
+  const auto begin_dec = [&](int64_t latent, int stage) {
+    stages.begin(stage, {RowCopy{staged.dec(stage), u.dec.p + latent * D_out, static_cast<uint32_t>(D_out * sizeof(T))}},
+                 latent >= M);
+  };
+  const auto begin_rest = [&](int64_t latent) {
+    const uint32_t of_dec = D_out * sizeof(Moment), of_enc = u.tied() ? 0 : D_in * sizeof(Moment);
+    stages.begin(REST, {RowCopy{staged.m_dec(), u.dec.m + latent * D_out, of_dec},
+                        RowCopy{staged.v_dec(), u.dec.v + latent * D_out, of_dec},
+                        RowCopy{staged.enc(), u.enc.p + latent * D_in, static_cast<uint32_t>(u.tied() ? 0 : D_in * sizeof(T))},
+                        RowCopy{staged.m_enc(), u.enc.m + latent * D_in, of_enc},
+                        RowCopy{staged.v_enc(), u.enc.v + latent * D_in, of_enc}}, latent >= M);
+  };
+  begin_dec(blockIdx.x, 0);
+  begin_rest(blockIdx.x);
+  begin_dec(int64_t{blockIdx.x} + R, 1);
+
+  RowPart pre_bias = {};
+  uint32_t use = 0;
+  for (int latent = blockIdx.x; latent < M; latent += R, ++use) {
+    // Gradients. A latent in pieces has no entries left to add here.
+    const bool cut = pieces.cut(latent);
+    const int end = entries.end(latent), begin = cut ? end : static_cast<int>(entries.begin(latent));
+    RowPart dec = {}, enc = {};
+    float bias = 0.f;
+    stages.template wait<2>(use % 2, use / 2);
+    const T* const w = staged.dec(use % 2);
+    add_entries(entries, begin, end, w, D_in, D_out, dec, enc, bias, sums);
+    if (cut)
+      for (int piece = pieces.first[latent]; piece < pieces.first[latent + 1]; ++piece) {
+        const float* row = of_pieces.rows + int64_t{piece} * (D_out + D_in);
+#pragma unroll
+        for (int j = 0; j < FOURS; ++j) {
+          const int c = column(j);
+          if (c < D_out) add_four(row + c, dec[j]);
+          if (c < D_in) add_four(row + D_out + c, enc[j]);
+        }
+        bias += of_pieces.biases[piece];
+      }
+
+    // Their norms, and how far W_dec's lies along its row.
+    float total[4] = {};  // ‖dW_dec‖², ⟨dW_dec, W_dec⟩, ‖W_dec‖², ‖dW_enc‖²
+#pragma unroll
+    for (int j = 0; j < FOURS; ++j) {
+      const int c = column(j);
+      if (c >= D_out) continue;
+      float of_w[4];
+      load_four(w + c, of_w);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (u.tied()) dec[j][i] += enc[j][i];
+        total[0] = fmaf(dec[j][i], dec[j][i], total[0]);
+        total[1] = fmaf(dec[j][i], of_w[i], total[1]);
+        total[2] = fmaf(of_w[i], of_w[i], total[2]);
+        if (u.tied()) pre_bias[j][i] = fmaf(bias, of_w[i], pre_bias[j][i]);
+      }
+    }
+    if (!u.tied()) {
+#pragma unroll
+      for (int j = 0; j < FOURS; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[3] = fmaf(enc[j][i], enc[j][i], total[3]);
+    }
+    sums.add(total);
+    if (threadIdx.x == 0) add_squares(squares, total[3], total[0], bias);
+    const float along = part_along(total[1], total[2]);
+
+    // Steps. dec becomes the decoder's new row, which waits for its norm.
+    const Adam adam = u.step.adam();
+    BiasStep<T, Moment> b;
+    if (threadIdx.x == 0) b.load(u.bias, latent);
+    stages.template wait<1>(REST, use);
+    float square[1] = {};
+#pragma unroll
+    for (int j = 0; j < FOURS; ++j) {
+      const int c = column(j);
+      if (c >= D_out) continue;
+      float p[4];
+      load_four(w + c, p);
+      if (u.unit_norm) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dec[j][i] = fmaf(-along, p[i], dec[j][i]);
+      }
+      step_four(u.dec, adam, int64_t{latent} * D_out + c, staged.m_dec() + c, staged.v_dec() + c, dec[j], p);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        square[0] = fmaf(p[i], p[i], square[0]);
+        dec[j][i] = p[i];
+      }
+    }
+    if (!u.tied()) {
+#pragma unroll
+      for (int j = 0; j < FOURS; ++j) {
+        const int c = column(j);
+        if (c >= D_in) continue;
+        float p[4];
+        load_four(staged.enc() + c, p);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pre_bias[j][i] = fmaf(bias, p[i], pre_bias[j][i]);
+        step_four(u.enc, adam, int64_t{latent} * D_in + c, staged.m_enc() + c, staged.v_enc() + c, enc[j], p);
+        stream_weights(u.enc.p + int64_t{latent} * D_in + c, p, 1.f);
+      }
+    }
+
+    // The barrier in add is also the one behind which nobody reads the staged rows. The next ones are begun where the
+    // fewest registers are in use.
+    if (u.unit_norm) sums.add(square);
+    else __syncthreads();
+    const float scale = u.unit_norm ? to_unit(square[0]) : 1.f;
+#pragma unroll
+    for (int j = 0; j < FOURS; ++j) {
+      const int c = column(j);
+      if (c < D_out) stream_weights(u.dec.p + int64_t{latent} * D_out + c, dec[j], scale);
+    }
+    begin_rest(int64_t{latent} + R);
+    begin_dec(latent + 2 * int64_t{R}, use % 2);
+    if (threadIdx.x == 0) b.finish(u.bias, latent, bias, adam);
+  }
+
+  // Sums over this block's latents.
+  if (u.pre_bias) {
+#pragma unroll
+    for (int j = 0; j < FOURS; ++j)
+      if (column(j) < D_in) store_four(u.pre_bias + int64_t{blockIdx.x} * D_in + column(j), pre_bias[j]);
+  }
+  if (threadIdx.x == 0) store_squares(squares, u.stats);
+}
+
+}  // namespace
+
+template <class T, class Moment>
+void update_rows(const Where& where, const LatentEntries<T>& entries, const Pieces& pieces, const PieceSums& sums,
+                 const Update<T, Moment>& u, int64_t programs) {
+  const dim3 block(ceil_div(std::max(u.D_in, u.D_out), 4 * FOURS * WARP) * WARP);
+  const size_t shared = staged_bytes(sizeof(T), sizeof(Moment), u.tied(), u.D_in, u.D_out);
+  const Shape shape{dim3(programs), block, shared};
+  foresee(where, "update_rows", update_rows_kernel<T, Moment>, shape);
+  if (pieces.first)
+    launch(where, "row_pieces", row_pieces_kernel<T>, {dim3(pieces.capacity), block}, entries, pieces, sums, u.dec.p, u.D_in,
+           u.D_out);
+  launch(where, "update_rows", update_rows_kernel<T, Moment>, shape, entries, pieces, sums, u);
+}
+
+#define FOR(T, Moment)                                                                                                       \
+  template void update_rows(const Where&, const LatentEntries<T>&, const Pieces&, const PieceSums&, const Update<T, Moment>&, \
+                            int64_t);
+FOR(float, float)
+FOR(float, bf16)
+FOR(bf16, float)
+FOR(bf16, bf16)
+FOR(f16, float)
+FOR(f16, bf16)
+
+}  // namespace fastsae
