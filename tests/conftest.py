@@ -1,5 +1,7 @@
 """Fixtures for the whole suite, and Triton's interpreter where there is no GPU.
 
+With FASTSAE_CUDA_EMULATION the CUDA kernels run on the CPU (tests/emulation), each test in another order of threads.
+
 TRITON_INTERPRET has to be set before anything imports Triton, and processes that tests start inherit it.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -43,6 +46,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if not _left_out(item)]
+
+
+@pytest.fixture(autouse=True)
+def shuffled_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The emulated threads and blocks of the CUDA kernels in an order of this test's own, the same in every run."""
+    from fastsae import env  # not before Triton's interpreter is on
+
+    if env.cuda_emulation() is None:
+        yield
+        return
+    from fastsae.backends.cuda_library import library
+
+    library.emulate(seed=zlib.crc32(request.node.nodeid.encode()))
+    yield
+    library.emulate()
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from fastsae.codes import Screen
 from fastsae.optim import FusedTrainStep
 from fastsae.sae import SparseAutoencoder
 from fastsae.schedules import Schedule
+from tests import truth
 from tests.dense_sae import DenseSAE, sae_for_test, tokens
-
-BACKENDS = [name for name, info in fastsae.backends().items() if info["available"]]
+from tests.truth import BACKENDS
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +108,8 @@ def large(**settings) -> SparseAutoencoder:
 
 
 def steps_for(backend: str) -> int:
-    """Two hundred, or as many as Triton's interpreter does in some seconds."""
-    return 8 if backend == "triton" and not torch.cuda.is_available() else 200
+    """Two hundred, or as many as interpreted and emulated kernels do in some seconds."""
+    return 8 if backend in truth.GPU and not torch.cuda.is_available() else 200
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

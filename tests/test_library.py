@@ -213,9 +213,11 @@ def test_an_absent_backend_fails_loudly_with_its_reason(backend: str) -> None:
 
 
 def test_the_environment_names_the_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTSAE_BACKEND", "cuda")
-    with pytest.raises(fastsae.BackendError, match="cuda"):
-        encode()
+    absent = [name for name, entry in fastsae.backends().items() if not entry["available"]]
+    if absent:
+        monkeypatch.setenv("FASTSAE_BACKEND", absent[0])
+        with pytest.raises(fastsae.BackendError, match=absent[0]):
+            encode()
     assert encode(backend="reference").k == K
     monkeypatch.setenv("FASTSAE_BACKEND", "reference")
     assert encode().k == K

@@ -281,23 +281,21 @@ def test_by_latent(case: Case, make, backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(order.tokens[:n].long(), tokens[expected])
 
 
-@pytest.mark.skipif("triton" not in truth.BACKENDS, reason="the triton backend is not available")
+@pytest.mark.parametrize("backend", truth.GPU)
 @pytest.mark.parametrize("name", ["odd", "strided", "nan"])
-def test_float16_on_triton(name: str) -> None:
-    """The one engine with kernels for it. Cases whose results leave fp16's range are left out."""
+def test_float16_on_gpu_backends(name: str, backend: str) -> None:
+    """The engines with kernels for it. Cases whose results leave fp16's range are left out."""
     case = BY_NAME[name]
     x, W, b = case.inputs(torch.float16)
-    codes = ops.encode_topk(x, W, b, case.K, backend="triton")
+    codes = ops.encode_topk(x, W, b, case.K, backend=backend)
     pre, magnitude = truth.scores(x, W, b)
     truth.assert_top_k(codes, pre, magnitude, case.K, case.exact)
     if not case.finite:
         return
     A, W64, x64 = codes.to(torch.float64).to_dense(), W.double(), x.double()
-    truth.assert_within(ops.decode(codes, W, backend="triton"), A @ W64, A.abs() @ W64.abs(), "the reconstruction")
-    truth.assert_within(
-        ops.active_outer(codes, x, backend="triton"), A.mT @ x64, A.abs().mT @ x64.abs(), "the gradient"
-    )
-    dots, products, sizes = ops.active_dot(x, codes, W, backend="triton"), x64 @ W64.mT, x64.abs() @ W64.abs().mT
+    truth.assert_within(ops.decode(codes, W, backend=backend), A @ W64, A.abs() @ W64.abs(), "the reconstruction")
+    truth.assert_within(ops.active_outer(codes, x, backend=backend), A.mT @ x64, A.abs().mT @ x64.abs(), "the gradient")
+    dots, products, sizes = ops.active_dot(x, codes, W, backend=backend), x64 @ W64.mT, x64.abs() @ W64.abs().mT
     slots, chosen = codes.occupied(), codes.indices.long()
     truth.assert_within(dots[slots], products.gather(1, chosen)[slots], sizes.gather(1, chosen)[slots], "the dots")
 

@@ -21,6 +21,7 @@ C = 16
 BACKENDS = [name for name, entry in fastsae.backends().items() if entry["available"]]
 ENGINES = [name for name in BACKENDS if name != "reference"]
 THREADED = [name for name in ENGINES if name == "cpu"]  # the others compute on no CPU thread of ours
+GPU = tuple(name for name in ENGINES if name in ("cuda", "triton"))
 NARROW = (torch.float32, torch.bfloat16)
 
 
@@ -30,7 +31,7 @@ def backend_dtypes(*dtypes: torch.dtype) -> list:
         pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
         for backend in BACKENDS
         for dtype in dtypes
-        if backend == "reference" or dtype in NARROW or (backend == "triton" and dtype == torch.float16)
+        if backend == "reference" or dtype in NARROW or (backend in GPU and dtype == torch.float16)
     ]
 
 

@@ -1,0 +1,134 @@
+"""What the CUDA backend refuses and how, and that no order of threads changes a bit. Its ops: where the others' are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsae
+from fastsae import ops
+from tests import truth
+from tests.cases import BY_NAME
+from tests.test_update import make_problem
+
+pytestmark = pytest.mark.skipif(
+    "cuda" not in truth.BACKENDS, reason="no CUDA kernels here: no GPU, and no emulation (make test-cuda)"
+)
+if "cuda" in truth.BACKENDS:
+    from fastsae.backends.cuda_library import EMULATED, library, where
+only_emulated = pytest.mark.skipif("not EMULATED", reason="a GPU refuses nothing on demand")
+
+
+def _decode_arguments() -> tuple[Tensor, ...]:
+    codes, _, W = truth.fixed_codes(BY_NAME["odd"], torch.float32)
+    return codes.acts, codes.indices, W
+
+
+# -- refused before anything is launched ------------------------------------------------------------------------------
+
+
+def test_a_strided_tensor_is_refused() -> None:
+    acts, indices, W = _decode_arguments()
+    out = torch.empty(2 * acts.shape[0], W.shape[1])[::2]
+    with pytest.raises(ValueError, match=r"got a \(37, 65\) tensor that is not contiguous; pass t.contiguous\(\)"):
+        library.decode(where(W), acts, indices, None, W, out, None, 0, None)
+
+
+def test_memory_that_begins_inside_an_element_is_refused() -> None:
+    acts, indices, W = _decode_arguments()
+    odd = torch.frombuffer(bytearray(W.numel() * 4 + 2), dtype=torch.float32, count=W.numel(), offset=2).view(W.shape)
+    out = torch.empty(acts.shape[0], W.shape[1])
+    with pytest.raises(ValueError, match="float32 whose memory does not begin at a multiple of its element size"):
+        library.decode(where(W), acts, indices, None, odd, out, None, 0, None)
+
+
+def test_another_device_is_refused() -> None:
+    acts, indices, W = _decode_arguments()
+    out = torch.empty(acts.shape[0], W.shape[1])
+    with pytest.raises(ValueError, match=r"decode got a \(37, 5\) tensor on cpu, expected all of them on cuda:7"):
+        library.decode(library.Where(7, 0), acts, indices, None, W, out, None, 0, None)
+
+
+def test_a_dtype_without_kernels_is_refused() -> None:
+    acts, indices, W = _decode_arguments()
+    with pytest.raises(fastsae.BackendError, match="cuda: decode has no kernel for torch.float64"):
+        torch.ops.fastsae.decode(acts.double(), indices, None, W.double(), "cuda")
+    with pytest.raises(TypeError, match="got a tensor of torch.complex64, and no kernel takes one"):
+        library.decode(where(W), acts.to(torch.complex64), indices, None, W, W, None, 0, None)
+
+
+# -- refused by the device --------------------------------------------------------------------------------------------
+
+
+@only_emulated
+def test_what_the_device_refuses_names_op_device_and_shapes() -> None:
+    acts, indices, W = _decode_arguments()
+    library.emulate(refuse="decode")
+    with pytest.raises(fastsae.BackendError) as caught:
+        torch.ops.fastsae.decode(acts, indices, None, W, "cuda")
+    for part in ("fastsae.decode failed in decode on cpu", "float32 (37, 5)", "int32 (37, 5)", "float32 (259, 65)"):
+        assert part in str(caught.value)
+    library.emulate()
+    torch.ops.fastsae.decode(acts, indices, None, W, "cuda")
+
+
+@only_emulated
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [(name, kernel) for name, rows in (("random", "update_rows"), ("odd", "update_wide"))
+     for kernel in ("list_slots", rows, "column_sums", "update_bias")],
+)  # fmt: skip
+def test_a_refused_launch_changes_no_parameter(name: str, kernel: str) -> None:
+    ours, untouched = make_problem(BY_NAME[name], torch.float32), make_problem(BY_NAME[name], torch.float32)
+    library.emulate(refuse=kernel)
+    with pytest.raises(fastsae.BackendError, match=kernel):
+        ours.run("cuda")
+    for name, p in untouched.params.items():
+        assert torch.equal(ours.params[name], p), f"{name} changed"
+    assert all(map(torch.equal, ours.moments, untouched.moments))
+
+
+# -- one result ---------------------------------------------------------------------------------------------------------
+
+
+@only_emulated
+def test_no_order_of_threads_changes_a_bit() -> None:
+    case = BY_NAME["random"]
+    x, W, b = case.inputs(torch.float32)
+
+    def results(seed: int) -> list[Tensor]:
+        library.emulate(seed=seed)
+        codes = ops.encode_topk(x, W, b, case.K, backend="cuda")
+        above, _ = ops.encode_above(x, W, b, torch.tensor(0.5), 20_000, backend="cuda")
+        problem = make_problem(BY_NAME["odd"], torch.float32)
+        stats = problem.run("cuda")
+        return [
+            codes.acts, codes.indices, above.acts, above.indices, ops.decode(codes, W, backend="cuda"),
+            ops.decode(above, W, backend="cuda"), ops.active_dot(x, above, W, backend="cuda"),
+            ops.active_outer(codes, x, backend="cuda"), *problem.params.values(), *problem.moments, stats,
+        ]  # fmt: skip
+
+    first = results(0)
+    for seed in (1, 2, 3):
+        assert all(map(torch.equal, first, results(seed)))
+
+
+# -- codes with a heavy tail ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_that_are_cut_into_pieces(dtype: torch.dtype) -> None:
+    """One token has most of the entries: it is added up piece by piece, its error and its squares too."""
+    g = torch.Generator().manual_seed(0)
+    N, D, M = 40, 70, 900
+    dense = torch.where(torch.rand(N, M, generator=g) < 4 / M, torch.randn(N, M, generator=g), 0)
+    dense[7] = torch.randn(M, generator=g)
+    codes = fastsae.SparseCodes.from_dense(dense.to(dtype))
+    W, x, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((M, D), (N, D), (D,)))
+    A, W64 = codes.to(torch.float64).to_dense(), W.double()
+    truth.assert_within(ops.decode(codes, W, backend="cuda"), A @ W64, A.abs() @ W64.abs())
+    error, squares = ops.decode_error(codes, W, x, bias, backend="cuda")
+    expected = A @ W64 + bias.double() - x.double()
+    truth.assert_within(error, expected, A.abs() @ W64.abs() + bias.double().abs() + x.double().abs())
+    torch.testing.assert_close(squares, expected.square().sum(1), rtol=1e-5, atol=0)
