@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,20 +16,22 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import Case
-from bench.gpu import check_codes, check_update, cost, faults, parent, plan, report, spot, targets, truth
+from bench.gpu import (
+    check_codes,
+    check_update,
+    faults,
+    parent,
+    plan,
+    truth,
+)
 from bench.gpu.checks import Checks
-from bench.gpu.child import finite, outcome
-from bench.gpu.clock import PartWatch, extra_peak_bytes, measure
+from bench.gpu.child import outcome
 from bench.gpu.plan import Job, Settings
 from bench.gpu.store import Store
-from bench.gpu.timings import build, moved_alike
+from bench.gpu.timings import moved_alike
 from bench.machine import ROOT
 from fastsae import ops
-
-TOY = Settings(device="cpu", size="toy", backends=("cpu", "reference"))
-MACHINE = {"device": "a machine", "source": "0" * 12, "torch": "2", "triton": None, "size": "toy", "plant": None,
-           "commit": "abc", "date": "2026-01-01"}  # fmt: skip
+from tests.bench_case import MACHINE, TOY
 
 
 def go(out: Path, jobs: list[Job], settings: Settings = TOY, seconds: float = 120, **machine: Any) -> tuple[int, Store]:
@@ -44,34 +47,55 @@ def statuses(store: Store, job: Job) -> dict[str, str]:
     return {item: result["status"] for item, result in store.items(job).items()}
 
 
+def content_reason(out: Path) -> str:
+    """Why the cuda backend is left out on this machine, as machine.json has it."""
+    reason = json.loads((out / "machine.json").read_text())["machine"]["backends"]["cuda"]["reason"]
+    assert isinstance(reason, str)
+    return reason
+
+
 # -- the whole command -------------------------------------------------------------------------------------------------
 
 
 def test_a_toy_run_writes_everything_and_is_taken_up_again(tmp_path: Path) -> None:
     items = ["decode", "fused step", "copy", "fp32 8192", "bf16 encoder", "fastsae", "fastsae graph", "fastsae by part",
-             "dense bf16", "torch.topk", "update_latents_", "sweep-base", "sweep-N-8", "memcheck"]  # fmt: skip
-    jobs = ["check-cpu", "ceilings", "steps-small", "ops-small", "sanitizer", "sweep"]
+             "dense bf16", "torch.topk", "update_latents_", "sweep-base", "sweep-N-8", "memcheck", "decode heavy",
+             "active_dot ragged", "active_outer_regrouped hot"]  # fmt: skip
+    jobs = ["check-cpu", "ceilings", "steps-small", "ops-small", "codes-small", "overhead", "sanitizer", "sweep"]
     command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--size", "toy", "--out", str(tmp_path)]
-    command += ["--only", *jobs, "--items", *items]
+    command += ["--only", *jobs, "--items", *items, "--backends", "cuda", "cpu", "reference"]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout + first.stderr
     names = {path.name for path in tmp_path.iterdir()}
-    assert names >= {"machine.json", "check-cpu.json", "ceilings.json", "steps-small.json", "ops-small.json",
-                     "sanitizer.json", "sweep.json", "results.csv", "summary.md"}  # fmt: skip
+    written = ("check-cpu", "ceilings", "steps-small-cpu", "steps-small", "ops-small-cpu", "codes-small-cpu",
+               "codes-small-cusparse", "overhead-cpu", "overhead-torch", "sanitizer-cpu", "sweep-cpu")  # fmt: skip
+    assert names >= {"machine.json", "results.csv", "summary.md", *(f"{job}.json" for job in written)}
     assert names >= {f"{plot}.{kind}" for plot in ("roofline", "breakdown", "scaling", "contestants")
                      for kind in ("svg", "png")}  # fmt: skip
     store = Store.found(tmp_path)
     content = store.everything()
     assert content["check-cpu"]["items"]["decode"]["passed"] >= 16
-    step = content["steps-small"]["items"]["fastsae"]
+    step = content["steps-small-cpu"]["items"]["fastsae"]
     assert step["status"] == "ok"
     assert step["step"]["p20"] <= step["step"]["ms"] <= step["step"]["p80"]
-    assert content["steps-small"]["items"]["fastsae graph"]["status"] == "missing"
-    assert set(content["steps-small"]["items"]["fastsae by part"]["parts"]) == {"encode", "decode", "loss", "update"}
-    assert content["sanitizer"]["items"]["memcheck"]["status"] == "missing"
+    assert content["steps-small-cpu"]["items"]["fastsae graph"]["status"] == "missing"
+    assert set(content["steps-small"]["items"]) == {"dense bf16"}
+    assert set(content["steps-small-cpu"]["items"]["fastsae by part"]["parts"]) == {
+        "encode",
+        "decode",
+        "loss",
+        "update",
+    }
+    assert content["sanitizer-cpu"]["items"]["memcheck"]["status"] == "missing"
+    codes = content["codes-small-cusparse"]["items"]
+    assert set(codes) == {"decode heavy", "active_dot ragged", "active_outer_regrouped hot"}
+    assert {item["status"] for item in (*codes.values(), *content["codes-small-cpu"]["items"].values())} == {"ok"}
+    assert {item["nnz"] for item in codes.values()} == {TOY.cases["small"].N * TOY.cases["small"].K}
+    assert content["overhead-cpu"]["items"]["decode"]["host"]["ms"] > 0
     with open(tmp_path / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    (decode,) = (row for row in rows if (row["job"], row["item"]) == ("ops-small", "decode"))
+    (decode,) = (row for row in rows if (row["job"], row["item"]) == ("ops-small-cpu", "decode"))
+    assert decode["backend"] == "cpu"
     assert float(decode["ms"]) > 0 < float(decode["gbs"])
     assert float(decode["share_of_floor"]) > 0
     summary = (tmp_path / "summary.md").read_text()
@@ -80,8 +104,13 @@ def test_a_toy_run_writes_everything_and_is_taken_up_again(tmp_path: Path) -> No
         "## Correct",
         "| whole exact step, big case | ≤ 27 ms | - | not measured |",
         "roofline.svg",
+        "| cuda | **left out** | ",
+        "| op and layout, ms | cpu | cusparse |",
+        "| call, µs | cpu | torch |",
+        "| **fastsae (cpu)** |",
     ):
         assert text in summary
+    assert f"left out: cuda: {content_reason(tmp_path)}" in first.stdout
 
     when = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json") if path.stem != "machine"}
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -118,6 +147,37 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("there is a GPU here")
     assert parent.main(["--budget", "60"]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_nothing_is_left_out_silently(capsys: pytest.CaptureFixture[str]) -> None:
+    def about(**reasons: str | None) -> dict[str, Any]:
+        backends = {
+            name: {"available": reason is None, "reason": reason, "detail": {}} for name, reason in reasons.items()
+        }
+        return {"backends": backends}
+
+    settings = parent.available(Settings(), about(cuda="there is no nvcc", triton=None, reference=None))
+    assert settings.backends == ("triton", "reference")
+    assert settings.timed == ("triton",)
+    assert capsys.readouterr().out == "left out: cuda: there is no nvcc\n"
+    assert not any("cuda" in job.name for job in plan.jobs(settings))
+    with pytest.raises(ValueError, match="none of the backends works here: cuda: no; triton: nor this"):
+        parent.available(Settings(backends=("cuda", "triton")), about(cuda="no", triton="nor this"))
+    assert Settings(backends=("reference",)).timed == ("reference",)
+
+
+def test_no_backend_at_all_is_an_error(tmp_path: Path) -> None:
+    for backend, said in (
+        ("cuad", "--backends cuad: expected some of cuda, triton"),
+        ("triton", "none of the backends"),
+    ):
+        command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--size", "toy", "--out", str(tmp_path)]
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command += ["--backends", backend]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("wrong", [["--only", "nothing"], ["--plant", "decode:melt"], ["--report-only"]])
@@ -199,7 +259,7 @@ def test_the_checks_notice_a_wrong_op(op: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("op", plan.OPS)
 def test_the_checks_at_full_size_notice_a_wrong_op(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.gpu.timings import OpTimes
+    from bench.gpu.op_times import OpTimes
 
     times = OpTimes(Job("ops-small", "ops", plan.OPS, "small", "cpu"), TOY)
     assert times(op)["time"]["runs"] >= 3
@@ -266,117 +326,3 @@ def test_hard_cases_are_hard() -> None:
     problem = check_update.make(by_name["odd"], torch.float32, aux=True, ragged=True, tied=True)
     assert len(problem.moments) == 6
     assert len(problem.terms) == 2
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def test_costs_are_the_arithmetic_of_the_docstring() -> None:
-    case = plan.BIG
-    encode, step, dense = (cost.of(name, case) for name in ("encode_topk", "fastsae graph", "dense bf16 compiled"))
-    assert encode is not None
-    assert step is not None
-    assert dense is not None
-    assert encode.flops == pytest.approx(8.80e12, rel=1e-3)
-    assert dense.flops == 5 * encode.flops
-    gather = case.N * case.K * case.D * 4
-    assert 4 * gather + case.M * case.D * 50 < step.bytes < 1.15 * (4 * gather + case.M * case.D * 52)
-    assert cost.of("sparsify", case) is None
-    ceilings = cost.Ceilings.of({"copy": {"rate": 4.3e12}, "bf16 8192": {"rate": 790e12}, "fp32 8192": {"status": "x"}})
-    found = cost.figures("encode_topk", case, 22.2, ceilings)
-    assert found["floor_ms"] == pytest.approx(11.1, rel=0.01)
-    assert found["share_of_floor"] == pytest.approx(0.5, rel=0.01)
-    assert found["tokens_per_s"] == pytest.approx(8192 / 0.0222)
-    assert cost.figures("decode", case, 1.0, cost.Ceilings(0, 0, 0))["floor_ms"] is None
-
-
-def timed(ms: float) -> dict[str, Any]:
-    return {"status": "ok", "step": {"ms": ms, "p20": ms, "p80": ms, "runs": 3}}
-
-
-def test_targets_are_reached_or_missed_by_the_results() -> None:
-    def job(**items: dict[str, Any]) -> dict[str, Any]:
-        return {"items": {name.replace("_", " "): item for name, item in items.items()}}
-
-    results = {
-        "steps-big": job(fastsae=timed(30) | {"extra_peak_bytes": 9, "memory_bound_bytes": 8}, fastsae_graph=timed(26),
-                         dense_bf16_compiled=timed(80), sparsify={"status": "missing", "error": "none"}),
-        "steps-small": job(fastsae=timed(1.7)),
-        "steps-zipf": job(fastsae=timed(1.9)),
-        "steps-hot": job(fastsae_graph=timed(3.4)),
-    }  # fmt: skip
-    verdicts = {target.what: target.verdict for target in targets.targets(results)}
-    assert verdicts["whole exact step, big case"] == "reached"
-    assert verdicts["against dense bf16 compiled, big case"] == "missed"
-    assert verdicts["against sparsify, big case"] == "not measured"
-    assert verdicts["whole exact step, small case"] == "reached"
-    assert verdicts["zipf use of latents against uniform use"] == "reached"
-    assert verdicts["hot use of latents against uniform use"] == "missed"
-    assert verdicts["peak extra memory of a step, big case"] == "missed"
-    assert set(verdicts.values()) == {"reached", "missed", "not measured"}
-
-
-def test_the_plan_has_the_most_wanted_first() -> None:
-    jobs = plan.jobs(Settings())
-    names = [job.name for job in jobs]
-    order = ["quick-check", "ceilings", "steps-small", "ops-small", "steps-big", "ops-big", "steps-zipf", "steps-hot",
-             "check-triton", "sanitizer", "sweep"]  # fmt: skip
-    assert [name for name in names if name in order] == order
-    assert len(set(names)) == len(names)
-    cases = Settings().cases
-    assert (cases["big"].N, cases["big"].D, cases["big"].M, cases["big"].K) == (8192, 4096, 131072, 64)
-    for axis, ends in (("N", (1024, 16384)), ("D", (384, 4096)), ("M", (6144, 98304)), ("K", (8, 512))):
-        sizes = [getattr(case, axis) for name, case in cases.items() if name.startswith("sweep-")]
-        assert (min(sizes), max(sizes)) == ends
-    (only,) = plan.chosen(jobs, ["steps-big"], ["fastsae"])
-    assert only.items == ("fastsae",)
-
-
-def test_results_of_another_run_are_not_taken_for_this_one(tmp_path: Path) -> None:
-    job = Job("ops-small", "ops", ("decode",), "small", "cpu")
-    store = Store(tmp_path, MACHINE)
-    store.put(job, "decode", {"status": "ok"}, TOY.cases["small"])
-    assert Store(tmp_path, MACHINE | {"commit": "other", "date": "later"}).items(job) == {"decode": {"status": "ok"}}
-    assert Store(tmp_path, MACHINE | {"source": "1" * 12}).items(job) == {}
-    assert store.items(replace(job, backend="triton")) == {}
-    assert store.items(replace(job, limit=1.0)) != {}
-    store.path(job.name).write_text("{")
-    assert store.items(job) == store.everything() == {}
-    with pytest.raises(FileNotFoundError, match="no run has written results there"):
-        Store.found(tmp_path / "elsewhere")
-
-
-def test_nothing_that_json_cannot_hold_is_written() -> None:
-    value = {"a": [float("nan"), float("inf"), 1.0], 2: ("x", None)}
-    assert json.loads(json.dumps(finite(value), allow_nan=False)) == {"a": [None, None, 1.0], "2": ["x", None]}
-
-
-def test_a_summary_of_nothing_and_of_failures() -> None:
-    text = report.summary({}, MACHINE | {"device": "d"}, [], [])
-    assert "Not reached." in text
-    content = {"job": {}, "case": None, "items": {"decode": {"status": "died", "error": "a | b\nsecond line"}}}
-    flat = report.rows({"check-triton": content}, MACHINE)
-    assert "- check-triton decode: died: a \\| b\n" in report.summary({"check-triton": content}, MACHINE, flat, [])
-    assert report.as_csv(flat).splitlines()[1].startswith("check-triton,decode,,died")
-
-
-def test_the_clock_on_a_cpu() -> None:
-    sample = measure(lambda: time.sleep(0.002), "cpu", 0.01, least=4)
-    assert sample.n >= 4
-    assert 0.002 <= sample.p20 <= sample.median <= sample.p80
-    watch = PartWatch("cpu")
-    for _ in range(2):
-        watch.start()
-        watch.mark("first")
-        watch.mark("second")
-    assert {name: sample.n for name, sample in watch.samples().items()} == {"first": 2, "second": 2}
-    assert extra_peak_bytes(lambda x: x, torch.zeros(1)) is None
-
-
-def test_spots_hold_first_last_and_most_used() -> None:
-    assert spot.some(10, 3, torch.device("cpu")).tolist() == [0, 4, 9]
-    inputs = build(replace(Case("hot"), N=40, D=8, M=300, K=4, distribution="hot"), "cpu")
-    codes = ops.encode_topk(inputs.x, inputs.W_enc, inputs.b_enc, 4)
-    latents = spot.latents_of(codes)
-    assert 100 in latents.tolist()
-    assert torch.equal(spot.columns(codes, latents), codes.to_dense().double()[:, latents])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.gpu.truth import Hard, allowed, scores, within
+from bench.gpu.truth import Hard, allowed, errors, scores, within
 from fastsae import SparseCodes, ops, reference
 
 
@@ -142,6 +142,25 @@ def decode(case: Hard, dtype: torch.dtype, device: str, backend: str) -> float:
     return worst
 
 
+def decode_error(case: Hard, dtype: torch.dtype, device: str, backend: str) -> float:
+    """With a bias and without."""
+    x, W, _ = case.inputs(dtype)
+    bias = torch.linspace(-1, 1, case.D).to(dtype)
+    worst = 0.0
+    for layout in LAYOUTS.values():
+        codes = layout(case, dtype)
+        A, on = codes.to(torch.float64).to_dense(), codes.to(device)
+        for b in (None, bias):
+            got = ops.decode_error(on, W.to(device), x.to(device), None if b is None else b.to(device), backend=backend)
+            shift = torch.zeros(case.D, dtype=torch.float64) if b is None else b.double()
+            truth = A @ W.double() + shift - x.double()
+            size = A.abs() @ W.double().abs() + shift.abs() + x.double().abs()
+            if backend == "cpu" and dtype != torch.float32:  # it rounds the decode before it subtracts
+                size = size * 2**13
+            worst = max(worst, errors(truth, size, *(t.cpu() for t in got)))
+    return worst
+
+
 def active_dot(case: Hard, dtype: torch.dtype, device: str, backend: str) -> float:
     x, W, _ = case.inputs(dtype)
     dense, size = x.double() @ W.double().mT, x.double().abs() @ W.double().abs().mT
@@ -225,6 +244,7 @@ def everything(case: Hard, dtype: torch.dtype, device: str, backend: str) -> lis
         order = ops.by_latent(codes, backend=backend)
         n = int(order.offsets[-1])
         found += [order.offsets, order.tokens[:n], order.slots[:n]]
+        found += [*ops.decode_error(codes, W, x, backend=backend)]
         found += [ops.decode(codes, W, backend=backend), ops.active_outer(codes, x, case.M, backend=backend)]
         dots = ops.active_dot(x, replace(codes, acts=codes.acts.nan_to_num(0)), W, backend=backend)
         found.append(dots)
@@ -236,6 +256,7 @@ CHECKS: dict[str, Callable[[Hard, torch.dtype, str, str], float]] = {
     "encode_batch_topk": encode_batch_topk,
     "encode_above": encode_above,
     "decode": decode,
+    "decode_error": decode_error,
     "active_dot": active_dot,
     "active_outer": active_outer,
     "by_latent": by_latent,

@@ -9,6 +9,7 @@ points to is counted each time it is gathered, as if no cache held it: where one
                          each activation that is returned, and the code
                   flops  2 N M D on the tensor cores
   decode          bytes  nnz D w + nnz (w + 4) + N D w: gathered rows, code, output;     flops 2 nnz D
+  decode_error    decode, and N D w + 8 N: the target, and the sums of squares
   active_dot      bytes  nnz D w + N D w + nnz (4 + w): gathered rows, x, code, output;  flops 2 nnz D
   by_latent       bytes  nnz (w + 4) + nnz 12 + 8 M: code in, order out
   active_outer    bytes  nnz D w + nnz (w + 12) + M D w: gathered rows of x, code and order, output;  flops 2 nnz D
@@ -54,6 +55,8 @@ def of(what: str, case: Case, nnz: int | None = None) -> Cost | None:
             return Cost(N * D * W + 2 * M * D + n * D * W + n * (W + 4), 2 * N * M * D, "narrow")
         case "decode":
             return Cost(n * D * W + n * (W + 4) + N * D * W, 2 * n * D)
+        case "decode_error":
+            return Cost(n * D * W + n * (W + 4) + 2 * N * D * W + 8 * N, 2 * n * D + 4 * N * D)
         case "active_dot":
             return Cost(n * D * W + N * D * W + n * (4 + W), 2 * n * D)
         case "by_latent":

@@ -1,26 +1,28 @@
 """`python -m bench.gpu`: proves and times the engine on this GPU, unattended and within a budget.
 
 Goes through the jobs of plan.py, most important first: what the machine is (and building what is missing), every op of
-every backend against float64, the device's ceilings, every op and whole training step against dense PyTorch and public
-libraries, compute-sanitizer, sweeps over N, D, M and K. Each job runs in a process of its own and each result is
-written when it is there, so a crash or a hang costs one case, and a run that is stopped is taken up where it was.
+every backend against float64, the device's ceilings, every op and whole training step against dense PyTorch,
+torch.sparse and public libraries, compute-sanitizer, sweeps over N, D, M and K. Each job runs in a process of its own
+and each result is written when it is there, so a crash or a hang costs one case, and a run that is stopped is taken up
+where it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from bench.gpu import child, faults, plan, report
+from bench.gpu.options import parser, settings_of
 from bench.gpu.plan import Job, Settings
 from bench.gpu.setup_machine import result_folder
 from bench.gpu.store import FOUND_WRONG, Store
@@ -34,44 +36,6 @@ LEAST_SECONDS = {"full": 12.0, "toy": 2.0}
 POLL_SECONDS = 0.1
 PLOT_SECONDS = 20.0
 """Plots take a processor's seconds, so while a run goes on they are made again no more often than this."""
-
-EPILOG = """examples:
-  python -m bench.gpu                                   everything that fits into eight minutes
-  python -m bench.gpu --budget 3600                     everything
-  python -m bench.gpu --only check ceilings             correctness and the device's rates alone
-  python -m bench.gpu --only steps-big --items fastsae "dense bf16 compiled"
-  python -m bench.gpu --report-only --out FOLDER        tables and plots again, from the files
-  python -m bench.gpu --device cpu --size toy           the same path where there is no GPU, within a minute
-  TRITON_INTERPRET=1 python -m bench.gpu --device cpu --size toy --backends triton
-
-exit codes: 0 done, or as far as the budget went; 1 a result is wrong or a case crashed; 2 wrong usage or no such
-device; 130 interrupted. Files: <job>.json, results.csv, summary.md, *.svg and *.png, logs/<job>.log."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """argparse and not tyro: the command has to start on a machine that has torch and little else."""
-    p = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__, epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    p.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="for everything (default: 480)")
-    p.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
-    p.add_argument("--size", choices=list(plan.CASES), default="full", help="toy: milliseconds a case (default: full)")
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="default: bench/results/<device>/gpu")
-    p.add_argument("--fresh", action="store_true", help="measure again what the folder already holds")
-    p.add_argument("--only", nargs="+", default=[], metavar="JOB", help="jobs by the start of their name, see --list")
-    p.add_argument("--items", nargs="+", default=[], metavar="ITEM", help="of those jobs only these items, see --list")
-    p.add_argument(
-        "--backends", nargs="+", default=None, metavar="NAME",
-        help="checked, and the first of them timed (default: triton and reference on cuda, cpu and reference on cpu)",
-    )  # fmt: skip
-    p.add_argument("--list", action="store_true", help="print the jobs and their items, in order, and stop")
-    p.add_argument("--report-only", action="store_true", help="measure nothing; write CSV, summary and plots again")
-    p.add_argument(
-        "--plant", metavar="OP:FAULT",
-        help="break an op, to see that it is noticed: decode:wrong, or raise, crash or hang; its results say so",
-    )  # fmt: skip
-    return p  # fmt: skip
 
 
 class Stopped(KeyboardInterrupt):
@@ -104,7 +68,7 @@ class Run:
         return self.deadline - time.monotonic()
 
     def record(self, job: Job, item: str, result: dict[str, Any]) -> None:
-        say(f"{job.name:18} {item:28} {result['status']:8} {note(result)}")
+        say(f"{job.name:20} {item:28} {result['status']:8} {note(result)}")
         if self.store is not None:
             self.store.put(job, item, result, self.settings.cases[job.case] if job.case else None)
             self.stale = True
@@ -180,7 +144,7 @@ def note(result: dict[str, Any]) -> str:
     """A result in a few words."""
     if "error" in result:
         return str(result["error"]).splitlines()[0][:110]
-    for name in ("step", "time"):
+    for name in ("step", "time", "host"):
         if name in result:
             return f"{result[name]['ms']:.4g} ms ({result[name]['p20']:.4g} - {result[name]['p80']:.4g})"
     if "rate" in result:
@@ -195,20 +159,26 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    default = ("triton", "reference") if options.device == "cuda" else ("cpu", "reference")
-    return Settings(options.device, options.size, tuple(options.backends or default), options.plant)
-
-
 def about_machine(run: Run) -> dict[str, Any] | str:
     """Builds what is missing and asks what this machine is; or the reason why it cannot be used."""
     # A process for each: one that was there before the build does not find what was built.
     for item in ("build", "device"):
-        found = run.job(Job("machine", "machine", (item,), limit=320), [item])
+        found = run.job(Job("machine", "machine", (item,), limit=640), [item])
         if item not in found:
             return f"the machine could not be asked; see {run.logs / 'machine.log'}"
     result = found["device"]
     return result["machine"] if result["status"] == "ok" else str(result["error"])
+
+
+def available(settings: Settings, machine: dict[str, Any]) -> Settings:
+    """The settings with the backends that work here; says who is left out and why. Raises ValueError where all are."""
+    reasons = {name: about["reason"] for name, about in machine["backends"].items() if not about["available"]}
+    for name, reason in reasons.items():
+        say(f"left out: {name}: {reason}")
+    kept = tuple(name for name in settings.backends if name not in reasons)
+    if not kept:
+        raise ValueError(f"none of the backends works here: {'; '.join(f'{n}: {r}' for n, r in reasons.items())}")
+    return replace(settings, backends=kept)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.list:
         for job in jobs:
-            print(f"{job.name:18} {', '.join(job.items)}")
+            print(f"{job.name:20} {', '.join(job.items)}")
         return 0
     if options.report_only:
         return report_only(options.out)
@@ -234,6 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = about_machine(run)
         if isinstance(machine, str):
             print(f"error: {machine}", file=sys.stderr)
+            return 2
+        try:
+            settings = run.settings = available(settings, machine)
+            jobs = plan.chosen(plan.jobs(settings), options.only, options.items)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
             return 2
         out = options.out or result_folder(RESULTS, machine, settings)
         store = run.store = Store(out, machine | {"size": settings.size, "plant": settings.plant})

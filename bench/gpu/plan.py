@@ -5,7 +5,7 @@ A job is a child process, an item what is measured, recorded and resumed on its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -44,13 +44,22 @@ CASES = {
     },
 }
 
-OPS = ("encode_topk", "encode_batch_topk", "encode_above", "decode", "active_dot", "by_latent", "active_outer",
-       "update_latents_")  # fmt: skip
+OPS = ("encode_topk", "encode_batch_topk", "encode_above", "decode", "decode_error", "active_dot", "by_latent",
+       "active_outer", "update_latents_")  # fmt: skip
+TIMED = (*OPS, "encode_topk rows")
+LAYOUTS = ("fixed", "ragged", "heavy", "hot")
+SPARSE = ("decode", "active_dot", "active_outer", "active_outer_regrouped")
+"""What torch.sparse can do too; regrouped: the transposed code made inside the timing."""
+CODES = tuple(f"{op} {layout}" for op in (*SPARSE, "decode_error", "by_latent") for layout in LAYOUTS)
+SPARSE_CODES = tuple(f"{op} {layout}" for op in SPARSE for layout in LAYOUTS)
+CALLS = ("decode", "decode bare", "active_dot", "active_outer", "by_latent", "encode_topk", "update_latents_",
+         "fused step")  # fmt: skip
+TORCH_CALLS = ("decode", "active_dot", "active_outer", "torch.mm")
 CHECKS = (*OPS, "exact is fp32", "run twice", "deterministic", "fused step", "fused step as a CUDA graph")
 CEILINGS = ("copy", "bf16 8192", "fp16 8192", "fp32 8192", "bf16 encoder", "fp16 encoder", "fp32 encoder")
 OURS = ("fastsae", "fastsae graph", "fastsae by part")
 """The fused step, the same as a CUDA graph, and the same op by op, for the time of its parts."""
-FIRST = (*OURS, "dense bf16 compiled", "dense bf16", "sparsify")
+FIRST = ("dense bf16 compiled", "dense bf16", "sparsify")
 """The contestants that the targets name."""
 LATER = ("dense tf32", "dense tf32 compiled", "dense fp32", "dense fp32 compiled", "sparse eager", "sparse eager bf16",
          "sae-lens", "sae-lens bf16", "sae-lens sparse", "dictionary-learning")  # fmt: skip
@@ -59,12 +68,17 @@ SLOW = ("compiled",)  # what needs g++ or the GPU's compiler, tens of seconds
 
 @dataclass(frozen=True)
 class Settings:
-    """What parent and children share. backends: checked, and the first of them timed; plant: see faults.plant."""
+    """What parent and children share. backends: checked, and timed as `timed` says; plant: see faults.plant."""
 
     device: str = "cuda"
     size: str = "full"
-    backends: tuple[str, ...] = ("triton",)
+    backends: tuple[str, ...] = ("cuda", "triton", "reference")
     plant: str | None = None
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """All but the reference, which is there to be held against, unless nobody else is."""
+        return tuple(name for name in self.backends if name != "reference") or self.backends
 
     @property
     def cases(self) -> dict[str, Case]:
@@ -92,50 +106,80 @@ class Job:
 
 
 def jobs(settings: Settings) -> list[Job]:
-    """Every job of a run, most important first."""
-    toy, first = settings.is_toy, settings.backends[0]
+    """Every job of a run, most important first. Names: <kind>-<case>-<backend>; without a backend it is not ours."""
+    toy, timed = settings.is_toy, settings.timed
     step_limit = 60.0 if toy else 120.0
+
+    def each(make: Callable[[str], Job]) -> list[Job]:
+        return [make(backend) for backend in timed]
 
     def check(backend: str) -> Job:
         # Two calls of the reference need not agree: it is made of torch's own ops.
         items = tuple(i for i in CHECKS if backend != "reference" or i not in ("run twice", "deterministic"))
         return Job(f"check-{backend}", "check", items, backend=backend, limit=100)
 
-    def ops(case: str) -> Job:
-        return Job(f"ops-{case}", "ops", (*OPS, "torch.topk"), case, first, limit=60)
+    def quick(backend: str) -> Job:
+        return Job(f"quick-check-{backend}", "quick check", CHECKS, backend=backend, limit=100)
 
-    def steps(case: str, items: Sequence[str], name: str = "steps") -> Job:
+    def ops(case: str) -> list[Job]:
+        more = ("torch.topk",)  # nobody's: timed beside the first backend
+        items = {backend: (*TIMED, *(more if backend == timed[0] else ())) for backend in timed}
+        return each(lambda backend: Job(f"ops-{case}-{backend}", "ops", items[backend], case, backend))
+
+    def codes(case: str) -> list[Job]:
+        ours = each(lambda backend: Job(f"codes-{case}-{backend}", "codes", CODES, case, backend))
+        return [*ours, Job(f"codes-{case}-cusparse", "sparse", SPARSE_CODES, case)]
+
+    def ours(case: str) -> list[Job]:
+        return each(lambda backend: Job(f"steps-{case}-{backend}", "step", OURS, case, backend, step_limit))
+
+    def theirs(case: str, items: Sequence[str], name: str = "steps") -> Job:
         kept = tuple(item for item in items if not (toy and any(word in item for word in SLOW)))
-        return Job(f"{name}-{case}", "step", kept, case, first, limit=step_limit)
+        return Job(f"{name}-{case}", "step", kept, case, limit=step_limit)
 
-    sweep = tuple(name for name in settings.cases if name.startswith("sweep-"))
+    def sanitizer(backend: str) -> Job:
+        return Job(f"sanitizer-{backend}", "sanitizer", ("memcheck", "racecheck"), backend=backend, limit=120)
+
+    def sweep(backend: str) -> Job:
+        points = tuple(name for name in settings.cases if name.startswith("sweep-"))
+        return Job(f"sweep-{backend}", "sweep", points, backend=backend)
+
+    overhead = [
+        *each(lambda backend: Job(f"overhead-{backend}", "overhead", CALLS, backend=backend)),
+        Job("overhead-torch", "overhead", TORCH_CALLS),
+    ]
+    ceilings = Job("ceilings", "ceilings", CEILINGS)
+    untimed = [check(backend) for backend in settings.backends if backend not in timed]
     if toy:
         return [
-            check(first), Job("ceilings", "ceilings", CEILINGS), steps("small", FIRST), ops("small"),
-            steps("big", FIRST), steps("zipf", OURS), steps("hot", OURS),
-            Job("sanitizer", "sanitizer", ("memcheck", "racecheck"), backend=first),
-            steps("small", LATER, "more-steps"), Job("sweep", "sweep", sweep, backend=first),
-            *(check(backend) for backend in settings.backends[1:]),
+            *each(check), ceilings, *ours("small"), theirs("small", FIRST), *ops("small"), *codes("small"), *overhead,
+            *ours("big"), theirs("big", FIRST), *ours("zipf"), *ours("hot"), *each(sanitizer),
+            theirs("small", LATER, "more-steps"), *each(sweep), *untimed,
         ]  # fmt: skip
     return [
         # On a cold machine every shape is compiled first, so the whole set of cases waits until the most wanted times
         # are there. An item stops on its own after some seconds and counts what it did not reach.
-        Job("quick-check", "quick check", CHECKS, backend=first, limit=100),
-        Job("ceilings", "ceilings", CEILINGS, limit=60),
-        steps("small", FIRST),
-        ops("small"),
-        steps("big", FIRST),
-        ops("big"),
-        steps("zipf", OURS),
-        steps("hot", OURS),
-        check(first),
-        Job("sanitizer", "sanitizer", ("memcheck", "racecheck"), backend=first, limit=120),
-        steps("small", LATER, "more-steps"),
-        Job("sweep", "sweep", sweep, backend=first, limit=60),
-        ops("zipf"),
-        ops("hot"),
-        steps("big", LATER, "more-steps"),
-        *(check(backend) for backend in settings.backends[1:]),
+        *each(quick),
+        ceilings,
+        *ours("small"),
+        theirs("small", FIRST),
+        *ops("small"),
+        *ours("big"),
+        theirs("big", FIRST),
+        *ops("big"),
+        *overhead,
+        *codes("big"),
+        *ours("zipf"),
+        *ours("hot"),
+        *each(check),
+        *each(sanitizer),
+        *codes("small"),
+        theirs("small", LATER, "more-steps"),
+        *each(sweep),
+        *ops("zipf"),
+        *ops("hot"),
+        theirs("big", LATER, "more-steps"),
+        *untimed,
     ]
 
 

@@ -15,38 +15,55 @@ from bench import machine
 from bench.gpu.plan import Job, Settings
 from bench.machine import ROOT
 
-PARTS = ("fastsae.kernels", "fastsae._cpu")
+PARTS: tuple[str, ...] = ("fastsae.kernels", "fastsae._cpu")
+CUDA_PART = "fastsae._cuda"
+"""Wanted too where there are a GPU and an nvcc; elsewhere its backend says itself that it is not there."""
 BUILDS = (
     ("-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."),
     ("setup.py", "build_ext", "--inplace"),
 )
 BUILD_SECONDS = 150.0
+CUDA_BUILD_SECONDS = 300.0
 MEASURED = ("fastsae", "kernels", "csrc", "bench")
-NOT_MEASURED = ("report.py", "draw.py", "plot.py", "demo.py")
+NOT_MEASURED = ("report.py", "sections.py", "draw.py", "choices.py", "plot.py", "demo.py")
 
 
-def missing() -> list[str]:
+def missing(parts: tuple[str, ...]) -> list[str]:
     """The parts of the package that do not import, in a fresh interpreter: this one remembers what it saw first."""
-    script = f"import importlib.util as u; print(*[p for p in {PARTS!r} if u.find_spec(p) is None])"
+    script = f"import importlib.util as u; print(*[p for p in {parts!r} if u.find_spec(p) is None])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.split() if done.returncode == 0 else [*PARTS]
+    return done.stdout.split() if done.returncode == 0 else [*parts]
 
 
-def build() -> dict[str, Any]:
+def cuda_target() -> str | None:
+    """What nvcc calls the GPU that is here, or None where there is no GPU or no nvcc to build for it."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if not torch.cuda.is_available() or CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def build(settings: Settings) -> dict[str, Any]:
     """Builds until nothing is missing. Whatever stays missing is said: each backend reports for itself afterwards."""
-    found: dict[str, Any] = {"missing_at_first": missing(), "tried": []}
+    target = cuda_target() if "cuda" in settings.backends and settings.device == "cuda" else None
+    parts, limit, before = PARTS, BUILD_SECONDS, ["env"]
+    if target is not None:  # for this GPU alone, which takes a quarter of the time
+        parts, limit, before = (*parts, CUDA_PART), CUDA_BUILD_SECONDS, ["env", f"FASTSAE_CUDA_ARCHITECTURES={target}"]
+    found: dict[str, Any] = {"missing_at_first": missing(parts), "tried": []}
     left = found["missing_at_first"]
     for command in BUILDS:
         if not left:
             break
         try:
-            done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS
-            )
+            whole = [*before, sys.executable, *command]
+            done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit)
             said = "" if done.returncode == 0 else (done.stdout + done.stderr)[-1000:]
         except subprocess.TimeoutExpired:
-            said = f"not done within {BUILD_SECONDS:.0f} s"
-        left = missing()
+            said = f"not done within {limit:.0f} s"
+        left = missing(parts)
         found["tried"].append({"command": " ".join(command), "said": said, "missing_after": left})
     found["missing"] = left
     if left:
@@ -79,10 +96,12 @@ def smi(*fields: str) -> str:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Device, driver, versions, commit, date. Raises RuntimeError where there is no such device."""
+    """Device, driver, versions, commit, date, and what the backends say. Raises RuntimeError where there is no such
+    device, or no such backend.
+    """
     import torch
 
-    found = machine.describe()
+    found: dict[str, Any] = {**machine.describe(), "backends": about_backends(settings)}
     found |= {"source": fingerprint(), "triton": version("triton"), "cuda": torch.version.cuda, "driver": ""}
     if settings.device != "cuda":
         return found | {"folder": machine.device_folder()}
@@ -101,6 +120,16 @@ def describe(settings: Settings) -> dict[str, Any]:
     }
 
 
+def about_backends(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Of each backend asked for: {"available", "reason", "detail"}. Raises RuntimeError for an unknown name."""
+    from fastsae.backends import backends
+
+    known = backends()
+    if unknown := [name for name in settings.backends if name not in known]:
+        raise RuntimeError(f"--backends {' '.join(unknown)}: expected some of {', '.join(known)}")
+    return {name: known[name] for name in settings.backends}
+
+
 def version(package: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return None
@@ -114,7 +143,7 @@ class Machine:
         self.settings = settings
 
     def __call__(self, item: str) -> dict[str, Any]:
-        return build() if item == "build" else {"machine": describe(self.settings)}
+        return build(self.settings) if item == "build" else {"machine": describe(self.settings)}
 
 
 def result_folder(root: Path, found: dict[str, Any], settings: Settings) -> Path:

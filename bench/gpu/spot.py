@@ -6,13 +6,15 @@ them the most used one, which is what a wrong split of a long latent spoils.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from bench.cases import Inputs
 from bench.gpu import check_update
 from bench.gpu.check_codes import top_k
-from bench.gpu.truth import allowed, scores, within
+from bench.gpu.truth import allowed, errors, scores, within
 from fastsae import LatentOrder, SparseCodes, UpdateTerm, reference
 
 TOKENS, LATENTS = 128, 64
@@ -35,8 +37,12 @@ class Spots:
         """A bar that about k latents of a token clear: the mean of the sampled tokens' k-th pre-act."""
         return float(torch.relu(self.pre).topk(self.k, dim=-1).values[:, -1].mean())
 
-    def encode_topk(self, codes: SparseCodes) -> float:
-        return top_k(codes[self.tokens], self.pre, self.magnitude, self.k, exact=False)
+    def encode_topk(self, codes: SparseCodes, rows: Tensor | None = None) -> float:
+        """rows: the latents that were considered, where not all were."""
+        pre = self.pre
+        if rows is not None:
+            pre = torch.full_like(pre, -1).index_copy(1, rows.long(), pre[:, rows.long()])
+        return top_k(codes[self.tokens], pre, self.magnitude, self.k, exact=False)
 
     def above(self, codes: SparseCodes, bar: float) -> float:
         """Every sampled token holds what lies above the bar and nothing below, within the rounding of a score."""
@@ -58,18 +64,46 @@ class Spots:
             raise AssertionError(f"{n} activations are stored, expected {len(self.x) * self.k}")
         return self.above(codes, float(codes.acts[:n].min()))
 
-    def decode(self, codes: SparseCodes, W: Tensor, got: Tensor) -> float:
-        few = codes[self.tokens]
-        rows, acts = W[few.indices.long()].double(), few.acts.double()
-        truth, size = torch.einsum("nk,nkd->nd", acts, rows), torch.einsum("nk,nkd->nd", acts.abs(), rows.abs())
-        return within(got[self.tokens], truth, size, "decode")
 
-    def active_dot(self, codes: SparseCodes, W: Tensor, got: Tensor) -> float:
-        few, x = codes[self.tokens], self.x[self.tokens].double()
-        rows = W[few.indices.long()].double()
-        truth, size = torch.einsum("nd,nkd->nk", x, rows), torch.einsum("nd,nkd->nk", x.abs(), rows.abs())
-        occupied = few.occupied()
-        return within(got[self.tokens], truth * occupied, size * occupied, "active_dot")
+def gathered(codes: SparseCodes, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a code's stored entries: their token, their act and their row of W, the latter two in float64."""
+    stored = codes.occupied().flatten()
+    return (
+        codes.token_ids()[stored],
+        codes.acts.flatten()[stored].double(),
+        W[codes.indices.flatten()[stored].long()].double(),
+    )
+
+
+def decoded(codes: SparseCodes, W: Tensor) -> tuple[Tensor, Tensor]:
+    """A W in float64 and its magnitude |A||W|, without the dense A."""
+    tokens, acts, rows = gathered(codes, W)
+    nothing, moved = rows.new_zeros(codes.n_tokens, W.shape[1]), acts[:, None] * rows
+    return nothing.index_add(0, tokens, moved), nothing.index_add(0, tokens, moved.abs())
+
+
+def decode(codes: SparseCodes, W: Tensor, got: Tensor) -> float:
+    tokens = some(codes.n_tokens, TOKENS, W.device)
+    return within(got[tokens], *decoded(codes[tokens], W), "decode")
+
+
+def decode_error(codes: SparseCodes, W: Tensor, target: Tensor, got: tuple[Tensor, Tensor]) -> float:
+    tokens = some(codes.n_tokens, TOKENS, W.device)
+    truth, size = decoded(codes[tokens], W)
+    goal = target[tokens].double()
+    return errors(truth - goal, size + goal.abs(), got[0][tokens], got[1][tokens])
+
+
+def active_dot(codes: SparseCodes, x: Tensor, W: Tensor, got: Tensor) -> float:
+    """got: like codes.acts."""
+    spots = some(codes.n_tokens, TOKENS, W.device)
+    few, dots, x = codes[spots], replace(codes, acts=got)[spots].acts, x[spots].double()
+    tokens, _, rows = gathered(few, W)
+    truth, size = (x[tokens] * rows).sum(-1), (x[tokens] * rows).abs().sum(-1)
+    stored = few.occupied()
+    if bool((dots[~stored] != 0).any()):
+        raise AssertionError("active_dot: an empty slot is not 0")
+    return within(dots[stored], truth, size, "active_dot")
 
 
 def latents_of(codes: SparseCodes) -> Tensor:
@@ -79,13 +113,15 @@ def latents_of(codes: SparseCodes) -> Tensor:
 
 
 def columns(codes: SparseCodes, latents: Tensor) -> Tensor:
-    """A[:, latents] in float64, (N, LATENTS), of a fixed code."""
+    """A[:, latents] in float64, (N, LATENTS)."""
     place = torch.full((codes.d_sae,), -1, device=latents.device)
     place[latents] = torch.arange(len(latents), device=latents.device)
-    at = torch.where(codes.occupied(), place[codes.indices.long()], -1)
-    wide = torch.zeros(codes.n_tokens, len(latents) + 1, dtype=torch.float64, device=latents.device)
-    # Every empty or foreign slot adds 0 to the spare column.
-    return wide.scatter_add(1, at % (len(latents) + 1), torch.where(at >= 0, codes.acts.double(), 0))[:, :-1]
+    stored, width = codes.occupied().flatten(), len(latents)
+    at = place[codes.indices.flatten()[stored].long()]
+    mine = at >= 0
+    where = codes.token_ids()[stored][mine] * width + at[mine]
+    flat = torch.zeros(codes.n_tokens * width, dtype=torch.float64, device=latents.device)
+    return flat.index_add(0, where, codes.acts.flatten()[stored][mine].double()).view(-1, width)
 
 
 def active_outer(codes: SparseCodes, x: Tensor, got: Tensor) -> float:

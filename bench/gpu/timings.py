@@ -1,4 +1,4 @@
-"""Ops and whole steps: checked, then timed. A wrong result is not timed."""
+"""Whole training steps: checked, then timed. A wrong result is not timed. (Single ops: op_times.py.)"""
 
 from __future__ import annotations
 
@@ -7,26 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench import cases, check, contestants, memory, peers, real
+from bench import check, contestants, memory, peers
 from bench.cases import Case, Inputs
 from bench.contestants import Contestant
 from bench.dense import LR, Compiled, Dense
-from bench.gpu import spot
 from bench.gpu.check_steps import has_graphs
 from bench.gpu.clock import PartWatch, extra_peak_bytes, measure
 from bench.gpu.faults import NotThere, free
+from bench.gpu.op_times import build, seconds_of
 from bench.gpu.plan import Job, Settings
-from bench.gpu.spot import Spots
 from bench.ours import Fused, FusedByPart
 from bench.run import rotating
 from bench.timing import Sample
-from fastsae import SparseCodes, UpdateTerm, ops
 
-SECONDS, TOY_SECONDS = 0.6, 0.01
-"""Of timed runs of one call."""
 STEP_BATCHES = (None, 1024, 256)
 """Tokens of the step that is compared with the dense one in fp32: all of them, or as many as the memory holds."""
 SWAPPED = 1e-3
@@ -40,95 +35,6 @@ DENSE: dict[str, Callable[[Inputs, int], Contestant]] = {
     "dense tf32 compiled": lambda inputs, k: Compiled(inputs, k, tf32=True),
     "dense bf16 compiled": lambda inputs, k: Compiled(inputs, k, autocast=True),
 }
-
-
-def build(case: Case, device: str) -> Inputs:
-    return cases.build(case, real.rows, real.trained, device)
-
-
-class OpTimes:
-    """The items of a job "ops-<case>"."""
-
-    def __init__(self, job: Job, settings: Settings) -> None:
-        assert job.case is not None
-        self.device, self.backend = settings.device, job.backend
-        self.seconds = TOY_SECONDS if settings.is_toy else SECONDS
-        case = self.case = settings.cases[job.case]
-        self.inputs = build(case, self.device)
-        self.spots = Spots(self.inputs, case.K)
-        self.W, self.b = self.inputs.W_enc, self.inputs.b_enc
-        # From torch, so that a broken encoder does not keep the other ops from being timed.
-        pre = torch.relu(torch.addmm(self.b, self.inputs.x, self.W.T))
-        acts, indices = pre.topk(case.K, dim=-1)
-        del pre
-        indices, order = indices.sort(dim=-1)
-        self.codes = SparseCodes(acts.gather(-1, order), indices.int(), case.M)
-        self.grad = (torch.randn_like(self.inputs.x)) * (2 / case.N)
-
-    def __call__(self, item: str) -> dict[str, Any]:
-        checked, call, nnz = getattr(self, item.replace(".", "_"))()
-        sample = measure(call, self.device, self.seconds, flush=True)
-        return {"time": sample.in_ms(), "nnz": nnz, "worst_of_bound": checked}
-
-    @property
-    def nnz(self) -> int:
-        return int(self.codes.nnz)
-
-    def _encoder(self, op: Callable[..., Any], *more: Any) -> Callable[[Tensor], Any]:
-        screen = ops.prepare_screen(self.W, self.b, x=self.inputs.x, k=self.case.K, backend=self.backend)
-        return lambda x: op(x, self.W, self.b, *more, screen=screen, backend=self.backend)
-
-    def encode_topk(self) -> tuple[float, Callable[[], object], int]:
-        encode = self._encoder(ops.encode_topk, self.case.K)
-        codes = encode(self.inputs.x)
-        return self.spots.encode_topk(codes), rotating(self.inputs, encode), int(codes.nnz)
-
-    def encode_batch_topk(self) -> tuple[float, Callable[[], object], int]:
-        encode = self._encoder(ops.encode_batch_topk, self.case.K)
-        codes = encode(self.inputs.x)
-        return self.spots.batch_topk(codes), rotating(self.inputs, encode), int(codes.nnz)
-
-    def encode_above(self) -> tuple[float, Callable[[], object], int]:
-        bar = self.spots.threshold()
-        encode = self._encoder(ops.encode_above, bar, 2 * self.case.N * self.case.K)
-        codes, overflow = encode(self.inputs.x)
-        if bool(overflow):
-            raise AssertionError(f"more than twice N·K latents are above the bar of about K a token, {bar:.4g}")
-        return self.spots.above(codes, bar), rotating(self.inputs, encode), int(codes.nnz)
-
-    def decode(self) -> tuple[float, Callable[[], object], int]:
-        W = self.inputs.W_dec
-        worst = self.spots.decode(self.codes, W, ops.decode(self.codes, W, backend=self.backend))
-        return worst, lambda: ops.decode(self.codes, W, backend=self.backend), self.nnz
-
-    def active_dot(self) -> tuple[float, Callable[[], object], int]:
-        x, W = self.inputs.x, self.inputs.W_dec
-        worst = self.spots.active_dot(self.codes, W, ops.active_dot(x, self.codes, W, backend=self.backend))
-        return worst, lambda: ops.active_dot(x, self.codes, W, backend=self.backend), self.nnz
-
-    def by_latent(self) -> tuple[float, Callable[[], object], int]:
-        worst = spot.by_latent(self.codes, ops.by_latent(self.codes, backend=self.backend))
-        return worst, lambda: ops.by_latent(self.codes, backend=self.backend), self.nnz
-
-    def active_outer(self) -> tuple[float, Callable[[], object], int]:
-        order, grad, M = ops.by_latent(self.codes, backend=self.backend), self.grad, self.case.M
-
-        def call() -> Tensor:
-            return ops.active_outer(self.codes, grad, M, by_latent=order, backend=self.backend)
-
-        return spot.active_outer(self.codes, grad, call()), call, self.nnz
-
-    def update_latents_(self) -> tuple[float, Callable[[], object], int]:
-        problem = spot.update_problem(self.inputs, self.codes, self.grad)
-        worst = spot.update(problem, self.backend)
-        screen = ops.prepare_screen(problem.params["W_enc"], problem.params["b_enc"], backend=self.backend)
-        problem.terms = [UpdateTerm(self.codes, self.inputs.x, self.grad)]
-        return worst, lambda: problem.run(self.backend, screen=screen), self.nnz
-
-    def torch_topk(self) -> tuple[float, Callable[[], object], int]:
-        """torch.topk alone on the pre-acts, which everyone else has to form first."""
-        pre = torch.relu(F.linear(self.inputs.x, self.W, self.b))
-        return 0.0, lambda: pre.topk(self.case.K, dim=-1), self.nnz
 
 
 def moved_alike(before: Tensor, ours: Tensor, theirs: Tensor, name: str) -> None:
@@ -158,11 +64,13 @@ def check_step(case: Case, inputs: Inputs, make: Callable[[Inputs], Fused], x: T
 
 
 class StepTimes:
-    """The items of the jobs "steps-<case>" and "more-steps-<case>", contestants; and of "sweep", cases of our own."""
+    """The items of the jobs "steps-<case>-<backend>", ours, "steps-<case>" and "more-steps-<case>", contestants; and of
+    "sweep-<backend>", cases of our own.
+    """
 
     def __init__(self, job: Job, settings: Settings) -> None:
         self.device, self.backend, self.toy = settings.device, job.backend, settings.is_toy
-        self.seconds = TOY_SECONDS if settings.is_toy else SECONDS
+        self.seconds = seconds_of(settings)
         self.cases = settings.cases
         self.case = settings.cases[job.case] if job.case else None
         self.inputs: Inputs | None = None

@@ -54,6 +54,14 @@ def within(got: Tensor, truth: Tensor, magnitude: Tensor, what: str) -> float:
     return float(ratio.max())
 
 
+def errors(truth: Tensor, size: Tensor, error: Tensor, squares: Tensor) -> float:
+    """An error of decode and its sum of squares by token against float64 (size: the error's magnitude)."""
+    worst = within(error, truth, size, "the error")
+    # (e + δ)² = e² + 2eδ + δ² with |δ| <= C u32 size, and the sum rounds too.
+    slack = 2 * truth.abs() * size + truth.square() + C * roundoff(torch.float32) * size.square()
+    return max(worst, within(squares, truth.square().sum(-1), slack.sum(-1), "the sum of squares"))
+
+
 @dataclass(frozen=True)
 class Hard:
     """A case that is likely to go wrong. integers: small ones, so that every order of summation gives the same scores
