@@ -27,9 +27,9 @@ from .top_k import top_k
 from .update_bias import bias_parts, bias_programs, update_bias
 
 __all__ = [
-    "active_dot", "append", "bars", "bias_parts", "bias_programs", "count_listed", "decode", "decode_error", "emit_listed",
-    "every_latent", "exhaustive_top_k", "histogram", "list_slots", "narrow_rows", "outer", "piece_starts", "product",
-    "rescore", "select", "sort_slots", "step_numbers", "top_k", "update_bias", "update_rows",
+    "active_dot", "append", "bars", "bias_parts", "bias_programs", "count_listed", "decode", "decode_error",
+    "emit_listed", "every_latent", "exhaustive_top_k", "histogram", "list_slots", "narrow_rows", "outer",
+    "piece_starts", "product", "rescore", "select", "sort_slots", "step_numbers", "top_k", "update_bias", "update_rows",
 ]  # fmt: skip
 
 

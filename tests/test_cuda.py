@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(
 )
 if "cuda" in truth.BACKENDS:
     from fastsae.backends.cuda_library import EMULATED, library, where
-only_emulated = pytest.mark.skipif("not EMULATED", reason="a GPU refuses nothing on demand")
+else:
+    EMULATED = False
+only_emulated = pytest.mark.skipif(not EMULATED, reason="a GPU refuses nothing on demand")
 
 
 def _decode_arguments() -> tuple[Tensor, ...]:
@@ -52,9 +54,9 @@ def test_another_device_is_refused() -> None:
 
 def test_a_dtype_without_kernels_is_refused() -> None:
     acts, indices, W = _decode_arguments()
-    with pytest.raises(fastsae.BackendError, match="cuda: decode has no kernel for torch.float64"):
+    with pytest.raises(fastsae.BackendError, match=r"cuda: decode has no kernel for torch\.float64"):
         torch.ops.fastsae.decode(acts.double(), indices, None, W.double(), "cuda")
-    with pytest.raises(TypeError, match="got a tensor of torch.complex64, and no kernel takes one"):
+    with pytest.raises(TypeError, match=r"got a tensor of torch\.complex64, and no kernel takes one"):
         library.decode(where(W), acts.to(torch.complex64), indices, None, W, W, None, 0, None)
 
 
@@ -89,7 +91,7 @@ def test_a_refused_launch_changes_no_parameter(name: str, kernel: str) -> None:
     assert all(map(torch.equal, ours.moments, untouched.moments))
 
 
-# -- one result ---------------------------------------------------------------------------------------------------------
+# -- one result -------------------------------------------------------------------------------------------------------
 
 
 @only_emulated

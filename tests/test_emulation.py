@@ -37,8 +37,9 @@ void warps(int* out) {
   for (int step = 16; step; step /= 2) total += __shfl_xor_sync(ALL, total, step);
   const unsigned odd = __ballot_sync(ALL, lane % 2);
   const int from_left = __shfl_up_sync(ALL, lane, 3), from_right = __shfl_down_sync(ALL, lane, 3, 8);
-  out[threadIdx.x] = total == 496 && odd == 0xaaaaaaaau && from_left == (lane < 3 ? lane : lane - 3) &&
-                     from_right == (lane % 8 < 5 ? lane + 3 : lane) && __any_sync(ALL, lane == 7) && !__all_sync(ALL, lane);
+  const bool shifted = from_left == (lane < 3 ? lane : lane - 3) && from_right == (lane % 8 < 5 ? lane + 3 : lane);
+  const bool voted = __any_sync(ALL, lane == 7) && !__all_sync(ALL, lane);
+  out[threadIdx.x] = total == 496 && odd == 0xaaaaaaaau && shifted && voted;
 }
 
 void leaves_early() { if (threadIdx.x < 64) __syncthreads(); }

@@ -11,7 +11,9 @@
 
 namespace fastsae {
 
-constexpr int GATHER_THREADS = 256, GATHER_BLOCKS = 4;  // at most, of a block; at least, on a multiprocessor
+constexpr int GATHER_THREADS = 256;  // of a block, at most
+// On a multiprocessor, at least. Eight values loaded one by one need registers for their addresses.
+template <bool ALIGNED, class T> constexpr int GATHER_BLOCKS = ALIGNED || V<T> == 4 ? 4 : 3;
 
 // An Entries type says, in device code: begin(i), end(i), weight(e), row(e). A weight of 0 is an empty entry: it adds
 // nothing, whatever its row holds.
@@ -36,7 +38,7 @@ __device__ inline void add_rows(const Entries& entries, int64_t begin, int64_t e
 }
 
 template <bool ALIGNED, class T, class Entries>
-__global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
+__global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS<ALIGNED, T>)
     sum_pieces(Entries entries, Pieces pieces, const T* matrix, float* sums, int64_t D) {
   const int64_t j = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, c = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * V<T>;
   if (j >= pieces.first[pieces.owners]) return;
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
 
 // Finish: what becomes of a sum, `finish(i, is_owner, c, sum)`; every thread comes to it.
 template <bool ALIGNED, class T, class Entries, class Finish>
-__global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
+__global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS<ALIGNED, T>)
     sum_rows(Entries entries, Pieces pieces, const T* matrix, const float* sums, int64_t D, Finish finish) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, c = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * V<T>;
   float sum[V<T>] = {};

@@ -46,7 +46,8 @@ def _built_cuda() -> ModuleType | str:
     return cuda
 
 
-# Fastest first, but for what fastsae.backends.choice says of the first two. A string instead of a module is the reason why the backend is absent.
+# Fastest first, but for what fastsae.backends.choice says of the first two. A string instead of a module is the reason
+# why the backend is absent.
 _REGISTRY: tuple[tuple[str, ModuleType | str], ...] = (
     ("cuda", _built_cuda()),
     ("triton", _built_triton()),

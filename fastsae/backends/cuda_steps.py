@@ -10,19 +10,37 @@ from torch import Tensor
 
 from fastsae.backends import cuda_update
 from fastsae.backends.cuda_encode import (
-    append, bars, count_listed, emit_listed, every_latent, exhaustive_top_k, histogram, narrow_rows, product, rescore,
-    select, top_k,
+    append,
+    bars,
+    count_listed,
+    emit_listed,
+    every_latent,
+    exhaustive_top_k,
+    histogram,
+    narrow_rows,
+    product,
+    rescore,
+    select,
+    top_k,
 )  # fmt: skip
 from fastsae.backends.cuda_library import library, where
 from fastsae.backends.cuda_update import (
-    bias_parts, bias_programs, list_slots, outer, piece_starts, sort_slots, step_numbers, update_bias, update_rows,
+    bias_parts,
+    bias_programs,
+    list_slots,
+    outer,
+    piece_starts,
+    sort_slots,
+    step_numbers,
+    update_bias,
+    update_rows,
 )  # fmt: skip
 from fastsae.gpu.pieces import cut
 
 __all__ = [
-    "active_dot", "append", "bars", "bias_parts", "bias_programs", "count_listed", "decode", "decode_error", "emit_listed",
-    "every_latent", "exhaustive_top_k", "histogram", "list_slots", "narrow_rows", "outer", "piece_starts", "product",
-    "rescore", "select", "sort_slots", "step_numbers", "top_k", "update_bias", "update_rows",
+    "active_dot", "append", "bars", "bias_parts", "bias_programs", "count_listed", "decode", "decode_error",
+    "emit_listed", "every_latent", "exhaustive_top_k", "histogram", "list_slots", "narrow_rows", "outer",
+    "piece_starts", "product", "rescore", "select", "sort_slots", "step_numbers", "top_k", "update_bias", "update_rows",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The latent-major steps of the CUDA backend (fastsae.gpu.steps.LatentSteps): allocation here, launches in csrc/cuda."""
+"""The latent-major steps of the CUDA backend (gpu.steps.LatentSteps): allocation here, launches in csrc/cuda."""
 
 from __future__ import annotations
 
