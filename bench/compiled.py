@@ -231,13 +231,16 @@ def cell(record: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def dumped(report: dict[str, Any]) -> str:
+    """JSON with a line for each record, so that a change of the table shows as the lines that changed."""
+    indented = json.dumps(report, indent=1, ensure_ascii=False)
+    return re.sub(r"\{\n([^{}]*?)\n *\}", lambda record: "{" + " ".join(record[1].split()) + "}", indented) + "\n"
+
+
 def write(report: dict[str, Any]) -> Path:
     folder = table_folder(report["triton"])
     folder.mkdir(parents=True, exist_ok=True)
-    # A line for each record, so that a change of the table shows as the lines that changed.
-    indented = json.dumps(report, indent=1, ensure_ascii=False)
-    text = re.sub(r"\{\n([^{}]*?)\n *\}", lambda record: "{" + " ".join(record[1].split()) + "}", indented) + "\n"
-    replace_file(folder / "kernels.json", lambda partial: partial.write_text(text))
+    replace_file(folder / "kernels.json", lambda partial: partial.write_text(dumped(report)))
     replace_file(folder / "kernels.md", lambda partial: partial.write_text(markdown(report)))
     return folder
 
@@ -264,18 +267,18 @@ def faults(report: dict[str, Any]) -> list[str]:
     return found
 
 
-def regressions(fresh: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+def regressions(fresh: dict[str, Any], committed: dict[str, Any], advice: str = REPORT) -> list[str]:
     """What got worse than the committed table, or is not in it, or no longer there."""
     now, before = fresh["kernels"], committed["kernels"]
-    found = [f"{name} is not in the committed table: {REPORT}" for name in now if name not in before]
-    found += [f"{name} is in the committed table and no longer there: {REPORT}" for name in before if name not in now]
+    found = [f"{name} is not in the committed table: {advice}" for name in now if name not in before]
+    found += [f"{name} is in the committed table and no longer there: {advice}" for name in before if name not in now]
     for name in now.keys() & before.keys():
         for target, record in now[name]["targets"].items():
             old = before[name]["targets"].get(target, {})
             for what in ("registers", "shared_bytes"):
                 if what in record and what in old and record[what] > GROWTH * old[what]:
                     rise = f"{what} rose from {old[what]} to {record[what]}"
-                    found.append(f"{name} on {target}: {rise}; if it is worth it, {REPORT}")
+                    found.append(f"{name} on {target}: {rise}; if it is worth it, {advice}")
     return sorted(found)
 
 

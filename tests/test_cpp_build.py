@@ -45,12 +45,13 @@ def test_nothing_is_built_for_the_machine_that_builds() -> None:
         assert not stated, f"{path} builds for one processor: {stated}"
 
 
+def exported(extension: Path) -> list[str]:
+    table = objdump("-T", str(extension))
+    return [line.split()[-1] for line in table.splitlines() if re.match(r"[0-9a-f]{8,} ", line) and "*UND*" not in line]
+
+
 def test_only_the_entry_is_exported() -> None:
-    table = objdump("-T", str(EXTENSION))
-    defined = [
-        line.split()[-1] for line in table.splitlines() if re.match(r"[0-9a-f]{8,} ", line) and "*UND*" not in line
-    ]
-    assert defined == ["PyInit__cpu"]
+    assert exported(EXTENSION) == ["PyInit__cpu"]
 
 
 def test_base_objects_hold_no_avx() -> None:
