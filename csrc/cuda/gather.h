@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS<ALIGNED, T>)
     if (!pieces.cut(i)) {
       add_rows<ALIGNED>(entries, entries.begin(i), entries.end(i), matrix, D, c, sum);
     } else {
-      for (int64_t j = pieces.first[i]; j < pieces.first[i + 1]; ++j)
+      // No further than there is memory: the order may be another code's.
+      for (int64_t j = pieces.first[i]; j < min(int64_t{pieces.first[i + 1]}, pieces.capacity); ++j)
 #pragma unroll
         for (int v = 0; v < V<T>; ++v)
           if (c + v < D) sum[v] += sums[j * D + c + v];
