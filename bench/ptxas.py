@@ -158,7 +158,7 @@ def write(report: dict[str, Any]) -> Path:
     folder = table_folder(report["nvcc"])
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "kernels.json", lambda partial: partial.write_text(dumped(report)))
-    replace_file(folder / "README.md", lambda partial: partial.write_text(markdown(report)))
+    replace_file(folder / "kernels.md", lambda partial: partial.write_text(markdown(report)))
     return folder
 
 
