@@ -18,7 +18,7 @@ void append(const Where&, const Array& scores, int64_t row_stride, const Array& 
             const Array& bars, const Array& limit, const Array& values, const Array& places, const Array& counts,
             int64_t chunk, int64_t stride, int64_t base, bool per_latent, float roundoff);
 
-// candidates.cu. roundoff < 0: not exact.
+// candidates.cu. chunks: of the table. Not exact: as if no score had an error.
 void select(const Where&, const Array& values, const Array& places, const Array& counts, const Array& table,
             const Array& bounds, const Array& bars, const Maybe& rows, const Array& latents, const Array& scores,
             const Array& found, const Array& certified, int64_t k, int64_t chunks, bool exact, float roundoff);

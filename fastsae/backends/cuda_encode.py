@@ -22,14 +22,32 @@ def narrow_rows(t: Tensor, low: Tensor, scale: Tensor, norm: Tensor, residual: T
 
 @contextlib.contextmanager
 def ieee_products() -> Iterator[None]:
-    """cuBLAS multiplies fp32 by fp32, and not by the 10 bits of TF32: no bound here allows for those."""
+    """cuBLAS multiplies fp32 by fp32, and not by the 10 bits of TF32: no bound here allows for those.
+
+    torch has an old and a new setting for it, and raises RuntimeError, also from a product, where they contradict each
+    other. So whichever made it TF32 is taken back, and put back as it was.
+    """
     settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
+    if settings.fp32_precision != "tf32":
+        yield
+        return
+    try:
+        old = settings.allow_tf32 and torch.get_float32_matmul_precision()
+    except RuntimeError:  # the new setting alone says TF32
+        old = False
+    if old:
+        settings.allow_tf32 = False  # sets both
+    else:
+        settings.fp32_precision = "ieee"
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        if old == "medium":
+            torch.set_float32_matmul_precision(old)
+        elif old:
+            settings.allow_tf32 = True
+        else:
+            settings.fp32_precision = "tf32"
 
 
 def product(x: Tensor, W: Tensor, rows: Tensor | None, count: Tensor, out: Tensor, chunk: int, stride: int) -> None:
