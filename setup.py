@@ -80,6 +80,8 @@ def cuda_architectures(nvcc: str) -> list[str]:
     if asked:
         return asked.split(";")
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
+    if "sm_37" in known:  # which CUDA 12 gave up; 11.8 knows sm_90, but not what is special to it, sm_90a
+        raise CudaUnavailable(f"{nvcc} is of CUDA 11, expected 12 or later")
     found = [a for a in ARCHITECTURES if f"sm_{a}" in known or f"sm_{a.rstrip('a')}" in known]
     if not found:
         raise CudaUnavailable(f"{nvcc} knows none of the targets {', '.join(ARCHITECTURES)}")

@@ -45,7 +45,7 @@ def test_the_committed_table_is_what_the_command_writes(tmp_path: Path) -> None:
 def test_without_timings_bytes_decide(tmp_path: Path) -> None:
     table = choices.table(tmp_path)
     assert table["unit"] == "GB"
-    assert table["source"].endswith("nothing has been measured yet")
+    assert "nothing has been measured yet" in table["source"]
     found = costs(table)
     assert list(found) == list(moved.KINDS)
     assert {op for op, _ in found} == {*plan.OPS, "prepare_screen"}

@@ -91,6 +91,32 @@ def test_a_refused_launch_changes_no_parameter(name: str, kernel: str) -> None:
     assert all(map(torch.equal, ours.moments, untouched.moments))
 
 
+@only_emulated
+def test_a_screen_that_could_not_be_made_anew_misleads_nobody() -> None:
+    case = BY_NAME["random"]
+    problem = make_problem(case, torch.float32)
+    W, b = problem.params["W_enc"], problem.params["b_enc"]
+    screen = ops.prepare_screen(W, b, backend="cuda")
+    assert screen is not None
+    library.emulate(refuse="narrow_rows")
+    with pytest.raises(fastsae.BackendError, match="narrow_rows"):
+        problem.run("cuda", screen=screen)
+    library.emulate()
+    W.mul_(-1)  # an update that the old copy would certainly get wrong
+    x = case.inputs(torch.float32)[0][:8]
+    codes = ops.encode_topk(x, W, b, case.K, screen=screen, backend="cuda")
+    assert int(codes.redone) == 8
+    pre, magnitude = truth.scores(x, W, b)
+    truth.assert_top_k(codes, pre, magnitude, case.K, exact=False)
+
+
+def test_more_latents_than_a_token_can_choose_are_refused() -> None:
+    x, W, b = torch.ones(1, 4), torch.ones(9000, 4), torch.zeros(9000)
+    with pytest.raises(fastsae.BackendError, match="k is 8193, and it chooses at most 8192 latents of a token"):
+        ops.encode_topk(x, W, b, 8193, backend="cuda")
+    assert ops.encode_topk(x, W, b, 8193, backend=None).k == 8193
+
+
 # -- one result -------------------------------------------------------------------------------------------------------
 
 

@@ -77,7 +77,11 @@ def table(root: Path) -> dict[str, Any]:
         ]  # fmt: skip
         return {"source": source, "unit": "ms", "lines": lines}
     lines = [{"op": op, "kind": kind, "cost": in_gigabytes(op, kind)} for op, kind in moved.KINDS]
-    return {"source": f"{bytes_of}; nothing has been measured yet", "unit": "GB", "lines": lines}
+    return {
+        "source": f"{bytes_of}; nothing has been measured yet, and cuda first where they are equal is a guess",
+        "unit": "GB",
+        "lines": lines,
+    }
 
 
 def text(content: Mapping[str, Any]) -> str:

@@ -23,9 +23,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) active_dot_kernel(Codes<T> co
 #pragma unroll
   for (int j = 0; j < DOTS; ++j) {
     const int64_t slot = first + j;
-    bool live = slot < (codes.offsets ? codes.offsets[codes.n] : codes.slots) && codes.inside(slot);
+    bool live = slot < (codes.offsets ? codes.offset(codes.n) : codes.slots) && codes.inside(slot);
     int64_t n = 0;
-    if (live && codes.offsets) n = count_up_to(codes.offsets, codes.n + 1, slot) - 1;
+    if (live && codes.offsets) n = max(int64_t{0}, min(count_up_to(codes.offsets, codes.n + 1, slot) - 1, codes.n - 1));
     if (live && !codes.offsets) {
       n = slot / codes.k;
       live = widen(codes.acts[slot]) != 0.f;

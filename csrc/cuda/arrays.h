@@ -11,8 +11,14 @@ namespace py = pybind11;
 
 struct Tensor {  // as it was given; `array` is what kernels get
   Array array;
-  int device;    // -1: the CPU
-  std::string shape;
+  int device;  // -1: the CPU
+  int dimensions;
+
+  std::string shape() const {
+    if (!dimensions) return "()";
+    const std::string rows = "(" + std::to_string(array.rows) + ",";
+    return dimensions == 1 ? rows + ")" : rows + " " + std::to_string(array.cols) + ")";
+  }
 };
 
 inline const char* name_of(Dtype t) {
@@ -20,33 +26,40 @@ inline const char* name_of(Dtype t) {
   return names[static_cast<int>(t)];
 }
 
+// torch's dtypes, in the order of ours. They are never let go of: the interpreter may be gone first.
+inline std::vector<py::handle>& known_dtypes() {
+  static std::vector<py::handle> known;
+  return known;
+}
+
+// Once, when the module is made: an import under a lock of C++'s could wait for ever for a thread that wants the lock.
+inline void learn_dtypes() {
+  const py::module_ torch = py::module_::import("torch");
+  for (int i = 0; i < 6; ++i) known_dtypes().push_back(torch.attr(name_of(static_cast<Dtype>(i))).cast<py::object>().release());
+}
+
 inline Dtype dtype_of(py::handle tensor) {
-  static const std::vector<py::object>* const known = [] {  // never freed: the interpreter may be gone first
-    auto* found = new std::vector<py::object>;
-    for (int i = 0; i < 6; ++i) found->push_back(py::module_::import("torch").attr(name_of(static_cast<Dtype>(i))));
-    return found;
-  }();
   const py::object dtype = tensor.attr("dtype");
-  for (int i = 0; i < 6; ++i)
-    if (dtype.is((*known)[i])) return static_cast<Dtype>(i);
+  for (size_t i = 0; i < known_dtypes().size(); ++i)
+    if (dtype.is(known_dtypes()[i])) return static_cast<Dtype>(i);
   throw py::type_error("got a tensor of " + std::string(py::str(dtype)) + ", and no kernel takes one");
 }
 
 inline Tensor read_tensor(py::handle t) {
   Tensor r{};
   const py::tuple shape = t.attr("shape");
-  for (const py::handle size : shape) r.shape += (r.shape.empty() ? "(" : ", ") + std::string(py::str(size));
-  r.shape += r.shape.empty() ? "()" : shape.size() == 1 ? ",)" : ")";
   r.array.dtype = dtype_of(t);
   r.device = t.attr("get_device")().cast<int>();
   r.array.data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<uintptr_t>());
-  if (shape.size() > 2) throw py::value_error("got a tensor of shape " + r.shape + ", expected at most two dimensions");
+  if (shape.size() > 2)
+    throw py::value_error("got a tensor of shape " + std::string(py::str(shape)) + ", expected at most two dimensions");
+  r.dimensions = static_cast<int>(shape.size());
   r.array.rows = shape.size() > 0 ? shape[0].cast<int64_t>() : 1;
   r.array.cols = shape.size() > 1 ? shape[1].cast<int64_t>() : 1;
   if (!t.attr("is_contiguous")().cast<bool>())
-    throw py::value_error("got a " + r.shape + " tensor that is not contiguous; pass t.contiguous()");
+    throw py::value_error("got a " + r.shape() + " tensor that is not contiguous; pass t.contiguous()");
   if (reinterpret_cast<uintptr_t>(r.array.data) % size_of(r.array.dtype))
-    throw py::value_error("got a " + r.shape + " tensor of " + name_of(r.array.dtype) +
+    throw py::value_error("got a " + r.shape() + " tensor of " + name_of(r.array.dtype) +
                           " whose memory does not begin at a multiple of its element size; pass t.clone()");
   return r;
 }

@@ -13,8 +13,9 @@ void bind_update(py::module_&);  // bind_update.cpp
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fastsae's CUDA ops on torch tensors; use fastsae.ops instead";
-  py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
-  py::class_<Where>(m, "Where").def(py::init([](int device, uintptr_t stream) {
+  py::register_local_exception<Error>(m, "Error", PyExc_RuntimeError);
+  learn_dtypes();
+  py::class_<Where>(m, "Where", py::module_local()).def(py::init([](int device, uintptr_t stream) {
     return Where{device, reinterpret_cast<void*>(stream)};
   }), py::arg("device"), py::arg("stream"));
 

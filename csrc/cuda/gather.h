@@ -41,7 +41,7 @@ template <bool ALIGNED, class T, class Entries>
 __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS<ALIGNED, T>)
     sum_pieces(Entries entries, Pieces pieces, const T* matrix, float* sums, int64_t D) {
   const int64_t j = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, c = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * V<T>;
-  if (j >= pieces.first[pieces.owners]) return;
+  if (j >= min(int64_t{pieces.first[pieces.owners]}, pieces.capacity)) return;
   const Piece piece = find_piece(pieces, j, entries);
   float sum[V<T>] = {};
   add_rows<ALIGNED>(entries, piece.begin, piece.end, matrix, D, c, sum);

@@ -22,15 +22,25 @@ inline void check(cudaError_t status, const std::string& what) {
   throw Error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 
-template <class... P> void allow_shared(const char* name, void (*kernel)(P...), const Shape& shape) {
-  if (shape.shared <= 48 << 10) return;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shape.shared)), std::string(name) + " does not fit in shared memory");
+// A block has 48 KiB, static and dynamic memory together, unless its kernel is allowed more. That stays with the kernel, for
+// every thread of the process, so it is always the most that there can be: no launch takes from another what it needs.
+template <class... P> void allow_shared(const Where& where, const char* name, void (*kernel)(P...), const Shape& shape) {
+  if (shape.shared <= 32 << 10) return;  // no kernel here has more than 16 KiB besides
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const std::string fails = std::string(name) + " does not fit in shared memory";
+  int most = 0;
+  cudaFuncAttributes attributes{};
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, where.device), fails);
+  check(cudaFuncGetAttributes(&attributes, function), fails);
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  if (shape.shared > static_cast<size_t>(most))
+    throw Error(fails + ": it takes " + std::to_string(shape.shared) + " bytes, and there are " + std::to_string(most));
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), fails);
 }
 
 // Throws where the kernel could not be launched, without launching it: before anything that is changed in place.
-template <class... P> void foresee(const Where&, const char* name, void (*kernel)(P...), const Shape& shape) {
-  allow_shared(name, kernel, shape);
+template <class... P> void foresee(const Where& where, const char* name, void (*kernel)(P...), const Shape& shape) {
+  allow_shared(where, name, kernel, shape);
   int blocks = 0;
   const int threads = shape.block.x * shape.block.y * shape.block.z;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads, shape.shared),
@@ -43,7 +53,7 @@ template <class... P> void foresee(const Where&, const char* name, void (*kernel
 template <class... P, class... A>
 void launch(const Where& where, const char* name, void (*kernel)(P...), const Shape& shape, A&&... arguments) {
   if (!shape.grid.x || !shape.grid.y) return;
-  allow_shared(name, kernel, shape);
+  allow_shared(where, name, kernel, shape);
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
@@ -88,12 +98,14 @@ template <class F> void by_dtype(Dtype dtype, F f) {
   }
 }
 
-// Calls f with std::true_type where every row of all these matrices can be read 16 bytes at a time.
+// Whether every row of a matrix can be read 16 bytes at a time.
+inline bool whole_packs(const Array& a) {
+  return reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && a.cols * size_of(a.dtype) % 16 == 0;
+}
+
+// Calls f with std::true_type where that is so of all these matrices.
 template <class F, class... Arrays> void by_alignment(F f, const Arrays&... arrays) {
-  const auto whole = [](const Array& a) {
-    return reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && a.cols * size_of(a.dtype) % 16 == 0;
-  };
-  if ((whole(arrays) && ...)) f(std::true_type{});
+  if ((whole_packs(arrays) && ...)) f(std::true_type{});
   else f(std::false_type{});
 }
 

@@ -43,7 +43,7 @@ template <class R, class... A> auto op(const char* name, R (*run)(const Where&, 
   return [=](const Where& where, const typename Given<A>::type&... given) -> R {
     const auto refuse = [&](const Tensor& t) {
       if (t.device != where.device)
-        throw py::value_error(std::string(name) + " got a " + t.shape + " tensor on " + device_name(t.device) +
+        throw py::value_error(std::string(name) + " got a " + t.shape() + " tensor on " + device_name(t.device) +
                               ", expected all of them on " + device_name(where.device));
     };
     (each(refuse, given), ...);
@@ -51,10 +51,12 @@ template <class R, class... A> auto op(const char* name, R (*run)(const Where&, 
       py::gil_scoped_release release;
       const OnDevice current(where);
       return run(where, plain(given)...);
+    } catch (const std::invalid_argument& error) {
+      throw py::value_error(std::string(name) + ": " + error.what());
     } catch (const Error& error) {
       std::string shapes;
       const auto describe = [&](const Tensor& t) {
-        shapes += (shapes.empty() ? "" : ", ") + std::string(name_of(t.array.dtype)) + " " + t.shape;
+        shapes += (shapes.empty() ? "" : ", ") + std::string(name_of(t.array.dtype)) + " " + t.shape();
       };
       (each(describe, given), ...);
       throw Error(std::string(name) + " on " + device_name(where.device) + ": " + error.what() +

@@ -2,7 +2,7 @@
 //
 // Both use no atomics on data and give the same bits every time: a stable sort has one result, and whole numbers add up in
 // any order. The emulation has std::stable_sort and a loop.
-// Bytes: 4·n, and 24·n for each 8 bits of a key; 8·n for a sum. Flops: n.
+// Bytes: 4·n, and 16·n for each 8 bits of a key; 8·n for a sum. Flops: n.
 #ifndef FASTSAE_EMULATED
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>

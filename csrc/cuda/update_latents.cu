@@ -32,9 +32,7 @@ bool rows_are_staged(const Where& where, const Maybe& W_enc, const Array& W_dec,
                      const std::vector<Maybe>& sources) {
   const int64_t D_in = W_enc ? W_enc->cols : W_dec.cols;
   if (std::max(D_in, W_dec.cols) > STAGED_COLUMNS) return false;
-  const auto whole = [](const Maybe& a) {
-    return !a || (reinterpret_cast<uintptr_t>(a->data) % 16 == 0 && a->cols * size_of(a->dtype) % 16 == 0);
-  };
+  const auto whole = [](const Maybe& a) { return !a || whole_packs(*a); };
   for (const Maybe& source : sources)
     if (!whole(source) || (source && source->dtype != W_dec.dtype)) return false;
   for (int i = 0; i < 4; ++i)  // those of b_enc have no rows

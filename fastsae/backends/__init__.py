@@ -88,10 +88,13 @@ def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> Modul
     for name, module in sorted(_REGISTRY, key=lambda entry: entry[0] != first):
         if backend not in (None, name):
             continue
+        reason: str | None
         if isinstance(module, str):
-            reason: str | None = module
+            reason = module
         else:
-            reason = module.available() or module.supports(op, *tensors, **info)
+            # Of a backend that nobody named, first whether the tensors are its own: CPU tensors wake no driver.
+            reason = module.supports(op, *tensors, **info) if backend is None else module.available()
+            reason = reason or (module.available() if backend is None else module.supports(op, *tensors, **info))
             if reason is None and backend is None and module.by_name_only():
                 reason = f"it is there for those who name it: backend={name!r}"
             if reason is None:

@@ -2,8 +2,8 @@
 
 `python -m bench.gpu.choices` writes the table: from the timings of bench.gpu where there are some, else from the bytes
 that each backend's kernels move, and "source" says which. A line is one kind of call of an op and what it costs on
-either backend, in the table's "unit" or in its own; the cheaper one goes first, and of equals cuda, whose launches cost
-the host less.
+either backend, in the table's "unit" or in its own; the cheaper one goes first, and of equals cuda: its
+launches should cost the host less, which bench.gpu measures too.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ for those who name it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,11 @@ LEAST_CAPABILITY = (8, 0)
 """What the kernels need of a device: asynchronous copies and bfloat16 arithmetic came with 8.0."""
 
 
+MOST_K = 8192
+"""Of a token: top_k sorts what it chose in shared memory, 8 bytes each, and any of these devices has 64 KiB."""
+
+
+@functools.cache
 def available() -> str | None:
     if EMULATED:
         return None
@@ -32,12 +38,16 @@ def available() -> str | None:
         return f"{reason} (the kernels were built with CUDA {_version(runtime)}, the driver is for {_version(driver)})"
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use (torch.cuda.is_available() is False)"
-    capability = torch.cuda.get_device_capability()
-    if capability < LEAST_CAPABILITY:
-        return (
-            f"{torch.cuda.get_device_name()} has compute capability {capability}, expected {LEAST_CAPABILITY} at least"
-        )
     return None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {capability}, expected {LEAST_CAPABILITY} at least"
 
 
 def by_name_only() -> bool:
@@ -55,7 +65,12 @@ def detail() -> dict[str, Any]:
 
 
 def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:
-    return refusal(op, tensors, "cpu" if EMULATED else "cuda")
+    reason = refusal(op, tensors, "cpu" if EMULATED else "cuda")
+    if reason is None and op == "encode_topk" and info["k"] > MOST_K:
+        return f"k is {info['k']}, and it chooses at most {MOST_K} latents of a token"
+    if reason is None and tensors and not EMULATED:
+        return _too_old(tensors[0].device)
+    return reason
 
 
 def _version(number: int) -> str:

@@ -57,6 +57,17 @@ class RawOps:
         with on_device(W):
             return narrowed(self.steps, W.contiguous()).tensors()
 
+    def _refresh(self, screen: list[Tensor], W: Tensor) -> None:
+        """Makes the kept copy one of the new W. Where that fails it must not pass for one: then its residual norms are
+        infinite, so that no bound holds anybody back, and every token is scored from W itself."""
+        made = False
+        try:
+            self.steps.narrow_rows(W, *screen)
+            made = True
+        finally:
+            if not made:
+                screen[3].fill_(float("inf"))
+
     def encode_topk(
         self,
         x: Tensor,
@@ -156,5 +167,5 @@ class RawOps:
                 pre_bias, seed,
             )  # fmt: skip
             if screen:
-                self.steps.narrow_rows(W_dec if W_enc is None else W_enc, *screen)
+                self._refresh(screen, W_dec if W_enc is None else W_enc)
         return stats
