@@ -7,7 +7,8 @@
 #   make venv    the environment alone             make clean   remove what make made
 #   make kernels-check   compile the Triton kernels for every target, without a GPU, and compare with the table
 #   make kernels-report  ... and write the table: bench/results/compiled/
-#   make cuda-check, make cuda-report  the same of the CUDA kernels, as nvcc compiled them
+#   make cuda    build the CUDA extension, which is left out where there is no GPU
+#   make cuda-check, make cuda-report  ... and do the same with its kernels, as nvcc compiled them
 #
 # Overridable: make test PYTHON=python3.12 VENV=/tmp/env TORCH='torch==2.11.0' ARGS='-k codes -x'
 
@@ -23,11 +24,14 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 ARGS ?=
 
+# Building the CUDA kernels takes minutes, and without a GPU nobody can run them. require or auto builds them anyway.
+export FASTSAE_CUDA ?= $(if $(shell command -v nvidia-smi),auto,skip)
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test test-cuda emulation lint format bench bench-quick plots kernels-check kernels-report cuda-check cuda-report clean
+.PHONY: help venv demo test test-cuda emulation lint format bench bench-quick plots kernels-check kernels-report cuda cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -135,10 +139,13 @@ kernels-check: $(VENV)/.installed
 kernels-report: $(VENV)/.installed
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.compiled $(ARGS)
 
-cuda-check: $(VENV)/.installed
+cuda: $(VENV)/.installed
+	FASTSAE_CUDA=require $(PIP) install --no-deps -e .
+
+cuda-check: cuda
 	$(BIN)/python -m bench.ptxas --check $(ARGS)
 
-cuda-report: $(VENV)/.installed
+cuda-report: cuda
 	$(BIN)/python -m bench.ptxas $(ARGS)
 
 clean:
