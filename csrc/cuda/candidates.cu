@@ -109,7 +109,7 @@ void select(const Where& where, const Array& values, const Array& places, const 
                     certified.as<int32_t>(), counts.rows, values.cols, latents.cols, static_cast<int>(table.cols),
                     static_cast<int>(chunks), static_cast<int>(k), held, exact, roundoff};
   // Few tokens leave multiprocessors for a block each.
-  if (values.cols <= SHORT && s.N > 264)
+  if (values.cols <= SHORT && s.N > FEW_TOKENS)
     launch(where, "select", select_kernel<1, 4, 8>, {dim3(ceil_div(s.N, 4)), dim3(128), sizeof(Ends) * held * 4}, s);
   else
     launch(where, "select", select_kernel<8, 1, 4>, {dim3(s.N), dim3(256), sizeof(Ends) * held}, s);

@@ -122,6 +122,11 @@ template <class F> void by_moment(Dtype dtype, F f) {
   throw std::invalid_argument("there is no kernel for moments of this dtype, expected float32 or bfloat16");
 }
 
+inline Step step_of(const Array& numbers, double eps, double beta1, double rest1, double beta2, double rest2) {
+  const auto narrow = [](double t) { return static_cast<float>(t); };
+  return {numbers.as<float>(), narrow(eps), {narrow(beta1), narrow(rest1), narrow(beta2), narrow(rest2)}};
+}
+
 // Bytes of shared memory that a latent's rows take on their way (update_rows.cu), from those of a weight and of a moment.
 inline int64_t staged_bytes(int64_t weight, int64_t moment, bool tied, int64_t D_in, int64_t D_out) {
   return D_out * 2 * (weight + moment) + (tied ? 0 : D_in * (weight + 2 * moment));

@@ -22,17 +22,22 @@ inline void check(cudaError_t status, const std::string& what) {
   throw Error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 
+// The shared memory that a block can have, static and dynamic.
+inline int most_shared(const Where& where) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, where.device), "no shared memory size");
+  return bytes;
+}
+
 // A block has 48 KiB, static and dynamic memory together, unless its kernel is allowed more. That stays with the kernel, for
 // every thread of the process, so it is always the most that there can be: no launch takes from another what it needs.
 template <class... P> void allow_shared(const Where& where, const char* name, void (*kernel)(P...), const Shape& shape) {
   if (shape.shared <= 32 << 10) return;  // no kernel here has more than 16 KiB besides
   const void* const function = reinterpret_cast<const void*>(kernel);
   const std::string fails = std::string(name) + " does not fit in shared memory";
-  int most = 0;
   cudaFuncAttributes attributes{};
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, where.device), fails);
   check(cudaFuncGetAttributes(&attributes, function), fails);
-  most -= static_cast<int>(attributes.sharedSizeBytes);
+  const int most = most_shared(where) - static_cast<int>(attributes.sharedSizeBytes);
   if (shape.shared > static_cast<size_t>(most))
     throw Error(fails + ": it takes " + std::to_string(shape.shared) + " bytes, and there are " + std::to_string(most));
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), fails);
@@ -62,14 +67,6 @@ void launch(const Where& where, const char* name, void (*kernel)(P...), const Sh
   check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), std::string(name) + " was not launched");
 }
 
-// Major and minor of the device's compute capability, 90 for Hopper.
-inline int capability(const Where& where) {
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, where.device), "no compute capability");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, where.device), "no compute capability");
-  return 10 * major + minor;
-}
-
 #else
 
 template <class... P> void foresee(const Where&, const char* name, void (*)(P...), const Shape& shape) {
@@ -84,7 +81,7 @@ void launch(const Where& where, const char* name, void (*kernel)(P...), const Sh
   emulation::run(shape.grid, shape.block, shape.shared, [&] { kernel(static_cast<P>(arguments)...); });
 }
 
-inline int capability(const Where&) { return emulation::capability(); }
+inline int most_shared(const Where&) { return emulation::most_shared(); }
 
 #endif
 

@@ -7,6 +7,7 @@
 
 namespace fastsae {
 
+constexpr int64_t FEW_TOKENS = 264;  // two blocks for each multiprocessor of an H100: so many can have one each
 constexpr int TABLE_ROWS = 5;  // scale, bias, A, B, threshold
 
 struct TokenBounds {

@@ -183,8 +183,6 @@ __global__ void __launch_bounds__(WARPS* WARP, BLOCKS) append_kernel(Chunk<S> s)
   }
 }
 
-constexpr int64_t FEW = 264;  // two blocks of 1024 threads for each multiprocessor of an H100
-
 }  // namespace
 
 void append(const Where& where, const Array& scores, int64_t row_stride, const Array& table, const Array& bounds,
@@ -201,7 +199,7 @@ void append(const Where& where, const Array& scores, int64_t row_stride, const A
     const Array rows{scores.data, N, row_stride, scores.dtype};
     by_alignment([&](auto aligned) {
       constexpr bool ALIGNED = aligned.value;
-      if (N <= FEW) launch(where, "append", append_kernel<ALIGNED, 1, 32, 1, S>, {dim3(N), dim3(1024)}, s);
+      if (N <= FEW_TOKENS) launch(where, "append", append_kernel<ALIGNED, 1, 32, 1, S>, {dim3(N), dim3(1024)}, s);
       else launch(where, "append", append_kernel<ALIGNED, 4, 8, ALIGNED ? 3 : 2, S>, {dim3(ceil_div(N, 4)), dim3(256)}, s);
     }, rows, table);
   };

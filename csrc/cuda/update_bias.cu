@@ -105,7 +105,6 @@ void foresee_bias(const Where& where, Dtype weight, Dtype moment) {
 void update_bias(const Where& where, const Array& b, const Array& m, const Array& v, const std::vector<Array>& grads,
                  const Maybe& pre_bias, const Array& sums, const Array& stats, const Array& numbers, const Array& keys,
                  double eps, double beta1, double rest1, double beta2, double rest2, bool stochastic) {
-  foresee_bias(where, b.dtype, m.dtype);
   const int64_t D = b.rows;
   int64_t parts = 0;
   const auto add = [&](const Array& t) {
@@ -119,9 +118,7 @@ void update_bias(const Where& where, const Array& b, const Array& m, const Array
   for (const Array& t : grads) add(t);
   const int64_t added = parts;
   if (pre_bias) add(*pre_bias);
-  const Step step{numbers.as<float>(), static_cast<float>(eps),
-                  {static_cast<float>(beta1), static_cast<float>(rest1), static_cast<float>(beta2),
-                   static_cast<float>(rest2)}};
+  const Step step = step_of(numbers, eps, beta1, rest1, beta2, rest2);
   by_dtype(b.dtype, [&](auto t) {
     by_moment(m.dtype, [&](auto moment) {
       using T = decltype(t);

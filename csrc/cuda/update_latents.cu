@@ -8,16 +8,6 @@
 namespace fastsae {
 namespace {
 
-int64_t most_shared(const Where& where) {
-#ifdef FASTSAE_EMULATED
-  return (capability(where) >= 90 ? 227 : 163) << 10;
-#else
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, where.device), "no shared memory size");
-  return bytes;
-#endif
-}
-
 constexpr int64_t STATIC_SHARED = 1 << 10;  // more than a block of update_rows has besides the staged rows
 
 template <class S> LatentEntries<S> entries_of(const std::vector<Maybe>& entries, int64_t split) {
@@ -52,9 +42,7 @@ void update_rows(const Where& where, const std::vector<Maybe>& params, const std
 
   const Pieces pieces{pointer<int32_t>(first_piece), W_dec.rows, piece_length, workspaces[0] ? workspaces[0]->rows : 0};
   const PieceSums sums{pointer<float>(workspaces[0]), pointer<float>(workspaces[1])};
-  const Step step{numbers.as<float>(), static_cast<float>(eps),
-                  {static_cast<float>(beta1), static_cast<float>(rest1), static_cast<float>(beta2),
-                   static_cast<float>(rest2)}};
+  const Step step = step_of(numbers, eps, beta1, rest1, beta2, rest2);
   by_dtype(W_dec.dtype, [&](auto t) {
     by_moment(moments[2]->dtype, [&](auto moment) {
       using T = decltype(t);

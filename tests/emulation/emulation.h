@@ -32,7 +32,6 @@ struct dim3 {
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(8) float2 { float x, y; };
 
 namespace fastsae {
 template <class T> using Plain = T;
@@ -55,6 +54,7 @@ struct Settings {
 };
 Settings& settings();
 inline int capability() { return settings().capability; }
+inline int most_shared() { return (capability() >= 90 ? 227 : 163) << 10; }  // bytes of a block
 std::string refusal(const char* name, size_t shared);  // why a launch fails, or nothing
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
 
@@ -101,8 +101,6 @@ struct f16 { uint16_t bits; };
 
 inline void __syncthreads() { emulation::wait_for_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::show(mask, 0); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 template <class T> T __shfl_sync(unsigned mask, T t, int from, int width = 32) {
   const unsigned me = emulation::thread().lane;
@@ -131,12 +129,8 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 
 template <class T> T atomicAdd(T* p, T t) { const T before = *p; *p = before + t; return before; }
-template <class T> T atomicMax(T* p, T t) { const T before = *p; *p = std::max(before, t); return before; }
-template <class T> T atomicOr(T* p, T t) { const T before = *p; *p = before | t; return before; }
 
 inline int __popc(unsigned t) { return __builtin_popcount(t); }
-inline int __ffs(int t) { return __builtin_ffs(t); }
-inline int __clz(int t) { return t ? __builtin_clz(t) : 32; }
 
 template <class To, class From> To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -146,23 +140,17 @@ template <class To, class From> To bits_as(From from) {
 }
 inline unsigned __float_as_uint(float t) { return bits_as<unsigned>(t); }
 inline int __float_as_int(float t) { return bits_as<int>(t); }
-inline float __uint_as_float(unsigned t) { return bits_as<float>(t); }
 inline float __int_as_float(int t) { return bits_as<float>(t); }
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fsqrt_rn(float t) { return std::sqrt(t); }
-inline float rsqrtf(float t) { return 1 / std::sqrt(t); }
 template <class A, class B> constexpr auto min(A a, B b) -> std::common_type_t<A, B> { return b < a ? b : a; }
 template <class A, class B> constexpr auto max(A a, B b) -> std::common_type_t<A, B> { return a < b ? b : a; }
 
 template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T t) { *p = t; }
-template <class T> void __stcg(T* p, T t) { *p = t; }
 
 inline float __bfloat162float(emulation::bf16 t) { return bits_as<float>(static_cast<uint32_t>(t.bits) << 16); }
 inline emulation::bf16 __float2bfloat16_rn(float t) {

@@ -48,7 +48,6 @@ namespace emulation {
 namespace {
 
 constexpr size_t STACK = 256 << 10;
-constexpr size_t MOST_SHARED = 227 << 10;  // what a block of sm_90 may have
 
 enum class State { ready, at_warp, at_block, done };
 
@@ -219,7 +218,7 @@ const Thread& thread() { return machine().fibers[machine().current].thread; }
 
 std::string refusal(const char* name, size_t shared) {
   if (machine().settings.refuse == name) return "told to refuse it";
-  return shared > MOST_SHARED ? "more shared memory than a block can have" : "";
+  return shared > static_cast<size_t>(most_shared()) ? "more shared memory than a block can have" : "";
 }
 
 void* dynamic_shared() { return machine().dynamic.data; }
