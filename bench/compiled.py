@@ -237,12 +237,16 @@ def dumped(report: dict[str, Any]) -> str:
     return re.sub(r"\{\n([^{}]*?)\n *\}", lambda record: "{" + " ".join(record[1].split()) + "}", indented) + "\n"
 
 
-def write(report: dict[str, Any]) -> Path:
-    folder = table_folder(report["triton"])
+def write_table(folder: Path, report: dict[str, Any], page: str) -> Path:
+    """The report for machines and its page for people; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "kernels.json", lambda partial: partial.write_text(dumped(report)))
-    replace_file(folder / "kernels.md", lambda partial: partial.write_text(markdown(report)))
+    replace_file(folder / "kernels.md", lambda partial: partial.write_text(page))
     return folder
+
+
+def write(report: dict[str, Any]) -> Path:
+    return write_table(table_folder(report["triton"]), report, markdown(report))
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from bench.compiled import FOLDER, dumped, regressions
+from bench.compiled import FOLDER, regressions, write_table
 from bench.ptxas_log import demangled, read_bounds, read_log, read_usage, said_by, short_name
-from fastsae.files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cuda"
@@ -155,11 +154,7 @@ def table_folder(version: str) -> Path:
 
 
 def write(report: dict[str, Any]) -> Path:
-    folder = table_folder(report["nvcc"])
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "kernels.json", lambda partial: partial.write_text(dumped(report)))
-    replace_file(folder / "kernels.md", lambda partial: partial.write_text(markdown(report)))
-    return folder
+    return write_table(table_folder(report["nvcc"]), report, markdown(report))
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------

@@ -21,8 +21,6 @@ from fastsae.gpu.raw_ops import RawOps, refusal
 
 LEAST_CAPABILITY = (8, 0)
 """What the kernels need of a device: asynchronous copies and bfloat16 arithmetic came with 8.0."""
-
-
 MOST_K = 8192
 """Of a token: top_k sorts what it chose in shared memory, 8 bytes each, and any of these devices has 64 KiB."""
 

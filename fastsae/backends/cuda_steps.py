@@ -22,7 +22,7 @@ from fastsae.backends.cuda_encode import (
     rescore,
     select,
     top_k,
-)  # fmt: skip
+)
 from fastsae.backends.cuda_library import library, where
 from fastsae.backends.cuda_update import (
     bias_parts,
@@ -34,7 +34,7 @@ from fastsae.backends.cuda_update import (
     step_numbers,
     update_bias,
     update_rows,
-)  # fmt: skip
+)
 from fastsae.gpu.pieces import cut
 
 __all__ = [
