@@ -7,7 +7,7 @@
 
 namespace fastsae::FASTSAE_ISA {
 
-// A permutation of 32-bit integers that scatters neighbours (lowbias32 by C. Wellons), as in reference.py.
+// A permutation of 32-bit integers that scatters neighbours (lowbias32 by C. Wellons), as in fastsae/reference/update.py.
 FASTSAE_INLINE uint32_t mix(uint32_t h) {
   h ^= h >> 16, h *= 0x7FEB352Du, h ^= h >> 15, h *= 0x846CA68Bu;
   return h ^ h >> 16;

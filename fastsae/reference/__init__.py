@@ -1,0 +1,52 @@
+"""The mathematics of every op, every rule and a whole training step: dense, any floating dtype, torch only.
+
+This is the single source of truth: nothing here is fast and everything here is short. Every function is pure. Gradients
+are in closed form, so the tests can hold them against torch's autograd, and the sparse engine against them.
+
+Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A (N, M). Both dictionaries keep one
+latent per row.
+"""
+
+from .gradients import Params, Term, gradients, squared_norms
+from .ops import (
+    active_dot,
+    active_outer,
+    batch_top_k,
+    decode,
+    is_above,
+    keep_top_k,
+    loss_unit,
+    pre_acts,
+    squared_error,
+    top_k,
+    wide,
+)
+from .step import AuxK, terms_of, train_step
+from .update import Moments, adam, normalise, project, round_to_bf16, update
+
+__all__ = [
+    "AuxK",
+    "Moments",
+    "Params",
+    "Term",
+    "active_dot",
+    "active_outer",
+    "adam",
+    "batch_top_k",
+    "decode",
+    "gradients",
+    "is_above",
+    "keep_top_k",
+    "loss_unit",
+    "normalise",
+    "pre_acts",
+    "project",
+    "round_to_bf16",
+    "squared_error",
+    "squared_norms",
+    "terms_of",
+    "top_k",
+    "train_step",
+    "update",
+    "wide",
+]

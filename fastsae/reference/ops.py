@@ -1,0 +1,88 @@
+"""The mathematics of the ops: encoders, the three products that close forward and backward, and the loss.
+
+Shapes: x (N, D), W (M, D), b (M,), A (N, M). Functions of pre-acts and codes take leading axes before N as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(t: Tensor) -> Tensor:
+    """t in the dtype to compute in: float64 stays, everything narrower becomes float32."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+# -- encoder: which latents are active, and how strongly --------------------------------------------------------------
+
+
+def pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(x W_encᵀ + b_enc) · scale: (N, M). scale (M,) gates latents, by decoder norm for instance."""
+    pre = x @ W_enc.mT + b_enc
+    return pre if scale is None else pre * scale
+
+
+def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest along the last dimension: values and int64 indices, largest first.
+
+    Ties go to the lower index and NaN ranks highest. torch.topk promises no order among ties, hence the stable sort.
+    """
+    ordered = torch.sort(values, dim=-1, descending=True, stable=True)
+    return ordered.values[..., :k], ordered.indices[..., :k]
+
+
+def keep_top_k(pre: Tensor, k: int) -> Tensor:
+    """A (N, M): relu(pre) with all but the k largest of each token set to 0 (TopK, arXiv:2406.04093 eq. 2)."""
+    values, latents = top_k(torch.relu(pre), k)
+    return torch.zeros_like(pre).scatter(-1, latents, values)
+
+
+def batch_top_k(pre: Tensor, k: int) -> Tensor:
+    """A (N, M): relu(pre) with all but the N·k largest of the batch set to 0 (BatchTopK, arXiv:2412.06410 eq. 4).
+
+    Ties go to the lower token, then to the lower latent.
+    """
+    values, places = top_k(torch.relu(pre).flatten(), pre.shape[0] * k)
+    return torch.zeros_like(pre).flatten().scatter(-1, places, values).view_as(pre)
+
+
+def is_above(pre: Tensor, threshold: Tensor) -> Tensor:
+    """pre > threshold, bool (N, M), for a threshold of shape (), (M,) or (N, 1). NaN counts as above."""
+    return ~(pre <= threshold)
+
+
+# -- the three products that close forward and backward ---------------------------------------------------------------
+
+
+def decode(A: Tensor, W: Tensor) -> Tensor:
+    """A W: (N, D)."""
+    return A @ W
+
+
+def active_dot(x: Tensor, W: Tensor) -> Tensor:
+    """⟨xₙ, Wᵢ⟩ for every pair: (N, M). The op keeps the active pairs only."""
+    return x @ W.mT
+
+
+def active_outer(A: Tensor, x: Tensor) -> Tensor:
+    """Aᵀ x: (M, D)."""
+    return A.mT @ x
+
+
+# -- loss -------------------------------------------------------------------------------------------------------------
+
+
+def loss_unit(target: Tensor, kind: str) -> Tensor:
+    """What a summed squared error is divided by: "mse" the N tokens, "fvu" the target's summed variance Σ‖x - x̄‖²."""
+    if kind == "mse":
+        return target.new_tensor(max(target.shape[0], 1))
+    if kind == "fvu":
+        return (target - target.mean(0)).square().sum()
+    raise ValueError(f"loss is {kind!r}, expected 'mse' or 'fvu'")
+
+
+def squared_error(recon: Tensor, target: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """L = Σ(recon - target)² / unit, and dL/d recon = 2 (recon - target) / unit."""
+    error = recon - target
+    return error.square().sum() / unit, 2 * error / unit
