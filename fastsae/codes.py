@@ -145,6 +145,34 @@ class SparseCodes:
             batch_shape=tuple(tokens.shape) or (1,),
         )
 
+    def trimmed(self) -> SparseCodes:
+        """A ragged code without the slots that no token owns: capacity nnz, by a host sync. A fixed code as it is."""
+        if self.offsets is None:
+            return self
+        nnz = int(self.offsets[-1])
+        return replace(self, acts=self.acts[:nnz], indices=self.indices[:nnz])
+
+    def keep(self, kept: Tensor) -> SparseCodes:
+        """The slots where `kept` (bool, shape of acts) is True and occupied, as a ragged code; differentiable in acts.
+
+        On a GPU its capacity stays that of this code, so that nothing is read back; on a CPU it is nnz.
+        """
+        kept = (kept & self.occupied()).flatten()
+        before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
+        if self.offsets is None:
+            offsets = before[:: max(self.k, 1)] if self.k else before.new_zeros(self.n_tokens + 1)
+        else:
+            offsets = before[self.offsets]
+        if kept.device.type == "cpu" and not torch.compiler.is_compiling():
+            slots = kept.nonzero().squeeze(1)
+            acts, indices = self.acts.flatten().index_select(0, slots), self.indices.flatten().index_select(0, slots)
+        else:
+            size = kept.numel()
+            place = torch.where(kept, before[:-1], size)  # whoever is left out goes to one slot that is cut off
+            acts = self.acts.new_zeros(size + 1).scatter(0, place, self.acts.flatten())[:size]
+            indices = self.indices.new_zeros(size + 1).scatter(0, place, self.indices.flatten())[:size]
+        return SparseCodes(acts, indices, self.d_sae, offsets, self.batch_shape, self.redone)
+
     # -- views of the same code -------------------------------------------------------------------------------------
 
     def token_ids(self) -> Tensor:

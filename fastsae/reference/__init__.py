@@ -7,6 +7,7 @@ Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A 
 latent per row.
 """
 
+from .family import Forward, Rule, decoder_norms, forward
 from .gradients import Params, Term, gradients, squared_norms
 from .ops import (
     active_dot,
@@ -14,6 +15,7 @@ from .ops import (
     batch_top_k,
     decode,
     is_above,
+    keep_group_max,
     keep_top_k,
     loss_unit,
     pre_acts,
@@ -21,29 +23,40 @@ from .ops import (
     top_k,
     wide,
 )
+from .rules import gated, in_band, jump_relu, step
 from .step import AuxK, terms_of, train_step
-from .update import Moments, adam, normalise, project, round_to_bf16, update
+from .update import Moments, adam, mixed, normalise, project, round_to_bf16, update
 
 __all__ = [
     "AuxK",
+    "Forward",
     "Moments",
     "Params",
+    "Rule",
     "Term",
     "active_dot",
     "active_outer",
     "adam",
     "batch_top_k",
     "decode",
+    "decoder_norms",
+    "forward",
+    "gated",
     "gradients",
+    "in_band",
     "is_above",
+    "jump_relu",
+    "keep_group_max",
     "keep_top_k",
     "loss_unit",
+    "mixed",
     "normalise",
     "pre_acts",
     "project",
     "round_to_bf16",
     "squared_error",
     "squared_norms",
+    "step",
     "terms_of",
     "top_k",
     "train_step",

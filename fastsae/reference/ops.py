@@ -43,8 +43,14 @@ def batch_top_k(pre: Tensor, k: int) -> Tensor:
 
     Ties go to the lower token, then to the lower latent.
     """
-    values, places = top_k(torch.relu(pre).flatten(), pre.shape[0] * k)
-    return torch.zeros_like(pre).flatten().scatter(-1, places, values).view_as(pre)
+    flat = torch.relu(pre).flatten(-2)
+    values, places = top_k(flat, pre.shape[-2] * k)
+    return torch.zeros_like(flat).scatter(-1, places, values).view_as(pre)
+
+
+def keep_group_max(pre: Tensor, k: int) -> Tensor:
+    """A (N, M): relu(pre) at the largest entry of each of k equal, consecutive groups of latents, 0 elsewhere."""
+    return keep_top_k(pre.unflatten(-1, (k, -1)), 1).flatten(-2)
 
 
 def is_above(pre: Tensor, threshold: Tensor) -> Tensor:

@@ -51,6 +51,12 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
+def mixed(numbers: Tensor, seed: int) -> Tensor:
+    """32 random-looking bits for each of the whole numbers, int64: a function of (seed, number) and nothing else."""
+    key = _mix(torch.full((), seed & 0xFFFFFFFF, dtype=torch.int64, device=numbers.device))
+    return _mix(key ^ (numbers & 0xFFFFFFFF))
+
+
 def round_to_bf16(t: Tensor, seed: int, step: Tensor, stream: int) -> Tensor:
     """t (float32) as bfloat16, rounded up or down at random so that the mean is t.
 

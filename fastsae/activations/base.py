@@ -1,0 +1,160 @@
+"""The interface of an activation rule, and what the rules share.
+
+A rule is a small frozen dataclass whose fields are its settings. It says which latents are considered (`select`,
+sparse, and `dense`, for the reference), how strong they are (`activate`, elementwise), what is penalised (`sparsity`,
+elementwise, and `penalty`), and which parts of a code must reconstruct on their own (`parts`). The elementwise methods
+see the slots of a code and the dense (N, M) alike, so a rule's mathematics is written once; autograd, the fused step
+and the dense reference all read it from here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.codes import Screen, SparseCodes
+
+Own = Mapping[str, Tensor]
+"""A rule's parameters and buffers by name, and b_enc."""
+
+ROOM = 256
+"""Activations per token that a threshold has room for at first; encoded again with more where they are not enough."""
+
+
+class Selected(NamedTuple):
+    """codes: the pre-acts of the latents considered; overflow: 0-d bool, for a capacity that may be short."""
+
+    codes: SparseCodes
+    overflow: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class How:
+    """How an encoder computes, as the encoders of fastsae.ops take it: no setting of a rule, and not saved."""
+
+    screen: Screen | None = None
+    precision: str = "exact"
+    backend: str | None = None
+    check: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        return {"screen": self.screen, "precision": self.precision, "backend": self.backend, "check": self.check}
+
+
+class Activation(ABC):
+    """The base class. `kind` is the name in saved files; `shaped`: acts are not pre-acts, or something is penalised.
+
+    coef: the penalty's weight in the loss. Methods that a rule leaves as they are here say: nothing of the kind.
+    """
+
+    kind: ClassVar[str]
+    shaped: ClassVar[bool] = False
+
+    @property
+    def coef(self) -> float:
+        return 0.0
+
+    @property
+    def screen_k(self) -> int | None:
+        """Active latents per token, for a backend that chooses its screen by it; None where a threshold decides."""
+        return None
+
+    @abstractmethod
+    def check(self, d_sae: int) -> None:
+        """Raises ValueError when the rule cannot serve `d_sae` latents."""
+
+    def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
+        """The rule's own parameters at the start, by name: float32 (d_sae,)."""
+        return {}
+
+    def new_buffers(self) -> dict[str, Tensor]:
+        """What the rule remembers besides, by name: 0-d."""
+        return {}
+
+    @abstractmethod
+    def select(
+        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+    ) -> Selected:
+        """The pre-acts that matter in forward or backward, for x (N, D), W (M, D), b (M,); differentiable in all three.
+
+        capacity: slots of a threshold's ragged code; None: as many as it takes, which looks at the device.
+        """
+
+    def per_latent(self, own: Own) -> dict[str, Tensor]:
+        """What `activate` and `sparsity` need to know of each latent: (M,) each."""
+        return {}
+
+    def activate(self, pre: Tensor, rows: Own) -> Tensor:
+        """acts from pre-acts, elementwise; rows: `per_latent`, each broadcast to pre."""
+        return pre
+
+    def sparsity(self, pre: Tensor, acts: Tensor, rows: Own, norms: Tensor) -> Tensor | None:
+        """What the penalty sums over latents, elementwise; norms: those of the decoder's rows."""
+        return None
+
+    def penalty(self, mean: Tensor) -> Tensor:
+        """The penalty, before its coefficient, from `sparsity` summed over latents and averaged over tokens."""
+        return mean
+
+    def gate(self, pre: Tensor) -> Tensor | None:
+        """Acts that must reconstruct the target too, with the decoder held fixed."""
+        return None
+
+    def parts(self, codes: SparseCodes, own: Own) -> list[tuple[SparseCodes, float]]:
+        """Disjoint parts of a code; after each is added to those before, the error counts with that weight."""
+        return [(codes, 1.0)]
+
+    def observe(self, codes: SparseCodes, own: Own) -> None:  # noqa: B027 (most rules remember nothing)
+        """What the rule remembers of a training batch, in place, after its step; no gradient, no host sync."""
+
+    @abstractmethod
+    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+        """A (*B, N, M) from all pre-acts: the truth of `select` and `activate`."""
+
+    def dense_parts(self, A: Tensor, own: Own) -> list[tuple[Tensor, float]]:
+        """`parts` of a dense code."""
+        return [(A, 1.0)]
+
+    def config(self) -> dict[str, Any]:
+        """The settings as JSON, with `kind`; `activation_from_config` reads it back."""
+        return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
+
+
+def whole_number(rule: str, name: str, value: object) -> None:
+    """Raises ValueError unless value is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{rule} has {name} = {value!r}, expected a whole number of at least 1")
+
+
+def number(rule: str, name: str, value: float, *, positive: bool = False) -> None:
+    """Raises ValueError unless value is a finite number of at least 0, or above it."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    if not good or (positive and value == 0):
+        raise ValueError(f"{rule} has {name} = {value!r}, expected a number {'above' if positive else 'of at least'} 0")
+
+
+def fits(rule: str, name: str, k: int, d_sae: int) -> None:
+    """Raises ValueError where k is more than d_sae."""
+    if k > d_sae:
+        raise ValueError(f"{rule} has {name} = {k}, expected at most d_sae = {d_sae}; lower {name} or widen the SAE")
+
+
+def select_above(
+    x: Tensor, W: Tensor, b: Tensor, threshold: Tensor | float, how: How, capacity: int | None
+) -> Selected:
+    """`ops.encode_above` with room for all that are above, or with `capacity` slots and a flag."""
+    if capacity is not None:
+        return Selected(*ops.encode_above(x, W, b, threshold, capacity, **how.arguments()))
+    most = x.shape[0] * W.shape[0]
+    room = min(most, ROOM * x.shape[0])
+    while True:
+        codes, overflow = ops.encode_above(x, W, b, threshold, room, **how.arguments())
+        if room == most or torch.compiler.is_compiling() or not bool(overflow):
+            return Selected(codes.trimmed())
+        room = min(most, 8 * room)

@@ -1,0 +1,98 @@
+"""One forward pass and loss of any member of the family, dense, for autograd: what every sparse path is held against.
+
+Leading axes before N and M are independent SAEs: x (*B, N, D), W_enc and W_dec (*B, M, D), b_enc (*B, M),
+b_dec (*B, D_out), and losses (*B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rule(Protocol):
+    """What a forward pass asks of an activation rule; fastsae.activations has them.
+
+    own: the rule's parameters and buffers, and b_enc. rows: what `per_latent` made of them, broadcastable to pre.
+    """
+
+    coef: float
+
+    def per_latent(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def dense(self, pre: Tensor, rows: Mapping[str, Tensor], own: Mapping[str, Tensor], training: bool) -> Tensor: ...
+
+    def dense_parts(self, A: Tensor, own: Mapping[str, Tensor]) -> list[tuple[Tensor, float]]: ...
+
+    def sparsity(self, pre: Tensor, acts: Tensor, rows: Mapping[str, Tensor], norms: Tensor) -> Tensor | None: ...
+
+    def penalty(self, mean: Tensor) -> Tensor: ...
+
+    def gate(self, pre: Tensor) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A (*B, N, M), recon (*B, N, D_out); losses by name (*B,), "loss" their weighted sum."""
+
+    A: Tensor
+    recon: Tensor
+    losses: dict[str, Tensor]
+
+
+def forward(
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    rule: Rule,
+    own: Mapping[str, Tensor] | None = None,
+    *,
+    target: Tensor | None = None,
+    pre_bias: bool = True,
+    loss: str = "mse",
+    layers: int = 1,
+    penalty_scale: Tensor | float = 1.0,
+    training: bool = True,
+) -> Forward:
+    """recon = A W_dec + b_dec (+ x W_skipᵀ),  A = rule((x - b_dec if pre_bias else x) W_encᵀ + b_enc), and its loss:
+
+    Σ_parts weight·Σ‖recon_part - target‖²/unit + scale·coef·penalty + the gate's Σ‖·‖²/unit.
+    params: W_enc (left out: tied), W_dec, b_enc, b_dec, W_skip (left out: no skip connection).
+    """
+    target = x if target is None else target
+    W_dec, b_dec, b_enc = params["W_dec"], params["b_dec"].unsqueeze(-2), params["b_enc"]
+    pre = (x - b_dec if pre_bias else x) @ params.get("W_enc", W_dec).mT + b_enc.unsqueeze(-2)
+    own = {"b_enc": b_enc, **(own or {})}
+    rows = {name: t.unsqueeze(-2) for name, t in rule.per_latent(own).items()}
+    A = rule.dense(pre, rows, own, training)
+    unit: Tensor | int = target.shape[-2] or 1
+    if loss == "fvu":
+        unit = (target - target.mean(-2, keepdim=True)).square().sum((-2, -1))
+    recon = b_dec.expand(target.shape)
+    if "W_skip" in params:
+        recon = recon + x @ params["W_skip"].mT
+    error: Tensor | float = 0.0
+    for part, weight in rule.dense_parts(A, own):
+        recon = recon + part @ W_dec
+        error = error + weight * (recon - target).square().sum((-2, -1)) / unit
+    losses = {loss: torch.as_tensor(error)}
+    norms = decoder_norms(W_dec, layers).unsqueeze(-2)
+    sparsity = rule.sparsity(pre, A, rows, norms)
+    total = losses[loss]
+    if sparsity is not None:
+        losses["sparsity"] = rule.penalty(sparsity.sum(-1).mean(-1))
+        total = total + penalty_scale * rule.coef * losses["sparsity"]
+    gate = rule.gate(pre)
+    if gate is not None:
+        frozen = gate @ W_dec.detach() + b_dec.detach()
+        losses["gate"] = (frozen - target).square().sum((-2, -1)) / unit
+        total = total + losses["gate"]
+    return Forward(A, recon, losses | {"loss": total})
+
+
+def decoder_norms(W_dec: Tensor, layers: int = 1) -> Tensor:
+    """Σ_l ‖W_dec_i,l‖ over the `layers` equal parts of each row: (*B, M). One layer: the row's norm."""
+    return torch.linalg.vector_norm(W_dec.unflatten(-1, (layers, -1)), dim=-1).sum(-1)

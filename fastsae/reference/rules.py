@@ -1,0 +1,76 @@
+"""How strong an active latent is, elementwise: JumpReLU and Gated with their straight-through gradients, and penalties.
+
+Every function takes pre-acts of any shape, and per-latent numbers that broadcast to it: the dense (N, M) with (M,), or
+the slots of a code with what belongs to each slot's latent. So dense and sparse SAEs share these formulas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(pre > threshold, pre, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        band = in_band(pre, threshold, ctx.bandwidth)
+        dthreshold = torch.where(band, -threshold / ctx.bandwidth * grads[0], 0)
+        return torch.where(pre > threshold, grads[0], 0), dthreshold.sum_to_size(threshold.shape), None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        band = in_band(pre, threshold, ctx.bandwidth)
+        dthreshold = torch.where(band, -1 / ctx.bandwidth * grads[0], 0)
+        return None, dthreshold.sum_to_size(threshold.shape), None
+
+
+def in_band(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """|pre - threshold| < bandwidth / 2, bool: where the rectangular kernel of JumpReLU's gradients is 1."""
+    return (pre - threshold).abs() < bandwidth / 2
+
+
+def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """pre where pre > threshold, else 0. d/dpre = [pre > threshold];  d/dthreshold = -threshold/bandwidth · [in band].
+
+    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 3 and 11.
+    """
+    return _Jump.apply(pre, threshold, bandwidth)
+
+
+def step(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """[pre > threshold] as a number; summed, it is L0. d/dpre = 0;  d/dthreshold = -1/bandwidth · [in band].
+
+    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 12.
+    """
+    return _Step.apply(pre, threshold, bandwidth)
+
+
+def gated(gate: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
+    """relu(exp(r_mag)·(gate - b_gate) + b_mag) where gate > 0, else 0; gate = x W_encᵀ + b_gate.
+
+    The choice has no gradient: the gate learns from its own losses. Source: Rajamanoharan et al. 2024
+    (arXiv 2404.16014), eq. 5 to 8.
+    """
+    magnitude = torch.relu(torch.exp(r_mag) * (gate - b_gate) + b_mag)
+    return torch.where(gate > 0, magnitude, 0)
