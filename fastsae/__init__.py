@@ -7,7 +7,16 @@
 """
 
 from fastsae import autograd, ops
-from fastsae.activations import TopK
+from fastsae.activations import (
+    BatchTopK,
+    Gated,
+    GroupMax,
+    HierarchicalTopK,
+    JumpReLU,
+    Matryoshka,
+    ReLU,
+    TopK,
+)
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
 from fastsae.optim import FusedTrainStep
@@ -19,8 +28,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "BatchTopK",
     "FusedTrainStep",
+    "Gated",
+    "GroupMax",
+    "HierarchicalTopK",
+    "JumpReLU",
     "LatentOrder",
+    "Matryoshka",
+    "ReLU",
     "SAEOutput",
     "Schedule",
     "Screen",

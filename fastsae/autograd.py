@@ -19,14 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastsae import library
+from fastsae.codes import SparseCodes
 
 _raw = torch.ops.fastsae
 
 
 def _sums(
-    grad: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int, order: list[Tensor], backend: str | None
+    grad: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int, order: list[Tensor] | None, backend: str | None
 ) -> Tensor:
     """Σₙ of each latent's slots: (M,), as Aᵀ 1, because active_outer is deterministic everywhere."""
     n = grad.shape[0] if offsets is None else offsets.shape[0] - 1
@@ -127,6 +129,25 @@ def _active_outer_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dacts = _raw.active_dot(x, acts, indices, offsets, grad, ctx.backend) if needs[0] else None
     dx = _raw.decode(acts, indices, offsets, grad, ctx.backend) if needs[3] else None
     return dacts, *ctx.none[1:3], dx, *ctx.none[4:]
+
+
+class _PerLatent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, codes: SparseCodes, backend: str | None) -> Tensor:
+        ctx.codes, ctx.backend, ctx.d_sae = codes, backend, values.shape[0]
+        return values[codes.indices.long()]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        flat = ctx.codes.flatten()
+        grad = grads[0].reshape(flat.indices.shape)
+        return _sums(grad, flat.indices, flat.offsets, ctx.d_sae, None, ctx.backend), None, None
+
+
+def per_latent(values: Tensor, codes: SparseCodes, backend: str | None = None) -> Tensor:
+    """values (M,) at each slot's latent: the shape of codes.acts. Its gradient sums by latent, in a fixed order."""
+    return _PerLatent.apply(values, codes.detach(), backend)
 
 
 library.encode_topk.register_autograd(_encode_topk_backward, setup_context=_setup_encode_topk)

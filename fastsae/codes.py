@@ -152,6 +152,10 @@ class SparseCodes:
         nnz = int(self.offsets[-1])
         return replace(self, acts=self.acts[:nnz], indices=self.indices[:nnz])
 
+    def masked(self, act: float) -> SparseCodes:
+        """A ragged code whose slots that no token owns hold `act`."""
+        return replace(self, acts=torch.where(self.occupied(), self.acts, act))
+
     def keep(self, kept: Tensor) -> SparseCodes:
         """The slots where `kept` (bool, shape of acts) is True and occupied, as a ragged code; differentiable in acts.
 

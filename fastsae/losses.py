@@ -129,3 +129,42 @@ def aux_k(codes: SparseCodes, W_dec: Tensor, error: Tensor, weight: Tensor, norm
     """
     left_over = squared_error(ops.decode(codes, W_dec), error.detach())
     return weight.to(left_over.dtype) * left_over / normaliser
+
+
+def ghost_residual(
+    x: Tensor, error: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, normaliser: Tensor | int
+) -> Tensor:
+    """Σ_n r_n ‖s_n·g_n - e_n‖² / normaliser,  g = exp(x W_encᵀ + b_enc) W_dec: dead latents model what is left over.
+
+    s_n makes ‖s_n g_n‖ half of ‖e_n‖ and r_n makes the term as large as the error of its token; both, and e, are held
+    fixed. W_enc, W_dec (dead, D), b_enc (dead,): the rows of the dead latents; x (N, D_in); error (N, D_out): target -
+    recon. 0 where none is dead. Dense in N x dead, piece by piece. Source: Jermyn & Templeton 2024 (Ghost Grads,
+    Circuits Updates January 2024).
+    """
+    if W_enc.shape[0] == 0 or x.shape[0] == 0:
+        return x.new_zeros(())
+    pieces = []
+    size = max(1, GHOST_PIECE // W_enc.shape[0])
+    for inputs, left_over in zip(x.split(size), error.detach().split(size), strict=True):
+        ghost = torch.exp(inputs @ W_enc.mT + b_enc) @ W_dec
+        norms = torch.linalg.vector_norm(left_over, dim=-1, keepdim=True)
+        ghost = ghost * (norms / (2 * torch.linalg.vector_norm(ghost, dim=-1, keepdim=True) + 1e-6)).detach()
+        term = wide(ghost - left_over).square().sum(-1)
+        pieces.append((wide(left_over).square().sum(-1) / (term + 1e-6)).detach() @ term)
+    return torch.stack(pieces).sum() / normaliser
+
+
+GHOST_PIECE = 2**24
+"""Numbers of (N, dead) that ghost gradients hold at a time."""
+
+
+def ghost_pull(x: Tensor, error: Tensor, W_enc: Tensor, W_dec: Tensor) -> Tensor:
+    """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩): dead rows turn towards where the error is large.
+
+    u, w: means of x (N, D) and of error (N, D) = target - recon, each token weighted by its squared error; both held
+    fixed. W_enc, W_dec (dead, D). Source: the point_cloud_sae experiments (R. Huben), with rows for columns.
+    """
+    weights = wide(error.detach()).square().sum(-1)
+    weights = (weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)).to(x.dtype)
+    u, w = weights @ x.detach(), weights @ error.detach()
+    return F.softplus(-(W_enc @ u)).sum() + F.softplus(-(W_dec @ w)).sum()

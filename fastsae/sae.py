@@ -1,32 +1,41 @@
 """SparseAutoencoder: x̂ = A W_dec + b_dec,  A = activation((x - b_dec) W_encᵀ + b_enc), as an ordinary `nn.Module`.
 
 Both dictionaries are stored (M, D), one latent per contiguous row. The module works on normalised inputs, and its
-loss is measured there; `recon` is in the caller's units. Nothing in a forward pass reads a number back from the device.
+loss is measured there; `recon` is in the caller's units. A training step of the rules that fix how many latents are
+active reads nothing back from the device; a threshold rule asks how many there were.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastsae import losses, ops
-from fastsae.activations import Activation, activation_from_config
-from fastsae.codes import SparseCodes
+from fastsae import losses, ops, reference
+from fastsae.activations import Activation, How, activation_from_config
+from fastsae.autograd import per_latent
+from fastsae.codes import Screen, SparseCodes
 from fastsae.initial import geometric_median, unit_rows
 from fastsae.normalize import InputNorm, TokenStats
+from fastsae.settings import check_rule_dtype, check_settings
 
-DECODER_NORMS = ("unit", "free")
-_SETTINGS = ("d_in", "d_sae", "d_out", "pre_bias", "decoder_norm", "tied", "aux_k", "aux_coef", "dead_after", "loss")
+_SETTINGS = (
+    "d_in", "d_sae", "d_out", "pre_bias", "decoder_norm", "tied", "skip", "layers", "init_norm", "aux_k", "aux_coef",
+    "ghost", "ghost_coef", "dead_after", "loss",
+)  # fmt: skip
+OFF = -1e4
+"""The pre-act of a slot that no token owns: below every threshold, and finite."""
 
 
 class SAEOutput(NamedTuple):
     """What `sae(x)` returns.
 
-    recon (*batch, d_out) in the units of the target; loss: 0-d, what to minimise; losses: its parts before their
-    coefficients ("mse" or "fvu", and "aux" when training with AuxK).
+    recon (*batch, d_out) in the units of the target; codes: the active latents; loss: 0-d, what to minimise; losses:
+    its parts before their coefficients: "mse" or "fvu", of a rule with a penalty "sparsity", of Gated "gate", and in
+    training "aux" or "ghost" where the module has them.
     """
 
     recon: Tensor
@@ -36,8 +45,9 @@ class SAEOutput(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """x made ready: encoder_input = x_normalised - b_dec (pre-bias), target normalised, and the way back."""
+    """x made ready: x normalised, encoder_input = x - b_dec (pre-bias), target normalised, and the way back."""
 
+    x: Tensor
     encoder_input: Tensor
     target: Tensor
     stats: TokenStats | None
@@ -46,7 +56,7 @@ class Inputs(NamedTuple):
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder of `d_sae` latents; with `target=` in its call, a transcoder.
 
-    activation    the rule that picks latents, e.g. `TopK(32)`.
+    activation    the rule that picks latents, e.g. `TopK(32)`; see fastsae.activations.
     d_out         width of the target; None: d_in.
     pre_bias      subtract b_dec from the input before encoding; needs d_out == d_in.
     decoder_norm  "unit": rows of W_dec have norm 1. They start so and the fused step keeps them so; with a torch
@@ -55,18 +65,32 @@ class SparseAutoencoder(nn.Module):
     normalize     "none"; "constant": one factor making the mean of ‖x‖² equal d_in (`calibrate_`); "layer_norm": each
                   token, undone in the reconstruction.
     tied          the encoder reads the decoder's rows: `W_enc` is None and `encoder_weight` is W_dec.
+    skip          a linear path beside the latents: recon += x W_skipᵀ, which starts at 0 (Paulo et al. 2025).
+    layers        a row of x and of the target is that many activations of equal width side by side (a crosscoder): a
+                  penalty weighted by decoder norm takes Σ_l ‖W_dec_i,l‖ (Lindsey et al. 2024).
+    init_norm     norm of the encoder's rows at the start, and of the decoder's where it is free.
     aux_k         latents per token in the AuxK loss on dead latents; None: no such loss. aux_coef: its weight.
+    ghost         ghost gradients for dead latents: "residual" (exp-activated dead latents model half the residual,
+                  Jermyn & Templeton 2024) or "pull" (dead rows turn to where the error is large); None: none.
+                  ghost_coef: their weight.
     dead_after    tokens without firing after which a latent counts as dead.
     loss          "mse": mean over tokens of the summed squared error; "fvu": the same over the batch's variance.
+    rule_dtype    of the rule's own parameters, such as JumpReLU's log_threshold: float32 or float64, whatever `dtype`.
     seed          of the initial weights; None: torch's global generator.
 
-    Parameters: W_enc (M, d_in), W_dec (M, d_out), b_enc (M,), b_dec (d_out,). Buffer: tokens_since_fired (M,) int64.
+    Parameters: W_enc (M, d_in), W_dec (M, d_out), b_enc (M,), b_dec (d_out,), W_skip (d_out, d_in) with skip, and the
+    rule's own (M,). Buffers: tokens_since_fired (M,) int64, the rule's, and, not saved, fired (M,) int64 and
+    fired_over () int64: how often each latent fired in how many tokens since `reset_density_`.
     `backend` and `precision` are plain attributes handed to the ops; they are choices of a run and are not saved.
     Raises ValueError for settings that do not fit together.
     """
 
     W_enc: nn.Parameter | None
+    W_skip: nn.Parameter | None
     tokens_since_fired: Tensor
+    fired: Tensor
+    fired_over: Tensor
+    penalty_scale: Tensor
 
     def __init__(
         self,
@@ -79,20 +103,29 @@ class SparseAutoencoder(nn.Module):
         decoder_norm: str = "unit",
         normalize: str = "none",
         tied: bool = False,
+        skip: bool = False,
+        layers: int = 1,
+        init_norm: float = 1.0,
         aux_k: int | None = None,
         aux_coef: float = 1 / 32,
+        ghost: str | None = None,
+        ghost_coef: float = 1.0,
         dead_after: int = 10_000_000,
         loss: str = "mse",
         dtype: torch.dtype | None = None,
+        rule_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         seed: int | None = None,
     ):
         super().__init__()
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
         self.activation = activation
-        self.pre_bias, self.decoder_norm, self.tied = pre_bias, decoder_norm, tied
-        self.aux_k, self.aux_coef, self.dead_after, self.loss = aux_k, aux_coef, dead_after, loss
-        self._check_settings()
+        self.pre_bias, self.decoder_norm, self.tied, self.skip = pre_bias, decoder_norm, tied, skip
+        self.layers, self.init_norm = layers, init_norm
+        self.aux_k, self.aux_coef, self.ghost, self.ghost_coef = aux_k, aux_coef, ghost, ghost_coef
+        self.dead_after, self.loss = dead_after, loss
+        check_settings(self)
+        check_rule_dtype(activation, rule_dtype)
         self.backend: str | None = None
         self.precision = "exact"
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -101,46 +134,53 @@ class SparseAutoencoder(nn.Module):
         self.register_parameter("W_enc", None if tied else nn.Parameter(torch.empty(d_sae, d_in, **factory)))
         self.b_enc = nn.Parameter(torch.empty(d_sae, **factory))
         self.b_dec = nn.Parameter(torch.empty(self.d_out, **factory))
-        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=device))
+        self.register_parameter("W_skip", nn.Parameter(torch.empty(self.d_out, d_in, **factory)) if skip else None)
+        wider = torch.promote_types(rule_dtype, self.W_dec.dtype)
+        self._own = tuple(activation.new_parameters(d_sae)), tuple(activation.new_buffers())
+        for name, start in activation.new_parameters(d_sae).items():
+            self.register_parameter(name, nn.Parameter(torch.empty_like(start, dtype=wider, device=device)))
+        for name, start in activation.new_buffers().items():
+            self.register_buffer(name, torch.empty_like(start, device=device))
+        for name in ("tokens_since_fired", "fired"):
+            zeros = torch.zeros(d_sae, dtype=torch.int64, device=device)
+            self.register_buffer(name, zeros, persistent=name != "fired")
+        self.register_buffer("fired_over", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        # A schedule's multiplier of the rule's coefficient: set by whoever trains, 1 otherwise.
+        one = torch.ones((), dtype=torch.float64, device=device)
+        self.register_buffer("penalty_scale", one, persistent=False)
         self.reset_parameters(seed)
 
-    def _check_settings(self) -> None:
-        for name in ("d_in", "d_sae", "d_out", "dead_after"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
-        for name in ("pre_bias", "tied"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
-        if not isinstance(self.activation, Activation):
-            raise ValueError(f"activation is {self.activation!r}, expected a rule such as fastsae.TopK(32)")
-        self.activation.check(self.d_sae)
-        if self.decoder_norm not in DECODER_NORMS:
-            raise ValueError(f"decoder_norm is {self.decoder_norm!r}, expected one of {', '.join(DECODER_NORMS)}")
-        if self.loss not in losses.LOSSES:
-            raise ValueError(f"loss is {self.loss!r}, expected one of {', '.join(losses.LOSSES)}")
-        if self.d_out != self.d_in:
-            sizes = f"d_in = {self.d_in} and d_out = {self.d_out}"
-            if self.tied:
-                raise ValueError(f"tied weights need one width, got {sizes}; pass tied=False")
-            if self.pre_bias:
-                raise ValueError(f"the pre-bias subtracts b_dec from x, got {sizes}; pass pre_bias=False")
-        if self.aux_k is not None and not 1 <= self.aux_k <= self.d_sae:
-            raise ValueError(f"aux_k is {self.aux_k}, expected 1 <= aux_k <= d_sae = {self.d_sae}, or None")
-        if not (math.isfinite(self.aux_coef) and self.aux_coef >= 0):
-            raise ValueError(f"aux_coef is {self.aux_coef}, expected a number of at least 0")
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAutoencoder:
+        """`.to(...)` and its like. What the rule learns and remembers keeps float32 at least: see `rule_dtype`."""
+        kept = {name: getattr(self, name).detach() for names in self._own for name in names}
+        kept["penalty_scale"] = self.penalty_scale
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = getattr(self, name)
+            if now.dtype != before.dtype and not now.is_meta:
+                now.data = before.to(now.device, torch.promote_types(now.dtype, before.dtype))
+        return self
 
     # -- construction -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """W_dec: random directions of norm 1; W_enc: the same rows (its own where the widths differ); biases 0.
+        """W_dec: random directions; W_enc: the same rows (its own where the widths differ); biases and W_skip 0.
+
+        Their norms: `init_norm`, and 1 for a decoder of unit norm. The rule's parameters and buffers at their start.
 
         Drawn on the CPU, so that a seed means the same weights on every device. Source: Gao et al. 2024, section 2.4.
         """
         nn.init.zeros_(self.b_enc)
         nn.init.zeros_(self.b_dec)
         self.tokens_since_fired.zero_()
+        self.reset_density_()
+        self.penalty_scale.fill_(1.0)
+        if self.W_skip is not None:
+            nn.init.zeros_(self.W_skip)
+        rule = self.activation
+        for name, start in {**rule.new_parameters(self.d_sae), **rule.new_buffers()}.items():
+            getattr(self, name).copy_(start)
         if self.W_dec.is_meta:
             return
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -148,6 +188,9 @@ class SparseAutoencoder(nn.Module):
         if self.W_enc is not None:
             same = self.d_in == self.d_out
             self.W_enc.copy_(self.W_dec if same else unit_rows(self.d_sae, self.d_in, self.W_enc.dtype, generator))
+            self.W_enc.mul_(self.init_norm)
+        if self.decoder_norm == "free":
+            self.W_dec.mul_(self.init_norm)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -212,54 +255,113 @@ class SparseAutoencoder(nn.Module):
 
     def inputs(self, x: Tensor, target: Tensor | None = None) -> Inputs:
         """x (*batch, d_in) and its target (*batch, d_out; None: x itself), flattened to tokens and made ready."""
-        goal, stats = self._normal(x)
-        encoder_input = goal - self.b_dec if self.pre_bias else goal
+        normal, stats = self._normal(x)
+        encoder_input = normal - self.b_dec if self.pre_bias else normal
+        goal = normal
         if target is not None:
             if target.shape[:-1] != x.shape[:-1]:
                 raise ValueError(f"target has shape {tuple(target.shape)}, expected {(*x.shape[:-1], self.d_out)}")
             goal = self.norm.normalize(self._checked(target, self.d_out, "target").reshape(-1, self.d_out), stats)
         elif self.d_out != self.d_in:
             raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target= of shape (*batch, d_out)")
-        return Inputs(encoder_input, goal, stats)
+        return Inputs(normal, encoder_input, goal, stats)
 
-    def _encode(self, encoder_input: Tensor) -> SparseCodes:
-        return self.activation.encode(
-            encoder_input, self.encoder_weight, self.b_enc, precision=self.precision, backend=self.backend
-        )
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The rule's parameters and buffers, and b_enc, by name."""
+        return {"b_enc": self.b_enc, **{name: getattr(self, name) for names in self._own for name in names}}
+
+    @property
+    def rule_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the rule's own that are trained, by name."""
+        return {name: getattr(self, name) for name in self._own[0]}
+
+    def how(self, *, screen: Screen | None = None, backend: str | None = None, check: bool = False) -> How:
+        """How this module's encoder computes."""
+        return How(screen, self.precision, backend or self.backend, check)
+
+    def pre_acts(self, encoder_input: Tensor) -> SparseCodes:
+        """The pre-acts (N, ...) that the rule looks at, with room for all of them."""
+        rule = self.activation
+        codes, _ = rule.select(encoder_input, self.encoder_weight, self.b_enc, self.own, self.training, self.how())
+        return codes.masked(OFF) if rule.shaped and torch.compiler.is_compiling() else codes
+
+    def _activated(self, pre: SparseCodes) -> tuple[SparseCodes, Tensor | None]:
+        """The code of these pre-acts, and the penalty, where the rule has one."""
+        rule = self.activation
+        if not rule.shaped:
+            return pre, None
+        rows = {name: per_latent(t, pre, self.backend) for name, t in rule.per_latent(self.own).items()}
+        acts = rule.activate(pre.acts, rows)
+        norms = per_latent(reference.decoder_norms(self.W_dec, self.layers), pre, self.backend)
+        sparsity = rule.sparsity(pre.acts, acts, rows, norms)
+        penalty = None if sparsity is None else rule.penalty(sparsity.sum() / max(pre.n_tokens, 1))
+        return replace(pre, acts=acts), penalty
 
     def encode(self, x: Tensor) -> SparseCodes:
         """The sparse code of x (*batch, d_in)."""
         normal, _ = self._normal(x)
-        return self._encode(normal - self.b_dec if self.pre_bias else normal).with_batch(tuple(x.shape[:-1]))
+        codes, _ = self._activated(self.pre_acts(normal - self.b_dec if self.pre_bias else normal))
+        if self.activation.shaped:
+            codes = codes.keep(codes.acts != 0)
+        return codes.with_batch(tuple(x.shape[:-1]))
 
     def decode(self, codes: SparseCodes, like: Tensor | None = None) -> Tensor:
         """The reconstruction (*batch, d_out) of a code.
 
-        like: the input that was encoded; only normalize="layer_norm" needs it, to undo itself token by token.
+        like: the input that was encoded; normalize="layer_norm" needs it, to undo itself token by token, and so does a
+        skip connection.
         """
         stats = None
-        if self.norm.mode == "layer_norm" and like is None:
-            raise ValueError("normalize='layer_norm' needs the encoded input to undo it: sae.decode(codes, like=x)")
+        if like is None and (self.norm.mode == "layer_norm" or self.skip):
+            why = "the skip connection reads the" if self.skip else "normalize='layer_norm' needs the"
+            raise ValueError(f"{why} encoded input: sae.decode(codes, like=x)")
         if self.norm.mode != "none":
             stats = self.norm.statistics(self.b_dec if like is None else self._checked(like, self.d_in, "like"))
-        return self.norm.restore(ops.decode(codes, self.W_dec, backend=self.backend) + self.b_dec, stats)
+        recon = ops.decode(codes, self.W_dec, backend=self.backend) + self.b_dec
+        if self.W_skip is not None and like is not None:
+            recon = recon + self.norm.normalize(self._checked(like, self.d_in, "like"), stats) @ self.W_skip.mT
+        return self.norm.restore(recon, stats)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> SAEOutput:
-        """Encode, decode and measure; in training mode also count which latents fired and add the AuxK term."""
-        encoder_input, goal, stats = self.inputs(x, target)
-        codes = self._encode(encoder_input)
-        recon = ops.decode(codes, self.W_dec, backend=self.backend) + self.b_dec
+        """Encode, decode and measure; in training mode also count which latents fired, and the losses on dead ones."""
+        ready = self.inputs(x, target)
+        goal, rule = ready.target, self.activation
+        pre = self.pre_acts(ready.encoder_input)
+        codes, penalty = self._activated(pre)
         over = losses.normaliser(self.loss, goal)
-        total = losses.squared_error(recon, goal) / over
-        parts = {self.loss: total}
+        recon = self.b_dec.expand(goal.shape)
+        if self.W_skip is not None:
+            recon = recon + ready.x @ self.W_skip.mT
+        total: Tensor | float = 0.0
+        for part, weight in rule.parts(codes, self.own):
+            recon = recon + ops.decode(part, self.W_dec, backend=self.backend)
+            total = total + weight * losses.squared_error(recon, goal) / over
+        parts = {self.loss: torch.as_tensor(total)}
+        loss = parts[self.loss]
+        if penalty is not None:
+            parts["sparsity"] = penalty
+            loss = loss + (rule.coef * self.penalty_scale).to(penalty.dtype) * penalty
+        gate = rule.gate(pre.acts)
+        if gate is not None:
+            frozen = ops.decode(replace(pre, acts=gate), self.W_dec.detach(), backend=self.backend)
+            parts["gate"] = losses.squared_error(frozen + self.b_dec.detach(), goal) / over
+            loss = loss + parts["gate"]
+        if rule.shaped:
+            codes = codes.keep(codes.acts != 0)
         if self.training:
+            rule.observe(codes, self.own)
             self.note_fired_(codes)
+            error = goal - recon
             if self.aux_k is not None:
-                parts["aux"] = self._aux_loss(encoder_input, goal - recon, over)
-                total = total + self.aux_coef * parts["aux"]
+                parts["aux"] = self._aux_loss(ready.encoder_input, error, over)
+                loss = loss + self.aux_coef * parts["aux"]
+            if self.ghost is not None:
+                parts["ghost"] = self.ghost_loss(ready.encoder_input, error.detach(), over)
+                loss = loss + self.ghost_coef * parts["ghost"]
         batch = tuple(x.shape[:-1])
-        restored = self.norm.restore(recon, stats).reshape(*batch, self.d_out)
-        return SAEOutput(restored, codes.with_batch(batch), total, parts)
+        restored = self.norm.restore(recon, ready.stats).reshape(*batch, self.d_out)
+        return SAEOutput(restored, codes.with_batch(batch), loss, parts)
 
     def _aux_loss(self, encoder_input: Tensor, error: Tensor, over: Tensor | int) -> Tensor:
         assert self.aux_k is not None
@@ -272,7 +374,18 @@ class SparseAutoencoder(nn.Module):
             return encoder_input.new_zeros(())
         return losses.aux_k(codes, self.W_dec, error, losses.aux_weight(dead, self.aux_k), over)
 
-    # -- dead latents and the decoder's norm --------------------------------------------------------------------------
+    def ghost_loss(self, encoder_input: Tensor, error: Tensor, over: Tensor | int) -> Tensor:
+        """The ghost gradients' loss of the dead latents' rows; error (N, d_out) = target - recon, held fixed.
+
+        Its gradient is dense in those rows, which is why it looks at how many there are.
+        """
+        dead = self.dead.nonzero().squeeze(1)
+        W_enc, W_dec, b_enc = self.encoder_weight[dead], self.W_dec[dead], self.b_enc[dead]
+        if self.ghost == "pull":
+            return losses.ghost_pull(encoder_input, error, W_enc, W_dec)
+        return losses.ghost_residual(encoder_input, error, W_enc, b_enc, W_dec, over)
+
+    # -- dead latents, densities and the decoder's norm ---------------------------------------------------------------
 
     @property
     def dead(self) -> Tensor:
@@ -281,12 +394,28 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def note_fired_(self, codes: SparseCodes) -> None:
-        """tokens_since_fired += N, then 0 for every latent that is active in `codes`."""
+        """tokens_since_fired += N, then 0 for every latent that is active in `codes`; counts them for `density`."""
+        # Empty slots all point one past the last latent, which is cut off. Whole numbers add up in any order.
         active = codes.occupied() & (codes.acts != 0)
-        # Empty slots all point one past the last latent. Every write writes True, so their order does not matter.
-        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=codes.acts.device)
-        fired.index_fill_(0, torch.where(active, codes.indices, self.d_sae).flatten().long(), True)
-        self.tokens_since_fired.add_(codes.n_tokens).masked_fill_(fired[:-1], 0)
+        latents = torch.where(active, codes.indices, self.d_sae).flatten().long()
+        if latents.device.type == "cpu" and not torch.compiler.is_compiling():
+            counts = torch.bincount(latents, minlength=self.d_sae + 1)[:-1]
+        else:
+            counts = self.fired.new_zeros(self.d_sae + 1).scatter_add_(0, latents, torch.ones_like(latents))[:-1]
+        self.fired.add_(counts)
+        self.fired_over.add_(codes.n_tokens)
+        self.tokens_since_fired.add_(codes.n_tokens).masked_fill_(counts > 0, 0)
+
+    @property
+    def density(self) -> Tensor:
+        """Share of the training tokens since `reset_density_` on which each latent was active: float64 (M,)."""
+        return self.fired.double() / self.fired_over.clamp(min=1)
+
+    @torch.no_grad()
+    def reset_density_(self) -> None:
+        """Begins a new window of `density`."""
+        self.fired.zero_()
+        self.fired_over.zero_()
 
     @torch.no_grad()
     def project_gradients_(self) -> None:

@@ -115,7 +115,7 @@ class JumpReLU(Activation):
     def sparsity(self, pre: Tensor, acts: Tensor, rows: Own, norms: Tensor) -> Tensor:
         if self.penalty_kind == "tanh":
             return torch.tanh(self.tanh_scale * wide(acts) * norms)
-        return reference.step(wide(pre), rows["threshold"].expand_as(pre), self.bandwidth)
+        return reference.heaviside(wide(pre), rows["threshold"].expand_as(pre), self.bandwidth)
 
     def penalty(self, mean: Tensor) -> Tensor:
         return (mean / self.target_l0 - 1).square() if self.target_l0 is not None else mean

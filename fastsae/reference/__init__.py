@@ -23,7 +23,7 @@ from .ops import (
     top_k,
     wide,
 )
-from .rules import gated, in_band, jump_relu, step
+from .rules import gated, heaviside, in_band, jump_relu
 from .step import AuxK, terms_of, train_step
 from .update import Moments, adam, mixed, normalise, project, round_to_bf16, update
 
@@ -43,6 +43,7 @@ __all__ = [
     "forward",
     "gated",
     "gradients",
+    "heaviside",
     "in_band",
     "is_above",
     "jump_relu",
@@ -56,7 +57,6 @@ __all__ = [
     "round_to_bf16",
     "squared_error",
     "squared_norms",
-    "step",
     "terms_of",
     "top_k",
     "train_step",

@@ -58,7 +58,7 @@ def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return _Jump.apply(pre, threshold, bandwidth)
 
 
-def step(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def heaviside(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """[pre > threshold] as a number; summed, it is L0. d/dpre = 0;  d/dthreshold = -1/bandwidth · [in band].
 
     Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 12.
