@@ -127,6 +127,7 @@ class SparseAutoencoder(nn.Module):
         check_settings(self)
         check_rule_dtype(activation, rule_dtype)
         self.backend: str | None = None
+        self.annealed_k: int | None = None  # set by whoever trains, not saved
         self.precision = "exact"
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         self.norm = InputNorm(normalize, **factory)
@@ -267,6 +268,12 @@ class SparseAutoencoder(nn.Module):
         return Inputs(normal, encoder_input, goal, stats)
 
     @property
+    def rule(self) -> Activation:
+        """`activation`, in training with the k of an annealing (`annealed_k`)."""
+        annealed = self.annealed_k if self.training else None
+        return self.activation if annealed is None else self.activation.with_k(annealed)
+
+    @property
     def own(self) -> dict[str, Tensor]:
         """The rule's parameters and buffers, and b_enc, by name."""
         return {"b_enc": self.b_enc, **{name: getattr(self, name) for names in self._own for name in names}}
@@ -282,18 +289,20 @@ class SparseAutoencoder(nn.Module):
 
     def pre_acts(self, encoder_input: Tensor) -> SparseCodes:
         """The pre-acts (N, ...) that the rule looks at, with room for all of them."""
-        rule = self.activation
+        rule = self.rule
         codes, _ = rule.select(encoder_input, self.encoder_weight, self.b_enc, self.own, self.training, self.how())
         return codes.masked(OFF) if rule.shaped and torch.compiler.is_compiling() else codes
 
     def _activated(self, pre: SparseCodes) -> tuple[SparseCodes, Tensor | None]:
         """The code of these pre-acts, and the penalty, where the rule has one."""
-        rule = self.activation
+        rule = self.rule
         if not rule.shaped:
             return pre, None
         rows = {name: per_latent(t, pre, self.backend) for name, t in rule.per_latent(self.own).items()}
         acts = rule.activate(pre.acts, rows)
-        norms = per_latent(reference.decoder_norms(self.W_dec, self.layers), pre, self.backend)
+        norms = pre.acts.new_ones(())
+        if rule.needs_norms:
+            norms = per_latent(reference.decoder_norms(self.W_dec, self.layers), pre, self.backend)
         sparsity = rule.sparsity(pre.acts, acts, rows, norms)
         penalty = None if sparsity is None else rule.penalty(sparsity.sum() / max(pre.n_tokens, 1))
         return replace(pre, acts=acts), penalty
@@ -326,7 +335,7 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor, target: Tensor | None = None) -> SAEOutput:
         """Encode, decode and measure; in training mode also count which latents fired, and the losses on dead ones."""
         ready = self.inputs(x, target)
-        goal, rule = ready.target, self.activation
+        goal, rule = ready.target, self.rule
         pre = self.pre_acts(ready.encoder_input)
         codes, penalty = self._activated(pre)
         over = losses.normaliser(self.loss, goal)
@@ -402,9 +411,14 @@ class SparseAutoencoder(nn.Module):
             counts = torch.bincount(latents, minlength=self.d_sae + 1)[:-1]
         else:
             counts = self.fired.new_zeros(self.d_sae + 1).scatter_add_(0, latents, torch.ones_like(latents))[:-1]
+        self.count_fired_(counts, codes.n_tokens)
+
+    @torch.no_grad()
+    def count_fired_(self, counts: Tensor, n_tokens: int) -> None:
+        """The same from how often each latent was active, int64 (M,), in so many tokens."""
         self.fired.add_(counts)
-        self.fired_over.add_(codes.n_tokens)
-        self.tokens_since_fired.add_(codes.n_tokens).masked_fill_(counts > 0, 0)
+        self.fired_over.add_(n_tokens)
+        self.tokens_since_fired.add_(n_tokens).masked_fill_(counts > 0, 0)
 
     @property
     def density(self) -> Tensor:

@@ -61,6 +61,21 @@ class Activation(ABC):
         return 0.0
 
     @property
+    def needs_norms(self) -> bool:
+        """Whether `sparsity` reads the norms of the decoder's rows."""
+        return False
+
+    @property
+    def penalty_is_mean(self) -> bool:
+        """Whether `penalty` is the mean itself, so that it may be summed piece by piece."""
+        return True
+
+    @property
+    def screened(self) -> bool:
+        """Whether `select` uses a screen that is given."""
+        return True
+
+    @property
     def screen_k(self) -> int | None:
         """Active latents per token, for a backend that chooses its screen by it; None where a threshold decides."""
         return None
@@ -76,6 +91,10 @@ class Activation(ABC):
     def new_buffers(self) -> dict[str, Tensor]:
         """What the rule remembers besides, by name: 0-d."""
         return {}
+
+    def with_k(self, k: int) -> Activation:
+        """The same rule with another number of active latents, for annealing. Raises ValueError without one."""
+        raise ValueError(f"{type(self).__name__} has no k to anneal: TopK, BatchTopK and Matryoshka have")
 
     @abstractmethod
     def select(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
@@ -71,6 +71,9 @@ class Matryoshka(Activation):
     @property
     def screen_k(self) -> int | None:
         return self.inner.screen_k
+
+    def with_k(self, k: int) -> Matryoshka:
+        return replace(self, inner=self.inner.with_k(k))
 
     def check(self, d_sae: int) -> None:
         self.inner.check(d_sae)

@@ -34,6 +34,10 @@ class ReLU(Activation):
     def coef(self) -> float:
         return self.l1
 
+    @property
+    def needs_norms(self) -> bool:
+        return self.weighted
+
     def check(self, d_sae: int) -> None:
         pass
 
@@ -91,6 +95,14 @@ class JumpReLU(Activation):
     def coef(self) -> float:
         return self.l0
 
+    @property
+    def needs_norms(self) -> bool:
+        return self.penalty_kind == "tanh"
+
+    @property
+    def penalty_is_mean(self) -> bool:
+        return self.target_l0 is None
+
     def check(self, d_sae: int) -> None:
         if self.target_l0 is not None and self.target_l0 > d_sae:
             raise ValueError(f"JumpReLU has target_l0 = {self.target_l0}, expected at most d_sae = {d_sae}")
@@ -144,6 +156,10 @@ class Gated(Activation):
     @property
     def coef(self) -> float:
         return self.l1
+
+    @property
+    def needs_norms(self) -> bool:
+        return self.weighted
 
     def check(self, d_sae: int) -> None:
         pass

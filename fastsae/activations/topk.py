@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -29,6 +29,9 @@ class TopK(Activation):
     @property
     def screen_k(self) -> int:
         return self.k
+
+    def with_k(self, k: int) -> TopK:
+        return replace(self, k=k)
 
     def check(self, d_sae: int) -> None:
         fits("TopK", "k", self.k, d_sae)
@@ -64,6 +67,9 @@ class BatchTopK(Activation):
     @property
     def screen_k(self) -> int:
         return self.k
+
+    def with_k(self, k: int) -> BatchTopK:
+        return replace(self, k=k)
 
     def check(self, d_sae: int) -> None:
         fits("BatchTopK", "k", self.k, d_sae)
@@ -106,6 +112,10 @@ class GroupMax(Activation):
 
     def __post_init__(self) -> None:
         whole_number("GroupMax", "k", self.k)
+
+    @property
+    def screened(self) -> bool:
+        return False
 
     def check(self, d_sae: int) -> None:
         fits("GroupMax", "k", self.k, d_sae)

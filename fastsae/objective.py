@@ -1,0 +1,282 @@
+"""The forward pass and the loss of a fused step, up to what `update_latents_` takes: terms, and what adds to them.
+
+Three passes give the same numbers up to rounding. `selected_pass`: rules that fix how many latents are active; the
+update computes the acts' gradients itself. `shaped_pass`: rules with a penalty or an activation of their own; the chain
+from pre-acts to acts and penalty is differentiated by autograd over the slots of the code, nnz numbers. `dense_pass`:
+the same over (N, M), piece by piece, for when so many latents are active that gathering them costs more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import losses, ops, reference
+from fastsae.activations import Activation, How
+from fastsae.autograd import per_latent
+from fastsae.codes import SparseCodes, UpdateTerm
+from fastsae.reference import wide
+from fastsae.sae import OFF, SparseAutoencoder
+
+DENSE_PIECE = 2**23
+"""Numbers of (N, M) that the dense pass holds at a time, in each of some five buffers."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a pass works on: x (N, D_in) of the encoder, goal (N, D_out) less what is not the latents' to explain.
+
+    bias: what is added to A W_dec before comparing, None for nothing; over: what a squared error is divided by.
+    """
+
+    sae: SparseAutoencoder
+    x: Tensor
+    goal: Tensor
+    bias: Tensor | None
+    over: Tensor | int
+    how: How
+
+    @property
+    def rule(self) -> Activation:
+        return self.sae.rule
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[0]
+
+    def slope(self) -> Tensor:
+        """The weight of the penalty in the loss, 0-d float64."""
+        return self.rule.coef * self.sae.penalty_scale
+
+
+@dataclass
+class Pass:
+    """What a pass found.
+
+    error (N, D_out) = recon - target at the end; errors: after each part, with its weight (the last is `error`).
+    active: 0-d int64, active latents in all; counts: how often each fired, where there is no code.
+    terms: without the gradient of the errors, which `close` writes; rule_grads: of the rule's parameters, by name;
+    adds: what else `update_latents_` takes, by its names.
+    """
+
+    error: Tensor
+    squares: Tensor
+    errors: list[tuple[Tensor, float]]
+    parts: list[SparseCodes]
+    active: Tensor
+    codes: SparseCodes | None = None
+    counts: Tensor | None = None
+    redone: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    total: Tensor | float = 0.0
+    dacts: Tensor | None = None
+    rule_grads: dict[str, Tensor] = field(default_factory=dict)
+    adds: dict[str, Any] = field(default_factory=dict)
+    extra_terms: list[UpdateTerm] = field(default_factory=list)
+
+
+def selected_pass(task: Task) -> Pass:
+    """For rules whose acts are their pre-acts and who penalise nothing."""
+    sae, rule, backend = task.sae, task.rule, task.how.backend
+    codes, _ = rule.select(task.x, sae.encoder_weight, sae.b_enc, sae.own, True, task.how)
+    parts = rule.parts(codes, sae.own)
+    errors: list[tuple[Tensor, float]] = []
+    sums: list[Tensor] = []
+    for part, weight in parts:
+        if not errors:
+            error, rows = ops.decode_error(part, sae.W_dec, task.goal, task.bias, backend=backend)
+            squares = losses.total(rows)
+        else:
+            error = ops.decode(part, sae.W_dec, backend=backend).add_(errors[-1][0])
+            squares = losses.sum_of_squares(error)
+        errors.append((error, weight))
+        sums.append(squares)
+    total = torch.stack([w * s for (_, w), s in zip(errors, sums, strict=True)]).sum() if len(sums) > 1 else sums[0]
+    return Pass(
+        error=errors[-1][0], squares=sums[-1], errors=errors, parts=[part for part, _ in parts], active=codes.nnz,
+        codes=codes, redone=codes.redone, total=total / task.over,
+    )  # fmt: skip
+
+
+def shaped_pass(task: Task, pre: SparseCodes) -> Pass:
+    """For rules with a penalty or an activation of their own, from their pre-acts (ragged, see `Activation.select`)."""
+    sae, rule, backend = task.sae, task.rule, task.how.backend
+    z = wide(pre.acts).detach().requires_grad_()
+    leaves = _leaves(sae)
+    norms = reference.decoder_norms(wide(sae.W_dec), sae.layers).requires_grad_() if rule.needs_norms else None
+    with torch.enable_grad():
+        rows = {name: per_latent(t, pre, backend) for name, t in rule.per_latent(leaves).items()}
+        weights = z.new_ones(()) if norms is None else per_latent(norms, pre, backend)
+        acts = rule.activate(z, rows)
+        sparsity = rule.sparsity(z, acts, rows, weights)
+        penalty = None if sparsity is None else rule.penalty(sparsity.sum() / task.n)
+        gate = rule.gate(z)
+    code = replace(pre, acts=acts.detach().to(pre.acts.dtype))
+    error, sums = ops.decode_error(code, sae.W_dec, task.goal, task.bias, backend=backend)
+    squares = losses.total(sums)
+    found = Pass(
+        error=error, squares=squares, errors=[(error, 1.0)], parts=[code], active=(code.acts != 0).sum(), codes=code,
+        redone=code.redone, total=squares / task.over,
+    )  # fmt: skip
+    ends, slopes = [acts], [_dot(task, error, code).to(acts.dtype)]
+    if penalty is not None:
+        ends.append(penalty)
+        slopes.append(task.slope().to(penalty.dtype))
+        found.losses["sparsity"] = penalty.detach().double()
+        found.total = found.total + task.slope() * found.losses["sparsity"]
+    if gate is not None:
+        gate_code = replace(pre, acts=gate.detach().to(pre.acts.dtype))
+        gate_error, sums = ops.decode_error(gate_code, sae.W_dec, task.goal, task.bias, backend=backend)
+        ends.append(gate)
+        slopes.append(_dot(task, gate_error, gate_code).to(gate.dtype))
+        found.losses["gate"] = losses.total(sums) / task.over
+        found.total = found.total + found.losses["gate"]
+        found.adds["gate_error"] = gate_error
+    wanted = {"z": z, **leaves, **({} if norms is None else {"norms": norms})}
+    grads = _gradients(ends, slopes, wanted)
+    found.dacts = grads.pop("z").to(pre.acts.dtype)
+    _sort_out(found, task, grads)
+    return found
+
+
+def dense_pass(task: Task, want_dx: bool = False) -> Pass:
+    """The shaped pass over all of (N, M), in pieces of tokens. It stores both dictionaries' gradients.
+
+    want_dx: keep Σ_i dpre_ni W_enc_i (N, D_in) too, as adds["dx"].
+    """
+    sae, rule, n = task.sae, task.rule, task.n
+    W_dec, W_enc, b_enc = (wide(t.detach()) for t in (sae.W_dec, sae.encoder_weight, sae.b_enc))
+    x, goal = wide(task.x), wide(task.goal)
+    leaves = _leaves(sae)
+    norms = reference.decoder_norms(W_dec, sae.layers).requires_grad_()
+    error, gate_error = torch.empty_like(goal), None
+    dW_enc, dW_dec, dpre = torch.zeros_like(W_enc), torch.zeros_like(W_dec), torch.zeros_like(b_enc)
+    dx = torch.empty_like(x) if want_dx else None
+    counts = torch.zeros_like(sae.fired)
+    grads = {name: torch.zeros_like(t) for name, t in {**leaves, "norms": norms}.items()}
+    slope = task.slope() * _penalty_slope(task, x, W_enc, b_enc)
+    sparse_sum, gate_sum, squares = (torch.zeros((), dtype=torch.float64, device=x.device) for _ in range(3))
+    size = max(1, DENSE_PIECE // sae.d_sae)
+    for start in range(0, n, size):
+        here = slice(start, min(start + size, n))
+        z = torch.addmm(b_enc, x[here], W_enc.mT).requires_grad_()
+        with torch.enable_grad():
+            rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(leaves).items()}
+            acts = rule.activate(z, rows)
+            sparsity = rule.sparsity(z, acts, rows, norms.unsqueeze(0))
+            mean = None if sparsity is None else sparsity.sum() / n
+            gate = rule.gate(z)
+        missed = acts.detach() @ W_dec - goal[here]
+        if task.bias is not None:
+            missed += task.bias
+        error[here] = missed
+        squares += losses.sum_of_squares(missed)
+        g = missed * (2 / task.over)
+        ends, slopes = [acts], [g.to(acts.dtype) @ W_dec.mT]
+        if mean is not None:
+            ends.append(mean)
+            slopes.append(slope.to(mean.dtype))
+            sparse_sum += mean.detach()
+        if gate is not None:
+            gate_error = torch.empty_like(goal) if gate_error is None else gate_error
+            missed = gate.detach() @ W_dec - goal[here]
+            if task.bias is not None:
+                missed += task.bias
+            gate_error[here] = missed
+            gate_sum += losses.sum_of_squares(missed)
+            ends.append(gate)
+            slopes.append((missed * (2 / task.over)).to(gate.dtype) @ W_dec.mT)
+        found = _gradients(ends, slopes, {"z": z, **leaves, "norms": norms})
+        dz = found.pop("z")
+        for name, grad in found.items():
+            grads[name] += grad
+        dW_dec.addmm_(acts.detach().mT.to(g.dtype), g)
+        dW_enc.addmm_(dz.mT, x[here])
+        dpre += dz.sum(0)
+        counts += (acts != 0).sum(0)
+        if dx is not None:
+            dx[here] = dz @ W_enc
+    nothing = SparseCodes(
+        task.x.new_zeros(0), torch.zeros(0, dtype=torch.int32, device=x.device), sae.d_sae,
+        torch.zeros(n + 1, dtype=torch.int64, device=x.device),
+    )  # fmt: skip
+    result = Pass(
+        error=error.to(task.x.dtype), squares=squares, errors=[], parts=[nothing], active=counts.sum(), counts=counts,
+        total=squares / task.over,
+    )  # fmt: skip
+    result.errors = [(result.error, 1.0)]
+    if rule.coef or sparse_sum.any():
+        result.losses["sparsity"] = rule.penalty(sparse_sum)
+        result.total = result.total + task.slope() * result.losses["sparsity"]
+    if gate_error is not None:
+        result.losses["gate"] = gate_sum / task.over
+        result.total = result.total + result.losses["gate"]
+        result.adds["gate_error"] = gate_error.to(task.x.dtype)
+    result.adds["added"] = [dW_dec.add_(dW_enc), dpre] if sae.tied else [dW_enc, dW_dec, dpre]
+    if dx is not None:
+        result.adds["dx"] = dx
+    if not rule.needs_norms:
+        grads.pop("norms")
+    _sort_out(result, task, grads)
+    return result
+
+
+def _leaves(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    """The rule's parameters and b_enc, apart from the module's graph."""
+    named = {"b_enc": wide(sae.b_enc), **sae.rule_parameters}
+    return {name: t.detach().requires_grad_() for name, t in named.items()}
+
+
+def _gradients(ends: list[Tensor], slopes: list[Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(ends, list(wanted.values()), slopes, allow_unused=True)
+    return {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(wanted.items(), grads, strict=True)}
+
+
+def _dot(task: Task, error: Tensor, code: SparseCodes) -> Tensor:
+    """⟨dL/d recon, W_dec_i⟩ at the slots."""
+    dots = ops.active_dot(error, code, task.sae.W_dec, backend=task.how.backend)
+    return wide(dots) * (2 / task.over)
+
+
+def _penalty_slope(task: Task, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor | float:
+    """d penalty / d mean, at the mean of this batch; that takes a product of its own where it is not 1."""
+    rule, sae = task.rule, task.sae
+    if rule.penalty_is_mean:
+        return 1.0
+    rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(_leaves(sae)).items()}
+    norms = reference.decoder_norms(wide(sae.W_dec), sae.layers).unsqueeze(0)
+    mean = torch.zeros((), dtype=torch.float64, device=x.device)
+    with torch.no_grad():
+        for piece in x.split(max(1, DENSE_PIECE // sae.d_sae)):
+            z = torch.addmm(b_enc, piece, W_enc.mT)
+            sparsity = rule.sparsity(z, rule.activate(z, rows), rows, norms)
+            assert sparsity is not None
+            mean += sparsity.sum() / task.n
+    mean.requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(rule.penalty(mean), mean)[0]
+
+
+def _sort_out(found: Pass, task: Task, grads: dict[str, Tensor]) -> None:
+    """b_enc's and the decoder norms' gradients go to the update, the others to their owners."""
+    sae = task.sae
+    b_enc, norms = grads.pop("b_enc"), grads.pop("norms", None)
+    if "b_enc" in task.rule.per_latent(sae.own):
+        found.adds["db_enc"] = b_enc
+    if norms is not None:
+        each = torch.linalg.vector_norm(wide(sae.W_dec).unflatten(-1, (sae.layers, -1)), dim=-1)
+        found.adds["decoder_pull"] = norms[:, None] / torch.where(each > 0, each, torch.inf)
+    found.rule_grads = grads
+
+
+def pre_acts_with_room(task: Task, capacity: int) -> tuple[SparseCodes, Tensor]:
+    """A threshold rule's pre-acts in at most `capacity` slots, and whether that was too few (0-d bool)."""
+    sae = task.sae
+    codes, overflow = task.rule.select(
+        task.x, sae.encoder_weight, sae.b_enc, sae.own, True, task.how, capacity=capacity
+    )
+    assert overflow is not None
+    return (codes.trimmed() if codes.acts.device.type == "cpu" else codes.masked(OFF)), overflow
