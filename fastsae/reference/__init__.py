@@ -7,7 +7,7 @@ Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A 
 latent per row.
 """
 
-from .gradients import Params, Term, gradients, squared_norms
+from .gradients import Params, Parts, Term, complete, gradients, squared_norms
 from .ops import (
     active_dot,
     active_outer,
@@ -21,32 +21,48 @@ from .ops import (
     top_k,
     wide,
 )
+from .optimizers import MOMENTS_OF, Optimizer, adam, lion
+from .rounding import BLOCK, EightBit, round_to_bf16, round_to_fp8, scales_shape
 from .step import AuxK, terms_of, train_step
-from .update import Moments, adam, normalise, project, round_to_bf16, update
+from .update import Moment, Moments, clip_rows, normalise, project, shape_gradients, store, update, widened
 
 __all__ = [
+    "BLOCK",
+    "MOMENTS_OF",
     "AuxK",
+    "EightBit",
+    "Moment",
     "Moments",
+    "Optimizer",
     "Params",
+    "Parts",
     "Term",
     "active_dot",
     "active_outer",
     "adam",
     "batch_top_k",
+    "clip_rows",
+    "complete",
     "decode",
     "gradients",
     "is_above",
     "keep_top_k",
+    "lion",
     "loss_unit",
     "normalise",
     "pre_acts",
     "project",
     "round_to_bf16",
+    "round_to_fp8",
+    "scales_shape",
+    "shape_gradients",
     "squared_error",
     "squared_norms",
+    "store",
     "terms_of",
     "top_k",
     "train_step",
     "update",
     "wide",
+    "widened",
 ]
