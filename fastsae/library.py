@@ -34,11 +34,14 @@ SCHEMAS = {
     "active_dot": f"(Tensor x, {_CODE}, Tensor W, str? backend) -> Tensor",
     "active_outer": f"({_CODE}, Tensor x, SymInt d_sae, Tensor[]? by_latent, str? backend) -> Tensor",
     "by_latent": f"({_CODE}, SymInt d_sae, str? backend) -> (Tensor offsets, Tensor tokens, Tensor slots)",
-    # offsets[i] of a fixed-K term is an empty tensor; screen is an empty list where there is none.
+    # offsets[i] of a fixed-K term, and dacts[i] where the acts' gradients are computed inside, are empty tensors;
+    # scales, screen and added are empty lists where there are none.
     "update_latents_": "(Tensor(a!)? W_enc, Tensor(b!) W_dec, Tensor(c!) b_enc, Tensor(d!) b_dec, "
-    "Tensor(e!)[] moments, Tensor(f!)[] screen, Tensor[] acts, Tensor[] indices, Tensor[] offsets, Tensor[] xs, "
-    "Tensor[] grads, bool[] has_bias, Tensor lr, Tensor step, float beta1, float beta2, float eps, "
-    "bool unit_norm, bool pre_bias, int? seed, str? backend) -> Tensor",
+    "Tensor(e!)[] moments, Tensor(f!)[] scales, Tensor(g!)[] screen, Tensor[] acts, Tensor[] indices, "
+    "Tensor[] offsets, Tensor[] dacts, Tensor[] xs, Tensor[] grads, bool[] has_bias, Tensor? decoder_pull, "
+    "Tensor? db_enc, Tensor[] added, Tensor lr, Tensor step, Tensor? grad_scale, str optimizer, float beta1, "
+    "float beta2, float eps, float weight_decay, float? clip_rows, bool unit_norm, bool pre_bias, bool norms_only, "
+    "int? seed, str? backend) -> Tensor",
 }
 
 
@@ -91,7 +94,7 @@ def _fake_update_latents_(*args):
 
 # -- real kernels: check what is about to be used as an address, then dispatch ----------------------------------------
 
-_MUTATED = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "screen")
+_MUTATED = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "scales", "screen")
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

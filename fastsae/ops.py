@@ -229,48 +229,84 @@ def update_latents_(
     *,
     lr: Tensor,
     step: Tensor,
+    optimizer: str = "adam",
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    weight_decay: float = 0.0,
     unit_norm: bool = True,
     pre_bias: bool = True,
+    decoder_pull: Tensor | None = None,
+    db_enc: Tensor | None = None,
+    added: Sequence[Tensor] = (),
+    clip_rows: float | None = None,
+    grad_scale: Tensor | None = None,
+    norms_only: bool = False,
     seed: int | None = None,
+    scales: Sequence[Tensor] = (),
     screen: Screen | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The fused backward and Adam step of a TopK SAE, in place: no dictionary gradient is ever stored.
+    """The fused backward and optimizer step of an SAE, in place: no backend that can do without stores a gradient.
 
-    W_enc (M, D), or None where it is tied to W_dec (M, D_out); b_enc (M,), b_dec (D_out,).
-    moments: [mW_enc, vW_enc, mW_dec, vW_dec, mb_enc, vb_enc, mb_dec, vb_dec], without the first two when tied, shaped
-    like their parameter, all in the weights' dtype (float32 at least) or all bfloat16, which needs a seed for its
-    stochastic rounding. lr: 0-d float64, step: 0-d int64, the
-    count including this step, both on the device. pre_bias: the encoder's input had b_dec subtracted. The screen is
-    refreshed on the way. Order: accumulate all terms, norms, project (unit_norm), Adam, renormalise (unit_norm).
+    W_enc (M, D), or None where it is tied to W_dec (M, D_out); b_enc (M,), b_dec (D_out,). lr: 0-d float64, step: 0-d
+    int64, the count including this step, both on the device. pre_bias: the encoder's input had b_dec subtracted.
+    Order: accumulate terms and parts, norms, project (unit_norm), clip_rows, grad_scale, optimizer, renormalise
+    (unit_norm), refresh the screen. Formulas: fastsae.reference.gradients, .optimizers and .update.
+
+    optimizer, weight_decay: "adam" as in torch.optim.Adam, without decay; "adamw" as torch.optim.AdamW; "lion"
+    (arXiv:2302.06675) and "signsgd" (p -= lr · sign(g)) with decay like AdamW's, on all parameters alike.
+    moments: [mW_enc, vW_enc, mW_dec, vW_dec, mb_enc, vb_enc, mb_dec, vb_dec], without W_enc's when tied, without every
+    v for lion, none for signsgd; shaped like their parameter. All in the weights' dtype (float32 at least); or all
+    bfloat16; or, of adam and adamw, the dictionaries' in float8_e4m3fn, each with its own of `scales` in the same
+    order, float32 (M, ceil(D / 128)), and the biases' wide. bfloat16 and 8 bits need a seed for their stochastic
+    rounding: to nearest v would never move, since a step changes it by less than half a unit (reference.rounding).
+
+    What adds to the gradients of the terms:
+    decoder_pull (M, L), L dividing D_out: dW_dec_i gains decoder_pull[i, l] · W_dec_i in the l-th of L equal segments.
+    db_enc (M,): added to b_enc's gradient alone, not to what pre_bias hands on to b_dec.
+    added: [dW_enc (M, D), dW_dec (M, D_out), dpre (M,)] of a dense path, dpre being Σ_n of the pre-acts' gradient;
+    tied: [dW_dec, dpre], dW_dec the sum of both dictionaries'. Only read.
+
+    clip_rows: each latent's row of each dictionary's gradient is scaled by min(1, clip_rows / its norm).
+    grad_scale: 0-d float64 on the device, multiplies all gradients; with norms_only, which changes nothing and returns
+    the squared norms after projection and clip_rows (grad_scale is not in them), it makes a global clip in two calls.
+
     Returns float64 (4,): [Σ dW_enc², Σ dW_dec², Σ db_enc², Σ db_dec²] before projection; tied: the first is 0, the
-    second that of the summed gradient. Formulas: fastsae.reference.gradients and .update.
+    second that of the summed gradient.
     """
     _check_backend(backend, screen)
-    check_that.adam(betas, eps)
-    check_that.update(W_enc, W_dec, b_enc, b_dec, moments, lr, step, pre_bias, seed)
+    check_that.optimizer(optimizer, betas, eps, weight_decay)
+    check_that.update(W_enc, W_dec, b_enc, b_dec, moments, lr, step, pre_bias, seed, optimizer, scales)
+    check_that.update_parts(W_enc, W_dec, decoder_pull, db_enc, added, clip_rows, grad_scale)
     for i, term in enumerate(terms):
         check_that.update_term(f"terms[{i}]", term, W_dec if W_enc is None else W_enc, W_dec)
     codes = [term.codes.flatten() for term in terms]
-    fixed = lr.new_empty(0, dtype=torch.int64)
-    arguments: Any = (
+    fixed, computed = lr.new_empty(0, dtype=torch.int64), W_dec.new_empty(0)
+    given: Any = (
         W_enc,
         W_dec,
         b_enc,
         b_dec,
         list(moments),
+        list(scales),
         [] if screen is None else list(screen.tensors),
         [code.acts.detach() for code in codes],
         [code.indices for code in codes],
         [fixed if code.offsets is None else code.offsets for code in codes],
+        [
+            computed if term.dacts is None else term.dacts.detach().reshape(code.acts.shape)
+            for term, code in zip(terms, codes, strict=True)
+        ],
         [term.x.detach() for term in terms],
         [term.grad.detach() for term in terms],
         [term.has_bias for term in terms],
+        decoder_pull,
+        db_enc,
+        list(added),
     )
+    numbers: Any = (lr, step, grad_scale, optimizer, *betas, eps, weight_decay, clip_rows)
     with torch.no_grad():
-        return _raw.update_latents_(*arguments, lr, step, *betas, eps, unit_norm, pre_bias, seed, backend)
+        return _raw.update_latents_(*given, *numbers, unit_norm, pre_bias, norms_only, seed, backend)
 
 
 __all__ = [

@@ -110,27 +110,41 @@ def _check_cpu_indices(indices: Tensor, offsets: Tensor | None, d_sae: int) -> N
 
 
 def _check_update(given: dict[str, Any]) -> None:
-    names = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "lr", "step", "pre_bias", "seed")
+    check_that.optimizer(
+        given["optimizer"], (given["beta1"], given["beta2"]), given["eps"], given["weight_decay"]
+    )  # fmt: skip
+    names = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "lr", "step", "pre_bias", "seed", "optimizer", "scales")
     check_that.update(**{name: given[name] for name in names})
-    step, W_dec = given["step"], given["W_dec"]
+    parts = ("W_enc", "W_dec", "decoder_pull", "db_enc", "added", "clip_rows", "grad_scale")
+    check_that.update_parts(**{name: given[name] for name in parts})
+    step = given["step"]
     if step.device.type == "cpu" and int(step) < 1:
         raise ValueError(f"step is {int(step)}: step counts this one, expected >= 1")
+    _check_terms(given)
+
+
+def _check_terms(given: dict[str, Any]) -> None:
+    W_dec = given["W_dec"]
     d_out, d_in = W_dec.shape[1], (W_dec if given["W_enc"] is None else given["W_enc"]).shape[1]
-    parts = {name: given[name] for name in ("acts", "indices", "offsets", "xs", "grads", "has_bias")}
+    parts = {name: given[name] for name in ("acts", "indices", "offsets", "dacts", "xs", "grads", "has_bias")}
     if len({len(part) for part in parts.values()}) > 1:
         raise ValueError(f"got {', '.join(f'{len(p)} {name}' for name, p in parts.items())}, expected as many of each")
-    for i, (acts, indices, offsets, x, grad, _) in enumerate(zip(*parts.values(), strict=True)):
+    for i, (acts, indices, offsets, dacts, x, grad, _) in enumerate(zip(*parts.values(), strict=True)):
         rows = offsets if offsets.numel() else None
         if indices.shape != acts.shape or acts.ndim != (2 if rows is None else 1):
             raise ValueError(
                 f"acts[{i}] has shape {tuple(acts.shape)} and indices[{i}] {tuple(indices.shape)}, expected the same: "
                 "(N, K), or (capacity,) where there are offsets"
             )
+        if dacts.numel() and dacts.shape != acts.shape:
+            raise ValueError(
+                f"dacts[{i}] has shape {tuple(dacts.shape)}, expected {tuple(acts.shape)}, that of acts[{i}], or none"
+            )
         for name, t, width in ((f"xs[{i}]", x, d_in), (f"grads[{i}]", grad, d_out)):
             _check_code(acts, indices, rows, t, name)
             if t.ndim != 2 or t.shape[1] != width:
                 raise ValueError(f"{name} has shape {tuple(t.shape)}, expected (N, {width})")
-        for name, t in (("acts", acts), ("xs", x), ("grads", grad)):
+        for name, t in (("acts", acts), ("xs", x), ("grads", grad), ("dacts", dacts)):
             check_that.same_device(f"{name}[{i}]", t, "W_dec", W_dec)
             # Narrower ones are widened before they are read, those of autocast for instance.
             if torch.promote_types(t.dtype, torch.float32) != torch.promote_types(W_dec.dtype, torch.float32):

@@ -4,13 +4,16 @@ unless its docstring says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastsae.codes import SparseCodes, UpdateTerm
+from fastsae.reference import BLOCK, MOMENTS_OF, scales_shape
 
+EIGHT_BIT = torch.float8_e4m3fn
 PRECISIONS = ("exact", "screened", "fp32")
 MOST = 2**31 - 1
 """Tokens and latents are counted in int32."""
@@ -141,10 +144,23 @@ def codes(codes: SparseCodes, W: Tensor, d_sae: int | None = None, name: str = "
     same_device("codes.indices", codes.indices, name, W)
 
 
-def adam(betas: tuple[float, float], eps: float) -> None:
-    """Adam's settings. Raises ValueError."""
+def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: float = 0.0) -> None:
+    """An optimizer's settings. Raises ValueError."""
+    one_of("optimizer", kind, tuple(MOMENTS_OF))
     if not (eps >= 0 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(f"betas {betas}, eps {eps}: expected 0 <= beta < 1 and eps >= 0")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0")
+    if kind == "adam" and weight_decay:
+        raise ValueError(
+            f"weight_decay is {weight_decay} and optimizer 'adam', which has none; pass optimizer='adamw' for decay "
+            "apart from the gradient"
+        )
+
+
+def adam(betas: tuple[float, float], eps: float) -> None:
+    """Adam's settings. Raises ValueError."""
+    optimizer("adam", betas, eps)
 
 
 def update(
@@ -157,6 +173,8 @@ def update(
     step: Tensor,
     pre_bias: bool,
     seed: int | None,
+    optimizer: str = "adam",
+    scales: Sequence[Tensor] = (),
 ) -> None:
     """What `update_latents_` writes, and its numbers."""
     dictionary("W_dec", W_dec)
@@ -173,16 +191,8 @@ def update(
         same_kind(name, p, "W_dec", W_dec)
         if not p.is_contiguous():
             raise ValueError(f"{name} is not contiguous, and it is updated in place; pass a contiguous tensor")
-    if len(moments) != 2 * len(params):
-        raise ValueError(f"got {len(moments)} moments, expected {2 * len(params)}: m and v of {', '.join(params)}")
-    wide = torch.promote_types(W_dec.dtype, torch.float32)
-    dtypes = {moment.dtype for moment in moments}
-    if dtypes not in ({torch.bfloat16}, {wide}):
-        got = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise TypeError(f"moments are {got}, expected all {wide} or all torch.bfloat16 for {W_dec.dtype} weights")
-    for i, name in enumerate(params):
-        for which, moment in zip("mv", moments[2 * i : 2 * i + 2], strict=True):
-            _moment(f"{which} of {name}", moment, params[name], seed)
+    _moments(moments, params, MOMENTS_OF[optimizer], seed)
+    _scales(scales, [m for m in moments if m.dtype == EIGHT_BIT])
     if pre_bias and (W_dec if W_enc is None else W_enc).shape[1] != W_dec.shape[1]:
         raise ValueError("pre_bias subtracts b_dec from the input, so d_in must equal d_out; pass pre_bias=False")
     if lr.shape != () or lr.dtype != torch.float64:
@@ -193,14 +203,99 @@ def update(
         same_device(name, number, "W_dec", W_dec)
 
 
+def _moments(moments: Sequence[Tensor], params: dict[str, Tensor], kept: str, seed: int | None) -> None:
+    """kept: the optimizer's moments of a parameter, a letter each."""
+    if len(moments) != len(kept) * len(params):
+        whose = f"{' and '.join(kept)} of {', '.join(params)}" if kept else "it keeps none"
+        raise ValueError(f"got {len(moments)} moments, expected {len(kept) * len(params)}: {whose}")
+    weights = params["W_dec"].dtype
+    wide = torch.promote_types(weights, torch.float32)
+    dtypes = {name: {m.dtype for m in moments[i * len(kept) :][: len(kept)]} for i, name in enumerate(params)}
+    found = set().union(*dtypes.values())
+    eight = all(dtypes[name] == {EIGHT_BIT if name.startswith("W") else wide} for name in params)
+    if found and found not in ({torch.bfloat16}, {wide}) and not (eight and kept == "mv"):
+        got = ", ".join(sorted(str(dtype) for dtype in found))
+        raise TypeError(
+            f"moments are {got}, expected all {wide} or all torch.bfloat16 for {weights} weights, or, of adam and "
+            f"adamw, the dictionaries' {EIGHT_BIT} and the biases' {wide}"
+        )
+    for i, name in enumerate(params):
+        for which, moment in zip(kept, moments[i * len(kept) :], strict=False):
+            _moment(f"{which} of {name}", moment, params[name], seed)
+
+
 def _moment(name: str, moment: Tensor, p: Tensor, seed: int | None) -> None:
     if moment.shape != p.shape:
         raise ValueError(f"moment {name} has shape {tuple(moment.shape)}, expected {tuple(p.shape)}")
-    if moment.dtype == torch.bfloat16 and seed is None:
-        raise ValueError(f"moment {name} is bfloat16, which needs a seed for its stochastic rounding; pass seed=")
+    if moment.dtype in (torch.bfloat16, EIGHT_BIT) and seed is None:
+        kind = str(moment.dtype).removeprefix("torch.")
+        raise ValueError(f"moment {name} is {kind}, which needs a seed for its stochastic rounding; pass seed=")
     if not moment.is_contiguous():
         raise ValueError(f"moment {name} is not contiguous, and it is updated in place; pass a contiguous tensor")
     same_device(f"moment {name}", moment, "its parameter", p)
+
+
+def _scales(scales: Sequence[Tensor], moments: Sequence[Tensor]) -> None:
+    """The scales of the 8-bit moments."""
+    if len(scales) != len(moments):
+        raise ValueError(f"got {len(scales)} scales, expected {len(moments)}: one for each moment of {EIGHT_BIT}")
+    for i, (scale, moment) in enumerate(zip(scales, moments, strict=True)):
+        if scale.dtype != torch.float32 or tuple(scale.shape) != scales_shape(moment):
+            raise ValueError(
+                f"scales[{i}] is {scale.dtype} of shape {tuple(scale.shape)}, expected torch.float32 of shape "
+                f"{scales_shape(moment)}: one for every {BLOCK} numbers of a row"
+            )
+        if not scale.is_contiguous():
+            raise ValueError(f"scales[{i}] is not contiguous, and it is updated in place; pass a contiguous tensor")
+        same_device(f"scales[{i}]", scale, "its moment", moment)
+
+
+def update_parts(
+    W_enc: Tensor | None,
+    W_dec: Tensor,
+    decoder_pull: Tensor | None,
+    db_enc: Tensor | None,
+    added: Sequence[Tensor],
+    clip_rows: float | None,
+    grad_scale: Tensor | None,
+) -> None:
+    """What `update_latents_` adds to the gradients of its terms, and does to them before the optimizer."""
+    latents, d_out = W_dec.shape
+    if decoder_pull is not None:
+        shape = tuple(decoder_pull.shape)
+        if len(shape) != 2 or shape[0] != latents or shape[1] < 1 or d_out % shape[1]:
+            raise ValueError(
+                f"decoder_pull has shape {shape}, expected ({latents}, L) with L dividing {d_out}, the width of W_dec"
+            )
+        _gradient("decoder_pull", decoder_pull, W_dec)
+    if db_enc is not None:
+        if tuple(db_enc.shape) != (latents,):
+            raise ValueError(f"db_enc has shape {tuple(db_enc.shape)}, expected ({latents},), that of b_enc")
+        _gradient("db_enc", db_enc, W_dec)
+    wanted = {} if W_enc is None else {"dW_enc": tuple(W_enc.shape)}
+    wanted |= {"dW_dec": (latents, d_out), "dpre": (latents,)}
+    if len(added) not in (0, len(wanted)):
+        raise ValueError(f"got {len(added)} tensors in added, expected none or {len(wanted)}: {', '.join(wanted)}")
+    for i, (t, (name, size)) in enumerate(zip(added, wanted.items(), strict=False)):
+        if tuple(t.shape) != size:
+            raise ValueError(f"added[{i}], {name}, has shape {tuple(t.shape)}, expected {size}")
+        _gradient(f"added[{i}]", t, W_dec)
+    if clip_rows is not None and not clip_rows > 0:
+        raise ValueError(f"clip_rows is {clip_rows}, expected a norm > 0, or None for no clipping")
+    if grad_scale is not None:
+        if grad_scale.shape != () or grad_scale.dtype != torch.float64:
+            got = f"{grad_scale.dtype} of shape {tuple(grad_scale.shape)}"
+            raise ValueError(f"grad_scale is {got}, expected a 0-d torch.float64 tensor")
+        same_device("grad_scale", grad_scale, "W_dec", W_dec)
+
+
+def _gradient(name: str, t: Tensor, W: Tensor) -> None:
+    """A part of a gradient of W's: narrower ones are widened before they are read, those of autocast for instance."""
+    same_device(name, t, "W_dec", W)
+    if not t.is_floating_point() or torch.promote_types(t.dtype, torch.float32) != torch.promote_types(
+        W.dtype, torch.float32
+    ):
+        raise TypeError(f"{name} is {t.dtype} but W_dec has {W.dtype}; cast with .to({W.dtype})")
 
 
 def update_term(name: str, term: UpdateTerm, W_enc: Tensor, W_dec: Tensor) -> None:
@@ -211,3 +306,8 @@ def update_term(name: str, term: UpdateTerm, W_enc: Tensor, W_dec: Tensor) -> No
         if tuple(t.shape) != (n, width):
             raise ValueError(f"{name}.{what} has shape {tuple(t.shape)}, expected ({n}, {width})")
         same_kind(f"{name}.{what}", t, f"{name}.codes.acts", term.codes.acts)
+    if term.dacts is not None:
+        shape = tuple(term.codes.acts.shape)
+        if tuple(term.dacts.shape) != shape:
+            raise ValueError(f"{name}.dacts has shape {tuple(term.dacts.shape)}, expected {shape}, that of codes.acts")
+        _gradient(f"{name}.dacts", term.dacts, W_dec)

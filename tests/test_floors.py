@@ -2,9 +2,9 @@
 
 The floors (a module imports from lower floors, or from its own without a cycle):
 
-    F0  reference, codes, env                       the mathematics and the data type: torch only
-    F1  gpu/, kernels/, csrc/                       gpu/: what GPU backends share, of torch and siblings only; kernels/:
-                                                    one Triton op per file: torch, triton, siblings and gpu/ only
+    F0  reference, codes, env, update_call          the mathematics and the data types: torch only
+    F1  gpu/, kernels/, csrc/                       gpu/: what GPU backends share, of torch, siblings and F0 only;
+                                                    kernels/: one Triton op per file: torch, triton, siblings and gpu/
     F2  backends/                                   thin wrappers with a supports() each
     F3  ops                                         signatures, validation, choice of backend
     F4  autograd                                    the only backward passes
@@ -27,7 +27,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
-    "reference": 0, "codes": 0, "env": 0,
+    "reference": 0, "codes": 0, "env": 0, "update_call": 0,
     "gpu": 1, "kernels": 1, "_cpu": 1, "_cuda": 1,
     "backends": 2,
     "ops": 3, "library": 3, "validation": 3, "raw_checks": 3,
@@ -137,8 +137,8 @@ def test_no_cycle_on_a_floor() -> None:
 @pytest.mark.parametrize(
     ("parts", "allowed"),
     [
-        (("reference", "codes", "env"), {"torch"}),
-        (("gpu",), {"torch"}),
+        (("reference", "codes", "env", "update_call"), {"torch"}),
+        (("gpu",), {"torch", "fastsae.reference", "fastsae.update_call"}),
         (("kernels",), {"torch", "triton", "fastsae.gpu"}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
@@ -158,7 +158,7 @@ def test_the_lowest_floors_import_little(parts: tuple[str, ...], allowed: set[st
 
 def test_the_lowest_floors_are_all_looked_at() -> None:
     assert {part for part, ground in FLOORS.items() if ground <= 1 and f"fastsae.{part}" not in EXTENSIONS} == {
-        "reference", "codes", "env", "gpu", "kernels",
+        "reference", "codes", "env", "update_call", "gpu", "kernels",
     }  # fmt: skip
 
 

@@ -58,8 +58,9 @@ def test_opcheck_of_update_latents(backend: str) -> None:
         raw.update_latents_.default,
         (
             *(given[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "moments")),
-            *([], [term.codes.acts], [term.codes.indices], [torch.empty(0, dtype=torch.int64)], [term.x], [term.grad]),
-            *([True], given["lr"], given["step"], 0.9, 0.999, 1e-8, True, True, None, backend),
+            *([], [], [term.codes.acts], [term.codes.indices], [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]),
+            *([term.x], [term.grad], [True], None, None, [], given["lr"], given["step"], None),
+            *("adam", 0.9, 0.999, 1e-8, 0.0, None, True, True, False, None, backend),
         ),
     )
 

@@ -186,12 +186,15 @@ def test_the_raw_update_checks_what_it_writes_by(
     term = given.pop("terms")[0]
     arguments = {
         **{name: given[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "moments")},
-        **{"screen": [], "acts": [term.codes.acts], "indices": [term.codes.indices]},
-        **{"offsets": [torch.empty(0, dtype=torch.int64)], "xs": [term.x], "grads": [term.grad], "has_bias": [True]},
-        **{"lr": given["lr"], "step": given["step"]},
+        **{"scales": [], "screen": [], "acts": [term.codes.acts], "indices": [term.codes.indices]},
+        **{"offsets": [torch.empty(0, dtype=torch.int64)], "dacts": [torch.empty(0)]},
+        **{"xs": [term.x], "grads": [term.grad], "has_bias": [True], "decoder_pull": None, "db_enc": None, "added": []},
+        **{"lr": given["lr"], "step": given["step"], "grad_scale": None, "optimizer": "adam"},
     }
     with pytest.raises(error, match=message):
-        raw.update_latents_(*{**arguments, **changes}.values(), 0.9, 0.999, 1e-8, True, True, None, backend)
+        raw.update_latents_(
+            *{**arguments, **changes}.values(), 0.9, 0.999, 1e-8, 0.0, None, True, True, False, None, backend
+        )
 
 
 @every_backend

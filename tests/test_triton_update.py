@@ -111,11 +111,12 @@ def test_terms_of_a_narrower_dtype_than_the_weights() -> None:
     other.run("triton")
     parts = [narrow, problem.terms[1]]
     torch.ops.fastsae.update_latents_(
-        *problem.params.values(), problem.moments, [], [p.codes.acts for p in parts], [p.codes.indices for p in parts],
+        *problem.params.values(), problem.moments, [], [],
+        [p.codes.acts for p in parts], [p.codes.indices for p in parts],
         [torch.empty(0, dtype=torch.int64) if p.codes.offsets is None else p.codes.offsets for p in parts],
-        [p.x for p in parts], [p.grad for p in parts], [p.has_bias for p in parts],
-        torch.tensor(problem.lr, dtype=torch.float64), torch.tensor(problem.step), *test_update.BETAS, test_update.EPS,
-        True, True, None, "triton",
+        [torch.empty(0)] * 2, [p.x for p in parts], [p.grad for p in parts], [p.has_bias for p in parts],
+        None, None, [], torch.tensor(problem.lr, dtype=torch.float64), torch.tensor(problem.step), None,
+        "adam", *test_update.BETAS, test_update.EPS, 0.0, None, True, True, False, None, "triton",
     )  # fmt: skip
     for name, p in problem.params.items():
         assert torch.equal(p, other.params[name]), name

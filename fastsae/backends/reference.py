@@ -15,6 +15,7 @@ from torch import Tensor
 from fastsae import reference
 from fastsae.codes import Screen, SparseCodes
 from fastsae.reference import wide
+from fastsae.update_call import RawTerm, UpdateCall
 
 
 def available() -> str | None:
@@ -147,42 +148,33 @@ def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), tokens, slots
 
 
-def update_latents_(
-    W_enc: Tensor | None,
-    W_dec: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    moments: list[Tensor],
-    screen: list[Tensor],
-    acts: list[Tensor],
-    indices: list[Tensor],
-    offsets: list[Tensor],
-    xs: list[Tensor],
-    grads: list[Tensor],
-    has_bias: list[bool],
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    unit_norm: bool,
-    pre_bias: bool,
-    seed: int | None,
-) -> Tensor:
-    weights = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-    params = {name: wide(weight) for name, weight in weights.items() if weight is not None}
-    terms = []
-    for act, index, offset, x, grad, bias in zip(acts, indices, offsets, xs, grads, has_bias, strict=True):
-        A = _dense(act, index, offset if offset.numel() else None, W_dec.shape[0])
-        terms.append(reference.Term(A, wide(x), wide(grad), bias))
-    gradients = reference.gradients(params, terms, pre_bias)
-    stats = reference.squared_norms(gradients)
-    old = {name: (moments[2 * i], moments[2 * i + 1]) for i, name in enumerate(params)}
-    new_params, new_moments = reference.update(params, gradients, old, lr, step, (beta1, beta2), eps, unit_norm, seed)
+def update_latents_(*arguments: Any) -> Tensor:
+    call = UpdateCall(*arguments)
+    weights = call.parameters()
+    params = {name: wide(weight) for name, weight in weights.items()}
+    terms = [_dense_term(term, call.W_dec.shape[0]) for term in call.terms()]
+    raw = reference.gradients(params, terms, call.pre_bias, call.parts())
+    grads = reference.shape_gradients(params, raw, call.unit_norm, call.clip_rows)
+    if call.norms_only:
+        return reference.squared_norms(grads)
+    if call.grad_scale is not None:
+        grads = {name: grad * call.grad_scale for name, grad in grads.items()}
+    old = call.stored_moments()
+    new_params, new_moments = reference.update(
+        params, grads, old, call.lr, call.step, call.rule(), call.unit_norm, call.seed
+    )
     for name, value in new_params.items():
-        weight = weights[name]
-        assert weight is not None
-        weight.copy_(value)
+        weights[name].copy_(value)
         for stored, fresh in zip(old[name], new_moments[name], strict=True):
-            stored.copy_(fresh)
-    return stats
+            reference.store(stored, fresh)
+    return reference.squared_norms(raw)
+
+
+def _dense_term(term: RawTerm, d_sae: int) -> reference.Term:
+    """In a fixed code a slot whose act is 0 is empty, whatever its dact."""
+    A = _dense(term.acts, term.indices, term.offsets, d_sae)
+    dA = None
+    if term.dacts is not None:
+        occupied = SparseCodes(term.acts, term.indices, d_sae, term.offsets).occupied()
+        dA = _dense(torch.where(occupied, wide(term.dacts), 0), term.indices, term.offsets, d_sae)
+    return reference.Term(A, wide(term.x), wide(term.grad), term.has_bias, dA)

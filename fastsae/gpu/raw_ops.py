@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.update_call import UpdateCall
+
 from .active_outer import active_outer
 from .by_latent import by_latent
 from .encode_above import encode_above
@@ -20,7 +22,7 @@ from .encode_batch_topk import encode_batch_topk
 from .encode_topk import encode_topk
 from .narrow import WIDEST, Narrow, narrowed
 from .steps import Steps
-from .update_latents import Term, update_latents
+from .update_latents import update_latents
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -134,38 +136,12 @@ class RawOps:
         with on_device(acts):
             return by_latent(self.steps, acts, indices, offsets, d_sae)
 
-    def update_latents_(
-        self,
-        W_enc: Tensor | None,
-        W_dec: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor,
-        moments: list[Tensor],
-        screen: list[Tensor],
-        acts: list[Tensor],
-        indices: list[Tensor],
-        offsets: list[Tensor],
-        xs: list[Tensor],
-        grads: list[Tensor],
-        has_bias: list[bool],
-        lr: Tensor,
-        step: Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        unit_norm: bool,
-        pre_bias: bool,
-        seed: int | None,
-    ) -> Tensor:
-        terms = [
-            Term(act, index, offset if offset.numel() else None, x, grad, bias)
-            for act, index, offset, x, grad, bias in zip(acts, indices, offsets, xs, grads, has_bias, strict=True)
-        ]
-        with on_device(W_dec):
-            stats = update_latents(
-                self.steps, W_enc, W_dec, b_enc, b_dec, moments, terms, lr, step, beta1, beta2, eps, unit_norm,
-                pre_bias, seed,
-            )  # fmt: skip
-            if screen:
-                self._refresh(screen, W_dec if W_enc is None else W_enc)
+    def update_latents_(self, *arguments: Any) -> Tensor:
+        call = UpdateCall(*arguments)
+        if not call.is_plain:
+            raise NotImplementedError("only Adam on its terms' own gradients yet; pass backend='reference'")
+        with on_device(call.W_dec):
+            stats = update_latents(self.steps, call)
+            if call.screen:
+                self._refresh(call.screen, call.encoder)
         return stats

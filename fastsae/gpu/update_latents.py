@@ -16,10 +16,10 @@ Of more than two terms, the second to the last are joined in one more copy of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from fastsae.update_call import RawTerm, UpdateCall
 
 from .entries import Entries
 from .pieces import cut
@@ -27,19 +27,7 @@ from .sizes import cdiv
 from .steps import LatentSteps
 
 
-@dataclass(frozen=True)
-class Term:
-    """acts and indices (N, K), or (capacity,) with offsets (N+1,); x (N, D_in); grad (N, D_out)."""
-
-    acts: Tensor
-    indices: Tensor
-    offsets: Tensor | None
-    x: Tensor
-    grad: Tensor
-    has_bias: bool
-
-
-def list_entries(steps: LatentSteps, terms: list[Term], d_sae: int, x_like: Tensor, grad_like: Tensor) -> Entries:
+def list_entries(steps: LatentSteps, terms: list[RawTerm], d_sae: int, x_like: Tensor, grad_like: Tensor) -> Entries:
     """x_like, grad_like: what stands for x and grad where there is no term; nothing is read from them."""
     slots, tokens = sum(t.acts.numel() for t in terms), sum(t.grad.shape[0] for t in terms)
     keys, rows = (torch.empty(slots, dtype=torch.int32, device=grad_like.device) for _ in range(2))
@@ -80,33 +68,18 @@ def programs_of(d_sae: int, tokens: int) -> int:
     return max(1, min(cdiv(d_sae, 4), 4096, max(1024, tokens // 2)))
 
 
-def update_latents(
-    steps: LatentSteps,
-    W_enc: Tensor | None,
-    W_dec: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    moments: list[Tensor],
-    terms: list[Term],
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    unit_norm: bool,
-    pre_bias: bool,
-    seed: int | None,
-) -> Tensor:
-    """One step, in place; W_enc None: tied. Returns the squared gradient norms before projection, (4,) float64."""
-    tied = W_enc is None
-    encoder = W_dec if W_enc is None else W_enc
+def update_latents(steps: LatentSteps, call: UpdateCall) -> Tensor:
+    """One step of a plain call, in place. Returns the squared gradient norms before projection, (4,) float64."""
+    W_enc, W_dec, b_enc, b_dec = call.W_enc, call.W_dec, call.b_enc, call.b_dec
+    moments, terms, tied, encoder = call.moments, call.terms(), call.tied, call.encoder
+    eps, unit_norm, pre_bias = call.eps, call.unit_norm, call.pre_bias
     (d_sae, d_out), d_in = W_dec.shape, encoder.shape[1]
     enc_moments = (None, None) if tied else (moments[0], moments[1])
     dec_moments, bias_moments, last_moments = zip(moments[-6::2], moments[-5::2], strict=True)
-    stochastic = seed is not None and moments[0].dtype == torch.bfloat16
-    betas = (beta1, 1 - beta1, beta2, 1 - beta2)
+    stochastic = call.seed is not None and moments[0].dtype == torch.bfloat16
+    betas = (call.beta1, 1 - call.beta1, call.beta2, 1 - call.beta2)
 
-    numbers, keys = steps.step_numbers(lr, step, beta1, beta2, seed)
+    numbers, keys = steps.step_numbers(call.lr, call.step, call.beta1, call.beta2, call.seed)
     entries = list_entries(steps, terms, d_sae, encoder, W_dec)
     programs = programs_of(d_sae, sum(t.grad.shape[0] for t in terms))
     stats = torch.empty(programs + steps.bias_programs(d_out), 4, dtype=torch.float64, device=W_dec.device)

@@ -8,7 +8,7 @@ latent per row.
 """
 
 from .family import Forward, Rule, decoder_norms, forward
-from .gradients import Params, Term, gradients, squared_norms
+from .gradients import Params, Parts, Term, complete, gradients, squared_norms
 from .ops import (
     active_dot,
     active_outer,
@@ -23,21 +23,31 @@ from .ops import (
     top_k,
     wide,
 )
+from .optimizers import MOMENTS_OF, Optimizer, adam, lion
+from .rounding import BLOCK, EightBit, mixed, round_to_bf16, round_to_fp8, scales_shape
 from .rules import gated, heaviside, in_band, jump_relu
 from .step import AuxK, terms_of, train_step
-from .update import Moments, adam, mixed, normalise, project, round_to_bf16, update
+from .update import Moment, Moments, clip_rows, normalise, project, shape_gradients, store, update, widened
 
 __all__ = [
+    "BLOCK",
+    "MOMENTS_OF",
     "AuxK",
+    "EightBit",
     "Forward",
+    "Moment",
     "Moments",
+    "Optimizer",
     "Params",
+    "Parts",
     "Rule",
     "Term",
     "active_dot",
     "active_outer",
     "adam",
     "batch_top_k",
+    "clip_rows",
+    "complete",
     "decode",
     "decoder_norms",
     "forward",
@@ -49,17 +59,23 @@ __all__ = [
     "jump_relu",
     "keep_group_max",
     "keep_top_k",
+    "lion",
     "loss_unit",
     "mixed",
     "normalise",
     "pre_acts",
     "project",
     "round_to_bf16",
+    "round_to_fp8",
+    "scales_shape",
+    "shape_gradients",
     "squared_error",
     "squared_norms",
+    "store",
     "terms_of",
     "top_k",
     "train_step",
     "update",
     "wide",
+    "widened",
 ]

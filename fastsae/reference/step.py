@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .gradients import Params, Term, gradients
 from .ops import decode, keep_top_k, loss_unit, pre_acts, squared_error
-from .update import Moments, update
+from .optimizers import Optimizer
+from .update import Moments, shape_gradients, update
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,6 @@ def train_step(
     step: 0-d, counts from 1; target: what to reconstruct if not x (a transcoder). Returns new params, moments, losses.
     """
     terms, losses = terms_of(params, x, k, target=target, pre_bias=pre_bias, loss=loss, aux=aux)
-    grads = gradients(params, terms, pre_bias)
-    params, moments = update(params, grads, moments, lr, step, betas, eps, unit_norm, seed)
+    grads = shape_gradients(params, gradients(params, terms, pre_bias), unit_norm)
+    params, moments = update(params, grads, moments, lr, step, Optimizer("adam", betas, eps), unit_norm, seed)
     return params, moments, losses
