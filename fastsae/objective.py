@@ -8,6 +8,7 @@ the same over (N, M), piece by piece, for when so many latents are active that g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +39,8 @@ class Task:
     bias: Tensor | None
     over: Tensor | int
     how: How
+    outer: Callable[[Tensor], Tensor] | None = None
+    """From the final error: the gradient of losses that lie behind the reconstruction (N, D_out)."""
 
     @property
     def rule(self) -> Activation:
@@ -72,6 +75,7 @@ class Pass:
     redone: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     total: Tensor | float = 0.0
+    outer_grad: Tensor | None = None
     dacts: Tensor | None = None
     rule_grads: dict[str, Tensor] = field(default_factory=dict)
     adds: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +101,7 @@ def selected_pass(task: Task) -> Pass:
     total = torch.stack([w * s for (_, w), s in zip(errors, sums, strict=True)]).sum() if len(sums) > 1 else sums[0]
     return Pass(
         error=errors[-1][0], squares=sums[-1], errors=errors, parts=[part for part, _ in parts], active=codes.nnz,
-        codes=codes, redone=codes.redone, total=total / task.over,
+        codes=codes, redone=codes.redone, total=total / task.over, outer_grad=_outer(task, errors[-1][0]),
     )  # fmt: skip
 
 
@@ -119,9 +123,9 @@ def shaped_pass(task: Task, pre: SparseCodes) -> Pass:
     squares = losses.total(sums)
     found = Pass(
         error=error, squares=squares, errors=[(error, 1.0)], parts=[code], active=(code.acts != 0).sum(), codes=code,
-        redone=code.redone, total=squares / task.over,
+        redone=code.redone, total=squares / task.over, outer_grad=_outer(task, error),
     )  # fmt: skip
-    ends, slopes = [acts], [_dot(task, error, code).to(acts.dtype)]
+    ends, slopes = [acts], [_dot(task, error, code, found.outer_grad).to(acts.dtype)]
     if penalty is not None:
         ends.append(penalty)
         slopes.append(task.slope().to(penalty.dtype))
@@ -160,6 +164,9 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
     slope = task.slope() * _penalty_slope(task, x, W_enc, b_enc)
     sparse_sum, gate_sum, squares = (torch.zeros((), dtype=torch.float64, device=x.device) for _ in range(3))
     size = max(1, DENSE_PIECE // sae.d_sae)
+    outer_grad = None
+    if task.outer is not None:
+        outer_grad = _outer(task, _dense_error(task, x, goal, W_enc, b_enc, W_dec))
     for start in range(0, n, size):
         here = slice(start, min(start + size, n))
         z = torch.addmm(b_enc, x[here], W_enc.mT).requires_grad_()
@@ -175,6 +182,8 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
         error[here] = missed
         squares += losses.sum_of_squares(missed)
         g = missed * (2 / task.over)
+        if outer_grad is not None:
+            g += outer_grad[here]
         ends, slopes = [acts], [g.to(acts.dtype) @ W_dec.mT]
         if mean is not None:
             ends.append(mean)
@@ -205,7 +214,7 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
     )  # fmt: skip
     result = Pass(
         error=error.to(task.x.dtype), squares=squares, errors=[], parts=[nothing], active=counts.sum(), counts=counts,
-        total=squares / task.over,
+        total=squares / task.over, outer_grad=outer_grad,
     )  # fmt: skip
     result.errors = [(result.error, 1.0)]
     if rule.coef or sparse_sum.any():
@@ -235,10 +244,27 @@ def _gradients(ends: list[Tensor], slopes: list[Tensor], wanted: dict[str, Tenso
     return {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(wanted.items(), grads, strict=True)}
 
 
-def _dot(task: Task, error: Tensor, code: SparseCodes) -> Tensor:
-    """⟨dL/d recon, W_dec_i⟩ at the slots."""
+def _dot(task: Task, error: Tensor, code: SparseCodes, more: Tensor | None = None) -> Tensor:
+    """⟨dL/d recon, W_dec_i⟩ at the slots; more (N, D_out): a gradient besides that of the squared error."""
+    if more is not None:
+        grad = error * (2 / task.over) + more
+        return wide(ops.active_dot(grad, code, task.sae.W_dec, backend=task.how.backend))
     dots = ops.active_dot(error, code, task.sae.W_dec, backend=task.how.backend)
     return wide(dots) * (2 / task.over)
+
+
+def _outer(task: Task, error: Tensor) -> Tensor | None:
+    return None if task.outer is None else task.outer(error)
+
+
+def _dense_error(task: Task, x: Tensor, goal: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
+    """recon - target of a dense pass, before any gradient."""
+    rule, error = task.rule, torch.empty_like(goal)
+    rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(task.sae.own).items()}
+    size = max(1, DENSE_PIECE // task.sae.d_sae)
+    for inputs, wanted, place in zip(x.split(size), goal.split(size), error.split(size), strict=True):
+        torch.sub(rule.activate(torch.addmm(b_enc, inputs, W_enc.mT), rows) @ W_dec, wanted, out=place)
+    return error if task.bias is None else error.add_(task.bias)
 
 
 def _penalty_slope(task: Task, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor | float:
@@ -280,3 +306,63 @@ def pre_acts_with_room(task: Task, capacity: int) -> tuple[SparseCodes, Tensor]:
     )
     assert overflow is not None
     return (codes.trimmed() if codes.acts.device.type == "cpu" else codes.masked(OFF)), overflow
+
+
+def sampled_density(task: Task, tokens: int) -> float:
+    """The share of latents that the rule looks at, on some tokens spread over the batch; a host sync."""
+    sae, n = task.sae, task.n
+    some = task.x[:: max(1, n // tokens)][:tokens]
+    with torch.no_grad():
+        z = torch.addmm(wide(sae.b_enc), wide(some), wide(sae.encoder_weight).mT)
+        rows = {name: t.unsqueeze(0) for name, t in task.rule.per_latent(sae.own).items()}
+        acts = task.rule.activate(z, rows)
+    return float((acts != 0).double().mean())
+
+
+def add_ghosts(task: Task, found: Pass) -> Tensor:
+    """The ghost gradients of the dead latents' rows, dense in those rows, added to found.adds; returns their loss.
+
+    It looks at how many are dead, and stores a gradient of both dictionaries where any is.
+    """
+    sae = task.sae
+    dead = sae.dead.nonzero().squeeze(1)
+    if dead.numel() == 0:
+        return torch.zeros_like(found.squares)
+    leaves = {"x": task.x, "W_enc": sae.encoder_weight[dead], "b_enc": sae.b_enc[dead], "W_dec": sae.W_dec[dead]}
+    leaves = {name: wide(t).detach().requires_grad_() for name, t in leaves.items()}
+    with torch.enable_grad():
+        error = wide(found.error).neg()
+        if sae.ghost == "pull":
+            loss = losses.ghost_pull(leaves["x"], error, leaves["W_enc"], leaves["W_dec"])
+        else:
+            rows = (leaves["W_enc"], leaves["b_enc"], leaves["W_dec"])
+            loss = losses.ghost_residual(leaves["x"], error, *rows, task.over)
+    grads = _gradients([loss], [torch.full_like(loss, sae.ghost_coef)], leaves)
+    if "added" not in found.adds:
+        places = [sae.W_dec, sae.b_enc] if sae.tied else [sae.W_enc, sae.W_dec, sae.b_enc]
+        found.adds["added"] = [torch.zeros_like(wide(p)) for p in places if p is not None]
+    names = ("W_dec", "b_enc") if sae.tied else ("W_enc", "W_dec", "b_enc")
+    for name, place in zip(names, found.adds["added"], strict=True):
+        place.index_add_(0, dead, grads[name] + grads["W_enc"] if sae.tied and name == "W_dec" else grads[name])
+    found.adds["ghost_dx"] = grads["x"]
+    return loss.detach().double()
+
+
+def close(task: Task, found: Pass) -> tuple[list[UpdateTerm], Tensor]:
+    """The update's terms, and the gradient of the reconstruction (N, D_out), Σ over parts.
+
+    Part j's latents are in every reconstruction from the j-th on, so theirs is the sum of those errors' gradients. Each
+    error becomes its gradient in place.
+    """
+    whole: Tensor | None = found.outer_grad
+    slopes: list[Tensor] = []
+    for error, weight in reversed(found.errors):
+        grad = error.mul_(2 * weight / task.over)
+        whole = grad if whole is None else grad.add_(whole)
+        slopes.append(whole)
+    assert whole is not None
+    terms = [
+        UpdateTerm(part.flatten(), task.x, grad, has_bias=j == 0, dacts=found.dacts)
+        for j, (part, grad) in enumerate(zip(found.parts, reversed(slopes), strict=True))
+    ]
+    return terms, whole

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.reference import MOMENTS_OF, Optimizer
+from fastsae.reference import MOMENTS_OF, Optimizer, scales_shape
 from fastsae.sae import SparseAutoencoder
 
 MOMENTS = ("fp32", "bf16", "8bit")
-BLOCK = 128
-"""Numbers of a row that share the scale of an 8-bit moment: see fastsae.reference.rounding."""
+
 
 
 class OptimizerState:
@@ -59,8 +58,7 @@ class OptimizerState:
             dtype = torch.bfloat16
         elif moments == "8bit" and p.ndim == 2:
             dtype = torch.float8_e4m3fn
-            blocks = -(-p.shape[1] // BLOCK)
-            self.tensors[f"{name}_scale"] = torch.zeros(p.shape[0], blocks, device=p.device)
+            self.tensors[f"{name}_scale"] = torch.zeros(scales_shape(p), device=p.device)
         self.tensors[name] = torch.zeros(p.shape, dtype=dtype, device=p.device)
 
     def arguments(self) -> dict[str, Any]:

@@ -339,9 +339,10 @@ class SparseAutoencoder(nn.Module):
         pre = self.pre_acts(ready.encoder_input)
         codes, penalty = self._activated(pre)
         over = losses.normaliser(self.loss, goal)
-        recon = self.b_dec.expand(goal.shape)
+        offset = self.b_dec.expand(goal.shape)
         if self.W_skip is not None:
-            recon = recon + ready.x @ self.W_skip.mT
+            offset = offset + ready.x @ self.W_skip.mT
+        recon = offset
         total: Tensor | float = 0.0
         for part, weight in rule.parts(codes, self.own):
             recon = recon + ops.decode(part, self.W_dec, backend=self.backend)
@@ -354,7 +355,7 @@ class SparseAutoencoder(nn.Module):
         gate = rule.gate(pre.acts)
         if gate is not None:
             frozen = ops.decode(replace(pre, acts=gate), self.W_dec.detach(), backend=self.backend)
-            parts["gate"] = losses.squared_error(frozen + self.b_dec.detach(), goal) / over
+            parts["gate"] = losses.squared_error(frozen + offset.detach(), goal) / over
             loss = loss + parts["gate"]
         if rule.shaped:
             codes = codes.keep(codes.acts != 0)

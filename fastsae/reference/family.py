@@ -71,9 +71,10 @@ def forward(
     unit: Tensor | int = target.shape[-2] or 1
     if loss == "fvu":
         unit = (target - target.mean(-2, keepdim=True)).square().sum((-2, -1))
-    recon = b_dec.expand(target.shape)
+    offset = b_dec.expand(target.shape)
     if "W_skip" in params:
-        recon = recon + x @ params["W_skip"].mT
+        offset = offset + x @ params["W_skip"].mT
+    recon = offset
     error: Tensor | float = 0.0
     for part, weight in rule.dense_parts(A, own):
         recon = recon + part @ W_dec
@@ -87,7 +88,7 @@ def forward(
         total = total + penalty_scale * rule.coef * losses["sparsity"]
     gate = rule.gate(pre)
     if gate is not None:
-        frozen = gate @ W_dec.detach() + b_dec.detach()
+        frozen = gate @ W_dec.detach() + offset.detach()
         losses["gate"] = (frozen - target).square().sum((-2, -1)) / unit
         total = total + losses["gate"]
     return Forward(A, recon, losses | {"loss": total})
