@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from .activations import TopK
+from .activations import (
+    Activation,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    HierarchicalTopK,
+    JumpReLU,
+    Matryoshka,
+    ReLU,
+    TopK,
+)
 from .data.live import LiveSource
 from .data.models import load_model
 from .data.stream import StreamConfig
@@ -41,8 +51,33 @@ class SaeOptions:
 
     d_sae: int
     """Latents of the autoencoder."""
+    activation: Literal[
+        "topk", "batch_topk", "relu", "jumprelu", "gated", "matryoshka", "matryoshka_batch", "hierarchical_topk",
+        "group_max",
+    ] = "topk"  # fmt: skip
+    """The rule that picks latents; matryoshka nests prefixes over topk, matryoshka_batch over batch_topk."""
     k: int = 32
-    """Active latents per token (TopK)."""
+    """Active latents per token: topk, batch_topk, matryoshka; groups of group_max."""
+    l1: float = 5.0
+    """Weight of the L1 penalty: relu, gated."""
+    l1_weighted: bool = True
+    """Weigh L1 by the norms of the decoder's rows: relu, gated."""
+    l0: float = 1e-3
+    """Weight of the L0 penalty: jumprelu."""
+    threshold: float = 1e-3
+    """Threshold at the start: jumprelu."""
+    bandwidth: float = 1e-3
+    """Width of the kernel through which the threshold learns: jumprelu."""
+    penalty: Literal["l0", "tanh", "target"] = "l0"
+    """L0 itself, a tanh that trains the weights too, or the squared distance from a target: jumprelu."""
+    target_l0: float | None = None
+    """The target of --penalty target: jumprelu."""
+    groups: tuple[int, ...] = ()
+    """Sizes of the groups, with sum d_sae: matryoshka."""
+    prefixes: int | None = None
+    """Instead of groups: so many prefixes, drawn anew for every batch: matryoshka."""
+    ks: tuple[int, ...] = ()
+    """The numbers of latents that must reconstruct, ascending: hierarchical_topk."""
     pre_bias: bool = True
     """Subtract the decoder's bias from the input before encoding."""
     decoder_norm: Literal["unit", "free"] = "unit"
@@ -51,10 +86,20 @@ class SaeOptions:
     """Scale the input: not, by one factor estimated from the first batch, or each token by its own mean and spread."""
     tied: Switch = False
     """One dictionary for encoder and decoder."""
+    skip: Switch = False
+    """A linear path beside the latents."""
+    layers: int = 1
+    """A row is that many activations of equal width side by side: a crosscoder."""
+    init_norm: float = 1.0
+    """Norm of the encoder's rows at the start, and of the decoder's where it is free."""
     aux_k: int | None = None
     """Dead latents per token in the AuxK loss that revives them. Left out: no such loss."""
     aux_coef: float = 1 / 32
     """Weight of the AuxK loss."""
+    ghost: Literal["residual", "pull"] | None = None
+    """Ghost gradients for dead latents: model the residual, or turn to where the error is large. Left out: none."""
+    ghost_coef: float = 1.0
+    """Weight of the ghost gradients."""
     dead_after: int = 10_000_000
     """Tokens without firing after which a latent counts as dead."""
     loss: Literal["mse", "fvu"] = "mse"
@@ -69,13 +114,41 @@ class SaeOptions:
     """How latents are selected: screened in a narrow format and certified (exact), screened only, or in fp32.
     "screened" alone depends on which format is chosen, anew on every start, and does not resume bit for bit."""
 
+    def rule(self) -> Activation:
+        """The activation rule. Raises ValueError for a setting that is missing or of another rule."""
+        kind = self.activation.removesuffix("_batch")
+        used = {
+            "topk": ("k",), "batch_topk": ("k",), "group_max": ("k",), "matryoshka": ("k", "groups", "prefixes"),
+            "hierarchical_topk": ("ks",), "relu": ("l1", "l1_weighted"), "gated": ("l1", "l1_weighted"),
+            "jumprelu": ("l0", "threshold", "bandwidth", "penalty", "target_l0"),
+        }  # fmt: skip
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in sorted({name for names in used.values() for name in names} - set(used[kind])):
+            if getattr(self, name) != fields[name]:
+                raise ValueError(f"{name} is {getattr(self, name)}, which {self.activation} does not have; leave it")
+        if kind == "matryoshka":
+            inner = BatchTopK(self.k) if self.activation.endswith("_batch") else TopK(self.k)
+            return Matryoshka(inner, self.groups, sampled=self.prefixes, shortest=min(64, self.d_sae))
+        if kind == "jumprelu":
+            return JumpReLU(
+                self.l0, self.threshold, self.bandwidth, penalty_kind=self.penalty, target_l0=self.target_l0
+            )
+        if kind in ("relu", "gated"):
+            return (ReLU if kind == "relu" else Gated)(self.l1, self.l1_weighted)
+        if kind == "hierarchical_topk":
+            return HierarchicalTopK(self.ks)
+        return {"topk": TopK, "batch_topk": BatchTopK, "group_max": GroupMax}[kind](self.k)
+
     def build(self, d_in: int) -> SparseAutoencoder:
         """The autoencoder for rows of d_in numbers. Raises ValueError for settings that do not fit together."""
-        names = ("pre_bias", "decoder_norm", "normalize", "tied", "aux_k", "aux_coef", "dead_after", "loss")
+        names = (
+            "pre_bias", "decoder_norm", "normalize", "tied", "skip", "layers", "init_norm", "aux_k", "aux_coef",
+            "ghost", "ghost_coef", "dead_after", "loss",
+        )  # fmt: skip
         sae = SparseAutoencoder(
             d_in,
             self.d_sae,
-            TopK(self.k),
+            self.rule(),
             **{name: getattr(self, name) for name in names},
             dtype=torch_dtype(self.dtype),
             device=checked_device(self.device),

@@ -22,9 +22,6 @@ from fastsae.codes import SparseCodes, UpdateTerm
 from fastsae.reference import wide
 from fastsae.sae import OFF, SparseAutoencoder
 
-DENSE_PIECE = 2**23
-"""Numbers of (N, M) that the dense pass holds at a time, in each of some five buffers."""
-
 
 @dataclass(frozen=True)
 class Task:
@@ -101,7 +98,7 @@ def selected_pass(task: Task) -> Pass:
     total = torch.stack([w * s for (_, w), s in zip(errors, sums, strict=True)]).sum() if len(sums) > 1 else sums[0]
     return Pass(
         error=errors[-1][0], squares=sums[-1], errors=errors, parts=[part for part, _ in parts], active=codes.nnz,
-        codes=codes, redone=codes.redone, total=total / task.over, outer_grad=_outer(task, errors[-1][0]),
+        codes=codes, redone=codes.redone, total=total / task.over, outer_grad=outer_of(task, errors[-1][0]),
     )  # fmt: skip
 
 
@@ -109,7 +106,7 @@ def shaped_pass(task: Task, pre: SparseCodes) -> Pass:
     """For rules with a penalty or an activation of their own, from their pre-acts (ragged, see `Activation.select`)."""
     sae, rule, backend = task.sae, task.rule, task.how.backend
     z = wide(pre.acts).detach().requires_grad_()
-    leaves = _leaves(sae)
+    leaves = leaves_of(sae)
     norms = reference.decoder_norms(wide(sae.W_dec), sae.layers).requires_grad_() if rule.needs_norms else None
     with torch.enable_grad():
         rows = {name: per_latent(t, pre, backend) for name, t in rule.per_latent(leaves).items()}
@@ -123,7 +120,7 @@ def shaped_pass(task: Task, pre: SparseCodes) -> Pass:
     squares = losses.total(sums)
     found = Pass(
         error=error, squares=squares, errors=[(error, 1.0)], parts=[code], active=(code.acts != 0).sum(), codes=code,
-        redone=code.redone, total=squares / task.over, outer_grad=_outer(task, error),
+        redone=code.redone, total=squares / task.over, outer_grad=outer_of(task, error),
     )  # fmt: skip
     ends, slopes = [acts], [_dot(task, error, code, found.outer_grad).to(acts.dtype)]
     if penalty is not None:
@@ -140,106 +137,19 @@ def shaped_pass(task: Task, pre: SparseCodes) -> Pass:
         found.total = found.total + found.losses["gate"]
         found.adds["gate_error"] = gate_error
     wanted = {"z": z, **leaves, **({} if norms is None else {"norms": norms})}
-    grads = _gradients(ends, slopes, wanted)
+    grads = gradients_of(ends, slopes, wanted)
     found.dacts = grads.pop("z").to(pre.acts.dtype)
-    _sort_out(found, task, grads)
+    sort_out(found, task, grads)
     return found
 
 
-def dense_pass(task: Task, want_dx: bool = False) -> Pass:
-    """The shaped pass over all of (N, M), in pieces of tokens. It stores both dictionaries' gradients.
-
-    want_dx: keep Σ_i dpre_ni W_enc_i (N, D_in) too, as adds["dx"].
-    """
-    sae, rule, n = task.sae, task.rule, task.n
-    W_dec, W_enc, b_enc = (wide(t.detach()) for t in (sae.W_dec, sae.encoder_weight, sae.b_enc))
-    x, goal = wide(task.x), wide(task.goal)
-    leaves = _leaves(sae)
-    norms = reference.decoder_norms(W_dec, sae.layers).requires_grad_()
-    error, gate_error = torch.empty_like(goal), None
-    dW_enc, dW_dec, dpre = torch.zeros_like(W_enc), torch.zeros_like(W_dec), torch.zeros_like(b_enc)
-    dx = torch.empty_like(x) if want_dx else None
-    counts = torch.zeros_like(sae.fired)
-    grads = {name: torch.zeros_like(t) for name, t in {**leaves, "norms": norms}.items()}
-    slope = task.slope() * _penalty_slope(task, x, W_enc, b_enc)
-    sparse_sum, gate_sum, squares = (torch.zeros((), dtype=torch.float64, device=x.device) for _ in range(3))
-    size = max(1, DENSE_PIECE // sae.d_sae)
-    outer_grad = None
-    if task.outer is not None:
-        outer_grad = _outer(task, _dense_error(task, x, goal, W_enc, b_enc, W_dec))
-    for start in range(0, n, size):
-        here = slice(start, min(start + size, n))
-        z = torch.addmm(b_enc, x[here], W_enc.mT).requires_grad_()
-        with torch.enable_grad():
-            rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(leaves).items()}
-            acts = rule.activate(z, rows)
-            sparsity = rule.sparsity(z, acts, rows, norms.unsqueeze(0))
-            mean = None if sparsity is None else sparsity.sum() / n
-            gate = rule.gate(z)
-        missed = acts.detach() @ W_dec - goal[here]
-        if task.bias is not None:
-            missed += task.bias
-        error[here] = missed
-        squares += losses.sum_of_squares(missed)
-        g = missed * (2 / task.over)
-        if outer_grad is not None:
-            g += outer_grad[here]
-        ends, slopes = [acts], [g.to(acts.dtype) @ W_dec.mT]
-        if mean is not None:
-            ends.append(mean)
-            slopes.append(slope.to(mean.dtype))
-            sparse_sum += mean.detach()
-        if gate is not None:
-            gate_error = torch.empty_like(goal) if gate_error is None else gate_error
-            missed = gate.detach() @ W_dec - goal[here]
-            if task.bias is not None:
-                missed += task.bias
-            gate_error[here] = missed
-            gate_sum += losses.sum_of_squares(missed)
-            ends.append(gate)
-            slopes.append((missed * (2 / task.over)).to(gate.dtype) @ W_dec.mT)
-        found = _gradients(ends, slopes, {"z": z, **leaves, "norms": norms})
-        dz = found.pop("z")
-        for name, grad in found.items():
-            grads[name] += grad
-        dW_dec.addmm_(acts.detach().mT.to(g.dtype), g)
-        dW_enc.addmm_(dz.mT, x[here])
-        dpre += dz.sum(0)
-        counts += (acts != 0).sum(0)
-        if dx is not None:
-            dx[here] = dz @ W_enc
-    nothing = SparseCodes(
-        task.x.new_zeros(0), torch.zeros(0, dtype=torch.int32, device=x.device), sae.d_sae,
-        torch.zeros(n + 1, dtype=torch.int64, device=x.device),
-    )  # fmt: skip
-    result = Pass(
-        error=error.to(task.x.dtype), squares=squares, errors=[], parts=[nothing], active=counts.sum(), counts=counts,
-        total=squares / task.over, outer_grad=outer_grad,
-    )  # fmt: skip
-    result.errors = [(result.error, 1.0)]
-    if rule.coef or sparse_sum.any():
-        result.losses["sparsity"] = rule.penalty(sparse_sum)
-        result.total = result.total + task.slope() * result.losses["sparsity"]
-    if gate_error is not None:
-        result.losses["gate"] = gate_sum / task.over
-        result.total = result.total + result.losses["gate"]
-        result.adds["gate_error"] = gate_error.to(task.x.dtype)
-    result.adds["added"] = [dW_dec.add_(dW_enc), dpre] if sae.tied else [dW_enc, dW_dec, dpre]
-    if dx is not None:
-        result.adds["dx"] = dx
-    if not rule.needs_norms:
-        grads.pop("norms")
-    _sort_out(result, task, grads)
-    return result
-
-
-def _leaves(sae: SparseAutoencoder) -> dict[str, Tensor]:
+def leaves_of(sae: SparseAutoencoder) -> dict[str, Tensor]:
     """The rule's parameters and b_enc, apart from the module's graph."""
     named = {"b_enc": wide(sae.b_enc), **sae.rule_parameters}
     return {name: t.detach().requires_grad_() for name, t in named.items()}
 
 
-def _gradients(ends: list[Tensor], slopes: list[Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients_of(ends: list[Tensor], slopes: list[Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     grads = torch.autograd.grad(ends, list(wanted.values()), slopes, allow_unused=True)
     return {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(wanted.items(), grads, strict=True)}
 
@@ -253,40 +163,11 @@ def _dot(task: Task, error: Tensor, code: SparseCodes, more: Tensor | None = Non
     return wide(dots) * (2 / task.over)
 
 
-def _outer(task: Task, error: Tensor) -> Tensor | None:
+def outer_of(task: Task, error: Tensor) -> Tensor | None:
     return None if task.outer is None else task.outer(error)
 
 
-def _dense_error(task: Task, x: Tensor, goal: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
-    """recon - target of a dense pass, before any gradient."""
-    rule, error = task.rule, torch.empty_like(goal)
-    rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(task.sae.own).items()}
-    size = max(1, DENSE_PIECE // task.sae.d_sae)
-    for inputs, wanted, place in zip(x.split(size), goal.split(size), error.split(size), strict=True):
-        torch.sub(rule.activate(torch.addmm(b_enc, inputs, W_enc.mT), rows) @ W_dec, wanted, out=place)
-    return error if task.bias is None else error.add_(task.bias)
-
-
-def _penalty_slope(task: Task, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor | float:
-    """d penalty / d mean, at the mean of this batch; that takes a product of its own where it is not 1."""
-    rule, sae = task.rule, task.sae
-    if rule.penalty_is_mean:
-        return 1.0
-    rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(_leaves(sae)).items()}
-    norms = reference.decoder_norms(wide(sae.W_dec), sae.layers).unsqueeze(0)
-    mean = torch.zeros((), dtype=torch.float64, device=x.device)
-    with torch.no_grad():
-        for piece in x.split(max(1, DENSE_PIECE // sae.d_sae)):
-            z = torch.addmm(b_enc, piece, W_enc.mT)
-            sparsity = rule.sparsity(z, rule.activate(z, rows), rows, norms)
-            assert sparsity is not None
-            mean += sparsity.sum() / task.n
-    mean.requires_grad_()
-    with torch.enable_grad():
-        return torch.autograd.grad(rule.penalty(mean), mean)[0]
-
-
-def _sort_out(found: Pass, task: Task, grads: dict[str, Tensor]) -> None:
+def sort_out(found: Pass, task: Task, grads: dict[str, Tensor]) -> None:
     """b_enc's and the decoder norms' gradients go to the update, the others to their owners."""
     sae = task.sae
     b_enc, norms = grads.pop("b_enc"), grads.pop("norms", None)
@@ -306,46 +187,6 @@ def pre_acts_with_room(task: Task, capacity: int) -> tuple[SparseCodes, Tensor]:
     )
     assert overflow is not None
     return (codes.trimmed() if codes.acts.device.type == "cpu" else codes.masked(OFF)), overflow
-
-
-def sampled_density(task: Task, tokens: int) -> float:
-    """The share of latents that the rule looks at, on some tokens spread over the batch; a host sync."""
-    sae, n = task.sae, task.n
-    some = task.x[:: max(1, n // tokens)][:tokens]
-    with torch.no_grad():
-        z = torch.addmm(wide(sae.b_enc), wide(some), wide(sae.encoder_weight).mT)
-        rows = {name: t.unsqueeze(0) for name, t in task.rule.per_latent(sae.own).items()}
-        acts = task.rule.activate(z, rows)
-    return float((acts != 0).double().mean())
-
-
-def add_ghosts(task: Task, found: Pass) -> Tensor:
-    """The ghost gradients of the dead latents' rows, dense in those rows, added to found.adds; returns their loss.
-
-    It looks at how many are dead, and stores a gradient of both dictionaries where any is.
-    """
-    sae = task.sae
-    dead = sae.dead.nonzero().squeeze(1)
-    if dead.numel() == 0:
-        return torch.zeros_like(found.squares)
-    leaves = {"x": task.x, "W_enc": sae.encoder_weight[dead], "b_enc": sae.b_enc[dead], "W_dec": sae.W_dec[dead]}
-    leaves = {name: wide(t).detach().requires_grad_() for name, t in leaves.items()}
-    with torch.enable_grad():
-        error = wide(found.error).neg()
-        if sae.ghost == "pull":
-            loss = losses.ghost_pull(leaves["x"], error, leaves["W_enc"], leaves["W_dec"])
-        else:
-            rows = (leaves["W_enc"], leaves["b_enc"], leaves["W_dec"])
-            loss = losses.ghost_residual(leaves["x"], error, *rows, task.over)
-    grads = _gradients([loss], [torch.full_like(loss, sae.ghost_coef)], leaves)
-    if "added" not in found.adds:
-        places = [sae.W_dec, sae.b_enc] if sae.tied else [sae.W_enc, sae.W_dec, sae.b_enc]
-        found.adds["added"] = [torch.zeros_like(wide(p)) for p in places if p is not None]
-    names = ("W_dec", "b_enc") if sae.tied else ("W_enc", "W_dec", "b_enc")
-    for name, place in zip(names, found.adds["added"], strict=True):
-        place.index_add_(0, dead, grads[name] + grads["W_enc"] if sae.tied and name == "W_dec" else grads[name])
-    found.adds["ghost_dx"] = grads["x"]
-    return loss.detach().double()
 
 
 def close(task: Task, found: Pass) -> tuple[list[UpdateTerm], Tensor]:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fastsae import input_gradient, losses, objective, ops, validation
 from fastsae.codes import Screen, UpdateTerm
+from fastsae.dense_pass import dense_pass, sampled_density
 from fastsae.kept_screen import KeptScreen
 from fastsae.objective import Pass, Task
 from fastsae.optimizer_state import OptimizerState
 from fastsae.reference import Optimizer
+from fastsae.revival import revive
 from fastsae.sae import Inputs, SparseAutoencoder
 from fastsae.step_graph import StepGraph
 
@@ -248,7 +250,7 @@ class FusedTrainStep:
         if found.redone is not None:
             metrics["redone"] = found.redone
         loss = found.total
-        auxiliary = self._revive(task, found, screen, metrics)
+        auxiliary = revive(task, found, metrics)
         for name, coef in (("aux", sae.aux_coef), ("ghost", sae.ghost_coef)):
             if name in metrics:
                 loss = loss + coef * metrics[name]
@@ -277,7 +279,7 @@ class FusedTrainStep:
             return objective.selected_pass(task)
         pairs = task.n * task.sae.d_sae
         if self._density is None:
-            self._density = objective.sampled_density(task, SAMPLED_TOKENS)
+            self._density = sampled_density(task, SAMPLED_TOKENS)
         if self._density <= self.dense_above:
             # Room for what the sparse way should carry, a little more than it has carried: whoever needs more is dense.
             room = min(pairs, int(self.dense_above * pairs) + 1)
@@ -288,31 +290,9 @@ class FusedTrainStep:
                     found = objective.shaped_pass(task, pre)
                     self._density = float(pre.nnz) / pairs
                     return found
-        found = objective.dense_pass(task, want_dx)
+        found = dense_pass(task, want_dx)
         self._density = float(found.active) / pairs
         return found
-
-    def _revive(self, task: Task, found: Pass, screen: Screen | None, metrics: dict[str, Tensor]) -> list[UpdateTerm]:
-        """AuxK's term or the ghost gradients, which go to found.adds; their losses go to the metrics."""
-        sae = task.sae
-        if sae.ghost is not None:
-            metrics["ghost"] = objective.add_ghosts(task, found)
-        if sae.aux_k is None:
-            return []
-        dead = sae.dead
-        metrics["aux"] = torch.zeros_like(found.squares)
-        dead_codes = losses.encode_dead(
-            task.x, sae.encoder_weight, sae.b_enc, dead, sae.aux_k,
-            screen=screen, precision=sae.precision, backend=self.backend,
-        )  # fmt: skip
-        if dead_codes is None:
-            return []
-        weight = losses.aux_weight(dead, sae.aux_k)
-        # ê - e with e = target - recon: the residual with the sign that is at hand.
-        missed = ops.decode(dead_codes, sae.W_dec, backend=self.backend).add_(found.error)
-        metrics["aux"] = weight * losses.sum_of_squares(missed) / task.over
-        missed.mul_(weight * (2 * sae.aux_coef) / task.over)
-        return [UpdateTerm(dead_codes, task.x, missed, has_bias=False)]
 
     def _update(
         self,
@@ -354,6 +334,11 @@ class FusedTrainStep:
         self._steps += 1
         self._kept.remember()
         metrics |= {"grad_norm": stats.sum().sqrt(), "lr": lr}
+
+    @torch.no_grad()
+    def forget_rows_(self, latents: Tensor) -> None:
+        """Sets the optimizer's moments of these latents (int64) to zero, as resampling wants; see fastsae.latents."""
+        self._optimizer.forget_rows(latents)
 
     def refresh(self, encoder_input: Tensor | None = None) -> None:
         """Makes the low-precision copy of the encoder anew. Needed only after a write that cannot be seen.

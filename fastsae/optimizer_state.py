@@ -17,7 +17,6 @@ from fastsae.sae import SparseAutoencoder
 MOMENTS = ("fp32", "bf16", "8bit")
 
 
-
 class OptimizerState:
     """Zeros at the start. `tensors`: all of it by name, live: "W_enc_m", "W_enc_m_scale", "log_threshold_v", ...
 
@@ -84,6 +83,14 @@ class OptimizerState:
             p.copy_(stepped)
             for old, new in zip(held, fresh, strict=True):
                 old.copy_(new)
+
+    def forget_rows(self, latents: Tensor) -> None:
+        """Zeros of all that is kept for these latents (int64)."""
+        per_latent = ("W_enc", "W_dec", "b_enc", *self.sae.rule_parameters)
+        for name, t in self.tensors.items():
+            if name.rsplit("_scale", 1)[0].rsplit("_", 1)[0] in per_latent:
+                # 8-bit floats know no indexed writes; their bits do.
+                (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t)[latents] = 0
 
     def check_place(self) -> None:
         """Raises RuntimeError where the module was moved or cast after this was made."""

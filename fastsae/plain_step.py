@@ -11,6 +11,8 @@ from torch import Tensor
 from . import losses
 from .sae import SparseAutoencoder
 
+OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
 
 class PlainTrainStep:
     """g = ∇loss(sae(x));  project g;  Adam;  renormalise: what `FusedTrainStep` does in one call, in many.
@@ -18,7 +20,8 @@ class PlainTrainStep:
     Slower, any backend, and readable: the curve that the fused step is held against, and the way to train a module
     that the fused step does not know. Same call, same metrics, same kind of state.
 
-    lr: peak learning rate; schedule: step -> multiplier, with step counting the updates done before.
+    lr: peak learning rate; schedule: step -> multiplier, with step counting the updates done before; optimizer: "adam"
+    or "adamw"; clip_norm, penalty_schedule, k_schedule: as FusedTrainStep's. Raises ValueError for another optimizer.
     """
 
     def __init__(
@@ -29,10 +32,20 @@ class PlainTrainStep:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         schedule: Callable[[int], float] | None = None,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        penalty_schedule: Callable[[int], float] | None = None,
+        k_schedule: Callable[[int], int] | None = None,
     ):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {optimizer!r}, a plain step has {', '.join(OPTIMIZERS)}; use a fused step")
+        if optimizer == "adam" and weight_decay:
+            raise ValueError(f"adam has no weight_decay, got {weight_decay}; take optimizer='adamw'")
         self.sae, self.lr, self.schedule = sae, lr, schedule
+        self.clip_norm, self.penalty_schedule, self.k_schedule = clip_norm, penalty_schedule, k_schedule
         self.step = 0
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, eps=eps)
+        self.optimizer = OPTIMIZERS[optimizer](sae.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """One update on x (*batch, d_in). Returns 0-d tensors as `FusedTrainStep` does; reads nothing back."""
@@ -40,10 +53,17 @@ class PlainTrainStep:
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.step))
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        out = sae(x)
+        if self.penalty_schedule is not None:
+            sae.penalty_scale.fill_(self.penalty_schedule(self.step))
+        sae.annealed_k = None if self.k_schedule is None else self.k_schedule(self.step)
+        try:
+            out = sae(x)
+        finally:
+            sae.annealed_k = None
         out.loss.backward()
         with torch.no_grad():
-            _, goal, stats = sae.inputs(x)
+            ready = sae.inputs(x)
+            goal, stats = ready.target, ready.stats
             recon = sae.norm.normalize(out.recon.reshape(-1, sae.d_out), stats)
             norms = [torch.linalg.vector_norm(p.grad.double()) for p in sae.parameters() if p.grad is not None]
             metrics = {
@@ -58,11 +78,23 @@ class PlainTrainStep:
             if out.codes.redone is not None:
                 metrics["redone"] = out.codes.redone
         sae.project_gradients_()
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.clip_norm)
         self.optimizer.step()
         sae.normalize_decoder_()
         self.step += 1
         metrics["dead"] = sae.dead.sum()
         return metrics
+
+    @torch.no_grad()
+    def forget_rows_(self, latents: Tensor) -> None:
+        """Sets the optimizer's moments of these latents (int64) to zero, as resampling wants; see fastsae.latents."""
+        for name, p in self.sae.named_parameters():
+            if name in ("b_dec", "W_skip"):
+                continue
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self.optimizer.state.get(p, {}):
+                    self.optimizer.state[p][moment][latents] = 0
 
     def state_dict(self) -> dict[str, Any]:
         """{"step", "adam": {parameter's name: {"step", "exp_avg", "exp_avg_sq"}}}: tensors and numbers."""

@@ -1,4 +1,4 @@
-"""lr_t = lr · Schedule(t): a linear warm-up and a decay over the last fraction of the training.
+"""lr_t = lr · Schedule(t): a linear warm-up and a decay over the last fraction of the training; K's annealing.
 
 A schedule is a pure function of the step, so there is nothing to save. It takes the 0-d step tensor of a fused step and
 returns a 0-d tensor without a host sync; it takes an int and returns a float, as `torch.optim.lr_scheduler.LambdaLR`
@@ -69,3 +69,28 @@ class Schedule:
         p = ((t - self.start) / (self.total - self.start)).clamp(0.0, 1.0)
         shape = p if self.decay == "linear" else (1 - torch.cos(math.pi * p)) / 2
         return rise * (1 - (1 - self.floor) * shape)
+
+
+@dataclass(frozen=True)
+class AnnealK:
+    """round(start + (end - start) · t / steps) for t < steps, then end: K's annealing, t updates done before this one.
+
+    Raises ValueError at construction for numbers below 1.
+    """
+
+    start: int
+    end: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    def __call__(self, step: int) -> int:
+        return round(self.start + (self.end - self.start) * min(step / self.steps, 1.0))
+
+
+def inverse_sqrt_lr(lr: float, d_sae: int, at: int = 2**14) -> float:
+    """lr · √(at / d_sae): a rate that suits `at` latents, carried to d_sae of them (Gao et al. 2024, section 2.4)."""
+    return lr * math.sqrt(at / d_sae)

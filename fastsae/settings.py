@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from fastsae import losses
 from fastsae.activations import Activation
 
-if TYPE_CHECKING:
-    from fastsae.sae import SparseAutoencoder
-
 DECODER_NORMS = ("unit", "free")
 GHOSTS = (None, "residual", "pull")
 
 
-def check_settings(sae: SparseAutoencoder) -> None:
-    """Raises ValueError for settings that are out of range or do not fit each other."""
+def check_settings(sae: Any) -> None:
+    """Raises ValueError for settings, attributes of `sae`, that are out of range or do not fit each other."""
     for name in ("d_in", "d_sae", "d_out", "dead_after", "layers"):
         value = getattr(sae, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -23,7 +23,8 @@ from torch import Tensor
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .data.source import ActivationSource
-from .evaluate import evaluate
+from .evaluate import density_histogram, evaluate
+from .latents import resample_
 from .logs import PartTimer, RunLogs, numbers
 from .optim import FusedTrainStep
 from .plain_step import PlainTrainStep
@@ -134,12 +135,16 @@ class Trainer:
 
     def _make_step(self) -> FusedTrainStep | PlainTrainStep:
         c = self.config
+        common: dict[str, Any] = {
+            "lr": c.rate(self.sae.d_sae), "betas": c.betas, "eps": c.eps, "schedule": self.schedule,
+            "optimizer": c.optimizer, "weight_decay": c.weight_decay, "clip_norm": c.clip_norm,
+            "penalty_schedule": c.penalty_schedule(), "k_schedule": c.k_schedule(self.sae.activation.screen_k),
+        }  # fmt: skip
         if not c.fused:
-            return PlainTrainStep(self.sae, lr=c.lr, betas=c.betas, eps=c.eps, schedule=self.schedule)
+            return PlainTrainStep(self.sae, **common)
         return FusedTrainStep(
-            self.sae, lr=c.lr, betas=c.betas, eps=c.eps, schedule=self.schedule,
-            moments=c.moments, seed=c.seed, backend=self.sae.backend,
-        )  # fmt: skip
+            self.sae, **common, clip_rows=c.clip_rows, moments=c.moments, seed=c.seed, backend=self.sae.backend
+        )
 
     def _go_to_checkpoint(self) -> None:
         """Loads the newest checkpoint that verifies, if there is any; newer broken ones are named and set aside."""
@@ -196,6 +201,9 @@ class Trainer:
                 self._window += 1
                 at_end = self.step == self.total
                 values = numbers(metrics) if at_end or self.step % c.log_every == 0 else None
+            if self.step in c.resample_at:
+                with self.timer("resample"):
+                    self._resample()
             if c.eval_every and (at_end or self.step % c.eval_every == 0):
                 with self.timer("eval"):
                     self._evaluate()
@@ -224,10 +232,26 @@ class Trainer:
         if self.config.init_b_dec != "zero" and not bool(self.sae.b_dec.any()):
             self.sae.init_from_(x, how=self.config.init_b_dec)
 
+    def _resample(self) -> None:
+        """Dead latents go to coming rows that are reconstructed badly; the data's position stays where it is."""
+        c, position = self.config, self.source.state_dict()
+        blocks = (self.source.next_batch(min(c.batch_size, c.resample_rows - start)) for start in
+                  range(0, c.resample_rows, c.batch_size))  # fmt: skip
+        try:
+            count = resample_(self.sae, blocks, self.update, batch_size=c.batch_size, seed=c.seed + self.step)
+        finally:
+            self.source.load_state_dict(position)
+        self.logs.say(f"step {self.step}: resampled {count:,} dead latents of {self.sae.d_sae:,}")
+
     def _evaluate(self) -> None:
         self.guard.raise_noted()
         result = evaluate(self.sae, self.source.held_out(), batch_size=self.config.batch_size)
         record = {"step": self.step, "tokens": self._tokens, **result.to_json(), "source": self.source.stats}
+        if int(self.sae.fired_over):
+            # Of the training rows since the last evaluation: the held-out ones are too few to tell rare from dead.
+            n_tokens = int(self.sae.fired_over)
+            record["training_density"] = asdict(density_histogram(self.sae.density.cpu(), n_tokens))
+            self.sae.reset_density_()
         self.logs.evaluation(record)
         self.last["evaluation"] = record
 
