@@ -7,7 +7,7 @@ Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A 
 latent per row.
 """
 
-from .gradients import Params, Parts, Term, complete, gradients, squared_norms
+from .gradients import Params, Parts, Term, gradients, squared_norms, with_parts
 from .ops import (
     active_dot,
     active_outer,
@@ -42,7 +42,6 @@ __all__ = [
     "adam",
     "batch_top_k",
     "clip_rows",
-    "complete",
     "decode",
     "gradients",
     "is_above",
@@ -65,4 +64,5 @@ __all__ = [
     "update",
     "wide",
     "widened",
+    "with_parts",
 ]
