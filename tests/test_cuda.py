@@ -10,7 +10,7 @@ import fastsae
 from fastsae import ops
 from tests import truth
 from tests.cases import BY_NAME
-from tests.test_update import make_problem
+from tests.update_case import make_problem
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in truth.BACKENDS, reason="no CUDA kernels here: no GPU, and no emulation (make test-cuda)"

@@ -9,7 +9,7 @@ from fastsae import UpdateTerm, ops, reference
 from fastsae.gpu import pieces
 from fastsae.gpu.by_latent import by_latent
 from fastsae.raw_checks import check_indices
-from tests import test_update, truth
+from tests import truth, update_case
 from tests.cases import BY_NAME, Case
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -55,25 +55,25 @@ def either(request: pytest.FixtureRequest) -> None:
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()) or "plain",
 )
 def test_rows_in_tiles(options: dict, dtype: torch.dtype) -> None:
-    test_update.check(test_update.make_problem(BY_NAME["odd"], dtype, **options), "triton")
+    update_case.check(update_case.make_problem(BY_NAME["odd"], dtype, **options), "triton")
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True}], ids=["free", "tied"])
 def test_rows_beyond_the_limit(options: dict) -> None:
     assert REALLY_WIDE.D > update_rows.ROW_LIMIT
-    test_update.check(test_update.make_problem(REALLY_WIDE, torch.float32, **options), "triton")
+    update_case.check(update_case.make_problem(REALLY_WIDE, torch.float32, **options), "triton")
 
 
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"aux": True}], ids=["free", "tied", "aux"])
 def test_a_latent_in_pieces(options: dict) -> None:
     case = BY_NAME["hot-latent"]
-    problem = test_update.make_problem(case, torch.float32, **options)
+    problem = update_case.make_problem(case, torch.float32, **options)
     slots = sum(term.codes.acts.numel() for term in problem.terms)
     order = ops.by_latent(problem.terms[0].codes, backend="triton")
     cut = pieces.cut(steps, order.offsets, slots, case.N * len(problem.terms))
     assert int(order.offsets.diff().max()) > cut.length, "nothing is long here"
-    test_update.check(problem, "triton")
+    update_case.check(problem, "triton")
 
 
 def test_pieces_cover_every_long_latent_and_fit_their_capacity() -> None:
@@ -95,18 +95,18 @@ def test_pieces_cover_every_long_latent_and_fit_their_capacity() -> None:
 @both_dtypes
 def test_three_terms(dtype: torch.dtype) -> None:
     """The second and the third are joined; each has its own tokens, layout and share in the bias."""
-    problem = test_update.make_problem(BY_NAME["odd"], dtype, aux=True)
-    ragged = test_update.make_problem(BY_NAME["odd"], dtype, ragged=True).terms[0]
+    problem = update_case.make_problem(BY_NAME["odd"], dtype, aux=True)
+    ragged = update_case.make_problem(BY_NAME["odd"], dtype, ragged=True).terms[0]
     problem.terms.append(UpdateTerm(ragged.codes, ragged.x, ragged.grad.flip(0).contiguous()))
-    test_update.check(problem, "triton")
+    update_case.check(problem, "triton")
 
 
 @pytest.mark.usefixtures("either")
 def test_terms_of_a_narrower_dtype_than_the_weights() -> None:
-    problem = test_update.make_problem(SMALL, torch.float32, aux=True)
+    problem = update_case.make_problem(SMALL, torch.float32, aux=True)
     t = problem.terms[0]
     narrow = UpdateTerm(t.codes.to(torch.bfloat16), t.x.bfloat16(), t.grad.bfloat16(), t.has_bias)
-    other = test_update.make_problem(SMALL, torch.float32, aux=True)
+    other = update_case.make_problem(SMALL, torch.float32, aux=True)
     other.terms[0] = UpdateTerm(narrow.codes.to(torch.float32), narrow.x.float(), narrow.grad.float(), t.has_bias)
     other.run("triton")
     parts = [narrow, problem.terms[1]]
@@ -116,7 +116,7 @@ def test_terms_of_a_narrower_dtype_than_the_weights() -> None:
         [torch.empty(0, dtype=torch.int64) if p.codes.offsets is None else p.codes.offsets for p in parts],
         [torch.empty(0)] * 2, [p.x for p in parts], [p.grad for p in parts], [p.has_bias for p in parts],
         None, None, [], torch.tensor(problem.lr, dtype=torch.float64), torch.tensor(problem.step), None,
-        "adam", *test_update.BETAS, test_update.EPS, 0.0, None, True, True, False, None, "triton",
+        "adam", *update_case.BETAS, update_case.EPS, 0.0, None, True, True, False, None, "triton",
     )  # fmt: skip
     for name, p in problem.params.items():
         assert torch.equal(p, other.params[name]), name
@@ -126,8 +126,8 @@ def test_terms_of_a_narrower_dtype_than_the_weights() -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
 @pytest.mark.parametrize(("seed", "step"), [(5, 3), (2**32 - 3, 2**33 + 7), (2**40 + 9, 1)])
 def test_random_bits_are_the_reference_ones(seed: int, step: int, tied: bool) -> None:
-    def problem() -> test_update.Problem:
-        made = test_update.make_problem(SMALL, torch.float32, tied=tied)
+    def problem() -> update_case.Problem:
+        made = update_case.make_problem(SMALL, torch.float32, tied=tied)
         made.moments, made.step = [m.bfloat16() for m in made.moments], step
         return made
 
@@ -143,14 +143,14 @@ def test_random_bits_are_the_reference_ones(seed: int, step: int, tied: bool) ->
 
 @pytest.mark.usefixtures("either")
 def test_a_late_step_a_row_of_zeros_and_no_first_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    def problem() -> test_update.Problem:
-        made = test_update.make_problem(SMALL, torch.float32)
+    def problem() -> update_case.Problem:
+        made = update_case.make_problem(SMALL, torch.float32)
         made.params["W_dec"][[3, 20]] = 0
         made.moments[2][3] = made.moments[3][3] = 0
         made.step = 100_000
         return made
 
-    monkeypatch.setattr(test_update, "BETAS", (0.0, 0.9))
+    monkeypatch.setattr(update_case, "BETAS", (0.0, 0.9))
     ours, theirs = problem(), problem()
     ours.run("triton")
     theirs.run("reference")

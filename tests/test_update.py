@@ -1,143 +1,17 @@
-"""update_latents_: the fused backward and Adam step, on every backend, against float64.
-
-What a backend writes is checked stage by stage, so that a bound can be stated for each: the moments against the truth
-of gradients, projection and Adam's averages; the weights against the float64 step from the moments it wrote itself
-(Adam divides by √v, which turns rounding noise in a tiny gradient into a step of any size).
-"""
+"""update_latents_: the fused backward and Adam step, on every backend, against float64."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
-from torch import Tensor
 
-from fastsae import SparseCodes, UpdateTerm, ops, reference
-from fastsae.reference import Params
+from fastsae import ops
 from tests import truth
-from tests.cases import BY_NAME, Case
+from tests.cases import BY_NAME
+from tests.update_case import Problem, check, every_backend, make_problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 CASE_NAMES = ("random", "odd", "no-tokens", "one-token", "hot-latent", "repeated-tokens", "all-negative", "k-all")
-BETAS, EPS = (0.9, 0.999), 1e-8
-
-every_backend = pytest.mark.parametrize(("backend", "dtype"), truth.backend_dtypes(*truth.NARROW, torch.float64))
-
-
-@dataclass
-class Problem:
-    """An SAE in the middle of training, and the terms of one step."""
-
-    params: Params
-    moments: list[Tensor]
-    terms: list[UpdateTerm]
-    settings: dict = field(default_factory=dict)
-    step: int = 3
-    lr: float = 1e-2
-
-    def run(self, backend: str, **extra) -> Tensor:
-        return ops.update_latents_(
-            *(self.params.get(name) for name in NAMES),
-            self.moments,
-            self.terms,
-            lr=torch.tensor(self.lr, dtype=torch.float64),
-            step=torch.tensor(self.step),
-            betas=BETAS,
-            eps=EPS,
-            backend=backend,
-            **self.settings,
-            **extra,
-        )
-
-    def wide(self) -> tuple[Params, list[reference.Term]]:
-        terms = [
-            reference.Term(t.codes.to(torch.float64).to_dense(), t.x.double(), t.grad.double(), t.has_bias)
-            for t in self.terms
-        ]
-        return {name: p.double().clone() for name, p in self.params.items()}, terms
-
-
-def make_problem(
-    case: Case,
-    dtype: torch.dtype,
-    *,
-    tied: bool = False,
-    unit_norm: bool = True,
-    pre_bias: bool = True,
-    d_out: int | None = None,
-    aux: bool = False,
-    ragged: bool = False,
-) -> Problem:
-    g = torch.Generator().manual_seed(1)
-    codes, x, W = (truth.ragged_codes if ragged else truth.fixed_codes)(case, dtype)
-    D_out = d_out or case.D
-    x = x.contiguous()
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g).to(dtype)
-
-    W_dec = reference.normalise(randn(case.M, D_out).double()).to(dtype)
-    params = {"W_enc": W.contiguous(), "W_dec": W_dec, "b_enc": randn(case.M), "b_dec": randn(D_out)}
-    if tied:
-        del params["W_enc"]
-    moment_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    moments = []
-    for p in params.values():
-        moments += [0.1 * randn(*p.shape).to(moment_dtype), 0.1 * randn(*p.shape).to(moment_dtype).square()]
-    terms = [UpdateTerm(codes.flatten(), x, randn(case.N, D_out))]
-    if aux:
-        few = SparseCodes.from_dense(
-            torch.where(codes.to_dense() != 0, 0, torch.rand(case.N, case.M, generator=g) > 0.9)
-        )
-        terms.append(UpdateTerm(few.to(dtype), x, randn(case.N, D_out), has_bias=False))
-    settings = {"unit_norm": unit_norm, "pre_bias": pre_bias and D_out == case.D}
-    return Problem(params, moments, terms, settings)
-
-
-def gradient_truth(problem: Problem) -> tuple[Params, Params]:
-    """Gradients in float64, and their magnitudes: the same sums with every sign made positive."""
-    params, terms = problem.wide()
-    grads = reference.gradients(params, terms, problem.settings["pre_bias"])
-    positive = {name: p.abs() for name, p in params.items()}
-    parts = [reference.Term(t.A.abs(), t.x.abs(), t.grad.abs(), t.has_bias) for t in terms]
-    magnitudes = reference.gradients(positive, parts, pre_bias=False)
-    if problem.settings["pre_bias"]:
-        magnitudes["b_dec"] += magnitudes["b_enc"] @ positive.get("W_enc", positive["W_dec"])
-    if problem.settings["unit_norm"]:
-        W, size = params["W_dec"], magnitudes["W_dec"]
-        grads["W_dec"] = reference.project(grads["W_dec"], W)
-        squares = W.square().sum(-1, keepdim=True)
-        magnitudes["W_dec"] = size + (size * W.abs()).sum(-1, keepdim=True) * W.abs() / squares
-    return grads, magnitudes
-
-
-def check(problem: Problem, backend: str) -> None:
-    """Runs one step and holds everything it wrote against float64."""
-    before, terms = problem.wide()
-    old = [m.double().clone() for m in problem.moments]
-    grads, magnitudes = gradient_truth(problem)
-    stats = problem.run(backend)
-
-    raw = reference.gradients(before, terms, problem.settings["pre_bias"])
-    assert stats.dtype == torch.float64
-    torch.testing.assert_close(stats, reference.squared_norms(raw), rtol=1e-4, atol=1e-10)
-    for i, name in enumerate(before):
-        m, v = problem.moments[2 * i], problem.moments[2 * i + 1]
-        g, size = grads[name], magnitudes[name]
-        m_old, v_old, (beta1, beta2) = old[2 * i], old[2 * i + 1], BETAS
-        m_true, v_true = beta1 * m_old + (1 - beta1) * g, beta2 * v_old + (1 - beta2) * g**2
-        truth.assert_within(m, m_true, beta1 * m_old.abs() + (1 - beta1) * size, f"m of {name}")
-        truth.assert_within(v, v_true, beta2 * v_old + 2 * (1 - beta2) * size**2, f"v of {name}")
-        move = m.double() / (1 - beta1**problem.step)
-        move /= v.double().sqrt() / (1 - beta2**problem.step) ** 0.5 + EPS
-        p = before[name] - problem.lr * move
-        size = before[name].abs() + (p - before[name]).abs()
-        if name == "W_dec" and problem.settings["unit_norm"]:
-            p = reference.normalise(p)
-            size = size + p.abs()
-        truth.assert_within(problem.params[name], p, size, name)
 
 
 @every_backend

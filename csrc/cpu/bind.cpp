@@ -111,28 +111,49 @@ PYBIND11_MODULE(_cpu, m) {
         release_gil(), "The number of tokens that were redone.");
 
   py::class_<UpdateTerm>(m, "UpdateTerm")
-      .def(py::init([](const Codes& codes, const LatentOrder& order, const Matrix& x, const Matrix& grad, bool has_bias) {
-             return UpdateTerm{codes, order, x, grad, has_bias};
+      .def(py::init([](const Codes& codes, const LatentOrder& order, const Matrix& x, const Matrix& grad, uintptr_t dacts,
+                       bool has_bias) {
+             return UpdateTerm{codes, order, x, grad, pointer<void>(dacts), has_bias};
            }),
-           py::arg("codes"), py::arg("order"), py::arg("x"), py::arg("grad"), py::arg("has_bias"));
+           py::arg("codes"), py::arg("order"), py::arg("x"), py::arg("grad"), py::arg("dacts"), py::arg("has_bias"));
+  py::class_<UpdateParts>(m, "UpdateParts")
+      .def(py::init([](uintptr_t pull, int64_t segments, uintptr_t db_enc, uintptr_t enc, uintptr_t dec, uintptr_t pre) {
+             return UpdateParts{pointer<void>(pull), segments, pointer<void>(db_enc), pointer<void>(enc),
+                                pointer<void>(dec), pointer<void>(pre)};
+           }),
+           py::arg("pull"), py::arg("segments"), py::arg("db_enc"), py::arg("enc"), py::arg("dec"), py::arg("pre"));
+  py::enum_<OptimizerKind>(m, "OptimizerKind")
+      .value("adam", OptimizerKind::adam)
+      .value("adamw", OptimizerKind::adamw)
+      .value("lion", OptimizerKind::lion)
+      .value("signsgd", OptimizerKind::signsgd);
+  py::class_<OptimizerArgs>(m, "OptimizerArgs")
+      .def(py::init([](OptimizerKind kind, double lr, double step_size, double root2, double beta1, double beta2, double eps,
+                       double kept) { return OptimizerArgs{kind, lr, step_size, root2, beta1, beta2, eps, kept}; }),
+           py::arg("kind"), py::arg("lr"), py::arg("step_size"), py::arg("root2"), py::arg("beta1"), py::arg("beta2"),
+           py::arg("eps"), py::arg("kept"));
+  py::enum_<Stored>(m, "Stored").value("wide", Stored::wide).value("bf16", Stored::bf16).value("fp8", Stored::fp8);
   py::class_<Parameter>(m, "Parameter")
-      .def(py::init([](uintptr_t data, uintptr_t moment1, uintptr_t moment2, uint32_t stream) {
-             return Parameter{pointer<void>(data), pointer<void>(moment1), pointer<void>(moment2), stream};
+      .def(py::init([](uintptr_t data, uintptr_t moment1, uintptr_t moment2, uintptr_t scales1, uintptr_t scales2,
+                       Stored stored, uint32_t stream) {
+             return Parameter{pointer<void>(data), pointer<void>(moment1), pointer<void>(moment2), pointer<float>(scales1),
+                              pointer<float>(scales2), stored, stream};
            }),
-           py::arg("data"), py::arg("m"), py::arg("v"), py::arg("stream"));
+           py::arg("data"), py::arg("m"), py::arg("v"), py::arg("m_scales"), py::arg("v_scales"), py::arg("stored"),
+           py::arg("stream"));
   m.def("update_latents",
         [](const Parameter& W_enc, const Parameter& W_dec, const Parameter& b_enc, const Parameter& b_dec, int64_t latents,
-           int64_t d_in, int64_t d_out, Dtype dtype, bool narrow_moments, std::vector<UpdateTerm> terms, double step_size,
-           double root2, double beta1, double beta2, double eps, bool unit_norm, bool pre_bias, uint32_t seed, int64_t step,
-           const Screen& screen, int threads, uintptr_t stats) {
-          ops().update_latents({W_enc, W_dec, b_enc, b_dec, latents, d_in, d_out, dtype, narrow_moments, std::move(terms),
-                                step_size, root2, beta1, beta2, eps, unit_norm, pre_bias, seed, step, screen, threads,
+           int64_t d_in, int64_t d_out, Dtype dtype, std::vector<UpdateTerm> terms, const UpdateParts& parts,
+           const OptimizerArgs& optimizer, double clip_rows, double grad_scale, bool unit_norm, bool pre_bias,
+           bool norms_only, uint32_t seed, int64_t step, const Screen& screen, int threads, uintptr_t stats) {
+          ops().update_latents({W_enc, W_dec, b_enc, b_dec, latents, d_in, d_out, dtype, std::move(terms), parts, optimizer,
+                                clip_rows, grad_scale, unit_norm, pre_bias, norms_only, seed, step, screen, threads,
                                 pointer<double>(stats)});
         },
         py::arg("W_enc"), py::arg("W_dec"), py::arg("b_enc"), py::arg("b_dec"), py::arg("latents"), py::arg("d_in"),
-        py::arg("d_out"), py::arg("dtype"), py::arg("narrow_moments"), py::arg("terms"), py::arg("step_size"),
-        py::arg("root2"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("unit_norm"), py::arg("pre_bias"),
-        py::arg("seed"), py::arg("step"), py::arg("screen"), py::arg("threads"), py::arg("stats"), release_gil());
+        py::arg("d_out"), py::arg("dtype"), py::arg("terms"), py::arg("parts"), py::arg("optimizer"), py::arg("clip_rows"),
+        py::arg("grad_scale"), py::arg("unit_norm"), py::arg("pre_bias"), py::arg("norms_only"), py::arg("seed"),
+        py::arg("step"), py::arg("screen"), py::arg("threads"), py::arg("stats"), release_gil());
 
   m.def("isa", [] { return std::string(ops().name); }, "The instruction set in use.");
   m.def("isas", [] {

@@ -1,4 +1,4 @@
-// The arguments of update_latents_: the fused backward and Adam step of one SAE, in place.
+// The arguments of update_latents_: the fused backward and optimizer step of one SAE, in place.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -7,31 +7,53 @@
 
 namespace fastsae {
 
-// One reconstruction in the loss. x and grad hold the accumulation type of the weights (f32, or f64 for f64).
+// One reconstruction in the loss. x, grad and dacts hold the accumulation type of the weights (f32, or f64 for f64).
 struct UpdateTerm {
   Codes codes;
   LatentOrder order;   // of codes; a pair of an empty slot is not in it
   Matrix x;            // (N, D), the encoder's input
   Matrix grad;         // (N, D_out), dL/d recon
+  const void* dacts;   // dL/d pre-act at each slot, or null: <grad_n, W_dec_i> where the act is not 0
   bool has_bias;       // recon includes b_dec
 };
 
-// A parameter of `rows` rows with Adam's two moments. data is null for the encoder of a tied SAE.
+// What adds to the gradients beside the terms, in the accumulation type; each may be null.
+struct UpdateParts {
+  const void* pull;    // (M, segments): dW_dec_i gains pull[i, l] · W_dec_i in segment l of its row
+  int64_t segments;
+  const void* db_enc;  // (M,), of b_enc alone
+  const void *enc, *dec, *pre;   // (M, D), (M, D_out), (M,): of the dictionaries and of the pre-acts, summed over tokens
+};
+
+enum class OptimizerKind : int32_t { adam, adamw, lion, signsgd };
+enum class Stored : int32_t { wide, bf16, fp8 };   // wide: the accumulation type
+
+struct OptimizerArgs {
+  OptimizerKind kind;
+  double lr, step_size, root2;   // step_size: lr / (1 - β1ᵗ); root2: sqrt(1 - β2ᵗ)
+  double beta1, beta2, eps;
+  double kept;                   // 1 - lr · weight decay
+};
+
+// A parameter with its moments. data is null for the encoder of a tied SAE, m and v where the optimizer has none.
 struct Parameter {
   void *data, *m, *v;
-  uint32_t stream;     // its m takes the random stream `stream`, its v the next one
+  float *m_scales, *v_scales;   // of 8-bit moments, one for every 128 numbers of a row
+  Stored stored;
+  uint32_t stream;              // its m takes the random stream `stream`, its v the next one
 };
 
 struct UpdateArgs {
   Parameter W_enc, W_dec, b_enc, b_dec;
   int64_t latents, d_in, d_out;
   Dtype dtype;             // of the weights
-  bool narrow_moments;     // moments are bf16, rounded at random
   std::vector<UpdateTerm> terms;
-  double step_size;        // lr / (1 - β1ᵗ)
-  double root2;            // sqrt(1 - β2ᵗ)
-  double beta1, beta2, eps;
+  UpdateParts parts;
+  OptimizerArgs optimizer;
+  double clip_rows;        // the largest norm of a dictionary row's gradient; 0: any
+  double grad_scale;       // multiplies every gradient
   bool unit_norm, pre_bias;
+  bool norms_only;         // nothing is changed, and stats are of the gradients as they are before grad_scale
   uint32_t seed;
   int64_t step;
   Screen screen;           // words and scale null: no narrow copy is kept

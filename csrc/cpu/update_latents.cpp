@@ -1,48 +1,24 @@
-// The backward of a whole SAE and its Adam step, latent by latent, in place: no dictionary gradient is ever stored.
+// The backward of a whole SAE and its optimizer step, latent by latent, in place: no dictionary gradient is ever stored.
 //
-//   dacts = <grad_n, W_dec_i> where act > 0        dW_dec_i = Σ acts · grad_n      b_enc, b_dec likewise
-//   dW_enc_i = Σ dacts · x_n                        then project, Adam, renormalise, refresh the narrow copy
+//   gradients of row_gradient.h, then project, clip, scale, optimizer, renormalise, refresh the narrow copy; b_dec last
 //
 // For one latent the rows of W_enc, W_dec and both gradients live in L1; its tokens' grad and x rows are gathered, the next
 // pair fetched while this one is added. Bytes: nnz·(D_in + D_out) gathered (from L3 for 4096 x 768), and once through
-// weights and moments, 24 bytes a parameter. Flops 6·nnz·D + 15 a parameter.
+// weights and moments, 24 bytes a parameter with Adam's in fp32, 12 in 8 bits. Flops 6·nnz·D + 15 a parameter.
 //
-// Deterministic: a latent's pairs are added in token order, in pieces of kPiece whose sums are added in order (so one latent
-// that every token uses does not fall to one thread); sums over latents and tokens go by fixed chunks.
+// Deterministic: row_gradient.h says so of a latent's sums; sums over latents and tokens go by fixed chunks.
 #include <omp.h>
 
-#include <algorithm>
-
-#include "adam.h"
-#include "gather.h"
 #include "narrow.h"
+#include "optimizers.h"
 #include "registry.h"
-#include "update.h"
+#include "row_gradient.h"
 
 namespace fastsae::FASTSAE_ISA {
 namespace {
 
-constexpr int64_t kPiece = 1024;         // pairs of one latent added in one go
-constexpr int64_t kBatch = 64;           // pairs of one latent whose grad rows stay in L2 between their two uses
-constexpr int64_t kPairsAhead = 2;
 constexpr int64_t kBlocksPerChunk = 16;  // latent blocks that a thread takes at a time, and one partial sum
 constexpr int64_t kTokensPerChunk = 256;
-
-template <class A> struct RowGradient {
-  std::vector<A> dec, enc, more;
-  A bias = 0;
-  bool empty = true;
-  RowGradient(int64_t d_out, int64_t d_in) : dec(d_out), enc(d_in), more(std::max(d_out, d_in)) {}
-  void clear() {
-    std::fill(dec.begin(), dec.end(), A(0)), std::fill(enc.begin(), enc.end(), A(0));
-    bias = 0, empty = true;
-  }
-  void add(const RowGradient& other) {
-    add_scaled(dec.data(), A(1), other.dec.data(), int64_t(dec.size()));
-    add_scaled(enc.data(), A(1), other.enc.data(), int64_t(enc.size()));
-    bias += other.bias;
-  }
-};
 
 // What a thread works in, made before the threads start: an allocation that fails in there would end the process.
 template <class A> struct Scratch {
@@ -55,87 +31,17 @@ template <class A> struct Scratch {
         words(a.screen.scale ? kLanes * a.screen.words_per_row : 0) {}
 };
 
-// The rows of x or grad that one latent's pairs begin .. end name, with a weight for each: see gather.h.
-template <class A, class Weight> struct PairRows {
-  Weight weight;
-  const LatentOrder& order;
-  const Matrix& rows;
-  int64_t begin, end, last;
-
-  const A* row(int64_t pair) const { return static_cast<const A*>(rows.data) + order.tokens[pair] * rows.stride; }
-};
-
 template <class T> struct Updater {
   using A = acc_t<T>;
   const UpdateArgs& a;
-  const AdamStep<A> adam{a};
+  const StepNumbers<A> numbers{a.optimizer};
+  const RowGradients<T> gradients{a};
   T* const enc = static_cast<T*>(a.W_enc.data);
   T* const dec = static_cast<T*>(a.W_dec.data);
   T* const b_enc = static_cast<T*>(a.b_enc.data);
   const bool tied = !enc;
 
   explicit Updater(const UpdateArgs& args) : a(args) {}
-
-  // Long latents, cut: piece j of latent i in term t is summed apart, then added in order.
-  struct Piece { int64_t term, latent, begin, end; };
-  std::vector<Piece> pieces;
-  std::vector<RowGradient<A>> piece_sums;
-  std::vector<int64_t> first_piece;   // per latent, -1: none
-
-  void accumulate(const UpdateTerm& t, int64_t i, int64_t begin, int64_t end, RowGradient<A>& out) const {
-    for (int64_t b = begin; b < end; b += kBatch) batch(t, i, b, std::min(b + kBatch, end), out);
-  }
-
-  // dacts first, row after row; then both sums, tile after tile in registers: the rows of grad are still in the cache.
-  // 131072 pairs of D = 768, one Zen 5 core: 30 ms, and 44 with both sums kept in L1 (AVX2: 35 and 85).
-  void batch(const UpdateTerm& t, int64_t i, int64_t begin, int64_t end, RowGradient<A>& out) const {
-    const T* acts = static_cast<const T*>(t.codes.acts);
-    const int64_t last = t.order.offsets[a.latents];
-    A dacts[kBatch];
-    const auto act = [&](int64_t e) { return widen(acts[t.order.slots[e]]); };
-    const auto dact = [&](int64_t e) { return dacts[e - begin]; };
-    const PairRows<A, decltype(act)> grads{act, t.order, t.grad, begin, end, begin};   // at hand: nothing to fetch
-    const PairRows<A, decltype(dact)> inputs{dact, t.order, t.x, begin, end, last};
-    for (int64_t e = begin; e < end; ++e) {
-      const A* next = grads.row(std::min(e + kPairsAhead, last - 1));
-      dacts[e - begin] = act(e) == A(0) ? A(0) : dot<true>(dec + i * a.d_out, grads.row(e), a.d_out, next);
-      out.bias += dacts[e - begin];
-    }
-    if (out.empty) {
-      sum_rows<A>(grads, a.d_out, out.dec.data()), sum_rows<A>(inputs, a.d_in, out.enc.data());
-    } else {
-      sum_rows<A>(grads, a.d_out, out.more.data()), add_scaled(out.dec.data(), A(1), out.more.data(), a.d_out);
-      sum_rows<A>(inputs, a.d_in, out.more.data()), add_scaled(out.enc.data(), A(1), out.more.data(), a.d_in);
-    }
-    out.empty = false;
-  }
-
-  void cut_long_latents() {
-    first_piece.assign(a.latents, -1);
-    for (int64_t i = 0; i < a.latents; ++i) {
-      int64_t total = 0;
-      for (const UpdateTerm& t : a.terms) total += t.order.offsets[i + 1] - t.order.offsets[i];
-      if (total <= kPiece) continue;
-      first_piece[i] = int64_t(pieces.size());
-      for (int64_t t = 0; t < int64_t(a.terms.size()); ++t) {
-        const int64_t* o = a.terms[t].order.offsets;
-        for (int64_t b = o[i]; b < o[i + 1]; b += kPiece) pieces.push_back({t, i, b, std::min(b + kPiece, o[i + 1])});
-      }
-    }
-    piece_sums.assign(pieces.size(), RowGradient<A>(a.d_out, a.d_in));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
-    for (int64_t j = 0; j < int64_t(pieces.size()); ++j)
-      accumulate(a.terms[pieces[j].term], pieces[j].latent, pieces[j].begin, pieces[j].end, piece_sums[j]);
-  }
-
-  void gradient_of(int64_t i, RowGradient<A>& out) const {
-    out.clear();
-    if (first_piece[i] < 0) {
-      for (const UpdateTerm& t : a.terms) accumulate(t, i, t.order.offsets[i], t.order.offsets[i + 1], out);
-      return;
-    }
-    for (int64_t j = first_piece[i]; j < int64_t(pieces.size()) && pieces[j].latent == i; ++j) out.add(piece_sums[j]);
-  }
 
   // Take out the part along the row, so that the step turns the row and does not stretch it.
   void project(const T* row, A* g) const {
@@ -149,51 +55,83 @@ template <class T> struct Updater {
       for (int64_t d = 0; d < a.d_out; ++d) row[d] /= norm;
   }
 
-  // `row`: where the row stands while it is updated, in its own type or widened.
-  template <class S, class R> void step_row(const Parameter& p, R* row, int64_t i, int64_t length, const A* g) const {
-    const uint32_t m = stream_key(a.seed, a.step, p.stream), v = stream_key(a.seed, a.step, p.stream + 1);
-    adam_row<R, S>(adam, row, static_cast<S*>(p.m) + i * length, static_cast<S*>(p.v) + i * length, g, length,
-                   uint32_t(i * length), m, v);
+  void scale(A* g, A by, int64_t length) const {
+    for (int64_t d = 0; d < length; ++d) g[d] *= by;
+  }
+
+  void clip(A* g, int64_t length) const {
+    const A norm = std::sqrt(dot(g, g, length));
+    if (norm > A(a.clip_rows)) scale(g, A(a.clip_rows) / norm, length);
+  }
+
+  template <class R> void step(const Parameter& p, R* row, int64_t i, int64_t length, const A* g) const {
+    const Keys keys{stream_key(a.seed, a.step, p.stream), stream_key(a.seed, a.step, p.stream + 1)};
+    step_row(a.optimizer, numbers, p, row, i, length, g, keys);
   }
 
   // A row that keeps norm 1 is narrowed once, after both steps: rounding in between would stretch it.
-  template <class S> void step_decoder(int64_t i, const A* g, std::vector<A>& wide) const {
+  void step_decoder(int64_t i, const A* g, std::vector<A>& wide) const {
     T* row = dec + i * a.d_out;
-    if (!a.unit_norm) return step_row<S>(a.W_dec, row, i, a.d_out, g);
+    if (!a.unit_norm) return step(a.W_dec, row, i, a.d_out, g);
     if constexpr (std::is_same_v<T, A>) {
-      step_row<S>(a.W_dec, row, i, a.d_out, g);
+      step(a.W_dec, row, i, a.d_out, g);
       normalise(row);
     } else {
       for (int64_t d = 0; d < a.d_out; ++d) wide[d] = widen(row[d]);
-      step_row<S>(a.W_dec, wide.data(), i, a.d_out, g);
+      step(a.W_dec, wide.data(), i, a.d_out, g);
       normalise(wide.data());
       for (int64_t d = 0; d < a.d_out; ++d) row[d] = narrow<T>(wide[d]);
     }
   }
 
-  void fetch(const Parameter& p, int64_t row, int64_t length, size_t moment) const {
+  void fetch(const Parameter& p, int64_t row, int64_t length) const {
+    const int64_t moment = p.stored == Stored::wide ? sizeof(A) : p.stored == Stored::bf16 ? 2 : 1;
     prefetch_row(static_cast<const char*>(p.data) + row * length * sizeof(T), length * sizeof(T));
-    prefetch_row(static_cast<const char*>(p.m) + row * length * moment, length * moment);
-    prefetch_row(static_cast<const char*>(p.v) + row * length * moment, length * moment);
+    if (p.m) prefetch_row(static_cast<const char*>(p.m) + row * length * moment, length * moment);
+    if (p.v) prefetch_row(static_cast<const char*>(p.v) + row * length * moment, length * moment);
+  }
+
+  void add_norms(const RowGradient<A>& g, A bias, double* stats) const {
+    if (!tied) stats[0] += dot(g.enc.data(), g.enc.data(), a.d_in);
+    stats[1] += dot(g.dec.data(), g.dec.data(), a.d_out);
+    stats[2] += double(bias) * bias;
+  }
+
+  // As the optimizer gets it, but for grad_scale.
+  void shape(int64_t i, RowGradient<A>& g) const {
+    if (a.unit_norm) project(dec + i * a.d_out, g.dec.data());
+    if (a.clip_rows == 0) return;
+    clip(g.dec.data(), a.d_out);
+    if (!tied) clip(g.enc.data(), a.d_in);
   }
 
   // One latent: gradient, statistics, update. `words`: where its narrow copy goes, or null.
-  template <class S>
   void latent(int64_t i, int64_t position, Scratch<A>& s, A* bias_sum, double* stats, uint32_t* words) {
     RowGradient<A>& g = s.gradient;
-    fetch(a.W_dec, i, a.d_out, sizeof(S));
-    if (!tied) fetch(a.W_enc, i, a.d_in, sizeof(S));
-    gradient_of(i, g);
+    if (!a.norms_only) {
+      fetch(a.W_dec, i, a.d_out);
+      if (!tied) fetch(a.W_enc, i, a.d_in);
+    }
+    gradients.of(i, g);
     const T* encoder = tied ? dec + i * a.d_out : enc + i * a.d_in;
     if (a.pre_bias && g.bias != A(0)) add_scaled(bias_sum, g.bias, encoder, a.d_in);
     if (tied) add_scaled(g.dec.data(), A(1), g.enc.data(), a.d_out);
-    if (!tied) stats[0] += dot(g.enc.data(), g.enc.data(), a.d_in);
-    stats[1] += dot(g.dec.data(), g.dec.data(), a.d_out);
-    stats[2] += double(g.bias) * g.bias;
-    if (a.unit_norm) project(dec + i * a.d_out, g.dec.data());
-    step_decoder<S>(i, g.dec.data(), s.wide);
-    if (!tied) step_row<S>(a.W_enc, enc + i * a.d_in, i, a.d_in, g.enc.data());
-    step_row<S>(a.b_enc, b_enc + i, i, 1, &g.bias);
+    A bias = g.bias;
+    if (a.parts.db_enc) bias += static_cast<const A*>(a.parts.db_enc)[i];
+    if (a.norms_only) {
+      // A row without a gradient adds nothing: its weights need not be read.
+      if (!g.empty || a.parts.dec || a.parts.pull) shape(i, g);
+      return add_norms(g, bias, stats);
+    }
+    add_norms(g, bias, stats);
+    shape(i, g);
+    if (a.grad_scale != 1) {
+      scale(g.dec.data(), A(a.grad_scale), a.d_out), scale(g.enc.data(), A(a.grad_scale), a.d_in);
+      bias *= A(a.grad_scale);
+    }
+    step_decoder(i, g.dec.data(), s.wide);
+    if (!tied) step(a.W_enc, enc + i * a.d_in, i, a.d_in, g.enc.data());
+    step(a.b_enc, b_enc + i, i, 1, &bias);
     if constexpr (!std::is_same_v<T, double>)
       if (words) {
         const Matrix view{const_cast<T*>(encoder), 1, a.d_in, a.d_in, a.dtype};
@@ -201,8 +139,7 @@ template <class T> struct Updater {
       }
   }
 
-  template <class S> void run() {
-    cut_long_latents();
+  void run() {
     const int64_t blocks = blocks_of(a.latents), chunks = (blocks + kBlocksPerChunk - 1) / kBlocksPerChunk;
     const bool packed = a.screen.words != nullptr;
     // Everything that is allocated, is allocated before the first weight changes.
@@ -221,14 +158,14 @@ template <class T> struct Updater {
           for (int64_t lane = 0; lane < kLanes; ++lane) {
             const int64_t i = block + lane * blocks;   // as Screen::latent_at
             if (i >= a.latents) break;
-            latent<S>(i, block * kLanes + lane, mine, bias_sums.data() + chunk * a.d_in, chunk_stats.data() + chunk * 4,
+            latent(i, block * kLanes + lane, mine, bias_sums.data() + chunk * a.d_in, chunk_stats.data() + chunk * 4,
                       words.empty() ? nullptr : words.data() + lane * a.screen.words_per_row);
           }
           if (packed)
             pack_block(words.data(), a.screen.words_per_row, a.screen.words + block * a.screen.words_per_row * kLanes);
         }
     }
-    step_decoder_bias<S>(bias_grad, bias_sums, chunks);
+    step_decoder_bias(bias_grad, bias_sums, chunks);
     for (int s = 0; s < 3; ++s) {
       a.stats[s] = 0;
       for (int64_t c = 0; c < chunks; ++c) a.stats[s] += chunk_stats[c * 4 + s];
@@ -252,26 +189,20 @@ template <class T> struct Updater {
   }
 
   // db_dec = g = Σ_n grad_n, less Σ_i db_enc_i · W_enc_i where the encoder sees x - b_dec.
-  template <class S> void step_decoder_bias(std::vector<A>& g, const std::vector<A>& bias_sums, int64_t chunks) {
+  void step_decoder_bias(std::vector<A>& g, const std::vector<A>& bias_sums, int64_t chunks) {
     if (a.pre_bias)
       for (int64_t c = 0; c < chunks; ++c) add_scaled(g.data(), A(-1), bias_sums.data() + c * a.d_in, a.d_in);
     a.stats[3] = dot(g.data(), g.data(), a.d_out);
-    step_row<S>(a.b_dec, static_cast<T*>(a.b_dec.data), 0, a.d_out, g.data());
+    if (a.norms_only) return;
+    if (a.grad_scale != 1) scale(g.data(), A(a.grad_scale), a.d_out);
+    step(a.b_dec, static_cast<T*>(a.b_dec.data), 0, a.d_out, g.data());
   }
 };
-
-template <class T> void update_typed(const UpdateArgs& a) {
-  Updater<T> updater(a);
-  if (a.narrow_moments)
-    updater.template run<bf16>();
-  else
-    updater.template run<acc_t<T>>();
-}
 
 }  // namespace
 
 void update_latents(const UpdateArgs& a) {
-  by_dtype(a.dtype, [&](auto t) { update_typed<decltype(t)>(a); });
+  by_dtype(a.dtype, [&](auto t) { Updater<decltype(t)>(a).run(); });
 }
 
 }  // namespace fastsae::FASTSAE_ISA

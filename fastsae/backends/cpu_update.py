@@ -10,58 +10,94 @@ from torch import Tensor
 
 from fastsae import _cpu
 from fastsae.backends import cpu_screen
-from fastsae.backends.cpu_memory import DTYPES, codes, latent_order, matrix, sort
-from fastsae.backends.errors import BackendError
-from fastsae.reference import wide
+from fastsae.backends.cpu_memory import DTYPES, address, codes, latent_order, matrix, sort
+from fastsae.reference import EightBit, Moment, wide
 from fastsae.update_call import UpdateCall
+
+STORED = {torch.bfloat16: _cpu.Stored.bf16, torch.float8_e4m3fn: _cpu.Stored.fp8}
 
 
 def update_latents_(*arguments: Any) -> Tensor:
     call = UpdateCall(*arguments)
-    if not call.is_plain:
-        raise BackendError("cpu: update_latents_ knows only Adam on its own terms' gradients; pass backend='reference'")
-    W_enc, W_dec, moments, screen = call.W_enc, call.W_dec, call.moments, call.screen
+    (latents, d_out), d_in = call.W_dec.shape, call.encoder.shape[1]
+    moments = call.stored_moments()
     parameters = [
-        _cpu.Parameter(weight.data_ptr(), moments[2 * i].data_ptr(), moments[2 * i + 1].data_ptr(), 2 * i)
-        for i, weight in enumerate(call.parameters().values())
-    ]
-    if W_enc is None:
-        parameters.insert(0, _cpu.Parameter(0, 0, 0, 0))
-    latents, d_out = W_dec.shape
-    d_in = d_out if W_enc is None else W_enc.shape[1]
-
-    terms, held = [], []
-    for act, index, rows, _, x, grad, bias in call.terms():
-        act, x, grad = act.to(W_dec.dtype), wide(x).contiguous(), wide(grad).contiguous()
-        code = codes(act, index, rows, latents)
-        order = sort(code, act.numel(), latents)
-        terms.append(_cpu.UpdateTerm(code, latent_order(*order), matrix(x), matrix(grad), bias))
-        held.append((act, x, grad, order))
-
-    t, (beta1, beta2) = int(call.step), (call.beta1, call.beta2)
+        _parameter(p, moments[name], stream=2 * i) for i, (name, p) in enumerate(call.parameters().items())
+    ]  # fmt: skip
+    if call.tied:
+        parameters.insert(0, _parameter(None, (), stream=0))
+    held: list[Any] = []  # what C++ reads lives as long as this
+    terms = _terms(call, held)
+    parts = _parts(call, held)
     no_copy = _cpu.Screen(0, 0, 0, 0, _cpu.Format.f32, latents, d_in)
-    narrow = cpu_screen.view(screen, latents, d_in) if screen else no_copy
+    refreshed = call.screen and not call.norms_only
     stats = torch.empty(4, dtype=torch.float64)
     _cpu.update_latents(
         *parameters,
         latents=latents,
         d_in=d_in,
         d_out=d_out,
-        dtype=DTYPES[W_dec.dtype],
-        narrow_moments=moments[0].dtype == torch.bfloat16,
+        dtype=DTYPES[call.W_dec.dtype],
         terms=terms,
-        step_size=float(call.lr) / (1 - beta1**t),
-        root2=math.sqrt(1 - beta2**t),
-        beta1=beta1,
-        beta2=beta2,
-        eps=call.eps,
+        parts=parts,
+        optimizer=_optimizer(call),
+        clip_rows=call.clip_rows or 0.0,
+        grad_scale=1.0 if call.grad_scale is None else float(call.grad_scale),
         unit_norm=call.unit_norm,
         pre_bias=call.pre_bias,
+        norms_only=call.norms_only,
         seed=(call.seed or 0) & 0xFFFFFFFF,
-        step=t,
-        screen=narrow,
+        step=int(call.step),
+        screen=cpu_screen.view(call.screen, latents, d_in) if refreshed else no_copy,
         threads=torch.get_num_threads(),
         stats=stats.data_ptr(),
     )
     del held
     return stats
+
+
+def _parameter(p: Tensor | None, moments: tuple[Moment, ...], stream: int) -> _cpu.Parameter:
+    places, scales = [0, 0], [0, 0]
+    stored = _cpu.Stored.wide
+    for i, moment in enumerate(moments):
+        numbers = moment.codes if isinstance(moment, EightBit) else moment
+        places[i], stored = numbers.data_ptr(), STORED.get(numbers.dtype, _cpu.Stored.wide)
+        if isinstance(moment, EightBit):
+            scales[i] = moment.scales.data_ptr()
+    return _cpu.Parameter(address(p), *places, *scales, stored, stream)
+
+
+def _optimizer(call: UpdateCall) -> _cpu.OptimizerArgs:
+    lr, t = float(call.lr), int(call.step)
+    return _cpu.OptimizerArgs(
+        kind=getattr(_cpu.OptimizerKind, call.optimizer),
+        lr=lr,
+        step_size=lr / (1 - call.beta1**t),
+        root2=math.sqrt(1 - call.beta2**t),
+        beta1=call.beta1,
+        beta2=call.beta2,
+        eps=call.eps,
+        kept=1 - lr * call.weight_decay,
+    )
+
+
+def _terms(call: UpdateCall, held: list[Any]) -> list[_cpu.UpdateTerm]:
+    terms = []
+    for t in call.terms():
+        acts, x, grad = t.acts.to(call.W_dec.dtype), wide(t.x).contiguous(), wide(t.grad).contiguous()
+        dacts = None if t.dacts is None else wide(t.dacts).contiguous()
+        code = codes(acts, t.indices, t.offsets, call.W_dec.shape[0])
+        order = sort(code, acts.numel(), call.W_dec.shape[0])
+        terms.append(
+            _cpu.UpdateTerm(code, latent_order(*order), matrix(x), matrix(grad), address(dacts), t.has_bias)
+        )  # fmt: skip
+        held.append((acts, x, grad, dacts, order))
+    return terms
+
+
+def _parts(call: UpdateCall, held: list[Any]) -> _cpu.UpdateParts:
+    parts = call.parts()
+    given = [parts.decoder_pull, parts.db_enc, parts.W_enc, parts.W_dec, parts.pre]
+    pull, *others = [None if t is None else wide(t.detach()).contiguous() for t in given]
+    held.append((pull, others))
+    return _cpu.UpdateParts(address(pull), 1 if pull is None else pull.shape[1], *map(address, others))

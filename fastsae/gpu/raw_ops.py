@@ -22,6 +22,7 @@ from .encode_batch_topk import encode_batch_topk
 from .encode_topk import encode_topk
 from .narrow import WIDEST, Narrow, narrowed
 from .steps import Steps
+from .stored_update import update_storing_gradients
 from .update_latents import update_latents
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +33,8 @@ def refusal(op: str, tensors: Iterable[Tensor], device: str) -> str | None:
     for t in tensors:
         if t.device.type != device:
             return f"it computes on {device} tensors here, and a tensor is on {t.device}"
-        if t.is_floating_point() and t.dtype not in DTYPES and t.ndim:
+        eight_bit = op == "update_latents_" and t.dtype == torch.float8_e4m3fn  # a moment
+        if t.is_floating_point() and t.dtype not in DTYPES and t.ndim and not eight_bit:
             return f"{op} has no kernel for {t.dtype}"
         if op.startswith(("encode", "prepare")) and t.ndim == 2 and t.shape[1] > WIDEST:
             return f"a row has {t.shape[1]} columns, and the screen's scale allows {WIDEST}"
@@ -138,10 +140,8 @@ class RawOps:
 
     def update_latents_(self, *arguments: Any) -> Tensor:
         call = UpdateCall(*arguments)
-        if not call.is_plain:
-            raise NotImplementedError("only Adam on its terms' own gradients yet; pass backend='reference'")
         with on_device(call.W_dec):
-            stats = update_latents(self.steps, call)
-            if call.screen:
+            stats = (update_latents if call.is_plain else update_storing_gradients)(self.steps, call)
+            if call.screen and not call.norms_only:
                 self._refresh(call.screen, call.encoder)
         return stats

@@ -8,7 +8,7 @@ latent per row.
 """
 
 from .family import Forward, Rule, decoder_norms, forward
-from .gradients import Params, Parts, Term, complete, gradients, squared_norms
+from .gradients import Params, Parts, Term, gradients, squared_norms, with_parts
 from .ops import (
     active_dot,
     active_outer,
@@ -47,7 +47,6 @@ __all__ = [
     "adam",
     "batch_top_k",
     "clip_rows",
-    "complete",
     "decode",
     "decoder_norms",
     "forward",
@@ -78,4 +77,5 @@ __all__ = [
     "update",
     "wide",
     "widened",
+    "with_parts",
 ]

@@ -66,26 +66,27 @@ def gradients(params: Params, terms: Sequence[Term], pre_bias: bool, parts: Part
         sums["b_enc"] = sums["b_enc"] + dA.sum(0)
         if term.has_bias:
             sums["b_dec"] = sums["b_dec"] + term.grad.sum(0)
-    return complete(params, sums, pre_bias, parts)
+    if parts.pre is not None:
+        sums["b_enc"] = sums["b_enc"] + parts.pre
+    if pre_bias:
+        sums["b_dec"] = sums["b_dec"] - sums["b_enc"] @ params.get("W_enc", W_dec)
+    return with_parts(params, sums, parts)
 
 
-def complete(params: Params, sums: Params, pre_bias: bool, parts: Parts = NO_PARTS) -> Params:
-    """The gradients from the terms' sums: W_enc, W_dec, Σₙ dA as b_enc, Σₙ grad as b_dec."""
+def with_parts(params: Params, sums: Params, parts: Parts) -> Params:
+    """The gradients from sums over the terms: dW_enc, dW_dec, db_dec, and db_enc with parts.pre in it already."""
     W_enc, W_dec = params.get("W_enc"), params["W_dec"]
-    dW_enc, dW_dec, pre, db_dec = (sums[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    dW_enc, dW_dec, db_enc = sums["W_enc"], sums["W_dec"], sums["b_enc"]
     if parts.W_enc is not None:
         dW_enc = dW_enc + parts.W_enc
     if parts.W_dec is not None:
         dW_dec = dW_dec + parts.W_dec
-    if parts.pre is not None:
-        pre = pre + parts.pre
     if parts.decoder_pull is not None:
         segments = W_dec.unflatten(1, (parts.decoder_pull.shape[1], -1))
         dW_dec = dW_dec + (parts.decoder_pull[..., None] * segments).flatten(1)
-    if pre_bias:
-        encoder = W_dec if W_enc is None else W_enc
-        db_dec = db_dec - (pre[:, None] * encoder).sum(0)
-    biases = {"b_enc": pre if parts.db_enc is None else pre + parts.db_enc, "b_dec": db_dec}
+    if parts.db_enc is not None:
+        db_enc = db_enc + parts.db_enc
+    biases = {"b_enc": db_enc, "b_dec": sums["b_dec"]}
     return {"W_dec": dW_dec + dW_enc} | biases if W_enc is None else {"W_enc": dW_enc, "W_dec": dW_dec} | biases
 
 

@@ -100,7 +100,8 @@ def round_to_fp8(t: Tensor, seed: int, step: Tensor, stream: int, keep_positive:
     """
     width = t.shape[1]
     blocks = torch.nn.functional.pad(t, (0, -width % BLOCK)).view(t.shape[0], -1, BLOCK)
-    scales = blocks.abs().amax(-1) / LARGEST
+    largest = blocks.abs().amax(-1)
+    scales = largest / torch.full_like(largest, LARGEST)  # CUDA multiplies by 1/448 where that is a number
     by = _spread(scales, width)
     usable = (by > 0) & by.isfinite()
     q = torch.where(usable, t / torch.where(usable, by, 1), 0)
