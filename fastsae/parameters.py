@@ -63,6 +63,7 @@ class Parameters(nn.Module):
         self.dead_after, self.loss = dead_after, loss
         check_settings(self)
         check_rule_dtype(activation, rule_dtype)
+        self.rule_dtype = rule_dtype
         self.backend: str | None = None
         self.annealed_k: int | None = None  # set by whoever trains, not saved
         self.precision = "exact"
@@ -132,15 +133,19 @@ class Parameters(nn.Module):
     def config(self) -> dict[str, Any]:
         """The settings as JSON: what `from_config` needs to build an SAE that `state_dict()` fits."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        return settings | {"activation": self.activation.config(), "normalize": self.norm.mode}
+        own = {"activation": self.activation.config(), "normalize": self.norm.mode}
+        return settings | own | {"rule_dtype": str(self.rule_dtype).removeprefix("torch.")}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **factory: Any) -> Self:
         """An SAE with the settings of `config`; `factory`: dtype, device, seed. Raises ValueError for bad settings."""
         if not isinstance(config, dict) or "activation" not in config:
             raise ValueError(f"got the settings {config!r}, expected an object with d_in, d_sae, activation, ...")
+        given = {**config, "activation": activation_from_config(config["activation"])}
+        if isinstance(given.get("rule_dtype"), str):
+            given["rule_dtype"] = getattr(torch, given["rule_dtype"], given["rule_dtype"])
         try:
-            return cls(**{**config, "activation": activation_from_config(config["activation"])}, **factory)
+            return cls(**given, **factory)
         except TypeError as error:
             raise ValueError(f"the settings do not fit a SparseAutoencoder: {error}") from error
 
