@@ -97,7 +97,9 @@ struct AmxTokens {
 
 }  // namespace
 
-const ScreenKernel screen_amx = {AmxTokens::kGroup, pack_panel<AmxTokens>, amx_pass<Hardware, Lists>, amx_pass<Hardware, Sieve>};
-const ScreenKernel screen_amx_emulated = {AmxTokens::kGroup, pack_panel<AmxTokens>, amx_pass<Twin, Lists>, amx_pass<Twin, Sieve>};
+const ScreenKernel screen_amx = {AmxTokens::kGroup, pack_panel<AmxTokens>, amx_pass<Hardware, Lists>,
+                                 amx_pass<Hardware, Sieve>};
+const ScreenKernel screen_amx_emulated = {AmxTokens::kGroup, pack_panel<AmxTokens>, amx_pass<Twin, Lists>,
+                                          amx_pass<Twin, Sieve>};
 
 }  // namespace fastsae::FASTSAE_ISA
