@@ -305,3 +305,33 @@ def test_sizes_that_once_went_wrong():
     assert int(codes.nnz) == 80000
     codes, _ = ops.encode_above(x, W[:0], b[:0], 0.0, 4, backend="cpu")  # no latents at all
     assert int(codes.nnz) == 0
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_ragged_encoders_return_the_bits_of_the_full_fp32_scores(fmt):
+    """More tokens than one lot, panels and groups of tiles that do not come out even, ties, and a token of NaN."""
+    k, (W, b, g) = 5, dictionary(1100, 33)
+    W[1::2], b[1::2] = W[::2].clone(), b[::2].clone()
+    x = torch.randn(4200, 33, generator=g)
+    acts, indices, _ = encode(x, W, b, 1100, _cpu.Format.f32)
+    scores = torch.zeros(4200, 1100).scatter_add(1, indices.long(), acts)
+
+    def check(codes, chosen):
+        acts, indices, offsets = codes[:3]
+        n, latents = chosen.nonzero(as_tuple=True)
+        assert torch.equal(offsets, torch.nn.functional.pad(chosen.sum(1).cumsum(0), (1, 0)))
+        assert torch.equal(indices[: len(n)], latents.int())
+        assert torch.equal(acts[: len(n)], scores[n, latents])
+
+    screen = cpu_screen.fill(W, None, fmt)[1]
+    bars = torch.linspace(0.1, 3, 4200)[:, None]
+    above = scores > bars
+    check(cpu_screen.encode_above(x, W, b, bars, int(above.sum()), screen, "exact"), above)
+    best = scores.flatten().sort(descending=True, stable=True).indices[: 4200 * k]
+    chosen = torch.zeros(4200 * 1100, dtype=torch.bool).index_fill(0, best, True).view(4200, 1100)
+    check(cpu_screen.encode_batch_topk(x, W, b, k, screen, "exact"), chosen)
+
+    x[7], scores[7] = float("nan"), float("nan")
+    *codes, redone = cpu_screen.encode_above(x, W, b, bars, int(above.sum()) + 1100, screen, "exact")
+    assert int(redone) == 1
+    assert codes[0][codes[2][7] : codes[2][8]].isnan().sum() == 1100

@@ -14,6 +14,14 @@ using Ranked = int64_t;
 // Tokens whose candidates are held, and scored, together: 12 MB of fp32 x at D = 768, which stay in L3.
 constexpr int64_t kAtOnce = 4096;
 
+// The same call for the kAtOnce tokens from `first`, or those that are left.
+inline EncodeArgs tokens_from(const EncodeArgs& a, int64_t first) {
+  EncodeArgs part = a;
+  part.x.data = static_cast<char*>(a.x.data) + first * a.x.stride * (a.x.dtype == Dtype::bf16 ? 2 : 4);
+  part.x.rows = std::min(kAtOnce, a.x.rows - first);
+  return part;
+}
+
 FASTSAE_INLINE int32_t sortable(float score) {
   int32_t i;
   std::memcpy(&i, &score, 4);

@@ -1,10 +1,9 @@
 // The N·K largest of relu(x Wᵀ + b) over the whole batch, as ragged codes; ties go to the lower token, then the lower latent.
 //
-// One bar for the whole batch, guessed from a sample of tokens and latents; latents are collected against it, the best N·K
-// bounds scored in fp32, then whoever's bound reaches the worst of those. If the N·K-th score does not clear the guessed bar
-// the batch is redone with a lower one. No flat top-k over N·M numbers.
+// One bar for the whole batch, guessed from a sample of tokens and latents; whoever scores above it is found as encode_above
+// does, and the N·K best of those are chosen. If they are fewer than N·K the batch is redone with a lower bar. No flat top-k
+// over N·M numbers.
 #include <cmath>
-#include <stdexcept>
 
 #include "guard.h"
 #include "ragged.h"
@@ -15,7 +14,7 @@ namespace {
 
 constexpr int64_t kSampledTokens = 1024;
 
-// Screened scores above 0 of a sample of the batch, largest first, and the share of (N, M) that was looked at.
+// Screened scores above 0 of a sample of the batch, in no order, and the share of (N, M) that was looked at.
 std::vector<float> sample_scores(const EncodeArgs& a, const LatentTerms& terms, double& share) {
   const int64_t N = a.x.rows, tiles = a.screen.blocks / kBlocksPerTile;
   const int64_t token_step = std::max<int64_t>(1, N / kSampledTokens);
@@ -45,37 +44,53 @@ std::vector<float> sample_scores(const EncodeArgs& a, const LatentTerms& terms, 
   guard.rethrow();
   std::vector<float> all;
   for (const auto& part : parts) all.insert(all.end(), part.begin(), part.end());
-  std::sort(all.begin(), all.end(), std::greater<float>());
   share = tiles && N ? double(tokens) / N * double(sampled_tiles) / tiles : 1.0;
   return all;
 }
 
-// Exact selection among the candidates; the worst chosen score, or 0 where there are fewer than `wanted` positive ones.
-float choose(const EncodeArgs& a, Candidates& c, int64_t wanted, std::vector<Ranked>& chosen) {
-  if (c.values.size() > UINT32_MAX) throw std::length_error("encode_batch_topk: more than 2^32 candidates; split the batch");
-  std::vector<Ranked> order(c.values.size());
-  for (int64_t e = 0; e < int64_t(order.size()); ++e) order[e] = rank_of(c.values[e], e);
-  const auto score_and_rank = [&](int64_t from, int64_t to) {
-    std::vector<int64_t> which(to - from);
-    for (int64_t j = from; j < to; ++j) which[j - from] = index_of(order[j]);
-    std::sort(which.begin(), which.end());
-    score_candidates(a, c, which);
-    for (const int64_t e : which)
-      if (!(c.values[e] <= 0.f)) chosen.push_back(rank_of(c.values[e], e));
-  };
-  const auto worst = [&] {
-    if (int64_t(chosen.size()) < wanted || !wanted) return 0.f;
-    best_first(chosen, wanted);
-    return score_of(*std::min_element(chosen.begin(), chosen.begin() + wanted));
-  };
-  chosen.clear();
-  const int64_t first = std::min<int64_t>(wanted, order.size());
-  best_first(order, first);
-  score_and_rank(0, first);
-  const float bar = worst();
-  const auto end = std::partition(order.begin() + first, order.end(), [bar](Ranked r) { return !(score_of(r) < bar); });
-  score_and_rank(first, end - order.begin());
-  return worst();
+// All survivors of one bar, in (token, latent) order.
+struct Scored {
+  std::vector<int64_t> offsets{0};
+  std::vector<float> scores;
+  std::vector<int32_t> latents;
+  int64_t scored_in_full = 0;
+};
+
+Scored score_above(const EncodeArgs& a, float bar) {
+  Scored all;
+  const std::vector<float> bars(std::min(kAtOnce, a.x.rows), bar);
+  for (int64_t first = 0; first < a.x.rows; first += kAtOnce) {
+    const EncodeArgs part = tokens_from(a, first);
+    Survivors found = survivors(part, nullptr, bars.data());
+    const int64_t before = all.offsets.back(), count = found.count();
+    all.scores.resize(before + count), all.latents.resize(before + count);
+    place(part, found, all.scores.data() + before, all.latents.data() + before, count);
+    for (int64_t n = 1; n <= part.x.rows; ++n) all.offsets.push_back(before + found.offsets[n]);
+    all.scored_in_full += found.scored_in_full;
+  }
+  return all;
+}
+
+// The `wanted` best, in their order: ties go to those that come first.
+void write_best(const Scored& all, int64_t wanted, const RaggedCodes& out) {
+  const int64_t count = int64_t(all.scores.size());
+  std::vector<int32_t> keys(count);
+  for (int64_t e = 0; e < count; ++e) keys[e] = sortable(all.scores[e]);
+  int32_t worst = INT32_MIN;
+  int64_t ties = count;   // how many of the worst score are chosen
+  if (wanted && wanted < count) {
+    std::vector<int32_t> order = keys;
+    std::nth_element(order.begin(), order.begin() + wanted - 1, order.end(), std::greater<int32_t>());
+    worst = order[wanted - 1];
+    ties = wanted - std::count_if(order.begin(), order.begin() + wanted, [=](int32_t key) { return key > worst; });
+  }
+  int64_t slot = 0;
+  for (int64_t n = 0; n + 1 < int64_t(all.offsets.size()); ++n) {
+    for (int64_t e = all.offsets[n]; e < all.offsets[n + 1] && slot < wanted; ++e)
+      if (keys[e] > worst || (keys[e] == worst && ties-- > 0))
+        out.acts[slot] = from_sortable(keys[e]), out.indices[slot] = all.latents[e], ++slot;
+    out.offsets[n + 1] = slot;
+  }
 }
 
 }  // namespace
@@ -84,31 +99,25 @@ float choose(const EncodeArgs& a, Candidates& c, int64_t wanted, std::vector<Ran
 int64_t encode_batch_topk(const EncodeArgs& a, const RaggedCodes& out) {
   const int64_t N = a.x.rows, wanted = std::min(out.capacity, N * a.row_count);
   double share = 1;
-  const std::vector<float> sample = sample_scores(a, latent_terms(a, nullptr), share);
-  Candidates c;
-  std::vector<Ranked> chosen;
+  std::vector<float> sample = sample_scores(a, latent_terms(a, nullptr), share);
   int64_t redone = 0;
+  out.offsets[0] = 0;
   for (double margin = 1.2;; margin *= 4) {
     const double hits = double(wanted) * share * margin;
     const int64_t rank = int64_t(std::ceil(hits + 3 * std::sqrt(hits)));
-    const float bar = rank < int64_t(sample.size()) ? sample[rank] : 0.f;
-    c = collect(a, nullptr, std::vector<float>(N, bar));
-    redone += c.spilled;
-    const float worst = choose(a, c, wanted, chosen);
-    if (bar <= 0.f || worst > bar || worst != worst) break;
-    redone += N;
-  }
-  best_first(chosen, std::min<int64_t>(wanted, chosen.size()));
-  chosen.resize(std::min<int64_t>(wanted, chosen.size()));
-  std::sort(chosen.begin(), chosen.end(), [](Ranked p, Ranked q) { return index_of(p) < index_of(q); });
-  int64_t slot = 0;
-  out.offsets[0] = 0;
-  for (int64_t n = 0; n < N; ++n) {
-    for (; slot < int64_t(chosen.size()) && index_of(chosen[slot]) < c.offsets[n + 1]; ++slot) {
-      out.acts[slot] = score_of(chosen[slot]);
-      out.indices[slot] = c.latents[index_of(chosen[slot])];
+    float bar = 0.f;
+    if (rank < int64_t(sample.size())) {
+      std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<float>());
+      bar = sample[rank];
     }
-    out.offsets[n + 1] = slot;
+    const Scored all = score_above(a, bar);
+    redone += all.scored_in_full;
+    // Whoever is left out scores no more than the bar: as many as wanted above it are the best.
+    if (bar <= 0.f || (wanted && int64_t(all.scores.size()) >= wanted)) {
+      write_best(all, wanted, out);
+      break;
+    }
+    redone += N;
   }
   return redone;
 }

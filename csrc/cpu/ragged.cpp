@@ -1,9 +1,17 @@
 // See ragged.h.
+//
+// A thread takes a group of tiles past all tokens, panel by panel, and scores in fp32 whoever's bound passed before it goes on:
+// the group's rows of W stay in L2 throughout, a token's row comes from L3 once a group, and candidates, several times as many
+// as survivors, are never stored. Where they are few that costs what gathering rows of x costs; where they are many, a
+// token meets several of the group's latents and its row is read once for four of them.
+//
+// Flops 2·N·M·D narrow, 2·D in fp32 a candidate. Bytes: W and its copy once; x, packed and as it is, from L3 once a group.
 #include "ragged.h"
 
 #include <omp.h>
 
 #include <numeric>
+#include <utility>
 
 #include "guard.h"
 #include "registry.h"
@@ -11,105 +19,186 @@
 namespace fastsae::FASTSAE_ISA {
 namespace {
 
-struct PanelResult {
-  std::vector<int64_t> sizes;
-  std::vector<int32_t> latents;
-  std::vector<float> values;
-  std::vector<uint8_t> scored;
+constexpr int64_t kPanel = 240;              // tokens, a multiple of most kernels' groups: 184 KB of i8 at D = 768
+constexpr int64_t kGroupBytes = 400 << 10;   // rows of W of a group of tiles
+constexpr int64_t kMostTiles = 8;
+constexpr int64_t kTokensAtOnce = 128;       // placed together: their counters stay in L1
+
+// One lot of tokens, narrowed: what all threads read.
+struct Lot {
+  std::vector<const float*> rows;
+  std::vector<float> widened;        // holds them where x is bf16
+  std::vector<float> bars;           // infinite for tokens that are not finite
+  std::vector<uint8_t> odd;          // not finite: scored in full
+  std::vector<Panel> panels;
+  int64_t panel;                     // tokens in each but the last
+
+  int64_t count(int64_t p) const { return panels[p].count; }
 };
 
-PanelResult collect_panel(const EncodeArgs& a, const LatentTerms& terms, const float* per_latent,
-                          const std::vector<float>& bars, int64_t first, int64_t count, int64_t capacity) {
-  std::vector<float> widened(a.x.dtype == Dtype::f32 ? 0 : count * a.x.cols);
-  std::vector<const float*> rows(count);
-  for (int64_t t = 0; t < count; ++t)
-    rows[t] = as_floats(a.x, first + t, widened.data() + (widened.empty() ? 0 : t * a.x.cols));
+Lot narrow_lot(const EncodeArgs& a, const float* bars) {
   const ScreenKernel& kernel = kernel_for(a.screen.format);
-  Panel panel;
-  kernel.pack(rows.data(), count, a.x.cols, a.screen.words_per_row, panel);
-  // Nothing may be pruned here, so a full list can only spill: `keep` is out of reach.
-  Lists lists(count, capacity, std::numeric_limits<int64_t>::max());
-  for (int64_t t = 0; t < count; ++t) {
-    lists.bar[t] = bars[first + t];
-    if (!std::isfinite(panel.error[t])) lists.spilled[t] = 1, lists.bar[t] = std::numeric_limits<float>::infinity();
-  }
-  kernel.pass({a.screen, a, terms, panel, {}, a.rescore}, lists);
+  const int64_t N = a.x.rows, D = a.x.cols;
+  Lot lot;
+  lot.panel = std::max<int64_t>(1, kPanel / kernel.group) * kernel.group;
+  lot.rows.resize(N), lot.odd.assign(N, 0), lot.bars.assign(bars, bars + N);
+  if (a.x.dtype != Dtype::f32) lot.widened.resize(N * D);
+  lot.panels.resize((N + lot.panel - 1) / lot.panel);
+  Guard guard;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+  for (int64_t p = 0; p < int64_t(lot.panels.size()); ++p)
+    guard.run([&] {
+      const int64_t first = p * lot.panel, count = std::min(lot.panel, N - first);
+      for (int64_t n = first; n < first + count; ++n)
+        lot.rows[n] = as_floats(a.x, n, lot.widened.empty() ? nullptr : &lot.widened[n * D]);
+      kernel.pack(lot.rows.data() + first, count, D, a.screen.words_per_row, lot.panels[p]);
+      for (int64_t t = 0; t < count; ++t)
+        if (!std::isfinite(lot.panels[p].error[t]))
+          lot.odd[first + t] = 1, lot.bars[first + t] = std::numeric_limits<float>::infinity();
+    });
+  guard.rethrow();
+  return lot;
+}
 
-  PanelResult out;
-  std::vector<std::pair<int32_t, float>> found;
-  std::vector<Ranked> exact;
-  for (int64_t t = 0; t < count; ++t) {
-    found.clear();
-    if (lists.spilled[t]) {
-      exact.clear();
-      score_all(a, rows[t], per_latent, bars[first + t], exact);
-      for (const Ranked r : exact) found.emplace_back(int32_t(index_of(r)), score_of(r));
+// A thread's scratch: what passed in one panel and group, as found and by token.
+struct Scratch {
+  std::unique_ptr<uint32_t[]> found, by_token;
+  std::vector<int32_t> begin;
+};
+
+// Candidates by token, stably: they are ascending in position already. A NaN passes every bar, and so does padding a bar of
+// NaN: tokens that are not finite, and what is no latent, are left out here.
+int64_t sort_by_token(const EncodeArgs& a, const Lot& lot, int64_t panel, Sieve& sieve, Scratch& scratch) {
+  const uint8_t* odd = lot.odd.data() + panel * lot.panel;
+  const auto out = std::remove_if(sieve.found, sieve.found + sieve.size, [&](uint32_t e) {
+    return odd[e >> 16] || a.screen.latent_at(sieve.first + (e & 0xffff)) >= a.screen.latents;
+  });
+  sieve.size = out - sieve.found;
+  scratch.begin.assign(lot.count(panel) + 1, 0);
+  for (int64_t e = 0; e < sieve.size; ++e) ++scratch.begin[(sieve.found[e] >> 16) + 1];
+  std::partial_sum(scratch.begin.begin(), scratch.begin.end(), scratch.begin.begin());
+  for (int64_t e = 0; e < sieve.size; ++e) scratch.by_token[scratch.begin[sieve.found[e] >> 16]++] = sieve.found[e];
+  return sieve.size;
+}
+
+// Scores one panel's candidates and keeps what is above.
+template <class T>
+void score_panel(const EncodeArgs& a, const Lot& lot, const float* per_latent, int64_t first_token, int64_t first_position,
+                 const uint32_t* candidates, int64_t size, Found& out) {
+  constexpr int64_t kAhead = 3;
+  constexpr int kTogether = kRegisterBytes == 64 ? 4 : 1;   // sums of more rows than that do not fit into registers
+  const auto token_of = [&](int64_t e) { return first_token + (candidates[e] >> 16); };
+  const auto latent_of = [&](int64_t e) { return a.screen.latent_at(first_position + (candidates[e] & 0xffff)); };
+  const auto keep = [&](int64_t e, float dot) {
+    const int64_t i = latent_of(e);
+    const float s = with_bias(a, dot, i);
+    if (!(s <= (per_latent ? per_latent[i] : lot.bars[token_of(e)])))
+      out.add(token_of(e), first_position + (candidates[e] & 0xffff), s);
+  };
+  for (int64_t e = 0; e < size;) {
+    const int64_t token = token_of(e), D = a.x.cols;
+    // The row that comes from afar is the token's: fetched ahead, and used for as many latents as it meets here.
+    const float* next = lot.rows[token_of(std::min(e + kAhead, size - 1))];
+    float dot[kTogether];
+    if (kTogether > 1 && e + kTogether <= size && token_of(e + kTogether - 1) == token) {
+      const T* rows[kTogether];
+      for (int c = 0; c < kTogether; ++c) rows[c] = latent_row<T>(a, latent_of(e + c));
+      dots<kTogether, true>(lot.rows[token], rows, D, next, dot);
+      for (int c = 0; c < kTogether; ++c) keep(e + c, dot[c]);
+      e += kTogether;
     } else {
-      for (int64_t j = t * capacity; j < t * capacity + lists.size[t]; ++j)
-        found.emplace_back(int32_t(a.screen.latent_at(lists.where[j])), lists.value[j]);
+      const T* rows[1] = {latent_row<T>(a, latent_of(e))};
+      dots<1, true>(lot.rows[token], rows, D, next, dot);
+      keep(e++, dot[0]);
     }
-    std::sort(found.begin(), found.end(), [](const auto& p, const auto& q) { return p.first < q.first; });
-    for (const auto& [latent, value] : found) out.latents.push_back(latent), out.values.push_back(value);
-    out.sizes.push_back(int64_t(found.size()));
-    out.scored.push_back(lists.spilled[t]);
   }
-  return out;
+}
+
+template <class T>
+void survivors_typed(const EncodeArgs& a, const float* per_latent, const float* bars, Survivors& out) {
+  const LatentTerms terms = latent_terms(a, per_latent);
+  const Lot lot = narrow_lot(a, bars);
+  const ScreenKernel& kernel = kernel_for(a.screen.format);
+  const int64_t per_tile = kBlocksPerTile * kLanes, tiles = a.screen.blocks / kBlocksPerTile;
+  const int64_t fitting = kGroupBytes / std::max<int64_t>(1, per_tile * a.W.cols * int64_t(sizeof(T)));
+  const int64_t at_once = std::clamp(std::min(fitting, tiles / (4 * a.threads)), int64_t(1), kMostTiles);
+  const int64_t groups = (tiles + at_once - 1) / at_once, panels = int64_t(lot.panels.size());
+  // Few groups would leave threads idle: then the tokens are cut as well.
+  const int64_t cuts = std::max<int64_t>(1, std::min(panels, 4 * a.threads / std::max<int64_t>(1, groups)));
+  out.parts.resize(groups * cuts + 1);
+  std::vector<Scratch> scratch(a.threads);
+  const int64_t room = lot.panel * at_once * per_tile + kLanes;
+  for (Scratch& s : scratch) s.found.reset(new uint32_t[room]), s.by_token.reset(new uint32_t[room]);
+  Guard guard;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+  for (int64_t part = 0; part < groups * cuts; ++part)
+    guard.run([&] {
+      Scratch& own = scratch[omp_get_thread_num()];
+      const int64_t first_tile = part / cuts * at_once, cut = part % cuts;
+      for (int64_t p = panels * cut / cuts; p < panels * (cut + 1) / cuts; ++p) {
+        Sieve sieve{lot.bars.data() + p * lot.panel, first_tile * per_tile, own.found.get()};
+        const Tiles visited{first_tile, 1, false, first_tile + at_once};
+        kernel.sift({a.screen, a, terms, lot.panels[p], visited, a.rescore}, sieve);
+        const int64_t size = sort_by_token(a, lot, p, sieve, own);
+        score_panel<T>(a, lot, per_latent, p * lot.panel, sieve.first, own.by_token.get(), size, out.parts[part]);
+      }
+    });
+  guard.rethrow();
+
+  Found& full = out.parts.back();
+  std::vector<Ranked> exact;
+  for (int64_t n = 0; n < a.x.rows; ++n) {
+    if (!lot.odd[n]) continue;
+    ++out.scored_in_full;
+    exact.clear();
+    score_all(a, lot.rows[n], per_latent, bars[n], exact);
+    for (const Ranked r : exact) full.add(n, a.screen.position_of(index_of(r)), score_of(r));
+  }
+}
+
+// Calls visit(token, position, score) for the survivors of tokens [first, last), part after part.
+template <class Visit> void visit_tokens(const Survivors& s, int64_t first, int64_t last, Visit visit) {
+  for (const Found& part : s.parts) {
+    const auto begin = std::lower_bound(part.tokens.begin(), part.tokens.end(), int32_t(first));
+    for (int64_t e = begin - part.tokens.begin(); e < int64_t(part.tokens.size()) && part.tokens[e] < last; ++e)
+      visit(int64_t(part.tokens[e]), part.positions[e], part.scores[e]);
+  }
+}
+
+// A lane holds a range of latents, and positions ascend with the latents of a lane: sorting by (token, lane) is enough.
+void count_places(int64_t N, int threads, Survivors& s) {
+  s.places.assign(N * kLanes, 0), s.offsets.assign(N + 1, 0);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t first = 0; first < N; first += kTokensAtOnce)
+    visit_tokens(s, first, std::min(N, first + kTokensAtOnce),
+                 [&](int64_t token, int32_t position, float) { ++s.places[token * kLanes + position % kLanes]; });
+  for (int64_t n = 0; n < N; ++n) {
+    int32_t before = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) before += std::exchange(s.places[n * kLanes + lane], before);
+    s.offsets[n + 1] = s.offsets[n] + before;
+  }
 }
 
 }  // namespace
 
-Candidates collect(const EncodeArgs& a, const float* per_latent, const std::vector<float>& bars) {
-  const LatentTerms terms = latent_terms(a, per_latent);
-  // Nothing may be left out but by its bar, so a list has room for the whole dictionary.
-  const int64_t N = a.x.rows, capacity = a.screen.latents + 2 * kLanes;
-  const int64_t size = panel_size(a, N, capacity), panels = (N + size - 1) / size;
-  std::vector<PanelResult> parts(panels);
-  Guard guard;
+Survivors survivors(const EncodeArgs& a, const float* per_latent, const float* bars) {
+  Survivors out;
+  if (a.W.dtype == Dtype::bf16)
+    survivors_typed<bf16>(a, per_latent, bars, out);
+  else
+    survivors_typed<float>(a, per_latent, bars, out);
+  count_places(a.x.rows, a.threads, out);
+  return out;
+}
+
+void place(const EncodeArgs& a, Survivors& s, float* scores, int32_t* latents, int64_t room) {
+  const int64_t N = a.x.rows;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
-  for (int64_t p = 0; p < panels; ++p)
-    guard.run([&] {
-      parts[p] = collect_panel(a, terms, per_latent, bars, p * size, std::min(size, N - p * size), capacity);
+  for (int64_t first = 0; first < N; first += kTokensAtOnce)
+    visit_tokens(s, first, std::min(N, first + kTokensAtOnce), [&](int64_t token, int32_t position, float score) {
+      const int64_t to = s.offsets[token] + s.places[token * kLanes + position % kLanes]++;
+      if (to < room) scores[to] = score, latents[to] = int32_t(a.screen.latent_at(position));
     });
-  guard.rethrow();
-
-  Candidates c;
-  c.offsets.assign(1, 0);
-  for (PanelResult& part : parts) {
-    for (const int64_t s : part.sizes) c.offsets.push_back(c.offsets.back() + s);
-    c.latents.insert(c.latents.end(), part.latents.begin(), part.latents.end());
-    c.values.insert(c.values.end(), part.values.begin(), part.values.end());
-    c.scored.insert(c.scored.end(), part.scored.begin(), part.scored.end());
-    part = {};
-  }
-  c.spilled = std::accumulate(c.scored.begin(), c.scored.end(), int64_t(0));
-  return c;
-}
-
-template <class T> static void score_typed(const EncodeArgs& a, Candidates& c, const std::vector<int64_t>& which) {
-  const int64_t count = int64_t(which.size());
-  // Made before the threads start: an allocation that fails in there would end the process.
-  std::vector<std::vector<float>> buffers(a.threads, std::vector<float>(a.x.cols));
-#pragma omp parallel num_threads(a.threads)
-  {
-    std::vector<float>& buffer = buffers[omp_get_thread_num()];
-    const float* row = nullptr;
-    int64_t token = -1;
-#pragma omp for schedule(static)
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t e = which[j];
-      if (token < 0 || e >= c.offsets[token + 1] || e < c.offsets[token]) {
-        token = std::upper_bound(c.offsets.begin(), c.offsets.end(), e) - c.offsets.begin() - 1;
-        row = as_floats(a.x, token, buffer.data());
-      }
-      const int64_t next = c.latents[which[std::min(j + 3, count - 1)]];
-      if (!c.scored[token]) c.values[e] = exact_score_fetching<T>(a, row, c.latents[e], next);
-    }
-  }
-}
-
-void score_candidates(const EncodeArgs& a, Candidates& c, const std::vector<int64_t>& which) {
-  if (a.W.dtype == Dtype::bf16) return score_typed<bf16>(a, c, which);
-  score_typed<float>(a, c, which);
 }
 
 }  // namespace fastsae::FASTSAE_ISA

@@ -1,5 +1,4 @@
-// The latents of each token whose upper bound clears a bar, as one ragged list in (token, latent) order: what encode_above and
-// encode_batch_topk decide among. Memory follows the number of candidates.
+// The latents of each token that score above a bar, exactly: what encode_above returns and encode_batch_topk chooses among.
 #pragma once
 #include <vector>
 
@@ -7,18 +6,29 @@
 
 namespace fastsae::FASTSAE_ISA {
 
-struct Candidates {
-  std::vector<int64_t> offsets;   // [N + 1]
-  std::vector<int32_t> latents;
-  std::vector<float> values;      // upper bounds, or exact scores where `scored`
-  std::vector<uint8_t> scored;    // [N] the token was scored in fp32 in full
-  int64_t spilled = 0;            // how many tokens were
+// What one group of tiles found in some tokens, in (token, packed position) order.
+struct Found {
+  std::vector<int32_t> tokens, positions;
+  std::vector<float> scores;
+
+  void add(int64_t token, int64_t position, float score) {
+    tokens.push_back(int32_t(token)), positions.push_back(int32_t(position)), scores.push_back(score);
+  }
 };
 
-// per_latent (may be null): thresholds taken off each latent's bound; bars: one per token.
-Candidates collect(const EncodeArgs& args, const float* per_latent, const std::vector<float>& bars);
+struct Survivors {
+  std::vector<Found> parts;           // ascending tokens in each, ascending positions of a token from part to part
+  std::vector<int32_t> places;        // [N][16] where a token's latents of each lane begin, counted from its first
+  std::vector<int64_t> offsets;       // [N + 1]
+  int64_t scored_in_full = 0;         // tokens that are not finite
 
-// values := exact scores of the listed latents `which` (ordinals into the candidates, ascending).
-void score_candidates(const EncodeArgs& args, Candidates& c, const std::vector<int64_t>& which);
+  int64_t count() const { return offsets.back(); }
+};
+
+// `args.x`: at most kAtOnce tokens. per_latent (may be null): a threshold for each latent, with bars of 0; bars: one per token.
+Survivors survivors(const EncodeArgs& args, const float* per_latent, const float* bars);
+
+// Writes them in (token, latent) order: survivor e to scores[e] and latents[e], those past `room` not at all.
+void place(const EncodeArgs& args, Survivors& s, float* scores, int32_t* latents, int64_t room);
 
 }  // namespace fastsae::FASTSAE_ISA

@@ -42,10 +42,19 @@ struct Lists {
   void reset(int64_t count) { size.assign(count, 0), bar.assign(count, 0.f), spilled.assign(count, 0); }
 };
 
-// Which tiles a pass visits: every step-th from `first`, or all the others.
+// Where bars are given and nothing may be left out but by them: whoever passed, in (tile, token, position) order.
+struct Sieve {
+  const float* bar;      // [count] a latent is left out only if u <= bar
+  int64_t first;         // packed position that counts as 0
+  uint32_t* found;       // token << 16 | position - first; has room for all, and for a vector more
+  int64_t size = 0;
+};
+
+// Which tiles a pass visits: every step-th from `first`, or all the others, up to `end`.
 struct Tiles {
   int64_t first = 0, step = 1;
   bool others = false;
+  int64_t end = std::numeric_limits<int64_t>::max();
 
   int64_t begin() const { return others ? next(-1) : first; }
   int64_t next(int64_t tile) const {
@@ -64,11 +73,12 @@ struct ScreenCall {
   bool guessing = false;        // bars rise with the estimates ŝ, not with what is certain: see guess_bars
 };
 
-// One format's kernel: how tokens are narrowed, and the pass over the latents.
+// One format's kernel: how tokens are narrowed, and the pass over the latents, into lists or through a sieve.
 struct ScreenKernel {
   int64_t group;
   void (*pack)(const float* const* rows, int64_t count, int64_t d, int64_t words, Panel& panel);
   void (*pass)(const ScreenCall& call, Lists& lists);
+  void (*sift)(const ScreenCall& call, Sieve& sieve);
 };
 
 // Makes room in a full list of one token. At least `keep` latents are known to score no less than the keep-th largest lower

@@ -68,12 +68,12 @@ struct Twin {
   void finish(float* out) { std::memcpy(out, c, sizeof c); }
 };
 
-template <class Unit> void amx_pass(const ScreenCall& call, Lists& lists) {
-  const int64_t words = call.screen.words_per_row, tiles = call.screen.blocks / kBlocksPerTile;
+template <class Unit, class Sink> void amx_pass(const ScreenCall& call, Sink& sink) {
+  const int64_t words = call.screen.words_per_row, end = end_tile(call);
   Unit unit;
   alignas(64) float scores[2 * kRows * 2 * kLanes];
   unit.begin();
-  for (int64_t tile = call.tiles.begin(); tile < tiles; tile = call.tiles.next(tile)) {
+  for (int64_t tile = call.tiles.begin(); tile < end; tile = call.tiles.next(tile)) {
     const uint32_t* w0 = call.screen.words + tile * kBlocksPerTile * words * kLanes;
     const uint32_t* w1 = w0 + words * kLanes;
     for (int64_t first = 0; first < call.panel.count; first += 2 * kRows) {
@@ -82,7 +82,7 @@ template <class Unit> void amx_pass(const ScreenCall& call, Lists& lists) {
       for (int64_t k = 0; k < words; k += kWords)
         unit.step(x + k, x + kRows * words + k, words, w0 + k * kLanes, w1 + k * kLanes);
       unit.finish(scores);
-      examine(call, lists, first, std::min<int64_t>(2 * kRows, call.panel.count - first), tile,
+      examine(call, sink, first, std::min<int64_t>(2 * kRows, call.panel.count - first), tile,
               [&](int64_t t, int64_t b) { return load(scores + (t * kBlocksPerTile + b) * kLanes); });
     }
   }
@@ -97,7 +97,9 @@ struct AmxTokens {
 
 }  // namespace
 
-const ScreenKernel screen_amx = {AmxTokens::kGroup, pack_panel<AmxTokens>, amx_pass<Hardware>};
-const ScreenKernel screen_amx_emulated = {AmxTokens::kGroup, pack_panel<AmxTokens>, amx_pass<Twin>};
+const ScreenKernel screen_amx = {AmxTokens::kGroup, pack_panel<AmxTokens>, amx_pass<Hardware, Lists>,
+                                 amx_pass<Hardware, Sieve>};
+const ScreenKernel screen_amx_emulated = {AmxTokens::kGroup, pack_panel<AmxTokens>, amx_pass<Twin, Lists>,
+                                          amx_pass<Twin, Sieve>};
 
 }  // namespace fastsae::FASTSAE_ISA

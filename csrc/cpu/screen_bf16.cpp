@@ -20,6 +20,6 @@ struct ScreenBf16 {
   static Narrowed narrow(const float* v, int64_t d, uint32_t* words) { return narrow_bf16(v, d, words); }
 };
 
-const ScreenKernel screen_bf16 = {ScreenBf16::kGroup, pack_panel<ScreenBf16>, pass<ScreenBf16>};
+const ScreenKernel screen_bf16 = {ScreenBf16::kGroup, pack_panel<ScreenBf16>, pass<ScreenBf16, Lists>, pass<ScreenBf16, Sieve>};
 
 }  // namespace fastsae::FASTSAE_ISA

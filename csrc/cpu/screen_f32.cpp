@@ -70,6 +70,6 @@ struct ScreenF32 {
 
 }  // namespace
 
-const ScreenKernel screen_f32 = {ScreenF32::kGroup, pack_panel<ScreenF32>, pass<ScreenF32>};
+const ScreenKernel screen_f32 = {ScreenF32::kGroup, pack_panel<ScreenF32>, pass<ScreenF32, Lists>, pass<ScreenF32, Sieve>};
 
 }  // namespace fastsae::FASTSAE_ISA

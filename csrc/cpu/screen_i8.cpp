@@ -21,6 +21,6 @@ struct ScreenI8 {
   static Narrowed narrow(const float* v, int64_t d, uint32_t* words) { return narrow_i8<0>(v, d, words); }
 };
 
-const ScreenKernel screen_i8 = {ScreenI8::kGroup, pack_panel<ScreenI8>, pass<ScreenI8>};
+const ScreenKernel screen_i8 = {ScreenI8::kGroup, pack_panel<ScreenI8>, pass<ScreenI8, Lists>, pass<ScreenI8, Sieve>};
 
 }  // namespace fastsae::FASTSAE_ISA

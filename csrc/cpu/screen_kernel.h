@@ -47,9 +47,27 @@ FASTSAE_INLINE void append(Lists& lists, int64_t token, vec<float> u, unsigned m
 #endif
 }
 
+// What becomes of the latents of one block that passed.
+FASTSAE_INLINE void take(const ScreenCall& call, Lists& lists, int64_t token, vec<float> u, unsigned mask, int64_t position) {
+  append(lists, token, u, mask, int32_t(position));
+  if (__builtin_expect(lists.size[token] + kLanes > lists.room, 0)) prune(call, lists, token);
+}
+
+FASTSAE_INLINE void take(const ScreenCall&, Sieve& sieve, int64_t token, vec<float>, unsigned mask, int64_t position) {
+  const uint32_t base = uint32_t(token << 16 | (position - sieve.first));
+#if defined(__AVX512F__)
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i entries = _mm512_add_epi32(lane, _mm512_set1_epi32(int32_t(base)));
+  _mm512_storeu_si512(sieve.found + sieve.size, _mm512_maskz_compress_epi32(mask, entries));
+  sieve.size += __builtin_popcount(mask);
+#else
+  for (; mask; mask &= mask - 1) sieve.found[sieve.size++] = base + uint32_t(__builtin_ctz(mask));
+#endif
+}
+
 // Bound and compare the products of up to `live` tokens with one tile: product(t, b) are 16 of token first + t.
-template <class Product>
-FASTSAE_INLINE void examine(const ScreenCall& call, Lists& lists, int64_t first, int64_t live, int64_t tile, Product product) {
+template <class Sink, class Product>
+FASTSAE_INLINE void examine(const ScreenCall& call, Sink& sink, int64_t first, int64_t live, int64_t tile, Product product) {
   constexpr int B = kBlocksPerTile;
   const Panel& p = call.panel;
   vec<float> mult[B], bias[B], norm[B], residual[B];
@@ -66,11 +84,8 @@ FASTSAE_INLINE void examine(const ScreenCall& call, Lists& lists, int64_t first,
     const vec<float> scale = splat(p.scale[t]), error = splat(p.error[t]), size = splat(p.norm[t]);
     for (int b = 0; b < B; ++b) {
       const vec<float> u = mult[b] * (product(t - first, b) * scale) + (bias[b] + error * norm[b] + size * residual[b]);
-      const unsigned mask = above(u, lists.bar[t]);
-      if (__builtin_expect(mask != 0, 0)) {
-        append(lists, t, u, mask, int32_t((tile * B + b) * kLanes));
-        if (__builtin_expect(lists.size[t] + kLanes > lists.room, 0)) prune(call, lists, t);
-      }
+      const unsigned mask = above(u, sink.bar[t]);
+      if (__builtin_expect(mask != 0, 0)) take(call, sink, t, u, mask, (tile * B + b) * kLanes);
     }
   }
 }
@@ -101,26 +116,28 @@ FASTSAE_INLINE void multiply_tile(const uint32_t* x, const uint32_t* w0, int64_t
     for (int b = 0; b < B; ++b) out[t * B + b] = acc[t][b];
 }
 
+inline int64_t end_tile(const ScreenCall& call) { return std::min(call.tiles.end, call.screen.blocks / kBlocksPerTile); }
+
 // One part of `parts` of the next tile, asked for while this one is multiplied: the copy comes from L3 or memory.
 FASTSAE_INLINE void fetch_share(const ScreenCall& call, int64_t tile, int64_t part, int64_t parts) {
-  if ((tile + 1) * kBlocksPerTile > call.screen.blocks) return;
+  if (tile >= end_tile(call)) return;
   const int64_t lines = kBlocksPerTile * call.screen.words_per_row;   // a word of 16 lanes is a line
   const uint32_t* next = call.screen.words + tile * lines * kLanes;
   for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) __builtin_prefetch(next + i * kLanes, 0, 2);
 }
 
-template <class Policy> void pass(const ScreenCall& call, Lists& lists) {
+template <class Policy, class Sink> void pass(const ScreenCall& call, Sink& sink) {
   constexpr int64_t G = Policy::kGroup, B = kBlocksPerTile;
-  const int64_t words = call.screen.words_per_row, tiles = call.screen.blocks / B;
+  const int64_t words = call.screen.words_per_row, end = end_tile(call);
   std::vector<uint32_t> scratch(Policy::kPacked ? 0 : B * words * kLanes);
   typename Policy::Acc products[G * B];
-  for (int64_t tile = call.tiles.begin(); tile < tiles; tile = call.tiles.next(tile)) {
+  for (int64_t tile = call.tiles.begin(); tile < end; tile = call.tiles.next(tile)) {
     const uint32_t* w = Policy::kPacked ? call.screen.words + tile * B * words * kLanes : scratch.data();
     if constexpr (!Policy::kPacked) Policy::pack_tile(call, tile, scratch.data());
     for (int64_t first = 0; first < call.panel.count; first += G) {
       if constexpr (Policy::kPacked) fetch_share(call, call.tiles.next(tile), first / G, (call.panel.count + G - 1) / G);
       multiply_tile<Policy>(call.panel.words.data() + first * words, w, words, products);
-      examine(call, lists, first, std::min(G, call.panel.count - first), tile, [&](int64_t t, int64_t b) {
+      examine(call, sink, first, std::min(G, call.panel.count - first), tile, [&](int64_t t, int64_t b) {
         return Policy::product(products[t * B + b], call.panel.correction[first + t]);
       });
     }
