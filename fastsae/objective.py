@@ -95,10 +95,14 @@ def selected_pass(task: Task) -> Pass:
             squares = losses.sum_of_squares(error)
         errors.append((error, weight))
         sums.append(squares)
-    total = torch.stack([w * s for (_, w), s in zip(errors, sums, strict=True)]).sum() if len(sums) > 1 else sums[0]
+    total, named = sums[0] / task.over, {}
+    if len(sums) > 1:
+        total = torch.stack([weight * s for (_, weight), s in zip(errors, sums, strict=True)]).sum() / task.over
+        named["nested"] = total
     return Pass(
         error=errors[-1][0], squares=sums[-1], errors=errors, parts=[part for part, _ in parts], active=codes.nnz,
-        codes=codes, redone=codes.redone, total=total / task.over, outer_grad=outer_of(task, errors[-1][0]),
+        codes=codes, redone=codes.redone, losses=named, total=total,
+        outer_grad=outer_of(task, errors[-1][0]),
     )  # fmt: skip
 
 

@@ -246,7 +246,7 @@ class FusedTrainStep:
         if found.redone is not None:
             self._kept.redone = found.redone / n
         metrics = {"mse": found.squares / n, "fvu": found.squares / variance, **found.losses}
-        metrics |= {"l0": found.active / n, "dead": sae.dead.sum()}
+        metrics |= {"l0": found.active.double() / n, "dead": sae.dead.sum()}
         if found.redone is not None:
             metrics["redone"] = found.redone
         loss = found.total

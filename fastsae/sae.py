@@ -29,8 +29,8 @@ class SAEOutput(NamedTuple):
     """What `sae(x)` returns.
 
     recon (*batch, d_out) in the units of the target; codes: the active latents; loss: 0-d, what to minimise; losses:
-    its parts before their coefficients: "mse" or "fvu", of a rule with a penalty "sparsity", of Gated "gate", and in
-    training "aux" or "ghost" where the module has them.
+    its parts before their coefficients: "mse" or "fvu"; of a rule with several reconstructions "nested", their weighted
+    sum; of one with a penalty "sparsity"; of Gated "gate"; and in training "aux" or "ghost" where the module has them.
     """
 
     recon: Tensor
@@ -202,11 +202,15 @@ class SparseAutoencoder(Parameters):
             offset = offset + ready.x @ self.W_skip.mT
         recon = offset
         total: Tensor | float = 0.0
-        for part, weight in rule.parts(codes, self.own):
+        nested = rule.parts(codes, self.own)
+        for part, weight in nested:
             recon = recon + ops.decode(part, self.W_dec, backend=self.backend)
-            total = total + weight * losses.squared_error(recon, goal) / over
-        parts = {self.loss: torch.as_tensor(total)}
-        loss = parts[self.loss]
+            error = losses.squared_error(recon, goal) / over
+            total = total + weight * error
+        parts = {self.loss: error}
+        loss = torch.as_tensor(total)
+        if len(nested) > 1:
+            parts["nested"] = loss
         if penalty is not None:
             parts["sparsity"] = penalty
             loss = loss + (rule.coef * self.penalty_scale).to(penalty.dtype) * penalty

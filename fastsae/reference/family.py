@@ -59,7 +59,8 @@ def forward(
 ) -> Forward:
     """recon = A W_dec + b_dec (+ x W_skipᵀ),  A = rule((x - b_dec if pre_bias else x) W_encᵀ + b_enc), and its loss:
 
-    Σ_parts weight·Σ‖recon_part - target‖²/unit + scale·coef·penalty + the gate's Σ‖·‖²/unit.
+    Σ_parts weight·Σ‖recon_part - target‖²/unit + scale·coef·penalty + the gate's Σ‖·‖²/unit. The first sum is "nested"
+    where there are several parts; "mse" or "fvu" is the error of the last one, which has all of them.
     params: W_enc (left out: tied), W_dec, b_enc, b_dec, W_skip (left out: no skip connection).
     """
     target = x if target is None else target
@@ -75,14 +76,17 @@ def forward(
     if "W_skip" in params:
         offset = offset + x @ params["W_skip"].mT
     recon = offset
-    error: Tensor | float = 0.0
-    for part, weight in rule.dense_parts(A, own):
+    total: Tensor | float = 0.0
+    parts = rule.dense_parts(A, own)
+    for part, weight in parts:
         recon = recon + part @ W_dec
-        error = error + weight * (recon - target).square().sum((-2, -1)) / unit
-    losses = {loss: torch.as_tensor(error)}
+        error = (recon - target).square().sum((-2, -1)) / unit
+        total = total + weight * error
+    losses = {loss: error}
+    if len(parts) > 1:
+        losses["nested"] = torch.as_tensor(total)
     norms = decoder_norms(W_dec, layers).unsqueeze(-2)
     sparsity = rule.sparsity(pre, A, rows, norms)
-    total = losses[loss]
     if sparsity is not None:
         losses["sparsity"] = rule.penalty(sparsity.sum(-1).mean(-1))
         total = total + penalty_scale * rule.coef * losses["sparsity"]
