@@ -1,4 +1,4 @@
-"""SAEBatch: B independent SAEs of one shape trained at once, for seeds, sparsities and SAEs too small to be trained alone.
+"""SAEBatch: B independent SAEs of one shape trained at once, for seeds, sparsities and SAEs that are tiny.
 
 One dense product serves all of them: x (N, D) or (B, N, D), pre-acts (B, N, M), by `fastsae.reference.forward`. That is
 right where a step alone is all overhead. It stores B·N·M numbers and multiplies all of them: from `BATCH_WORTH` on,
@@ -73,7 +73,9 @@ class SAEBatch(nn.Module):
         super().__init__()
         seeds = tuple(range(n) if seeds is None else seeds)
         if n < 1 or len(seeds) != n:
-            raise ValueError(f"n is {n} and there are {len(seeds)} seeds; expected at least one SAE, and a seed for each")
+            raise ValueError(
+                f"n is {n} and there are {len(seeds)} seeds; expected at least one SAE, and a seed for each"
+            )
         for name, value, choices in (
             ("decoder_norm", decoder_norm, NORMS), ("encoder_norm", encoder_norm, NORMS[1:]),
             ("ghost", ghost, (None, "pull")),
@@ -125,7 +127,7 @@ class SAEBatch(nn.Module):
         return sae
 
     @property
-    def rule(self) -> reference.Rule:
+    def rule(self) -> Any:
         """The rule of all, which reads the members' k where they differ."""
         return self.activation if self.ks.numel() == 0 else _ManyKs(self.activation, self.ks)
 
@@ -254,7 +256,9 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
     name = COEFFICIENT.get(first.kind, "k" if isinstance(first, (TopK, BatchTopK)) else "")
     if not name or any(replace(rule, **{name: getattr(first, name)}) != first for rule in rules):  # type: ignore[type-var]
         can = f"in {name} alone" if name else "in their seeds alone"
-        raise ValueError(f"SAEs of one batch with {type(first).__name__} can differ {can}, got {list(dict.fromkeys(rules))}")
+        raise ValueError(
+            f"SAEs of one batch with {type(first).__name__} can differ {can}, got {list(dict.fromkeys(rules))}"
+        )
     values = [getattr(rule, name) for rule in rules]
     most = rules[values.index(max(values))]
     if name == "k":

@@ -20,10 +20,10 @@ from .plain_step import OPTIMIZERS
 class BatchTrainStep:
     """`metrics = step(x)`: gradient, projection of a unit decoder's, Adam or AdamW, renormalisation, for all at once.
 
-    lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. They are elementwise: what one SAE does has no
-    influence on the others. schedule: multiplier of lr from the number of updates done.
-    measure: also return fvu, l0 and dead, which take a sixth of a small step. closed_form: write the gradients out where
-    the rule allows; False: autograd throughout.
+    lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. Elementwise, so no SAE has an influence on
+    another. schedule: multiplier of lr from the number of updates done.
+    measure: also return fvu, l0 and dead. closed_form: write the gradients out where the rule allows; False: autograd
+    throughout.
     Raises ValueError for another optimizer, and for a weight decay of adam.
     """
 
@@ -53,7 +53,7 @@ class BatchTrainStep:
     def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """One update on x (N, d_in), the same for all, or (B, N, d_in).
 
-        Returns (B,) tensors: "loss" and its parts, and with `measure` "fvu", "l0", "dead" (a share), of before the update.
+        Returns (B,) tensors: "loss" and its parts, with `measure` "fvu", "l0", "dead" (a share), of before the update.
         """
         batch = self.batch
         if self.schedule is not None:
@@ -141,20 +141,29 @@ class BatchTrainStep:
         if rule == TopK(1):  # one pass; the first of equal ones, as the stable sort has it
             values, latents = pre.max(-1, keepdim=True)
             return torch.zeros_like(pre).scatter_(-1, latents, values.relu_())
-        return rule.dense(pre, {}, {name: getattr(self.batch, name) for name in self.batch.activation.new_buffers()}, True)
+        if isinstance(rule, TopK) and pre.device.type == "cpu":
+            acts = torch.relu(pre)
+            kept = acts >= acts.topk(rule.k).values[..., -1:].clamp_min(torch.finfo(acts.dtype).tiny)
+            if bool((kept.sum(-1) <= rule.k).all()):  # else equal ones, among which the stable sort decides
+                return acts.mul_(kept)
+        return rule.dense(
+            pre, {}, {name: getattr(self.batch, name) for name in self.batch.activation.new_buffers()}, True
+        )
 
     def _add_ghosts(self, inputs: Tensor, error: Tensor) -> Tensor:
-        """The ghosts' loss (B,); adds its gradients: -ghost_coef·σ(-⟨u, W_enc_i⟩)·u in dead rows, likewise w in W_dec."""
+        """The ghosts' loss (B,); adds its gradients: -ghost_coef·σ(-⟨u, W_enc_i⟩)·u in dead rows, w in W_dec's."""
         batch = self.batch
         dead = batch.dead
         if dead.device.type == "cpu" and not bool(dead.any()):
             return error.new_zeros(len(batch))
         total = error.new_zeros(len(batch))
         u, w = batch.ghost_directions(inputs, -error)
-        for p, direction in ((getattr(batch, "W_enc", batch.W_dec), u), (batch.W_dec, w)):
+        named = dict(batch.named_parameters())
+        for p, direction in ((named.get("W_enc", named["W_dec"]), u), (named["W_dec"], w)):
             along = torch.bmm(p, direction[..., None])[..., 0]
             total += torch.where(dead, torch.nn.functional.softplus(-along), 0).sum(-1)
             slope = torch.where(dead, torch.sigmoid(-along), 0) * -batch.ghost_coef
+            assert p.grad is not None
             p.grad.addcmul_(slope[..., None], direction[:, None])
         return total
 
