@@ -183,7 +183,7 @@ class Trainer:
             raise ValueError("the source holds out no rows to evaluate on; set its holdout, or eval_every to 0")
         self.sae.train()
         self.guard, self.timer = FiniteGuard(self.device), PartTimer()
-        self._window = 0
+        self._window = self._resampled = 0
         self._redone = torch.zeros((), dtype=torch.int64, device=self.device)
         self._started = time.perf_counter() - self.seconds
         while self.step < self.total and self.stop.requested is None:
@@ -241,6 +241,7 @@ class Trainer:
             count = resample_(self.sae, blocks, self.update, batch_size=c.batch_size, seed=c.seed + self.step)
         finally:
             self.source.load_state_dict(position)
+        self._resampled += count
         self.logs.say(f"step {self.step}: resampled {count:,} dead latents of {self.sae.d_sae:,}")
 
     def _evaluate(self) -> None:
@@ -266,13 +267,14 @@ class Trainer:
             "tokens": self._tokens,
             **values,
             "redone_share": share,
+            **({"resampled": self._resampled} if self.config.resample_at else {}),
             "tokens_per_s": self._window * self.config.batch_size / training,
             "time_s": time.perf_counter() - self._started,
             **{f"ms_{part}": 1e3 * seconds / self._window for part, seconds in parts.items()},
         }
         self.logs.metrics(record)
         self.last["metrics"] = record
-        self._window = 0
+        self._window = self._resampled = 0
         self._redone.zero_()
         if share > REDONE_LIMIT and not self._warned:
             self._warned = True
