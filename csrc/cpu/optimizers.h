@@ -29,7 +29,7 @@ template <class S, class A> FASTSAE_INLINE S stored_as(A v, uint32_t key, uint32
 // `length` numbers, `first` being their flat index in the parameter. Where two products are added, multiply_add says which is
 // fused with the sum: the compiler would choose for each instance of this loop, and storage would decide over a last bit.
 template <OptimizerKind KIND, class T, class S>
-FASTSAE_INLINE void step_run(const StepNumbers<acc_t<T>>& s, T* p, S* m, S* v, const acc_t<T>* g, int64_t length,
+FASTSAE_INLINE void step_run(const StepNumbers<acc_t<T>> s, T* p, S* m, S* v, const acc_t<T>* g, int64_t length,
                              uint32_t first, Keys keys) {
   using A = acc_t<T>;
 #pragma omp simd
