@@ -177,3 +177,26 @@ def test_odd_blocks_are_stored_as_the_reference_stores_them(backend: str) -> Non
     for name, p in again.params.items():
         torch.testing.assert_close(problem.params[name], p, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert reference.BLOCK == 128
+
+
+def test_the_elementwise_step_reads_nothing_back_from_the_device() -> None:
+    """On the meta device every read of a value raises. This is what a GPU does with gradients it has stored."""
+    shapes = {"W_enc": (6, 200), "W_dec": (6, 130), "b_enc": (6,), "b_dec": (130,)}
+    params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    lr, step = torch.empty((), dtype=torch.float64, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    moments: reference.Moments = {
+        name: tuple(EightBit(p.to(EIGHT), torch.empty(scales_shape(p), device="meta")) if p.ndim == 2 else p
+                    for _ in range(2))
+        for name, p in params.items()
+    }  # fmt: skip
+    parts = reference.Parts(torch.empty(6, 2, device="meta"), params["b_enc"], params["W_enc"], params["W_dec"])
+    grads = reference.shape_gradients(params, reference.with_parts(params, params, parts), True, 1.0)
+    grads = {name: g * lr for name, g in grads.items()}
+    assert reference.squared_norms(grads).device.type == "meta"
+    for optimizer in (reference.Optimizer("adamw", weight_decay=0.1), reference.Optimizer("lion")):
+        kept = {name: pair[: len(optimizer.moments)] for name, pair in moments.items()}
+        new, stored = reference.update(params, grads, kept, lr, step, optimizer, True, seed=1)
+        assert new["W_enc"].device.type == "meta"
+        for name, fresh in stored.items():
+            for place, moment in zip(kept[name], fresh, strict=True):
+                reference.store(place, moment)
