@@ -100,6 +100,7 @@ class Parameters(nn.Module):
             now = getattr(self, name)
             if now.dtype != before.dtype and not now.is_meta:
                 now.data = before.to(now.device, torch.promote_types(now.dtype, before.dtype))
+                now.grad = None  # it was rounded
         return self
 
     @torch.no_grad()
