@@ -162,6 +162,8 @@ class Trainer:
             self.update.load_state_dict(state["optimizer"])
             self.source.load_state_dict(state["source"])
             restore_rng_state(state["rng"])
+            self.sae.fired.copy_(state["density"]["fired"])
+            self.sae.fired_over.fill_(state["density"]["over"])
             self.step, self.seconds, self.last = state["step"], state["trainer"]["seconds"], state["trainer"]["last"]
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint {path} does not fit this run: {error}") from error
@@ -299,6 +301,7 @@ class Trainer:
                 "source": self.source.state_dict(),
                 "rng": rng_state(),
                 "trainer": {"seconds": self.seconds, "last": self.last},
+                "density": {"fired": self.sae.fired, "over": int(self.sae.fired_over)},
             }
             self._saved = checkpoint.write_checkpoint(
                 self.checkpoints, self.step, state, lambda path: save(self.sae, path)
