@@ -19,6 +19,7 @@ from fastsae.activations import (
 )
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
+from fastsae.latents import resample_
 from fastsae.optim import FusedTrainStep
 from fastsae.sae import SAEOutput, SparseAutoencoder
 from fastsae.schedules import Schedule
@@ -48,5 +49,6 @@ __all__ = [
     "backends",
     "load",
     "ops",
+    "resample_",
     "save",
 ]

@@ -228,7 +228,8 @@ class FusedTrainStep:
         sae, n = self.sae, ready.x.shape[0]
         variance = losses.total_variance(ready.target)
         over: Tensor | int = n if sae.loss == "mse" else variance
-        goal, bias = ready.target, sae.b_dec.detach()
+        goal = ready.target
+        bias: Tensor | None = sae.b_dec.detach()
         if sae.pre_bias and own_target:
             # recon - x = A W_dec - (x - b_dec): no bias to add, and no copy of x to keep
             goal, bias = ready.encoder_input, None

@@ -29,6 +29,8 @@ class Parameters(nn.Module):
     fired_over: Tensor
     penalty_scale: Tensor
 
+    norm: InputNorm
+
     def __init__(
         self,
         d_in: int,
@@ -98,6 +100,7 @@ class Parameters(nn.Module):
             now = getattr(self, name)
             if now.dtype != before.dtype and not now.is_meta:
                 now.data = before.to(now.device, torch.promote_types(now.dtype, before.dtype))
+                now.grad = None  # it was rounded
         return self
 
     @torch.no_grad()
@@ -111,7 +114,8 @@ class Parameters(nn.Module):
         nn.init.zeros_(self.b_enc)
         nn.init.zeros_(self.b_dec)
         self.tokens_since_fired.zero_()
-        self.reset_density_()
+        self.fired.zero_()
+        self.fired_over.zero_()
         self.penalty_scale.fill_(1.0)
         if self.W_skip is not None:
             nn.init.zeros_(self.W_skip)

@@ -162,6 +162,8 @@ class Trainer:
             self.update.load_state_dict(state["optimizer"])
             self.source.load_state_dict(state["source"])
             restore_rng_state(state["rng"])
+            self.sae.fired.copy_(state["density"]["fired"])
+            self.sae.fired_over.fill_(state["density"]["over"])
             self.step, self.seconds, self.last = state["step"], state["trainer"]["seconds"], state["trainer"]["last"]
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint {path} does not fit this run: {error}") from error
@@ -183,7 +185,7 @@ class Trainer:
             raise ValueError("the source holds out no rows to evaluate on; set its holdout, or eval_every to 0")
         self.sae.train()
         self.guard, self.timer = FiniteGuard(self.device), PartTimer()
-        self._window = 0
+        self._window = self._resampled = 0
         self._redone = torch.zeros((), dtype=torch.int64, device=self.device)
         self._started = time.perf_counter() - self.seconds
         while self.step < self.total and self.stop.requested is None:
@@ -241,6 +243,7 @@ class Trainer:
             count = resample_(self.sae, blocks, self.update, batch_size=c.batch_size, seed=c.seed + self.step)
         finally:
             self.source.load_state_dict(position)
+        self._resampled += count
         self.logs.say(f"step {self.step}: resampled {count:,} dead latents of {self.sae.d_sae:,}")
 
     def _evaluate(self) -> None:
@@ -266,13 +269,14 @@ class Trainer:
             "tokens": self._tokens,
             **values,
             "redone_share": share,
+            **({"resampled": self._resampled} if self.config.resample_at else {}),
             "tokens_per_s": self._window * self.config.batch_size / training,
             "time_s": time.perf_counter() - self._started,
             **{f"ms_{part}": 1e3 * seconds / self._window for part, seconds in parts.items()},
         }
         self.logs.metrics(record)
         self.last["metrics"] = record
-        self._window = 0
+        self._window = self._resampled = 0
         self._redone.zero_()
         if share > REDONE_LIMIT and not self._warned:
             self._warned = True
@@ -297,6 +301,7 @@ class Trainer:
                 "source": self.source.state_dict(),
                 "rng": rng_state(),
                 "trainer": {"seconds": self.seconds, "last": self.last},
+                "density": {"fired": self.sae.fired, "over": int(self.sae.fired_over)},
             }
             self._saved = checkpoint.write_checkpoint(
                 self.checkpoints, self.step, state, lambda path: save(self.sae, path)

@@ -136,8 +136,8 @@ class TrainConfig:
     def free_settings(self) -> set[str]:
         """Names that may change when a run goes on: the weights do not depend on them.
 
-        (On the number of threads only torch's own products do, in the last bits: those of fused=False and of a model
-        whose activations are taken live.)
+        (On the number of threads only torch's own products do, in the last bits: those of fused=False, of a threshold
+        rule's dense steps, of a skip connection, and of a model whose activations are taken live.)
         """
         free = {"threads", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "progress"}
         # With a decay, the rate of every step so far may depend on where the end lies.

@@ -27,6 +27,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"layers": 2, "decoder_norm": "unit", "normalize": "constant", "aux_k": 2},
     {"tied": True, "decoder_norm": "unit", "pre_bias": False},
     {"loss": "fvu", "ghost": "residual"},
+    {"d_out": 9, "pre_bias": False, "skip": True, "loss": "fvu"},
 ]
 
 
@@ -45,9 +46,10 @@ def assert_equal_training(sae: fastsae.SparseAutoencoder, step: FusedTrainStep, 
     for i in range(steps):
         x = tokens(seed=i).requires_grad_()
         copied = x.detach().clone().requires_grad_()
-        out = plain(x)
+        target = tokens(seed=i + 50, width=sae.d_out) if sae.d_out != sae.d_in else None
+        out = plain(x, target)
         (out.loss + behind(out.recon)).backward()
-        metrics = step(copied, outer=behind)
+        metrics = step(copied, target, outer=behind)
         torch.testing.assert_close(metrics["loss"], (out.loss + behind(out.recon)).detach(), rtol=1e-11, atol=1e-12)
         for name, value in out.losses.items():
             torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-11, atol=1e-12)

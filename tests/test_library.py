@@ -65,6 +65,29 @@ def test_opcheck_of_update_latents(backend: str) -> None:
     )
 
 
+@every_backend
+@pytest.mark.parametrize("kind", ["adamw", "norms", "8 bit"])
+def test_opcheck_of_update_latents_with_everything(kind: str, backend: str) -> None:
+    given, codes = update_arguments(), both_codes()[1]
+    dacts, x = torch.ones_like(codes.acts), given["terms"][0].x
+    moments, scales = given["moments"], []
+    if kind == "8 bit":
+        moments = [m.to(torch.float8_e4m3fn) if m.ndim == 2 else m for m in moments]
+        scales = [torch.zeros(M, 1) for _ in range(4)]
+    opcheck(
+        raw.update_latents_.default,
+        (
+            *(given[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")),
+            *(moments, scales, [], [codes.acts], [codes.indices], [codes.offsets], [dacts], [x], [x + 1], [True]),
+            *(torch.ones(M, 2), torch.ones(M), [torch.ones(M, D), torch.ones(M, D), torch.ones(M)]),
+            *(given["lr"], given["step"], torch.tensor(0.5, dtype=torch.float64)),
+            *("adamw", 0.9, 0.999, 1e-8, 0.1, 1.0, True, True, kind == "norms", 7, backend),
+        ),
+        # The other checks compare tensors by arithmetic that torch does not have in 8 bits.
+        test_utils=("test_autograd_registration", "test_faketensor") if kind == "8 bit" else "ALL",
+    )
+
+
 # -- torch.compile ----------------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,18 @@ def test_nothing_is_read_back_from_the_device(normalize, loss):
         bool(metrics["loss"] > 0)
 
 
+@pytest.mark.parametrize("rule", [
+    fastsae.BatchTopK(4), fastsae.Matryoshka(TopK(4), groups=(16, 48)), fastsae.HierarchicalTopK((2, 4)),
+    fastsae.Matryoshka(fastsae.BatchTopK(4), sampled=3, shortest=8), fastsae.GroupMax(4),
+], ids=lambda rule: rule.kind)  # fmt: skip
+def test_neither_do_the_other_rules_of_fixed_size(rule):
+    sae = SparseAutoencoder(16, 64, rule, aux_k=8, device="meta")
+    x = torch.empty(32, 16, device="meta")
+    sae(x).loss.backward()
+    metrics = FusedTrainStep(sae, clip_norm=1.0, clip_rows=1.0, optimizer="lion", moments="bf16")(x)
+    assert all(value.device.type == "meta" and value.ndim == 0 for value in metrics.values())
+
+
 class LargestTensor(TorchDispatchMode):
     """The most elements that any op made: what Python and torch allocate around the fastsae ops."""
 
@@ -65,6 +77,24 @@ def test_no_tensor_of_tokens_by_latents_around_the_ops(fused):
         else:
             sae(x).loss.backward()
     assert 0 < largest.elements < n * m
+
+
+@pytest.mark.parametrize("rule", [
+    fastsae.ReLU(1.0), fastsae.JumpReLU(), fastsae.Gated(), fastsae.BatchTopK(4),
+    fastsae.Matryoshka(TopK(4), groups=(32, 96)), fastsae.HierarchicalTopK((2, 4)),
+], ids=lambda rule: rule.kind)  # fmt: skip
+def test_memory_of_the_other_rules_follows_their_codes(rule):
+    """Few latents fire: the largest tensor around the ops is no larger than x or a dictionary."""
+    n, d, m = 96, 8, 128
+    sae = SparseAutoencoder(d, m, rule, decoder_norm="free", seed=0)
+    with torch.no_grad():
+        sae.b_enc.fill_(-3.0)
+    x = tokens(n, d, dtype=torch.float32)
+    step = FusedTrainStep(sae, clip_norm=1.0)
+    step(x)
+    with LargestTensor() as largest:
+        step(x)
+    assert 0 < largest.elements < n * m // 2
 
 
 MEMORY = """

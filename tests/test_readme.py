@@ -15,6 +15,7 @@ from bench import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+FOLDERS = ("fastsae", "fastsae/activations", "fastsae/gpu", "fastsae/reference", "kernels", "bench", "tests")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -27,7 +28,7 @@ def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_there_are_blocks_to_run() -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     assert len(BLOCKS[0].strip().splitlines()) <= 12
 
 
@@ -69,8 +70,6 @@ def test_commands_exist() -> None:
 def test_named_files_exist() -> None:
     tree = README.split("## What lies where")[1].split("```")[1]
     for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
-        assert any(
-            (ROOT / folder / name).exists() for folder in ("fastsae", "fastsae/gpu", "kernels", "bench", "tests")
-        ), name
+        assert any((ROOT / folder / name).exists() for folder in FOLDERS), name
     for folder in re.findall(r"^([a-z]+(?:/[a-z]+)?)/ ", tree, re.MULTILINE):
         assert (ROOT / folder).is_dir(), f"{folder}/ is not on disk"

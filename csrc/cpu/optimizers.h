@@ -26,28 +26,29 @@ template <class S, class A> FASTSAE_INLINE S stored_as(A v, uint32_t key, uint32
   else return round_at_random(float(v), key, index);
 }
 
-// `length` numbers, `first` being their flat index in the parameter. Adam without decay has an expression of its own: a
-// factor of 1 would change which product is fused with the subtraction, and so the last bit.
+// `length` numbers, `first` being their flat index in the parameter. Where two products are added, multiply_add says which is
+// fused with the sum: the compiler would choose for each instance of this loop, and storage would decide over a last bit.
 template <OptimizerKind KIND, class T, class S>
-FASTSAE_INLINE void step_run(const StepNumbers<acc_t<T>>& s, T* p, S* m, S* v, const acc_t<T>* g, int64_t length,
+FASTSAE_INLINE void step_run(const StepNumbers<acc_t<T>> s, T* p, S* m, S* v, const acc_t<T>* g, int64_t length,
                              uint32_t first, Keys keys) {
   using A = acc_t<T>;
 #pragma omp simd
   for (int64_t d = 0; d < length; ++d) {
     const A gd = g[d], old = A(widen(p[d]));
     if constexpr (KIND == OptimizerKind::signsgd) {
-      p[d] = narrow<T>(old * s.kept - s.lr * sign_of(gd));
+      p[d] = narrow<T>(multiply_add(-s.lr, sign_of(gd), old * s.kept));
     } else if constexpr (KIND == OptimizerKind::lion) {
       const A m_old = widen(m[d]);
-      p[d] = narrow<T>(old * s.kept - s.lr * sign_of(s.beta1 * m_old + s.one_minus_beta1 * gd));
-      m[d] = stored_as<S>(s.beta2 * m_old + s.one_minus_beta2 * gd, keys.m, first + uint32_t(d));
+      const A turning = multiply_add(s.one_minus_beta1, gd, s.beta1 * m_old);
+      p[d] = narrow<T>(multiply_add(-s.lr, sign_of(turning), old * s.kept));
+      m[d] = stored_as<S>(multiply_add(s.one_minus_beta2, gd, s.beta2 * m_old), keys.m, first + uint32_t(d));
     } else {
       const A m_old = widen(m[d]);
       const A m_new = m_old + s.one_minus_beta1 * (gd - m_old);
       const A v_new = s.beta2 * A(widen(v[d])) + s.one_minus_beta2 * gd * gd;
       const A move = m_new / (std::sqrt(v_new) / s.root2 + s.eps);
       if constexpr (KIND == OptimizerKind::adam) p[d] = narrow<T>(old - s.step_size * move);
-      else p[d] = narrow<T>(old * s.kept - s.step_size * move);
+      else p[d] = narrow<T>(multiply_add(-s.step_size, move, old * s.kept));
       m[d] = stored_as<S>(m_new, keys.m, first + uint32_t(d));
       v[d] = stored_as<S>(v_new, keys.v, first + uint32_t(d));
     }

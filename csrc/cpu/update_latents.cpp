@@ -38,10 +38,14 @@ template <class T> struct Updater {
   const RowGradients<T> gradients{a};
   T* const enc = static_cast<T*>(a.W_enc.data);
   T* const dec = static_cast<T*>(a.W_dec.data);
-  T* const b_enc = static_cast<T*>(a.b_enc.data);
   const bool tied = !enc;
 
-  explicit Updater(const UpdateArgs& args) : a(args) {}
+  Keys keys[4];   // of the i-th parameter's streams, 2i and 2i + 1
+
+  explicit Updater(const UpdateArgs& args) : a(args) {
+    for (uint32_t i = 0; i < 4; ++i)
+      keys[i] = {stream_key(a.seed, a.step, 2 * i), stream_key(a.seed, a.step, 2 * i + 1)};
+  }
 
   // Take out the part along the row, so that the step turns the row and does not stretch it.
   void project(const T* row, A* g) const {
@@ -65,8 +69,7 @@ template <class T> struct Updater {
   }
 
   template <class R> void step(const Parameter& p, R* row, int64_t i, int64_t length, const A* g) const {
-    const Keys keys{stream_key(a.seed, a.step, p.stream), stream_key(a.seed, a.step, p.stream + 1)};
-    step_row(a.optimizer, numbers, p, row, i, length, g, keys);
+    step_row(a.optimizer, numbers, p, row, i, length, g, keys[p.stream / 2]);
   }
 
   // A row that keeps norm 1 is narrowed once, after both steps: rounding in between would stretch it.
@@ -106,7 +109,7 @@ template <class T> struct Updater {
   }
 
   // One latent: gradient, statistics, update. `words`: where its narrow copy goes, or null.
-  void latent(int64_t i, int64_t position, Scratch<A>& s, A* bias_sum, double* stats, uint32_t* words) {
+  void latent(int64_t i, int64_t position, Scratch<A>& s, A* bias_grads, A* bias_sum, double* stats, uint32_t* words) const {
     RowGradient<A>& g = s.gradient;
     if (!a.norms_only) {
       fetch(a.W_dec, i, a.d_out);
@@ -131,7 +134,7 @@ template <class T> struct Updater {
     }
     step_decoder(i, g.dec.data(), s.wide);
     if (!tied) step(a.W_enc, enc + i * a.d_in, i, a.d_in, g.enc.data());
-    step(a.b_enc, b_enc + i, i, 1, &bias);
+    bias_grads[i] = bias;
     if constexpr (!std::is_same_v<T, double>)
       if (words) {
         const Matrix view{const_cast<T*>(encoder), 1, a.d_in, a.d_in, a.dtype};
@@ -144,7 +147,7 @@ template <class T> struct Updater {
     const bool packed = a.screen.words != nullptr;
     // Everything that is allocated, is allocated before the first weight changes.
     std::vector<Scratch<A>> scratch(a.threads, Scratch<A>(a));
-    std::vector<A> bias_grad = sum_of_grads();
+    std::vector<A> bias_grad = sum_of_grads(), latent_biases(a.latents);
     std::vector<A> bias_sums(chunks * a.d_in, A(0));
     std::vector<double> chunk_stats(chunks * 4, 0.0);
 #pragma omp parallel num_threads(a.threads)
@@ -158,13 +161,16 @@ template <class T> struct Updater {
           for (int64_t lane = 0; lane < kLanes; ++lane) {
             const int64_t i = block + lane * blocks;   // as Screen::latent_at
             if (i >= a.latents) break;
-            latent(i, block * kLanes + lane, mine, bias_sums.data() + chunk * a.d_in, chunk_stats.data() + chunk * 4,
-                      words.empty() ? nullptr : words.data() + lane * a.screen.words_per_row);
+            latent(i, block * kLanes + lane, mine, latent_biases.data(), bias_sums.data() + chunk * a.d_in,
+                   chunk_stats.data() + chunk * 4,
+                   words.empty() ? nullptr : words.data() + lane * a.screen.words_per_row);
           }
           if (packed)
             pack_block(words.data(), a.screen.words_per_row, a.screen.words + block * a.screen.words_per_row * kLanes);
         }
     }
+    // All at once, not one by one with the rows: a step of one number costs as much as one of a register.
+    if (!a.norms_only) step(a.b_enc, static_cast<T*>(a.b_enc.data), 0, a.latents, latent_biases.data());
     step_decoder_bias(bias_grad, bias_sums, chunks);
     for (int s = 0; s < 3; ++s) {
       a.stats[s] = 0;

@@ -76,7 +76,7 @@ def forward(
     if "W_skip" in params:
         offset = offset + x @ params["W_skip"].mT
     recon = offset
-    total: Tensor | float = 0.0
+    total: Tensor = target.new_zeros(())
     parts = rule.dense_parts(A, own)
     for part, weight in parts:
         recon = recon + part @ W_dec
@@ -84,7 +84,7 @@ def forward(
         total = total + weight * error
     losses = {loss: error}
     if len(parts) > 1:
-        losses["nested"] = torch.as_tensor(total)
+        losses["nested"] = total
     norms = decoder_norms(W_dec, layers).unsqueeze(-2)
     sparsity = rule.sparsity(pre, A, rows, norms)
     if sparsity is not None:
