@@ -109,7 +109,7 @@ def _draw_latents(name: str, shown: Shown, folder: Path) -> None:
     seed = _middle(entropies)
     xy, anchors, acts, W = clouds.test[seed], clouds.anchors[seed], trained.acts[seed], trained.W_dec[seed]
     latents = W.shape[0]
-    figure, grid = panels(latents, columns=min(latents, 6 if latents > 5 else 5))
+    figure, grid = panels(latents, columns=min(latents, 6 if latents > 10 else 5))
     for i, axes in enumerate(grid):
         plane(axes)
         on = acts[:, i] > 0
