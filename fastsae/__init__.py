@@ -18,6 +18,8 @@ from fastsae.activations import (
     TopK,
 )
 from fastsae.backends import BackendError, backends
+from fastsae.batch import SAEBatch
+from fastsae.batch_step import BatchTrainStep
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
 from fastsae.latents import resample_
 from fastsae.optim import FusedTrainStep
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BatchTopK",
+    "BatchTrainStep",
     "FusedTrainStep",
     "Gated",
     "GroupMax",
@@ -38,6 +41,7 @@ __all__ = [
     "LatentOrder",
     "Matryoshka",
     "ReLU",
+    "SAEBatch",
     "SAEOutput",
     "Schedule",
     "Screen",

@@ -21,7 +21,7 @@ from .activations.base import Own
 from .reference import Forward
 from .sae import SparseAutoencoder
 
-BATCH_WORTH = 2**20
+BATCH_WORTH = 2**18
 """N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures where."""
 NORMS = ("unit", "forward", "free")
 COEFFICIENT = {"relu": "l1", "gated": "l1", "jumprelu": "l0"}
