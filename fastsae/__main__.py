@@ -1,4 +1,4 @@
-"""The command line: fastsae harvest | train | eval | report | info | bench.
+"""The command line: fastsae harvest | train | eval | report | reproduce | info | bench.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that is said in one line, 2 wrong
 usage, 130 Ctrl-C (143 SIGTERM).
@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train a sparse autoencoder on activations",
     "eval": "measure a run on held-out rows",
     "report": "write a run's curves and latents into one HTML page",
+    "reproduce": "run a published system and print its figures beside the published ones",
     "info": "say what is installed and which backends work here",
     "bench": "time a whole training step against dense PyTorch (needs the source repository)",
 }
@@ -32,7 +33,7 @@ USAGE = "\n".join(
         "An exact engine for training and running sparse autoencoders.",
         "",
         "commands:",
-        *(f"  {name:<9}{text}" for name, text in COMMANDS.items()),
+        *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
         "",
         "  fastsae COMMAND --help   every option of a command",
         "  fastsae --version        the version",

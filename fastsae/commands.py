@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .backends import backends
-from .config import LIVE, Eval, Harvest, Info, LiveOptions, Report, Train, checked_device, torch_dtype
+from .config import LIVE, Eval, Harvest, Info, LiveOptions, Report, Reproduce, Train, checked_device, torch_dtype
 from .data.harvest import harvest
 from .data.models import load_model
 from .data.shards import ShardSource
@@ -168,6 +168,24 @@ def run_report(options: Report) -> int:
     return 0
 
 
+def run_reproduce(options: Reproduce) -> int:
+    """fastsae reproduce"""
+    # Imported here: drawing costs a second that no other command should pay.
+    from .systems import system
+    from .systems.runner import reproduce
+
+    found = system(options.system)
+    out = options.out or Path("runs") / (options.system + ("-quick" if options.quick else ""))
+    print(
+        reproduce(
+            options.system, found, out, seeds=options.seeds, quick=options.quick, only=options.experiments,
+            progress=options.progress, threads=options.threads,
+        )
+    )  # fmt: skip
+    print(f"\nwritten to {out}")
+    return 0
+
+
 def info() -> dict[str, Any]:
     """What `fastsae info` says, JSON-able."""
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -222,11 +240,14 @@ def print_table(rows: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-OPTIONS: dict[str, type] = {"harvest": Harvest, "train": Train, "eval": Eval, "report": Report, "info": Info}
+OPTIONS: dict[str, type] = {
+    "harvest": Harvest, "train": Train, "eval": Eval, "report": Report, "reproduce": Reproduce, "info": Info,
+}  # fmt: skip
 RUN: dict[str, Callable[[Any], int]] = {
     "harvest": run_harvest,
     "train": run_train,
     "eval": run_eval,
     "report": run_report,
+    "reproduce": run_reproduce,
     "info": run_info,
 }

@@ -300,6 +300,29 @@ class Report(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reproduce(Common):
+    """Runs a published system, writes its figures and pictures, and prints its table beside the published one.
+
+    Run it again with the same options and it goes on where it was stopped.
+    """
+
+    system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
+    """Which one: clustering."""
+    out: Path | None = None
+    """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
+    seeds: int = 10
+    """Runs of every experiment."""
+    quick: Switch = False
+    """So little of everything that it takes seconds, and figures that mean nothing."""
+    experiments: tuple[str, ...] = ()
+    """Only these, by name. Left out: all."""
+    threads: int = 1
+    """CPU threads; SAEs this small are slower with more than one."""
+    progress: bool = True
+    """Show a progress bar on stderr."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Info(Common):
     """Says what is installed, which backends work here and why others do not."""
 

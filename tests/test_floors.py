@@ -35,7 +35,8 @@ FLOORS = {
     "activations": 5, "losses": 5, "sae": 5, "settings": 5, "parameters": 5, "normalize": 5, "initial": 5,
     "optim": 6, "objective": 6, "dense_pass": 6, "revival": 6,
     "input_gradient": 6, "optimizer_state": 6, "kept_screen": 6, "latents": 6,
-    "step_graph": 6, "plain_step": 6, "schedules": 6, "serialize": 6, "files": 6, "data": 6,
+    "step_graph": 6, "plain_step": 6, "batch": 6, "batch_step": 6, "systems": 6,
+    "schedules": 6, "serialize": 6, "files": 6, "data": 6,
     "train": 6, "train_config": 6, "stopping": 6, "rng": 6, "checkpoint": 6, "state_tree": 6, "rundir": 6, "logs": 6,
     "evaluate": 6, "opening": 6, "report": 6, "config": 6, "commands": 6, "__main__": 6,
 }  # fmt: skip

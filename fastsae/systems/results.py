@@ -1,0 +1,87 @@
+"""Results of a system: one JSON, replaced whole after every experiment, and tables from it.
+
+    {"format": 1, "system": ..., "made_with": {...}, "experiments": {name: {"settings": ..., "seconds": ..., ...}}}
+
+A second run finds there what is done already; an experiment whose settings have changed is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_json
+from ..opening import version
+
+FORMAT = 1
+FILE = "results.json"
+
+
+class Results:
+    """The results file of `folder`. Raises ValueError for a file that another system or version wrote."""
+
+    def __init__(self, folder: Path, system: str):
+        self.path = folder / FILE
+        self.data: dict[str, Any] = {"format": FORMAT, "system": system, "made_with": {}, "experiments": {}}
+        if self.path.exists():
+            self.data = read(self.path, system)
+        self.data["made_with"] = {"fastsae": version(), "torch": torch.__version__}
+
+    @property
+    def experiments(self) -> dict[str, Any]:
+        """Every stored record by name."""
+        return self.data["experiments"]
+
+    def has(self, name: str, settings: dict[str, Any]) -> bool:
+        """Whether that experiment is there, with these settings."""
+        # Through JSON, which makes lists of tuples.
+        return self.experiments.get(name, {}).get("settings") == json.loads(json.dumps(settings))
+
+    def put(self, name: str, settings: dict[str, Any], record: dict[str, Any], order: Sequence[str]) -> None:
+        """Stores a record, and the file; records stand in `order`. Raises OSError; the old file is then untouched."""
+        records = {**self.experiments, name: {"settings": settings, **record}}
+        rank = {known: i for i, known in enumerate(order)}
+        self.data["experiments"] = dict(sorted(records.items(), key=lambda item: rank.get(item[0], len(rank))))
+        write_json(self.path, self.data)
+
+
+def read(path: Path, system: str) -> dict[str, Any]:
+    """A results file's content. Raises ValueError where it is damaged, or of another system or version."""
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); move it away, or choose another --out") from error
+    if not isinstance(data, dict) or (data.get("format"), data.get("system")) != (FORMAT, system):
+        raise ValueError(f"{path} holds no results of {system} in format {FORMAT}; choose another --out")
+    return data
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right, its columns aligned for reading as it is."""
+    cells = [list(header), *map(list, lines)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in (cells[0], *cells[1:])
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (padded[0], rule, *padded[1:]))
+
+
+def median(values: Sequence[float]) -> float:
+    """The median; of an even number the mean of the middle two."""
+    return float(statistics.median(values))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The second least and the second largest: they hold the median of all seeds in 98 of 100 cases of ten seeds."""
+    ordered = sorted(values)
+    return (ordered[1], ordered[-2]) if len(ordered) > 3 else (ordered[0], ordered[-1])

@@ -1,0 +1,228 @@
+"""SAEBatch: every member is the single SAE of its seed, step after step, whatever the rule and the gradient's way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsae import Gated, GroupMax, JumpReLU, Matryoshka, ReLU, SparseAutoencoder, TopK
+from fastsae.activations import Activation, BatchTopK
+from fastsae.batch import SAEBatch
+from fastsae.batch_step import BatchTrainStep
+from fastsae.plain_step import PlainTrainStep
+
+B, N, D, M = 3, 40, 10, 24
+SEEDS = (5, 0, 9)
+RULES: dict[str, Activation] = {
+    "topk": TopK(3), "top1": TopK(1), "batch_topk": BatchTopK(3), "group_max": GroupMax(4), "relu": ReLU(0.1),
+    "relu-plain": ReLU(0.1, weighted=False), "jumprelu": JumpReLU(0.1, threshold=0.3, bandwidth=0.5),
+    "gated": Gated(0.1), "matryoshka": Matryoshka(TopK(3), groups=(4, 20)),
+}  # fmt: skip
+DIFFERENT: dict[str, list[Activation]] = {
+    "relu": [ReLU(0.1), ReLU(0.0), ReLU(0.4)],
+    "jumprelu": [JumpReLU(l0, threshold=0.3, bandwidth=0.5) for l0 in (0.1, 0.4, 0.2)],
+    "gated": [Gated(0.1), Gated(0.3), Gated(0.2)],
+    "topk": [TopK(1), TopK(5), TopK(3)],
+    "batch_topk": [BatchTopK(2), BatchTopK(1), BatchTopK(4)],
+}
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}
+
+
+def inputs(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def run(
+    rules: Activation | list[Activation], steps: int = 6, *, shared: bool = False, closed_form: bool = True,
+    optimizer: dict[str, Any] | None = None, **settings: Any,
+) -> tuple[SAEBatch, list[SparseAutoencoder], list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]]:  # fmt: skip
+    """A batch and its members alone after the same steps, and the metrics of both.
+
+    Encoder rows that start as unit decoder rows have no gradient but rounding, which Adam divides by its own size.
+    """
+    settings = {"dtype": torch.float64, "dead_after": 60, "init_norm": 0.7, **settings}
+    optimizer = {"lr": 1e-2, "eps": 1e-5, **(optimizer or {})}
+    batch = SAEBatch(B, D, M, rules, seeds=SEEDS, **settings)
+    each = rules if isinstance(rules, list) else [rules] * B
+    saes = [SparseAutoencoder(D, M, rule, seed=seed, **settings) for rule, seed in zip(each, SEEDS, strict=True)]
+    together = BatchTrainStep(batch, closed_form=closed_form, **optimizer)
+    alone = [PlainTrainStep(sae, **optimizer) for sae in saes]
+    metrics = []
+    for i in range(steps):
+        x = inputs(i, N, D) if shared else inputs(i, B, N, D)
+        metrics.append((together(x), [step(x if shared else x[j]) for j, step in enumerate(alone)]))
+    return batch, saes, metrics
+
+
+def same_weights(batch: SAEBatch, saes: list[SparseAutoencoder]) -> None:
+    for i, sae in enumerate(saes):
+        for name, p in sae.named_parameters():
+            torch.testing.assert_close(getattr(batch, name)[i].detach(), p.detach(), **CLOSE, msg=f"{name} of {i}")
+        for name in sae.activation.new_buffers():
+            torch.testing.assert_close(getattr(batch, name)[i], getattr(sae, name), rtol=1e-6, atol=0)
+        assert torch.equal(batch.tokens_since_fired[i], sae.tokens_since_fired)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("decoder_norm", ["unit", "free"])
+def test_a_batch_is_its_members_in_turn(name: str, decoder_norm: str) -> None:
+    batch, saes, metrics = run(RULES[name], decoder_norm=decoder_norm)
+    same_weights(batch, saes)
+    for together, alone in metrics:
+        for key in ("loss", "fvu", "l0"):
+            torch.testing.assert_close(together[key].double(), torch.stack([m[key] for m in alone]).double(), **CLOSE)
+        dead = torch.stack([m["dead"] for m in alone]) / M
+        torch.testing.assert_close(together["dead"], dead)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_members_may_differ_in_their_sparsity(name: str) -> None:
+    same_weights(*run(DIFFERENT[name])[:2])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shared": True},
+        {"tied": True, "decoder_norm": "free"},
+        {"pre_bias": False},
+        {"loss": "fvu"},
+        {"ghost": "pull", "ghost_coef": 0.5},
+        {"ghost": "pull", "tied": True, "decoder_norm": "free"},
+        {"optimizer": {"optimizer": "adamw", "weight_decay": 0.1}},
+        {"optimizer": {"schedule": lambda step: 1 / (1 + step)}},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+@pytest.mark.parametrize("closed_form", [True, False], ids=["written-out", "autograd"])
+def test_settings(settings: dict[str, Any], closed_form: bool) -> None:
+    batch, saes, metrics = run(TopK(1), 8, closed_form=closed_form, **settings)
+    same_weights(batch, saes)
+    if "ghost" in settings:
+        assert float(metrics[-1][0]["ghost"].min()) > 0, "the case was to have dead latents"
+
+
+@pytest.mark.parametrize("rule", [TopK(1), TopK(3), BatchTopK(2), GroupMax(4)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"ghost": "pull"}, {"d_out": 7, "pre_bias": False}], ids=str)
+def test_gradients_written_out_are_those_of_autograd(rule: Activation, settings: dict[str, Any]) -> None:
+    """With rows normalised in forward, which no single SAE has, and with another target."""
+    norms = {"decoder_norm": "forward", "encoder_norm": "forward"}
+    batches = [
+        SAEBatch(B, D, M, rule, init_norm=0.1, dead_after=60, dtype=torch.float64, **norms, **settings) for _ in "ab"
+    ]
+    steps = [BatchTrainStep(b, 1e-3, eps=1e-5, closed_form=i == 0) for i, b in enumerate(batches)]
+    for i in range(6):
+        x, target = inputs(i, B, N, D), inputs(100 + i, B, N, 7) if "d_out" in settings else None
+        written, truth = (step(x, target) for step in steps)
+        assert set(written) == set(truth)
+        for name, value in truth.items():
+            torch.testing.assert_close(written[name], value, **CLOSE)
+    for (name, p), (_, q) in zip(batches[0].named_parameters(), batches[1].named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, **CLOSE, msg=name)
+
+
+def test_ghosts_pull_as_computed_by_hand() -> None:
+    """Two tokens, errors (3, 0) and (0, 1): the first weighs 9/10, the second 1/10."""
+    batch = SAEBatch(1, 2, 2, TopK(1), ghost="pull", dead_after=10, dtype=torch.float64)
+    with torch.no_grad():
+        batch.W_enc.copy_(torch.tensor([[[1.0, 0], [0, 2]]]))
+        batch.W_dec.copy_(torch.tensor([[[1.0, 0], [0, 1]]]))
+    batch.tokens_since_fired[0, 1] = 10
+    x, error = torch.tensor([[[4.0, 1], [2, 6]]]).double(), torch.tensor([[[3.0, 0], [0, 1]]]).double()
+    u, w = batch.ghost_directions(x, error)
+    torch.testing.assert_close(u[0], torch.tensor([3.8, 1.5], dtype=torch.float64))
+    torch.testing.assert_close(w[0], torch.tensor([2.7, 0.1], dtype=torch.float64))
+    expected = torch.tensor([-3.0, -0.1], dtype=torch.float64).exp().log1p().sum()
+    torch.testing.assert_close(batch.ghost_loss(x, error)[0], expected)
+
+
+def test_one_member_is_a_single_sae() -> None:
+    batch, _, _ = run(BatchTopK(2), ghost="pull")
+    batch.eval()
+    x = inputs(50, N, D)
+    whole = batch(x)
+    for i in range(B):
+        sae = batch.to_sae(i).eval()
+        out = sae(x)
+        torch.testing.assert_close(whole.recon[i], out.recon, **CLOSE)
+        torch.testing.assert_close(whole.losses["loss"][i], out.loss, **CLOSE)
+        assert (sae.ghost, sae.activation) == ("pull", BatchTopK(2))
+        assert torch.equal(batch[i]["W_enc"], sae.W_enc)
+    assert len(batch) == B
+
+
+def test_normalised_rows_are_what_a_member_has() -> None:
+    batch = SAEBatch(2, D, M, TopK(1), decoder_norm="forward", encoder_norm="forward", init_norm=0.1)
+    x = inputs(1, N, D).float()
+    torch.testing.assert_close(batch(x).recon[1], batch.to_sae(1)(x).recon)
+    torch.testing.assert_close(batch[1]["W_enc"].norm(dim=1), torch.ones(M))
+    torch.testing.assert_close(batch.W_enc[1].norm(dim=1), torch.full((M,), 0.1))
+
+
+def test_training_goes_on_from_its_state() -> None:
+    settings: dict[str, Any] = {"ghost": "pull", "dead_after": 60}
+    whole, stopped = (SAEBatch(B, D, M, BatchTopK(2), **settings) for _ in "ab")
+    step, half = BatchTrainStep(whole, 1e-2), BatchTrainStep(stopped, 1e-2)
+    for i in range(3):
+        step(inputs(i, N, D).float())
+        half(inputs(i, N, D).float())
+    again = SAEBatch(B, D, M, BatchTopK(2), seeds=(7, 8, 9), **settings)
+    again.load_state_dict(stopped.state_dict())
+    resumed = BatchTrainStep(again, 1e-2)
+    resumed.load_state_dict(half.state_dict())
+    for i in range(3, 6):
+        step(inputs(i, N, D).float())
+        resumed(inputs(i, N, D).float())
+    assert resumed.step == 6
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_ties_go_to_the_lower_latent(k: int) -> None:
+    batch = SAEBatch(1, D, 4, TopK(k), pre_bias=False)
+    with torch.no_grad():
+        batch.W_enc.copy_(batch.W_enc[:, :1].expand_as(batch.W_enc))
+    before = batch.W_dec.detach().clone()
+    BatchTrainStep(batch, 1e-2)(inputs(0, N, D).float())
+    moved = (batch.W_dec != before).any(-1)[0]
+    assert moved.tolist() == [i < k for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 2}, "n is 2 and there are 3 seeds"),
+        ({"decoder_norm": "half"}, "decoder_norm is 'half', expected one of unit, forward, free"),
+        ({"encoder_norm": "unit"}, "encoder_norm is 'unit', expected one of forward, free"),
+        ({"ghost": "residual"}, "ghost is 'residual', expected one of None, pull"),
+        ({"tied": True, "encoder_norm": "forward"}, "leave encoder_norm"),
+        ({"activation": [TopK(1)]}, "activation has 1 rules, expected one for each of 3 SAEs, all of one kind"),
+        ({"activation": [TopK(1), ReLU(1.0), TopK(1)]}, "all of one kind"),
+        ({"activation": [ReLU(1.0), ReLU(2.0, weighted=False), ReLU(1.0)]}, "can differ in l1 alone"),
+        ({"activation": [GroupMax(1), GroupMax(2), GroupMax(4)]}, "can differ in their seeds alone"),
+        ({"activation": Matryoshka(TopK(2), sampled=2, shortest=2)}, "give Matryoshka fixed groups"),
+        ({"d_sae": 0}, "d_sae is 0"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SAEBatch(**{"n": B, "d_in": D, "d_sae": M, "activation": TopK(1), "seeds": SEEDS, **change})
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    batch = SAEBatch(B, D, M, TopK(1))
+    for x in (torch.zeros(D), torch.zeros(N, D + 1), torch.zeros(B + 1, N, D)):
+        with pytest.raises(ValueError, match=rf"expected \(N, {D}\) or \({B}, N, {D}\)"):
+            batch(x)
+    wide = SAEBatch(B, D, M, TopK(1), d_out=7, pre_bias=False)
+    for call in (wide, BatchTrainStep(wide, 1e-3)):
+        with pytest.raises(ValueError, match=r"d_out = 7 is not d_in = 10; pass target="):
+            call(torch.zeros(N, D))
+    with pytest.raises(ValueError, match="a batch's step has adam, adamw"):
+        BatchTrainStep(batch, 1e-3, optimizer="lion")
+    with pytest.raises(ValueError, match="adam has no weight_decay"):
+        BatchTrainStep(batch, 1e-3, weight_decay=0.1)
