@@ -59,8 +59,8 @@ class FusedTrainStep:
     dense_above      a threshold rule's step is made densely where more than this share of the latents was active in
                      the step before (or, at first, on a sample), or turns out to be; 0: always, 1: never.
 
-    The backend's low-precision copy of the encoder (the screen) is maintained by the update, and made anew when somebody
-    else wrote the weights: see KeptScreen, and call `refresh()` after writes that it cannot see.
+    The backend's low-precision copy of the encoder (the screen) is maintained by the update, and made anew when others
+    wrote the weights: see KeptScreen, and call `refresh()` after writes that it cannot see.
 
     Raises ValueError for bad settings and for parameters that do not require a gradient.
     """
@@ -144,9 +144,7 @@ class FusedTrainStep:
         """
         self._optimizer.check_place()
         if x.requires_grad and not x.is_leaf:
-            raise ValueError(
-                "x requires a gradient and is no leaf; pass y = x.detach().requires_grad_() and then x.backward(y.grad)"
-            )
+            raise ValueError("x is no leaf: pass y = x.detach().requires_grad_() and hand y.grad on")
         if self.cuda_graph:
             if outer is not None or x.requires_grad:
                 raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
@@ -156,7 +154,7 @@ class FusedTrainStep:
             return self._step(x, target, outer)
 
     def _replayed(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
-        """The step by its CUDA graph, which is captured when nothing has changed for GRAPH_WARMUP steps."""
+        """The step by its CUDA graph, captured when nothing has changed for GRAPH_WARMUP steps."""
         settings = self._graph_settings(x, target)
         if self._graph_of != settings:
             if self._graph is not None and self._graph_of is not None and self._graph_of[1:] == settings[1:]:
@@ -187,9 +185,7 @@ class FusedTrainStep:
             return StepGraph(self._step, x, target)
         except RuntimeError as error:
             self._graph_of, self._kept.redone = None, None  # what a capture leaves behind was never computed
-            raise RuntimeError(
-                f"this step cannot be captured in a CUDA graph ({error}); pass cuda_graph=False"
-            ) from error
+            raise RuntimeError(f"no CUDA graph can capture this step ({error}); pass cuda_graph=False") from error
         finally:
             self._steps = steps
 
@@ -280,7 +276,7 @@ class FusedTrainStep:
         rule = task.rule
         if not rule.shaped:
             return objective.selected_pass(task)
-        pairs = task.n * task.sae.d_sae
+        pairs, found = task.n * task.sae.d_sae, None
         if self._density is None:
             self._density = sampled_density(task, SAMPLED_TOKENS)
         if self._density <= self.dense_above:
@@ -292,9 +288,7 @@ class FusedTrainStep:
                 if not bool(overflow):
                     found = objective.shaped_pass(task, pre)
                     break
-            else:
-                found = dense_pass(task, want_dx)
-        else:
+        if found is None:
             found = dense_pass(task, want_dx)
         assert found.selected is not None
         self._density = float(found.selected) / pairs
