@@ -12,9 +12,12 @@ import torch
 
 import fastsae
 from bench.family import draw, quality, speed
+from bench.family.__main__ import main
 from bench.family.dense import DenseFamily
 from bench.family.store import Store, read
 from bench.machine import ROOT
+from bench.plot import with_numbers
+from bench.results import RESULTS
 from fastsae import reference
 from tests.family_case import RULES, D, M, tokens
 
@@ -62,9 +65,16 @@ def test_both_parts_run_go_on_and_draw(tmp_path: Path) -> None:
 
     timed = speed.quick(speed.Settings())
     assert speed.run(Store(tmp_path, "speed"), timed, ("Matryoshka", "crossing", "ragged"), said.append) == []
-    files = {path.name for path in draw.draw(tmp_path)}
-    assert files == {"family.md", "family.svg", "family.png"}
-    text = (tmp_path / "family.md").read_text()
+    folder = tmp_path / "bench" / "results" / "device" / "family"
+    folder.mkdir(parents=True)
+    for part in ("speed", "quality"):
+        (tmp_path / f"{part}.json").rename(folder / f"{part}.json")
+    files = {path.name for path in draw.draw(folder)}
+    assert files == {"family.md", "quality.svg", "quality.png", "speed.svg", "speed.png"}
+    text = (folder / "family.md").read_text()
+    section = draw.section(folder.parent.parent)
+    assert text.strip() in section
+    assert "![speed](bench/results/device/family/speed.svg)" in section
     assert "× TopK's time, at most 1.6×" in text
     assert text.count("\n| ReLU |") == 3
 
@@ -76,6 +86,18 @@ def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert speed.run(Store(tmp_path, "speed"), speed.quick(speed.Settings()), ("TopK",), said.append) == ["TopK"]
     assert "wrong, not timed" in said[0]
     assert not (tmp_path / "speed.json").exists()
+
+
+def test_the_readme_has_the_numbers_of_the_results() -> None:
+    """The tables stand between the markers as the result files give them."""
+    readme = (ROOT / "README.md").read_text()
+    assert with_numbers(readme, draw.section(RESULTS), draw.BEGIN, draw.END) == readme
+
+
+def test_toy_sizes_do_not_replace_results(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--quick"])
+    assert "name another folder: --out" in capsys.readouterr().err
 
 
 def test_unknown_rules_are_refused() -> None:

@@ -13,6 +13,7 @@ import bench.family as package
 from bench import machine
 from bench.family import draw, quality, speed
 from bench.family.store import Store
+from bench.results import RESULTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,11 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder = options.out or machine.ROOT / "bench" / "results" / machine.device_folder() / "family"
+    folder = options.out or RESULTS / machine.device_folder() / "family"
     known = {name for names in (speed.TIMED, quality.rules(4096)) for name in names} | {"crossing", "ragged"}
     unknown = sorted(set(options.only) - known)
     if unknown:
         parser.error(f"unknown rules {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")
+    if options.quick and options.out is None:
+        parser.error("--quick measures nothing worth keeping; name another folder: --out")
     wrong: list[str] = []
     if options.part in (None, "quality"):
         settings = quality.quick(quality.Settings()) if options.quick else quality.Settings()
@@ -45,9 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong += speed.run(Store(folder, "speed", fresh=options.fresh), timed, options.only)
     for path in draw.draw(folder):
         print(path)
+    if options.out is None:
+        draw.renew_readme(RESULTS, machine.ROOT / "README.md")
     if wrong:
         print(f"wrong: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 import fastsae
 from bench import real
-from bench.cases import Case
 from bench.family.dense import DenseFamily
+from bench.family.rules import groups
 from bench.family.store import Store
 from bench.timing import Sample
 from fastsae.activations import Activation
+from fastsae.data import ShardSource
 from fastsae.evaluate import evaluate
 
-HELD_OUT = 4096
 CHECK_EVERY = 10
 ALLOWED = 0.005
 """The largest relative difference between the losses of the sparse and the dense curve."""
@@ -34,13 +35,14 @@ ALLOWED = 0.005
 class Settings:
     """The sizes of every run. dense_steps: of the dense version beside one run of each rule."""
 
-    D: int = 576
     M: int = 4096
     batch: int = 2048
-    steps: int = 300
-    dense_steps: int = 60
+    steps: int = 400
+    dense_steps: int = 100
     lr: float = 1e-3
     seed: int = 0
+    toy: bool = False
+    """Rows of the tests' fixture instead of a harvest."""
 
     @property
     def warmup(self) -> int:
@@ -49,12 +51,7 @@ class Settings:
 
 
 def quick(settings: Settings) -> Settings:
-    return Settings(M=256, batch=256, steps=12, dense_steps=6, seed=settings.seed)
-
-
-def groups(M: int) -> tuple[int, ...]:
-    sizes = [M // 32, M // 16, M // 8, M // 4]
-    return (*sizes, M - sum(sizes))
+    return replace(settings, M=256, batch=256, steps=12, dense_steps=6, toy=True)
 
 
 def rules(M: int) -> dict[str, list[Activation]]:
@@ -66,7 +63,7 @@ def rules(M: int) -> dict[str, list[Activation]]:
     ks = [k for k in (16, 32, 64) if k <= M // 4]
     return {
         "TopK": [fastsae.TopK(k) for k in ks],
-        "BatchTopK": [fastsae.BatchTopK(k) for k in ks],
+        "BatchTopK": [fastsae.BatchTopK(k, decay=0.98) for k in ks],
         "ReLU": [fastsae.ReLU(l1) for l1 in (4.0, 2.0, 1.0)],
         "JumpReLU": [
             fastsae.JumpReLU(l0, threshold=t, bandwidth=1.0) for l0, t in ((2.0, 2.5), (1.0, 2.0), (0.5, 1.5))
@@ -79,17 +76,28 @@ def rules(M: int) -> dict[str, list[Activation]]:
 
 
 class Data:
-    """Training batches in an order that the seed fixes, and held-out rows."""
+    """Training batches in an order that the seed fixes, and held-out rows of text of their own.
+
+    Raises NoActivations where they are not to be had.
+    """
 
     def __init__(self, settings: Settings):
-        n = settings.batch * min(settings.steps, 40) + HELD_OUT
-        case = Case("family-quality", N=-(-n // 4), D=settings.D, M=settings.M, distribution="real")
-        if real.is_small(Case("small", N=settings.batch, D=settings.D, M=settings.M, distribution="real")):
-            case = Case("small", N=real.FIXTURE_ROWS // 4, D=settings.D, M=settings.M, distribution="real")
-            n = real.FIXTURE_ROWS
-        rows = real.rows(case, n)
-        held_out = min(HELD_OUT, len(rows) // 4)
-        self.train, self.held_out, self.settings = rows[:-held_out], rows[-held_out:], settings
+        self.settings = settings
+        if settings.toy:
+            rows = load_file(real.FIXTURE)["activations"].float()
+            self.train, self.held_out = rows.tensor_split([len(rows) * 3 // 4])
+            return
+        try:
+            real.harvest()
+        except (OSError, ValueError, ImportError) as error:
+            raise real.NoActivations(f"no activations: {error}. `make demo` installs model and text") from error
+        source = ShardSource(real.ACTIVATIONS, seed=settings.seed, progress=False)
+        assert source.n_tokens is not None
+        self.train, self.held_out = source.next_batch(source.n_tokens), source.held_out()
+
+    @property
+    def width(self) -> int:
+        return self.train.shape[1]
 
     def batch(self, step: int) -> Tensor:
         order = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
@@ -97,7 +105,7 @@ class Data:
 
 
 def new_sae(rule: Activation, settings: Settings, data: Data) -> fastsae.SparseAutoencoder:
-    sae = fastsae.SparseAutoencoder(settings.D, settings.M, rule, normalize="constant", seed=settings.seed)
+    sae = fastsae.SparseAutoencoder(data.width, settings.M, rule, normalize="constant", seed=settings.seed)
     return sae.calibrate_(data.train).init_from_(data.train)
 
 
@@ -130,7 +138,7 @@ def train(rule: Activation, settings: Settings, data: Data, label: str, beside: 
     result = evaluate(sae, data.held_out, batch_size=settings.batch)
     entry: dict[str, Any] = {
         "rule": rule.config(), "fvu": result.fvu, "l0": result.l0, "dead_share": result.dead_share,
-        "tokens_per_s": settings.batch * settings.steps / all_seconds,
+        "tokens_per_s": settings.batch * settings.steps / all_seconds, "held_out": result.n_tokens,
     }  # fmt: skip
     if dense is not None:
         pairs = zip(curves["fastsae"], curves["dense fp32"], strict=True)
