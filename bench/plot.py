@@ -213,12 +213,12 @@ def plot(folder: Path) -> None:
     plot_sweep(found, folder)
 
 
-def with_numbers(readme: str, text: str) -> str:
-    """The README with `text` between its markers. Raises ValueError where a marker is missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def with_numbers(readme: str, text: str, first: str = BEGIN, last: str = END) -> str:
+    """The README with `text` between two markers. Raises ValueError where one is missing."""
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}, in this order")
+        raise ValueError(f"README.md must hold the lines {first!r} and {last!r}, in this order")
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 

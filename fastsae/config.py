@@ -58,10 +58,10 @@ class SaeOptions:
     """The rule that picks latents; matryoshka nests prefixes over topk, matryoshka_batch over batch_topk."""
     k: int = 32
     """Active latents per token: topk, batch_topk, matryoshka; groups of group_max."""
-    l1: float = 5.0
-    """Weight of the L1 penalty: relu, gated."""
-    l1_weighted: bool = True
-    """Weigh L1 by the norms of the decoder's rows: relu, gated."""
+    l1: float | None = None
+    """Weight of the L1 penalty: relu (left out: 5), gated (left out: 1)."""
+    l1_norm: Literal["weighted", "plain"] | None = None
+    """L1 weighted by the norms of the decoder's rows, or plain: relu (left out: weighted), gated (left out: plain)."""
     l0: float = 1e-3
     """Weight of the L0 penalty: jumprelu."""
     threshold: float = 1e-3
@@ -119,7 +119,7 @@ class SaeOptions:
         kind = self.activation.removesuffix("_batch")
         used = {
             "topk": ("k",), "batch_topk": ("k",), "group_max": ("k",), "matryoshka": ("k", "groups", "prefixes"),
-            "hierarchical_topk": ("ks",), "relu": ("l1", "l1_weighted"), "gated": ("l1", "l1_weighted"),
+            "hierarchical_topk": ("ks",), "relu": ("l1", "l1_norm"), "gated": ("l1", "l1_norm"),
             "jumprelu": ("l0", "threshold", "bandwidth", "penalty", "target_l0"),
         }  # fmt: skip
         fields = {field.name: field.default for field in dataclasses.fields(self)}
@@ -134,7 +134,10 @@ class SaeOptions:
                 self.l0, self.threshold, self.bandwidth, penalty_kind=self.penalty, target_l0=self.target_l0
             )
         if kind in ("relu", "gated"):
-            return (ReLU if kind == "relu" else Gated)(self.l1, self.l1_weighted)
+            given: dict[str, Any] = {} if self.l1 is None else {"l1": self.l1}
+            if self.l1_norm is not None:
+                given["weighted"] = self.l1_norm == "weighted"
+            return (ReLU if kind == "relu" else Gated)(**given)
         if kind == "hierarchical_topk":
             return HierarchicalTopK(self.ks)
         return {"topk": TopK, "batch_topk": BatchTopK, "group_max": GroupMax}[kind](self.k)

@@ -27,12 +27,18 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
     error, gate_error = torch.empty_like(goal), None
     dW_enc, dW_dec, dpre = torch.zeros_like(W_enc), torch.zeros_like(W_dec), torch.zeros_like(b_enc)
     dx = torch.empty_like(x) if want_dx else None
-    counts = torch.zeros_like(sae.fired)
+    counts, selected = torch.zeros_like(sae.fired), torch.zeros_like(sae.fired_over)
     grads = {name: torch.zeros_like(t) for name, t in {**leaves, "norms": norms}.items()}
     slope = task.slope() * _penalty_slope(task, x, W_enc, b_enc)
     sparse_sum, gate_sum, squares = (torch.zeros((), dtype=torch.float64, device=x.device) for _ in range(3))
     size = max(1, DENSE_PIECE // sae.d_sae)
     outer_grad = None
+
+    def missed_by(acts: Tensor, here: slice) -> Tensor:
+        """recon - target of a piece."""
+        missed = acts @ W_dec - goal[here]
+        return missed if task.bias is None else missed.add_(task.bias)
+
     if task.outer is not None:
         outer_grad = outer_of(task, _dense_error(task, x, goal, W_enc, b_enc, W_dec))
     for start in range(0, n, size):
@@ -42,11 +48,9 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
             rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(leaves).items()}
             acts = rule.activate(z, rows)
             sparsity = rule.sparsity(z, acts, rows, norms.unsqueeze(0))
-            mean = None if sparsity is None else sparsity.sum() / n
+            mean = None if sparsity is None else losses.fixed_sum(sparsity) / n
             gate = rule.gate(z)
-        missed = acts.detach() @ W_dec - goal[here]
-        if task.bias is not None:
-            missed += task.bias
+        missed = missed_by(acts.detach(), here)
         error[here] = missed
         squares += losses.sum_of_squares(missed)
         g = missed * (2 / task.over)
@@ -59,9 +63,7 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
             sparse_sum += mean.detach()
         if gate is not None:
             gate_error = torch.empty_like(goal) if gate_error is None else gate_error
-            missed = gate.detach() @ W_dec - goal[here]
-            if task.bias is not None:
-                missed += task.bias
+            missed = missed_by(gate.detach(), here)
             gate_error[here] = missed
             gate_sum += losses.sum_of_squares(missed)
             ends.append(gate)
@@ -74,6 +76,7 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
         dW_enc.addmm_(dz.mT, x[here])
         dpre += dz.sum(0)
         counts += (acts != 0).sum(0)
+        selected += rule.considered(z.detach(), rows).sum()
         if dx is not None:
             dx[here] = dz @ W_enc
     nothing = SparseCodes(
@@ -82,6 +85,7 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
     )  # fmt: skip
     result = Pass(
         error=error.to(task.x.dtype), squares=squares, errors=[], parts=[nothing], active=counts.sum(), counts=counts,
+        selected=selected,
         total=squares / task.over, outer_grad=outer_grad,
     )  # fmt: skip
     result.errors = [(result.error, 1.0)]
@@ -131,11 +135,10 @@ def _penalty_slope(task: Task, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tenso
 
 
 def sampled_density(task: Task, tokens: int) -> float:
-    """The share of latents that the rule looks at, on some tokens spread over the batch; a host sync."""
+    """The share of pre-acts that the rule looks at, on some tokens spread over the batch; a host sync."""
     sae, n = task.sae, task.n
     some = task.x[:: max(1, n // tokens)][:tokens]
     with torch.no_grad():
         z = torch.addmm(wide(sae.b_enc), wide(some), wide(sae.encoder_weight).mT)
         rows = {name: t.unsqueeze(0) for name, t in task.rule.per_latent(sae.own).items()}
-        acts = task.rule.activate(z, rows)
-    return float((acts != 0).double().mean())
+    return float(task.rule.considered(z, rows).double().mean())

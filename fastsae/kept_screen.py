@@ -21,7 +21,11 @@ class KeptScreen:
     """`update_latents_` maintains the copy; this decides when that is not enough.
 
     Somebody else's write is seen by address and version, and on a CPU also by a sample of one weight in every row,
-    because a write through `.data` changes neither. `screen` is None where the backend or the rule uses none.
+    because a write through `.data` changes neither: such a write on a GPU, or one that spares those samples, cannot be
+    seen. `screen` is None where the backend or the rule uses none.
+
+    Its format is chosen by the inputs at hand: speed depends on it, and with precision="screened" the selection too, so
+    that such a step repeats itself only from its start, not from a state loaded in the middle.
     """
 
     def __init__(self, sae: SparseAutoencoder, backend: str | None):

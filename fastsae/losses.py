@@ -36,6 +36,11 @@ def total(squares: Tensor) -> Tensor:
     return torch.stack([piece.sum() for piece in squares.flatten().split(SERIAL_SUM)]).sum()
 
 
+def fixed_sum(t: Tensor) -> Tensor:
+    """The sum of t, in its dtype, added in float64 in an order that does not depend on the CPU threads."""
+    return total(t.flatten().double()).to(t.dtype)
+
+
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:
     """Σ_n ‖recon_n - target_n‖², in float32 at least: a sum of N·D squares has no meaning in 8 or 11 bits."""
     return F.mse_loss(wide(recon), wide(target), reduction="sum")
@@ -146,7 +151,9 @@ def ghost_residual(
     pieces = []
     size = max(1, GHOST_PIECE // W_enc.shape[0])
     for inputs, left_over in zip(x.split(size), error.detach().split(size), strict=True):
-        ghost = torch.exp(inputs @ W_enc.mT + b_enc) @ W_dec
+        pre = inputs @ W_enc.mT + b_enc
+        # The output is scaled to the error's size: a common factor of a token falls out, and nothing overflows.
+        ghost = torch.exp(pre - pre.detach().amax(-1, keepdim=True)) @ W_dec
         norms = torch.linalg.vector_norm(left_over, dim=-1, keepdim=True)
         ghost = ghost * (norms / (2 * torch.linalg.vector_norm(ghost, dim=-1, keepdim=True) + 1e-6)).detach()
         term = wide(ghost - left_over).square().sum(-1)

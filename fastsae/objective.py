@@ -57,9 +57,9 @@ class Pass:
     """What a pass found.
 
     error (N, D_out) = recon - target at the end; errors: after each part, with its weight (the last is `error`).
-    active: 0-d int64, active latents in all; counts: how often each fired, where there is no code.
-    terms: without the gradient of the errors, which `close` writes; rule_grads: of the rule's parameters, by name;
-    adds: what else `update_latents_` takes, by its names.
+    active: 0-d int64, active latents in all; counts (M,) int64: how often each was. selected: the pre-acts looked at,
+    where that is known. parts: the codes whose errors these are. rule_grads: of the rule's parameters, by name; adds:
+    what else `update_latents_` takes, by its names.
     """
 
     error: Tensor
@@ -67,8 +67,9 @@ class Pass:
     errors: list[tuple[Tensor, float]]
     parts: list[SparseCodes]
     active: Tensor
+    counts: Tensor
     codes: SparseCodes | None = None
-    counts: Tensor | None = None
+    selected: Tensor | None = None
     redone: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     total: Tensor | float = 0.0
@@ -76,7 +77,6 @@ class Pass:
     dacts: Tensor | None = None
     rule_grads: dict[str, Tensor] = field(default_factory=dict)
     adds: dict[str, Any] = field(default_factory=dict)
-    extra_terms: list[UpdateTerm] = field(default_factory=list)
 
 
 def selected_pass(task: Task) -> Pass:
@@ -101,7 +101,7 @@ def selected_pass(task: Task) -> Pass:
         named["nested"] = total
     return Pass(
         error=errors[-1][0], squares=sums[-1], errors=errors, parts=[part for part, _ in parts], active=codes.nnz,
-        codes=codes, redone=codes.redone, losses=named, total=total,
+        counts=sae.counts_of(codes), codes=codes, redone=codes.redone, losses=named, total=total,
         outer_grad=outer_of(task, errors[-1][0]),
     )  # fmt: skip
 
@@ -117,14 +117,15 @@ def shaped_pass(task: Task, pre: SparseCodes) -> Pass:
         weights = z.new_ones(()) if norms is None else per_latent(norms, pre, backend)
         acts = rule.activate(z, rows)
         sparsity = rule.sparsity(z, acts, rows, weights)
-        penalty = None if sparsity is None else rule.penalty(sparsity.sum() / task.n)
+        penalty = None if sparsity is None else rule.penalty(losses.fixed_sum(sparsity) / task.n)
         gate = rule.gate(z)
     code = replace(pre, acts=acts.detach().to(pre.acts.dtype))
     error, sums = ops.decode_error(code, sae.W_dec, task.goal, task.bias, backend=backend)
     squares = losses.total(sums)
     found = Pass(
-        error=error, squares=squares, errors=[(error, 1.0)], parts=[code], active=(code.acts != 0).sum(), codes=code,
-        redone=code.redone, total=squares / task.over, outer_grad=outer_of(task, error),
+        error=error, squares=squares, errors=[(error, 1.0)], parts=[code], active=(code.acts != 0).sum(),
+        counts=sae.counts_of(code), selected=code.nnz, codes=code, redone=code.redone, total=squares / task.over,
+        outer_grad=outer_of(task, error),
     )  # fmt: skip
     ends, slopes = [acts], [_dot(task, error, code, found.outer_grad).to(acts.dtype)]
     if penalty is not None:

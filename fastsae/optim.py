@@ -9,6 +9,7 @@ A threshold rule asks once a step how many latents were above, and goes the dens
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fastsae.optimizer_state import OptimizerState
 from fastsae.reference import Optimizer
 from fastsae.revival import revive
 from fastsae.sae import Inputs, SparseAutoencoder
-from fastsae.step_graph import StepGraph
+from fastsae.step_graph import StepGraph, check_graph
 
 FORMAT = 2
 
@@ -58,12 +59,8 @@ class FusedTrainStep:
     dense_above      a threshold rule's step is made densely where more than this share of the latents was active in
                      the step before (or, at first, on a sample), or turns out to be; 0: always, 1: never.
 
-    The backend's low-precision copy of the encoder (the screen) is maintained by the update. It is made anew when
-    somebody else wrote the weights: see KeptScreen. Call `refresh()` after a write through `.data` on a GPU, or after
-    one that spares the samples it looks at.
-
-    The screen's format is chosen by the inputs at hand: speed depends on it, and with precision="screened" the
-    selection too, so that such a step repeats itself only from its start, not from a state loaded in the middle.
+    The backend's low-precision copy of the encoder (the screen) is maintained by the update, and made anew when others
+    wrote the weights: see KeptScreen, and call `refresh()` after writes that it cannot see.
 
     Raises ValueError for bad settings and for parameters that do not require a gradient.
     """
@@ -102,7 +99,7 @@ class FusedTrainStep:
             raise ValueError(f"{', '.join(frozen)} do not require a gradient, but a fused step updates every parameter")
         rule = Optimizer(optimizer, (float(betas[0]), float(betas[1])), float(eps), float(weight_decay))
         self._optimizer = OptimizerState(sae, rule, moments)
-        self.sae, self.betas, self.eps = sae, rule.betas, rule.eps
+        self.sae = sae
         self.schedule, self.moments, self.seed, self.backend, self.check = schedule, moments, seed, backend, check
         self.clip_norm, self.clip_rows, self.dense_above = clip_norm, clip_rows, dense_above
         self.penalty_schedule, self.k_schedule = penalty_schedule, k_schedule
@@ -110,7 +107,7 @@ class FusedTrainStep:
             sae.activation.with_k(k_schedule(0)).check(sae.d_sae)
         device = sae.W_dec.device
         if cuda_graph:
-            self._check_graph(device)
+            check_graph(sae, check, k_schedule is not None)
         self.cuda_graph = cuda_graph
         self._graph: StepGraph | None = None
         self._graph_of: tuple[Any, ...] | None = None
@@ -121,16 +118,13 @@ class FusedTrainStep:
         self._kept = KeptScreen(sae, backend)
         self._density: float | None = None
 
-    def _check_graph(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise ValueError(f"cuda_graph=True needs the SAE on a CUDA device, it is on {device}; move it there first")
-        if self.check:
-            raise ValueError("check=True asks the device at every step, which a CUDA graph cannot; leave one of them")
-        if self.sae.activation.shaped or self.sae.ghost is not None:
-            what = f"activation {self.sae.activation.kind}" if self.sae.activation.shaped else "ghost"
-            raise ValueError(f"{what} asks the device for sizes at every step, which a CUDA graph cannot; leave one")
-        if self.k_schedule is not None:
-            raise ValueError("k_schedule changes the shape of a step, which a CUDA graph holds fast; leave one of them")
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self._optimizer.optimizer.betas
+
+    @betas.setter
+    def betas(self, betas: tuple[float, float]) -> None:
+        self._optimizer.optimizer = replace(self._optimizer.optimizer, betas=betas)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -141,22 +135,26 @@ class FusedTrainStep:
         """One update on x (*batch, d_in), towards target (*batch, d_out) or x itself.
 
         outer: a further loss of the reconstruction (*batch, d_out), in the caller's units, that is added: what follows
-        in a model, for instance. Where x requires a gradient, that of the whole loss is added to x.grad.
+        in a model, for instance. Where x, a leaf, requires a gradient, that of the whole loss is added to x.grad.
         Returns 0-d tensors: loss (what was minimised), mse, fvu and the other parts of `SAEOutput.losses` (all in
         normalised units), l0 (mean active latents), redone (tokens whose selection was repeated), dead (latents),
-        grad_norm (of dictionaries and biases, before projection), lr, outer.
+        grad_norm (before projection), lr, outer.
         Counts are int64, and float64 where a CUDA graph gives them.
         Raises ValueError for an empty batch and what `sae.inputs` raises; nothing has changed then.
         """
         self._optimizer.check_place()
+        if x.requires_grad and not x.is_leaf:
+            raise ValueError("x is no leaf: pass y = x.detach().requires_grad_() and hand y.grad on")
         if self.cuda_graph:
             if outer is not None or x.requires_grad:
                 raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
             return self._replayed(x, target)
-        return self._step(x, target, outer)
+        # The ops run in the weights' dtype under autocast; so does what torch computes around them.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._step(x, target, outer)
 
     def _replayed(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
-        """The step by its CUDA graph, which is captured when nothing has changed for GRAPH_WARMUP steps."""
+        """The step by its CUDA graph, captured when nothing has changed for GRAPH_WARMUP steps."""
         settings = self._graph_settings(x, target)
         if self._graph_of != settings:
             if self._graph is not None and self._graph_of is not None and self._graph_of[1:] == settings[1:]:
@@ -187,9 +185,7 @@ class FusedTrainStep:
             return StepGraph(self._step, x, target)
         except RuntimeError as error:
             self._graph_of, self._kept.redone = None, None  # what a capture leaves behind was never computed
-            raise RuntimeError(
-                f"this step cannot be captured in a CUDA graph ({error}); pass cuda_graph=False"
-            ) from error
+            raise RuntimeError(f"no CUDA graph can capture this step ({error}); pass cuda_graph=False") from error
         finally:
             self._steps = steps
 
@@ -200,7 +196,7 @@ class FusedTrainStep:
         held = [*sae.parameters(), *sae.buffers(), *self._optimizer.tensors.values(), self.lr, self.count]
         return (
             shapes, sae.activation, sae.loss, sae.aux_k, sae.aux_coef, sae.dead_after, sae.precision, sae.pre_bias,
-            sae.decoder_norm, sae.norm.mode, self.betas, self.eps, self.seed, self.backend, self.schedule,
+            sae.decoder_norm, sae.norm.mode, self._optimizer.optimizer, self.seed, self.backend, self.schedule,
             self.penalty_schedule, self.clip_norm, self.clip_rows, tuple(t.data_ptr() for t in held),
         )  # fmt: skip
 
@@ -212,15 +208,19 @@ class FusedTrainStep:
         if ready.x.shape[0] == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
         losses.check_tokens(sae.loss, ready.x.shape[0])
-        if self.penalty_schedule is not None:
-            sae.penalty_scale.fill_(self.penalty_schedule(self.count))
+        if self.check:
+            validation.no_nan("x", x)
         was_training, sae.training = sae.training, True
         try:
+            if self.penalty_schedule is not None:
+                sae.penalty_scale.fill_(self.penalty_schedule(self.count))
             if self.k_schedule is not None:
                 sae.annealed_k = self.k_schedule(self._steps)
             return self._trained(ready, x, target is None, outer)
         finally:
             sae.training, sae.annealed_k = was_training, None
+            if self.penalty_schedule is not None:
+                sae.penalty_scale.fill_(1.0)
 
     def _trained(
         self, ready: Inputs, x: Tensor, own_target: bool, outer: Callable[[Tensor], Tensor] | None
@@ -236,22 +236,19 @@ class FusedTrainStep:
         if sae.W_skip is not None:
             goal = goal - ready.x @ sae.W_skip.mT
         screen = self._kept.current(ready.encoder_input, in_place=self._graph is not None)
-        how = sae.how(screen=screen, backend=self.backend, check=self.check)
+        how = sae.how(screen=screen, backend=self.backend)
         behind = None if outer is None else input_gradient.Outer(sae, ready, outer, x)
         task = Task(sae, ready.encoder_input, goal, bias, over, how, behind)
         found = self._passed(task, x.requires_grad)
-        if found.counts is not None:
-            sae.count_fired_(found.counts, n)
-        elif found.codes is not None:
-            sae.note_fired_(found.codes)
+        dead = torch.where(found.counts > 0, 0, sae.tokens_since_fired + n) >= sae.dead_after
         if found.redone is not None:
             self._kept.redone = found.redone / n
         metrics = {"mse": found.squares / n, "fvu": found.squares / variance, **found.losses}
-        metrics |= {"l0": found.active.double() / n, "dead": sae.dead.sum()}
+        metrics |= {"l0": found.active.double() / n, "dead": dead.sum()}
         if found.redone is not None:
             metrics["redone"] = found.redone
         loss = found.total
-        auxiliary = revive(task, found, metrics)
+        auxiliary = revive(task, found, dead, metrics)
         for name, coef in (("aux", sae.aux_coef), ("ghost", sae.ghost_coef)):
             if name in metrics:
                 loss = loss + coef * metrics[name]
@@ -269,6 +266,7 @@ class FusedTrainStep:
                 grad = grad + behind.dx
             x.grad = grad if x.grad is None else x.grad + grad
         self._update(terms, found, screen, whole, ready, metrics)
+        sae.count_fired_(found.counts, n)
         if found.codes is not None:
             sae.rule.observe(found.codes, sae.own)
         return {"loss": torch.as_tensor(loss), **metrics}
@@ -278,7 +276,7 @@ class FusedTrainStep:
         rule = task.rule
         if not rule.shaped:
             return objective.selected_pass(task)
-        pairs = task.n * task.sae.d_sae
+        pairs, found = task.n * task.sae.d_sae, None
         if self._density is None:
             self._density = sampled_density(task, SAMPLED_TOKENS)
         if self._density <= self.dense_above:
@@ -289,10 +287,11 @@ class FusedTrainStep:
                 pre, overflow = objective.pre_acts_with_room(task, capacity)
                 if not bool(overflow):
                     found = objective.shaped_pass(task, pre)
-                    self._density = float(pre.nnz) / pairs
-                    return found
-        found = dense_pass(task, want_dx)
-        self._density = float(found.active) / pairs
+                    break
+        if found is None:
+            found = dense_pass(task, want_dx)
+        assert found.selected is not None
+        self._density = float(found.selected) / pairs
         return found
 
     def _update(
@@ -309,8 +308,9 @@ class FusedTrainStep:
         count = self.count + 1
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.count))
         others = dict(found.rule_grads)
-        if sae.W_skip is not None:
-            others["W_skip"] = whole.mT @ ready.x
+        skip_grad = None if sae.W_skip is None else whole.mT @ ready.x
+        if skip_grad is not None:
+            others["W_skip"] = skip_grad
         added = ("decoder_pull", "db_enc", "added")
         given: dict[str, Any] = {name: found.adds[name] for name in added if name in found.adds}
         given |= {
@@ -334,7 +334,10 @@ class FusedTrainStep:
         self.count.copy_(count)
         self._steps += 1
         self._kept.remember()
-        metrics |= {"grad_norm": stats.sum().sqrt(), "lr": lr}
+        squares = stats.sum() + sum(losses.sum_of_squares(g.unsqueeze(0)) for g in found.rule_grads.values())
+        if skip_grad is not None:
+            squares = squares + losses.sum_of_squares(skip_grad)
+        metrics |= {"grad_norm": squares.sqrt(), "lr": lr}
 
     @torch.no_grad()
     def forget_rows_(self, latents: Tensor) -> None:
@@ -362,8 +365,8 @@ class FusedTrainStep:
             "count": int(self.count),
             "lr": float(self.lr),
             "optimizer": rule.kind,
-            "betas": list(self.betas),
-            "eps": self.eps,
+            "betas": list(rule.betas),
+            "eps": rule.eps,
             "weight_decay": rule.weight_decay,
             "moments": self.moments,
             "seed": self.seed,
@@ -385,10 +388,12 @@ class FusedTrainStep:
         for name in ("moments", "optimizer"):
             if state[name] != expected[name]:
                 raise ValueError(f"the state has {state[name]} {name}, expected {expected[name]}; pass {name}=")
+        validation.optimizer(state["optimizer"], tuple(state["betas"]), state["eps"], state["weight_decay"])
         self._optimizer.load(state["state"])
         self.count.fill_(state["count"])
         self._steps = state["count"]
         self.lr.fill_(state["lr"])
-        self.betas, self.eps, self.seed = tuple(state["betas"]), state["eps"], state["seed"]
-        self._optimizer.optimizer = Optimizer(state["optimizer"], self.betas, self.eps, state["weight_decay"])
+        self.seed = state["seed"]
+        betas = tuple(state["betas"])
+        self._optimizer.optimizer = Optimizer(state["optimizer"], betas, state["eps"], state["weight_decay"])
         self._density = state["density"]

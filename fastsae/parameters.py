@@ -82,25 +82,33 @@ class Parameters(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty_like(start, dtype=wider, device=device)))
         for name, start in activation.new_buffers().items():
             self.register_buffer(name, torch.empty_like(start, device=device))
-        for name in ("tokens_since_fired", "fired"):
-            zeros = torch.zeros(d_sae, dtype=torch.int64, device=device)
-            self.register_buffer(name, zeros, persistent=name != "fired")
-        self.register_buffer("fired_over", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
-        # A schedule's multiplier of the rule's coefficient: set by whoever trains, 1 otherwise.
-        one = torch.ones((), dtype=torch.float64, device=device)
-        self.register_buffer("penalty_scale", one, persistent=False)
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=device))
+        self.begin_counts_(device)
         self.reset_parameters(seed)
 
+    def begin_counts_(self, device: torch.device | str | None = None) -> None:
+        """Makes what a file does not hold: the counters of `density`, and the penalty's multiplier.
+
+        The latter is a schedule's, for the length of a step; otherwise it is 1.
+        """
+        fired = torch.zeros(self.d_sae, dtype=torch.int64, device=device)
+        over, one = torch.zeros_like(fired[0]), torch.ones((), dtype=torch.float64, device=device)
+        for name, t in (("fired", fired), ("fired_over", over), ("penalty_scale", one)):
+            self.register_buffer(name, t, persistent=False)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`.to(...)` and its like. What the rule learns and remembers keeps float32 at least: see `rule_dtype`."""
-        kept = {name: getattr(self, name).detach() for names in self._own for name in names}
-        kept["penalty_scale"] = self.penalty_scale
+        """`.to(...)` and its like. What the rule learns has `rule_dtype`, or the weights' where that is wider; what it
+        remembers keeps its own.
+        """
+        learnt, remembered = self._own
+        kept = {name: getattr(self, name).detach() for name in (*learnt, *remembered, "penalty_scale")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             now = getattr(self, name)
-            if now.dtype != before.dtype and not now.is_meta:
-                now.data = before.to(now.device, torch.promote_types(now.dtype, before.dtype))
-                now.grad = None  # it was rounded
+            wanted = torch.promote_types(self.rule_dtype, self.W_dec.dtype) if name in learnt else before.dtype
+            if now.dtype != wanted and not now.is_meta:
+                now.data = before.to(now.device, wanted)
+                now.grad = None  # it has the other dtype, and may have been rounded
         return self
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import losses
+from . import losses, validation
 from .sae import SparseAutoencoder
 
 OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -40,27 +40,37 @@ class PlainTrainStep:
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}, a plain step has {', '.join(OPTIMIZERS)}; use a fused step")
-        if optimizer == "adam" and weight_decay:
-            raise ValueError(f"adam has no weight_decay, got {weight_decay}; take optimizer='adamw'")
+        validation.optimizer(optimizer, betas, eps, weight_decay)
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm is {clip_norm}, expected a number above 0, or None")
         self.sae, self.lr, self.schedule = sae, lr, schedule
         self.clip_norm, self.penalty_schedule, self.k_schedule = clip_norm, penalty_schedule, k_schedule
         self.step = 0
-        self.optimizer = OPTIMIZERS[optimizer](sae.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        # A rule's own parameters do not decay: a threshold of 1 is no resting place.
+        own = list(sae.rule_parameters.values())
+        others = [p for name, p in sae.named_parameters() if name not in sae.rule_parameters]
+        groups: list[dict[str, Any]] = [{"params": others}, *([{"params": own, "weight_decay": 0.0}] if own else [])]
+        self.optimizer = OPTIMIZERS[optimizer](groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """One update on x (*batch, d_in). Returns 0-d tensors as `FusedTrainStep` does; reads nothing back."""
         sae = self.sae
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.step))
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        if self.penalty_schedule is not None:
-            sae.penalty_scale.fill_(self.penalty_schedule(self.step))
-        sae.annealed_k = None if self.k_schedule is None else self.k_schedule(self.step)
+        was_training = sae.training
+        sae.train()
         try:
+            if self.penalty_schedule is not None:
+                sae.penalty_scale.fill_(self.penalty_schedule(self.step))
+            sae.annealed_k = None if self.k_schedule is None else self.k_schedule(self.step)
             out = sae(x)
+            out.loss.backward()
         finally:
+            sae.train(was_training)
             sae.annealed_k = None
-        out.loss.backward()
+            sae.penalty_scale.fill_(1.0)
         with torch.no_grad():
             ready = sae.inputs(x)
             goal, stats = ready.target, ready.stats
@@ -115,8 +125,8 @@ class PlainTrainStep:
             if got != expected:
                 raise ValueError(f"the moments of {name} have shape {got}, expected {expected}")
             self.optimizer.state[parameter] = {
-                # Adam keeps its step counter on the CPU, and its moments with the parameter.
-                key: value if key == "step" else value.to(parameter.device)
+                # Adam keeps its step counter on the CPU, and its moments with the parameter. Copies: it writes them.
+                key: (value if key == "step" else value.to(parameter.device)).clone()
                 for key, value in moments.items()
             }
         self.step = state["step"]

@@ -11,14 +11,13 @@ from fastsae.objective import Pass, Task, gradients_of
 from fastsae.reference import wide
 
 
-def revive(task: Task, found: Pass, metrics: dict[str, Tensor]) -> list[UpdateTerm]:
+def revive(task: Task, found: Pass, dead: Tensor, metrics: dict[str, Tensor]) -> list[UpdateTerm]:
     """AuxK's term or the ghost gradients, which go to found.adds; their losses go to the metrics."""
     sae = task.sae
     if sae.ghost is not None:
-        metrics["ghost"] = add_ghosts(task, found)
+        metrics["ghost"] = add_ghosts(task, found, dead)
     if sae.aux_k is None:
         return []
-    dead = sae.dead
     metrics["aux"] = torch.zeros_like(found.squares)
     dead_codes = losses.encode_dead(
         task.x, sae.encoder_weight, sae.b_enc, dead, sae.aux_k,
@@ -34,13 +33,13 @@ def revive(task: Task, found: Pass, metrics: dict[str, Tensor]) -> list[UpdateTe
     return [UpdateTerm(dead_codes, task.x, missed, has_bias=False)]
 
 
-def add_ghosts(task: Task, found: Pass) -> Tensor:
+def add_ghosts(task: Task, found: Pass, dead_ones: Tensor) -> Tensor:
     """The ghost gradients of the dead latents' rows, dense in those rows, added to found.adds; returns their loss.
 
     It looks at how many are dead, and stores a gradient of both dictionaries where any is.
     """
     sae = task.sae
-    dead = sae.dead.nonzero().squeeze(1)
+    dead = dead_ones.nonzero().squeeze(1)
     if dead.numel() == 0:
         return torch.zeros_like(found.squares)
     leaves = {"x": task.x, "W_enc": sae.encoder_weight[dead], "b_enc": sae.b_enc[dead], "W_dec": sae.W_dec[dead]}

@@ -148,8 +148,7 @@ class SparseAutoencoder(Parameters):
     def pre_acts(self, encoder_input: Tensor) -> SparseCodes:
         """The pre-acts (N, ...) that the rule looks at, with room for all of them."""
         rule = self.rule
-        codes, _ = rule.select(encoder_input, self.encoder_weight, self.b_enc, self.own, self.training, self.how())
-        return codes.masked(OFF) if rule.shaped and torch.compiler.is_compiling() else codes
+        return rule.select(encoder_input, self.encoder_weight, self.b_enc, self.own, self.training, self.how()).codes
 
     def _activated(self, pre: SparseCodes) -> tuple[SparseCodes, Tensor | None]:
         """The code of these pre-acts, and the penalty, where the rule has one."""
@@ -162,7 +161,7 @@ class SparseAutoencoder(Parameters):
         if rule.needs_norms:
             norms = per_latent(reference.decoder_norms(self.W_dec, self.layers), pre, self.backend)
         sparsity = rule.sparsity(pre.acts, acts, rows, norms)
-        penalty = None if sparsity is None else rule.penalty(sparsity.sum() / max(pre.n_tokens, 1))
+        penalty = None if sparsity is None else rule.penalty(losses.fixed_sum(sparsity) / max(pre.n_tokens, 1))
         return replace(pre, acts=acts), penalty
 
     def encode(self, x: Tensor) -> SparseCodes:
@@ -267,14 +266,16 @@ class SparseAutoencoder(Parameters):
     @torch.no_grad()
     def note_fired_(self, codes: SparseCodes) -> None:
         """tokens_since_fired += N, then 0 for every latent that is active in `codes`; counts them for `density`."""
+        self.count_fired_(self.counts_of(codes), codes.n_tokens)
+
+    def counts_of(self, codes: SparseCodes) -> Tensor:
+        """On how many tokens each latent is active in `codes`: int64 (M,)."""
         # Empty slots all point one past the last latent, which is cut off. Whole numbers add up in any order.
         active = codes.occupied() & (codes.acts != 0)
         latents = torch.where(active, codes.indices, self.d_sae).flatten().long()
         if latents.device.type == "cpu" and not torch.compiler.is_compiling():
-            counts = torch.bincount(latents, minlength=self.d_sae + 1)[:-1]
-        else:
-            counts = self.fired.new_zeros(self.d_sae + 1).scatter_add_(0, latents, torch.ones_like(latents))[:-1]
-        self.count_fired_(counts, codes.n_tokens)
+            return torch.bincount(latents, minlength=self.d_sae + 1)[:-1]
+        return self.fired.new_zeros(self.d_sae + 1).scatter_add_(0, latents, torch.ones_like(latents))[:-1]
 
     @torch.no_grad()
     def count_fired_(self, counts: Tensor, n_tokens: int) -> None:

@@ -71,6 +71,7 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
         # Cloned out of the mapped file: into memory that is aligned, and that stays when the file is replaced.
         tensors = {name: file.get_tensor(name).clone() for name in expected}
     sae.load_state_dict(tensors, assign=True)
+    sae.begin_counts_(device or "cpu")
     return sae
 
 

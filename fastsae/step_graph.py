@@ -7,7 +7,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastsae.sae import SparseAutoencoder
+
 Metrics = dict[str, Tensor]
+
+
+def check_graph(sae: SparseAutoencoder, check: bool, anneals: bool) -> None:
+    """Raises ValueError for a step that cannot be captured: off a GPU, or one that asks the device for sizes."""
+    device = sae.W_dec.device
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs the SAE on a CUDA device, it is on {device}; move it there first")
+    if check:
+        raise ValueError("check=True asks the device at every step, which a CUDA graph cannot; leave one of them")
+    if sae.activation.shaped or sae.ghost is not None:
+        what = f"activation {sae.activation.kind}" if sae.activation.shaped else "ghost"
+        raise ValueError(f"{what} asks the device for sizes at every step, which a CUDA graph cannot; leave one")
+    if anneals:
+        raise ValueError("k_schedule changes the shape of a step, which a CUDA graph holds fast; leave one of them")
 
 
 class StepGraph:

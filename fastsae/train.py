@@ -135,6 +135,10 @@ class Trainer:
 
     def _make_step(self) -> FusedTrainStep | PlainTrainStep:
         c = self.config
+        if c.penalty_warmup and not self.sae.activation.coef:
+            raise ValueError(
+                f"penalty_warmup is {c.penalty_warmup}, but {self.sae.activation} penalises nothing; leave it"
+            )
         common: dict[str, Any] = {
             "lr": c.rate(self.sae.d_sae), "betas": c.betas, "eps": c.eps, "schedule": self.schedule,
             "optimizer": c.optimizer, "weight_decay": c.weight_decay, "clip_norm": c.clip_norm,

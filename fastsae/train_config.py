@@ -88,6 +88,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if self.steps is not None and self.tokens is not None:
             raise ValueError(f"steps is {self.steps} and tokens is {self.tokens}; give one of them")
+        for name in ("clip_norm", "clip_rows"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected a number above 0, or none")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr is {self.lr}, expected a number above 0")
         if not self.fused:

@@ -147,7 +147,7 @@ def codes(codes: SparseCodes, W: Tensor, d_sae: int | None = None, name: str = "
 def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: float = 0.0) -> None:
     """An optimizer's settings. Raises ValueError."""
     one_of("optimizer", kind, tuple(MOMENTS_OF))
-    if not (eps >= 0 and all(0 <= beta < 1 for beta in betas)):
+    if not (eps >= 0 and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(f"betas {betas}, eps {eps}: expected 0 <= beta < 1 and eps >= 0")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0")

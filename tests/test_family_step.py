@@ -42,7 +42,7 @@ def assert_equal_training(sae: fastsae.SparseAutoencoder, step: FusedTrainStep, 
     Adam's first steps are signs: a gradient that is 0 but for rounding would go either way, and so eps is large.
     """
     plain = copy.deepcopy(sae)
-    adam = torch.optim.Adam(plain.parameters(), lr=float(step.lr), eps=step.eps)
+    adam = torch.optim.Adam(plain.parameters(), lr=float(step.lr), eps=1e-4)
     for i in range(steps):
         x = tokens(seed=i).requires_grad_()
         copied = x.detach().clone().requires_grad_()

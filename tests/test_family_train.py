@@ -35,6 +35,7 @@ def test_a_run_that_is_continued_is_the_run(tmp_path: Path, name: str, fused: bo
         "fused": fused, "optimizer": "adamw", "weight_decay": 0.01, "clip_norm": 0.5, "penalty_warmup": 8,
         "resample_at": (9, 20), "resample_rows": 100, "eval_every": 10, "decay": "constant",
     }  # fmt: skip
+    settings["penalty_warmup"] = 8 if RULES[name].coef else 0
 
     def run(folder: str, steps: int) -> Path:
         sae = module(activation=RULES[name], aux_k=None, ghost="residual", dead_after=100, decoder_norm="free")
@@ -88,6 +89,8 @@ def test_k_is_annealed_and_the_rate_follows_the_width(tmp_path: Path) -> None:
     ({"resample_at": (0,)}, r"resample_at is \(0,\), expected updates from 1 on"),
     ({"resample_rows": 0}, "resample_rows is 0"),
     ({"penalty_warmup": -1}, "penalty_warmup is -1"),
+    ({"clip_norm": -1.0, "fused": False}, "clip_norm is -1.0, expected a number above 0"),
+    ({"clip_rows": 0.0}, "clip_rows is 0.0"),
 ])  # fmt: skip
 def test_bad_training_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -100,7 +103,7 @@ LINES = {
     "batch_topk": ["--k", "4"],
     "relu": ["--l1", "0.5", "--decoder-norm", "free", "--penalty-warmup", "3", "--no-pre-bias", "--init-norm", "0.1"],
     "jumprelu": ["--l0", "0.01", "--threshold", "0.1", "--bandwidth", "0.2", "--optimizer", "adamw"],
-    "gated": ["--l1", "0.1", "--no-l1-weighted", "--moments", "8bit"],
+    "gated": ["--l1", "0.1", "--l1-norm", "plain", "--moments", "8bit"],
     "matryoshka": ["--k", "4", "--groups", "8", "16", "24"],
     "matryoshka_batch": ["--k", "4", "--prefixes", "3"],
     "hierarchical_topk": ["--ks", "2", "4", "8", "--skip"],

@@ -1,1 +1,6 @@
-"""The family of SAEs against its dense versions: speed at one size (`speed.py`), quality on real activations."""
+"""`python -m bench.family`: every rule of the family against its dense version.
+
+--part speed    a whole training step of each rule against the dense one, in turns, checked before it is timed
+--part quality  FVU against L0 on real activations, three sparsities of each rule, beside the dense curve
+Both write after each entry under bench/results/<device>/family and go on where they were stopped.
+"""

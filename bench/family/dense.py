@@ -1,4 +1,4 @@
-"""The dense version of a rule's training step, as a good PyTorch user writes it: (N, M) throughout, torch.topk, autograd.
+"""The dense version of a rule's training step, as a good PyTorch user writes it: (N, M) throughout, torch.topk.
 
 The mathematics is that of fastsae.reference, whose stable sort is replaced by torch.topk, which is faster and promises
 no order among ties.
@@ -6,11 +6,18 @@ no order among ties.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsae import SparseAutoencoder, activations, reference
+from fastsae.reference import wide
+
+Recons = list[tuple[Tensor, float]]
+"""Each reconstruction that counts, with its weight."""
 
 
 def keep_top_k(pre: Tensor, k: int) -> Tensor:
@@ -22,81 +29,139 @@ def keep_top_k(pre: Tensor, k: int) -> Tensor:
 def keep_batch_top_k(pre: Tensor, k: int) -> Tensor:
     """relu(pre) with all but the N·k largest of the batch set to 0."""
     flat = torch.relu(pre).flatten()
-    acts, places = flat.topk(pre.shape[0] * k)
+    acts, places = flat.topk(pre.shape[0] * k, sorted=False)
     return torch.zeros_like(flat).scatter(0, places, acts).view_as(pre)
 
 
 def keep_group_max(pre: Tensor, k: int) -> Tensor:
     """relu(pre) at the largest entry of each of k groups."""
-    return keep_top_k(pre.unflatten(-1, (k, -1)), 1).flatten(-2)
+    grouped = torch.relu(pre).unflatten(-1, (k, -1))
+    acts, indices = grouped.max(dim=-1, keepdim=True)
+    return torch.zeros_like(grouped).scatter(-1, indices, acts).flatten(-2)
+
+
+def equal_or(weights: tuple[float, ...] | None, count: int) -> tuple[float, ...]:
+    """The weights of `count` reconstructions, equal with sum 1 where none are given."""
+    return weights or (1 / count,) * count
+
+
+class Forward(NamedTuple):
+    """loss and mse 0-d, in the graph; acts: the active latents' acts in any shape, the others 0 or left out."""
+
+    loss: Tensor
+    mse: Tensor
+    acts: Tensor
 
 
 class DenseFamily:
     """One step of a SparseAutoencoder's settings and weights, densely; `sae` itself stays as it is.
 
-    Prefixes of a Matryoshka are products of slices of A and W_dec; unit norm is kept by projection and renormalisation.
+    autocast: products in bfloat16, weights kept in fp32. Prefixes of a Matryoshka are products of slices of A and
+    W_dec; unit norm is kept by projection and renormalisation. Raises ValueError for settings that it does not know.
     """
 
-    def __init__(self, sae: SparseAutoencoder, lr: float, autocast: bool = False):
-        self.rule, self.sae, self.autocast = sae.activation, sae, autocast
-        self.params = nn.ParameterDict({name: p.detach().clone() for name, p in sae.named_parameters()})
+    def __init__(self, sae: SparseAutoencoder, lr: float, *, autocast: bool = False):
+        plain = {"tied": False, "skip": False, "layers": 1, "aux_k": None, "ghost": None, "loss": "mse"}
+        odd = [f"{name}={getattr(sae, name)!r}" for name, value in plain.items() if getattr(sae, name) != value]
+        if odd or sae.d_out != sae.d_in:
+            what = ", ".join(odd) or f"d_out={sae.d_out}"
+            raise ValueError(f"the dense version has no {what}; it knows an SAE with the mse of its own input only")
+        self.rule, self.sae, self.autocast, self.lr = sae.activation, sae, autocast, lr
+        self.params = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
+        self.own = {name: self.params.get(name, t.detach().clone()) for name, t in sae.own.items()}
         self.optimizer = torch.optim.Adam(self.params.values(), lr=lr, fused=True)
 
-    def acts(self, pre: Tensor, own: dict[str, Tensor]) -> Tensor:
-        rule = self.rule.inner if isinstance(self.rule, activations.Matryoshka) else self.rule
-        if isinstance(rule, activations.TopK):
-            return keep_top_k(pre, rule.k)
-        if isinstance(rule, activations.BatchTopK):
-            return keep_batch_top_k(pre, rule.k)
-        if isinstance(rule, activations.GroupMax):
-            return keep_group_max(pre, rule.k)
-        if isinstance(rule, activations.HierarchicalTopK):
-            return keep_top_k(pre, rule.ks[-1])
-        return rule.activate(pre, rule.per_latent(own))
+    # -- the forward pass ---------------------------------------------------------------------------------------------
 
-    def recons(self, A: Tensor) -> list[tuple[Tensor, float]]:
-        """Each reconstruction that counts, with its weight."""
-        W, b, rule = self.params["W_dec"], self.params["b_dec"], self.rule
-        if isinstance(rule, activations.Matryoshka) and rule.groups:
-            out, recon, start = [], b, 0
-            for size in rule.groups:
-                recon = recon + A[:, start : start + size] @ W[start : start + size]
-                start += size
-                out.append((recon, 1 / rule.count))
-            return out
-        if isinstance(rule, activations.HierarchicalTopK):
-            return [(keep_top_k(A, k) @ W + b, 1 / len(rule.ks)) for k in rule.ks]
-        return [(A @ W + b, 1.0)]
+    def nested(self, A: Tensor, rule: activations.Matryoshka) -> Recons:
+        """The reconstructions of growing prefixes of the dictionary, each from the one before."""
+        W, recon, out = self.params["W_dec"], self.params["b_dec"], []
+        ends = rule.ends(self.sae.d_sae, self.own, A.device).tolist()
+        for (start, end), weight in zip(pairwise((0, *ends)), equal_or(rule.weights, rule.count), strict=True):
+            recon = recon + A[:, start:end] @ W[start:end]
+            out.append((recon, weight))
+        return out
 
-    def step(self, x: Tensor) -> dict[str, Tensor]:
-        """One update; returns loss, mse, fvu, l0 as 0-d tensors."""
-        p, rule = self.params, self.rule
-        own = dict(p.items())
+    def hierarchical(self, pre: Tensor, rule: activations.HierarchicalTopK) -> tuple[Tensor, Recons]:
+        """The reconstructions of the k strongest for growing k, from one top-k, which is sorted."""
+        acts, indices = torch.relu(pre).topk(rule.ks[-1], dim=-1)
+        recon, out = self.params["b_dec"], []
+        for (a, b), weight in zip(pairwise((0, *rule.ks)), equal_or(rule.weights, len(rule.ks)), strict=True):
+            A = torch.zeros_like(pre).scatter(-1, indices[:, a:b], acts[:, a:b])
+            recon = recon + A @ self.params["W_dec"]
+            out.append((recon, weight))
+        return acts, out
+
+    def recons(self, pre: Tensor) -> tuple[Tensor, Recons]:
+        """Acts, dense except for HierarchicalTopK, and the reconstructions."""
+        rule = self.rule
+        if isinstance(rule, activations.HierarchicalTopK):
+            return self.hierarchical(pre, rule)
+        inner = rule.inner if isinstance(rule, activations.Matryoshka) else rule
+        if isinstance(inner, activations.TopK):
+            A = keep_top_k(pre, inner.k)
+        elif isinstance(inner, activations.BatchTopK):
+            A = keep_batch_top_k(pre, inner.k)
+        elif isinstance(inner, activations.GroupMax):
+            A = keep_group_max(pre, inner.k)
+        else:
+            A = inner.activate(pre, inner.per_latent(self.own))
+        if isinstance(rule, activations.Matryoshka):
+            return A, self.nested(A, rule)
+        return A, [(A @ self.params["W_dec"] + self.params["b_dec"], 1.0)]
+
+    def forward(self, x: Tensor, penalty_scale: float = 1.0) -> Forward:
+        """x (N, D), normalised."""
+        p, rule, n = self.params, self.rule, x.shape[0]
+
+        def squared_error(recon: Tensor) -> Tensor:
+            return (wide(recon) - x).square().sum(-1).mean()
+
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            inputs = x - p["b_dec"] if self.sae.pre_bias else x
-            pre = F.linear(inputs, p["W_enc"], p["b_enc"])
-            A = self.acts(pre, own)
-            recons = self.recons(A)
-            errors = [((recon.float() - x).square().sum(-1).mean(), weight) for recon, weight in recons]
+            pre = F.linear(x - p["b_dec"] if self.sae.pre_bias else x, p["W_enc"], p["b_enc"])
+            acts, recons = self.recons(pre)
+            errors = [(squared_error(recon), weight) for recon, weight in recons]
             loss = torch.stack([weight * error for error, weight in errors]).sum()
             norms = reference.decoder_norms(p["W_dec"]) if rule.needs_norms else p["b_enc"].new_ones(())
-            sparsity = rule.sparsity(pre, A, rule.per_latent(own), norms)
+            sparsity = rule.sparsity(pre, acts, rule.per_latent(self.own), norms)
             if sparsity is not None:
-                loss = loss + rule.coef * rule.penalty(sparsity.sum() / x.shape[0])
+                mean = sparsity.sum(dtype=x.dtype) / n  # in bfloat16 it would be rounded to three digits
+                loss = loss + penalty_scale * rule.coef * rule.penalty(mean)
             gate = rule.gate(pre)
             if gate is not None:
-                frozen = gate @ p["W_dec"].detach() + p["b_dec"].detach()
-                loss = loss + (frozen.float() - x).square().sum(-1).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+                loss = loss + squared_error(gate @ p["W_dec"].detach() + p["b_dec"].detach())
+        return Forward(loss, errors[-1][0], acts)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def step(
+        self, x: Tensor, *, lr_scale: float = 1.0, penalty_scale: float = 1.0, count: bool = False
+    ) -> dict[str, Tensor]:
+        """One update on x (N, D), in the caller's units. 0-d tensors: loss, mse, fvu, and where `count` is set, l0."""
         with torch.no_grad():
-            W = p["W_dec"]
-            if self.sae.decoder_norm == "unit":
-                W.grad.sub_((W.grad * W).sum(-1, keepdim=True) * W)
-            self.optimizer.step()
-            if self.sae.decoder_norm == "unit":
-                W.div_(W.norm(dim=-1, keepdim=True))
-            mse = errors[-1][0].detach()
-            variance = (x - x.mean(0)).square().sum() / x.shape[0]
-            l0 = (A != 0).sum() / x.shape[0]
-        return {"loss": loss.detach(), "mse": mse, "fvu": mse / variance, "l0": l0}
+            x = self.sae.norm.normalize(x, self.sae.norm.statistics(x))
+        found = self.forward(x, penalty_scale)
+        self.optimizer.zero_grad(set_to_none=True)
+        found.loss.backward()
+        self.update(lr_scale)
+        with torch.no_grad():
+            mse, variance = found.mse.detach(), (x - x.mean(0)).square().sum() / x.shape[0]
+            metrics = {"loss": found.loss.detach(), "mse": mse, "fvu": mse / variance}
+            if count:
+                metrics["l0"] = (found.acts != 0).sum() / x.shape[0]
+        return metrics
+
+    @torch.no_grad()
+    def update(self, lr_scale: float) -> None:
+        """Project the decoder's gradient, Adam, renormalise."""
+        W, unit = self.params["W_dec"], self.sae.decoder_norm == "unit"
+        if unit:
+            assert W.grad is not None
+            W.grad.sub_((W.grad * W).sum(-1, keepdim=True) * W)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_scale
+        self.optimizer.step()
+        if unit:
+            W.div_(W.norm(dim=-1, keepdim=True))
+        if "batches" in self.own:
+            self.own["batches"] += 1  # which prefixes are drawn next

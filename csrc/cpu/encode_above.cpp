@@ -10,7 +10,8 @@
 namespace fastsae::FASTSAE_ISA {
 
 // Returns {how many latents are above, how many tokens were scored in full}. Where there is no room for all, the first
-// `capacity` in token order are kept and the offsets end there; the rest is only counted.
+// `capacity` in token order are kept and the offsets end there. Memory follows what is above among kAtOnce tokens, which
+// is more than the capacity there.
 AboveCounts encode_above(const EncodeArgs& a, const float* per_latent, const float* per_token, const RaggedCodes& out) {
   AboveCounts counts{0, 0};
   out.offsets[0] = 0;

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastsae import ops
@@ -79,6 +78,10 @@ class Activation(ABC):
     def screen_k(self) -> int | None:
         """Active latents per token, for a backend that chooses its screen by it; None where a threshold decides."""
         return None
+
+    def considered(self, pre: Tensor, rows: Own) -> Tensor:
+        """Of all pre-acts those that `select` returns in training, for a threshold rule: bool."""
+        return pre > 0
 
     @abstractmethod
     def check(self, d_sae: int) -> None:
@@ -174,6 +177,6 @@ def select_above(
     room = min(most, ROOM * x.shape[0])
     while True:
         codes, overflow = ops.encode_above(x, W, b, threshold, room, **how.arguments())
-        if room == most or torch.compiler.is_compiling() or not bool(overflow):
+        if room == most or not bool(overflow):  # under torch.compile a graph break
             return Selected(codes.trimmed())
         room = min(most, 8 * room)

@@ -63,7 +63,8 @@ class JumpReLU(Activation):
     penalty  "l0": l0 · mean L0, whose gradient reaches θ alone. "tanh": l0 · mean of Σ tanh(tanh_scale·acts·‖W_dec‖),
              which trains encoder and decoder too. "target": l0 · (mean L0 / target_l0 - 1)².
     threshold: θ at the start, the same for all latents. log_threshold and its gradient are float32 at least, whatever
-    the weights are: the steps of an optimizer are smaller than bfloat16's spacing.
+    the weights are: the steps of an optimizer are smaller than bfloat16's spacing. Pre-acts have the weights'
+    dtype: with narrow weights take a bandwidth of several of its steps at the threshold, or the kernel sees steps only.
     Source: Rajamanoharan et al. 2024 (arXiv 2407.14435); tanh: Conerly et al. 2025 (Transformer Circuits, January
     update), Lieberum et al. 2024 for θ's start; target: the trainer of dictionary_learning.
     """
@@ -115,7 +116,10 @@ class JumpReLU(Activation):
     ) -> Selected:
         # In training the band below the threshold too: its latents are off, but they move θ.
         bar = own["log_threshold"].detach().exp() - (self.bandwidth / 2 if training else 0.0)
-        return select_above(x, W, b, bar.to(x.dtype), how, capacity)
+        return select_above(x, W, b, bar, how, capacity)
+
+    def considered(self, pre: Tensor, rows: Own) -> Tensor:
+        return pre > rows["threshold"] - self.bandwidth / 2
 
     def per_latent(self, own: Own) -> dict[str, Tensor]:
         return {"threshold": own["log_threshold"].exp()}

@@ -80,9 +80,9 @@ class BatchTopK(Activation):
     def select(
         self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
     ) -> Selected:
-        if training or (not torch.compiler.is_compiling() and float(own["threshold"]) < 0):
+        if training or float(own["threshold"]) < 0:  # under torch.compile a graph break
             return Selected(ops.encode_batch_topk(x, W, b, self.k, **how.arguments()))
-        return select_above(x, W, b, own["threshold"].to(x.dtype), how, capacity)
+        return select_above(x, W, b, own["threshold"], how, capacity)
 
     @torch.no_grad()
     def observe(self, codes: SparseCodes, own: Own) -> None:
