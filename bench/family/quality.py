@@ -35,10 +35,10 @@ ALLOWED = 0.005
 class Settings:
     """The sizes of every run. dense_steps: of the dense version beside one run of each rule."""
 
-    M: int = 4096
-    batch: int = 2048
-    steps: int = 400
-    dense_steps: int = 100
+    M: int = 2048
+    batch: int = 1024
+    steps: int = 200
+    dense_steps: int = 40
     lr: float = 1e-3
     seed: int = 0
     toy: bool = False
