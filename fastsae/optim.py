@@ -149,8 +149,9 @@ class FusedTrainStep:
             if outer is not None or x.requires_grad:
                 raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
             return self._replayed(x, target)
-        # The ops run in the weights' dtype under autocast; so does what torch computes around them.
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+        # Under autocast the ops run in the weights' dtype; so does what torch computes around them.
+        with torch.autocast(kind, enabled=False):
             return self._step(x, target, outer)
 
     def _replayed(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
