@@ -40,7 +40,7 @@ class Settings:
     machine before each entry."""
 
     case: Case = CASE
-    rounds: int = 4
+    rounds: int = 2
     turn: float = 1.0
     wait: float = 0.0
 
