@@ -57,18 +57,18 @@ def quick(settings: Settings) -> Settings:
 def rules(M: int) -> dict[str, list[Activation]]:
     """Three sparsities of each rule. Those without a K are given penalties that lead to L0s of the same size here.
 
-    Inputs have a mean squared norm of D, so that a pre-act at random directions is about standard normal. A threshold
+    Inputs have a mean squared norm of D, so that a pre-act at random directions deviates by some 0.7. A threshold
     moves slowly (log θ by the learning rate at most), and so JumpReLU starts near where it should end.
     """
     ks = [k for k in (16, 32, 64) if k <= M // 4]
     return {
         "TopK": [fastsae.TopK(k) for k in ks],
         "BatchTopK": [fastsae.BatchTopK(k, decay=0.98) for k in ks],
-        "ReLU": [fastsae.ReLU(l1) for l1 in (4.0, 2.0, 1.0)],
+        "ReLU": [fastsae.ReLU(l1) for l1 in (3.0, 2.2, 1.6)],
         "JumpReLU": [
-            fastsae.JumpReLU(l0, threshold=t, bandwidth=1.0) for l0, t in ((2.0, 2.5), (1.0, 2.0), (0.5, 1.5))
+            fastsae.JumpReLU(l0, threshold=t, bandwidth=1.0) for l0, t in ((0.5, 2.2), (0.5, 1.8), (0.5, 1.5))
         ],
-        "Gated": [fastsae.Gated(l1) for l1 in (4.0, 2.0, 1.0)],
+        "Gated": [fastsae.Gated(l1) for l1 in (3.0, 2.2, 1.6)],
         "Matryoshka": [fastsae.Matryoshka(fastsae.TopK(k), groups=groups(M)) for k in ks],
         "HierarchicalTopK": [fastsae.HierarchicalTopK((k // 4, k // 2, k)) for k in ks],
         "GroupMax": [fastsae.GroupMax(k) for k in ks],
