@@ -40,11 +40,6 @@ def keep_group_max(pre: Tensor, k: int) -> Tensor:
     return torch.zeros_like(grouped).scatter(-1, indices, acts).flatten(-2)
 
 
-def equal_or(weights: tuple[float, ...] | None, count: int) -> tuple[float, ...]:
-    """The weights of `count` reconstructions, equal with sum 1 where none are given."""
-    return weights or (1 / count,) * count
-
-
 class Forward(NamedTuple):
     """loss and mse 0-d, in the graph; acts: the active latents' acts in any shape, the others 0 or left out."""
 
@@ -77,7 +72,7 @@ class DenseFamily:
         """The reconstructions of growing prefixes of the dictionary, each from the one before."""
         W, recon, out = self.params["W_dec"], self.params["b_dec"], []
         ends = rule.ends(self.sae.d_sae, self.own, A.device).tolist()
-        for (start, end), weight in zip(pairwise((0, *ends)), equal_or(rule.weights, rule.count), strict=True):
+        for (start, end), weight in zip(pairwise((0, *ends)), rule.each_weight, strict=True):
             recon = recon + A[:, start:end] @ W[start:end]
             out.append((recon, weight))
         return out
@@ -86,7 +81,7 @@ class DenseFamily:
         """The reconstructions of the k strongest for growing k, from one top-k, which is sorted."""
         acts, indices = torch.relu(pre).topk(rule.ks[-1], dim=-1)
         recon, out = self.params["b_dec"], []
-        for (a, b), weight in zip(pairwise((0, *rule.ks)), equal_or(rule.weights, len(rule.ks)), strict=True):
+        for (a, b), weight in zip(pairwise((0, *rule.ks)), rule.each_weight, strict=True):
             A = torch.zeros_like(pre).scatter(-1, indices[:, a:b], acts[:, a:b])
             recon = recon + A @ self.params["W_dec"]
             out.append((recon, weight))

@@ -15,15 +15,12 @@ from fastsae.activations.topk import BatchTopK, TopK
 from fastsae.codes import SparseCodes
 
 
-def _weights(rule: str, weights: tuple[float, ...] | None, count: int) -> tuple[float, ...]:
-    """The weights, or equal ones that sum to 1. Raises ValueError."""
-    if weights is None:
-        return (1 / count,) * count
-    for weight in weights:
+def _check_weights(rule: str, weights: tuple[float, ...] | None, count: int) -> None:
+    """Raises ValueError unless they are numbers of at least 0, one for each reconstruction."""
+    for weight in weights or ():
         number(rule, "weights", weight)
-    if len(weights) != count:
+    if weights is not None and len(weights) != count:
         raise ValueError(f"{rule} has {len(weights)} weights, expected one for each of its {count} reconstructions")
-    return weights
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,17 @@ class Matryoshka(Activation):
         if self.sampled is not None:
             whole_number("Matryoshka", "sampled", self.sampled)
         whole_number("Matryoshka", "shortest", self.shortest)
-        _weights("Matryoshka", self.weights, self.count)
+        _check_weights("Matryoshka", self.weights, self.count)
 
     @property
     def count(self) -> int:
         """Prefixes."""
         return len(self.groups) or self.sampled or 0
+
+    @property
+    def each_weight(self) -> tuple[float, ...]:
+        """The weight of every reconstruction: equal ones with sum 1 where none are given."""
+        return self.weights or (1 / self.count,) * self.count
 
     @property
     def screen_k(self) -> int | None:
@@ -102,8 +104,7 @@ class Matryoshka(Activation):
 
     def parts(self, codes: SparseCodes, own: Own) -> list[tuple[SparseCodes, float]]:
         part = torch.searchsorted(self.ends(codes.d_sae, own, codes.acts.device), codes.indices.long(), right=True)
-        weights = _weights("Matryoshka", self.weights, self.count)
-        return [(codes.keep(part == g), weight) for g, weight in enumerate(weights)]
+        return [(codes.keep(part == g), weight) for g, weight in enumerate(self.each_weight)]
 
     @torch.no_grad()
     def observe(self, codes: SparseCodes, own: Own) -> None:
@@ -117,8 +118,7 @@ class Matryoshka(Activation):
     def dense_parts(self, A: Tensor, own: Own) -> list[tuple[Tensor, float]]:
         latents = torch.arange(A.shape[-1], device=A.device)
         part = torch.searchsorted(self.ends(A.shape[-1], own, A.device), latents, right=True)
-        weights = _weights("Matryoshka", self.weights, self.count)
-        return [(torch.where(part == g, A, 0), weight) for g, weight in enumerate(weights)]
+        return [(torch.where(part == g, A, 0), weight) for g, weight in enumerate(self.each_weight)]
 
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self), "inner": self.inner.config()}
@@ -144,7 +144,12 @@ class HierarchicalTopK(Activation):
             whole_number("HierarchicalTopK", "ks", k)
         if not self.ks or any(a >= b for a, b in pairwise(self.ks)):
             raise ValueError(f"HierarchicalTopK has ks = {self.ks}, expected at least one, ascending")
-        _weights("HierarchicalTopK", self.weights, len(self.ks))
+        _check_weights("HierarchicalTopK", self.weights, len(self.ks))
+
+    @property
+    def each_weight(self) -> tuple[float, ...]:
+        """The weight of every reconstruction: equal ones with sum 1 where none are given."""
+        return self.weights or (1 / len(self.ks),) * len(self.ks)
 
     @property
     def screen_k(self) -> int:
@@ -162,14 +167,12 @@ class HierarchicalTopK(Activation):
         order = codes.rank_order()
         ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(-1, order, ranks)
-        weights = _weights("HierarchicalTopK", self.weights, len(self.ks))
         bounds = pairwise((0, *self.ks))
-        return [(codes.keep((rank >= a) & (rank < b)), w) for (a, b), w in zip(bounds, weights, strict=True)]
+        return [(codes.keep((rank >= a) & (rank < b)), w) for (a, b), w in zip(bounds, self.each_weight, strict=True)]
 
     def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
         return reference.keep_top_k(pre, self.ks[-1])
 
     def dense_parts(self, A: Tensor, own: Own) -> list[tuple[Tensor, float]]:
         prefixes = [torch.zeros_like(A), *(reference.keep_top_k(A, k) for k in self.ks)]
-        weights = _weights("HierarchicalTopK", self.weights, len(self.ks))
-        return [(b - a, weight) for (a, b), weight in zip(pairwise(prefixes), weights, strict=True)]
+        return [(b - a, weight) for (a, b), weight in zip(pairwise(prefixes), self.each_weight, strict=True)]

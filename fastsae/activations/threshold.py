@@ -15,20 +15,27 @@ from fastsae.reference import wide
 
 
 @dataclass(frozen=True)
-class ReLU(Activation):
-    """acts = relu(x Wᵀ + b); penalty l1 · mean over tokens of Σ_i acts_i, or of Σ_i acts_i ‖W_dec_i‖ (weighted).
+class _Threshold(Activation):
+    """What the rules of this file share: every pre-act has its say, and the elementwise activation decides."""
 
-    Plain L1 needs a decoder of unit norm, or the acts shrink while the decoder grows. Source: Bricken et al. 2023;
-    weighted by decoder norm: Templeton et al. 2024 (Scaling Monosemanticity); over layers: Lindsey et al. 2024.
-    """
-
-    l1: float = 5.0
-    weighted: bool = True
-    kind: ClassVar[str] = "relu"
     shaped: ClassVar[bool] = True
 
+    def check(self, d_sae: int) -> None:
+        pass
+
+    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+        return self.activate(pre, rows)
+
+
+@dataclass(frozen=True)
+class _WithL1(_Threshold):
+    """What ReLU and Gated share: the bar is 0; l1 weighs a sum of acts, each times its decoder's norm if weighted."""
+
+    l1: float = 1.0
+    weighted: bool = False
+
     def __post_init__(self) -> None:
-        number("ReLU", "l1", self.l1)
+        number(type(self).__name__, "l1", self.l1)
 
     @property
     def coef(self) -> float:
@@ -38,13 +45,23 @@ class ReLU(Activation):
     def needs_norms(self) -> bool:
         return self.weighted
 
-    def check(self, d_sae: int) -> None:
-        pass
-
     def select(
         self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
     ) -> Selected:
         return select_above(x, W, b, 0.0, how, capacity)
+
+
+@dataclass(frozen=True)
+class ReLU(_WithL1):
+    """acts = relu(x Wᵀ + b); penalty l1 · mean over tokens of Σ_i acts_i, or of Σ_i acts_i ‖W_dec_i‖ (weighted).
+
+    Plain L1 needs a decoder of unit norm, or the acts shrink while the decoder grows. Source: Bricken et al. 2023;
+    weighted by decoder norm: Templeton et al. 2024 (Scaling Monosemanticity); over layers: Lindsey et al. 2024.
+    """
+
+    l1: float = 5.0
+    weighted: bool = True
+    kind: ClassVar[str] = "relu"
 
     def activate(self, pre: Tensor, rows: Own) -> Tensor:
         return torch.relu(pre)
@@ -52,12 +69,9 @@ class ReLU(Activation):
     def sparsity(self, pre: Tensor, acts: Tensor, rows: Own, norms: Tensor) -> Tensor:
         return acts * norms if self.weighted else acts
 
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
-        return torch.relu(pre)
-
 
 @dataclass(frozen=True)
-class JumpReLU(Activation):
+class JumpReLU(_Threshold):
     """acts = pre where pre > θ, else 0, with θ = exp(log_threshold) per latent, learnt through a kernel of `bandwidth`.
 
     penalty  "l0": l0 · mean L0, whose gradient reaches θ alone. "tanh": l0 · mean of Σ tanh(tanh_scale·acts·‖W_dec‖),
@@ -76,7 +90,6 @@ class JumpReLU(Activation):
     target_l0: float | None = None
     tanh_scale: float = 4.0
     kind: ClassVar[str] = "jumprelu"
-    shaped: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         number("JumpReLU", "l0", self.l0)
@@ -136,12 +149,9 @@ class JumpReLU(Activation):
     def penalty(self, mean: Tensor) -> Tensor:
         return (mean / self.target_l0 - 1).square() if self.target_l0 is not None else mean
 
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
-        return self.activate(pre, rows)
-
 
 @dataclass(frozen=True)
-class Gated(Activation):
+class Gated(_WithL1):
     """acts = relu(exp(r_mag)·(x Wᵀ) + b_mag) where the gate x Wᵀ + b_enc is above 0, else 0.
 
     The gate learns from its own losses: l1 · mean of Σ relu(gate) (weighted: times ‖W_dec‖), and the squared error of
@@ -152,29 +162,9 @@ class Gated(Activation):
     l1: float = 1.0
     weighted: bool = False
     kind: ClassVar[str] = "gated"
-    shaped: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        number("Gated", "l1", self.l1)
-
-    @property
-    def coef(self) -> float:
-        return self.l1
-
-    @property
-    def needs_norms(self) -> bool:
-        return self.weighted
-
-    def check(self, d_sae: int) -> None:
-        pass
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
         return {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}
-
-    def select(
-        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
-    ) -> Selected:
-        return select_above(x, W, b, 0.0, how, capacity)
 
     def per_latent(self, own: Own) -> dict[str, Tensor]:
         return {name: own[name] for name in ("b_enc", "r_mag", "b_mag")}
@@ -187,6 +177,3 @@ class Gated(Activation):
 
     def gate(self, pre: Tensor) -> Tensor:
         return torch.relu(pre)
-
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
-        return self.activate(pre, rows)
