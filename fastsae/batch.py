@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import losses, reference
 from .activations import Activation, BatchTopK, Matryoshka, TopK
 from .activations.base import Own
 from .reference import Forward
@@ -184,10 +184,7 @@ class SAEBatch(nn.Module):
         self.tokens_since_fired.add_(A.shape[-2]).masked_fill_(fired, 0)
         rule = getattr(self.activation, "inner", self.activation)
         if isinstance(rule, BatchTopK):
-            threshold = self.get_buffer("threshold")
-            least = torch.where(A > 0, A, torch.inf).amin((-2, -1)).float()
-            moved = torch.where(threshold < 0, least, torch.lerp(least, threshold, rule.decay))
-            threshold.copy_(torch.where(torch.isfinite(least), moved, threshold))
+            rule.move_(self.get_buffer("threshold"), torch.where(A > 0, A, torch.inf).amin((-2, -1)).float())
 
     def ghost_loss(self, inputs: Tensor, error: Tensor) -> Tensor:
         """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩) of each SAE, (B,): `losses.ghost_pull` with an axis.
@@ -195,18 +192,11 @@ class SAEBatch(nn.Module):
         u, w: means of inputs (B, N, d_in) and error (B, N, d_out), each token weighted by its squared error. The rows
         are the parameters, not what norm "forward" makes of them: a row that is turned grows along, and turns slower.
         """
-        u, w = self.ghost_directions(inputs, error)
+        u, w = losses.error_weighted_means(inputs, error)
         W_dec = self.get_parameter("W_dec")
         W_enc = self.W_enc if "W_enc" in self._parameters else W_dec
         pull = F.softplus(-torch.einsum("bmd,bd->bm", W_enc, u)) + F.softplus(-torch.einsum("bmd,bd->bm", W_dec, w))
         return torch.where(self.dead, pull, 0).sum(-1)
-
-    @staticmethod
-    def ghost_directions(inputs: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """u (B, d_in) and w (B, d_out) of `ghost_loss`."""
-        share = error.square().sum(-1)
-        share = (share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny))[:, None]
-        return (share @ inputs)[:, 0], (share @ error)[:, 0]
 
     def extra_repr(self) -> str:
         kept = {name: value for name, value in self.settings.items() if name not in ("decoder_norm", "dtype")}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import losses
 from .activations import BatchTopK, GroupMax, TopK
 from .batch import SAEBatch
 from .plain_step import OPTIMIZERS
@@ -157,7 +158,7 @@ class BatchTrainStep:
         if dead.device.type == "cpu" and not bool(dead.any()):
             return error.new_zeros(len(batch))
         total = error.new_zeros(len(batch))
-        u, w = batch.ghost_directions(inputs, -error)
+        u, w = losses.error_weighted_means(inputs, -error)
         named = dict(batch.named_parameters())
         for p, direction in ((named.get("W_enc", named["W_dec"]), u), (named["W_dec"], w)):
             along = torch.bmm(p, direction[..., None])[..., 0]

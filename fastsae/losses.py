@@ -16,6 +16,8 @@ from fastsae.reference import wide
 
 LOSSES = ("mse", "fvu")
 SERIAL_SUM = 16384
+GHOST_PIECE = 2**24
+"""Numbers of (N, dead) that ghost gradients hold at a time."""
 
 
 def n_tokens(x: Tensor) -> int:
@@ -161,17 +163,27 @@ def ghost_residual(
     return torch.stack(pieces).sum() / normaliser
 
 
-GHOST_PIECE = 2**24
-"""Numbers of (N, dead) that ghost gradients hold at a time."""
-
-
 def ghost_pull(x: Tensor, error: Tensor, W_enc: Tensor, W_dec: Tensor) -> Tensor:
     """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩): dead rows turn towards where the error is large.
 
     u, w: means of x (N, D) and of error (N, D) = target - recon, each token weighted by its squared error; both held
     fixed. W_enc, W_dec (dead, D). Source: the point_cloud_sae experiments (R. Huben), with rows for columns.
     """
-    weights = wide(error.detach()).square().sum(-1)
-    weights = (weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)).to(x.dtype)
-    u, w = weights @ x.detach(), weights @ error.detach()
+    u, w = error_weighted_means(x.detach(), error.detach())
     return F.softplus(-(W_enc @ u)).sum() + F.softplus(-(W_dec @ w)).sum()
+
+
+def error_weighted_means(x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over tokens of x (*B, N, D) and error (*B, N, D_out), each token weighted by its squared error: (*B, D)."""
+    weights = wide(error).square().sum(-1)
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    weights = weights.to(x.dtype).unsqueeze(-2)
+    return (weights @ x).squeeze(-2), (weights @ error).squeeze(-2)
+
+
+def ghost(kind: str, x: Tensor, error: Tensor, rows: tuple[Tensor, Tensor, Tensor], normaliser: Tensor | int) -> Tensor:
+    """The ghost gradients' loss of that kind, "residual" or "pull"; rows: W_enc, b_enc, W_dec of the dead latents."""
+    W_enc, b_enc, W_dec = rows
+    if kind == "pull":
+        return ghost_pull(x, error, W_enc, W_dec)
+    return ghost_residual(x, error, W_enc, b_enc, W_dec, normaliser)

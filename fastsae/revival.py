@@ -45,12 +45,9 @@ def add_ghosts(task: Task, found: Pass, dead_ones: Tensor) -> Tensor:
     leaves = {"x": task.x, "W_enc": sae.encoder_weight[dead], "b_enc": sae.b_enc[dead], "W_dec": sae.W_dec[dead]}
     leaves = {name: wide(t).detach().requires_grad_() for name, t in leaves.items()}
     with torch.enable_grad():
-        error = wide(found.error).neg()
-        if sae.ghost == "pull":
-            loss = losses.ghost_pull(leaves["x"], error, leaves["W_enc"], leaves["W_dec"])
-        else:
-            rows = (leaves["W_enc"], leaves["b_enc"], leaves["W_dec"])
-            loss = losses.ghost_residual(leaves["x"], error, *rows, task.over)
+        rows = (leaves["W_enc"], leaves["b_enc"], leaves["W_dec"])
+        assert sae.ghost is not None
+        loss = losses.ghost(sae.ghost, leaves["x"], wide(found.error).neg(), rows, task.over)
     grads = gradients_of([loss], [torch.full_like(loss, sae.ghost_coef)], leaves)
     if "added" not in found.adds:
         places = [sae.W_dec, sae.b_enc] if sae.tied else [sae.W_enc, sae.W_dec, sae.b_enc]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import Gated, GroupMax, JumpReLU, Matryoshka, ReLU, SparseAutoencoder, TopK
+from fastsae import Gated, GroupMax, JumpReLU, Matryoshka, ReLU, SparseAutoencoder, TopK, losses
 from fastsae.activations import Activation, BatchTopK
 from fastsae.batch import SAEBatch
 from fastsae.batch_step import BatchTrainStep
@@ -132,7 +132,7 @@ def test_ghosts_pull_as_computed_by_hand() -> None:
         batch.W_dec.copy_(torch.tensor([[[1.0, 0], [0, 1]]]))
     batch.tokens_since_fired[0, 1] = 10
     x, error = torch.tensor([[[4.0, 1], [2, 6]]]).double(), torch.tensor([[[3.0, 0], [0, 1]]]).double()
-    u, w = batch.ghost_directions(x, error)
+    u, w = losses.error_weighted_means(x, error)
     torch.testing.assert_close(u[0], torch.tensor([3.8, 1.5], dtype=torch.float64))
     torch.testing.assert_close(w[0], torch.tensor([2.7, 0.1], dtype=torch.float64))
     expected = torch.tensor([-3.0, -0.1], dtype=torch.float64).exp().log1p().sum()

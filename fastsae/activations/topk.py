@@ -89,7 +89,10 @@ class BatchTopK(Activation):
         acts = torch.where(codes.occupied() & (codes.acts > 0), codes.acts, torch.inf).float()
         if acts.numel() == 0:
             return
-        least, threshold = acts.amin(), own["threshold"]
+        self.move_(own["threshold"], acts.amin())
+
+    def move_(self, threshold: Tensor, least: Tensor) -> None:
+        """Moves the running threshold, in place, by the smallest act of a batch: infinite where none was above 0."""
         moved = torch.where(threshold < 0, least, torch.lerp(least, threshold, self.decay))
         threshold.copy_(torch.where(torch.isfinite(least), moved, threshold))
 
@@ -128,9 +131,7 @@ class GroupMax(Activation):
         # Each group is a shard of the dictionary with an encoder of its own, which makes its own narrow copy.
         size = W.shape[0] // self.k
         found = [
-            ops.encode_topk(
-                x, rows, bias, 1, index_offset=i * size, precision=how.precision, backend=how.backend, check=how.check
-            )
+            ops.encode_topk(x, rows, bias, 1, index_offset=i * size, precision=how.precision, backend=how.backend)
             for i, (rows, bias) in enumerate(zip(W.split(size), b.split(size), strict=True))
         ]
         acts, indices = torch.cat([c.acts for c in found], -1), torch.cat([c.indices for c in found], -1)
