@@ -85,11 +85,10 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
     )  # fmt: skip
     result = Pass(
         error=error.to(task.x.dtype), squares=squares, errors=[], parts=[nothing], active=counts.sum(), counts=counts,
-        selected=selected,
-        total=squares / task.over, outer_grad=outer_grad,
+        selected=selected, total=squares / task.over, outer_grad=outer_grad,
     )  # fmt: skip
     result.errors = [(result.error, 1.0)]
-    if rule.coef or sparse_sum.any():
+    if mean is not None:
         result.losses["sparsity"] = rule.penalty(sparse_sum)
         result.total = result.total + task.slope() * result.losses["sparsity"]
     if gate_error is not None:

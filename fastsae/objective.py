@@ -20,7 +20,10 @@ from fastsae.activations import Activation, How
 from fastsae.autograd import per_latent
 from fastsae.codes import SparseCodes, UpdateTerm
 from fastsae.reference import wide
-from fastsae.sae import OFF, SparseAutoencoder
+from fastsae.sae import SparseAutoencoder
+
+OFF = -1e4
+"""The pre-act of a slot that no token owns: below every threshold, and finite."""
 
 
 @dataclass(frozen=True)

@@ -145,14 +145,12 @@ class FusedTrainStep:
         self._optimizer.check_place()
         if x.requires_grad and not x.is_leaf:
             raise ValueError("x is no leaf: pass y = x.detach().requires_grad_() and hand y.grad on")
-        if self.cuda_graph:
-            if outer is not None or x.requires_grad:
-                raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
-            return self._replayed(x, target)
+        if self.cuda_graph and (outer is not None or x.requires_grad):
+            raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
         kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
         # Under autocast the ops run in the weights' dtype; so does what torch computes around them.
         with torch.autocast(kind, enabled=False):
-            return self._step(x, target, outer)
+            return self._replayed(x, target) if self.cuda_graph else self._step(x, target, outer)
 
     def _replayed(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """The step by its CUDA graph, captured when nothing has changed for GRAPH_WARMUP steps."""
@@ -265,8 +263,9 @@ class FusedTrainStep:
             grad = input_gradient.of_step(task, found, terms, whole, loss_over, x, own_target)
             if behind is not None and behind.dx is not None:
                 grad = grad + behind.dx
-            x.grad = grad if x.grad is None else x.grad + grad
         self._update(terms, found, screen, whole, ready, metrics)
+        if x.requires_grad:
+            x.grad = grad if x.grad is None else x.grad + grad
         sae.count_fired_(found.counts, n)
         if found.codes is not None:
             sae.rule.observe(found.codes, sae.own)
@@ -309,9 +308,9 @@ class FusedTrainStep:
         count = self.count + 1
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.count))
         others = dict(found.rule_grads)
-        skip_grad = None if sae.W_skip is None else whole.mT @ ready.x
-        if skip_grad is not None:
-            others["W_skip"] = skip_grad
+        if sae.W_skip is not None:
+            others["W_skip"] = whole.mT @ ready.x
+        of_others = sum(losses.sum_of_squares(grad.unsqueeze(0)) for grad in others.values())
         added = ("decoder_pull", "db_enc", "added")
         given: dict[str, Any] = {name: found.adds[name] for name in added if name in found.adds}
         given |= {
@@ -319,15 +318,13 @@ class FusedTrainStep:
             "clip_rows": self.clip_rows, "seed": self.seed, "screen": screen, "backend": self.backend,
             **self._optimizer.arguments(),
         }  # fmt: skip
-        moments = given.pop("moments")
 
         def update(**more: Any) -> Tensor:
-            return ops.update_latents_(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, moments, terms, **given, **more)
+            return ops.update_latents_(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, terms=terms, **given, **more)
 
         scale = None
         if self.clip_norm is not None:
-            squares = update(norms_only=True).sum()
-            squares = squares + sum(losses.sum_of_squares(g.unsqueeze(0)) for g in others.values())
+            squares = update(norms_only=True).sum() + of_others
             scale = (self.clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
             others = {name: g * scale.to(g.dtype) for name, g in others.items()}
         stats = update(grad_scale=scale)
@@ -335,10 +332,7 @@ class FusedTrainStep:
         self.count.copy_(count)
         self._steps += 1
         self._kept.remember()
-        squares = stats.sum() + sum(losses.sum_of_squares(g.unsqueeze(0)) for g in found.rule_grads.values())
-        if skip_grad is not None:
-            squares = squares + losses.sum_of_squares(skip_grad)
-        metrics |= {"grad_norm": squares.sqrt(), "lr": lr}
+        metrics |= {"grad_norm": (stats.sum() + of_others).sqrt(), "lr": lr}
 
     @torch.no_grad()
     def forget_rows_(self, latents: Tensor) -> None:

@@ -21,9 +21,6 @@ from fastsae.initial import geometric_median
 from fastsae.normalize import TokenStats
 from fastsae.parameters import Parameters
 
-OFF = -1e4
-"""The pre-act of a slot that no token owns: below every threshold, and finite."""
-
 
 class SAEOutput(NamedTuple):
     """What `sae(x)` returns.
@@ -141,9 +138,9 @@ class SparseAutoencoder(Parameters):
         annealed = self.annealed_k if self.training else None
         return self.activation if annealed is None else self.activation.with_k(annealed)
 
-    def how(self, *, screen: Screen | None = None, backend: str | None = None, check: bool = False) -> How:
+    def how(self, *, screen: Screen | None = None, backend: str | None = None) -> How:
         """How this module's encoder computes."""
-        return How(screen, self.precision, backend or self.backend, check)
+        return How(screen, self.precision, backend or self.backend)
 
     def pre_acts(self, encoder_input: Tensor) -> SparseCodes:
         """The pre-acts (N, ...) that the rule looks at, with room for all of them."""
@@ -251,10 +248,9 @@ class SparseAutoencoder(Parameters):
         Its gradient is dense in those rows, which is why it looks at how many there are.
         """
         dead = self.dead.nonzero().squeeze(1)
-        W_enc, W_dec, b_enc = self.encoder_weight[dead], self.W_dec[dead], self.b_enc[dead]
-        if self.ghost == "pull":
-            return losses.ghost_pull(encoder_input, error, W_enc, W_dec)
-        return losses.ghost_residual(encoder_input, error, W_enc, b_enc, W_dec, over)
+        assert self.ghost is not None
+        rows = (self.encoder_weight[dead], self.b_enc[dead], self.W_dec[dead])
+        return losses.ghost(self.ghost, encoder_input, error, rows, over)
 
     # -- dead latents, densities and the decoder's norm ---------------------------------------------------------------
 

@@ -158,11 +158,6 @@ def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: f
         )
 
 
-def adam(betas: tuple[float, float], eps: float) -> None:
-    """Adam's settings. Raises ValueError."""
-    optimizer("adam", betas, eps)
-
-
 def update(
     W_enc: Tensor | None,
     W_dec: Tensor,

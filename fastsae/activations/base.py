@@ -40,10 +40,9 @@ class How:
     screen: Screen | None = None
     precision: str = "exact"
     backend: str | None = None
-    check: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        return {"screen": self.screen, "precision": self.precision, "backend": self.backend, "check": self.check}
+        return {"screen": self.screen, "precision": self.precision, "backend": self.backend}
 
 
 class Activation(ABC):
