@@ -82,8 +82,10 @@ def test_a_step_that_fails_leaves_module_and_counters(name: str, dense_above: fl
         raise MemoryError("no room")
 
     monkeypatch.setattr("fastsae.ops.update_latents_", fail)
+    x = tokens(seed=1).requires_grad_()
     with pytest.raises(MemoryError):
-        step(tokens(seed=1))
+        step(x)
+    assert x.grad is None
     with pytest.raises(ValueError, match="outer returned"):
         step(tokens(seed=1), outer=lambda recon: recon)
     for key, value in {**sae.state_dict(), "fired": sae.fired, "over": sae.fired_over}.items():
