@@ -15,6 +15,7 @@ from torch import Tensor
 from . import losses
 from .activations import BatchTopK, GroupMax, TopK
 from .batch import SAEBatch
+from .parameters import normalise_rows_, project_rows_
 from .plain_step import OPTIMIZERS
 
 
@@ -67,10 +68,11 @@ class BatchTrainStep:
         with torch.no_grad():
             W = batch.get_parameter("W_dec")
             if batch.decoder_norm == "unit":
-                _project(W.grad, W)
+                assert W.grad is not None
+                project_rows_(W.grad, W)
             self.optimizer.step()
             if batch.decoder_norm == "unit":
-                W.div_(torch.linalg.vector_norm(W, dim=-1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny))
+                normalise_rows_(W)
         self.step += 1
         return metrics
 
@@ -181,13 +183,6 @@ class BatchTrainStep:
 def _variance(target: Tensor) -> Tensor:
     """Σ_n ‖target_n - mean‖², (B,)."""
     return (target - target.mean(-2, keepdim=True)).square().sum((-2, -1))
-
-
-def _project(grad: Tensor | None, W: Tensor) -> None:
-    """grad_i -= ⟨grad_i, W_i⟩ W_i / ‖W_i‖², in place."""
-    if grad is not None:
-        squares = torch.linalg.vecdot(W, W).clamp_min(torch.finfo(W.dtype).tiny)
-        grad.addcmul_(W, (torch.linalg.vecdot(grad, W) / squares)[..., None], value=-1)
 
 
 def _read(W: Tensor, norm: str) -> tuple[Tensor, Tensor | None]:

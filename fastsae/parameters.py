@@ -19,6 +19,19 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+def project_rows_(grad: Tensor, W: Tensor) -> None:
+    """grad_i -= ⟨grad_i, W_i⟩ W_i / ‖W_i‖², in place, for rows of (*B, M, D). A row of 0 keeps its gradient."""
+    # A row of 0 has no direction to project away: 0 / tiny leaves its gradient alone.
+    squares = torch.linalg.vecdot(W, W).clamp_min(torch.finfo(W.dtype).tiny)
+    grad.addcmul_(W, (torch.linalg.vecdot(grad, W) / squares).unsqueeze(-1), value=-1)
+
+
+def normalise_rows_(W: Tensor) -> None:
+    """W_i /= ‖W_i‖, in place, for rows of (*B, M, D). A row of 0 stays 0."""
+    norms = torch.linalg.vector_norm(W, dim=-1, keepdim=True)
+    W.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
+
+
 class Parameters(nn.Module):
     """The parameters, buffers and settings of an SAE; SparseAutoencoder's docstring says what each means."""
 
@@ -180,18 +193,13 @@ class Parameters(nn.Module):
     def project_gradients_(self) -> None:
         """grad_i -= ⟨grad_i, W_dec_i⟩ W_dec_i / ‖W_dec_i‖² where the decoder has unit norm; before optimizer.step()."""
         if self.decoder_norm == "unit" and self.W_dec.grad is not None:
-            tiny = torch.finfo(self.W_dec.dtype).tiny
-            # A row of 0 has no direction to project away: 0 / tiny leaves its gradient alone.
-            squares = torch.linalg.vecdot(self.W_dec, self.W_dec).clamp_min(tiny)
-            share = torch.linalg.vecdot(self.W_dec.grad, self.W_dec) / squares
-            self.W_dec.grad.addcmul_(self.W_dec, share[:, None], value=-1)
+            project_rows_(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """W_dec_i /= ‖W_dec_i‖ where the decoder has unit norm; after optimizer.step(). A row of 0 stays 0."""
         if self.decoder_norm == "unit":
-            norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
-            self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
+            normalise_rows_(self.W_dec)
 
     def extra_repr(self) -> str:
         settings = [f"{name}={getattr(self, name)!r}" for name in _SETTINGS]
