@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 from fastsae import env
-from fastsae.files import replace_file
+from fastsae.atomic import replace_file
 
 FOLDER = Path(__file__).parent / "results" / "compiled"
 RECORD = "fastsae-record-1.json"  # count up when `measured` changes: it names the file in Triton's cache

@@ -32,14 +32,14 @@ from bench.dense import Dense
 from bench.machine import ROOT
 from bench.ours import Fused
 from bench.timing import interleaved
-from fastsae.checkpoint import CheckpointError
+from fastsae.atomic import replace_file, write_json
 from fastsae.data import ShardSource
-from fastsae.files import replace_file, write_json
-from fastsae.logs import LogWriteError
 from fastsae.report import write_report
-from fastsae.rundir import RunDirError
-from fastsae.stopping import NonFiniteError
-from fastsae.train import TrainConfig, Trainer, TrainResult
+from fastsae.runs.checkpoint import CheckpointError
+from fastsae.runs.logs import LogWriteError
+from fastsae.runs.rundir import RunDirError
+from fastsae.runs.stopping import NonFiniteError
+from fastsae.runs.trainer import TrainConfig, Trainer, TrainResult
 
 T = TypeVar("T")
 TOLERANCE = 0.005

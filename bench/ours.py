@@ -12,7 +12,7 @@ from bench.cases import Inputs
 from bench.dense import LR, bytes_of
 from bench.timing import Mark, unmarked
 from fastsae import Screen, SparseCodes, UpdateTerm, ops
-from fastsae.kept_screen import SCREEN_LIFE
+from fastsae.training.screen import SCREEN_LIFE
 
 
 class Fused:

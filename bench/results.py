@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastsae.files import replace_file
+from fastsae.atomic import replace_file
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT = 1

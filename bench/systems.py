@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from bench.machine import ROOT
-from fastsae.files import replace_file
+from fastsae.atomic import replace_file
 from fastsae.systems import SYSTEMS, system
 from fastsae.systems.results import FILE, read
 

@@ -6,26 +6,18 @@
 `fastsae.ops` is the functional face of the engine, `fastsae.backends()` says who computes it on this machine.
 """
 
-from fastsae import autograd, ops
-from fastsae.activations import (
-    BatchTopK,
-    Gated,
-    GroupMax,
-    HierarchicalTopK,
-    JumpReLU,
-    Matryoshka,
-    ReLU,
-    TopK,
-)
+from fastsae import ops
 from fastsae.backends import BackendError, backends
-from fastsae.batch import SAEBatch
-from fastsae.batch_step import BatchTrainStep
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
-from fastsae.latents import resample_
-from fastsae.optim import FusedTrainStep
-from fastsae.sae import SAEOutput, SparseAutoencoder
-from fastsae.schedules import Schedule
-from fastsae.serialize import load, save
+from fastsae.model.files import load, save
+from fastsae.model.resample import resample_
+from fastsae.model.rules import BatchTopK, Gated, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
+from fastsae.model.sae import SAEOutput, SparseAutoencoder
+from fastsae.ops import backward as autograd
+from fastsae.runs.schedules import Schedule
+from fastsae.training.batch import SAEBatch
+from fastsae.training.batch_step import BatchTrainStep
+from fastsae.training.step import FusedTrainStep
 
 __version__ = "0.1.0"
 

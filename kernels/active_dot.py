@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.dots import BLOCK_D, BLOCK_L, NUM_WARPS, row_dots
+from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
-
-from .dots import BLOCK_D, BLOCK_L, NUM_WARPS, row_dots
-from .variants import POINTERS, Variant
 
 
 @triton.jit

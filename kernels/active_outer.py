@@ -16,14 +16,13 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.decode import tile_of
+from fastsae.kernels.gather import load_rows
+from fastsae.kernels.pieces import bits_of, find_piece
+from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
-from fastsae.gpu.entries import Pieces
-
-from .decode import tile_of
-from .gather import load_rows
-from .pieces import bits_of, find_piece
-from .variants import POINTERS, Variant
+from fastsae.backends.gpu.entries import Pieces
 
 
 @dataclass(frozen=True)

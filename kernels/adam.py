@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.rounding import round_to_bf16, stream_key
+from fastsae.kernels.variants import Variant
 from torch import Tensor
-
-from .rounding import round_to_bf16, stream_key
-from .variants import Variant
 
 STREAMS = 8
 """Streams of random bits in a step: 2i is the i-th parameter's m, 2i + 1 its v."""

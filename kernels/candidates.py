@@ -14,15 +14,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.keys import key_of, kth_key
+from fastsae.kernels.limits import register_limit
+from fastsae.kernels.screening import error_of
+from fastsae.kernels.variants import Variant
 from torch import Tensor
 
-from fastsae.gpu.bounds import TABLE_ROWS, roundoff
-from fastsae.gpu.plan import Plan
-
-from .keys import key_of, kth_key
-from .limits import register_limit
-from .screening import error_of
-from .variants import Variant
+from fastsae.backends.gpu.bounds import TABLE_ROWS, roundoff
+from fastsae.backends.gpu.plan import Plan
 
 REGISTERS = 224
 

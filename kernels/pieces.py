@@ -1,4 +1,4 @@
-"""The pieces of long latents (fastsae.gpu.pieces) on the device: where each latent's begin, and what a piece covers.
+"""The pieces of long latents (backends.gpu.pieces) on the device: where each latent's begin, and what a piece covers.
 
 One program counts the pieces of BLOCK latents; a prefix sum of torch's gives the first of each. A program that is given
 a piece finds its latent by a search in those.
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.search import count_up_to
+from fastsae.kernels.variants import Variant
 from torch import Tensor
-
-from .search import count_up_to
-from .variants import Variant
 
 
 @dataclass(frozen=True)

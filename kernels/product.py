@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
-
-from .variants import POINTERS, Variant
 
 
 @dataclass(frozen=True)

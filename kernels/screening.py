@@ -1,4 +1,4 @@
-"""A screened score and the bound on its error, as device functions: the formulas of fastsae.gpu.bounds."""
+"""A screened score and the bound on its error, as device functions: the formulas of fastsae.backends.gpu.bounds."""
 
 from __future__ import annotations
 

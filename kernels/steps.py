@@ -1,30 +1,29 @@
-"""The Triton launchers under the names of fastsae.gpu.steps: what this backend computes itself."""
+"""The Triton launchers under the names of fastsae.backends.gpu.steps: what this backend computes itself."""
 
 from __future__ import annotations
 
+from fastsae.kernels import update_rows as in_registers
+from fastsae.kernels import update_wide as in_tiles
+from fastsae.kernels.active_dot import active_dot
+from fastsae.kernels.active_outer import outer
+from fastsae.kernels.adam import step_numbers
+from fastsae.kernels.bar import bars
+from fastsae.kernels.by_latent import list_slots, sort_slots
+from fastsae.kernels.candidates import select
+from fastsae.kernels.decode import decode
+from fastsae.kernels.decode_error import decode_error
+from fastsae.kernels.exhaustive import exhaustive_top_k
+from fastsae.kernels.narrow import narrow_rows
+from fastsae.kernels.pieces import piece_starts
+from fastsae.kernels.product import product
+from fastsae.kernels.ragged import count_listed, emit_listed, every_latent, histogram
+from fastsae.kernels.rescore import rescore
+from fastsae.kernels.survivors import append
+from fastsae.kernels.top_k import top_k
+from fastsae.kernels.update_bias import bias_parts, bias_programs, update_bias
 from torch import Tensor
 
-from fastsae.gpu.entries import Entries, Moments
-
-from . import update_rows as in_registers
-from . import update_wide as in_tiles
-from .active_dot import active_dot
-from .active_outer import outer
-from .adam import step_numbers
-from .bar import bars
-from .by_latent import list_slots, sort_slots
-from .candidates import select
-from .decode import decode
-from .decode_error import decode_error
-from .exhaustive import exhaustive_top_k
-from .narrow import narrow_rows
-from .pieces import piece_starts
-from .product import product
-from .ragged import count_listed, emit_listed, every_latent, histogram
-from .rescore import rescore
-from .survivors import append
-from .top_k import top_k
-from .update_bias import bias_parts, bias_programs, update_bias
+from fastsae.backends.gpu.entries import Entries, Moments
 
 __all__ = [
     "active_dot", "append", "bars", "bias_parts", "bias_programs", "count_listed", "decode", "decode_error",

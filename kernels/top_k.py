@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.keys import key_of, kth_key
+from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
-
-from .keys import key_of, kth_key
-from .variants import POINTERS, Variant
 
 
 @triton.jit

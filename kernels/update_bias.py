@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.adam import adam_step
+from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
-
-from .adam import adam_step
-from .variants import POINTERS, Variant
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.adam import adam_step
+from fastsae.kernels.gather import load_rows
+from fastsae.kernels.limits import register_limit
+from fastsae.kernels.pieces import bits_of, find_piece
+from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
-from fastsae.gpu.entries import Entries, Moments
-
-from .adam import adam_step
-from .gather import load_rows
-from .limits import register_limit
-from .pieces import bits_of, find_piece
-from .variants import POINTERS, Variant
+from fastsae.backends.gpu.entries import Entries, Moments
 
 ROW_LIMIT = 4096
 

@@ -20,16 +20,15 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.adam import adam_step
+from fastsae.kernels.gather import load_rows, weighted_rows
+from fastsae.kernels.limits import register_limit
+from fastsae.kernels.pieces import bits_of, find_piece
+from fastsae.kernels.update_rows import DTYPES, ONE_TERM, UNCUT, arguments, variant
+from fastsae.kernels.variants import Variant
 from torch import Tensor
 
-from fastsae.gpu.entries import Entries, Moments
-
-from .adam import adam_step
-from .gather import load_rows, weighted_rows
-from .limits import register_limit
-from .pieces import bits_of, find_piece
-from .update_rows import DTYPES, ONE_TERM, UNCUT, arguments, variant
-from .variants import Variant
+from fastsae.backends.gpu.entries import Entries, Moments
 
 
 @dataclass(frozen=True)

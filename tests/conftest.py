@@ -56,7 +56,7 @@ def shuffled_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     if env.cuda_emulation() is None:
         yield
         return
-    from fastsae.backends.cuda_library import library
+    from fastsae.backends.cuda.library import library
 
     library.emulate(seed=zlib.crc32(request.node.nodeid.encode()))
     yield

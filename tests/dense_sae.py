@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastsae import reference
-from fastsae.activations import TopK
-from fastsae.sae import SparseAutoencoder
+from fastsae.model.rules import TopK
+from fastsae.model.sae import SparseAutoencoder
 
 
 @dataclass

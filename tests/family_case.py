@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae.activations import Activation
+from fastsae.model.rules import Activation
 
 N, D, M = 37, 12, 40
 

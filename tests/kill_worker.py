@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from fastsae import checkpoint, logs, rundir
-from fastsae.optim import FusedTrainStep
-from fastsae.plain_step import PlainTrainStep
+from fastsae.runs import checkpoint, logs, rundir
+from fastsae.training.plain import PlainTrainStep
+from fastsae.training.step import FusedTrainStep
 from tests.train_case import trainer
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import Gated, GroupMax, JumpReLU, Matryoshka, ReLU, SparseAutoencoder, TopK, losses
-from fastsae.activations import Activation, BatchTopK
-from fastsae.batch import SAEBatch
-from fastsae.batch_step import BatchTrainStep
-from fastsae.plain_step import PlainTrainStep
+from fastsae import Gated, GroupMax, JumpReLU, Matryoshka, ReLU, SparseAutoencoder, TopK
+from fastsae.model import losses
+from fastsae.model.rules import Activation, BatchTopK
+from fastsae.training.batch import SAEBatch
+from fastsae.training.batch_step import BatchTrainStep
+from fastsae.training.plain import PlainTrainStep
 
 B, N, D, M = 3, 40, 10, 24
 SEEDS = (5, 0, 9)

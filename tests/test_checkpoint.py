@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae.checkpoint import (
+from fastsae.model.files import load, save
+from fastsae.runs.checkpoint import (
     CheckpointError,
     list_checkpoints,
     newest_valid,
@@ -29,9 +30,8 @@ from fastsae.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from fastsae.rng import restore_rng_state, rng_state
-from fastsae.serialize import load, save
-from fastsae.state_tree import join_state, split_state
+from fastsae.runs.rng import restore_rng_state, rng_state
+from fastsae.runs.state_tree import join_state, split_state
 from tests.train_case import module
 
 

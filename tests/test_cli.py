@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastsae import commands, config
-from fastsae.__main__ import COMMANDS, main
-from fastsae.config import LiveOptions
+from fastsae.cli import commands
+from fastsae.cli import options as config
+from fastsae.cli.main import COMMANDS, main
+from fastsae.cli.options import LiveOptions
 from fastsae.data.stream import StreamConfig
-from fastsae.opening import open_run
-from fastsae.stopping import TrainingInterrupted
+from fastsae.runs.opening import open_run
+from fastsae.runs.stopping import TrainingInterrupted
 from tests.cli_case import WORDS, write_text, write_tiny_model
 
 QUIET = ["--no-progress", "--no-tensorboard"]
@@ -260,7 +261,7 @@ def test_as_a_process(tmp_path):
 
 
 def test_bench_without_the_repository(monkeypatch, capsys):
-    monkeypatch.setattr(commands, "__file__", "/usr/lib/python3/site-packages/fastsae/commands.py")
+    monkeypatch.setattr(commands, "__file__", "/usr/lib/python3/site-packages/fastsae/cli/commands.py")
     assert "in the source repository" in fails(capsys, ["bench"])
 
 

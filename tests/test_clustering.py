@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from bench.systems import BEGIN, END, RESULTS
-from fastsae import commands, config
-from fastsae.__main__ import main
-from fastsae.systems import SYSTEMS, clustering, points, runner, system
-from fastsae.systems.clustering import Recipe
-from fastsae.systems.clustering_figures import tables
+from fastsae.cli import commands
+from fastsae.cli import options as config
+from fastsae.cli.main import main
+from fastsae.systems import SYSTEMS, runner, system
+from fastsae.systems.clustering import points
+from fastsae.systems.clustering import system as clustering
+from fastsae.systems.clustering.figures import tables
+from fastsae.systems.clustering.system import Recipe
 from fastsae.systems.results import Results, interval, median, read, table
 
 ROOT = Path(__file__).resolve().parent.parent

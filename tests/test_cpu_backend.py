@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastsae import SparseCodes, _cpu, ops, reference
-from fastsae.backends import BackendError, cpu, cpu_memory
+from fastsae.backends import BackendError, cpu
+from fastsae.backends.cpu import memory as cpu_memory
 from tests import truth
 from tests.cases import DTYPES
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     "cuda" not in truth.BACKENDS, reason="no CUDA kernels here: no GPU, and no emulation (make test-cuda)"
 )
 if "cuda" in truth.BACKENDS:
-    from fastsae.backends.cuda_library import EMULATED, library, where
+    from fastsae.backends.cuda.library import EMULATED, library, where
 else:
     EMULATED = False
 only_emulated = pytest.mark.skipif(not EMULATED, reason="a GPU refuses nothing on demand")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastsae.atomic import is_partial
 from fastsae.data import Manifest, ShardError, ShardSource, ShardWriter, harvest, save_rows
 from fastsae.data.files import write_atomically
-from fastsae.files import is_partial
 from tests.data_case import toy_config, toy_corpus, toy_model
 
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from fastsae.activations import TopK
 from fastsae.codes import SparseCodes
-from fastsae.evaluate import active_entries, density_histogram, evaluate
-from fastsae.sae import SparseAutoencoder
+from fastsae.model.rules import TopK
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.runs.evaluate import active_entries, density_histogram, evaluate
 
 D, M, K, N = 12, 40, 4, 101
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import fastsae
 from fastsae import reference
-from fastsae.activations import ACTIVATIONS, activation_from_config
-from fastsae.serialize import load, save
+from fastsae.model.files import load, save
+from fastsae.model.rules import ACTIVATIONS, activation_from_config
 from tests.family_case import RULES, SHAPED, D, M, N, family_sae, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")

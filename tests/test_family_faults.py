@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.optim import FusedTrainStep
-from fastsae.plain_step import PlainTrainStep
-from fastsae.serialize import load, save
+from fastsae.model.files import load, save
+from fastsae.training.plain import PlainTrainStep
+from fastsae.training.step import FusedTrainStep
 from tests.family_case import RULES, SHAPED, D, M, family_sae, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae import objective
-from fastsae.latents import resample_
-from fastsae.optim import FusedTrainStep
-from fastsae.plain_step import PlainTrainStep
-from fastsae.schedules import AnnealK, Schedule, inverse_sqrt_lr
+from fastsae.model.resample import resample_
+from fastsae.runs.schedules import AnnealK, Schedule, inverse_sqrt_lr
+from fastsae.training import objective
+from fastsae.training.plain import PlainTrainStep
+from fastsae.training.step import FusedTrainStep
 from tests.family_case import RULES, SHAPED, D, M, N, family_sae, tokens
 from tests.truth import BACKENDS
 
@@ -77,7 +77,7 @@ def test_a_fused_step_is_autograd_and_adam(name: str, settings: dict, backend: s
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", SHAPED)
 def test_so_is_a_dense_one(name: str, settings: dict, monkeypatch) -> None:
-    monkeypatch.setattr("fastsae.dense_pass.DENSE_PIECE", 10 * M)  # pieces of ten tokens, and a last one of seven
+    monkeypatch.setattr("fastsae.training.dense.DENSE_PIECE", 10 * M)  # pieces of ten tokens, and a last one of seven
     sae = family_sae(RULES[name], **settings)
     assert_equal_training(sae, FusedTrainStep(sae, lr=1e-2, eps=1e-4, dense_above=0.0))
 
@@ -116,8 +116,8 @@ def test_the_dense_way_takes_over_while_many_fire_and_gives_way_without_a_jump(m
     """An L1 run whose density falls from a half: the same curve whichever way each step goes."""
     ways: list[str] = []
     for name in ("dense_pass", "shaped_pass"):
-        module = "fastsae.optim." if name == "dense_pass" else "fastsae.objective."
-        real = getattr(__import__("fastsae.optim", fromlist=["x"]) if name == "dense_pass" else objective, name)
+        module = "fastsae.training.step." if name == "dense_pass" else "fastsae.training.objective."
+        real = getattr(__import__("fastsae.training.step", fromlist=["x"]) if name == "dense_pass" else objective, name)
         monkeypatch.setattr(module + name, lambda *a, real=real, name=name: ways.append(name) or real(*a))
     curves, densities = [], []
     for dense_above in (0.0, 0.2, 1.0):

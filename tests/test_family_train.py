@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.__main__ import main
-from fastsae.checkpoint import list_checkpoints
-from fastsae.opening import open_run
-from fastsae.train import TrainConfig, Trainer
+from fastsae.cli.main import main
+from fastsae.runs.checkpoint import list_checkpoints
+from fastsae.runs.opening import open_run
+from fastsae.runs.trainer import TrainConfig, Trainer
 from tests.train_case import D_SAE, config, curve, lines, module, saved_bytes, source
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from fastsae import logs
-from fastsae.checkpoint import CheckpointError, list_checkpoints, step_of, verify_checkpoint
-from fastsae.logs import JsonlLog, LogWriteError
-from fastsae.rundir import RunDirError, RunLock
-from fastsae.stopping import TrainingInterrupted
+from fastsae.runs import logs
+from fastsae.runs.checkpoint import CheckpointError, list_checkpoints, step_of, verify_checkpoint
+from fastsae.runs.logs import JsonlLog, LogWriteError
+from fastsae.runs.rundir import RunDirError, RunLock
+from fastsae.runs.stopping import TrainingInterrupted
 from tests.train_case import config, curve, lines, module, saved_bytes, trainer
 
 Hook = Callable[[int, Tensor], Tensor | None]

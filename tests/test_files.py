@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsae.files import LOCK, is_partial, lock_folder, replace_file
+from fastsae.atomic import LOCK, is_partial, lock_folder, replace_file
 
 
 def names(folder: Path) -> set[str]:

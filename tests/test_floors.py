@@ -2,17 +2,17 @@
 
 The floors (a module imports from lower floors, or from its own without a cycle):
 
-    F0  reference, codes, env, update_call          the mathematics and the data types: torch only
-    F1  gpu/, kernels/, csrc/                       gpu/: what GPU backends share, of torch, siblings and F0 only;
-                                                    kernels/: one Triton op per file: torch, triton, siblings and gpu/
-    F2  backends/                                   thin wrappers with a supports() each
-    F3  ops                                         signatures, validation, choice of backend
-    F4  autograd                                    the only backward passes
-    F5  activations, losses, sae                    modules
-    F6  everything else                             optimizer, data, trainer, report, command line
-    F7  fastsae/__init__.py                         the public face, which nothing inside imports
+    F0  reference, codes, env, atomic               the mathematics, the data types, whole files: torch only
+    F1  backends, kernels, csrc                     who computes; backends/gpu and kernels/ import little
+    F2  ops                                         public function, schema, checks and backward of each op
+    F3  model                                       the nn.Module, its rules and losses
+    F4  training                                    optimizers and training steps
+    F5  data, runs                                  activations; whole runs, their files and their evaluation
+    F6  report, systems                             what is made of runs
+    F7  cli                                         the command line
+    F8  fastsae/__init__.py                         the public face, which nothing inside imports
 
-A new file belongs on a floor: a module that is not in FLOORS fails here until somebody has said where it stands.
+A new room belongs on a floor: a folder that is not in FLOORS fails here until somebody has said where it stands.
 """
 
 from __future__ import annotations
@@ -27,25 +27,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
-    "reference": 0, "codes": 0, "env": 0, "update_call": 0,
-    "gpu": 1, "kernels": 1, "_cpu": 1, "_cuda": 1,
-    "backends": 2,
-    "ops": 3, "library": 3, "validation": 3, "raw_checks": 3,
-    "autograd": 4,
-    "activations": 5, "losses": 5, "sae": 5, "settings": 5, "parameters": 5, "normalize": 5, "initial": 5,
-    "optim": 6, "objective": 6, "dense_pass": 6, "revival": 6,
-    "input_gradient": 6, "optimizer_state": 6, "kept_screen": 6, "latents": 6,
-    "step_graph": 6, "plain_step": 6, "batch": 6, "batch_step": 6, "systems": 6,
-    "schedules": 6, "serialize": 6, "files": 6, "data": 6,
-    "train": 6, "train_config": 6, "stopping": 6, "rng": 6, "checkpoint": 6, "state_tree": 6, "rundir": 6, "logs": 6,
-    "evaluate": 6, "opening": 6, "report": 6, "config": 6, "commands": 6, "__main__": 6,
+    "reference": 0, "codes": 0, "env": 0, "atomic": 0,
+    "backends": 1, "kernels": 1, "_cpu": 1, "_cuda": 1,
+    "ops": 2,
+    "model": 3,
+    "training": 4, "optim": 4,
+    "data": 5, "runs": 5,
+    "report": 6, "systems": 6,
+    "cli": 7, "__main__": 7,
 }  # fmt: skip
-PUBLIC_FACE = 7
+PUBLIC_FACE = 8
 EXTENSIONS = ("fastsae._cpu", "fastsae._cuda")
 LONG_FILES: dict[str, str] = {}
-"""Files over 400 lines, each with the reason why it is one file."""
+"""Files over 700 lines, each with the reason why it is one file."""
 
-MAX_LINES = 400
+MAX_LINES = 700
 SOURCE_FOLDERS = ("fastsae", "kernels", "csrc", "bench", "tests")
 
 
@@ -74,9 +70,9 @@ def floor(module: str) -> int:
     return FLOORS[parts[1]]
 
 
-def part_of(module: str) -> str:
-    """What FLOORS places, fastsae.<part>, of a dotted name inside fastsae; the top-level package of any other."""
-    return ".".join(module.split(".")[: 2 if module.startswith("fastsae.") else 1])
+def is_in(module: str, parts: set[str]) -> bool:
+    """Whether a dotted name is one of the parts, or inside one."""
+    return any(module == part or module.startswith(f"{part}.") for part in parts)
 
 
 def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -140,9 +136,9 @@ def test_no_cycle_on_a_floor() -> None:
 @pytest.mark.parametrize(
     ("parts", "allowed"),
     [
-        (("reference", "codes", "env", "update_call"), {"torch"}),
-        (("gpu",), {"torch", "fastsae.reference", "fastsae.update_call"}),
-        (("kernels",), {"torch", "triton", "fastsae.gpu"}),
+        (("reference", "codes", "env", "atomic"), {"torch"}),
+        (("backends.gpu", "backends.contract"), {"torch", "fastsae.reference"}),
+        (("kernels",), {"torch", "triton", "fastsae.backends.gpu"}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )
@@ -152,17 +148,11 @@ def test_the_lowest_floors_import_little(parts: tuple[str, ...], allowed: set[st
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: imports {name}"
         for module, path, tree in parsed()
-        if part_of(module) in here
+        if is_in(module, here)
         for line, name in imports(tree, module, path.name == "__init__.py")
-        if part_of(name) not in allowed | here | sys.stdlib_module_names
+        if not is_in(name, allowed | here) and name.split(".")[0] not in sys.stdlib_module_names
     ]
     assert not wrong, f"{', '.join(sorted(here))} may import {sorted(allowed)} only:\n" + "\n".join(wrong)
-
-
-def test_the_lowest_floors_are_all_looked_at() -> None:
-    assert {part for part, ground in FLOORS.items() if ground <= 1 and f"fastsae.{part}" not in EXTENSIONS} == {
-        "reference", "codes", "env", "update_call", "gpu", "kernels",
-    }  # fmt: skip
 
 
 def test_environment_variables_are_read_in_one_place() -> None:
@@ -241,9 +231,9 @@ def test_files_stay_short() -> None:
 
 def test_the_rules_catch_what_they_forbid() -> None:
     """Each reader above finds a planted offence; otherwise an empty list would prove nothing."""
-    tree = ast.parse("from fastsae.train import Trainer\ndef f():\n    from . import ops\n    import fastsae")
+    tree = ast.parse("from fastsae.runs.trainer import Trainer\ndef f():\n    from . import ops\n    import fastsae")
     found = dict(imports(tree, "fastsae.codes", is_package=False))
-    assert found[1] == "fastsae.train"
+    assert found[1] == "fastsae.runs.trainer"
     assert floor(found[1]) > floor("fastsae.codes")
     assert found[3] in ("fastsae.ops", "fastsae")
     assert floor(found[4]) == PUBLIC_FACE

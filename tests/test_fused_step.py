@@ -13,9 +13,9 @@ from torch import Tensor
 import fastsae
 from fastsae import ops
 from fastsae.codes import Screen
-from fastsae.optim import FusedTrainStep
-from fastsae.sae import SparseAutoencoder
-from fastsae.schedules import Schedule
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.runs.schedules import Schedule
+from fastsae.training.step import FusedTrainStep
 from tests import truth
 from tests.dense_sae import DenseSAE, sae_for_test, tokens
 from tests.truth import BACKENDS

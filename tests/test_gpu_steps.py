@@ -1,4 +1,4 @@
-"""A GPU backend has every step of fastsae.gpu.steps, under the name and with the arguments that are written there."""
+"""A GPU backend has every step of backends.gpu.steps, under the name and with the arguments that are written there."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import inspect
 
 import pytest
 
-from fastsae.gpu.steps import Steps
+from fastsae.backends.gpu.steps import Steps
 
 WANTED = [name for name, _ in inspect.getmembers(Steps, inspect.isfunction) if not name.startswith("_")]
 
 
-@pytest.fixture(params=["fastsae.kernels.steps", "fastsae.backends.cuda_steps"], ids=["triton", "cuda"])
+@pytest.fixture(params=["fastsae.kernels.steps", "fastsae.backends.cuda.steps"], ids=["triton", "cuda"])
 def steps(request: pytest.FixtureRequest) -> object:
     try:
         return importlib.import_module(request.param)

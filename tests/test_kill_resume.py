@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsae.checkpoint import list_checkpoints, step_of, verify_checkpoint
+from fastsae.runs.checkpoint import list_checkpoints, step_of, verify_checkpoint
 from tests.train_case import curve, lines, saved_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastsae import losses, reference
+from fastsae import reference
+from fastsae.model import losses
 from tests.dense_sae import DenseSAE, sae_for_test, tokens
 
 RECON = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsae
-from fastsae.activations import TopK
-from fastsae.optim import FusedTrainStep
-from fastsae.sae import SparseAutoencoder
-from fastsae.schedules import Schedule
+from fastsae.model.rules import TopK
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.runs.schedules import Schedule
+from fastsae.training.step import FusedTrainStep
 from tests.dense_sae import sae_for_test, tokens
 
 BACKENDS = [name for name, info in fastsae.backends().items() if info["available"]]
@@ -99,9 +99,9 @@ def test_memory_of_the_other_rules_follows_their_codes(rule):
 
 MEMORY = """
 import resource, torch, fastsae
-from fastsae.activations import TopK
-from fastsae.optim import FusedTrainStep
-from fastsae.sae import SparseAutoencoder
+from fastsae.model.rules import TopK
+from fastsae.training.step import FusedTrainStep
+from fastsae.model.sae import SparseAutoencoder
 torch.set_num_threads(2)
 sae = SparseAutoencoder(16, 49152, TopK(8), aux_k=8, dead_after=10**6, seed=0)
 sae.tokens_since_fired[::2] = 10**6

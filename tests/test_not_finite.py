@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae.stopping import FiniteGuard, NonFiniteError
+from fastsae.runs.stopping import FiniteGuard, NonFiniteError
 from tests.test_faults import Hook, saved_steps
 from tests.train_case import lines, trainer
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae import UpdateTerm, ops, reference
-from fastsae.sae import SparseAutoencoder
+from fastsae.model.sae import SparseAutoencoder
 from tests import truth
 from tests.cases import BY_NAME, Case
 from tests.dense_sae import DenseSAE, sae_for_test, tokens

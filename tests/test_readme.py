@@ -71,7 +71,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_commands_exist() -> None:
-    from fastsae.__main__ import COMMANDS
+    from fastsae.cli.main import COMMANDS
 
     assert set(re.findall(r"^fastsae ([a-z]+)", README, re.MULTILINE)) == set(COMMANDS)
 
@@ -79,6 +79,6 @@ def test_commands_exist() -> None:
 def test_named_files_exist() -> None:
     tree = README.split("## What lies where")[1].split("```")[1]
     for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
-        assert any((ROOT / folder / name).exists() for folder in FOLDERS), name
+        assert any(path for folder in FOLDERS for path in (ROOT / folder).rglob(name)), name
     for folder in re.findall(r"^([a-z]+(?:/[a-z]+)?)/ ", tree, re.MULTILINE):
         assert (ROOT / folder).is_dir(), f"{folder}/ is not on disk"

@@ -1,4 +1,4 @@
-"""What is refused before a backend sees it, and how: fastsae.validation in words, fastsae.raw_checks for raw ops."""
+"""What is refused before a backend sees it, and how: ops.checks in words, ops.raw_checks for raw ops."""
 
 from __future__ import annotations
 

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsae.activations import TopK
 from fastsae.data import ShardSource, ShardWriter
 from fastsae.data.contexts import Context, vocabulary_bytes
-from fastsae.opening import describe_rows
+from fastsae.model.files import save
+from fastsae.model.rules import TopK
+from fastsae.model.sae import SparseAutoencoder
 from fastsae.report import ReportOptions, write_report
 from fastsae.report.contexts import distinct, latent_cards, passage, pick_spread, spread_rows, visible
 from fastsae.report.drawing import thinned
 from fastsae.report.runlog import read_jsonl, read_run
 from fastsae.report.timing import time_step
-from fastsae.sae import SparseAutoencoder
-from fastsae.serialize import save
-from fastsae.train import Trainer
-from fastsae.train_config import TrainConfig
+from fastsae.runs.config import TrainConfig
+from fastsae.runs.opening import describe_rows
+from fastsae.runs.trainer import Trainer
 
 D, M, K, WINDOW = 8, 32, 3, 16
 HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)>"

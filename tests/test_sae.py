@@ -10,10 +10,10 @@ import torch
 
 import fastsae
 from fastsae import reference
-from fastsae.activations import TopK, activation_from_config
 from fastsae.codes import SparseCodes
-from fastsae.initial import geometric_median
-from fastsae.sae import SparseAutoencoder
+from fastsae.model.initial import geometric_median
+from fastsae.model.rules import TopK, activation_from_config
+from fastsae.model.sae import SparseAutoencoder
 from tests.dense_sae import DenseSAE, sae_for_test, tokens
 
 BACKENDS = [name for name, info in fastsae.backends().items() if info["available"]]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastsae.schedules import Schedule
+from fastsae.runs.schedules import Schedule
 
 
 def test_warm_up_rises_in_equal_steps_and_ends_at_one():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 if fastsae.backends()["cpu"]["available"]:
     from fastsae import _cpu
-    from fastsae.backends import cpu_screen
+    from fastsae.backends.cpu import screen as cpu_screen
 
     FORMATS = [f for f in _cpu.Format.__members__.values() if _cpu.format_supported(f)]
 else:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastsae import files
-from fastsae.serialize import SavedModuleError, load, save
+from fastsae import atomic as files
+from fastsae.model.files import SavedModuleError, load, save
 from tests.dense_sae import sae_for_test, tokens
 
 

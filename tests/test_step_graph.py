@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import optim
-from fastsae.optim import GRAPH_WARMUP, FusedTrainStep
-from fastsae.schedules import Schedule
+from fastsae.runs.schedules import Schedule
+from fastsae.training import step as optim
+from fastsae.training.step import GRAPH_WARMUP, FusedTrainStep
 from tests.dense_sae import sae_for_test, tokens
 
 WIDTH, LATENTS = 10, 60

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastsae.checkpoint import step_of
-from fastsae.evaluate import evaluate
-from fastsae.optim import FusedTrainStep
-from fastsae.rundir import RunDirError
-from fastsae.serialize import load
-from fastsae.train import TrainConfig, Trainer
+from fastsae.model.files import load
+from fastsae.runs.checkpoint import step_of
+from fastsae.runs.evaluate import evaluate
+from fastsae.runs.rundir import RunDirError
+from fastsae.runs.trainer import TrainConfig, Trainer
+from fastsae.training.step import FusedTrainStep
 from tests.train_case import BATCH, D_IN, config, curve, lines, module, saved_bytes, source, trainer
 
 
@@ -167,7 +167,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_pa
 
 def test_every_setting_says_what_it_is() -> None:
     """`--help` is made from these texts."""
-    text = Path(__file__).parent.parent.joinpath("fastsae/train_config.py").read_text()
+    text = Path(__file__).parent.parent.joinpath("fastsae/runs/config.py").read_text()
     for field in fields(TrainConfig):
         after = text.split(f"    {field.name}: ", 1)[1].split("\n")[1]
         assert after.startswith('    """'), f"{field.name} has no docstring"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae.sae import SparseAutoencoder
+from fastsae.model.sae import SparseAutoencoder
 from tests.dense_sae import DenseSAE, sae_for_test, tokens
 
 STEPS = 20

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsae import SparseCodes, ops, reference
-from fastsae.gpu import bounds, encode_above, encode_batch_topk, narrow, plan
+from fastsae.backends.gpu import bounds, encode_above, encode_batch_topk, narrow, plan
 from tests import truth
 from tests.cases import BY_NAME
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastsae import UpdateTerm, ops, reference
-from fastsae.gpu import pieces
-from fastsae.gpu.by_latent import by_latent
-from fastsae.raw_checks import check_indices
+from fastsae.backends.gpu import pieces
+from fastsae.backends.gpu.by_latent import by_latent
+from fastsae.ops.raw_checks import check_indices
 from tests import truth, update_case
 from tests.cases import BY_NAME, Case
 

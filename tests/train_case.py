@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.activations import TopK
 from fastsae.data.live import LiveSource
 from fastsae.data.tensor import TensorSource
-from fastsae.sae import SparseAutoencoder
-from fastsae.train import TrainConfig, Trainer
+from fastsae.model.rules import TopK
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.runs.trainer import TrainConfig, Trainer
 from tests.data_case import toy_config, toy_corpus, toy_model
 
 D_IN, D_SAE, K, BATCH = 24, 96, 6, 48

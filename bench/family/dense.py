@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsae import SparseAutoencoder, activations, reference
+from fastsae import SparseAutoencoder, reference
+from fastsae.model import rules as activations
 from fastsae.reference import wide
 
 Recons = list[tuple[Tensor, float]]

@@ -22,9 +22,9 @@ from bench.family.dense import DenseFamily
 from bench.family.rules import groups
 from bench.family.store import Store
 from bench.timing import Sample
-from fastsae.activations import Activation
 from fastsae.data import ShardSource
-from fastsae.evaluate import evaluate
+from fastsae.model.rules import Activation
+from fastsae.runs.evaluate import evaluate
 
 CHECK_EVERY = 10
 ALLOWED = 0.005

@@ -10,7 +10,7 @@ import torch
 
 import fastsae
 from bench.cases import Case, Inputs
-from fastsae.activations import Activation
+from fastsae.model.rules import Activation
 
 NAMES = ("TopK", "BatchTopK", "JumpReLU", "Gated", "ReLU", "Matryoshka", "HierarchicalTopK", "GroupMax")
 

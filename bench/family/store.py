@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from fastsae.files import write_json
+from fastsae.atomic import write_json
 
 FORMAT = 1
 

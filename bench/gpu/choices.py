@@ -18,8 +18,8 @@ from bench.gpu import moved
 from bench.gpu.plan import BIG
 from bench.gpu.store import Store
 from bench.results import RESULTS
+from fastsae.atomic import replace_file
 from fastsae.backends import choice
-from fastsae.files import replace_file
 
 TARGET = Path(choice.__file__).with_name("choices.json")
 CASES = ("big", "small")

@@ -25,9 +25,9 @@ from math import ceil
 
 from bench.cases import Case
 from bench.gpu.layouts import EVERY, HEAVY
-from fastsae.gpu.pieces import SHORTEST
-from fastsae.gpu.plan import chunk_width
-from fastsae.gpu.sizes import cdiv
+from fastsae.backends.gpu.pieces import SHORTEST
+from fastsae.backends.gpu.plan import chunk_width
+from fastsae.backends.gpu.sizes import cdiv
 
 W = 4
 BACKENDS = ("cuda", "triton")

@@ -15,7 +15,7 @@ from bench.gpu import sections, targets
 from bench.gpu.cost import Ceilings, figures
 from bench.gpu.plan import CASES
 from bench.gpu.store import Store
-from fastsae.files import replace_file
+from fastsae.atomic import replace_file
 
 COLUMNS = (
     "job", "item", "backend", "part", "status", "case", "N", "D", "M", "K", "distribution", "ms", "p20", "p80", "runs",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.plan import Job
-from fastsae.files import replace_file
+from fastsae.atomic import replace_file
 
 FORMAT = 1
 KEY = ("device", "source", "torch", "triton", "size", "plant")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastsae import reference
+from fastsae.backends.contract import RawTerm, UpdateCall
 from fastsae.codes import Screen, SparseCodes
 from fastsae.reference import wide
-from fastsae.update_call import RawTerm, UpdateCall
 
 
 def available() -> str | None:

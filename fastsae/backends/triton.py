@@ -1,4 +1,4 @@
-"""The Triton backend: kernels/ behind the raw-op signatures, on CUDA (or ROCm) tensors; fastsae.gpu orders their steps.
+"""The Triton backend: kernels/ behind the raw-op signatures, on CUDA (or ROCm) tensors; backends.gpu orders them.
 
 With Triton's interpreter on (TRITON_INTERPRET=1 before the first import) it computes on CPU tensors instead, slowly,
 for tests, and only for those who name it.
@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from fastsae import env
+from fastsae.backends.gpu.raw_ops import RawOps, refusal
 from fastsae.codes import Screen
-from fastsae.gpu.raw_ops import RawOps, refusal
 from fastsae.kernels import steps
 
 SUPPORTED = ((3, 6), (3, 7))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from .contexts import Context
-from .files import ShardError
-from .harvest import harvest
-from .live import LiveSource
-from .manifest import Manifest
-from .models import LanguageModel, load_model
-from .shards import ShardSource
-from .source import ActivationSource
-from .stream import ActivationStream, StreamConfig
-from .tensor import TensorSource
-from .text import Corpus, TextCorpus, TokenCorpus, load_text
-from .writer import ShardWriter, save_rows
+from fastsae.data.contexts import Context
+from fastsae.data.files import ShardError
+from fastsae.data.harvest import harvest
+from fastsae.data.live import LiveSource
+from fastsae.data.manifest import Manifest
+from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.shards import ShardSource
+from fastsae.data.source import ActivationSource
+from fastsae.data.stream import ActivationStream, StreamConfig
+from fastsae.data.tensor import TensorSource
+from fastsae.data.text import Corpus, TextCorpus, TokenCorpus, load_text
+from fastsae.data.writer import ShardWriter, save_rows
 
 __all__ = [
     "ActivationSource",

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .files import ShardError
-from .reader import ShardContext
+from fastsae.data.files import ShardError
+from fastsae.data.reader import ShardContext
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..files import replace_file
+from fastsae.atomic import replace_file
 
 
 class ShardError(ValueError):

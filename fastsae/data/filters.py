@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .source import nonfinite_rows
+from fastsae.data.source import nonfinite_rows
 
 NonFinite = Literal["raise", "drop"]
 

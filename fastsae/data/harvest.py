@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .contexts import token_strings, vocabulary_bytes
-from .filters import Rows
-from .manifest import MANIFEST, Manifest
-from .models import LanguageModel, load_model
-from .stream import ActivationStream, StreamConfig, join_rows
-from .text import Corpus, load_text
-from .writer import ShardWriter, check_settings
+from fastsae.data.contexts import token_strings, vocabulary_bytes
+from fastsae.data.filters import Rows
+from fastsae.data.manifest import MANIFEST, Manifest
+from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.stream import ActivationStream, StreamConfig, join_rows
+from fastsae.data.text import Corpus, load_text
+from fastsae.data.writer import ShardWriter, check_settings
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .models import LanguageModel, load_model
-from .source import check_state, permutation
-from .stream import ActivationStream, StreamConfig
-from .text import Corpus, load_text
+from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.source import check_state, permutation
+from fastsae.data.stream import ActivationStream, StreamConfig
+from fastsae.data.text import Corpus, load_text
 
 _HALVES, _MIX = 0, 1  # which of a block's permutations a key belongs to
 

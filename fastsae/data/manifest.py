@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import sha256_of
-from .files import ShardError, write_atomically
+from fastsae.atomic import sha256_of
+from fastsae.data.files import ShardError, write_atomically
 
 FORMAT = "fastsae-activations"
 VERSION = 1

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .text import package_folder
+from fastsae.data.text import package_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import ShardError
-from .manifest import FileEntry, Manifest
+from fastsae.data.files import ShardError
+from fastsae.data.manifest import FileEntry, Manifest
 
 Verify = Literal["lazy", "eager", "size"]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .contexts import Context, context_of, read_vocabulary
-from .files import ShardError
-from .manifest import Manifest
-from .reader import ShardContext, ShardReader, Verify
-from .source import EpochSource, permutation
+from fastsae.data.contexts import Context, context_of, read_vocabulary
+from fastsae.data.files import ShardError
+from fastsae.data.manifest import Manifest
+from fastsae.data.reader import ShardContext, ShardReader, Verify
+from fastsae.data.source import EpochSource, permutation
 
 CHUNK_ROWS = 256  # rows read from one place: about one window of text, 300 kB of bf16 at d_in 576
 _CHUNKS, _ROWS = 0, 1  # which of an epoch's permutations a key belongs to

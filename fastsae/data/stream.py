@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .filters import NonFinite, RowFilter, Rows
-from .hooks import HookedModel
-from .models import LanguageModel
-from .source import check_seed
-from .text import Corpus
-from .windows import WindowStream
+from fastsae.data.filters import NonFinite, RowFilter, Rows
+from fastsae.data.hooks import HookedModel
+from fastsae.data.models import LanguageModel
+from fastsae.data.source import check_seed
+from fastsae.data.text import Corpus
+from fastsae.data.windows import WindowStream
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .source import EpochSource, nonfinite_rows, permutation
+from fastsae.data.source import EpochSource, nonfinite_rows, permutation
 
 
 class TensorSource(EpochSource):

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .source import permutation
-from .text import Corpus
+from fastsae.data.source import permutation
+from fastsae.data.text import Corpus
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

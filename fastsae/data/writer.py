@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..files import LOCK, is_partial, lock_folder
-from .files import write_atomically
-from .manifest import DTYPES, HELD_OUT, MANIFEST, VOCABULARY, FileEntry, Manifest, differences
-from .source import nonfinite_rows
+from fastsae.atomic import LOCK, is_partial, lock_folder
+from fastsae.data.files import write_atomically
+from fastsae.data.manifest import DTYPES, HELD_OUT, MANIFEST, VOCABULARY, FileEntry, Manifest, differences
+from fastsae.data.source import nonfinite_rows
 
 
 class ShardWriter:

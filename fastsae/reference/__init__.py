@@ -7,9 +7,9 @@ Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A 
 latent per row.
 """
 
-from .family import Forward, Rule, decoder_norms, forward
-from .gradients import Params, Parts, Term, gradients, squared_norms, with_parts
-from .ops import (
+from fastsae.reference.family import Forward, Rule, decoder_norms, forward
+from fastsae.reference.gradients import Params, Parts, Term, gradients, squared_norms, with_parts
+from fastsae.reference.ops import (
     active_dot,
     active_outer,
     batch_top_k,
@@ -23,11 +23,21 @@ from .ops import (
     top_k,
     wide,
 )
-from .optimizers import MOMENTS_OF, Optimizer, adam, lion
-from .rounding import BLOCK, EightBit, mixed, round_to_bf16, round_to_fp8, scales_shape
-from .rules import gated, heaviside, in_band, jump_relu
-from .step import AuxK, terms_of, train_step
-from .update import Moment, Moments, clip_rows, normalise, project, shape_gradients, store, update, widened
+from fastsae.reference.optimizers import MOMENTS_OF, Optimizer, adam, lion
+from fastsae.reference.rounding import BLOCK, EightBit, mixed, round_to_bf16, round_to_fp8, scales_shape
+from fastsae.reference.rules import gated, heaviside, in_band, jump_relu
+from fastsae.reference.step import AuxK, terms_of, train_step
+from fastsae.reference.update import (
+    Moment,
+    Moments,
+    clip_rows,
+    normalise,
+    project,
+    shape_gradients,
+    store,
+    update,
+    widened,
+)
 
 __all__ = [
     "BLOCK",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Rule(Protocol):
-    """What a forward pass asks of an activation rule; fastsae.activations has them.
+    """What a forward pass asks of an activation rule; fastsae.model.rules has them.
 
     own: the rule's parameters and buffers, and b_enc. rows: what `per_latent` made of them, broadcastable to pre.
     """

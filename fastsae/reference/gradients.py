@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops import active_dot, active_outer
+from fastsae.reference.ops import active_dot, active_outer
 
 Params = dict[str, Tensor]  # W_enc (absent when tied), W_dec, b_enc, b_dec
 

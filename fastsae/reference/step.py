@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gradients import Params, Term, gradients
-from .ops import decode, keep_top_k, loss_unit, pre_acts, squared_error
-from .optimizers import Optimizer
-from .update import Moments, shape_gradients, update
+from fastsae.reference.gradients import Params, Term, gradients
+from fastsae.reference.ops import decode, keep_top_k, loss_unit, pre_acts, squared_error
+from fastsae.reference.optimizers import Optimizer
+from fastsae.reference.update import Moments, shape_gradients, update
 
 
 @dataclass(frozen=True)

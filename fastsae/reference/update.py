@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gradients import Params
-from .ops import wide
-from .optimizers import Optimizer
-from .rounding import EightBit, round_to_bf16, round_to_fp8
+from fastsae.reference.gradients import Params
+from fastsae.reference.ops import wide
+from fastsae.reference.optimizers import Optimizer
+from fastsae.reference.rounding import EightBit, round_to_bf16, round_to_fp8
 
 Moment = Tensor | EightBit
 Moments = dict[str, tuple[Moment, ...]]  # of each parameter: Adam's m and v, Lion's m

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..data.contexts import Context as TokenContext
-from ..evaluate import active_entries
+from fastsae.data.contexts import Context as TokenContext
+from fastsae.runs.evaluate import active_entries
 
 if TYPE_CHECKING:
-    from ..data.shards import ShardSource
-    from ..sae import SparseAutoencoder
+    from fastsae.data.shards import ShardSource
+    from fastsae.model.sae import SparseAutoencoder
 
 RUN_ROWS = 4096
 """Rows read from one place where only a part of the rows is scanned: whole windows of text, mostly."""

@@ -13,14 +13,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..checkpoint import CheckpointError
-from ..data.shards import ShardSource
-from ..files import replace_file
-from ..opening import OpenedRun, open_run, rows_of_run, version
-from .contexts import LatentCard, latent_cards
-from .plots import all_plots
-from .runlog import Record, RunLog, read_run
-from .timing import StepTiming, time_step
+from fastsae.atomic import replace_file
+from fastsae.data.shards import ShardSource
+from fastsae.report.contexts import LatentCard, latent_cards
+from fastsae.report.plots import all_plots
+from fastsae.report.runlog import Record, RunLog, read_run
+from fastsae.report.timing import StepTiming, time_step
+from fastsae.runs.checkpoint import CheckpointError
+from fastsae.runs.opening import OpenedRun, open_run, rows_of_run, version
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .drawing import C1, C2, C3, Curve, Plot, bar_plot, histogram_plot, line_plot
-from .runlog import RunLog
-from .timing import StepTiming
+from fastsae.report.drawing import C1, C2, C3, Curve, Plot, bar_plot, histogram_plot, line_plot
+from fastsae.report.runlog import RunLog
+from fastsae.report.timing import StepTiming
 
 
 def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:

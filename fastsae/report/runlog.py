@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..opening import EVALUATION, run_config
-from ..rundir import CONFIG
+from fastsae.runs.opening import EVALUATION, run_config
+from fastsae.runs.rundir import CONFIG
 
 Record = dict[str, Any]
 

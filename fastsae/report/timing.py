@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..optim import FusedTrainStep
-from ..sae import SparseAutoencoder
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.training.step import FusedTrainStep
 
 WARM_UP, REPEATS = 2, 5
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-SYSTEMS = {"clustering": "fastsae.systems.clustering_figures"}
+SYSTEMS = {"clustering": "fastsae.systems.clustering.figures"}
 """Each system's name and the module whose SYSTEM it is."""
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..files import replace_file
+from fastsae.atomic import replace_file
 
 P = ParamSpec("P")
 INK, MUTED, FAINT = "#222222", "#8a8a8a", "#dcdcdc"

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..files import write_json
-from ..opening import version
+from fastsae.atomic import write_json
+from fastsae.runs.opening import version
 
 FORMAT = 1
 FILE = "results.json"

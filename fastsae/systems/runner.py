@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..files import lock_folder, replace_file
-from .results import Results
+from fastsae.atomic import lock_folder, replace_file
+from fastsae.systems.results import Results
 
 log = logging.getLogger("fastsae.systems")
 TABLE = "table.md"

@@ -1,0 +1,119 @@
+"""The CPU backend: csrc/cpu behind the raw-op signatures, on torch.get_num_threads() threads.
+
+The screened encoders and the update stand in files of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import _cpu, env
+from fastsae.backends.cpu.memory import DTYPES, codes, latent_order, matrix, sort
+from fastsae.backends.cpu.screen import encode_above, encode_batch_topk, encode_topk, prepare_screen
+from fastsae.backends.cpu.update import update_latents_
+from fastsae.reference import wide
+
+if isa := env.cpu_isa():
+    _cpu.use_isa(isa)
+
+
+def available() -> str | None:
+    return None
+
+
+def detail() -> dict[str, Any]:
+    return {
+        "isa": _cpu.isa(),
+        "isas": _cpu.isas(),
+        "screening": _cpu.fastest_format(1024).name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:
+    for t in tensors:
+        if t.device.type != "cpu":
+            return f"it computes on the CPU, and a tensor is on {t.device}"
+    floating = [t.dtype for t in tensors if t.is_floating_point()]
+    # The screened encoders' exact score is fp32 by definition; float64 callers want more.
+    served = tuple(DTYPES)[:2] if op.startswith(("encode", "prepare")) else tuple(DTYPES)
+    if op != "update_latents_":
+        odd = [dtype for dtype in floating if dtype not in served]
+        if odd:
+            return f"{op} has no kernel for {odd[0]}"
+    elif torch.float16 in floating:
+        return "update_latents_ has no kernel for torch.float16"
+    return None
+
+
+def by_name_only() -> bool:
+    return False
+
+
+def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
+    code = codes(acts, indices, offsets, W.shape[0])
+    out = W.new_empty(acts.shape[0] if offsets is None else offsets.shape[0] - 1, W.shape[1])
+    _cpu.decode(code, matrix(W), matrix(out), torch.get_num_threads())
+    return out
+
+
+def decode_error(
+    acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, target: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    error = decode(acts, indices, offsets, W)
+    if bias is not None:
+        error.add_(bias)
+    error.sub_(target)
+    return error, torch.linalg.vector_norm(error, dim=-1, dtype=wide(error).dtype).double().square()
+
+
+def active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
+    code = codes(acts, indices, offsets, W.shape[0])
+    out = torch.zeros_like(acts)  # zeros: a ragged code's spare slots are not written
+    _cpu.active_dot(matrix(x), code, matrix(W), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def active_outer(
+    acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, by_latent: list[Tensor] | None
+) -> Tensor:
+    code = codes(acts, indices, offsets, d_sae)
+    if by_latent is None:
+        order = sort(code, acts.numel(), d_sae)
+    else:
+        order = _checked_order(by_latent, acts.numel(), x.shape[0], d_sae)
+    out = x.new_empty(d_sae, x.shape[1])
+    _cpu.active_outer(code, latent_order(*order), matrix(x), matrix(out), torch.get_num_threads())
+    return out
+
+
+def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    return sort(codes(acts, indices, offsets, d_sae), acts.numel(), d_sae)
+
+
+def _checked_order(order: list[Tensor], capacity: int, tokens: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tensors. Raises ValueError where they are not an order of this code: C++ takes them as addresses."""
+    offsets, of_token, slots = order
+    dtypes = [t.dtype for t in order]
+    if dtypes != [torch.int64, torch.int32, torch.int64] or offsets.shape != (d_sae + 1,):
+        raise ValueError(
+            f"by_latent is {dtypes} with {offsets.numel() - 1} latents, expected int64, int32, int64 with {d_sae}"
+        )
+    end = int(offsets[-1])
+    inside = int(offsets[0]) == 0 and end <= min(of_token.numel(), slots.numel()) and bool((offsets.diff() >= 0).all())
+    for places, count in ((of_token, tokens), (slots, capacity)):
+        if inside and end:
+            low, high = torch.aminmax(places[:end])
+            inside = int(low) >= 0 and int(high) < count
+    if not inside:
+        raise ValueError("by_latent points outside the code; it was made of another one: use ops.by_latent(codes)")
+    return offsets, of_token, slots
+
+
+__all__ = [
+    "active_dot", "active_outer", "available", "by_latent", "by_name_only", "decode", "decode_error", "detail",
+    "encode_above", "encode_batch_topk", "encode_topk", "prepare_screen", "supports", "update_latents_",
+]  # fmt: skip

@@ -1,0 +1,38 @@
+"""active_outer: out[i] = Σ_e acts[e] · x[token of e] over the entries e of latent i: Aᵀ x, a dictionary's gradient.
+
+The code is put in latent order, unless the caller has that already; latents with many entries are cut into pieces.
+Every sum has one order, so there are no atomics and the bits never change.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastsae.backends.gpu.by_latent import by_latent, check_order
+from fastsae.backends.gpu.pieces import cut
+from fastsae.backends.gpu.steps import LatentSteps
+
+
+def active_outer(
+    steps: LatentSteps,
+    acts: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    x: Tensor,
+    d_sae: int,
+    order: list[Tensor] | None,
+) -> Tensor:
+    """(M, D) in x's dtype. order: what by_latent gives for this code, or None to regroup it here.
+
+    Raises ValueError for an order that cannot be this code's.
+    """
+    if order is None:
+        starts, tokens, slots = by_latent(steps, acts, indices, offsets, d_sae)
+    else:
+        check_order(order, acts.numel(), d_sae)
+        starts, tokens, slots = order
+    n, D = x.shape
+    out = x.new_empty(d_sae, D)
+    if out.numel():
+        steps.outer(starts, tokens, slots, acts, x, cut(steps, starts, acts.numel(), n), out)
+    return out

@@ -1,0 +1,37 @@
+"""by_latent: the occupied slots of a code, latent by latent (CSC); tokens ascend within a latent, slots within a token.
+
+    key of a slot = its latent, M where it is empty;  order = a stable sort of the keys;
+    offsets[i] = how many keys are below i;  tokens, slots = those of order[0], order[1], ...
+
+A stable sort has one result, so this is deterministic, duplicates and all.
+
+Occupied: fixed K, act != 0 (NaN is); ragged, slot < offsets[N]. A slot whose latent is outside 0 .. M-1 counts as
+empty, so that nothing is ever read or written outside the dictionary. Past the end tokens and slots are -1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae.backends.gpu.steps import LatentSteps
+
+
+def by_latent(
+    steps: LatentSteps, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """offsets (M+1,) int64, tokens (slots,) int32, slots (slots,) int64."""
+    keys, rows = (torch.empty(acts.numel(), dtype=torch.int32, device=acts.device) for _ in range(2))
+    steps.list_slots(acts, indices, offsets, d_sae, keys, rows, None)
+    starts, tokens, slots, _ = steps.sort_slots(keys, rows, None, d_sae)
+    return starts, tokens, slots
+
+
+def check_order(order: list[Tensor], capacity: int, d_sae: int) -> None:
+    """Raises ValueError where the three tensors cannot be an order of this code; their values stay on the device."""
+    dtypes, shapes = [t.dtype for t in order], [tuple(t.shape) for t in order]
+    if dtypes != [torch.int64, torch.int32, torch.int64] or shapes != [(d_sae + 1,), (capacity,), (capacity,)]:
+        raise ValueError(
+            f"by_latent is {dtypes} of shapes {shapes}, expected int64, int32, int64 for {d_sae} latents and "
+            f"{capacity} slots; it was made of another code: use ops.by_latent(codes)"
+        )

@@ -1,0 +1,120 @@
+"""The N·K largest of relu(x Wᵀ + b) over the whole batch, as a ragged code; nothing of size (N, M) is stored or sorted.
+
+A sample of tokens and latents gives a bar τ that about 1.25 N·K scores exceed; `encode_above` finds those, exactly, and
+a stable sort of at most 3 N·K numbers keeps the largest. It is certain to be right where at least N·K were above τ (or
+τ = 0) and all of them fit. Where not, two histograms over every score give the N·K-th largest key, and two walks over
+all latents count and emit. That is many times slower than a product, since W is read anew for each token or for a few,
+but no host is asked and any input is served.
+
+Bytes: (N + M)·D·2 a chunk's product and 4·N·M through L2; 1.25 N·K·D·sizeof(W) to score; about 150·N·K to sort.
+Flops: 2·N·M·D on tensor cores.
+"""
+
+from __future__ import annotations
+
+from math import ceil, sqrt
+
+import torch
+from torch import Tensor
+
+from fastsae.backends.gpu.encode_above import list_slots, pack, survivors_above
+from fastsae.backends.gpu.narrow import Narrow, narrowed, screening_copy
+from fastsae.backends.gpu.product import chunk_product, fp32_sums
+from fastsae.backends.gpu.steps import EncodeSteps
+
+SAMPLE_SHARE = 16
+LEAST_SAMPLE = 1024
+SAMPLE = 1 << 21
+LEAST_ROOM = 1 << 16
+
+
+def sampled_bar(steps: EncodeSteps, x: Tensor, b: Tensor, k: int, screen: Narrow) -> Tensor:
+    """τ, 0-d fp32, at least 0: a screened score that about 1.25 N·k of all exceed, from a strided sample."""
+    latents, dtype = b.shape[0], screen.low.dtype
+    width = min(latents, max(LEAST_SAMPLE, latents // SAMPLE_SHARE))
+    stride = latents // width
+    few = x[:: max(1, x.shape[0] * width // SAMPLE)].contiguous()
+    narrow = narrowed(steps, few, dtype)
+    scores = torch.empty(few.shape[0], width, dtype=dtype, device=x.device)
+    count = torch.full((), latents, dtype=torch.int32, device=x.device)
+    with fp32_sums():
+        chunk_product(steps, narrow, screen, None, count, scores, 0, stride)
+    scale, bias = (t[::stride][:width] for t in (screen.scale, b.float()))
+    v = torch.addcmul(bias, scores.float(), narrow.scale[:, None] * scale)
+    expected = k * v.numel() / latents
+    rank = min(v.numel(), ceil(1.25 * expected + 5 * sqrt(expected) + 4))
+    best = torch.topk(torch.where(v.isnan(), float("-inf"), v).flatten(), rank).values
+    return best[-1].clamp(min=0)
+
+
+def encode_batch_topk(
+    steps: EncodeSteps, x: Tensor, W: Tensor, b: Tensor, k: int, screen: Narrow | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """acts (N·k,) in x's dtype, indices, offsets (N+1,), and 0-d int64: the tokens that were scored in full."""
+    n, latents = x.shape[0], W.shape[0]
+    wanted = n * k
+    if n == 0:
+        none = torch.zeros((), dtype=torch.int64, device=x.device)
+        return x.new_zeros(0), torch.zeros(0, dtype=torch.int32, device=x.device), none.new_zeros(1), none
+    screen, exact = screening_copy(steps, W, screen, precision), precision != "screened"
+    bar = sampled_bar(steps, x, b, k, screen)
+    bars = bar.expand(n).contiguous()
+    lists = survivors_above(steps, x, W, b, bars, False, list_slots(n, latents, 4 * k), screen, exact)
+    room = min(n * latents, max(3 * wanted, LEAST_ROOM))
+    scores, found, offsets, total = pack(steps, x, W, b, bars, False, lists, room, torch.float32)
+    acts, indices, offsets = _largest(scores, found, offsets, wanted, x.dtype)
+    failed = (total > room) | ((total < wanted) & (bar > 0))
+    offsets = _redo(steps, x, W, b, wanted, failed, acts, indices, offsets)
+    return acts, indices, offsets, torch.where(failed, n, lists.listed.long())
+
+
+def _largest(
+    scores: Tensor, latents: Tensor, offsets: Tensor, wanted: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `wanted` largest entries of a ragged code, in order; of equal ones the first, as a stable sort keeps them."""
+    room = scores.shape[0]
+    there = torch.arange(room, device=scores.device) < offsets[-1]
+    order = torch.sort(torch.where(there, scores, float("-inf")), descending=True, stable=True).indices[:wanted]
+    kept = torch.zeros_like(there).scatter_(0, order, torch.ones_like(order, dtype=torch.bool))
+    kept &= there & (scores.to(dtype) != 0)  # a narrow dtype can round a score to 0
+    rank = kept.cumsum(0)
+    place = torch.where(kept, rank - 1, wanted)
+    acts = torch.zeros(wanted + 1, dtype=dtype, device=scores.device).scatter_(0, place, scores.to(dtype))
+    indices = torch.zeros(wanted + 1, dtype=torch.int32, device=scores.device).scatter_(0, place, latents)
+    return acts[:wanted], indices[:wanted], torch.cat([rank.new_zeros(1), rank])[offsets]
+
+
+def _digit(bins: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin, 0-d int32, in which the wanted-th largest lies, -1 where there are fewer; and how many lie above it."""
+    reached = bins.flip(0).cumsum(0)
+    steps = (reached < wanted).sum()
+    above = torch.where(steps > 0, reached.gather(0, (steps - 1).clamp(min=0)[None])[0], 0)
+    return (bins.shape[0] - 1 - steps).int(), above
+
+
+def _redo(
+    steps: EncodeSteps,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    wanted: int,
+    failed: Tensor,
+    acts: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """Where `failed` (0-d bool) writes acts and indices anew from every score; returns the offsets that hold then."""
+    n = x.shape[0]
+    needed = failed.int()
+    upper, above = _digit(steps.histogram(x, W, b, needed, None), torch.full_like(needed, wanted))
+    lower, above_too = _digit(steps.histogram(x, W, b, needed, upper), wanted - above)
+    # Fewer positive scores than wanted: all of them are above key 0.
+    least = torch.where(upper < 0, 0, (upper << 16) | lower.clamp(min=0)).int()
+    quota = torch.where(upper < 0, 0, wanted - above - above_too)
+    everyone, listed = torch.arange(n, dtype=torch.int32, device=x.device), needed * n
+    totals, ties = torch.zeros(2, n, dtype=torch.int64, device=x.device)
+    steps.every_latent(x, W, b, everyone, listed, acts, indices, totals=totals, least=least, ties=ties)
+    admitted = (quota - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)
+    anew = torch.cat([totals.new_zeros(1), (totals + admitted).cumsum(0)])
+    steps.every_latent(x, W, b, everyone, listed, acts, indices, offsets=anew, least=least, ties=admitted)
+    return torch.where(failed, anew, offsets)

@@ -1,0 +1,32 @@
+"""Long latents cut into pieces of equal length, so that no program has much more to add up than another.
+
+A latent with more than `length` entries is summed by pieces: one program adds the entries of one piece into a row of a
+workspace, and whoever owns the latent adds those rows in order. Short latents have no piece. How many pieces there are
+is known on the device only, so the launch grid is the most there can be, and a program past the last one returns:
+
+    Σ over long latents of ceil(count/length) <= nnz/length + (long latents) <= nnz/length + nnz/(length + 1)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastsae.backends.gpu.entries import Pieces
+from fastsae.backends.gpu.sizes import cdiv
+from fastsae.backends.gpu.steps import LatentSteps
+
+SHORTEST = 64
+"""Entries below which cutting costs more than it evens out."""
+
+
+def cut(steps: LatentSteps, starts: Tensor, slots: int, tokens: int) -> Pieces:
+    """The pieces of a code in latent order: starts (M+1,) int64, over at most `slots` entries of `tokens` tokens.
+
+    The length is eight tokens' worth of slots: then a quarter as many workspace rows as tokens always suffice (1.03 at
+    SHORTEST), and at N = 8192 a piece is a hundredth of what each of a hundred multiprocessors has to add.
+    """
+    length = max(SHORTEST, 8 * cdiv(slots, max(tokens, 1)))
+    length = cdiv(length, 16) * 16
+    if slots <= length:
+        return Pieces(None, length, 0)
+    return Pieces(steps.piece_starts(starts, length), length, slots // length + slots // (length + 1))

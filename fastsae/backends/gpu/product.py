@@ -1,0 +1,45 @@
+"""One chunk of the screening product: a library's, or the backend's own over a list of rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastsae.backends.gpu.narrow import Narrow
+from fastsae.backends.gpu.steps import EncodeSteps
+
+
+@contextlib.contextmanager
+def fp32_sums() -> Iterator[None]:
+    """cuBLAS adds an fp16 product up in fp32: in fp16, which torch can let it do in two ways, no bound holds."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction
+    if not any(before):
+        yield
+        return
+    settings.allow_fp16_accumulation = settings.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction = before
+
+
+def chunk_product(
+    steps: EncodeSteps,
+    x: Narrow,
+    W: Narrow,
+    rows: Tensor | None,
+    count: Tensor,
+    out: Tensor,
+    chunk: int,
+    stride: int,
+) -> None:
+    """Screened products of a chunk's positions chunk, chunk + stride, ... into the first columns of out (N, width)."""
+    if rows is None and x.low.dtype == torch.float16:
+        part = W.low[chunk::stride][: out.shape[1]]
+        torch.mm(x.low, part.mT, out=out[:, : part.shape[0]])
+        return
+    steps.product(x.low, W.low, rows, count, out, chunk, stride)

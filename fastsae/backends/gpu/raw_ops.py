@@ -1,0 +1,146 @@
+"""The raw ops of a GPU backend, made of its steps: each call on its tensors' device, nothing else in between.
+
+Nothing here looks at a value on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.backends.contract import UpdateCall
+from fastsae.backends.gpu.active_outer import active_outer
+from fastsae.backends.gpu.by_latent import by_latent
+from fastsae.backends.gpu.encode_above import encode_above
+from fastsae.backends.gpu.encode_batch_topk import encode_batch_topk
+from fastsae.backends.gpu.encode_topk import encode_topk
+from fastsae.backends.gpu.narrow import WIDEST, Narrow, narrowed
+from fastsae.backends.gpu.steps import Steps
+from fastsae.backends.gpu.stored_update import update_storing_gradients
+from fastsae.backends.gpu.update_latents import update_latents
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(op: str, tensors: Iterable[Tensor], device: str) -> str | None:
+    """The reason against an op on these tensors by steps that compute on `device` ("cuda", "cpu"), or None."""
+    for t in tensors:
+        if t.device.type != device:
+            return f"it computes on {device} tensors here, and a tensor is on {t.device}"
+        eight_bit = op == "update_latents_" and t.dtype == torch.float8_e4m3fn  # a moment
+        if t.is_floating_point() and t.dtype not in DTYPES and t.ndim and not eight_bit:
+            return f"{op} has no kernel for {t.dtype}"
+        if op.startswith(("encode", "prepare")) and t.ndim == 2 and t.shape[1] > WIDEST:
+            return f"a row has {t.shape[1]} columns, and the screen's scale allows {WIDEST}"
+    return None
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to t's device; torch's current stream of it is the caller's."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def _kept(screen: list[Tensor] | None) -> Narrow | None:
+    return Narrow(*screen) if screen else None
+
+
+@dataclass(frozen=True)
+class RawOps:
+    """A backend's functions, as fastsae.backends describes them, over its steps."""
+
+    steps: Steps
+
+    def screen(self, W: Tensor) -> list[Tensor]:
+        """The tensors of a narrow copy of W, as the encoders and update_latents_ take them."""
+        with on_device(W):
+            return narrowed(self.steps, W.contiguous()).tensors()
+
+    def _refresh(self, screen: list[Tensor], W: Tensor) -> None:
+        """Makes the kept copy one of the new W. Where that fails it must not pass for one: then its residual norms are
+        infinite, so that no bound holds anybody back, and every token is scored from W itself."""
+        made = False
+        try:
+            self.steps.narrow_rows(W, *screen)
+            made = True
+        finally:
+            if not made:
+                screen[3].fill_(float("inf"))
+
+    def encode_topk(
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        k: int,
+        rows: Tensor | None,
+        scale: Tensor | None,
+        index_offset: int,
+        screen: list[Tensor] | None,
+        precision: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with on_device(W):
+            return encode_topk(self.steps, x, W, b, k, rows, scale, index_offset, _kept(screen), precision)
+
+    def encode_above(
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        threshold: Tensor,
+        capacity: int,
+        screen: list[Tensor] | None,
+        precision: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with on_device(W):
+            return encode_above(self.steps, x, W, b, threshold, capacity, _kept(screen), precision)
+
+    def encode_batch_topk(
+        self, x: Tensor, W: Tensor, b: Tensor, k: int, screen: list[Tensor] | None, precision: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with on_device(W):
+            return encode_batch_topk(self.steps, x, W, b, k, _kept(screen), precision)
+
+    def decode(self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
+        with on_device(W):
+            return self.steps.decode(acts, indices, offsets, W)
+
+    def decode_error(
+        self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, target: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with on_device(W):
+            return self.steps.decode_error(acts, indices, offsets, W, target, bias)
+
+    def active_dot(self, x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
+        with on_device(W):
+            return self.steps.active_dot(x, acts, indices, offsets, W)
+
+    def active_outer(
+        self,
+        acts: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        x: Tensor,
+        d_sae: int,
+        by_latent: list[Tensor] | None,
+    ) -> Tensor:
+        with on_device(x):
+            return active_outer(self.steps, acts, indices, offsets, x, d_sae, by_latent)
+
+    def by_latent(
+        self, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with on_device(acts):
+            return by_latent(self.steps, acts, indices, offsets, d_sae)
+
+    def update_latents_(self, *arguments: Any) -> Tensor:
+        call = UpdateCall(*arguments)
+        with on_device(call.W_dec):
+            stats = (update_latents if call.is_plain else update_storing_gradients)(self.steps, call)
+            if call.screen and not call.norms_only:
+                self._refresh(call.screen, call.encoder)
+        return stats

@@ -1,0 +1,264 @@
+"""What each subcommand does: opens what the options name, calls the library, prints the outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsae.backends import backends
+from fastsae.cli.options import (
+    LIVE,
+    Eval,
+    Harvest,
+    Info,
+    LiveOptions,
+    Report,
+    Reproduce,
+    Train,
+    checked_device,
+    torch_dtype,
+)
+from fastsae.data.harvest import harvest
+from fastsae.data.models import load_model
+from fastsae.data.shards import ShardSource
+from fastsae.data.source import ActivationSource
+from fastsae.runs.evaluate import EvalResult, evaluate
+from fastsae.runs.opening import EVALUATION, OpenedRun, describe_rows, open_rows, open_run, rows_of_run, version
+from fastsae.runs.stopping import TrainingInterrupted
+from fastsae.runs.trainer import Trainer
+
+
+def run_harvest(options: Harvest) -> int:
+    """fastsae harvest"""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    plain = options.device == "cpu" and options.model_dtype == "bfloat16"
+    # By its name the model is loaded only if rows are missing: a second run of the same command is instant.
+    model = options.model if plain else load_model(
+        options.model, dtype=torch_dtype(options.model_dtype), device=str(checked_device(options.device))
+    )  # fmt: skip
+    manifest = harvest(
+        model,
+        options.text,
+        options.out,
+        options.stream,
+        rows=options.rows,
+        rows_per_shard=options.rows_per_shard,
+        dtype=torch_dtype(options.dtype),
+        progress=options.progress,
+    )
+    held = manifest.held_out.rows if manifest.held_out else 0
+    print_table(
+        {
+            "rows": f"{manifest.rows:,} in {len(manifest.shards)} shards",
+            "held-out rows": f"{held:,}",
+            "d_in": manifest.d_in,
+            **{name.replace("_", " "): _shown(value) for name, value in manifest.stats.items() if name != "rows"},
+            "folder": options.out,
+        }
+    )
+    return 0
+
+
+def open_source(options: Train) -> tuple[ActivationSource, dict[str, Any]]:
+    """The data that `fastsae train` names, and what the run's notes say of it."""
+    if options.data == LIVE:
+        return options.live.open(), {LIVE: dataclasses.asdict(options.live)}
+    source = open_rows(options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed)
+    notes = describe_rows(
+        options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed
+    )  # fmt: skip
+    if isinstance(source, ShardSource):
+        notes["harvest"] = source.manifest.settings
+    return source, notes
+
+
+def run_train(options: Train) -> int:
+    """fastsae train"""
+    source, notes = open_source(options)
+    if options.train.eval_every and len(source.held_out()) == 0:
+        raise ValueError("no rows are held out to evaluate on; set --holdout, or --eval-every 0 to go without")
+    sae = options.sae.build(source.d_in)
+    trainer = Trainer(
+        sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()}
+    )
+    try:
+        result = trainer.run()
+    except TrainingInterrupted as stop:
+        raise TrainingInterrupted(f"{stop}, with --resume", stop.signal) from None
+    evaluation = result.evaluation or {}
+    where = "held out" if evaluation else "last batch"
+    numbers = evaluation or result.metrics
+    print_table(
+        {
+            "steps": f"{result.step:,} ({result.tokens:,} tokens)",
+            **{
+                f"{name} ({where})": f"{numbers[name]:.4g}"
+                for name in ("fvu", "mse", "l0")
+                if numbers.get(name) is not None
+            },
+            "tokens/s": f"{result.metrics.get('tokens_per_s') or 0:,.0f} (last logged steps)",
+            "checkpoint": result.checkpoint,
+            "next": f"fastsae report {options.run_dir}",
+        }
+    )
+    return 0
+
+
+def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, str]:
+    """What `fastsae eval` measures on, and in words which rows these are."""
+    if options.data is not None:
+        source = open_rows(options.data, tensor=options.tensor, holdout=0 if options.all_rows else None)
+        if not options.all_rows:
+            return source.held_out(), f"held-out rows of {options.data}"
+        if isinstance(source, ShardSource):
+            total = (source.n_tokens or 0) + len(source.held_out_ids())
+            return source.rows(range(total)), f"all rows of {options.data}"
+        return source.x, f"all rows of {options.data}"
+    if options.all_rows:
+        raise ValueError("--all-rows needs --data: a run is measured on its held-out rows")
+    own = rows_of_run(run.config)
+    if own is not None:
+        return own.held_out(), f"held-out rows of {run.config['notes']['data']['path']}"
+    live = ((run.config.get("notes") or {}).get("data") or {}).get(LIVE)
+    if live:
+        return LiveOptions.from_notes(live).open().held_out(), "held-out text of the run's live stream"
+    raise ValueError(f"{run.path} does not say which activations it was trained on; name some with --data")
+
+
+def run_eval(options: Eval) -> int:
+    """fastsae eval"""
+    run = open_run(options.run, device=str(checked_device(options.device)))
+    run.sae.backend = options.backend
+    rows, where = held_out_rows(options, run)
+    if len(rows) == 0:
+        raise ValueError("no rows are held out; give others with --data, and --all-rows to measure on all of them")
+    if rows.shape[1] != run.sae.d_in:
+        raise ValueError(f"the rows have {rows.shape[1]} numbers, the autoencoder wants d_in = {run.sae.d_in}")
+    result = evaluate(run.sae, rows, batch_size=options.batch_size)
+    out = options.out or options.run / EVALUATION
+    extra = {"step": run.step, "weights": str(run.path), "rows": where}
+    result.write(out, with_density=options.density, **extra)
+    print_evaluation(result, where, out)
+    return 0
+
+
+def print_evaluation(result: EvalResult, where: str, out: Path) -> None:
+    """The table of `fastsae eval`."""
+    print_table(
+        {
+            "rows": f"{result.n_tokens:,} {where}",
+            "fvu": f"{result.fvu:.5f}",
+            "mse": f"{result.mse:.6g}",
+            "cosine": f"{result.cosine:.5f}",
+            "norm ratio": f"{result.norm_ratio:.5f}",
+            "l0": f"{result.l0:.2f}",
+            "dead share": f"{result.dead_share:.2%} of {len(result.density):,} latents never active on these rows",
+            "median density": f"{float(result.density.median()):.3g}",
+            "written to": out,
+        }
+    )
+
+
+def run_report(options: Report) -> int:
+    """fastsae report"""
+    # Imported here: drawing costs a second that no other command should pay.
+    from fastsae.report import ReportOptions, write_report
+
+    names = [field.name for field in dataclasses.fields(ReportOptions)]
+    print(write_report(options.run, out=options.out, options=ReportOptions(**{n: getattr(options, n) for n in names})))
+    return 0
+
+
+def run_reproduce(options: Reproduce) -> int:
+    """fastsae reproduce"""
+    # Imported here: drawing costs a second that no other command should pay.
+    from fastsae.systems import system
+    from fastsae.systems.runner import reproduce
+
+    found = system(options.system)
+    out = options.out or Path("runs") / (options.system + ("-quick" if options.quick else ""))
+    print(
+        reproduce(
+            options.system, found, out, seeds=options.seeds, quick=options.quick, only=options.experiments,
+            progress=options.progress, threads=options.threads,
+        )
+    )  # fmt: skip
+    print(f"\nwritten to {out}")
+    return 0
+
+
+def info() -> dict[str, Any]:
+    """What `fastsae info` says, JSON-able."""
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "fastsae": version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "threads": torch.get_num_threads(),
+        "gpus": cuda,
+        "backends": backends(),
+    }
+
+
+def run_info(options: Info) -> int:
+    """fastsae info"""
+    facts = info()
+    if options.json:
+        print(json.dumps(facts, indent=2, default=str))
+        return 0
+    table = facts.pop("backends")
+    facts["gpus"] = ", ".join(facts["gpus"]) or "none that torch sees"
+    print_table(facts)
+    print("backends, fastest first:")
+    for name, entry in table.items():
+        print(f"  {name:<10} {'available' if entry['available'] else 'not available: ' + str(entry['reason'])}")
+        for key, value in entry["detail"].items():
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            print(f"  {'':<10}   {key.replace('_', ' ')}: {shown}")
+    return 0
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """fastsae bench: `python -m bench` in the repository that this package is installed from."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "bench" / "__main__.py").is_file():
+        raise FileNotFoundError(
+            "the benchmarks are in the source repository, not in the installed package; clone it, "
+            "`pip install -e .` there, and run `fastsae bench` again"
+        )
+    return subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=root, check=False).returncode
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_table(rows: dict[str, Any]) -> None:
+    """Names and values in two columns on stdout."""
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+OPTIONS: dict[str, type] = {
+    "harvest": Harvest, "train": Train, "eval": Eval, "report": Report, "reproduce": Reproduce, "info": Info,
+}  # fmt: skip
+RUN: dict[str, Callable[[Any], int]] = {
+    "harvest": run_harvest,
+    "train": run_train,
+    "eval": run_eval,
+    "report": run_report,
+    "reproduce": run_reproduce,
+    "info": run_info,
+}

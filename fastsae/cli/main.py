@@ -1,0 +1,156 @@
+"""The command line: fastsae harvest | train | eval | report | reproduce | info | bench.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that is said in one line, 2 wrong
+usage, 130 Ctrl-C (143 SIGTERM).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+COMMANDS = {
+    "harvest": "store a language model's activations over a text as shards on disk",
+    "train": "train a sparse autoencoder on activations",
+    "eval": "measure a run on held-out rows",
+    "report": "write a run's curves and latents into one HTML page",
+    "reproduce": "run a published system and print its figures beside the published ones",
+    "info": "say what is installed and which backends work here",
+    "bench": "time a whole training step against dense PyTorch (needs the source repository)",
+}
+
+USAGE = "\n".join(
+    [
+        "usage: fastsae COMMAND [OPTIONS]",
+        "",
+        "An exact engine for training and running sparse autoencoders.",
+        "",
+        "commands:",
+        *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
+        "",
+        "  fastsae COMMAND --help   every option of a command",
+        "  fastsae --version        the version",
+        "",
+        "exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted",
+    ]
+)
+
+
+class UsageError(ValueError):
+    """A command line that names no command, or options that do not fit it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; errors that a user can mend are one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    name = f"fastsae {arguments[0]}" if arguments and arguments[0] in COMMANDS else "fastsae"
+    try:
+        with _plain_messages(debug):
+            return run(arguments)
+    except KeyboardInterrupt as stop:
+        signum = int(getattr(stop, "signal", signal.SIGINT))
+        print(f"{name}: {one_line(stop) or 'interrupted'}", file=sys.stderr)
+        return 128 + signum
+    except BrokenPipeError:
+        # The reader (`| head`) is gone: nothing more can be said there, and Python's flush at exit must not try.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if debug or not expected(error):
+            raise
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def expected(error: BaseException) -> bool:
+    """Whether an error is about the user's input or machine, not a fault of the program.
+
+    Of the RuntimeErrors only our own are, known by where they are defined: torch raises it for its own faults.
+    """
+    ours = type(error).__module__.split(".")[0] == "fastsae"
+    return ours or not isinstance(error, RuntimeError)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; for a system error the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return " ".join(error.strerror.split())
+    return " ".join(str(error).split())
+
+
+def run(arguments: list[str]) -> int:
+    """Parses and runs; imports only what the command needs, because torch alone takes a second."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from fastsae.runs.opening import version
+
+        print(version())
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        raise UsageError(f"no command {command!r}; the commands are {', '.join(COMMANDS)}; see fastsae --help")
+    from fastsae.cli import commands
+
+    if command == "bench":
+        return commands.bench(rest)
+    options = parse(commands.OPTIONS[command], command, rest)
+    return 0 if options is None else commands.RUN[command](options)
+
+
+def parse(options: type, command: str, arguments: list[str]) -> Any:
+    """The options as their dataclass, or None after --help. Raises UsageError in one line for what does not parse."""
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, prog=f"fastsae {command}", args=arguments)
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        raise UsageError(_flattened(complaint.getvalue(), command)) from None
+
+
+def _flattened(box: str, command: str) -> str:
+    """tyro's framed complaint as one line: what is wrong, and its suggestion where it makes one."""
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines()[1:-1]:
+        text = line.strip("│|")
+        if set(text.strip()) <= set("─-"):
+            parts.append([])
+        elif len(text) - len(text.lstrip()) < 8:  # deeper lines repeat an option's help
+            parts[-1].append(text.strip())
+    said = [" ".join(part) for part in parts if part and not part[0].startswith(("For full", "Argument help"))]
+    return f"{'; '.join(said)}; see fastsae {command} --help"
+
+
+@contextlib.contextmanager
+def _plain_messages(debug: bool) -> Iterator[None]:
+    """Warnings and log lines of ours as single lines on stderr while a command runs."""
+    logger, handler = logging.getLogger("fastsae"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fastsae: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.formatwarning = lambda message, *_: f"fastsae: warning: {' '.join(str(message).split())}\n"
+        before = warnings.formatwarning
+        try:
+            yield
+        finally:
+            warnings.formatwarning = before
+            logger.removeHandler(handler)
+            logger.setLevel(level)

@@ -1,0 +1,341 @@
+"""The command line as typed dataclasses: one for each subcommand, a field for each option, its docstring the help."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from fastsae.data.live import LiveSource
+from fastsae.data.models import load_model
+from fastsae.data.stream import StreamConfig
+from fastsae.model.rules import (
+    Activation,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    HierarchicalTopK,
+    JumpReLU,
+    Matryoshka,
+    ReLU,
+    TopK,
+)
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.runs.config import TrainConfig
+
+FloatType = Literal["float32", "bfloat16", "float16"]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""An option that is off unless given: --resume, without a --no-resume."""
+LIVE = "live"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of one of our option's names."""
+    return getattr(torch, name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every subcommand takes."""
+
+    debug: Switch = False
+    """Show the whole traceback of an error."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaeOptions:
+    """The autoencoder."""
+
+    d_sae: int
+    """Latents of the autoencoder."""
+    activation: Literal[
+        "topk", "batch_topk", "relu", "jumprelu", "gated", "matryoshka", "matryoshka_batch", "hierarchical_topk",
+        "group_max",
+    ] = "topk"  # fmt: skip
+    """The rule that picks latents; matryoshka nests prefixes over topk, matryoshka_batch over batch_topk."""
+    k: int = 32
+    """Active latents per token: topk, batch_topk, matryoshka; groups of group_max."""
+    l1: float | None = None
+    """Weight of the L1 penalty: relu (left out: 5), gated (left out: 1)."""
+    l1_norm: Literal["weighted", "plain"] | None = None
+    """L1 weighted by the norms of the decoder's rows, or plain: relu (left out: weighted), gated (left out: plain)."""
+    l0: float = 1e-3
+    """Weight of the L0 penalty: jumprelu."""
+    threshold: float = 1e-3
+    """Threshold at the start: jumprelu."""
+    bandwidth: float = 1e-3
+    """Width of the kernel through which the threshold learns: jumprelu."""
+    penalty: Literal["l0", "tanh", "target"] = "l0"
+    """L0 itself, a tanh that trains the weights too, or the squared distance from a target: jumprelu."""
+    target_l0: float | None = None
+    """The target of --penalty target: jumprelu."""
+    groups: tuple[int, ...] = ()
+    """Sizes of the groups, with sum d_sae: matryoshka."""
+    prefixes: int | None = None
+    """Instead of groups: so many prefixes, drawn anew for every batch: matryoshka."""
+    ks: tuple[int, ...] = ()
+    """The numbers of latents that must reconstruct, ascending: hierarchical_topk."""
+    pre_bias: bool = True
+    """Subtract the decoder's bias from the input before encoding."""
+    decoder_norm: Literal["unit", "free"] = "unit"
+    """Keep the decoder's rows at norm 1, or leave them free."""
+    normalize: Literal["none", "constant", "layer_norm"] = "none"
+    """Scale the input: not, by one factor estimated from the first batch, or each token by its own mean and spread."""
+    tied: Switch = False
+    """One dictionary for encoder and decoder."""
+    skip: Switch = False
+    """A linear path beside the latents."""
+    layers: int = 1
+    """A row is that many activations of equal width side by side: a crosscoder."""
+    init_norm: float = 1.0
+    """Norm of the encoder's rows at the start, and of the decoder's where it is free."""
+    aux_k: int | None = None
+    """Dead latents per token in the AuxK loss that revives them. Left out: no such loss."""
+    aux_coef: float = 1 / 32
+    """Weight of the AuxK loss."""
+    ghost: Literal["residual", "pull"] | None = None
+    """Ghost gradients for dead latents: model the residual, or turn to where the error is large. Left out: none."""
+    ghost_coef: float = 1.0
+    """Weight of the ghost gradients."""
+    dead_after: int = 10_000_000
+    """Tokens without firing after which a latent counts as dead."""
+    loss: Literal["mse", "fvu"] = "mse"
+    """Mean squared error, or the same over the variance of the batch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+    device: str = "cpu"
+    """Where the autoencoder lives: cpu, cuda, cuda:1."""
+    init_seed: int = 0
+    """Seeds the initial weights."""
+    precision: Literal["exact", "screened", "fp32"] = "exact"
+    """How latents are selected: screened in a narrow format and certified (exact), screened only, or in fp32.
+    "screened" alone depends on which format is chosen, anew on every start, and does not resume bit for bit."""
+
+    def rule(self) -> Activation:
+        """The activation rule. Raises ValueError for a setting that is missing or of another rule."""
+        kind = self.activation.removesuffix("_batch")
+        used = {
+            "topk": ("k",), "batch_topk": ("k",), "group_max": ("k",), "matryoshka": ("k", "groups", "prefixes"),
+            "hierarchical_topk": ("ks",), "relu": ("l1", "l1_norm"), "gated": ("l1", "l1_norm"),
+            "jumprelu": ("l0", "threshold", "bandwidth", "penalty", "target_l0"),
+        }  # fmt: skip
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in sorted({name for names in used.values() for name in names} - set(used[kind])):
+            if getattr(self, name) != fields[name]:
+                raise ValueError(f"{name} is {getattr(self, name)}, which {self.activation} does not have; leave it")
+        if kind == "matryoshka":
+            inner = BatchTopK(self.k) if self.activation.endswith("_batch") else TopK(self.k)
+            return Matryoshka(inner, self.groups, sampled=self.prefixes, shortest=min(64, self.d_sae))
+        if kind == "jumprelu":
+            return JumpReLU(
+                self.l0, self.threshold, self.bandwidth, penalty_kind=self.penalty, target_l0=self.target_l0
+            )
+        if kind in ("relu", "gated"):
+            given: dict[str, Any] = {} if self.l1 is None else {"l1": self.l1}
+            if self.l1_norm is not None:
+                given["weighted"] = self.l1_norm == "weighted"
+            return (ReLU if kind == "relu" else Gated)(**given)
+        if kind == "hierarchical_topk":
+            return HierarchicalTopK(self.ks)
+        return {"topk": TopK, "batch_topk": BatchTopK, "group_max": GroupMax}[kind](self.k)
+
+    def build(self, d_in: int) -> SparseAutoencoder:
+        """The autoencoder for rows of d_in numbers. Raises ValueError for settings that do not fit together."""
+        names = (
+            "pre_bias", "decoder_norm", "normalize", "tied", "skip", "layers", "init_norm", "aux_k", "aux_coef",
+            "ghost", "ghost_coef", "dead_after", "loss",
+        )  # fmt: skip
+        sae = SparseAutoencoder(
+            d_in,
+            self.d_sae,
+            self.rule(),
+            **{name: getattr(self, name) for name in names},
+            dtype=torch_dtype(self.dtype),
+            device=checked_device(self.device),
+            seed=self.init_seed,
+        )
+        sae.precision = self.precision
+        return sae
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LiveOptions:
+    """Training straight from a running language model; used where DATA is `live`."""
+
+    model: str = ""
+    """The language model: a folder, a .gguf file, package:NAME for one in an installed package, or a hub name."""
+    text: str = ""
+    """Its text: a file, a folder, a glob pattern, package:NAME/PATTERN or debian:NAME."""
+    stream: Annotated[StreamConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: StreamConfig(hook="")
+    )
+    buffer_rows: int = 65_536
+    """Rows of the shuffle buffer."""
+    model_device: str = "cpu"
+    """Where the language model runs."""
+    model_dtype: FloatType = "bfloat16"
+    """Type in which the language model runs."""
+    prefetch: Switch = False
+    """Run the model on a thread of its own while the autoencoder trains: for a model on a device of its own."""
+
+    def open(self) -> LiveSource:
+        """Loads the model and starts the stream. Raises ValueError for what is missing or not found."""
+        for name, value in (("model", self.model), ("text", self.text), ("hook", self.stream.hook)):
+            if value == "":
+                raise ValueError(f"training live needs --live.{name}")
+        model = load_model(
+            self.model, dtype=torch_dtype(self.model_dtype), device=str(checked_device(self.model_device))
+        )
+        return LiveSource(model, self.text, self.stream, buffer_rows=self.buffer_rows, prefetch=self.prefetch)
+
+    @classmethod
+    def from_notes(cls, notes: dict[str, Any]) -> LiveOptions:
+        """The options that a run's config.json recorded. Raises ValueError where they are not those of this version."""
+        try:
+            return cls(**{**notes, "stream": StreamConfig(**notes["stream"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the run's record of its live data does not fit this version: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Harvest(Common):
+    """Stores a language model's activations over a text as shards on disk.
+
+    Run it again with the same options and it goes on where it was stopped.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder for the shards."""
+    model: str
+    """The language model: a folder, a .gguf file, package:NAME for one in an installed package, or a hub name."""
+    text: str
+    """Its text: a file, a folder, a glob pattern, package:NAME/PATTERN or debian:NAME."""
+    stream: Annotated[StreamConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How text becomes rows.")]
+    rows: int = 1_000_000
+    """Rows (tokens) to store for training; the held-out ones come on top."""
+    rows_per_shard: int = 65_536
+    """Rows per file."""
+    dtype: FloatType = "bfloat16"
+    """Type of the stored rows."""
+    device: str = "cpu"
+    """Where the language model runs: cpu, cuda, cuda:1."""
+    model_dtype: FloatType = "bfloat16"
+    """Type in which the language model runs; float32 is faster on a CPU that has AVX2 only."""
+    threads: int | None = None
+    """CPU threads. Left out: as torch has it."""
+    progress: bool = True
+    """Show a progress bar on stderr."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Common):
+    """Trains a sparse autoencoder on activations; writes checkpoints, metrics and TensorBoard events."""
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """A folder of `fastsae harvest`, a .safetensors or .npy file of rows, or the word live: see the live options."""
+    run_dir: Path
+    """Folder of the run: config.json, metrics.jsonl, eval.jsonl, checkpoints/, tensorboard/."""
+    resume: Switch = False
+    """Go on from the newest checkpoint in the run folder; without it, a folder with checkpoints is refused."""
+    tensor: str | None = None
+    """Name of the tensor in a .safetensors file. Left out: "activations", or the only one."""
+    holdout: int | None = None
+    """Rows held out for evaluation, the last ones. Left out: those of the folder; of a file 2,048, at most a tenth."""
+    data_seed: int = 0
+    """Seeds the order of the rows."""
+    sae: Annotated[SaeOptions, tyro.conf.OmitArgPrefixes]
+    train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How to train.")] = dataclasses.field(
+        default_factory=TrainConfig
+    )
+    live: LiveOptions = dataclasses.field(default_factory=LiveOptions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval(Common):
+    """Measures a run's newest checkpoint (or any saved autoencoder) on held-out rows; prints a table, writes JSON."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder, one of its checkpoints, or the folder of a saved autoencoder."""
+    data: Path | None = None
+    """Other activations than the run's own: a folder of `fastsae harvest`, .safetensors or .npy."""
+    tensor: str | None = None
+    """Name of the tensor in a .safetensors file given as --data."""
+    all_rows: Switch = False
+    """Measure on every row of --data, not on its held-out rows alone."""
+    batch_size: int = 4096
+    """Tokens per batch."""
+    out: Path | None = None
+    """Where the JSON goes. Left out: evaluation.json in the folder of the run or autoencoder."""
+    density: Switch = False
+    """Also write the density of every latent."""
+    backend: str | None = None
+    """Who computes, see `fastsae info`. Left out: the fastest that can."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(Common):
+    """Writes a run's curves, settings and, for a language model, its latents' texts into one HTML page."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run folder; the run may still be going on."""
+    out: Path | None = None
+    """Where the page goes. Left out: report.html in the run folder."""
+    latents: int = 24
+    """Latents shown with their texts, drawn at random over all densities. 0: none."""
+    passages: int = 8
+    """Passages of text per latent."""
+    seed: int = 0
+    """Seeds the draw of the latents."""
+    max_rows: int = 131_072
+    """Rows looked through for the passages at most."""
+    time_step: bool = True
+    """Time the parts of one update on the run's data; takes a few updates' time and Adam's memory."""
+    backend: str | None = None
+    """Who computes, see `fastsae info`. Left out: the fastest that can."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reproduce(Common):
+    """Runs a published system, writes its figures and pictures, and prints its table beside the published one.
+
+    Run it again with the same options and it goes on where it was stopped.
+    """
+
+    system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
+    """Which one: clustering."""
+    out: Path | None = None
+    """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
+    seeds: int = 10
+    """Runs of every experiment."""
+    quick: Switch = False
+    """So little of everything that it takes seconds, and figures that mean nothing."""
+    experiments: tuple[str, ...] = ()
+    """Only these, by name. Left out: all."""
+    threads: int = 1
+    """CPU threads; SAEs this small are slower with more than one."""
+    progress: bool = True
+    """Show a progress bar on stderr."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info(Common):
+    """Says what is installed, which backends work here and why others do not."""
+
+    json: Switch = False
+    """As JSON."""
+
+
+def checked_device(name: str) -> torch.device:
+    """The torch device of that name. Raises ValueError where there is no such device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
+    return device

@@ -1,0 +1,157 @@
+"""An SAE on disk: config.json (what it is) and sae.safetensors (its state), in one directory.
+
+The header of sae.safetensors carries the same configuration, so that the two files can be told apart when they are not
+of one save. Each file is written under a temporary name, fsync'ed and renamed, so an interrupted save leaves the old
+file or the new one, never half of one. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fastsae.atomic import replace_file
+from fastsae.model.sae import SparseAutoencoder
+
+CONFIG, WEIGHTS = "config.json", "sae.safetensors"
+ARCHITECTURE, VERSION = "fastsae.SparseAutoencoder", 1
+_HEADER = "fastsae"
+
+
+class SavedModuleError(ValueError):
+    """A saved SAE that cannot be written, or that is not what it says; the message names the file."""
+
+
+def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
+    """Writes `sae` into `directory` (made if it is not there) and returns that path.
+
+    Raises SavedModuleError naming the file that could not be written, a full disk included; a file that was there
+    before is then untouched.
+    """
+    root = Path(directory)
+    config = {"architecture": ARCHITECTURE, "version": VERSION, "dtype": _dtype_name(sae.W_dec.dtype), **sae.config}
+    tensors = {name: t.detach().contiguous() for name, t in sae.state_dict().items()}
+    text = json.dumps(config, indent=2)
+    target = root
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        target = root / WEIGHTS
+        replace_file(target, lambda path: save_file(tensors, path, metadata={_HEADER: json.dumps(config)}))
+        target = root / CONFIG
+        replace_file(target, lambda path: _write_text(path, text + "\n"))
+    except (OSError, SafetensorError) as error:
+        raise SavedModuleError(f"cannot write {target}: {error}; what was there before is untouched") from error
+    return root
+
+
+def load(directory: str | os.PathLike[str], device: torch.device | str | None = None) -> SparseAutoencoder:
+    """The SAE that `save` wrote into `directory`, in its dtype, on `device` (None: the CPU), in training mode.
+
+    Raises SavedModuleError naming the file when one is missing, truncated or damaged, of another architecture or
+    version, or when its tensors are not those that the configuration describes.
+    """
+    root = Path(directory)
+    header, shapes = _read_header(root / WEIGHTS)
+    config = _read_config(root / CONFIG, header, root / WEIGHTS)
+    settings = {name: value for name, value in config.items() if name not in ("architecture", "version", "dtype")}
+    try:
+        # On the meta device: nothing of the size that the file claims is allocated before its tensors are checked.
+        sae = SparseAutoencoder.from_config(settings, device="meta", dtype=_dtype(config.get("dtype")))
+    except ValueError as error:
+        raise SavedModuleError(f"{root / CONFIG} does not describe an SAE: {error}") from error
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in sae.state_dict().items()}
+    _compare(root / WEIGHTS, expected, shapes)
+    with safe_open(root / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
+        # Cloned out of the mapped file: into memory that is aligned, and that stays when the file is replaced.
+        tensors = {name: file.get_tensor(name).clone() for name in expected}
+    sae.load_state_dict(tensors, assign=True)
+    sae.begin_counts_(device or "cpu")
+    return sae
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: Any) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {name!r}, expected the name of a floating-point type of torch such as 'float32'")
+    return dtype
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """The configuration in the header (None if there is none) and each tensor's shape and dtype; reads no tensor."""
+    if not path.is_file():
+        raise SavedModuleError(f"{path} is not there; expected a directory written by fastsae.save")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_HEADER)
+            # The header's size is checked against the file's by safetensors: a truncated file does not get this far.
+            found = {name: _described(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        return (None if text is None else json.loads(text)), found
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise SavedModuleError(
+            f"{path} is truncated or no safetensors file: {error}; take another copy of it"
+        ) from error
+
+
+def _described(tensor: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    names = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+    }
+    name = tensor.get_dtype()
+    if name not in names:
+        raise ValueError(f"a tensor of dtype {name}, expected one of {sorted(names)}")
+    return tuple(tensor.get_shape()), names[name]
+
+
+def _read_config(path: Path, header: dict[str, Any] | None, weights: Path) -> dict[str, Any]:
+    """config.json, or the header's copy where there is no such file. Both must be the same where both are there."""
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SavedModuleError(f"{path} is damaged: {error}; delete it, {weights.name} holds a copy") from error
+    elif header is not None:
+        config = header
+    else:
+        raise SavedModuleError(
+            f"{path} is not there, and {weights} has no copy of it; was this written by fastsae.save?"
+        )
+    if not isinstance(config, dict) or config.get("architecture") != ARCHITECTURE:
+        got = config.get("architecture") if isinstance(config, dict) else config
+        raise SavedModuleError(f"{path} has architecture {got!r}, expected {ARCHITECTURE!r}")
+    if config.get("version") != VERSION:
+        raise SavedModuleError(f"{path} has version {config.get('version')!r}, expected {VERSION}; update fastsae")
+    if header is not None and header != config:
+        names = sorted(name for name in {*header, *config} if header.get(name) != config.get(name))
+        raise SavedModuleError(
+            f"{path} and {weights} are of different saves: they disagree on {', '.join(names)}. "
+            f"{weights.name} carries its own configuration: delete {path.name} to go by that"
+        )
+    return config
+
+
+def _compare(path: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    for what, names in (("lacks", expected.keys() - found.keys()), ("also holds", found.keys() - expected.keys())):
+        if names:
+            raise SavedModuleError(f"{path} {what} {', '.join(sorted(names))}; expected {', '.join(sorted(expected))}")
+    for name, (shape, dtype) in expected.items():
+        if found[name] != (shape, dtype):
+            got_shape, got_dtype = found[name]
+            raise SavedModuleError(f"{path}: {name} is {got_dtype} {got_shape}, its configuration says {dtype} {shape}")

@@ -1,0 +1,206 @@
+"""Parameters: what a SparseAutoencoder consists of, how it starts, what a file records; sae.py has its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastsae.model.initial import unit_rows
+from fastsae.model.norm import InputNorm
+from fastsae.model.rules import Activation, activation_from_config
+from fastsae.model.settings import check_rule_dtype, check_settings
+
+_SETTINGS = (
+    "d_in", "d_sae", "d_out", "pre_bias", "decoder_norm", "tied", "skip", "layers", "init_norm", "aux_k", "aux_coef",
+    "ghost", "ghost_coef", "dead_after", "loss",
+)  # fmt: skip
+
+
+def project_rows_(grad: Tensor, W: Tensor) -> None:
+    """grad_i -= ⟨grad_i, W_i⟩ W_i / ‖W_i‖², in place, for rows of (*B, M, D). A row of 0 keeps its gradient."""
+    # A row of 0 has no direction to project away: 0 / tiny leaves its gradient alone.
+    squares = torch.linalg.vecdot(W, W).clamp_min(torch.finfo(W.dtype).tiny)
+    grad.addcmul_(W, (torch.linalg.vecdot(grad, W) / squares).unsqueeze(-1), value=-1)
+
+
+def normalise_rows_(W: Tensor) -> None:
+    """W_i /= ‖W_i‖, in place, for rows of (*B, M, D). A row of 0 stays 0."""
+    norms = torch.linalg.vector_norm(W, dim=-1, keepdim=True)
+    W.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
+
+
+class Parameters(nn.Module):
+    """The parameters, buffers and settings of an SAE; SparseAutoencoder's docstring says what each means."""
+
+    W_enc: nn.Parameter | None
+    W_skip: nn.Parameter | None
+    tokens_since_fired: Tensor
+    fired: Tensor
+    fired_over: Tensor
+    penalty_scale: Tensor
+
+    norm: InputNorm
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation,
+        *,
+        d_out: int | None = None,
+        pre_bias: bool = True,
+        decoder_norm: str = "unit",
+        normalize: str = "none",
+        tied: bool = False,
+        skip: bool = False,
+        layers: int = 1,
+        init_norm: float = 1.0,
+        aux_k: int | None = None,
+        aux_coef: float = 1 / 32,
+        ghost: str | None = None,
+        ghost_coef: float = 1.0,
+        dead_after: int = 10_000_000,
+        loss: str = "mse",
+        dtype: torch.dtype | None = None,
+        rule_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ):
+        super().__init__()
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
+        self.activation = activation
+        self.pre_bias, self.decoder_norm, self.tied, self.skip = pre_bias, decoder_norm, tied, skip
+        self.layers, self.init_norm = layers, init_norm
+        self.aux_k, self.aux_coef, self.ghost, self.ghost_coef = aux_k, aux_coef, ghost, ghost_coef
+        self.dead_after, self.loss = dead_after, loss
+        check_settings(self)
+        check_rule_dtype(activation, rule_dtype)
+        self.rule_dtype = rule_dtype
+        self.backend: str | None = None
+        self.annealed_k: int | None = None  # set by whoever trains, not saved
+        self.precision = "exact"
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.norm = InputNorm(normalize, **factory)
+        self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out, **factory))
+        self.register_parameter("W_enc", None if tied else nn.Parameter(torch.empty(d_sae, d_in, **factory)))
+        self.b_enc = nn.Parameter(torch.empty(d_sae, **factory))
+        self.b_dec = nn.Parameter(torch.empty(self.d_out, **factory))
+        self.register_parameter("W_skip", nn.Parameter(torch.empty(self.d_out, d_in, **factory)) if skip else None)
+        wider = torch.promote_types(rule_dtype, self.W_dec.dtype)
+        self._own = tuple(activation.new_parameters(d_sae)), tuple(activation.new_buffers())
+        for name, start in activation.new_parameters(d_sae).items():
+            self.register_parameter(name, nn.Parameter(torch.empty_like(start, dtype=wider, device=device)))
+        for name, start in activation.new_buffers().items():
+            self.register_buffer(name, torch.empty_like(start, device=device))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=device))
+        self.begin_counts_(device)
+        self.reset_parameters(seed)
+
+    def begin_counts_(self, device: torch.device | str | None = None) -> None:
+        """Makes what a file does not hold: the counters of `density`, and the penalty's multiplier.
+
+        The latter is a schedule's, for the length of a step; otherwise it is 1.
+        """
+        fired = torch.zeros(self.d_sae, dtype=torch.int64, device=device)
+        over, one = torch.zeros_like(fired[0]), torch.ones((), dtype=torch.float64, device=device)
+        for name, t in (("fired", fired), ("fired_over", over), ("penalty_scale", one)):
+            self.register_buffer(name, t, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to(...)` and its like. What the rule learns has `rule_dtype`, or the weights' where that is wider; what it
+        remembers keeps its own.
+        """
+        learnt, remembered = self._own
+        kept = {name: getattr(self, name).detach() for name in (*learnt, *remembered, "penalty_scale")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = getattr(self, name)
+            wanted = torch.promote_types(self.rule_dtype, self.W_dec.dtype) if name in learnt else before.dtype
+            if now.dtype != wanted and not now.is_meta:
+                now.data = before.to(now.device, wanted)
+                now.grad = None  # it has the other dtype, and may have been rounded
+        return self
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """W_dec: random directions; W_enc: the same rows (its own where the widths differ); biases and W_skip 0.
+
+        Their norms: `init_norm`, and 1 for a decoder of unit norm. The rule's parameters and buffers at their start.
+
+        Drawn on the CPU, so that a seed means the same weights on every device. Source: Gao et al. 2024, section 2.4.
+        """
+        nn.init.zeros_(self.b_enc)
+        nn.init.zeros_(self.b_dec)
+        self.tokens_since_fired.zero_()
+        self.fired.zero_()
+        self.fired_over.zero_()
+        self.penalty_scale.fill_(1.0)
+        if self.W_skip is not None:
+            nn.init.zeros_(self.W_skip)
+        rule = self.activation
+        for name, start in {**rule.new_parameters(self.d_sae), **rule.new_buffers()}.items():
+            getattr(self, name).copy_(start)
+        if self.W_dec.is_meta:
+            return
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.W_dec.copy_(unit_rows(self.d_sae, self.d_out, self.W_dec.dtype, generator))
+        if self.W_enc is not None:
+            same = self.d_in == self.d_out
+            self.W_enc.copy_(self.W_dec if same else unit_rows(self.d_sae, self.d_in, self.W_enc.dtype, generator))
+            self.W_enc.mul_(self.init_norm)
+        if self.decoder_norm == "free":
+            self.W_dec.mul_(self.init_norm)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings as JSON: what `from_config` needs to build an SAE that `state_dict()` fits."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        own = {"activation": self.activation.config(), "normalize": self.norm.mode}
+        return settings | own | {"rule_dtype": str(self.rule_dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **factory: Any) -> Self:
+        """An SAE with the settings of `config`; `factory`: dtype, device, seed. Raises ValueError for bad settings."""
+        if not isinstance(config, dict) or "activation" not in config:
+            raise ValueError(f"got the settings {config!r}, expected an object with d_in, d_sae, activation, ...")
+        given = {**config, "activation": activation_from_config(config["activation"])}
+        if isinstance(given.get("rule_dtype"), str):
+            given["rule_dtype"] = getattr(torch, given["rule_dtype"], given["rule_dtype"])
+        try:
+            return cls(**given, **factory)
+        except TypeError as error:
+            raise ValueError(f"the settings do not fit a SparseAutoencoder: {error}") from error
+
+    @property
+    def encoder_weight(self) -> nn.Parameter:
+        """The dictionary that the encoder reads (M, d_in): W_enc, or W_dec when tied."""
+        return self.W_dec if self.W_enc is None else self.W_enc
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The rule's parameters and buffers, and b_enc, by name."""
+        return {"b_enc": self.b_enc, **{name: getattr(self, name) for names in self._own for name in names}}
+
+    @property
+    def rule_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the rule's own that are trained, by name."""
+        return {name: getattr(self, name) for name in self._own[0]}
+
+    @torch.no_grad()
+    def project_gradients_(self) -> None:
+        """grad_i -= ⟨grad_i, W_dec_i⟩ W_dec_i / ‖W_dec_i‖² where the decoder has unit norm; before optimizer.step()."""
+        if self.decoder_norm == "unit" and self.W_dec.grad is not None:
+            project_rows_(self.W_dec.grad, self.W_dec)
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """W_dec_i /= ‖W_dec_i‖ where the decoder has unit norm; after optimizer.step(). A row of 0 stays 0."""
+        if self.decoder_norm == "unit":
+            normalise_rows_(self.W_dec)
+
+    def extra_repr(self) -> str:
+        settings = [f"{name}={getattr(self, name)!r}" for name in _SETTINGS]
+        return ", ".join([*settings, f"activation={self.activation!r}"])

@@ -1,0 +1,97 @@
+"""Care of dead latents from outside a step: resampling them at inputs that the SAE reconstructs badly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastsae.model.sae import SparseAutoencoder
+
+
+class HasRows(Protocol):
+    """A training step whose optimizer keeps something for each latent."""
+
+    def forget_rows_(self, latents: Tensor) -> None:
+        """Sets what it keeps of these latents (int64) to zero."""
+
+
+@torch.no_grad()
+def resample_(
+    sae: SparseAutoencoder,
+    rows: Tensor | Iterable[Tensor],
+    step: HasRows | None = None,
+    *,
+    dead: Tensor | None = None,
+    encoder_norm: float = 0.2,
+    batch_size: int = 4096,
+    seed: int = 0,
+) -> int:
+    """Gives every dead latent a new direction, that of an input which is reconstructed badly; returns how many.
+
+    Inputs are drawn from `rows` (n, d_in), or blocks of them, each with probability ∝ (its squared error)², without
+    replacement while they last. The decoder's row becomes the drawn input less b_dec, at norm 1 (free norms: at the
+    mean norm of live rows), the encoder's row the same direction at `encoder_norm` times the mean norm of live
+    encoder rows, b_enc 0, the rule's own parameters their start; `step`'s optimizer forgets these rows, and the
+    counters begin anew. dead: bool (M,), None: `sae.dead`. The draw is a function of the seed and the inputs.
+
+    A host sync. Raises ValueError where no input was given or none has a finite error, and for d_out != d_in, whose
+    decoder has no input to take. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
+    """
+    if sae.d_out != sae.d_in:
+        raise ValueError(f"resampling turns both dictionaries to one input, got d_in = {sae.d_in}, d_out = {sae.d_out}")
+    dead = sae.dead if dead is None else dead
+    latents = dead.nonzero().squeeze(1)
+    if latents.numel() == 0:
+        return 0
+    inputs, errors = _errors(sae, [rows] if isinstance(rows, Tensor) else rows, batch_size)
+    chance = torch.nan_to_num(errors.double(), nan=0.0, posinf=0.0).square()
+    if not bool(chance.any()):
+        raise ValueError(f"none of {len(errors)} rows has a finite error above 0 to resample at; pass training rows")
+    generator = torch.Generator().manual_seed(seed)
+    possible = int((chance > 0).sum())
+    chosen = torch.multinomial(chance.cpu(), min(possible, len(latents)), replacement=False, generator=generator)
+    if len(chosen) < len(latents):
+        more = torch.multinomial(chance.cpu(), len(latents) - len(chosen), replacement=True, generator=generator)
+        chosen = torch.cat([chosen, more])
+    direction = inputs[chosen.to(inputs.device)]
+    direction = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True).clamp_min(1e-30)
+    live = ~dead
+
+    def live_norm(W: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(W[live], dim=1)
+        return norms.mean() if norms.numel() else W.new_ones(())
+
+    norm = direction.new_ones(()) if sae.decoder_norm == "unit" else live_norm(sae.W_dec)
+    if sae.W_enc is not None:
+        sae.W_enc[latents] = (direction * (encoder_norm * live_norm(sae.W_enc))).to(sae.W_enc.dtype)
+    sae.W_dec[latents] = (direction * norm).to(sae.W_dec.dtype)
+    sae.b_enc[latents] = 0
+    for name, start in sae.activation.new_parameters(sae.d_sae).items():
+        parameter = getattr(sae, name)
+        parameter[latents] = start.to(parameter)[latents]
+    sae.tokens_since_fired[latents] = 0
+    if step is not None:
+        step.forget_rows_(latents)
+    return len(latents)
+
+
+def _errors(sae: SparseAutoencoder, blocks: Iterable[Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
+    """The encoder's inputs (n, d_in) and the squared error of each token (n,), in eval mode."""
+    was_training = sae.training
+    sae.eval()
+    inputs, errors = [], []
+    try:
+        for block in blocks:
+            for x in block.reshape(-1, sae.d_in).to(sae.W_dec.device, sae.W_dec.dtype).split(batch_size):
+                ready = sae.inputs(x)
+                recon = sae.norm.normalize(sae(x).recon, ready.stats)
+                inputs.append(ready.target - sae.b_dec)
+                errors.append((recon - ready.target).double().square().sum(-1))
+    finally:
+        sae.train(was_training)
+    if not inputs:
+        raise ValueError("resampling got no rows, expected some of the training data")
+    return torch.cat(inputs), torch.cat(errors)

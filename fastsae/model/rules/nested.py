@@ -1,0 +1,178 @@
+"""Rules whose parts reconstruct on their own: prefixes of the dictionary (Matryoshka), the k strongest for many k."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastsae import ops, reference
+from fastsae.codes import SparseCodes
+from fastsae.model.rules.base import Activation, How, Own, Selected, fits, number, whole_number
+from fastsae.model.rules.topk import BatchTopK, TopK
+
+
+def _check_weights(rule: str, weights: tuple[float, ...] | None, count: int) -> None:
+    """Raises ValueError unless they are numbers of at least 0, one for each reconstruction."""
+    for weight in weights or ():
+        number(rule, "weights", weight)
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"{rule} has {len(weights)} weights, expected one for each of its {count} reconstructions")
+
+
+@dataclass(frozen=True)
+class Matryoshka(Activation):
+    """Nested prefixes of the dictionary, each of which must reconstruct: L = Σ_g weight_g · error of m_g latents.
+
+    inner    TopK or BatchTopK: which latents are active.
+    groups   sizes of the groups, which sum to d_sae: the prefixes end after each. Or
+    sampled  so many prefixes, drawn anew for every batch, the last one the whole dictionary; log-uniform in length from
+             `shortest` on, a function of the count of batches and `seed`.
+    weights  one per prefix; None: all equal, with sum 1.
+    Source: Bussmann et al. 2025 (arXiv 2503.17547), eq. 3; sampled prefixes: Nabeshima 2024.
+    """
+
+    inner: TopK | BatchTopK
+    groups: tuple[int, ...] = ()
+    sampled: int | None = None
+    weights: tuple[float, ...] | None = None
+    shortest: int = 64
+    seed: int = 0
+    kind: ClassVar[str] = "matryoshka"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, (TopK, BatchTopK)):
+            raise ValueError(f"Matryoshka has inner = {self.inner!r}, expected TopK or BatchTopK")
+        for name in ("groups", "weights"):  # JSON has lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if bool(self.groups) == (self.sampled is not None):
+            raise ValueError(
+                f"Matryoshka has groups = {self.groups} and sampled = {self.sampled}; give one of them, not both"
+            )
+        for size in self.groups:
+            whole_number("Matryoshka", "groups", size)
+        if self.sampled is not None:
+            whole_number("Matryoshka", "sampled", self.sampled)
+        whole_number("Matryoshka", "shortest", self.shortest)
+        _check_weights("Matryoshka", self.weights, self.count)
+
+    @property
+    def count(self) -> int:
+        """Prefixes."""
+        return len(self.groups) or self.sampled or 0
+
+    @property
+    def each_weight(self) -> tuple[float, ...]:
+        """The weight of every reconstruction: equal ones with sum 1 where none are given."""
+        return self.weights or (1 / self.count,) * self.count
+
+    @property
+    def screen_k(self) -> int | None:
+        return self.inner.screen_k
+
+    def with_k(self, k: int) -> Matryoshka:
+        return replace(self, inner=self.inner.with_k(k))
+
+    def check(self, d_sae: int) -> None:
+        self.inner.check(d_sae)
+        if self.groups and sum(self.groups) != d_sae:
+            raise ValueError(f"Matryoshka has groups that sum to {sum(self.groups)}, expected d_sae = {d_sae}")
+        if self.sampled is not None and self.shortest > d_sae:
+            raise ValueError(f"Matryoshka has shortest = {self.shortest}, expected at most d_sae = {d_sae}")
+
+    def new_buffers(self) -> dict[str, Tensor]:
+        drawn = {} if self.groups else {"batches": torch.zeros((), dtype=torch.int64)}
+        return self.inner.new_buffers() | drawn
+
+    def select(
+        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+    ) -> Selected:
+        return self.inner.select(x, W, b, own, training, how, capacity)
+
+    def ends(self, d_sae: int, own: Own, device: torch.device) -> Tensor:
+        """Where each prefix ends: int64 (count,), ascending, the last d_sae."""
+        if self.sampled is None:
+            return torch.tensor(list(accumulate(self.groups)), device=device)
+        draws = torch.arange(self.sampled - 1, device=device) + own["batches"] * self.sampled
+        uniform = reference.mixed(draws, self.seed).double() / 2**32
+        lengths = (self.shortest * (d_sae / self.shortest) ** uniform).long().clamp(max=d_sae).sort().values
+        return torch.cat([lengths, lengths.new_tensor([d_sae])])
+
+    def parts(self, codes: SparseCodes, own: Own) -> list[tuple[SparseCodes, float]]:
+        part = torch.searchsorted(self.ends(codes.d_sae, own, codes.acts.device), codes.indices.long(), right=True)
+        return [(codes.keep(part == g), weight) for g, weight in enumerate(self.each_weight)]
+
+    @torch.no_grad()
+    def observe(self, codes: SparseCodes, own: Own) -> None:
+        self.inner.observe(codes, own)
+        if self.sampled is not None:
+            own["batches"].add_(1)
+
+    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+        return self.inner.dense(pre, rows, own, training)
+
+    def dense_parts(self, A: Tensor, own: Own) -> list[tuple[Tensor, float]]:
+        latents = torch.arange(A.shape[-1], device=A.device)
+        part = torch.searchsorted(self.ends(A.shape[-1], own, A.device), latents, right=True)
+        return [(torch.where(part == g, A, 0), weight) for g, weight in enumerate(self.each_weight)]
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self), "inner": self.inner.config()}
+
+
+@dataclass(frozen=True)
+class HierarchicalTopK(Activation):
+    """One SAE for many k: the ks[j] strongest latents of a token must reconstruct, for every j, with weights[j].
+
+    ks ascends; the code is that of TopK(ks[-1]), and any smaller k is a choice of whoever uses the SAE afterwards.
+    Source: Balagansky et al. 2025 (arXiv 2505.24473), eq. 4; multi-TopK of Gao et al. 2024 (arXiv 2406.04093), A.2.
+    """
+
+    ks: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+    kind: ClassVar[str] = "hierarchical_topk"
+
+    def __post_init__(self) -> None:
+        for name in ("ks", "weights"):  # JSON has lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for k in self.ks:
+            whole_number("HierarchicalTopK", "ks", k)
+        if not self.ks or any(a >= b for a, b in pairwise(self.ks)):
+            raise ValueError(f"HierarchicalTopK has ks = {self.ks}, expected at least one, ascending")
+        _check_weights("HierarchicalTopK", self.weights, len(self.ks))
+
+    @property
+    def each_weight(self) -> tuple[float, ...]:
+        """The weight of every reconstruction: equal ones with sum 1 where none are given."""
+        return self.weights or (1 / len(self.ks),) * len(self.ks)
+
+    @property
+    def screen_k(self) -> int:
+        return self.ks[-1]
+
+    def check(self, d_sae: int) -> None:
+        fits("HierarchicalTopK", "ks", self.ks[-1], d_sae)
+
+    def select(
+        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+    ) -> Selected:
+        return Selected(ops.encode_topk(x, W, b, self.ks[-1], **how.arguments()))
+
+    def parts(self, codes: SparseCodes, own: Own) -> list[tuple[SparseCodes, float]]:
+        order = codes.rank_order()
+        ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, ranks)
+        bounds = pairwise((0, *self.ks))
+        return [(codes.keep((rank >= a) & (rank < b)), w) for (a, b), w in zip(bounds, self.each_weight, strict=True)]
+
+    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+        return reference.keep_top_k(pre, self.ks[-1])
+
+    def dense_parts(self, A: Tensor, own: Own) -> list[tuple[Tensor, float]]:
+        prefixes = [torch.zeros_like(A), *(reference.keep_top_k(A, k) for k in self.ks)]
+        return [(b - a, weight) for (a, b), weight in zip(pairwise(prefixes), self.each_weight, strict=True)]

@@ -1,0 +1,149 @@
+"""Rules that fix how many latents are active: per token, per batch, one per group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastsae import ops, reference
+from fastsae.codes import SparseCodes
+from fastsae.model.rules.base import Activation, How, Own, Selected, fits, number, select_above, whole_number
+
+
+@dataclass(frozen=True)
+class TopK(Activation):
+    """acts = relu(x Wᵀ + b) at its k largest entries, 0 elsewhere. Ties go to the lower index.
+
+    Source: Makhzani & Frey 2013 (arXiv 1312.5663); Gao et al. 2024 (arXiv 2406.04093), eq. 3.
+    """
+
+    k: int
+    kind: ClassVar[str] = "topk"
+
+    def __post_init__(self) -> None:
+        whole_number("TopK", "k", self.k)
+
+    @property
+    def screen_k(self) -> int:
+        return self.k
+
+    def with_k(self, k: int) -> TopK:
+        return replace(self, k=k)
+
+    def check(self, d_sae: int) -> None:
+        fits("TopK", "k", self.k, d_sae)
+
+    def select(
+        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+    ) -> Selected:
+        return Selected(ops.encode_topk(x, W, b, self.k, **how.arguments()))
+
+    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+        return reference.keep_top_k(pre, self.k)
+
+
+@dataclass(frozen=True)
+class BatchTopK(Activation):
+    """In training relu(x Wᵀ + b) at the N·k largest entries of the batch; at inference where it is above `threshold`.
+
+    The threshold is a running mean of each batch's smallest act: t = decay·t + (1 - decay)·min, from the first batch's
+    own on, kept in float32 and saved with the module. Before any training it is -1, and inference selects by batch.
+    Source: Bussmann, Leask & Nanda 2024 (arXiv 2412.06410), eq. 4 and 5.
+    """
+
+    k: int
+    decay: float = 0.999
+    kind: ClassVar[str] = "batch_topk"
+
+    def __post_init__(self) -> None:
+        whole_number("BatchTopK", "k", self.k)
+        number("BatchTopK", "decay", self.decay)
+        if self.decay >= 1:
+            raise ValueError(f"BatchTopK has decay = {self.decay}, expected less than 1; at 1 it would never learn")
+
+    @property
+    def screen_k(self) -> int:
+        return self.k
+
+    def with_k(self, k: int) -> BatchTopK:
+        return replace(self, k=k)
+
+    def check(self, d_sae: int) -> None:
+        fits("BatchTopK", "k", self.k, d_sae)
+
+    def new_buffers(self) -> dict[str, Tensor]:
+        return {"threshold": torch.tensor(-1.0)}
+
+    def select(
+        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+    ) -> Selected:
+        if training or float(own["threshold"]) < 0:  # under torch.compile a graph break
+            return Selected(ops.encode_batch_topk(x, W, b, self.k, **how.arguments()))
+        return select_above(x, W, b, own["threshold"], how, capacity)
+
+    @torch.no_grad()
+    def observe(self, codes: SparseCodes, own: Own) -> None:
+        acts = torch.where(codes.occupied() & (codes.acts > 0), codes.acts, torch.inf).float()
+        if acts.numel() == 0:
+            return
+        self.move_(own["threshold"], acts.amin())
+
+    def move_(self, threshold: Tensor, least: Tensor) -> None:
+        """Moves the running threshold, in place, by the smallest act of a batch: infinite where none was above 0."""
+        moved = torch.where(threshold < 0, least, torch.lerp(least, threshold, self.decay))
+        threshold.copy_(torch.where(torch.isfinite(least), moved, threshold))
+
+    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+        threshold = own.get("threshold")
+        if training or threshold is None or bool((threshold < 0).any()):
+            return reference.batch_top_k(pre, self.k)
+        return torch.where(pre > threshold[..., None, None].to(pre.dtype), pre, 0)
+
+
+@dataclass(frozen=True)
+class GroupMax(Activation):
+    """acts = relu(x Wᵀ + b) at the largest entry of each of k equal groups of consecutive latents.
+
+    Ties go to the lower index. Source: the "groupmax" activation of EleutherAI's sparsify.
+    """
+
+    k: int
+    kind: ClassVar[str] = "group_max"
+
+    def __post_init__(self) -> None:
+        whole_number("GroupMax", "k", self.k)
+
+    @property
+    def screened(self) -> bool:
+        return False
+
+    def check(self, d_sae: int) -> None:
+        fits("GroupMax", "k", self.k, d_sae)
+        if d_sae % self.k:
+            raise ValueError(f"GroupMax has k = {self.k} groups, expected a divisor of d_sae = {d_sae}")
+
+    def select(
+        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+    ) -> Selected:
+        # Each group is a shard of the dictionary with an encoder of its own, which makes its own narrow copy.
+        size = W.shape[0] // self.k
+        found = [
+            ops.encode_topk(x, rows, bias, 1, index_offset=i * size, precision=how.precision, backend=how.backend)
+            for i, (rows, bias) in enumerate(zip(W.split(size), b.split(size), strict=True))
+        ]
+        acts, indices = torch.cat([c.acts for c in found], -1), torch.cat([c.indices for c in found], -1)
+        indices = torch.where(acts != 0, indices, W.shape[0] - 1)
+        order = (acts == 0).int().argsort(dim=-1, stable=True)  # empty slots last
+        redone = [c.redone for c in found if c.redone is not None]
+        return Selected(
+            SparseCodes(
+                acts.gather(-1, order), indices.gather(-1, order).int(), W.shape[0],
+                redone=torch.stack(redone).amax() if redone else None,
+            )
+        )  # fmt: skip
+
+    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+        return reference.keep_group_max(pre, self.k)

@@ -1,0 +1,64 @@
+"""Which settings of a SparseAutoencoder fit together; the refusals say what was got, what is expected, what to do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fastsae.model import losses
+from fastsae.model.rules import Activation
+
+DECODER_NORMS = ("unit", "free")
+GHOSTS = (None, "residual", "pull")
+
+
+def check_settings(sae: Any) -> None:
+    """Raises ValueError for settings, attributes of `sae`, that are out of range or do not fit each other."""
+    for name in ("d_in", "d_sae", "d_out", "dead_after", "layers"):
+        value = getattr(sae, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+    for name in ("pre_bias", "tied", "skip"):
+        if not isinstance(getattr(sae, name), bool):
+            raise ValueError(f"{name} is {getattr(sae, name)!r}, expected True or False")
+    if not isinstance(sae.activation, Activation):
+        raise ValueError(f"activation is {sae.activation!r}, expected a rule such as fastsae.TopK(32)")
+    sae.activation.check(sae.d_sae)
+    for name, choices in (("decoder_norm", DECODER_NORMS), ("loss", losses.LOSSES), ("ghost", GHOSTS)):
+        if getattr(sae, name) not in choices:
+            expected = ", ".join(str(choice) for choice in choices)
+            raise ValueError(f"{name} is {getattr(sae, name)!r}, expected one of {expected}")
+    if sae.d_out != sae.d_in:
+        sizes = f"d_in = {sae.d_in} and d_out = {sae.d_out}"
+        if sae.tied:
+            raise ValueError(f"tied weights need one width, got {sizes}; pass tied=False")
+        if sae.pre_bias:
+            raise ValueError(f"the pre-bias subtracts b_dec from x, got {sizes}; pass pre_bias=False")
+        if sae.ghost == "pull":
+            raise ValueError(f"ghost='pull' turns encoder and decoder towards the same inputs, got {sizes}")
+    if sae.d_out % sae.layers or sae.d_in % sae.layers:
+        raise ValueError(f"layers is {sae.layers}, expected a divisor of d_in = {sae.d_in} and d_out = {sae.d_out}")
+    if not (math.isfinite(sae.init_norm) and sae.init_norm > 0):
+        raise ValueError(f"init_norm is {sae.init_norm}, expected a number above 0")
+    if sae.tied and sae.decoder_norm == "unit" and sae.init_norm != 1:
+        raise ValueError(f"init_norm is {sae.init_norm}, but tied rows of unit norm start at 1; leave it, or free them")
+    if sae.aux_k is not None and not 1 <= sae.aux_k <= sae.d_sae:
+        raise ValueError(f"aux_k is {sae.aux_k}, expected 1 <= aux_k <= d_sae = {sae.d_sae}, or None")
+    if sae.aux_k is not None and sae.ghost is not None:
+        raise ValueError(f"aux_k is {sae.aux_k} and ghost is {sae.ghost!r}: both revive dead latents; give one of them")
+    for name in ("aux_coef", "ghost_coef"):
+        value = getattr(sae, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is {value}, expected a number of at least 0")
+
+
+def check_rule_dtype(rule: Activation, dtype: torch.dtype) -> None:
+    """Raises ValueError for a rule's parameters in less than float32: their steps are smaller than it can hold."""
+    if dtype not in (torch.float32, torch.float64):
+        what = "a threshold" if rule.kind == "jumprelu" else "a rule's own parameter"
+        raise ValueError(
+            f"rule_dtype is {dtype}, expected torch.float32 or torch.float64: {what} moves by steps that {dtype} "
+            "cannot hold; leave rule_dtype, the weights may be narrower"
+        )

@@ -1,0 +1,242 @@
+"""Checkpoints: a directory that is whole or not there, and says so itself.
+
+    checkpoints/step_00001200/
+        sae.safetensors, config.json     the module, as `fastsae.save` writes it: the directory is also a saved SAE
+        optimizer.safetensors, ...       the tensors of one section of the training state each
+        state.json                       everything of the training state that is not a tensor
+        manifest.json                    bytes and sha256 of every other file; written last
+
+Written under a temporary name, each file and the directory fsync'ed, then renamed: a reader sees all of it or nothing,
+also after `kill -9` or a power cut. Nothing here is ever pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastsae.atomic import fsync_path, sha256_of, write_json
+from fastsae.model.files import SavedModuleError
+from fastsae.runs.state_tree import join_state, split_state
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = "fastsae-checkpoint"
+VERSION = 1
+_NAME = re.compile(r"step_(\d{8,})")
+_UNFINISHED = ".unfinished-"
+_log = logging.getLogger("fastsae")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or that is not what its manifest says."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, but that the disk or its permissions keep from being read."""
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name. Raises CheckpointError for another name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is no checkpoint: expected a directory called step_ and eight digits")
+    return int(match[1])
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The checkpoints under `root` by step, ascending; verified or not. Empty where there is no such directory."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def write_checkpoint(
+    root: Path, step: int, state: Mapping[str, Mapping[str, Any]], save_module: Callable[[Path], object]
+) -> Path:
+    """Writes checkpoints/step_XXXXXXXX and returns its path.
+
+    state         sections (optimizer, source, ...) of nested dicts and lists of tensors, numbers, strings and None.
+    save_module   writes the module's own files into the directory it is given.
+    Raises CheckpointError when the disk is full or the directory cannot be written; nothing half-written stays, and
+    earlier checkpoints are not touched.
+    """
+    final = checkpoint_path(root, step)
+    partial = root / f"{_UNFINISHED}{final.name}"
+    if final.exists():
+        raise CheckpointError(f"{final} is there already; a checkpoint is never overwritten")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        save_module(partial)
+        plain: dict[str, Any] = {}
+        for section, tree in state.items():
+            plain[section], tensors = split_state(tree, section)
+            if tensors:
+                save_file(tensors, partial / f"{section}.safetensors")
+        (partial / STATE).write_text(json.dumps({"step": step, **plain}, allow_nan=False), encoding="utf-8")
+        _seal(partial, step)
+        os.rename(partial, final)
+        fsync_path(root)
+        fsync_path(root.parent)
+    except (OSError, SafetensorError, SavedModuleError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = list_checkpoints(root)
+        last = f"the newest earlier checkpoint, {kept[-1]}, is intact" if kept else "there is no earlier checkpoint"
+        raise CheckpointError(
+            f"cannot write the checkpoint of step {step} to {root}: {error}; {last}. "
+            "Make room (or fix the directory) and start the same run again to go on from there."
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _seal(directory: Path, step: int) -> None:
+    """Makes every file durable and writes the manifest, last."""
+    # safetensors makes its files readable by the owner only; give them what the user's umask gave the directory.
+    mode = directory.stat().st_mode & 0o666
+    files = {}
+    for path in sorted(directory.iterdir()):
+        path.chmod(mode)
+        fsync_path(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_json(directory / MANIFEST, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raises CheckpointError naming the first file that is missing, truncated or changed; None when all is well.
+
+    Raises UnreadableError, which says nothing about the bytes, where a file that is there cannot be read.
+    """
+    try:
+        _verify(path)
+    except OSError as error:
+        raise UnreadableError(
+            f"cannot read {error.filename or path} to verify it: {error.strerror or error}; it may be whole, so "
+            "nothing was changed. Make it readable (permissions, disk) and start the same run again"
+        ) from error
+
+
+def _verify(path: Path) -> None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            raise CheckpointError(
+                f"{path} has format {manifest['format']} {manifest['version']}, expected {FORMAT} {VERSION}"
+            )
+        step, files = manifest["step"], {name: (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise CheckpointError(f"{path} has no readable {MANIFEST}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {type(error).__name__} {error}") from error
+    if step != step_of(path):
+        raise CheckpointError(f"{path} holds step {step}: the directory was renamed")
+    if STATE not in files:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: it does not list {STATE}")
+    for name, (size, digest) in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} is truncated: {file.stat().st_size} bytes, expected {size}")
+        if sha256_of(file) != digest:
+            raise CheckpointError(f"{file} is corrupt: its sha256 is not the one in {MANIFEST}")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The sections given to `write_checkpoint`, with "step" beside them. Tensors are on the CPU; tuples come as lists.
+
+    Call `verify_checkpoint` first. Raises CheckpointError for a file that cannot be read.
+    """
+    try:
+        plain = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = {"step": plain.pop("step")}
+        for section, tree in plain.items():
+            file = path / f"{section}.safetensors"
+            tensors: dict[str, Tensor] = load_file(file) if file.exists() else {}
+            state[section] = join_state(tree, tensors)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {type(error).__name__} {error}") from error
+    return state
+
+
+def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, or None, and what is wrong with each newer one. Raises UnreadableError."""
+    problems = []
+    for path in reversed(list_checkpoints(root)):
+        try:
+            verify_checkpoint(path)
+        except UnreadableError:
+            raise
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        return path, problems
+    return None, problems
+
+
+def set_aside_newer(root: Path, step: int) -> list[Path]:
+    """Renames every checkpoint after `step` to corrupt_step_..., so that training can write these steps again.
+
+    Nothing is deleted: the user may want to look. Returns the new paths.
+    """
+    moved = []
+    for path in list_checkpoints(root):
+        if step_of(path) > step:
+            target, n = path.with_name(f"corrupt_{path.name}"), 1
+            while target.exists():
+                n += 1
+                target = path.with_name(f"corrupt_{path.name}_{n}")
+            os.rename(path, target)
+            moved.append(target)
+    if moved:
+        fsync_path(root)
+    return moved
+
+
+def prune(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints. Warns of one that cannot be deleted: nothing is lost by it."""
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    for path in list_checkpoints(root)[:-keep]:
+        # Renamed first: a kill in the middle of the deletion must not leave something that looks like a checkpoint.
+        doomed = root / f"{_UNFINISHED}{path.name}"
+        try:
+            if doomed.exists():
+                shutil.rmtree(doomed)
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            warnings.warn(
+                f"cannot delete the old checkpoint {path}: {error}; training goes on, the newest are safe. "
+                "It takes room until it can be deleted",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def remove_unfinished(root: Path) -> None:
+    """Deletes what a killed process left half-written or half-deleted. Call it under the run's lock."""
+    if root.is_dir():
+        for path in root.glob(f"{_UNFINISHED}*"):
+            _log.info("removing the unfinished checkpoint %s, left by a run that was killed", path)
+            shutil.rmtree(path)

@@ -1,0 +1,148 @@
+"""TrainConfig: every setting of a training run, typed and documented; `fastsae train --help` is made from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fastsae.runs.schedules import AnnealK, Schedule, inverse_sqrt_lr
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Raises ValueError at construction for values that do not fit."""
+
+    steps: int | None = None
+    """Updates to make. Left out: as many as `tokens` needs, or else one pass through the data."""
+    tokens: int | None = None
+    """Tokens to train on, rounded up to whole batches; the data is repeated when there is less of it."""
+    batch_size: int = 4096
+    """Tokens per update."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    lr_rule: Literal["fixed", "inverse_sqrt"] = "fixed"
+    """The rate as given, or times √(2¹⁴ / d_sae): one that suits 16,384 latents, carried to others."""
+    optimizer: Literal["adam", "adamw", "lion", "signsgd"] = "adam"
+    """The optimizer. fused=False has the first two."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """The two decay rates of Adam, AdamW or Lion."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, of every optimizer but adam."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together; more is scaled down. Left out: none; costs a second backward pass."""
+    clip_rows: float | None = None
+    """Largest norm of one latent's gradient in one dictionary. Left out: none."""
+    penalty_warmup: int = 0
+    """Updates over which the activation's penalty (L1, L0) rises linearly from 0."""
+    k_start: int | None = None
+    """K of the first update, annealed to the activation's own over `k_anneal` updates. Left out: no annealing."""
+    k_anneal: int = 1000
+    """Updates of K's annealing."""
+    resample_at: tuple[int, ...] = ()
+    """Updates after which dead latents are resampled at badly reconstructed inputs."""
+    resample_rows: int = 65_536
+    """Coming rows of the data that are looked at for it; training meets them again."""
+    warmup: int = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls at the end. Only a "constant" run can be given more steps later."""
+    decay_fraction: float = 0.2
+    """Share of the updates, at the end, over which it falls to 0."""
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """The optimizer's moments: fp32, or with stochastic rounding bf16 (half the memory) or 8bit (a quarter)."""
+    fused: bool = True
+    """One fused call per update. Off: autograd and torch.optim, slower, the same curve."""
+    backend: str | None = None
+    """Who computes the ops, see `fastsae info`. Left out: the fastest that supports them."""
+    init_b_dec: Literal["mean", "geometric_median", "zero"] = "mean"
+    """Where b_dec starts: at the centre of the first batch, or at zero. A b_dec that is not zero is kept."""
+    seed: int = 0
+    """Seeds torch's generator and the stochastic rounding. The module and the source have seeds of their own."""
+    threads: int | None = None
+    """CPU threads of torch and of the engine, whose results do not depend on it. Left out: as torch has it."""
+    log_every: int = 10
+    """Updates per line of metrics.jsonl."""
+    eval_every: int = 500
+    """Updates per evaluation on the held-out rows; there is one at the end too. 0: never."""
+    checkpoint_every: int = 500
+    """Updates per checkpoint; there is one at the end too."""
+    keep: int = 2
+    """Newest checkpoints that stay on the disk."""
+    tensorboard: bool = True
+    """Write TensorBoard events under tensorboard/."""
+    progress: bool = True
+    """Show a progress bar on stderr."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1, or none")
+        for name, least in (("batch_size", 1), ("log_every", 1), ("eval_every", 0), ("checkpoint_every", 1),
+                            ("keep", 1), ("warmup", 0), ("seed", 0), ("penalty_warmup", 0), ("k_anneal", 1),
+                            ("resample_rows", 1)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError(f"steps is {self.steps} and tokens is {self.tokens}; give one of them")
+        for name in ("clip_norm", "clip_rows"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected a number above 0, or none")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr is {self.lr}, expected a number above 0")
+        if not self.fused:
+            if self.moments != "fp32":
+                raise ValueError(
+                    f"moments={self.moments!r} needs fused=True: torch.optim.Adam keeps them in the weights' dtype"
+                )
+            if self.optimizer not in ("adam", "adamw"):
+                raise ValueError(f"optimizer={self.optimizer!r} needs fused=True; without, there are adam and adamw")
+            if self.clip_rows is not None:
+                raise ValueError(f"clip_rows={self.clip_rows} needs fused=True; without, there is clip_norm")
+        if self.k_start is not None and self.k_start < 1:
+            raise ValueError(f"k_start is {self.k_start}, expected at least 1, or none")
+        if any(at < 1 for at in self.resample_at):
+            raise ValueError(f"resample_at is {self.resample_at}, expected updates from 1 on")
+
+    def total_steps(self, n_tokens: int | None) -> int:
+        """The updates of a whole run on a source of `n_tokens` rows (None: endless, and the length must be set)."""
+        if self.steps is not None:
+            return self.steps
+        tokens = self.tokens or n_tokens
+        if tokens is None:
+            raise ValueError("the source is endless and says no length; set steps or tokens")
+        return math.ceil(tokens / self.batch_size)
+
+    def schedule(self, total: int) -> Schedule:
+        """The learning rate's multiplier over `total` updates. Raises ValueError where the warm-up is longer."""
+        return Schedule(total, self.warmup, self.decay, self.decay_fraction)
+
+    def penalty_schedule(self) -> Schedule | None:
+        """The penalty's multiplier, or None where it is 1 throughout."""
+        return Schedule(self.penalty_warmup, self.penalty_warmup) if self.penalty_warmup else None
+
+    def rate(self, d_sae: int) -> float:
+        """The peak learning rate for so many latents."""
+        return self.lr if self.lr_rule == "fixed" else inverse_sqrt_lr(self.lr, d_sae)
+
+    def k_schedule(self, k: int | None) -> AnnealK | None:
+        """K over the updates, down or up to k. Raises ValueError for a rule that has none."""
+        if self.k_start is None:
+            return None
+        if k is None:
+            raise ValueError(f"k_start is {self.k_start}, but the activation has no K to anneal; leave it")
+        return AnnealK(self.k_start, k, self.k_anneal)
+
+    def free_settings(self) -> set[str]:
+        """Names that may change when a run goes on: the weights do not depend on them.
+
+        (On the number of threads only torch's own products do, in the last bits: those of fused=False, of a threshold
+        rule's dense steps, of a skip connection, and of a model whose activations are taken live.)
+        """
+        free = {"threads", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "progress"}
+        # With a decay, the rate of every step so far may depend on where the end lies.
+        return free | {"steps", "tokens"} if self.decay == "constant" else free

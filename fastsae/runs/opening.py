@@ -1,0 +1,146 @@
+"""Opens what a user names: a file or folder of activations, a run folder, a saved SAE."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastsae.runs.checkpoint import CheckpointError, newest_valid, step_of
+from fastsae.data.manifest import MANIFEST
+from fastsae.data.shards import ShardSource
+from fastsae.data.tensor import TensorSource
+from fastsae.runs.rundir import CONFIG
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.model.files import WEIGHTS, load
+
+EVALUATION = "evaluation.json"
+"""What `fastsae eval` writes into the run folder, and the report reads."""
+HOLDOUT = 2048
+"""Rows of a tensor file that are held out when nobody says how many (at most a tenth of them)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRun:
+    """An SAE from disk: `step` and `config` are None and empty where it is a saved SAE and no run."""
+
+    sae: SparseAutoencoder
+    path: Path
+    """The folder that the weights come from."""
+    step: int | None
+    config: dict[str, Any]
+    """The run's config.json."""
+
+
+def open_rows(
+    path: str | Path, *, tensor: str | None = None, holdout: int | None = None, seed: int = 0
+) -> ShardSource | TensorSource:
+    """The activations at `path`: a folder with a manifest, a .safetensors or a .npy file of rows (n, d_in).
+
+    tensor   name inside a .safetensors file; None: "activations", or the only one there.
+    holdout  rows never trained on, the last ones; None: the folder's own, or of a file 2,048 but at most a tenth.
+    Raises FileNotFoundError, ShardError, or ValueError saying what was found and what is expected.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / MANIFEST).is_file():
+            raise ValueError(f"{path} holds no activations: expected a {MANIFEST} in it, as `fastsae harvest` writes")
+        return ShardSource(path, holdout=holdout, seed=seed)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: expected a folder of `fastsae harvest`, .safetensors or .npy")
+    x = _read_tensor(path, tensor)
+    if x.ndim != 2:
+        raise ValueError(f"{path} holds {x.dtype} of shape {tuple(x.shape)}, expected rows (n, d_in)")
+    return TensorSource(x, holdout=min(HOLDOUT, len(x) // 10) if holdout is None else holdout, seed=seed)
+
+
+def _read_tensor(path: Path, name: str | None) -> Tensor:
+    if path.suffix == ".npy":
+        try:
+            # "c": mapped, and copied page by page only where somebody writes; never unpickled.
+            array = np.load(path, mmap_mode="c", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is truncated or no .npy file of numbers: {error}") from error
+        if array.dtype not in (np.float16, np.float32, np.float64):
+            raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}, expected float rows (n, d_in)")
+        return torch.from_numpy(array)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is neither a folder nor a .safetensors or .npy file; convert it to one of them")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            wanted = name or ("activations" if "activations" in names else names[0] if len(names) == 1 else None)
+            if wanted is None or wanted not in names:
+                asked = f"no tensor {name!r}" if name else "several tensors"
+                raise ValueError(f"{path} holds {asked}: name one of {', '.join(names) or '(none)'}")
+            return file.get_tensor(wanted)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no .safetensors file: {error}") from error
+
+
+def open_run(path: str | Path, *, device: str | None = None) -> OpenedRun:
+    """The newest whole checkpoint of a run folder, a checkpoint, or the folder of a saved SAE.
+
+    Raises FileNotFoundError where there is no such folder; CheckpointError where a run holds no usable checkpoint;
+    SavedModuleError for a damaged one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no run or saved SAE at {path}; `fastsae train ... --run-dir {path}` makes one")
+    if (path / WEIGHTS).is_file():
+        is_checkpoint = path.parent.name == "checkpoints" and path.name.startswith("step_")
+        config = run_config(path.parent.parent) if is_checkpoint else {}
+        return OpenedRun(load(path, device), path, step_of(path) if is_checkpoint else None, config)
+    checkpoint, problems = newest_valid(path / "checkpoints")
+    if checkpoint is None:
+        reason = f": {'; '.join(problems)}" if problems else ""
+        raise CheckpointError(f"{path} holds no checkpoint that can be used{reason}")
+    return OpenedRun(load(checkpoint, device), checkpoint, step_of(checkpoint), run_config(path))
+
+
+def run_config(run_dir: Path) -> dict[str, Any]:
+    """The settings in a run folder's config.json; empty where there is none. Raises ValueError where it is damaged."""
+    path = run_dir / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it or delete it") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object; restore it or delete it")
+    return config
+
+
+def describe_rows(path: str | Path, *, tensor: str | None, holdout: int | None, seed: int) -> dict[str, Any]:
+    """What a run's notes say of its data, so that `rows_of_run` can open it again."""
+    return {"path": str(Path(path).absolute()), "tensor": tensor, "holdout": holdout, "seed": seed}
+
+
+def rows_of_run(config: dict[str, Any]) -> ShardSource | TensorSource | None:
+    """The activations that a run was trained on, by its config.json; None where it came from no file or says nothing.
+
+    Raises as `open_rows` does, where the file has been moved or damaged.
+    """
+    notes = config.get("notes")
+    data = notes.get("data") if isinstance(notes, dict) else None
+    if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+        return None
+    return open_rows(
+        data["path"], tensor=data.get("tensor"), holdout=data.get("holdout"), seed=int(data.get("seed") or 0)
+    )
+
+
+def version() -> str:
+    """The version of the installed distribution, or "(not installed)" in a bare source tree."""
+    try:
+        return importlib.metadata.version("fastsae-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,332 @@
+"""Trains an SAE on a source of activations: schedules, evaluation, logs, checkpoints, and resuming bit for bit.
+
+    Trainer(sae, source, TrainConfig(steps=2000), "runs/a").run()
+
+The loop's state after a step is a function of the settings and the step alone (and, with precision="screened", of the
+screen's format, chosen anew at every start), so a run that was killed goes on from its newest checkpoint to the same
+weights, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.runs import checkpoint
+from fastsae.runs.checkpoint import CheckpointError
+from fastsae.data.source import ActivationSource
+from fastsae.runs.evaluate import density_histogram, evaluate
+from fastsae.model.resample import resample_
+from fastsae.runs.logs import PartTimer, RunLogs, numbers
+from fastsae.training.step import FusedTrainStep
+from fastsae.training.plain import PlainTrainStep
+from fastsae.runs.rng import restore_rng_state, rng_state
+from fastsae.runs.rundir import RunDirError, RunLock, claim
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.model.files import load, save
+from fastsae.runs.stopping import FiniteGuard, StopSignals, TrainingInterrupted
+from fastsae.runs.config import TrainConfig
+
+__all__ = ["TrainConfig", "TrainResult", "Trainer"]
+
+REDONE_LIMIT = 0.01
+"""Share of tokens whose selection was repeated above which a run warns: the fast path is not what it should be."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: after `step` updates on `tokens` tokens, saved in `checkpoint`."""
+
+    step: int
+    tokens: int
+    checkpoint: Path
+    metrics: dict[str, Any]
+    """The last line of metrics.jsonl."""
+    evaluation: dict[str, Any] | None
+    """The last line of eval.jsonl; None where eval_every is 0."""
+
+
+class Trainer:
+    """`Trainer(sae, source, config, run_dir).run()` trains `sae` in place, or goes on with what run_dir holds.
+
+    notes   JSON-able facts for config.json that are nobody's settings, e.g. which model the activations come from.
+    resume  False: refuse a directory that has a checkpoint already.
+
+    Raises ValueError when the module, the source and the settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        source: ActivationSource,
+        config: TrainConfig,
+        run_dir: str | Path,
+        *,
+        resume: bool = True,
+        notes: Mapping[str, Any] | None = None,
+    ):
+        if source.d_in != sae.d_in:
+            raise ValueError(f"the source has rows of {source.d_in} numbers, the SAE wants d_in = {sae.d_in}")
+        if sae.d_out != sae.d_in:
+            raise ValueError(f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}; a source has no such targets")
+        self.sae, self.source, self.config, self.resume = sae, source, config, resume
+        self.run_dir, self.notes = Path(run_dir), dict(notes or {})
+        self.checkpoints = self.run_dir / "checkpoints"
+        self.total = config.total_steps(source.n_tokens)
+        self.schedule = config.schedule(self.total)
+        self.device = sae.W_dec.device
+        self.step = 0
+        self.seconds = 0.0
+        self.last: dict[str, dict[str, Any] | None] = {"metrics": None, "evaluation": None}
+        self._saved: Path | None = None
+        self._warned = self._begun = False
+
+    def run(self) -> TrainResult:
+        """Trains to the end and returns how it went; a run that is already at its end returns at once.
+
+        The first Ctrl-C or SIGTERM ends the step that runs, writes a checkpoint and raises TrainingInterrupted (a
+        KeyboardInterrupt). Raises RunDirError (directory in use, or of another run), CheckpointError and LogWriteError
+        (disk full), NonFiniteError (bad numbers), RuntimeError (a second call, none saved); each says what is saved.
+        """
+        if self._begun and self._saved is None:
+            raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
+        with ExitStack() as stack:
+            stack.enter_context(RunLock(self.run_dir))
+            self.stop = stack.enter_context(StopSignals())
+            stack.enter_context(_settings_of_the_run(self.config, self.sae))
+            if not self.resume and checkpoint.list_checkpoints(self.checkpoints):
+                raise RunDirError(f"{self.run_dir} holds a run with checkpoints; resume it or give another directory")
+            claim(self.run_dir, self._describe(), self._free())
+            checkpoint.remove_unfinished(self.checkpoints)
+            torch.manual_seed(self.config.seed)
+            self.update = self._make_step()
+            self._go_to_checkpoint()
+            self.logs = stack.enter_context(
+                RunLogs(self.run_dir, self.step, self.total, self.config.tensorboard, self.config.progress)
+            )
+            if self._saved:
+                self.logs.say(f"going on from step {self.step} of {self.total}: {self._saved}")
+            self._loop()
+            self._raise_if_stopped()
+        assert self._saved is not None
+        return TrainResult(self.step, self._tokens, self._saved, self.last["metrics"] or {}, self.last["evaluation"])
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "train": asdict(self.config),
+            "sae": {**self.sae.config, "dtype": str(self.sae.W_dec.dtype), "precision": self.sae.precision},
+            "source": {"kind": type(self.source).__name__, "d_in": self.sae.d_in, "n_tokens": self.source.n_tokens},
+            "machine": {"torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads()},
+            "notes": self.notes,
+        }
+
+    def _free(self) -> set[str]:
+        return {"machine", "notes"} | {f"train.{name}" for name in self.config.free_settings()}
+
+    def _make_step(self) -> FusedTrainStep | PlainTrainStep:
+        c = self.config
+        if c.penalty_warmup and not self.sae.activation.coef:
+            raise ValueError(
+                f"penalty_warmup is {c.penalty_warmup}, but {self.sae.activation} penalises nothing; leave it"
+            )
+        common: dict[str, Any] = {
+            "lr": c.rate(self.sae.d_sae), "betas": c.betas, "eps": c.eps, "schedule": self.schedule,
+            "optimizer": c.optimizer, "weight_decay": c.weight_decay, "clip_norm": c.clip_norm,
+            "penalty_schedule": c.penalty_schedule(), "k_schedule": c.k_schedule(self.sae.activation.screen_k),
+        }  # fmt: skip
+        if not c.fused:
+            return PlainTrainStep(self.sae, **common)
+        return FusedTrainStep(
+            self.sae, **common, clip_rows=c.clip_rows, moments=c.moments, seed=c.seed, backend=self.sae.backend
+        )
+
+    def _go_to_checkpoint(self) -> None:
+        """Loads the newest checkpoint that verifies, if there is any; newer broken ones are named and set aside."""
+        path, problems = checkpoint.newest_valid(self.checkpoints)
+        if path is None:
+            if problems:
+                raise CheckpointError(
+                    f"none of the checkpoints in {self.checkpoints} can be used: {'; '.join(problems)}. "
+                    "Restore one, or give another directory"
+                )
+            return
+        state = checkpoint.read_state(path)
+        try:
+            self.sae.load_state_dict(load(path).state_dict())
+            self.update.load_state_dict(state["optimizer"])
+            self.source.load_state_dict(state["source"])
+            restore_rng_state(state["rng"])
+            self.sae.fired.copy_(state["density"]["fired"])
+            self.sae.fired_over.fill_(state["density"]["over"])
+            self.step, self.seconds, self.last = state["step"], state["trainer"]["seconds"], state["trainer"]["last"]
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint {path} does not fit this run: {error}") from error
+        self._saved = path
+        moved = checkpoint.set_aside_newer(self.checkpoints, self.step)  # only now that this one was loaded
+        checkpoint.prune(self.checkpoints, self.config.keep)  # a kill may have come between a checkpoint and this
+        for problem in problems:
+            warnings.warn(
+                f"{problem}. Going on from {path} instead; kept for a look: {', '.join(str(m) for m in moved)}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        c = self.config
+        if c.eval_every and self.step < self.total and len(self.source.held_out()) == 0:
+            raise ValueError("the source holds out no rows to evaluate on; set its holdout, or eval_every to 0")
+        self.sae.train()
+        self.guard, self.timer = FiniteGuard(self.device), PartTimer()
+        self._window = self._resampled = 0
+        self._redone = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._started = time.perf_counter() - self.seconds
+        while self.step < self.total and self.stop.requested is None:
+            self._begun = True
+            with self.timer("data"):
+                x = self.source.next_batch(c.batch_size).to(self.device, self.sae.W_dec.dtype, non_blocking=True)
+                self.guard.look_at_input(x, self.step + 1)
+                if self.step == 0:
+                    self._initialise(x)
+            with self.timer("step"):
+                metrics = self.update(x)
+                self.step += 1
+                self.guard.look_at_loss(metrics["loss"], self.step)
+                self._redone += metrics.pop("redone", 0)
+                self._window += 1
+                at_end = self.step == self.total
+                values = numbers(metrics) if at_end or self.step % c.log_every == 0 else None
+            if self.step in c.resample_at:
+                with self.timer("resample"):
+                    self._resample()
+            if c.eval_every and (at_end or self.step % c.eval_every == 0):
+                with self.timer("eval"):
+                    self._evaluate()
+            if values is not None:
+                self._log(values)
+            if at_end or self.step % c.checkpoint_every == 0:
+                self._checkpoint()
+            self.logs.advance()
+
+    def _raise_if_stopped(self) -> None:
+        if self.stop.requested is None:
+            return
+        if self.step:
+            self._checkpoint()
+        where = f"the checkpoint is {self._saved}" if self._saved else "no step was done yet, so nothing is saved"
+        what_next = "Start the same run again to go on" if self.step < self.total else "The run is complete"
+        raise TrainingInterrupted(
+            f"stopped by {self.stop.requested.name} after step {self.step} of {self.total}; {where}. {what_next}",
+            self.stop.requested,
+        )
+
+    def _initialise(self, x: Tensor) -> None:
+        """What the module estimates from data, from the first batch; that batch is then trained on as any other."""
+        if not self.sae.norm.calibrated:
+            self.sae.calibrate_(x)
+        if self.config.init_b_dec != "zero" and not bool(self.sae.b_dec.any()):
+            self.sae.init_from_(x, how=self.config.init_b_dec)
+
+    def _resample(self) -> None:
+        """Dead latents go to coming rows that are reconstructed badly; the data's position stays where it is."""
+        c, position = self.config, self.source.state_dict()
+        blocks = (self.source.next_batch(min(c.batch_size, c.resample_rows - start)) for start in
+                  range(0, c.resample_rows, c.batch_size))  # fmt: skip
+        try:
+            count = resample_(self.sae, blocks, self.update, batch_size=c.batch_size, seed=c.seed + self.step)
+        finally:
+            self.source.load_state_dict(position)
+        self._resampled += count
+        self.logs.say(f"step {self.step}: resampled {count:,} dead latents of {self.sae.d_sae:,}")
+
+    def _evaluate(self) -> None:
+        self.guard.raise_noted()
+        result = evaluate(self.sae, self.source.held_out(), batch_size=self.config.batch_size)
+        record = {"step": self.step, "tokens": self._tokens, **result.to_json(), "source": self.source.stats}
+        if int(self.sae.fired_over):
+            # Of the training rows since the last evaluation: the held-out ones are too few to tell rare from dead.
+            n_tokens = int(self.sae.fired_over)
+            record["training_density"] = asdict(density_histogram(self.sae.density.cpu(), n_tokens))
+            self.sae.reset_density_()
+        self.logs.evaluation(record)
+        self.last["evaluation"] = record
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.guard.raise_noted()
+        share = int(self._redone) / (self._window * self.config.batch_size)
+        parts = self.timer.take()
+        # What the update costs and what it waits for; evaluations and checkpoints are as rare as one makes them.
+        training = parts.get("data", 0.0) + parts.get("step", 0.0)
+        record = {
+            "step": self.step,
+            "tokens": self._tokens,
+            **values,
+            "redone_share": share,
+            **({"resampled": self._resampled} if self.config.resample_at else {}),
+            "tokens_per_s": self._window * self.config.batch_size / training,
+            "time_s": time.perf_counter() - self._started,
+            **{f"ms_{part}": 1e3 * seconds / self._window for part, seconds in parts.items()},
+        }
+        self.logs.metrics(record)
+        self.last["metrics"] = record
+        self._window = self._resampled = 0
+        self._redone.zero_()
+        if share > REDONE_LIMIT and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"step {self.step}: the encoder repeated its selection for {share:.1%} of the tokens, expected at most "
+                f"{REDONE_LIMIT:.0%}. The results are exact, but it costs time; look at redone_share in metrics.jsonl",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _checkpoint(self) -> None:
+        if self._saved is not None and checkpoint.step_of(self._saved) == self.step:
+            return
+        with self.timer("checkpoint"):
+            self.guard.raise_noted()
+            self.guard.look_at_parameters(self.sae, self.step)
+            # The log first: a checkpoint must not be newer than the lines up to its step.
+            self.logs.sync()
+            self.seconds = time.perf_counter() - self._started
+            state = {
+                "optimizer": self.update.state_dict(),
+                "source": self.source.state_dict(),
+                "rng": rng_state(),
+                "trainer": {"seconds": self.seconds, "last": self.last},
+                "density": {"fired": self.sae.fired, "over": int(self.sae.fired_over)},
+            }
+            self._saved = checkpoint.write_checkpoint(
+                self.checkpoints, self.step, state, lambda path: save(self.sae, path)
+            )
+            checkpoint.prune(self.checkpoints, self.config.keep)
+
+    @property
+    def _tokens(self) -> int:
+        return self.step * self.config.batch_size
+
+
+@contextmanager
+def _settings_of_the_run(config: TrainConfig, sae: SparseAutoencoder) -> Iterator[None]:
+    """Threads and backend as the config says, and as they were before afterwards."""
+    threads, backend = torch.get_num_threads(), sae.backend
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.backend is not None:
+        sae.backend = config.backend
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        sae.backend = backend

@@ -1,0 +1,88 @@
+"""KeptScreen: the low-precision copy of an encoder between steps, made anew when somebody else wrote the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.codes import Screen
+from fastsae.model.sae import SparseAutoencoder
+
+# Steps after which the screen is made anew, at the latest; and at the earliest, if more tokens than this are redone.
+SCREEN_LIFE = 64
+SCREEN_TRIAL = 2
+REDONE_LIMIT = 0.01
+
+
+class KeptScreen:
+    """`update_latents_` maintains the copy; this decides when that is not enough.
+
+    Somebody else's write is seen by address and version, and on a CPU also by a sample of one weight in every row,
+    because a write through `.data` changes neither: such a write on a GPU, or one that spares those samples, cannot be
+    seen. `screen` is None where the backend or the rule uses none.
+
+    Its format is chosen by the inputs at hand: speed depends on it, and with precision="screened" the selection too, so
+    that such a step repeats itself only from its start, not from a state loaded in the middle.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, backend: str | None):
+        self.sae, self.backend = sae, backend
+        self.screen: Screen | None = None
+        self.redone: Tensor | None = None  # share of tokens, in the last step
+        self._seen: tuple[Any, ...] | None = None
+        self._age = 0
+        self._sample: Tensor | None = None
+
+    def make(self, encoder_input: Tensor | None, *, in_place: bool = False) -> None:
+        """Makes it anew; in_place: in the memory of the one that is there, where a CUDA graph looks for it."""
+        W, b, rule = self.sae.encoder_weight, self.sae.b_enc, self.sae.rule
+        fresh = None
+        if rule.screened:
+            fresh = ops.prepare_screen(W, b, x=encoder_input, k=rule.screen_k, backend=self.backend)
+        if in_place and self.screen is not None and fresh is not None:
+            for place, made in zip(self.screen.tensors, fresh.tensors, strict=True):
+                place.copy_(made)
+        else:
+            self.screen = fresh
+        self._age = 0
+        self.remember()
+
+    def current(self, encoder_input: Tensor, *, in_place: bool = False) -> Screen | None:
+        """The copy for a step that encodes this."""
+        written = self.written()
+        if written or self._outgrown() or (
+            self._sample is not None and not torch.equal(self._sample, self._fingerprint())
+        ):  # fmt: skip
+            self.make(encoder_input, in_place=in_place)
+        self._age += 1
+        return self.screen
+
+    def written(self) -> bool:
+        """Whether torch says that the weights changed since `remember`."""
+        return self._seen != self._signature()
+
+    def remember(self) -> None:
+        """The weights as they are now are those of the copy."""
+        self._seen = self._signature()
+        # Comparing is a host sync, so on a GPU there is no sample.
+        sampled = self.screen is not None and self.sae.W_dec.device.type == "cpu"
+        self._sample = self._fingerprint() if sampled else None
+
+    def _outgrown(self) -> bool:
+        """Whether the screen's format should be chosen again: training changes how well it tells latents apart."""
+        if self.screen is None or self.redone is None or self.redone.device.type != "cpu":
+            return False  # a GPU is never asked
+        return self._age >= SCREEN_LIFE or (self._age >= SCREEN_TRIAL and float(self.redone) > REDONE_LIMIT)
+
+    def _signature(self) -> tuple[Any, ...]:
+        W, b = self.sae.encoder_weight, self.sae.b_enc
+        return W.data_ptr(), W._version, b.data_ptr(), b._version
+
+    def _fingerprint(self) -> Tensor:
+        """One weight of every row and every bias, as bits, so that NaN equals itself. 0.06 ms at M = 24576, D = 768."""
+        W, b = self.sae.encoder_weight.detach(), self.sae.b_enc.detach()
+        rows = torch.arange(W.shape[0], device=W.device)
+        return torch.cat([W.take(rows * W.shape[1] + rows * 7919 % W.shape[1]), b]).view(torch.uint8)
