@@ -1,7 +1,7 @@
 """The two references in plain torch: the dense step as a good PyTorch user writes it, and the sparse-eager one.
 
 Both train W_enc (M, D), b_enc (M), W_dec (M, D), b_dec (D) on mse = mean over tokens of the squared error, with the
-decoder's gradient projected, Adam(fused=True), and the decoder's rows renormalised: the same step as fastsae's.
+decoder's gradient projected, Adam(fused=True), and the decoder's rows renormalized: the same step as fastsae's.
 """
 
 from __future__ import annotations
@@ -99,19 +99,19 @@ class Dense:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Project the decoder's gradient, Adam, renormalise: the rows have norm 1 before and after."""
+        """Project the decoder's gradient, Adam, renormalize: the rows have norm 1 before and after."""
         assert self.W_dec.grad is not None
         self.project(self.W_dec.grad, self.W_dec)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.renormalise(self.W_dec)
+        self.renormalize(self.W_dec)
 
     @staticmethod
     def project(grad: Tensor, W: Tensor) -> None:
         grad.sub_((grad * W).sum(-1, keepdim=True) * W)
 
     @staticmethod
-    def renormalise(W: Tensor) -> None:
+    def renormalize(W: Tensor) -> None:
         W.div_(W.norm(dim=-1, keepdim=True))
 
     def state_bytes(self) -> int:
@@ -119,7 +119,7 @@ class Dense:
 
 
 class Compiled(Dense):
-    """Dense through torch.compile: forward with backward, projection, renormalisation. Adam is fused already."""
+    """Dense through torch.compile: forward with backward, projection, renormalization. Adam is fused already."""
 
     def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, tf32: bool = False, lr: float = LR) -> None:
         super().__init__(inputs, k, autocast=autocast, tf32=tf32, lr=lr)
@@ -128,7 +128,7 @@ class Compiled(Dense):
         self.compiled_loss = torch.compile(self.loss, dynamic=False)
         self.compiled_topk = torch.compile(self.topk, dynamic=False)
         self.project = torch.compile(Dense.project, dynamic=False)  # type: ignore[method-assign]
-        self.renormalise = torch.compile(Dense.renormalise, dynamic=False)  # type: ignore[method-assign]
+        self.renormalize = torch.compile(Dense.renormalize, dynamic=False)  # type: ignore[method-assign]
 
     def loss(self, x: Tensor) -> Tensor:
         return (self.decode(*self.topk(x)).float() - x).square().sum(-1).mean()

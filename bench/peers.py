@@ -20,7 +20,7 @@ from bench.timing import Mark, unmarked
 
 
 class SAELens:
-    """SAELens: SAETrainer.step on a TopKTrainingSAE. No projection or renormalisation; clips the gradient's norm."""
+    """SAELens: SAETrainer.step on a TopKTrainingSAE. No projection or renormalization; clips the gradient's norm."""
 
     distribution, module = "sae-lens", "sae_lens"
 

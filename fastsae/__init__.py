@@ -12,7 +12,7 @@ from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
 from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
 from fastsae.model.rules import BatchTopK, Gated, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
-from fastsae.model.sae import SAEOutput, SparseAutoencoder
+from fastsae.model.sae import ForwardResult, SparseAutoencoder
 from fastsae.ops import backward as autograd
 from fastsae.runs.schedules import Schedule
 from fastsae.training.batch import SAEBatch
@@ -25,6 +25,7 @@ __all__ = [
     "BackendError",
     "BatchTopK",
     "BatchTrainStep",
+    "ForwardResult",
     "FusedTrainStep",
     "Gated",
     "GroupMax",
@@ -34,7 +35,6 @@ __all__ = [
     "Matryoshka",
     "ReLU",
     "SAEBatch",
-    "SAEOutput",
     "Schedule",
     "Screen",
     "SparseAutoencoder",

@@ -322,7 +322,7 @@ class Screen:
 class UpdateTerm:
     """One reconstruction whose gradient trains the dictionaries: recon = A W_dec (+ b_dec if has_bias).
 
-    codes: flattened, N tokens; x (N, D): the encoder's input after pre-bias and normalisation;
+    codes: flattened, N tokens; x (N, D): the encoder's input after pre-bias and normalization;
     grad (N, D_out): dLoss/d recon. dacts, shape of codes.acts: dLoss/d pre-act at the slots; None: it is that of
     grad alone, ⟨grad_n, W_dec_i⟩ where the act is not 0. In a ragged code a slot whose act is 0 may have one; in a
     fixed-K code it is empty and has none, whatever dacts holds there.

@@ -109,7 +109,7 @@ def test_settings(settings: dict[str, Any], closed_form: bool) -> None:
 @pytest.mark.parametrize("rule", [TopK(1), TopK(3), BatchTopK(2), GroupMax(4)], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"ghost": "pull"}, {"d_out": 7, "pre_bias": False}], ids=str)
 def test_gradients_written_out_are_those_of_autograd(rule: Activation, settings: dict[str, Any]) -> None:
-    """With rows normalised in forward, which no single SAE has, and with another target."""
+    """With rows normalized in forward, which no single SAE has, and with another target."""
     norms = {"decoder_norm": "forward", "encoder_norm": "forward"}
     batches = [
         SAEBatch(B, D, M, rule, init_norm=0.1, dead_after=60, dtype=torch.float64, **norms, **settings) for _ in "ab"
@@ -155,7 +155,7 @@ def test_one_member_is_a_single_sae() -> None:
     assert len(batch) == B
 
 
-def test_normalised_rows_are_what_a_member_has() -> None:
+def test_normalized_rows_are_what_a_member_has() -> None:
     batch = SAEBatch(2, D, M, TopK(1), decoder_norm="forward", encoder_norm="forward", init_norm=0.1)
     x = inputs(1, N, D).float()
     torch.testing.assert_close(batch(x).recon[1], batch.to_sae(1)(x).recon)

@@ -30,7 +30,7 @@ def test_a_dense_version_is_the_reference(name: str) -> None:
     with torch.no_grad():
         sae.b_enc.normal_(generator=torch.Generator().manual_seed(0))
     dense = DenseFamily(sae, lr=1e-3)
-    truth = reference.forward(dict(sae.named_parameters()), tokens(), sae.activation, sae.own, penalty_scale=0.5)
+    truth = reference.forward(dict(sae.named_parameters()), tokens(), sae.activation, sae.rule_state, penalty_scale=0.5)
     found = dense.forward(tokens(), penalty_scale=0.5)
     torch.testing.assert_close(found.loss, truth.losses["loss"], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.mse, truth.losses["mse"], rtol=1e-10, atol=1e-12)

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def dense(sae: fastsae.SparseAutoencoder, x: Tensor, target: Tensor | None = None, **more) -> tuple:
     """The dense forward of a copy of sae's parameters, and the copy."""
     params = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
-    own = {name: params.get(name, t.detach().clone()) for name, t in sae.own.items()}
+    rule_state = {name: params.get(name, t.detach().clone()) for name, t in sae.rule_state.items()}
     settings = {"pre_bias": sae.pre_bias, "loss": sae.loss, "layers": sae.layers, "training": sae.training}
-    return reference.forward(params, x, sae.activation, own, target=target, **settings, **more), params
+    return reference.forward(params, x, sae.activation, rule_state, target=target, **settings, **more), params
 
 
 @pytest.mark.parametrize("settings", [
@@ -167,12 +167,12 @@ def test_sampled_prefixes_change_with_the_batch_and_repeat_with_the_count() -> N
     sae = family_sae(rule)
     ends = []
     for _ in range(20):
-        ends.append(tuple(rule.ends(M, sae.own, torch.device("cpu")).tolist()))
+        ends.append(tuple(rule.ends(M, sae.rule_state, torch.device("cpu")).tolist()))
         sae(tokens())
     assert all(end[-1] == M and list(end) == sorted(end) and end[0] >= 3 for end in ends)
     assert len(set(ends)) > 10
     sae.batches.fill_(4)
-    assert tuple(rule.ends(M, sae.own, torch.device("cpu")).tolist()) == ends[4]
+    assert tuple(rule.ends(M, sae.rule_state, torch.device("cpu")).tolist()) == ends[4]
 
 
 def test_compiles_without_a_break_where_sizes_are_fixed() -> None:

@@ -1,4 +1,4 @@
-"""FusedTrainStep of the whole family against autograd through the module, torch.optim, projection, renormalisation."""
+"""FusedTrainStep of the whole family against autograd through the module, torch.optim, projection, renormalization."""
 
 from __future__ import annotations
 

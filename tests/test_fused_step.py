@@ -1,4 +1,4 @@
-"""FusedTrainStep against autograd + torch.optim.Adam + projection + renormalisation, all dense."""
+"""FusedTrainStep against autograd + torch.optim.Adam + projection + renormalization, all dense."""
 
 from __future__ import annotations
 

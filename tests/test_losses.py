@@ -62,7 +62,7 @@ def test_empty_and_lonely_batches():
         with pytest.raises(ValueError, match=f"got {n} tokens, expected at least 2"):
             losses.fvu(torch.zeros(n, 3), torch.zeros(n, 3))
     with pytest.raises(ValueError, match="loss is 'l1', expected one of mse, fvu"):
-        losses.normaliser("l1", TARGET)
+        losses.loss_denominator("l1", TARGET)
 
 
 @pytest.mark.parametrize("dead", [[], [0], [6], [1, 2, 5], list(range(7))])

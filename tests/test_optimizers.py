@@ -75,7 +75,7 @@ def test_float64_steps_are_those_of_the_textbook(unit_norm: bool, kind: str, bac
             leaf.grad = grads[name]
         optimizer.step()
         if unit_norm:
-            leaves["W_dec"].data = reference.normalise(leaves["W_dec"].data)
+            leaves["W_dec"].data = reference.normalize(leaves["W_dec"].data)
         problem.run(backend)
         for name, leaf in leaves.items():
             torch.testing.assert_close(problem.params[name], leaf.detach(), rtol=1e-10, atol=1e-13, msg=name)
@@ -163,7 +163,7 @@ def test_200_fp32_steps_drift_no_more_than_the_order_of_summation(kind: str, lr:
     assert curves[0][-1] < 0.7 * curves[0][0], "the runs were to learn something"
     drift = max(distance(runs[0].params, other.params) for other in runs[1:])
     ours = distance(runs[0].params, dict(sae.named_parameters()))
-    rounding = 2**-21  # of the renormalised rows, which is all that steps by a sign differ in
+    rounding = 2**-21  # of the renormalized rows, which is all that steps by a sign differ in
     assert ours <= 2 * drift + rounding, f"weights: fused differs by {ours:.2e}, dense runs by {drift:.2e}"
 
 

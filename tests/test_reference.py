@@ -53,14 +53,14 @@ def test_above_is_strict_and_takes_nan() -> None:
 
 def test_losses_by_hand() -> None:
     target, recon = tensor([1, 0], [3, 4]), tensor([1, 1], [3, 2])
-    loss, grad = reference.squared_error(recon, target, reference.loss_unit(target, "mse"))
+    loss, grad = reference.squared_error(recon, target, reference.loss_denominator(target, "mse"))
     assert float(loss) == 2.5  # (1 + 4) / 2 tokens
     assert grad.tolist() == [[0, 1], [0, -2]]
-    unit = reference.loss_unit(target, "fvu")
+    unit = reference.loss_denominator(target, "fvu")
     assert float(unit) == 10  # the mean is (2, 2): 1 + 4 + 1 + 4
     assert float(reference.squared_error(recon, target, unit)[0]) == 0.5
     with pytest.raises(ValueError, match="loss is 'l1', expected 'mse' or 'fvu'"):
-        reference.loss_unit(target, "l1")
+        reference.loss_denominator(target, "l1")
 
 
 def test_gradients_by_hand() -> None:
@@ -82,9 +82,9 @@ def test_gradients_by_hand() -> None:
     assert reference.squared_norms(tied).tolist() == [0, 23**2 + 34**2, 25, 5]
 
 
-def test_project_and_normalise_by_hand() -> None:
+def test_project_and_normalize_by_hand() -> None:
     W = tensor([3, 4], [0, 0])
-    assert reference.normalise(W).tolist() == [[0.6, 0.8], [0, 0]]
+    assert reference.normalize(W).tolist() == [[0.6, 0.8], [0, 0]]
     projected = reference.project(tensor([5, 10], [1, 2]), W)
     torch.testing.assert_close(projected, tensor([5 - 3 * 55 / 25, 10 - 4 * 55 / 25], [1, 2]))
     torch.testing.assert_close((projected * W).sum(-1), tensor(0, 0))
@@ -103,7 +103,7 @@ def test_a_whole_step_by_hand() -> None:
     """D = M = 2, K = 1: x = (3, 1) activates latent 0 with 3; recon (3, 0); the error is (0, -1).
 
     L = 1, dL/d recon = (0, -2). dA = ⟨(0, -2), (1, 0)⟩ = 0, so the encoder rests. dW_dec[0] = 3·(0, -2) is orthogonal
-    to the row already; Adam's first step moves the row by lr to (1, 0.1), which is then normalised. b_dec moves by lr.
+    to the row already; Adam's first step moves the row by lr to (1, 0.1), which is then normalized. b_dec moves by lr.
     """
     eye = torch.eye(2, dtype=torch.float64)
     params = {"W_enc": eye, "W_dec": eye, "b_enc": tensor(0, 0), "b_dec": tensor(0, 0)}
@@ -146,7 +146,7 @@ def make_problem(setting: dict) -> tuple[Params, Tensor, dict]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    params = {"W_enc": randn(M, D), "W_dec": reference.normalise(randn(M, D_out))}
+    params = {"W_enc": randn(M, D), "W_dec": reference.normalize(randn(M, D_out))}
     params |= {"b_enc": 0.3 * randn(M), "b_dec": randn(D_out)}
     if setting.get("tied"):
         del params["W_enc"]

@@ -308,7 +308,7 @@ def test_timing_leaves_the_weights_and_adds_up():
     sae = SparseAutoencoder(D, M, TopK(K), seed=0)
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
     timing = time_step(sae, torch.randn(50, D, generator=torch.Generator().manual_seed(0)))
-    for name, p in sae.named_parameters():  # the decoder's rows are normalised again, to the last bit or two
+    for name, p in sae.named_parameters():  # the decoder's rows are normalized again, to the last bit or two
         torch.testing.assert_close(p, before[name], rtol=1e-6, atol=1e-7)
     assert {"encode topk", "decode error", "update latents", "other"} <= set(timing.parts)
     assert all(ms >= 0 for ms in timing.parts.values())

@@ -143,7 +143,7 @@ def test_initial_weights():
     torch.testing.assert_close(wide.W_enc.norm(dim=1), torch.ones(40))
 
 
-def test_projection_and_renormalisation():
+def test_projection_and_renormalization():
     sae = sae_for_test()
     with torch.no_grad():
         sae.W_dec[0] = 0.0
@@ -167,7 +167,7 @@ def test_projection_and_renormalisation():
     assert torch.equal(free.W_dec, before)
 
 
-def test_constant_normalisation_makes_the_mean_squared_norm_d():
+def test_constant_normalization_makes_the_mean_squared_norm_d():
     sae = SparseAutoencoder(10, 30, TopK(4), normalize="constant", dtype=torch.float64, seed=0)
     x = 37 * tokens(500, 10)
     with pytest.raises(RuntimeError, match="calibrate_"):

@@ -176,7 +176,7 @@ def test_two_calls_are_a_global_clip_like_torchs(unit_norm: bool, backend: str) 
     for (name, p), leaf in zip(problem.params.items(), leaves, strict=True):
         expected = leaf.detach()
         if name == "W_dec" and unit_norm:
-            expected = reference.normalise(expected)
+            expected = reference.normalize(expected)
         torch.testing.assert_close(p, expected, rtol=1e-10, atol=1e-14, msg=name)
 
 

@@ -107,7 +107,7 @@ def make_problem(
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g).to(dtype)
 
-    W_dec = reference.normalise(randn(case.M, D_out).double()).to(dtype)
+    W_dec = reference.normalize(randn(case.M, D_out).double()).to(dtype)
     params = {"W_enc": W.contiguous(), "W_dec": W_dec, "b_enc": randn(case.M), "b_dec": randn(D_out)}
     if tied:
         del params["W_enc"]
@@ -176,10 +176,10 @@ def check(problem: Problem, backend: str) -> None:
         new = p * (1 - problem.lr * problem.rule().weight_decay) - problem.lr * move
         size = p.abs() + (problem.lr * move).abs()
         if name == "W_dec" and problem.settings["unit_norm"]:
-            new = reference.normalise(new)
+            new = reference.normalize(new)
             size = size + new.abs()
         got = problem.params[name]
-        # Where a sign hangs on rounding, nothing is expected of the number, and of a normalised row of nothing.
+        # Where a sign hangs on rounding, nothing is expected of the number, and of a normalized row of nothing.
         sure = move.isfinite()
         if name == "W_dec" and problem.settings["unit_norm"]:
             sure = sure.all(-1, keepdim=True).expand_as(sure)

@@ -53,7 +53,7 @@ class DenseFamily:
     """One step of a SparseAutoencoder's settings and weights, densely; `sae` itself stays as it is.
 
     autocast: products in bfloat16, weights kept in fp32. Prefixes of a Matryoshka are products of slices of A and
-    W_dec; unit norm is kept by projection and renormalisation. Raises ValueError for settings that it does not know.
+    W_dec; unit norm is kept by projection and renormalization. Raises ValueError for settings that it does not know.
     """
 
     def __init__(self, sae: SparseAutoencoder, lr: float, *, autocast: bool = False):
@@ -64,7 +64,7 @@ class DenseFamily:
             raise ValueError(f"the dense version has no {what}; it knows an SAE with the mse of its own input only")
         self.rule, self.sae, self.autocast, self.lr = sae.activation, sae, autocast, lr
         self.params = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
-        self.own = {name: self.params.get(name, t.detach().clone()) for name, t in sae.own.items()}
+        self.rule_state = {name: self.params.get(name, t.detach().clone()) for name, t in sae.rule_state.items()}
         self.optimizer = torch.optim.Adam(self.params.values(), lr=lr, fused=True)
 
     # -- the forward pass ---------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class DenseFamily:
     def nested(self, A: Tensor, rule: activations.Matryoshka) -> Recons:
         """The reconstructions of growing prefixes of the dictionary, each from the one before."""
         W, recon, out = self.params["W_dec"], self.params["b_dec"], []
-        ends = rule.ends(self.sae.d_sae, self.own, A.device).tolist()
+        ends = rule.ends(self.sae.d_sae, self.rule_state, A.device).tolist()
         for (start, end), weight in zip(pairwise((0, *ends)), rule.each_weight, strict=True):
             recon = recon + A[:, start:end] @ W[start:end]
             out.append((recon, weight))
@@ -101,13 +101,13 @@ class DenseFamily:
         elif isinstance(inner, activations.GroupMax):
             A = keep_group_max(pre, inner.k)
         else:
-            A = inner.activate(pre, inner.per_latent(self.own))
+            A = inner.activate(pre, inner.per_latent(self.rule_state))
         if isinstance(rule, activations.Matryoshka):
             return A, self.nested(A, rule)
         return A, [(A @ self.params["W_dec"] + self.params["b_dec"], 1.0)]
 
     def forward(self, x: Tensor, penalty_scale: float = 1.0) -> Forward:
-        """x (N, D), normalised."""
+        """x (N, D), normalized."""
         p, rule, n = self.params, self.rule, x.shape[0]
 
         def squared_error(recon: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class DenseFamily:
             errors = [(squared_error(recon), weight) for recon, weight in recons]
             loss = torch.stack([weight * error for error, weight in errors]).sum()
             norms = reference.decoder_norms(p["W_dec"]) if rule.needs_norms else p["b_enc"].new_ones(())
-            sparsity = rule.sparsity(pre, acts, rule.per_latent(self.own), norms)
+            sparsity = rule.sparsity(pre, acts, rule.per_latent(self.rule_state), norms)
             if sparsity is not None:
                 mean = sparsity.sum(dtype=x.dtype) / n  # in bfloat16 it would be rounded to three digits
                 loss = loss + penalty_scale * rule.coef * rule.penalty(mean)
@@ -149,7 +149,7 @@ class DenseFamily:
 
     @torch.no_grad()
     def update(self, lr_scale: float) -> None:
-        """Project the decoder's gradient, Adam, renormalise."""
+        """Project the decoder's gradient, Adam, renormalize."""
         W, unit = self.params["W_dec"], self.sae.decoder_norm == "unit"
         if unit:
             assert W.grad is not None
@@ -159,5 +159,5 @@ class DenseFamily:
         self.optimizer.step()
         if unit:
             W.div_(W.norm(dim=-1, keepdim=True))
-        if "batches" in self.own:
-            self.own["batches"] += 1  # which prefixes are drawn next
+        if "batches" in self.rule_state:
+            self.rule_state["batches"] += 1  # which prefixes are drawn next

@@ -87,7 +87,7 @@ def make(
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g).to(dtype)
 
-    W_dec = reference.normalise(randn(case.M, width).double()).to(dtype)
+    W_dec = reference.normalize(randn(case.M, width).double()).to(dtype)
     params = {"W_enc": W, "W_dec": W_dec, "b_enc": randn(case.M), "b_dec": randn(width)}
     if tied:
         del params["W_enc"]
@@ -146,7 +146,7 @@ def hold(
         if m.dtype == torch.bfloat16:  # the move was made from moments that nobody stored
             size = size + move.abs() * 2**10
         if name == "W_dec" and problem.unit_norm:
-            p = reference.normalise(p)
+            p = reference.normalize(p)
             size = size + p.abs()
         worst = max(worst, within(problem.params[name], p, size, name))
     return worst

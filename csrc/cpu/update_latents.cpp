@@ -1,6 +1,6 @@
 // The backward of a whole SAE and its optimizer step, latent by latent, in place: no dictionary gradient is ever stored.
 //
-//   gradients of row_gradient.h, then project, clip, scale, optimizer, renormalise, refresh the narrow copy; b_dec last
+//   gradients of row_gradient.h, then project, clip, scale, optimizer, renormalize, refresh the narrow copy; b_dec last
 //
 // For one latent the rows of W_enc, W_dec and both gradients live in L1; its tokens' grad and x rows are gathered, the next
 // pair fetched while this one is added. Bytes: nnz·(D_in + D_out) gathered (from L3 for 4096 x 768), and once through
@@ -53,7 +53,7 @@ template <class T> struct Updater {
     add_scaled(g, -along / (square > A(0) ? square : A(1)), row, a.d_out);
   }
 
-  void normalise(A* row) const {
+  void normalize(A* row) const {
     const A norm = std::sqrt(dot(row, row, a.d_out));
     if (norm > A(0))
       for (int64_t d = 0; d < a.d_out; ++d) row[d] /= norm;
@@ -78,11 +78,11 @@ template <class T> struct Updater {
     if (!a.unit_norm) return step(a.W_dec, row, i, a.d_out, g);
     if constexpr (std::is_same_v<T, A>) {
       step(a.W_dec, row, i, a.d_out, g);
-      normalise(row);
+      normalize(row);
     } else {
       for (int64_t d = 0; d < a.d_out; ++d) wide[d] = widen(row[d]);
       step(a.W_dec, wide.data(), i, a.d_out, g);
-      normalise(wide.data());
+      normalize(wide.data());
       for (int64_t d = 0; d < a.d_out; ++d) row[d] = narrow<T>(wide[d]);
     }
   }

@@ -126,9 +126,9 @@ def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, str]:
         return source.x, f"all rows of {options.data}"
     if options.all_rows:
         raise ValueError("--all-rows needs --data: a run is measured on its held-out rows")
-    own = rows_of_run(run.config)
-    if own is not None:
-        return own.held_out(), f"held-out rows of {run.config['notes']['data']['path']}"
+    rule_state = rows_of_run(run.config)
+    if rule_state is not None:
+        return rule_state.held_out(), f"held-out rows of {run.config['notes']['data']['path']}"
     live = ((run.config.get("notes") or {}).get("data") or {}).get(LIVE)
     if live:
         return LiveOptions.from_notes(live).open().held_out(), "held-out text of the run's live stream"

@@ -1,6 +1,6 @@
 """Losses of a reconstruction: mse, fvu, and AuxK on dead latents. No (N, M) tensor is made.
 
-Every loss here is a sum of squared errors over a normaliser: N tokens (mse) or the batch's total variance (fvu).
+Every loss here is a sum of squared errors over a normalizer: N tokens (mse) or the batch's total variance (fvu).
 Arguments are (*batch, D) tensors of one dtype; results are 0-d, float32 or wider.
 """
 
@@ -60,7 +60,7 @@ def total_variance(target: Tensor) -> Tensor:
     return torch.stack([sum_of_squares(piece - mean) for piece in pieces]).sum().to(flat.dtype)
 
 
-def normaliser(loss: str, target: Tensor) -> Tensor | int:
+def loss_denominator(loss: str, target: Tensor) -> Tensor | int:
     """What the squared error is divided by: the tokens of the batch (mse; 1 if there are none) or its total variance.
 
     Raises ValueError for an unknown loss, and for fvu with fewer than two tokens, whose variance is zero.
@@ -82,12 +82,12 @@ def check_tokens(loss: str, n: int) -> None:
 
 def mse(recon: Tensor, target: Tensor) -> Tensor:
     """1/N Σ_n ‖recon_n - target_n‖²: summed over D, averaged over tokens. 0 for an empty batch."""
-    return squared_error(recon, target) / normaliser("mse", target)
+    return squared_error(recon, target) / loss_denominator("mse", target)
 
 
 def fvu(recon: Tensor, target: Tensor) -> Tensor:
     """Σ_n ‖target_n - recon_n‖² / Σ_n ‖target_n - mean‖², the fraction of variance unexplained in this batch."""
-    return squared_error(recon, target) / normaliser("fvu", target)
+    return squared_error(recon, target) / loss_denominator("fvu", target)
 
 
 def dead_rows(dead: Tensor) -> Tensor:
@@ -128,20 +128,20 @@ def aux_weight(dead: Tensor, k: int) -> Tensor:
     return (dead.sum().double() / k).clamp(max=1.0)
 
 
-def aux_k(codes: SparseCodes, W_dec: Tensor, error: Tensor, weight: Tensor, normaliser: Tensor | int) -> Tensor:
-    """weight · Σ_n ‖e_n - ê_n‖² / normaliser,  ê = A_dead W_dec: dead latents model what the live ones left over.
+def aux_k(codes: SparseCodes, W_dec: Tensor, error: Tensor, weight: Tensor, loss_denominator: Tensor | int) -> Tensor:
+    """weight · Σ_n ‖e_n - ê_n‖² / normalizer,  ê = A_dead W_dec: dead latents model what the live ones left over.
 
     codes: from `encode_dead`; error (*batch, D_out): target - recon, held fixed (no gradient flows into it).
     Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
     """
     left_over = squared_error(ops.decode(codes, W_dec), error.detach())
-    return weight.to(left_over.dtype) * left_over / normaliser
+    return weight.to(left_over.dtype) * left_over / loss_denominator
 
 
 def ghost_residual(
-    x: Tensor, error: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, normaliser: Tensor | int
+    x: Tensor, error: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, loss_denominator: Tensor | int
 ) -> Tensor:
-    """Σ_n r_n ‖s_n·g_n - e_n‖² / normaliser,  g = exp(x W_encᵀ + b_enc) W_dec: dead latents model what is left over.
+    """Σ_n r_n ‖s_n·g_n - e_n‖² / normalizer,  g = exp(x W_encᵀ + b_enc) W_dec: dead latents model what is left over.
 
     s_n makes ‖s_n g_n‖ half of ‖e_n‖ and r_n makes the term as large as the error of its token; both, and e, are held
     fixed. W_enc, W_dec (dead, D), b_enc (dead,): the rows of the dead latents; x (N, D_in); error (N, D_out): target -
@@ -160,7 +160,7 @@ def ghost_residual(
         ghost = ghost * (norms / (2 * torch.linalg.vector_norm(ghost, dim=-1, keepdim=True) + 1e-6)).detach()
         term = wide(ghost - left_over).square().sum(-1)
         pieces.append((wide(left_over).square().sum(-1) / (term + 1e-6)).detach() @ term)
-    return torch.stack(pieces).sum() / normaliser
+    return torch.stack(pieces).sum() / loss_denominator
 
 
 def ghost_pull(x: Tensor, error: Tensor, W_enc: Tensor, W_dec: Tensor) -> Tensor:
@@ -181,9 +181,11 @@ def error_weighted_means(x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     return (weights @ x).squeeze(-2), (weights @ error).squeeze(-2)
 
 
-def ghost(kind: str, x: Tensor, error: Tensor, rows: tuple[Tensor, Tensor, Tensor], normaliser: Tensor | int) -> Tensor:
+def ghost(
+    kind: str, x: Tensor, error: Tensor, rows: tuple[Tensor, Tensor, Tensor], loss_denominator: Tensor | int
+) -> Tensor:
     """The ghost gradients' loss of that kind, "residual" or "pull"; rows: W_enc, b_enc, W_dec of the dead latents."""
     W_enc, b_enc, W_dec = rows
     if kind == "pull":
         return ghost_pull(x, error, W_enc, W_dec)
-    return ghost_residual(x, error, W_enc, b_enc, W_dec, normaliser)
+    return ghost_residual(x, error, W_enc, b_enc, W_dec, loss_denominator)

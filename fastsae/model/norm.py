@@ -1,4 +1,4 @@
-"""Input normalisation: what an SAE sees instead of x, and the way back for its reconstruction."""
+"""Input normalization: what an SAE sees instead of x, and the way back for its reconstruction."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _EPS = 1e-5  # as torch.nn.LayerNorm
 
 
 class TokenStats(NamedTuple):
-    """x = x_normalised · scale + shift; scale and shift broadcast against (*batch, D)."""
+    """x = x_normalized · scale + shift; scale and shift broadcast against (*batch, D)."""
 
     shift: Tensor | None
     scale: Tensor
 
 
 class InputNorm(nn.Module):
-    """x_normalised = (x - shift) / scale.
+    """x_normalized = (x - shift) / scale.
 
-    none: x itself. constant: shift 0 and one scale for the whole data set, such that the mean of ‖x_normalised‖² is D;
+    none: x itself. constant: shift 0 and one scale for the whole data set, such that the mean of ‖x_normalized‖² is D;
     `calibrate_` estimates it, the buffer `scale` keeps it. layer_norm: mean and sqrt(variance + 1e-5) of each token.
     Statistics of the input also serve a transcoder's target, whose own are not known at inference.
     Source of the constant form: Anthropic, "Scaling Monosemanticity" (2024), methods.

@@ -26,7 +26,7 @@ def project_rows_(grad: Tensor, W: Tensor) -> None:
     grad.addcmul_(W, (torch.linalg.vecdot(grad, W) / squares).unsqueeze(-1), value=-1)
 
 
-def normalise_rows_(W: Tensor) -> None:
+def normalize_rows_(W: Tensor) -> None:
     """W_i /= ‖W_i‖, in place, for rows of (*B, M, D). A row of 0 stays 0."""
     norms = torch.linalg.vector_norm(W, dim=-1, keepdim=True)
     W.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
@@ -90,7 +90,7 @@ class Parameters(nn.Module):
         self.b_dec = nn.Parameter(torch.empty(self.d_out, **factory))
         self.register_parameter("W_skip", nn.Parameter(torch.empty(self.d_out, d_in, **factory)) if skip else None)
         wider = torch.promote_types(rule_dtype, self.W_dec.dtype)
-        self._own = tuple(activation.new_parameters(d_sae)), tuple(activation.new_buffers())
+        self._rule_names = tuple(activation.new_parameters(d_sae)), tuple(activation.new_buffers())
         for name, start in activation.new_parameters(d_sae).items():
             self.register_parameter(name, nn.Parameter(torch.empty_like(start, dtype=wider, device=device)))
         for name, start in activation.new_buffers().items():
@@ -113,7 +113,7 @@ class Parameters(nn.Module):
         """`.to(...)` and its like. What the rule learns has `rule_dtype`, or the weights' where that is wider; what it
         remembers keeps its own.
         """
-        learnt, remembered = self._own
+        learnt, remembered = self._rule_names
         kept = {name: getattr(self, name).detach() for name in (*learnt, *remembered, "penalty_scale")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -158,8 +158,8 @@ class Parameters(nn.Module):
     def config(self) -> dict[str, Any]:
         """The settings as JSON: what `from_config` needs to build an SAE that `state_dict()` fits."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        own = {"activation": self.activation.config(), "normalize": self.norm.mode}
-        return settings | own | {"rule_dtype": str(self.rule_dtype).removeprefix("torch.")}
+        rule_state = {"activation": self.activation.config(), "normalize": self.norm.mode}
+        return settings | rule_state | {"rule_dtype": str(self.rule_dtype).removeprefix("torch.")}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **factory: Any) -> Self:
@@ -180,14 +180,14 @@ class Parameters(nn.Module):
         return self.W_dec if self.W_enc is None else self.W_enc
 
     @property
-    def own(self) -> dict[str, Tensor]:
+    def rule_state(self) -> dict[str, Tensor]:
         """The rule's parameters and buffers, and b_enc, by name."""
-        return {"b_enc": self.b_enc, **{name: getattr(self, name) for names in self._own for name in names}}
+        return {"b_enc": self.b_enc, **{name: getattr(self, name) for names in self._rule_names for name in names}}
 
     @property
     def rule_parameters(self) -> dict[str, nn.Parameter]:
         """Those of the rule's own that are trained, by name."""
-        return {name: getattr(self, name) for name in self._own[0]}
+        return {name: getattr(self, name) for name in self._rule_names[0]}
 
     @torch.no_grad()
     def project_gradients_(self) -> None:
@@ -199,7 +199,7 @@ class Parameters(nn.Module):
     def normalize_decoder_(self) -> None:
         """W_dec_i /= ‖W_dec_i‖ where the decoder has unit norm; after optimizer.step(). A row of 0 stays 0."""
         if self.decoder_norm == "unit":
-            normalise_rows_(self.W_dec)
+            normalize_rows_(self.W_dec)
 
     def extra_repr(self) -> str:
         settings = [f"{name}={getattr(self, name)!r}" for name in _SETTINGS]

@@ -1,6 +1,6 @@
 """SparseAutoencoder: x̂ = A W_dec + b_dec,  A = activation((x - b_dec) W_encᵀ + b_enc), as an ordinary `nn.Module`.
 
-Both dictionaries are stored (M, D), one latent per contiguous row. The module works on normalised inputs, and its
+Both dictionaries are stored (M, D), one latent per contiguous row. The module works on normalized inputs, and its
 loss is measured there; `recon` is in the caller's units. A training step of the rules that fix how many latents are
 active reads nothing back from the device; a threshold rule asks how many there were.
 """
@@ -19,11 +19,11 @@ from fastsae.model import losses
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import TokenStats
 from fastsae.model.parameters import Parameters
-from fastsae.model.rules import Activation, How
+from fastsae.model.rules import Activation, EncodeOptions
 from fastsae.ops.backward import per_latent
 
 
-class SAEOutput(NamedTuple):
+class ForwardResult(NamedTuple):
     """What `sae(x)` returns.
 
     recon (*batch, d_out) in the units of the target; codes: the active latents; loss: 0-d, what to minimise; losses:
@@ -38,7 +38,7 @@ class SAEOutput(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """x made ready: x normalised, encoder_input = x - b_dec (pre-bias), target normalised, and the way back."""
+    """x made ready: x normalized, encoder_input = x - b_dec (pre-bias), target normalized, and the way back."""
 
     x: Tensor
     encoder_input: Tensor
@@ -115,7 +115,7 @@ class SparseAutoencoder(Parameters):
         return x.to(self.W_dec.dtype)
 
     def _normal(self, x: Tensor) -> tuple[Tensor, TokenStats | None]:
-        """x (*batch, d_in) as normalised tokens (N, d_in), and their statistics."""
+        """x (*batch, d_in) as normalized tokens (N, d_in), and their statistics."""
         flat = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
         stats = self.norm.statistics(flat)
         return self.norm.normalize(flat, stats), stats
@@ -139,21 +139,23 @@ class SparseAutoencoder(Parameters):
         annealed = self.annealed_k if self.training else None
         return self.activation if annealed is None else self.activation.with_k(annealed)
 
-    def how(self, *, screen: Screen | None = None, backend: str | None = None) -> How:
+    def encode_options(self, *, screen: Screen | None = None, backend: str | None = None) -> EncodeOptions:
         """How this module's encoder computes."""
-        return How(screen, self.precision, backend or self.backend)
+        return EncodeOptions(screen, self.precision, backend or self.backend)
 
     def pre_acts(self, encoder_input: Tensor) -> SparseCodes:
         """The pre-acts (N, ...) that the rule looks at, with room for all of them."""
         rule = self.rule
-        return rule.select(encoder_input, self.encoder_weight, self.b_enc, self.own, self.training, self.how()).codes
+        return rule.select(
+            encoder_input, self.encoder_weight, self.b_enc, self.rule_state, self.training, self.encode_options()
+        ).codes
 
     def _activated(self, pre: SparseCodes) -> tuple[SparseCodes, Tensor | None]:
         """The code of these pre-acts, and the penalty, where the rule has one."""
         rule = self.rule
         if not rule.shaped:
             return pre, None
-        rows = {name: per_latent(t, pre, self.backend) for name, t in rule.per_latent(self.own).items()}
+        rows = {name: per_latent(t, pre, self.backend) for name, t in rule.per_latent(self.rule_state).items()}
         acts = rule.activate(pre.acts, rows)
         norms = pre.acts.new_ones(())
         if rule.needs_norms:
@@ -187,19 +189,19 @@ class SparseAutoencoder(Parameters):
             recon = recon + self.norm.normalize(self._checked(like, self.d_in, "like"), stats) @ self.W_skip.mT
         return self.norm.restore(recon, stats)
 
-    def forward(self, x: Tensor, target: Tensor | None = None) -> SAEOutput:
+    def forward(self, x: Tensor, target: Tensor | None = None) -> ForwardResult:
         """Encode, decode and measure; in training mode also count which latents fired, and the losses on dead ones."""
         ready = self.inputs(x, target)
         goal, rule = ready.target, self.rule
         pre = self.pre_acts(ready.encoder_input)
         codes, penalty = self._activated(pre)
-        over = losses.normaliser(self.loss, goal)
+        over = losses.loss_denominator(self.loss, goal)
         offset = self.b_dec.expand(goal.shape)
         if self.W_skip is not None:
             offset = offset + ready.x @ self.W_skip.mT
         recon = offset
         total: Tensor | float = 0.0
-        nested = rule.parts(codes, self.own)
+        nested = rule.parts(codes, self.rule_state)
         for part, weight in nested:
             recon = recon + ops.decode(part, self.W_dec, backend=self.backend)
             error = losses.squared_error(recon, goal) / over
@@ -219,7 +221,7 @@ class SparseAutoencoder(Parameters):
         if rule.shaped:
             codes = codes.keep(codes.acts != 0)
         if self.training:
-            rule.observe(codes, self.own)
+            rule.observe(codes, self.rule_state)
             self.note_fired_(codes)
             error = goal - recon
             if self.aux_k is not None:
@@ -230,7 +232,7 @@ class SparseAutoencoder(Parameters):
                 loss = loss + self.ghost_coef * parts["ghost"]
         batch = tuple(x.shape[:-1])
         restored = self.norm.restore(recon, ready.stats).reshape(*batch, self.d_out)
-        return SAEOutput(restored, codes.with_batch(batch), loss, parts)
+        return ForwardResult(restored, codes.with_batch(batch), loss, parts)
 
     def _aux_loss(self, encoder_input: Tensor, error: Tensor, over: Tensor | int) -> Tensor:
         assert self.aux_k is not None

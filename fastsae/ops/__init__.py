@@ -250,7 +250,7 @@ def update_latents_(
 
     W_enc (M, D), or None where it is tied to W_dec (M, D_out); b_enc (M,), b_dec (D_out,). lr: 0-d float64, step: 0-d
     int64, the count including this step, both on the device. pre_bias: the encoder's input had b_dec subtracted.
-    Order: accumulate terms and parts, norms, project (unit_norm), clip_rows, grad_scale, optimizer, renormalise
+    Order: accumulate terms and parts, norms, project (unit_norm), clip_rows, grad_scale, optimizer, renormalize
     (unit_norm), refresh the screen. Formulas: fastsae.reference.gradients, .optimizers and .update.
 
     optimizer, weight_decay: "adam" as in torch.optim.Adam, without decay; "adamw" as torch.optim.AdamW; "lion"

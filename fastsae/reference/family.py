@@ -17,16 +17,18 @@ from torch import Tensor
 class Rule(Protocol):
     """What a forward pass asks of an activation rule; fastsae.model.rules has them.
 
-    own: the rule's parameters and buffers, and b_enc. rows: what `per_latent` made of them, broadcastable to pre.
+    rule_state: the rule's parameters and buffers, and b_enc. rows: what `per_latent` made of them, broadcastable to pre.
     """
 
     coef: float
 
-    def per_latent(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def per_latent(self, rule_state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
-    def dense(self, pre: Tensor, rows: Mapping[str, Tensor], own: Mapping[str, Tensor], training: bool) -> Tensor: ...
+    def dense(
+        self, pre: Tensor, rows: Mapping[str, Tensor], rule_state: Mapping[str, Tensor], training: bool
+    ) -> Tensor: ...
 
-    def dense_parts(self, A: Tensor, own: Mapping[str, Tensor]) -> list[tuple[Tensor, float]]: ...
+    def dense_parts(self, A: Tensor, rule_state: Mapping[str, Tensor]) -> list[tuple[Tensor, float]]: ...
 
     def sparsity(self, pre: Tensor, acts: Tensor, rows: Mapping[str, Tensor], norms: Tensor) -> Tensor | None: ...
 
@@ -48,7 +50,7 @@ def forward(
     params: Mapping[str, Tensor],
     x: Tensor,
     rule: Rule,
-    own: Mapping[str, Tensor] | None = None,
+    rule_state: Mapping[str, Tensor] | None = None,
     *,
     target: Tensor | None = None,
     pre_bias: bool = True,
@@ -66,9 +68,9 @@ def forward(
     target = x if target is None else target
     W_dec, b_dec, b_enc = params["W_dec"], params["b_dec"].unsqueeze(-2), params["b_enc"]
     pre = (x - b_dec if pre_bias else x) @ params.get("W_enc", W_dec).mT + b_enc.unsqueeze(-2)
-    own = {"b_enc": b_enc, **(own or {})}
-    rows = {name: t.unsqueeze(-2) for name, t in rule.per_latent(own).items()}
-    A = rule.dense(pre, rows, own, training)
+    rule_state = {"b_enc": b_enc, **(rule_state or {})}
+    rows = {name: t.unsqueeze(-2) for name, t in rule.per_latent(rule_state).items()}
+    A = rule.dense(pre, rows, rule_state, training)
     unit: Tensor | int = target.shape[-2] or 1
     if loss == "fvu":
         unit = (target - target.mean(-2, keepdim=True)).square().sum((-2, -1))
@@ -77,7 +79,7 @@ def forward(
         offset = offset + x @ params["W_skip"].mT
     recon = offset
     total: Tensor = target.new_zeros(())
-    parts = rule.dense_parts(A, own)
+    parts = rule.dense_parts(A, rule_state)
     for part, weight in parts:
         recon = recon + part @ W_dec
         error = (recon - target).square().sum((-2, -1)) / unit

@@ -79,7 +79,7 @@ def active_outer(A: Tensor, x: Tensor) -> Tensor:
 # -- loss -------------------------------------------------------------------------------------------------------------
 
 
-def loss_unit(target: Tensor, kind: str) -> Tensor:
+def loss_denominator(target: Tensor, kind: str) -> Tensor:
     """What a summed squared error is divided by: "mse" the N tokens, "fvu" the target's summed variance Σ‖x - x̄‖²."""
     if kind == "mse":
         return target.new_tensor(max(target.shape[0], 1))

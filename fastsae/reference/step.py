@@ -1,4 +1,4 @@
-"""A whole training step of a TopK SAE: forward, loss, gradients, projection, Adam, renormalisation."""
+"""A whole training step of a TopK SAE: forward, loss, gradients, projection, Adam, renormalization."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.reference.gradients import Params, Term, gradients
-from fastsae.reference.ops import decode, keep_top_k, loss_unit, pre_acts, squared_error
+from fastsae.reference.ops import decode, keep_top_k, loss_denominator, pre_acts, squared_error
 from fastsae.reference.optimizers import Optimizer
 from fastsae.reference.update import Moments, shape_gradients, update
 
@@ -35,7 +35,7 @@ def terms_of(
     pre = pre_acts(inputs, params.get("W_enc", params["W_dec"]), params["b_enc"])
     A = keep_top_k(pre, k)
     recon = decode(A, params["W_dec"]) + params["b_dec"]
-    unit = loss_unit(target, loss)
+    unit = loss_denominator(target, loss)
     main, grad = squared_error(recon, target, unit)
     terms, losses = [Term(A, inputs, grad)], {loss: main, "loss": main}
     if aux is not None:
@@ -63,7 +63,7 @@ def train_step(
     aux: AuxK | None = None,
     seed: int | None = None,
 ) -> tuple[Params, Moments, dict[str, Tensor]]:
-    """One whole training step of a TopK SAE: forward, loss, gradients, projection, Adam, renormalisation.
+    """One whole training step of a TopK SAE: forward, loss, gradients, projection, Adam, renormalization.
 
     params: W_enc (leave it out to tie it to W_dec), W_dec, b_enc, b_dec; moments as many (m, v), zeros at the start;
     step: 0-d, counts from 1; target: what to reconstruct if not x (a transcoder). Returns new params, moments, losses.

@@ -24,7 +24,7 @@ def project(grad: Tensor, W: Tensor) -> Tensor:
     return grad - along * W
 
 
-def normalise(W: Tensor) -> Tensor:
+def normalize(W: Tensor) -> Tensor:
     """Wᵢ / ‖Wᵢ‖. A row of 0 stays 0."""
     norms = W.norm(dim=-1, keepdim=True)
     return W / torch.where(norms > 0, norms, 1)
@@ -82,7 +82,7 @@ def update(
     unit_norm: bool,
     seed: int | None = None,
 ) -> tuple[Params, Moments]:
-    """One optimizer step with gradients from `shape_gradients`, then the decoder renormalised if unit_norm.
+    """One optimizer step with gradients from `shape_gradients`, then the decoder renormalized if unit_norm.
 
     Moments in bfloat16 or 8 bits are computed with in float32 at least and rounded at random under `seed`; stream 2i is
     the i-th parameter's m, stream 2i + 1 its v.
@@ -92,7 +92,7 @@ def update(
     for i, (name, p) in enumerate(params.items()):
         old = moments[name]
         p, fresh = optimizer.stepped(p, grads[name], tuple(widened(m).to(p.dtype) for m in old), lr, step)
-        new_params[name] = normalise(p) if unit_norm and name == "W_dec" else p
+        new_params[name] = normalize(p) if unit_norm and name == "W_dec" else p
         new_moments[name] = tuple(
             _stored(like, m, seed, step, 2 * i + j, which)
             for j, (like, m, which) in enumerate(zip(old, fresh, optimizer.moments, strict=True))

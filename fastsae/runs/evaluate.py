@@ -5,7 +5,7 @@
     l0   = mean_n #{i : latent i is active on n}
     density_i = share of the tokens on which latent i is active
 
-All in the units of the rows, also where the module normalises its input (its training loss is then in other units).
+All in the units of the rows, also where the module normalizes its input (its training loss is then in other units).
 One pass over the rows in batches; sums in float64; memory is one batch's codes and a few vectors of M: no (N, M).
 """
 

@@ -135,6 +135,6 @@ def _bad_rows(step: int, rows: int, of: int | None, first: int | None) -> NonFin
 def _bad_loss(step: int) -> NonFiniteError:
     return NonFiniteError(
         f"step {step}: the loss is not finite although the activations are. Training stopped and nothing of this step "
-        "is saved; use a lower learning rate, a longer warm-up or normalised activations",
+        "is saved; use a lower learning rate, a longer warm-up or normalized activations",
         step,
     )

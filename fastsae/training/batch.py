@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastsae import reference
 from fastsae.model import losses
 from fastsae.model.rules import Activation, BatchTopK, Matryoshka, TopK
-from fastsae.model.rules.base import Own
+from fastsae.model.rules.base import RuleState
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.reference import Forward
 
@@ -84,7 +84,7 @@ class SAEBatch(nn.Module):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}")
         if tied and encoder_norm != "free":
-            raise ValueError("a tied encoder is the decoder's rows, which decoder_norm normalises; leave encoder_norm")
+            raise ValueError("a tied encoder is the decoder's rows, which decoder_norm normalizes; leave encoder_norm")
         self.rules = (activation,) * n if isinstance(activation, Activation) else tuple(activation)
         self.activation, scale, ks = _common(self.rules, n)
         self.settings: dict[str, Any] = {
@@ -101,7 +101,7 @@ class SAEBatch(nn.Module):
         for name, _ in first.named_parameters():
             stacked = torch.stack([member.get_parameter(name).detach() for member in members])
             self.register_parameter(name, nn.Parameter(stacked.to(device)))
-        self._own = (*self.activation.new_parameters(1), *self.activation.new_buffers())
+        self._rule_names = (*self.activation.new_parameters(1), *self.activation.new_buffers())
         for name in self.activation.new_buffers():
             self.register_buffer(name, torch.stack([member.get_buffer(name) for member in members]).to(device))
         self.register_buffer("tokens_since_fired", torch.zeros(n, d_sae, dtype=torch.int64, device=device))
@@ -116,7 +116,7 @@ class SAEBatch(nn.Module):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         """The i-th SAE's parameters and rule's buffers by name, as the forward pass reads them: views where it can."""
-        named = {**self.weights(), **{name: getattr(self, name) for name in self._own}}
+        named = {**self.weights(), **{name: getattr(self, name) for name in self._rule_names}}
         return {name: t[i].detach() for name, t in named.items()}
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class SAEBatch(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """W_enc (unless tied), W_dec, b_enc and b_dec as the forward pass reads them."""
-        named: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if name not in self._own}
+        named: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if name not in self._rule_names}
         for name, norm in (("W_enc", self.encoder_norm), ("W_dec", self.decoder_norm)):
             if norm == "forward" and name in named:
                 named[name] = F.normalize(named[name], dim=-1)
@@ -161,9 +161,9 @@ class SAEBatch(nn.Module):
         x = self.checked(x, self.d_in, "x")
         goal = x if target is None else self.checked(target, self.d_out, "target")
         weights = self.weights()
-        own = {name: getattr(self, name) for name in self._own}
+        rule_state = {name: getattr(self, name) for name in self._rule_names}
         out = reference.forward(
-            weights, x, self.rule, own, target=goal, pre_bias=self.pre_bias, loss=self.loss,
+            weights, x, self.rule, rule_state, target=goal, pre_bias=self.pre_bias, loss=self.loss,
             penalty_scale=self.penalty_scale, training=self.training,
         )  # fmt: skip
         if not self.training:
@@ -217,12 +217,12 @@ class _ManyKs:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+    def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         """reference.keep_top_k or batch_top_k of each SAE with its k."""
         if isinstance(self.inner, BatchTopK):
-            threshold = own["threshold"]
+            threshold = rule_state["threshold"]
             if not training and not bool((threshold < 0).any()):
-                return self.inner.dense(pre, rows, own, training)
+                return self.inner.dense(pre, rows, rule_state, training)
             flat, ks = torch.relu(pre).flatten(-2), (self.ks * pre.shape[-2])[:, None]
         else:
             flat, ks = torch.relu(pre), self.ks[:, None, None]

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fastsae.model import losses
-from fastsae.model.parameters import normalise_rows_, project_rows_
+from fastsae.model.parameters import normalize_rows_, project_rows_
 from fastsae.model.rules import BatchTopK, GroupMax, TopK
 from fastsae.training.batch import SAEBatch
 from fastsae.training.plain import OPTIMIZERS
 
 
 class BatchTrainStep:
-    """`metrics = step(x)`: gradient, projection of a unit decoder's, Adam or AdamW, renormalisation, for all at once.
+    """`metrics = step(x)`: gradient, projection of a unit decoder's, Adam or AdamW, renormalization, for all at once.
 
     lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. Elementwise, so no SAE has an influence on
     another. schedule: multiplier of lr from the number of updates done.
@@ -72,7 +72,7 @@ class BatchTrainStep:
                 project_rows_(W.grad, W)
             self.optimizer.step()
             if batch.decoder_norm == "unit":
-                normalise_rows_(W)
+                normalize_rows_(W)
         self.step += 1
         return metrics
 

@@ -108,7 +108,7 @@ def dense_pass(task: Task, want_dx: bool = False) -> Pass:
 def _dense_error(task: Task, x: Tensor, goal: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
     """recon - target of a dense pass, before any gradient."""
     rule, error = task.rule, torch.empty_like(goal)
-    rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(task.sae.own).items()}
+    rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(task.sae.rule_state).items()}
     size = max(1, DENSE_PIECE // task.sae.d_sae)
     for inputs, wanted, place in zip(x.split(size), goal.split(size), error.split(size), strict=True):
         torch.sub(rule.activate(torch.addmm(b_enc, inputs, W_enc.mT), rows) @ W_dec, wanted, out=place)
@@ -140,5 +140,5 @@ def sampled_density(task: Task, tokens: int) -> float:
     some = task.x[:: max(1, n // tokens)][:tokens]
     with torch.no_grad():
         z = torch.addmm(wide(sae.b_enc), wide(some), wide(sae.encoder_weight).mT)
-        rows = {name: t.unsqueeze(0) for name, t in task.rule.per_latent(sae.own).items()}
+        rows = {name: t.unsqueeze(0) for name, t in task.rule.per_latent(sae.rule_state).items()}
     return float(task.rule.considered(z, rows).double().mean())

@@ -20,7 +20,7 @@ from fastsae.training.objective import Pass, Task
 class Outer:
     """outer(recon) as a pass asks for it: called with the error, it returns the gradient of the reconstruction.
 
-    value: the loss, 0-d float64; dx: what it adds to x's gradient by way of the normalisation, or None.
+    value: the loss, 0-d float64; dx: what it adds to x's gradient by way of the normalization, or None.
     """
 
     def __init__(self, sae: SparseAutoencoder, ready: Inputs, outer: Callable[[Tensor], Tensor], x: Tensor):
@@ -29,7 +29,7 @@ class Outer:
         self.dx: Tensor | None = None
 
     def __call__(self, error: Tensor) -> Tensor:
-        """error (N, D_out) = recon - target, normalised. Raises ValueError for a loss that is not one number of it."""
+        """error (N, D_out) = recon - target, normalized. Raises ValueError for a loss that is not one number of it."""
         sae, ready, x = self.sae, self.ready, self.x
         recon = (error + ready.target.to(error.dtype)).requires_grad_()
         with torch.enable_grad():
@@ -61,7 +61,7 @@ def of_step(
     """dL/dx, shape of x, before the parameters are updated.
 
     whole (N, D_out): dL/d recon; scaled: the part of the loss that is divided by `over`. With P the pre-acts:
-    dx = dP W_enc + whole W_skip - dL/d error (where x is its own target), through the normalisation.
+    dx = dP W_enc + whole W_skip - dL/d error (where x is its own target), through the normalization.
     """
     sae, backend = task.sae, task.how.backend
     W_enc = sae.encoder_weight

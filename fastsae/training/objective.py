@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsae import ops, reference
 from fastsae.codes import SparseCodes, UpdateTerm
 from fastsae.model import losses
-from fastsae.model.rules import Activation, How
+from fastsae.model.rules import Activation, EncodeOptions
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.ops.backward import per_latent
 from fastsae.reference import wide
@@ -39,7 +39,7 @@ class Task:
     goal: Tensor
     bias: Tensor | None
     over: Tensor | int
-    how: How
+    how: EncodeOptions
     outer: Callable[[Tensor], Tensor] | None = None
     """From the final error: the gradient of losses that lie behind the reconstruction (N, D_out)."""
 
@@ -86,8 +86,8 @@ class Pass:
 def selected_pass(task: Task) -> Pass:
     """For rules whose acts are their pre-acts and who penalise nothing."""
     sae, rule, backend = task.sae, task.rule, task.how.backend
-    codes, _ = rule.select(task.x, sae.encoder_weight, sae.b_enc, sae.own, True, task.how)
-    parts = rule.parts(codes, sae.own)
+    codes, _ = rule.select(task.x, sae.encoder_weight, sae.b_enc, sae.rule_state, True, task.how)
+    parts = rule.parts(codes, sae.rule_state)
     errors: list[tuple[Tensor, float]] = []
     sums: list[Tensor] = []
     for part, weight in parts:
@@ -180,7 +180,7 @@ def sort_out(found: Pass, task: Task, grads: dict[str, Tensor]) -> None:
     """b_enc's and the decoder norms' gradients go to the update, the others to their owners."""
     sae = task.sae
     b_enc, norms = grads.pop("b_enc"), grads.pop("norms", None)
-    if "b_enc" in task.rule.per_latent(sae.own):
+    if "b_enc" in task.rule.per_latent(sae.rule_state):
         found.adds["db_enc"] = b_enc
     if norms is not None:
         each = torch.linalg.vector_norm(wide(sae.W_dec).unflatten(-1, (sae.layers, -1)), dim=-1)
@@ -192,7 +192,7 @@ def pre_acts_with_room(task: Task, capacity: int) -> tuple[SparseCodes, Tensor]:
     """A threshold rule's pre-acts in at most `capacity` slots, and whether that was too few (0-d bool)."""
     sae = task.sae
     codes, overflow = task.rule.select(
-        task.x, sae.encoder_weight, sae.b_enc, sae.own, True, task.how, capacity=capacity
+        task.x, sae.encoder_weight, sae.b_enc, sae.rule_state, True, task.how, capacity=capacity
     )
     assert overflow is not None
     return (codes.trimmed() if codes.acts.device.type == "cpu" else codes.masked(OFF)), overflow

@@ -1,4 +1,4 @@
-"""One training step the ordinary way: autograd through the module, projection, `torch.optim.Adam`, renormalisation."""
+"""One training step the ordinary way: autograd through the module, projection, `torch.optim.Adam`, renormalization."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adam
 
 
 class PlainTrainStep:
-    """g = ∇loss(sae(x));  project g;  Adam;  renormalise: what `FusedTrainStep` does in one call, in many.
+    """g = ∇loss(sae(x));  project g;  Adam;  renormalize: what `FusedTrainStep` does in one call, in many.
 
     Slower, any backend, and readable: the curve that the fused step is held against, and the way to train a module
     that the fused step does not know. Same call, same metrics, same kind of state.
@@ -48,9 +48,12 @@ class PlainTrainStep:
         self.clip_norm, self.penalty_schedule, self.k_schedule = clip_norm, penalty_schedule, k_schedule
         self.step = 0
         # A rule's own parameters do not decay: a threshold of 1 is no resting place.
-        own = list(sae.rule_parameters.values())
+        rule_state = list(sae.rule_parameters.values())
         others = [p for name, p in sae.named_parameters() if name not in sae.rule_parameters]
-        groups: list[dict[str, Any]] = [{"params": others}, *([{"params": own, "weight_decay": 0.0}] if own else [])]
+        groups: list[dict[str, Any]] = [
+            {"params": others},
+            *([{"params": rule_state, "weight_decay": 0.0}] if rule_state else []),
+        ]
         self.optimizer = OPTIMIZERS[optimizer](groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:

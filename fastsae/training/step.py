@@ -1,4 +1,4 @@
-"""FusedTrainStep: forward, loss, backward, projection, optimizer and renormalisation of an SAE in one call, in place.
+"""FusedTrainStep: forward, loss, backward, projection, optimizer and renormalization of an SAE in one call, in place.
 
 The same numbers as autograd + `project_gradients_` + a torch optimizer + `normalize_decoder_`, without autograd over
 the dictionaries, without a stored dictionary gradient and without an (N, M) tensor. For rules that fix how many latents
@@ -140,7 +140,7 @@ class FusedTrainStep:
         outer: a further loss of the reconstruction (*batch, d_out), in the caller's units, that is added: what follows
         in a model, for instance. Where x, a leaf, requires a gradient, that of the whole loss is added to x.grad.
         Returns 0-d tensors: loss (what was minimised), mse, fvu and the other parts of `SAEOutput.losses` (all in
-        normalised units), l0 (mean active latents), redone (tokens whose selection was repeated), dead (latents),
+        normalized units), l0 (mean active latents), redone (tokens whose selection was repeated), dead (latents),
         grad_norm (before projection), lr, outer.
         Counts are int64, and float64 where a CUDA graph gives them.
         Raises ValueError for an empty batch and what `sae.inputs` raises; nothing has changed then.
@@ -238,7 +238,7 @@ class FusedTrainStep:
         if sae.W_skip is not None:
             goal = goal - ready.x @ sae.W_skip.mT
         screen = self._kept.current(ready.encoder_input, in_place=self._graph is not None)
-        how = sae.how(screen=screen, backend=self.backend)
+        how = sae.encode_options(screen=screen, backend=self.backend)
         behind = None if outer is None else input_gradient.Outer(sae, ready, outer, x)
         task = Task(sae, ready.encoder_input, goal, bias, over, how, behind)
         found = self._passed(task, x.requires_grad)
@@ -271,7 +271,7 @@ class FusedTrainStep:
             x.grad = grad if x.grad is None else x.grad + grad
         sae.count_fired_(found.counts, n)
         if found.codes is not None:
-            sae.rule.observe(found.codes, sae.own)
+            sae.rule.observe(found.codes, sae.rule_state)
         return {"loss": torch.as_tensor(loss), **metrics}
 
     def _passed(self, task: Task, want_dx: bool) -> Pass:

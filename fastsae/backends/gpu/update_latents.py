@@ -1,7 +1,7 @@
 """update_latents_: the backward of a whole step and its Adam update, in place; no dictionary gradient is ever stored.
 
     dact_e = ⟨grad_n, W_dec_i⟩    dW_dec_i = Σ act_e · grad_n    dW_enc_i = Σ dact_e · x_n    db_enc_i = Σ dact_e
-    db_dec = Σ_n grad_n - Σ_i db_enc_i · W_enc_i (pre_bias);  then project, Adam, renormalise: reference.update
+    db_dec = Σ_n grad_n - Σ_i db_enc_i · W_enc_i (pre_bias);  then project, Adam, renormalize: reference.update
 
 The entries of all terms are listed latent by latent once, long latents are cut (pieces.py), and then a program holds
 one latent's rows and does everything to them (steps.update_rows). Every sum has one order: nothing is atomic and the

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastsae.model.rules.base import Activation, How, Own, Selected
+from fastsae.model.rules.base import Activation, EncodeOptions, RuleState, Selected
 from fastsae.model.rules.nested import HierarchicalTopK, Matryoshka
 from fastsae.model.rules.threshold import Gated, JumpReLU, ReLU
 from fastsae.model.rules.topk import BatchTopK, GroupMax, TopK
@@ -31,6 +31,18 @@ def activation_from_config(config: dict[str, Any]) -> Activation:
 
 
 __all__ = [
-    "ACTIVATIONS", "Activation", "BatchTopK", "Gated", "GroupMax", "HierarchicalTopK", "How", "JumpReLU", "Matryoshka",
-    "Own", "ReLU", "Selected", "TopK", "activation_from_config",
+    "ACTIVATIONS",
+    "Activation",
+    "BatchTopK",
+    "EncodeOptions",
+    "Gated",
+    "GroupMax",
+    "HierarchicalTopK",
+    "JumpReLU",
+    "Matryoshka",
+    "ReLU",
+    "RuleState",
+    "Selected",
+    "TopK",
+    "activation_from_config",
 ]  # fmt: skip

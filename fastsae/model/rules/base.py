@@ -19,7 +19,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.codes import Screen, SparseCodes
 
-Own = Mapping[str, Tensor]
+RuleState = Mapping[str, Tensor]
 """A rule's parameters and buffers by name, and b_enc."""
 
 ROOM = 256
@@ -34,7 +34,7 @@ class Selected(NamedTuple):
 
 
 @dataclass(frozen=True)
-class How:
+class EncodeOptions:
     """How an encoder computes, as the encoders of fastsae.ops take it: no setting of a rule, and not saved."""
 
     screen: Screen | None = None
@@ -78,7 +78,7 @@ class Activation(ABC):
         """Active latents per token, for a backend that chooses its screen by it; None where a threshold decides."""
         return None
 
-    def considered(self, pre: Tensor, rows: Own) -> Tensor:
+    def considered(self, pre: Tensor, rows: RuleState) -> Tensor:
         """Of all pre-acts those that `select` returns in training, for a threshold rule: bool."""
         return pre > 0
 
@@ -100,22 +100,29 @@ class Activation(ABC):
 
     @abstractmethod
     def select(
-        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        rule_state: RuleState,
+        training: bool,
+        options: EncodeOptions,
+        capacity: int | None = None,
     ) -> Selected:
         """The pre-acts that matter in forward or backward, for x (N, D), W (M, D), b (M,); differentiable in all three.
 
         capacity: slots of a threshold's ragged code; None: as many as it takes, which looks at the device.
         """
 
-    def per_latent(self, own: Own) -> dict[str, Tensor]:
+    def per_latent(self, rule_state: RuleState) -> dict[str, Tensor]:
         """What `activate` and `sparsity` need to know of each latent: (M,) each."""
         return {}
 
-    def activate(self, pre: Tensor, rows: Own) -> Tensor:
+    def activate(self, pre: Tensor, rows: RuleState) -> Tensor:
         """acts from pre-acts, elementwise; rows: `per_latent`, each broadcast to pre."""
         return pre
 
-    def sparsity(self, pre: Tensor, acts: Tensor, rows: Own, norms: Tensor) -> Tensor | None:
+    def sparsity(self, pre: Tensor, acts: Tensor, rows: RuleState, norms: Tensor) -> Tensor | None:
         """What the penalty sums over latents, elementwise; norms: those of the decoder's rows."""
         return None
 
@@ -127,18 +134,18 @@ class Activation(ABC):
         """Acts that must reconstruct the target too, with the decoder held fixed."""
         return None
 
-    def parts(self, codes: SparseCodes, own: Own) -> list[tuple[SparseCodes, float]]:
+    def parts(self, codes: SparseCodes, rule_state: RuleState) -> list[tuple[SparseCodes, float]]:
         """Disjoint parts of a code; after each is added to those before, the error counts with that weight."""
         return [(codes, 1.0)]
 
-    def observe(self, codes: SparseCodes, own: Own) -> None:  # noqa: B027 (most rules remember nothing)
+    def observe(self, codes: SparseCodes, rule_state: RuleState) -> None:  # noqa: B027 (most rules remember nothing)
         """What the rule remembers of a training batch, in place, after its step; no gradient, no host sync."""
 
     @abstractmethod
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+    def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         """A (*B, N, M) from all pre-acts: the truth of `select` and `activate`."""
 
-    def dense_parts(self, A: Tensor, own: Own) -> list[tuple[Tensor, float]]:
+    def dense_parts(self, A: Tensor, rule_state: RuleState) -> list[tuple[Tensor, float]]:
         """`parts` of a dense code."""
         return [(A, 1.0)]
 
@@ -167,15 +174,15 @@ def fits(rule: str, name: str, k: int, d_sae: int) -> None:
 
 
 def select_above(
-    x: Tensor, W: Tensor, b: Tensor, threshold: Tensor | float, how: How, capacity: int | None
+    x: Tensor, W: Tensor, b: Tensor, threshold: Tensor | float, options: EncodeOptions, capacity: int | None
 ) -> Selected:
     """`ops.encode_above` with room for all that are above, or with `capacity` slots and a flag."""
     if capacity is not None:
-        return Selected(*ops.encode_above(x, W, b, threshold, capacity, **how.arguments()))
+        return Selected(*ops.encode_above(x, W, b, threshold, capacity, **options.arguments()))
     most = x.shape[0] * W.shape[0]
     room = min(most, ROOM * x.shape[0])
     while True:
-        codes, overflow = ops.encode_above(x, W, b, threshold, room, **how.arguments())
+        codes, overflow = ops.encode_above(x, W, b, threshold, room, **options.arguments())
         if room == most or not bool(overflow):  # under torch.compile a graph break
             return Selected(codes.trimmed())
         room = min(most, 8 * room)

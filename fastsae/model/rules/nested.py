@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsae import ops, reference
 from fastsae.codes import SparseCodes
-from fastsae.model.rules.base import Activation, How, Own, Selected, fits, number, whole_number
+from fastsae.model.rules.base import Activation, EncodeOptions, RuleState, Selected, fits, number, whole_number
 from fastsae.model.rules.topk import BatchTopK, TopK
 
 
@@ -89,35 +89,44 @@ class Matryoshka(Activation):
         return self.inner.new_buffers() | drawn
 
     def select(
-        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        rule_state: RuleState,
+        training: bool,
+        options: EncodeOptions,
+        capacity: int | None = None,
     ) -> Selected:
-        return self.inner.select(x, W, b, own, training, how, capacity)
+        return self.inner.select(x, W, b, rule_state, training, options, capacity)
 
-    def ends(self, d_sae: int, own: Own, device: torch.device) -> Tensor:
+    def ends(self, d_sae: int, rule_state: RuleState, device: torch.device) -> Tensor:
         """Where each prefix ends: int64 (count,), ascending, the last d_sae."""
         if self.sampled is None:
             return torch.tensor(list(accumulate(self.groups)), device=device)
-        draws = torch.arange(self.sampled - 1, device=device) + own["batches"] * self.sampled
+        draws = torch.arange(self.sampled - 1, device=device) + rule_state["batches"] * self.sampled
         uniform = reference.mixed(draws, self.seed).double() / 2**32
         lengths = (self.shortest * (d_sae / self.shortest) ** uniform).long().clamp(max=d_sae).sort().values
         return torch.cat([lengths, lengths.new_tensor([d_sae])])
 
-    def parts(self, codes: SparseCodes, own: Own) -> list[tuple[SparseCodes, float]]:
-        part = torch.searchsorted(self.ends(codes.d_sae, own, codes.acts.device), codes.indices.long(), right=True)
+    def parts(self, codes: SparseCodes, rule_state: RuleState) -> list[tuple[SparseCodes, float]]:
+        part = torch.searchsorted(
+            self.ends(codes.d_sae, rule_state, codes.acts.device), codes.indices.long(), right=True
+        )
         return [(codes.keep(part == g), weight) for g, weight in enumerate(self.each_weight)]
 
     @torch.no_grad()
-    def observe(self, codes: SparseCodes, own: Own) -> None:
-        self.inner.observe(codes, own)
+    def observe(self, codes: SparseCodes, rule_state: RuleState) -> None:
+        self.inner.observe(codes, rule_state)
         if self.sampled is not None:
-            own["batches"].add_(1)
+            rule_state["batches"].add_(1)
 
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
-        return self.inner.dense(pre, rows, own, training)
+    def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
+        return self.inner.dense(pre, rows, rule_state, training)
 
-    def dense_parts(self, A: Tensor, own: Own) -> list[tuple[Tensor, float]]:
+    def dense_parts(self, A: Tensor, rule_state: RuleState) -> list[tuple[Tensor, float]]:
         latents = torch.arange(A.shape[-1], device=A.device)
-        part = torch.searchsorted(self.ends(A.shape[-1], own, A.device), latents, right=True)
+        part = torch.searchsorted(self.ends(A.shape[-1], rule_state, A.device), latents, right=True)
         return [(torch.where(part == g, A, 0), weight) for g, weight in enumerate(self.each_weight)]
 
     def config(self) -> dict[str, Any]:
@@ -159,20 +168,27 @@ class HierarchicalTopK(Activation):
         fits("HierarchicalTopK", "ks", self.ks[-1], d_sae)
 
     def select(
-        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        rule_state: RuleState,
+        training: bool,
+        options: EncodeOptions,
+        capacity: int | None = None,
     ) -> Selected:
-        return Selected(ops.encode_topk(x, W, b, self.ks[-1], **how.arguments()))
+        return Selected(ops.encode_topk(x, W, b, self.ks[-1], **options.arguments()))
 
-    def parts(self, codes: SparseCodes, own: Own) -> list[tuple[SparseCodes, float]]:
+    def parts(self, codes: SparseCodes, rule_state: RuleState) -> list[tuple[SparseCodes, float]]:
         order = codes.rank_order()
         ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(-1, order, ranks)
         bounds = pairwise((0, *self.ks))
         return [(codes.keep((rank >= a) & (rank < b)), w) for (a, b), w in zip(bounds, self.each_weight, strict=True)]
 
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+    def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         return reference.keep_top_k(pre, self.ks[-1])
 
-    def dense_parts(self, A: Tensor, own: Own) -> list[tuple[Tensor, float]]:
+    def dense_parts(self, A: Tensor, rule_state: RuleState) -> list[tuple[Tensor, float]]:
         prefixes = [torch.zeros_like(A), *(reference.keep_top_k(A, k) for k in self.ks)]
         return [(b - a, weight) for (a, b), weight in zip(pairwise(prefixes), self.each_weight, strict=True)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsae import reference
-from fastsae.model.rules.base import Activation, How, Own, Selected, number, select_above
+from fastsae.model.rules.base import Activation, EncodeOptions, RuleState, Selected, number, select_above
 from fastsae.reference import wide
 
 
@@ -23,7 +23,7 @@ class _Threshold(Activation):
     def check(self, d_sae: int) -> None:
         pass
 
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+    def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         return self.activate(pre, rows)
 
 
@@ -46,9 +46,16 @@ class _WithL1(_Threshold):
         return self.weighted
 
     def select(
-        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        rule_state: RuleState,
+        training: bool,
+        options: EncodeOptions,
+        capacity: int | None = None,
     ) -> Selected:
-        return select_above(x, W, b, 0.0, how, capacity)
+        return select_above(x, W, b, 0.0, options, capacity)
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,10 @@ class ReLU(_WithL1):
     weighted: bool = True
     kind: ClassVar[str] = "relu"
 
-    def activate(self, pre: Tensor, rows: Own) -> Tensor:
+    def activate(self, pre: Tensor, rows: RuleState) -> Tensor:
         return torch.relu(pre)
 
-    def sparsity(self, pre: Tensor, acts: Tensor, rows: Own, norms: Tensor) -> Tensor:
+    def sparsity(self, pre: Tensor, acts: Tensor, rows: RuleState, norms: Tensor) -> Tensor:
         return acts * norms if self.weighted else acts
 
 
@@ -125,23 +132,30 @@ class JumpReLU(_Threshold):
         return {"log_threshold": torch.full((d_sae,), math.log(self.threshold))}
 
     def select(
-        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        rule_state: RuleState,
+        training: bool,
+        options: EncodeOptions,
+        capacity: int | None = None,
     ) -> Selected:
         # In training the band below the threshold too: its latents are off, but they move θ.
-        bar = own["log_threshold"].detach().exp() - (self.bandwidth / 2 if training else 0.0)
-        return select_above(x, W, b, bar, how, capacity)
+        bar = rule_state["log_threshold"].detach().exp() - (self.bandwidth / 2 if training else 0.0)
+        return select_above(x, W, b, bar, options, capacity)
 
-    def considered(self, pre: Tensor, rows: Own) -> Tensor:
+    def considered(self, pre: Tensor, rows: RuleState) -> Tensor:
         return pre > rows["threshold"] - self.bandwidth / 2
 
-    def per_latent(self, own: Own) -> dict[str, Tensor]:
-        return {"threshold": own["log_threshold"].exp()}
+    def per_latent(self, rule_state: RuleState) -> dict[str, Tensor]:
+        return {"threshold": rule_state["log_threshold"].exp()}
 
-    def activate(self, pre: Tensor, rows: Own) -> Tensor:
+    def activate(self, pre: Tensor, rows: RuleState) -> Tensor:
         threshold = rows["threshold"].expand_as(pre)
         return reference.jump_relu(wide(pre), threshold, self.bandwidth).to(pre.dtype)
 
-    def sparsity(self, pre: Tensor, acts: Tensor, rows: Own, norms: Tensor) -> Tensor:
+    def sparsity(self, pre: Tensor, acts: Tensor, rows: RuleState, norms: Tensor) -> Tensor:
         if self.penalty_kind == "tanh":
             return torch.tanh(self.tanh_scale * wide(acts) * norms)
         return reference.heaviside(wide(pre), rows["threshold"].expand_as(pre), self.bandwidth)
@@ -166,13 +180,13 @@ class Gated(_WithL1):
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
         return {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}
 
-    def per_latent(self, own: Own) -> dict[str, Tensor]:
-        return {name: own[name] for name in ("b_enc", "r_mag", "b_mag")}
+    def per_latent(self, rule_state: RuleState) -> dict[str, Tensor]:
+        return {name: rule_state[name] for name in ("b_enc", "r_mag", "b_mag")}
 
-    def activate(self, pre: Tensor, rows: Own) -> Tensor:
+    def activate(self, pre: Tensor, rows: RuleState) -> Tensor:
         return reference.gated(wide(pre), wide(rows["b_enc"]), rows["r_mag"], rows["b_mag"]).to(pre.dtype)
 
-    def sparsity(self, pre: Tensor, acts: Tensor, rows: Own, norms: Tensor) -> Tensor:
+    def sparsity(self, pre: Tensor, acts: Tensor, rows: RuleState, norms: Tensor) -> Tensor:
         return torch.relu(pre) * norms if self.weighted else torch.relu(pre)
 
     def gate(self, pre: Tensor) -> Tensor:

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fastsae import ops, reference
 from fastsae.codes import SparseCodes
-from fastsae.model.rules.base import Activation, How, Own, Selected, fits, number, select_above, whole_number
+from fastsae.model.rules.base import (
+    Activation,
+    EncodeOptions,
+    RuleState,
+    Selected,
+    fits,
+    number,
+    select_above,
+    whole_number,
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,18 @@ class TopK(Activation):
         fits("TopK", "k", self.k, d_sae)
 
     def select(
-        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        rule_state: RuleState,
+        training: bool,
+        options: EncodeOptions,
+        capacity: int | None = None,
     ) -> Selected:
-        return Selected(ops.encode_topk(x, W, b, self.k, **how.arguments()))
+        return Selected(ops.encode_topk(x, W, b, self.k, **options.arguments()))
 
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+    def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         return reference.keep_top_k(pre, self.k)
 
 
@@ -78,26 +94,33 @@ class BatchTopK(Activation):
         return {"threshold": torch.tensor(-1.0)}
 
     def select(
-        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        rule_state: RuleState,
+        training: bool,
+        options: EncodeOptions,
+        capacity: int | None = None,
     ) -> Selected:
-        if training or float(own["threshold"]) < 0:  # under torch.compile a graph break
-            return Selected(ops.encode_batch_topk(x, W, b, self.k, **how.arguments()))
-        return select_above(x, W, b, own["threshold"], how, capacity)
+        if training or float(rule_state["threshold"]) < 0:  # under torch.compile a graph break
+            return Selected(ops.encode_batch_topk(x, W, b, self.k, **options.arguments()))
+        return select_above(x, W, b, rule_state["threshold"], options, capacity)
 
     @torch.no_grad()
-    def observe(self, codes: SparseCodes, own: Own) -> None:
+    def observe(self, codes: SparseCodes, rule_state: RuleState) -> None:
         acts = torch.where(codes.occupied() & (codes.acts > 0), codes.acts, torch.inf).float()
         if acts.numel() == 0:
             return
-        self.move_(own["threshold"], acts.amin())
+        self.move_(rule_state["threshold"], acts.amin())
 
     def move_(self, threshold: Tensor, least: Tensor) -> None:
         """Moves the running threshold, in place, by the smallest act of a batch: infinite where none was above 0."""
         moved = torch.where(threshold < 0, least, torch.lerp(least, threshold, self.decay))
         threshold.copy_(torch.where(torch.isfinite(least), moved, threshold))
 
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
-        threshold = own.get("threshold")
+    def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
+        threshold = rule_state.get("threshold")
         if training or threshold is None or bool((threshold < 0).any()):
             return reference.batch_top_k(pre, self.k)
         return torch.where(pre > threshold[..., None, None].to(pre.dtype), pre, 0)
@@ -126,12 +149,21 @@ class GroupMax(Activation):
             raise ValueError(f"GroupMax has k = {self.k} groups, expected a divisor of d_sae = {d_sae}")
 
     def select(
-        self, x: Tensor, W: Tensor, b: Tensor, own: Own, training: bool, how: How, capacity: int | None = None
+        self,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        rule_state: RuleState,
+        training: bool,
+        options: EncodeOptions,
+        capacity: int | None = None,
     ) -> Selected:
         # Each group is a shard of the dictionary with an encoder of its own, which makes its own narrow copy.
         size = W.shape[0] // self.k
         found = [
-            ops.encode_topk(x, rows, bias, 1, index_offset=i * size, precision=how.precision, backend=how.backend)
+            ops.encode_topk(
+                x, rows, bias, 1, index_offset=i * size, precision=options.precision, backend=options.backend
+            )
             for i, (rows, bias) in enumerate(zip(W.split(size), b.split(size), strict=True))
         ]
         acts, indices = torch.cat([c.acts for c in found], -1), torch.cat([c.indices for c in found], -1)
@@ -145,5 +177,5 @@ class GroupMax(Activation):
             )
         )  # fmt: skip
 
-    def dense(self, pre: Tensor, rows: Own, own: Own, training: bool) -> Tensor:
+    def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         return reference.keep_group_max(pre, self.k)

@@ -2,7 +2,7 @@
 
 A point becomes its similarities to anchors of the same distribution, e_j = exp(-‖p - a_j‖² / (2 (v + 1e-5) s²)), v the
 anchors' variance summed over axes, s = 2 / classes; a top-1 SAE with unit rows reconstructs that.
-Source: the public code RobertHuben/point_cloud_sae. Two faults are not copied: encoder rows are normalised per latent,
+Source: the public code RobertHuben/point_cloud_sae. Two faults are not copied: encoder rows are normalized per latent,
 and the entropy is right when cluster ids have gaps.
 
 `BETTER` is what of the recipe is changed to do better, without labels and without test points: see `spectral`.
