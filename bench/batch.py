@@ -25,7 +25,7 @@ from bench.timing import Sample
 from fastsae.atomic import write_json
 from fastsae.training.batch import SAEBatch
 from fastsae.training.batch_step import BatchTrainStep
-from fastsae.training.plain import PlainTrainStep
+from fastsae.training.step import PlainTrainStep
 
 CLUSTERING = {"B": 10, "N": 100, "D": 100, "M": 18, "K": 1}
 SIZES = [{"B": 4, "N": N, "D": 128, "M": M, "K": 8} for N, M in ((256, 256), (256, 1024), (1024, 1024), (1024, 4096))]

@@ -6,7 +6,7 @@
 `fastsae.ops` is the functional face of the engine, `fastsae.backends()` says who computes it on this machine.
 """
 
-from fastsae import ops
+from fastsae import ops, optim
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
 from fastsae.model.files import load, save
@@ -45,6 +45,7 @@ __all__ = [
     "backends",
     "load",
     "ops",
+    "optim",
     "resample_",
     "save",
 ]

@@ -12,7 +12,7 @@ A is the dense (N, M) view of a code: N tokens, M = d_sae latents. Two layouts:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class SparseCodes:
     acts (*batch, K) floating, or (capacity,) when ragged; indices int32, same shape, in [0, d_sae);
     offsets int64 (N+1,) when ragged, else None; batch_shape: the leading dimensions, N = their product, never ();
     redone: 0-d int64, tokens whose selection the encoder had to repeat (a metric), or None.
+    made_by: the encoder's record and the acts that it made; `encoded` says whether the acts are still those.
     """
 
     acts: Tensor
@@ -36,6 +37,7 @@ class SparseCodes:
     offsets: Tensor | None = None
     batch_shape: tuple[int, ...] = ()
     redone: Tensor | None = None
+    made_by: tuple[Any, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.batch_shape:
@@ -93,9 +95,18 @@ class SparseCodes:
         if self.is_ragged:
             return replace(self, batch_shape=batch_shape)
         shape = (*batch_shape, self.k)
-        return replace(
-            self, acts=self.acts.reshape(shape), indices=self.indices.reshape(shape), batch_shape=batch_shape
-        )
+        indices = self.indices.reshape(shape)
+        return self._same_acts(replace(self, acts=self.acts.reshape(shape), indices=indices, batch_shape=batch_shape))
+
+    @property
+    def encoded(self) -> Any:
+        """The record of the encoder that made these acts, or None where they went through anything since."""
+        return self.made_by[0] if self.made_by is not None and self.made_by[1] is self.acts else None
+
+    def _same_acts(self, other: SparseCodes) -> SparseCodes:
+        """other, whose acts are acts of this code, each of the same token."""
+        other.made_by = None if self.encoded is None else (self.encoded, other.acts)
+        return other
 
     def to(
         self,
@@ -175,7 +186,7 @@ class SparseCodes:
             place = torch.where(kept, before[:-1], size)  # whoever is left out goes to one slot that is cut off
             acts = self.acts.new_zeros(size + 1).scatter(0, place, self.acts.flatten())[:size]
             indices = self.indices.new_zeros(size + 1).scatter(0, place, self.indices.flatten())[:size]
-        return SparseCodes(acts, indices, self.d_sae, offsets, self.batch_shape, self.redone)
+        return self._same_acts(SparseCodes(acts, indices, self.d_sae, offsets, self.batch_shape, self.redone))
 
     # -- views of the same code -------------------------------------------------------------------------------------
 

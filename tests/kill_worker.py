@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from fastsae.runs import checkpoint, logs, rundir
-from fastsae.training.plain import PlainTrainStep
-from fastsae.training.step import FusedTrainStep
+from fastsae.training.step import FusedTrainStep, PlainTrainStep
 from tests.train_case import trainer
 
 

@@ -13,7 +13,7 @@ from fastsae.model import losses
 from fastsae.model.rules import Activation, BatchTopK
 from fastsae.training.batch import SAEBatch
 from fastsae.training.batch_step import BatchTrainStep
-from fastsae.training.plain import PlainTrainStep
+from fastsae.training.step import PlainTrainStep
 
 B, N, D, M = 3, 40, 10, 24
 SEEDS = (5, 0, 9)

@@ -9,8 +9,7 @@ import torch
 
 import fastsae
 from fastsae.model.files import load, save
-from fastsae.training.plain import PlainTrainStep
-from fastsae.training.step import FusedTrainStep
+from fastsae.training.step import FusedTrainStep, PlainTrainStep
 from tests.family_case import RULES, SHAPED, D, M, family_sae, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")

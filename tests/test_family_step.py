@@ -12,9 +12,7 @@ from torch import Tensor
 import fastsae
 from fastsae.model.resample import resample_
 from fastsae.runs.schedules import AnnealK, Schedule, inverse_sqrt_lr
-from fastsae.training import objective
-from fastsae.training.plain import PlainTrainStep
-from fastsae.training.step import FusedTrainStep
+from fastsae.training.step import FusedTrainStep, PlainTrainStep
 from tests.family_case import RULES, SHAPED, D, M, N, family_sae, tokens
 from tests.truth import BACKENDS
 
@@ -77,7 +75,7 @@ def test_a_fused_step_is_autograd_and_adam(name: str, settings: dict, backend: s
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", SHAPED)
 def test_so_is_a_dense_one(name: str, settings: dict, monkeypatch) -> None:
-    monkeypatch.setattr("fastsae.training.dense.DENSE_PIECE", 10 * M)  # pieces of ten tokens, and a last one of seven
+    monkeypatch.setattr("fastsae.model.dense.PIECE", 10 * M)  # pieces of ten tokens, and a last one of seven
     sae = family_sae(RULES[name], **settings)
     assert_equal_training(sae, FusedTrainStep(sae, lr=1e-2, eps=1e-4, dense_above=0.0))
 
@@ -115,10 +113,11 @@ def test_narrow_weights_train_and_keep_what_is_wide(name: str, dtype: torch.dtyp
 def test_the_dense_way_takes_over_while_many_fire_and_gives_way_without_a_jump(monkeypatch) -> None:
     """An L1 run whose density falls from a half: the same curve whichever way each step goes."""
     ways: list[str] = []
-    for name in ("dense_pass", "shaped_pass"):
-        module = "fastsae.training.step." if name == "dense_pass" else "fastsae.training.objective."
-        real = getattr(__import__("fastsae.training.step", fromlist=["x"]) if name == "dense_pass" else objective, name)
-        monkeypatch.setattr(module + name, lambda *a, real=real, name=name: ways.append(name) or real(*a))
+    for name in ("_densely", "_activated"):
+        real = getattr(fastsae.SparseAutoencoder, name)
+        monkeypatch.setattr(
+            fastsae.SparseAutoencoder, name, lambda *a, real=real, name=name: ways.append(name) or real(*a)
+        )
     curves, densities = [], []
     for dense_above in (0.0, 0.2, 1.0):
         ways.clear()
@@ -130,11 +129,11 @@ def test_the_dense_way_takes_over_while_many_fire_and_gives_way_without_a_jump(m
         if dense_above == 0.2:
             mixed = list(ways)
         else:
-            assert set(ways) == {"dense_pass" if dense_above == 0.0 else "shaped_pass"}
+            assert set(ways) == {"_densely" if dense_above == 0.0 else "_activated"}
     assert densities[0] > 0.4
     assert densities[-1] < 0.2
-    assert mixed[0] == "dense_pass"
-    assert mixed[-1] == "shaped_pass"
+    assert mixed[0] == "_densely"
+    assert mixed[-1] == "_activated"
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-8, atol=0)
     torch.testing.assert_close(curves[2], curves[0], rtol=1e-8, atol=0)
 

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.codes import Screen, SparseCodes
+from fastsae.codes import SparseCodes
+from fastsae.model.rules.base import EncodeOptions
+from fastsae.ops.reconstruction import squared_errors
+from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import wide
 
 LOSSES = ("mse", "fvu")
-SERIAL_SUM = 16384
 GHOST_PIECE = 2**24
 """Numbers of (N, dead) that ghost gradients hold at a time."""
 
@@ -23,24 +25,6 @@ GHOST_PIECE = 2**24
 def n_tokens(x: Tensor) -> int:
     """Product of the leading dimensions of x (*batch, D)."""
     return x.shape[:-1].numel()
-
-
-def sum_of_squares(t: Tensor) -> Tensor:
-    """Σ t² of (N, D), by rows and then in float64: one pass, no copy. Bits do not depend on the CPU threads."""
-    return total(torch.linalg.vector_norm(t, dim=-1).double().square())
-
-
-def total(squares: Tensor) -> Tensor:
-    """The sum of float64 (N,), in an order that does not depend on the CPU threads."""
-    # torch deals a full sum of 32768 numbers or more out to its threads; in a compiled graph the compiler sums.
-    if torch.compiler.is_compiling() or squares.numel() <= SERIAL_SUM:
-        return squares.sum()
-    return torch.stack([piece.sum() for piece in squares.flatten().split(SERIAL_SUM)]).sum()
-
-
-def fixed_sum(t: Tensor) -> Tensor:
-    """The sum of t, in its dtype, added in float64 in an order that does not depend on the CPU threads."""
-    return total(t.flatten().double()).to(t.dtype)
 
 
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:
@@ -103,15 +87,7 @@ def dead_rows(dead: Tensor) -> Tensor:
 
 
 def encode_dead(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor,
-    dead: Tensor,
-    k: int,
-    *,
-    screen: Screen | None = None,
-    precision: str = "exact",
-    backend: str | None = None,
+    x: Tensor, W: Tensor, b: Tensor, dead: Tensor, k: int, options: EncodeOptions | None = None
 ) -> SparseCodes | None:
     """The k largest acts of each token among the dead latents: `encode_topk` on their rows.
 
@@ -120,7 +96,7 @@ def encode_dead(
     """
     if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
         return None
-    return ops.encode_topk(x, W, b, k, rows=dead_rows(dead), screen=screen, precision=precision, backend=backend)
+    return ops.encode_topk(x, W, b, k, rows=dead_rows(dead), **(options or EncodeOptions()).arguments())
 
 
 def aux_weight(dead: Tensor, k: int) -> Tensor:
@@ -128,20 +104,30 @@ def aux_weight(dead: Tensor, k: int) -> Tensor:
     return (dead.sum().double() / k).clamp(max=1.0)
 
 
-def aux_k(codes: SparseCodes, W_dec: Tensor, error: Tensor, weight: Tensor, loss_denominator: Tensor | int) -> Tensor:
-    """weight · Σ_n ‖e_n - ê_n‖² / normalizer,  ê = A_dead W_dec: dead latents model what the live ones left over.
+def aux_k(
+    codes: SparseCodes,
+    W_dec: Tensor,
+    missed: Tensor,
+    weight: Tensor,
+    loss_denominator: Tensor | int,
+    *,
+    overwrite: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """weight · Σ_n ‖e_n - ê_n‖² / loss_denominator,  ê = A_dead W_dec: dead latents model what the live ones left over.
 
-    codes: from `encode_dead`; error (*batch, D_out): target - recon, held fixed (no gradient flows into it).
-    Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
+    codes: from `encode_dead`; missed (N, D_out) = recon - target = -e, held fixed (no gradient flows into it).
+    overwrite: as of `squared_errors`. float64. Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
     """
-    left_over = squared_error(ops.decode(codes, W_dec), error.detach())
-    return weight.to(left_over.dtype) * left_over / loss_denominator
+    missed = missed.detach()
+    left_over = squared_errors([(codes, 1.0)], W_dec, start=missed, overwrite=overwrite, backend=backend).weighted
+    return weight * left_over / loss_denominator
 
 
 def ghost_residual(
     x: Tensor, error: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, loss_denominator: Tensor | int
 ) -> Tensor:
-    """Σ_n r_n ‖s_n·g_n - e_n‖² / normalizer,  g = exp(x W_encᵀ + b_enc) W_dec: dead latents model what is left over.
+    """Σ_n r_n ‖s_n·g_n - e_n‖² / loss_denominator,  g = exp(x W_encᵀ + b_enc) W_dec: dead ones model what is left over.
 
     s_n makes ‖s_n g_n‖ half of ‖e_n‖ and r_n makes the term as large as the error of its token; both, and e, are held
     fixed. W_enc, W_dec (dead, D), b_enc (dead,): the rows of the dead latents; x (N, D_in); error (N, D_out): target -

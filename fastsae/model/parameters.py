@@ -19,6 +19,10 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+DENSE_ABOVE = 0.04
+"""Share of latents active per token from which a threshold rule's training step looks at all of them densely."""
+
+
 def project_rows_(grad: Tensor, W: Tensor) -> None:
     """grad_i -= ⟨grad_i, W_i⟩ W_i / ‖W_i‖², in place, for rows of (*B, M, D). A row of 0 keeps its gradient."""
     # A row of 0 has no direction to project away: 0 / tiny leaves its gradient alone.
@@ -82,6 +86,8 @@ class Parameters(nn.Module):
         self.backend: str | None = None
         self.annealed_k: int | None = None  # set by whoever trains, not saved
         self.precision = "exact"
+        self.dense_above = DENSE_ABOVE
+        self.active_share: float | None = None  # of the last step of a threshold rule
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         self.norm = InputNorm(normalize, **factory)
         self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out, **factory))

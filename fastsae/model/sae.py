@@ -7,33 +7,40 @@ active reads nothing back from the device; a threshold rule asks how many there 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fastsae import ops, reference
 from fastsae.codes import Screen, SparseCodes
-from fastsae.model import losses
+from fastsae.model import dense, losses
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import TokenStats
 from fastsae.model.parameters import Parameters
-from fastsae.model.rules import Activation, EncodeOptions
+from fastsae.model.rules import Activation, EncodeOptions, Selected
+from fastsae.ops import ledger as ledgers
 from fastsae.ops.backward import per_latent
+from fastsae.ops.reconstruction import squared_errors
+from fastsae.ops.sums import fixed_sum
+from fastsae.reference import wide
 
 
 class ForwardResult(NamedTuple):
     """What `sae(x)` returns.
 
-    recon (*batch, d_out) in the units of the target; codes: the active latents; loss: 0-d, what to minimise; losses:
-    its parts before their coefficients: "mse" or "fvu"; of a rule with several reconstructions "nested", their weighted
-    sum; of one with a penalty "sparsity"; of Gated "gate"; and in training "aux" or "ghost" where the module has them.
+    loss: 0-d, what to minimise; recon (*batch, d_out) in the units of the target; codes: the active latents; losses:
+    the loss's parts before their coefficients: "mse" or "fvu"; of a rule with several reconstructions "nested", their
+    weighted sum; of one with a penalty "sparsity"; of Gated "gate"; and in training "aux" or "ghost" where the module
+    has them.
     """
 
+    loss: Tensor
     recon: Tensor
     codes: SparseCodes
-    loss: Tensor
     losses: dict[str, Tensor]
 
 
@@ -44,6 +51,34 @@ class Inputs(NamedTuple):
     encoder_input: Tensor
     target: Tensor
     stats: TokenStats | None
+
+
+@dataclass(eq=False)
+class Objective:
+    """A forward pass and its loss, before anything is made for the caller.
+
+    loss and losses: 0-d float64. error (N, d_out) = recon - target, normalized. codes: None where every latent was
+    looked at densely. counts (M,) int64: on how many tokens each latent was active; active: their sum. dead (M,) bool:
+    after this batch. squares, variance: of the error and of the target, 0-d. redone: tokens encoded twice, or None.
+    """
+
+    ready: Inputs
+    loss: Tensor
+    losses: dict[str, Tensor]
+    error: Tensor
+    codes: SparseCodes | None
+    counts: Tensor
+    dead: Tensor
+    squares: Tensor
+    redone: Tensor | None
+
+    @property
+    def active(self) -> Tensor:
+        return self.counts.sum()
+
+
+OFF = -1e4
+"""The pre-act of a slot that no token owns: below every threshold, and finite."""
 
 
 class SparseAutoencoder(Parameters):
@@ -120,10 +155,15 @@ class SparseAutoencoder(Parameters):
         stats = self.norm.statistics(flat)
         return self.norm.normalize(flat, stats), stats
 
-    def inputs(self, x: Tensor, target: Tensor | None = None) -> Inputs:
-        """x (*batch, d_in) and its target (*batch, d_out; None: x itself), flattened to tokens and made ready."""
+    def inputs(self, x: Tensor, target: Tensor | None = None, *, held: bool = False) -> Inputs:
+        """x (*batch, d_in) and its target (*batch, d_out; None: x itself), flattened to tokens and made ready.
+
+        held: encoder_input has no gradient of b_dec, which the encoder hands on then (`EncodeOptions.pre_bias`).
+        """
         normal, stats = self._normal(x)
-        encoder_input = normal - self.b_dec if self.pre_bias else normal
+        encoder_input = normal
+        if self.pre_bias:
+            encoder_input = normal - (self.b_dec.detach() if held else self.b_dec)
         goal = normal
         if target is not None:
             if target.shape[:-1] != x.shape[:-1]:
@@ -139,16 +179,19 @@ class SparseAutoencoder(Parameters):
         annealed = self.annealed_k if self.training else None
         return self.activation if annealed is None else self.activation.with_k(annealed)
 
-    def encode_options(self, *, screen: Screen | None = None, backend: str | None = None) -> EncodeOptions:
-        """How this module's encoder computes."""
-        return EncodeOptions(screen, self.precision, backend or self.backend)
+    def encode_options(self, screen: Screen | None = None, *, held: bool = False) -> EncodeOptions:
+        """How this module's encoder computes; held: as of `inputs`."""
+        return EncodeOptions(screen, self.precision, self.backend, self.b_dec if held and self.pre_bias else None)
 
-    def pre_acts(self, encoder_input: Tensor) -> SparseCodes:
-        """The pre-acts (N, ...) that the rule looks at, with room for all of them."""
-        rule = self.rule
-        return rule.select(
-            encoder_input, self.encoder_weight, self.b_enc, self.rule_state, self.training, self.encode_options()
-        ).codes
+    def pre_acts(
+        self, encoder_input: Tensor, options: EncodeOptions | None = None, capacity: int | None = None
+    ) -> Selected:
+        """The pre-acts (N, ...) that the rule looks at; capacity: None for all of them (see `Activation.select`)."""
+        options = options or self.encode_options()
+        state = self.rule_state
+        return self.rule.select(
+            encoder_input, self.encoder_weight, self.b_enc, state, self.training, options, capacity=capacity
+        )
 
     def _activated(self, pre: SparseCodes) -> tuple[SparseCodes, Tensor | None]:
         """The code of these pre-acts, and the penalty, where the rule has one."""
@@ -156,18 +199,26 @@ class SparseAutoencoder(Parameters):
         if not rule.shaped:
             return pre, None
         rows = {name: per_latent(t, pre, self.backend) for name, t in rule.per_latent(self.rule_state).items()}
-        acts = rule.activate(pre.acts, rows)
-        norms = pre.acts.new_ones(())
+        z = wide(pre.acts)
+        acts = rule.activate(z, rows)
+        norms = z.new_ones(())
         if rule.needs_norms:
-            norms = per_latent(reference.decoder_norms(self.W_dec, self.layers), pre, self.backend)
-        sparsity = rule.sparsity(pre.acts, acts, rows, norms)
-        penalty = None if sparsity is None else rule.penalty(losses.fixed_sum(sparsity) / max(pre.n_tokens, 1))
-        return replace(pre, acts=acts), penalty
+            norms = per_latent(self._decoder_norms(), pre, self.backend)
+        sparsity = rule.sparsity(z, acts, rows, norms)
+        penalty = None if sparsity is None else rule.penalty(fixed_sum(sparsity) / max(pre.n_tokens, 1))
+        return replace(pre, acts=acts.to(pre.acts.dtype)), penalty
+
+    def _decoder_norms(self) -> Tensor:
+        """Σ_l ‖W_dec_i,l‖: (M,), float32 at least."""
+        ledger = ledgers.open_ledger(self.W_dec)
+        if ledger is None:
+            return reference.decoder_norms(wide(self.W_dec), self.layers)
+        return ledgers.decoder_norms(self.W_dec, self.layers, ledger)
 
     def encode(self, x: Tensor) -> SparseCodes:
         """The sparse code of x (*batch, d_in)."""
         normal, _ = self._normal(x)
-        codes, _ = self._activated(self.pre_acts(normal - self.b_dec if self.pre_bias else normal))
+        codes, _ = self._activated(self.pre_acts(normal - self.b_dec if self.pre_bias else normal).codes)
         if self.activation.shaped:
             codes = codes.keep(codes.acts != 0)
         return codes.with_batch(tuple(x.shape[:-1]))
@@ -190,70 +241,158 @@ class SparseAutoencoder(Parameters):
         return self.norm.restore(recon, stats)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> ForwardResult:
-        """Encode, decode and measure; in training mode also count which latents fired, and the losses on dead ones."""
-        ready = self.inputs(x, target)
-        goal, rule = ready.target, self.rule
-        pre = self.pre_acts(ready.encoder_input)
-        codes, penalty = self._activated(pre)
-        over = losses.loss_denominator(self.loss, goal)
-        offset = self.b_dec.expand(goal.shape)
-        if self.W_skip is not None:
-            offset = offset + ready.x @ self.W_skip.mT
-        recon = offset
-        total: Tensor | float = 0.0
-        nested = rule.parts(codes, self.rule_state)
-        for part, weight in nested:
-            recon = recon + ops.decode(part, self.W_dec, backend=self.backend)
-            error = losses.squared_error(recon, goal) / over
-            total = total + weight * error
-        parts = {self.loss: error}
-        loss = torch.as_tensor(total)
-        if len(nested) > 1:
-            parts["nested"] = loss
-        if penalty is not None:
-            parts["sparsity"] = penalty
-            loss = loss + (rule.coef * self.penalty_scale).to(penalty.dtype) * penalty
-        gate = rule.gate(pre.acts)
-        if gate is not None:
-            frozen = ops.decode(replace(pre, acts=gate), self.W_dec.detach(), backend=self.backend)
-            parts["gate"] = losses.squared_error(frozen + offset.detach(), goal) / over
-            loss = loss + parts["gate"]
-        if rule.shaped:
-            codes = codes.keep(codes.acts != 0)
-        if self.training:
-            rule.observe(codes, self.rule_state)
-            self.note_fired_(codes)
-            error = goal - recon
-            if self.aux_k is not None:
-                parts["aux"] = self._aux_loss(ready.encoder_input, error, over)
-                loss = loss + self.aux_coef * parts["aux"]
-            if self.ghost is not None:
-                parts["ghost"] = self.ghost_loss(ready.encoder_input, error.detach(), over)
-                loss = loss + self.ghost_coef * parts["ghost"]
-        batch = tuple(x.shape[:-1])
-        restored = self.norm.restore(recon, ready.stats).reshape(*batch, self.d_out)
-        return ForwardResult(restored, codes.with_batch(batch), loss, parts)
-
-    def _aux_loss(self, encoder_input: Tensor, error: Tensor, over: Tensor | int) -> Tensor:
-        assert self.aux_k is not None
-        dead = self.dead
-        codes = losses.encode_dead(
-            encoder_input, self.encoder_weight, self.b_enc, dead, self.aux_k,
-            precision=self.precision, backend=self.backend,
-        )  # fmt: skip
-        if codes is None:
-            return encoder_input.new_zeros(())
-        return losses.aux_k(codes, self.W_dec, error, losses.aux_weight(dead, self.aux_k), over)
-
-    def ghost_loss(self, encoder_input: Tensor, error: Tensor, over: Tensor | int) -> Tensor:
-        """The ghost gradients' loss of the dead latents' rows; error (N, d_out) = target - recon, held fixed.
-
-        Its gradient is dense in those rows, which is why it looks at how many there are.
+        """Encode, decode and measure. In training mode with the losses on dead latents; a backward pass then counts
+        which latents fired (with an optimizer of fastsae: its step).
         """
-        dead = self.dead.nonzero().squeeze(1)
-        assert self.ghost is not None
-        rows = (self.encoder_weight[dead], self.b_enc[dead], self.W_dec[dead])
-        return losses.ghost(self.ghost, encoder_input, error, rows, over)
+        found = self.objective(x, target)
+        batch, dtype = tuple(x.shape[:-1]), wide(self.W_dec).dtype
+        recon = self.restored(found.error, found.ready, batch)
+        assert found.codes is not None
+        losses = {name: value.to(dtype) for name, value in found.losses.items()}
+        return ForwardResult(found.loss.to(dtype), recon, found.codes.with_batch(batch), losses)
+
+    def restored(self, error: Tensor, ready: Inputs, batch: tuple[int, ...]) -> Tensor:
+        """The reconstruction (*batch, d_out) in the target's units, from its error."""
+        return self.norm.restore(error + ready.target, ready.stats).reshape(*batch, self.d_out)
+
+    def objective(self, x: Tensor, target: Tensor | None = None, *, for_step: bool = False) -> Objective:
+        """The loss of x (*batch, d_in), where it stands: every training step and every caller's loop has it from here.
+
+        for_step: nobody reads codes, and the error only before the backward pass: a threshold rule may then look at
+        all latents densely, where many are active (`dense_above`), and the error becomes its own gradient in place.
+        """
+        rule, ledger = self.rule, self._ledger()
+        held = ledger is not None
+        ready = self.inputs(x, target, held=held)
+        n = ready.target.shape[0]
+        denominator = losses.loss_denominator(self.loss, ready.target)
+        centred = self.pre_bias and target is None
+        goal = ready.encoder_input if centred else ready.target  # recon - x = A W_dec - (x - b_dec), if centred
+        if self.W_skip is not None:
+            goal = goal - ready.x @ self.W_skip.mT
+        screen = None if ledger is None or not self.training else ledger.screen_for(ready.encoder_input)
+        options = self.encode_options(screen, held=held)
+        weight = rule.coef * self.penalty_scale
+        if for_step and held and rule.shaped and self.training:
+            pre = self._sparse_enough(ready.encoder_input, options)
+            if pre is None:
+                return self._densely(ready, goal, centred, denominator, weight)
+        else:
+            pre = self.pre_acts(ready.encoder_input, options).codes
+        if ledger is not None and pre.redone is not None and n:
+            ledger.note_redone(pre.redone / n)
+        codes, penalty = self._activated(pre)
+        bias = None if centred and not held else self.b_dec
+        parts = rule.parts(codes, self.rule_state)
+        how: dict[str, Any] = {"overwrite": for_step, "backend": self.backend}
+        errors = squared_errors(parts, self.W_dec, goal, bias, centred=centred, **how)
+        loss = errors.weighted / denominator
+        found = {self.loss: errors.last / denominator}
+        if len(parts) > 1:
+            found["nested"] = loss
+        if penalty is not None:
+            found["sparsity"] = penalty.double()
+            loss = loss + weight * found["sparsity"]
+        gate = rule.gate(wide(pre.acts)) if rule.shaped else None
+        if gate is not None:
+            # With decoder and biases held fixed.
+            frozen = goal.detach() if not ready.target.requires_grad else self._gate_goal(ready)
+            code = replace(pre, acts=gate.to(pre.acts.dtype))
+            fixed = None if centred and not ready.target.requires_grad else self.b_dec.detach()
+            gated = squared_errors([(code, 1.0)], self.W_dec.detach(), frozen, fixed, **how)
+            found["gate"] = gated.weighted / denominator
+            loss = loss + found["gate"]
+        if rule.shaped and not for_step:
+            codes = codes.keep(codes.acts != 0)
+        counts, tokens = over_replicas(self.counts_of(codes), n)
+        dead = torch.where(counts > 0, 0, self.tokens_since_fired + tokens) >= self.dead_after
+        if self.training:
+            more, dead_losses = self.dead_latent_loss(ready, errors.error, dead, denominator, options, for_step)
+            found |= dead_losses
+            loss = loss if more is None else loss + more
+            self._count_with(pre.acts, loss, codes, counts, tokens)
+        return Objective(ready, loss, found, errors.error, codes, counts, dead, errors.last, codes.redone)
+
+    def _ledger(self) -> ledgers.Ledger | None:
+        return ledgers.open_ledger(self.W_dec, self.encoder_weight, self.b_enc, self.b_dec)
+
+    def _gate_goal(self, ready: Inputs) -> Tensor:
+        """The gate's target less what the latents have not to explain, differentiable in x alone."""
+        return ready.target if self.W_skip is None else ready.target - (ready.x @ self.W_skip.mT).detach()
+
+    def dead_latent_loss(
+        self,
+        ready: Inputs,
+        error: Tensor,
+        dead: Tensor,
+        denominator: Tensor | int,
+        options: EncodeOptions,
+        overwrite: bool = False,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """AuxK's or the ghost gradients' weighted loss, None for none, and the loss by name before its weight.
+
+        error (N, d_out) = recon - target, held fixed. Ghost gradients are dense in the dead latents' rows, and so look
+        at how many there are.
+        """
+        if self.aux_k is not None:
+            codes = losses.encode_dead(
+                ready.encoder_input, self.encoder_weight, self.b_enc, dead, self.aux_k, options
+            )  # fmt: skip
+            if codes is None:
+                return None, {"aux": error.new_zeros((), dtype=torch.float64)}
+            weight = losses.aux_weight(dead, self.aux_k)
+            aux = losses.aux_k(
+                codes, self.W_dec, error, weight, denominator, overwrite=overwrite, backend=self.backend
+            )  # fmt: skip
+            return self.aux_coef * aux, {"aux": aux}
+        if self.ghost is None:
+            return None, {}
+        few = dead.nonzero().squeeze(1)
+        if few.numel() == 0:
+            return None, {"ghost": error.new_zeros((), dtype=torch.float64)}
+        rows = (wide(self.encoder_weight[few]), wide(self.b_enc[few]), wide(self.W_dec[few]))
+        inputs = wide(ready.x - self.b_dec if self.pre_bias else ready.x)
+        ghost = losses.ghost(self.ghost, inputs, wide(error.detach()).neg(), rows, denominator).double()
+        return self.ghost_coef * ghost, {"ghost": ghost}
+
+    # -- threshold rules while many latents are active ----------------------------------------------------------------
+
+    def _sparse_enough(self, encoder_input: Tensor, options: EncodeOptions) -> SparseCodes | None:
+        """The pre-acts of a threshold rule, or None where more than `dense_above` of all are active."""
+        n = encoder_input.shape[0]
+        pairs = n * self.d_sae
+        if self.active_share is None:
+            self.active_share = dense.sampled_share(self, encoder_input)
+        if self.active_share > self.dense_above:
+            return None
+        # Room for what the sparse way should carry, a little more than it has carried: more than that goes densely.
+        room = min(pairs, int(self.dense_above * pairs) + 1)
+        guess = min(room, int(1.5 * self.active_share * pairs) + 64 * n)
+        for capacity in dict.fromkeys((guess, room)):
+            codes, overflow = self.pre_acts(encoder_input, options, capacity)
+            if overflow is None or not bool(overflow):
+                codes = codes.trimmed() if codes.acts.device.type == "cpu" else codes.masked(OFF)
+                self.active_share = float(codes.nnz) / pairs
+                return codes
+        return None
+
+    def _densely(
+        self, ready: Inputs, goal: Tensor, centred: bool, denominator: Tensor | int, weight: Tensor
+    ) -> Objective:
+        gate_goal = goal.detach()
+        if ready.target.requires_grad:
+            gate_goal = self._gate_goal(ready) - self.b_dec.detach() if centred else self._gate_goal(ready)
+        found = dense.objective(self, ready.encoder_input, goal, gate_goal, centred, denominator, weight)
+        n = ready.target.shape[0]
+        self.active_share = float(found.selected) / (n * self.d_sae)
+        counts, tokens = over_replicas(found.counts, n)
+        dead = torch.where(counts > 0, 0, self.tokens_since_fired + tokens) >= self.dead_after
+        options = self.encode_options(held=True)
+        more, dead_losses = self.dead_latent_loss(ready, found.error, dead, denominator, options)
+        loss = found.total if more is None else found.total + more
+        self._count_with(found.total, loss, None, counts, tokens)
+        by_name = {self.loss: found.squares / denominator, **found.losses, **dead_losses}
+        return Objective(ready, loss, by_name, found.error, None, counts, dead, found.squares, None)
 
     # -- dead latents, densities and the decoder's norm ---------------------------------------------------------------
 
@@ -261,6 +400,42 @@ class SparseAutoencoder(Parameters):
     def dead(self) -> Tensor:
         """Latents that have not fired for `dead_after` tokens: bool (M,)."""
         return self.tokens_since_fired >= self.dead_after
+
+    def _count_with(
+        self, source: Tensor, loss: Tensor, codes: SparseCodes | None, counts: Tensor, tokens: int | Tensor
+    ) -> None:
+        """Counts this batch when, and if, a training step is made of it: with an optimizer of fastsae in its step, else
+        in the backward pass through `source`. A forward pass alone (under no_grad, or run again by activation
+        checkpointing) counts nothing.
+        """
+        codes = None if codes is None else codes.detach()
+        finite = loss.detach().isfinite()
+
+        def count(made: Tensor) -> None:
+            with torch.no_grad():
+                self.count_fired_(counts, tokens, made & finite)
+                if codes is not None:
+                    self.rule.observe(codes, self.rule_state, made & finite)
+
+        if torch.compiler.is_compiling():
+            count(finite)  # a compiled graph runs its forward once, and its backward cannot do this
+            return
+        node = source.grad_fn if source.grad_fn is not None else loss.grad_fn
+        if node is None:
+            return
+        ledger = self._ledger()
+        counted: list[bool] = []
+
+        def at_backward(_: Any) -> None:
+            if counted:  # once, however often the graph is gone through
+                return
+            counted.append(True)
+            if ledger is not None and ledger.accumulates():
+                ledger.on_step(count)
+            else:
+                count(finite)
+
+        node.register_prehook(at_backward)
 
     @torch.no_grad()
     def note_fired_(self, codes: SparseCodes) -> None:
@@ -277,11 +452,18 @@ class SparseAutoencoder(Parameters):
         return self.fired.new_zeros(self.d_sae + 1).scatter_add_(0, latents, torch.ones_like(latents))[:-1]
 
     @torch.no_grad()
-    def count_fired_(self, counts: Tensor, n_tokens: int) -> None:
-        """The same from how often each latent was active, int64 (M,), in so many tokens."""
+    def count_fired_(self, counts: Tensor, n_tokens: int | Tensor, made: Tensor | None = None) -> None:
+        """The same from how often each latent was active, int64 (M,), in so many tokens.
+
+        made: 0-d bool, whether these tokens count at all; None: they do.
+        """
+        since = torch.where(counts > 0, 0, self.tokens_since_fired + n_tokens)
+        if made is not None:
+            counts, n_tokens = counts * made, n_tokens * made
+            since = torch.where(made, since, self.tokens_since_fired)
         self.fired.add_(counts)
         self.fired_over.add_(n_tokens)
-        self.tokens_since_fired.add_(n_tokens).masked_fill_(counts > 0, 0)
+        self.tokens_since_fired.copy_(since)
 
     @property
     def density(self) -> Tensor:
@@ -293,3 +475,15 @@ class SparseAutoencoder(Parameters):
         """Begins a new window of `density`."""
         self.fired.zero_()
         self.fired_over.zero_()
+
+
+def over_replicas(counts: Tensor, n: int) -> tuple[Tensor, int | Tensor]:
+    """counts (M,) and the number of tokens n, summed over the replicas where DistributedDataParallel runs this."""
+    if torch.compiler.is_compiling():
+        return counts, n
+    replicas = DistributedDataParallel._get_active_ddp_module()
+    if replicas is None:
+        return counts, n
+    packed = torch.cat([counts, counts.new_tensor([n])])
+    torch.distributed.all_reduce(packed, group=replicas.process_group)
+    return packed[:-1], packed[-1]

@@ -12,7 +12,7 @@ dictionary, fastsae.BackendError for a backend that cannot serve.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from fastsae.backends import check_name, choose
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
 from fastsae.ops import checks as check_that
+from fastsae.ops import ledger as ledgers
 from fastsae.ops import register as library
 
 _raw = torch.ops.fastsae
@@ -49,6 +50,35 @@ def _check_backend(backend: str | None, screen: Screen | None) -> None:
         )
 
 
+def encode_by(
+    run: Callable[[Tensor, Tensor, Tensor], SparseCodes],
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    *,
+    pre_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> SparseCodes:
+    """run(x, W, b): a code whose acts are x Wᵀ + b at its slots, chosen in any way by differentiable ops; x (N, D).
+
+    While a ledger is open for W and b, its gradient is kept as a term, and run is called without autograd.
+    """
+    return _encoded(run, x, W, b, pre_bias, backend)
+
+
+def _encoded(
+    run: Callable[[Tensor, Tensor, Tensor], SparseCodes],
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    pre_bias: Tensor | None,
+    backend: str | None,
+) -> SparseCodes:
+    """run(x, W, b), on the ledger where one is open for W and b."""
+    ledger = ledgers.open_ledger(W, b)
+    return run(x, W, b) if ledger is None else ledgers.encode(run, x, W, b, pre_bias, ledger, backend)
+
+
 def _tensors(screen: Screen | None) -> list[Tensor] | None:
     return None if screen is None else screen.tensors
 
@@ -62,6 +92,7 @@ def encode_topk(
     rows: Tensor | None = None,
     scale: Tensor | None = None,
     index_offset: int = 0,
+    pre_bias: Tensor | None = None,
     screen: Screen | None = None,
     precision: str = "exact",
     backend: str | None = None,
@@ -83,11 +114,14 @@ def encode_topk(
     if scale is not None:
         check_that.vector("scale", scale, W)
     check_that.offset(index_offset, W)
-    acts, indices, redone = _raw.encode_topk(
-        flat, W, b, k, rows, scale, index_offset, _tensors(screen), precision, backend
-    )
-    shape = (*x.shape[:-1], k)
-    return SparseCodes(acts.view(shape), indices.view(shape), index_offset + W.shape[0], redone=redone)
+
+    def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+        found = _raw.encode_topk(x, W, b, k, rows, scale, index_offset, _tensors(screen), precision, backend)
+        return SparseCodes(found[0], found[1], index_offset + W.shape[0], redone=found[2])
+
+    plain = scale is not None or index_offset
+    codes = run(flat, W, b) if plain else _encoded(run, flat, W, b, pre_bias, backend)
+    return codes.with_batch(tuple(x.shape[:-1]))
 
 
 def encode_above(
@@ -97,6 +131,7 @@ def encode_above(
     threshold: Tensor | float,
     capacity: int,
     *,
+    pre_bias: Tensor | None = None,
     screen: Screen | None = None,
     precision: str = "exact",
     backend: str | None = None,
@@ -111,10 +146,15 @@ def encode_above(
     if capacity < 0:
         raise ValueError(f"capacity is {capacity}, expected 0 or more slots")
     threshold = check_that.threshold(threshold, x, W)
-    acts, indices, offsets, overflow, redone = _raw.encode_above(
-        flat, W, b, threshold, capacity, _tensors(screen), precision, backend
-    )
-    return SparseCodes(acts, indices, W.shape[0], offsets, tuple(x.shape[:-1]), redone), overflow
+    overflows: list[Tensor] = []
+
+    def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+        found = _raw.encode_above(x, W, b, threshold, capacity, _tensors(screen), precision, backend)
+        overflows.append(found[3])
+        return SparseCodes(found[0], found[1], W.shape[0], found[2], redone=found[4])
+
+    codes = _encoded(run, flat, W, b, pre_bias, backend)
+    return codes.with_batch(tuple(x.shape[:-1])), overflows[0]
 
 
 def encode_batch_topk(
@@ -123,6 +163,7 @@ def encode_batch_topk(
     b: Tensor,
     k: int,
     *,
+    pre_bias: Tensor | None = None,
     screen: Screen | None = None,
     precision: str = "exact",
     backend: str | None = None,
@@ -131,16 +172,23 @@ def encode_batch_topk(
     """The N·k largest of relu(x Wᵀ + b) over the whole batch: ragged codes of capacity N·k, zeros are never stored."""
     flat = _encoder_input(x, W, b, screen, precision, backend, check)
     check_that.k_fits(k, W.shape[0], "d_sae")
-    acts, indices, offsets, redone = _raw.encode_batch_topk(flat, W, b, k, _tensors(screen), precision, backend)
-    return SparseCodes(acts, indices, W.shape[0], offsets, tuple(x.shape[:-1]), redone)
+
+    def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+        found = _raw.encode_batch_topk(x, W, b, k, _tensors(screen), precision, backend)
+        return SparseCodes(found[0], found[1], W.shape[0], found[2], redone=found[3])
+
+    return _encoded(run, flat, W, b, pre_bias, backend).with_batch(tuple(x.shape[:-1]))
 
 
 def decode(codes: SparseCodes, W: Tensor, *, backend: str | None = None) -> Tensor:
     """A W: (*batch, D), in W's dtype. An act of 0 adds nothing and receives no gradient."""
     check_name(backend)
     check_that.codes(codes, W)
-    flat = codes.flatten()
-    out = _raw.decode(flat.acts, flat.indices, flat.offsets, W, backend)
+    flat, ledger = codes.flatten(), ledgers.open_ledger(W)
+    if ledger is None:
+        out = _raw.decode(flat.acts, flat.indices, flat.offsets, W, backend)
+    else:
+        out = ledgers.decode(flat, W, ledger, backend)
     return out.view(*codes.batch_shape, W.shape[1])
 
 
@@ -317,6 +365,7 @@ __all__ = [
     "decode_error",
     "encode_above",
     "encode_batch_topk",
+    "encode_by",
     "encode_topk",
     "library",
     "prepare_screen",

@@ -17,7 +17,7 @@ from torch import Tensor
 class Rule(Protocol):
     """What a forward pass asks of an activation rule; fastsae.model.rules has them.
 
-    rule_state: the rule's parameters and buffers, and b_enc. rows: what `per_latent` made of them, broadcastable to pre.
+    rule_state: the rule's parameters and buffers, and b_enc. rows: what `per_latent` made of them, for pre.
     """
 
     coef: float

@@ -27,7 +27,7 @@ from fastsae.runs.evaluate import density_histogram, evaluate
 from fastsae.model.resample import resample_
 from fastsae.runs.logs import PartTimer, RunLogs, numbers
 from fastsae.training.step import FusedTrainStep
-from fastsae.training.plain import PlainTrainStep
+from fastsae.training.step import PlainTrainStep
 from fastsae.runs.rng import restore_rng_state, rng_state
 from fastsae.runs.rundir import RunDirError, RunLock, claim
 from fastsae.model.sae import SparseAutoencoder

@@ -16,7 +16,8 @@ from fastsae.model import losses
 from fastsae.model.parameters import normalize_rows_, project_rows_
 from fastsae.model.rules import BatchTopK, GroupMax, TopK
 from fastsae.training.batch import SAEBatch
-from fastsae.training.plain import OPTIMIZERS
+
+OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 class BatchTrainStep:

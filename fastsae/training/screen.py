@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastsae import ops
 from fastsae.codes import Screen
-from fastsae.model.sae import SparseAutoencoder
 
 # Steps after which the screen is made anew, at the latest; and at the earliest, if more tokens than this are redone.
 SCREEN_LIFE = 64
 SCREEN_TRIAL = 2
 REDONE_LIMIT = 0.01
+
+
+class HasEncoder(Protocol):
+    """encoder_weight (M, D_in), b_enc (M,); k: active latents per token, or None; screened: whether the encoder uses
+    a screen at all."""
+
+    @property
+    def encoder_weight(self) -> Tensor: ...
+
+    @property
+    def b_enc(self) -> Tensor: ...
+
+    @property
+    def k(self) -> int | None: ...
+
+    @property
+    def screened(self) -> bool: ...
 
 
 class KeptScreen:
@@ -28,21 +44,23 @@ class KeptScreen:
     that such a step repeats itself only from its start, not from a state loaded in the middle.
     """
 
-    def __init__(self, sae: SparseAutoencoder, backend: str | None):
-        self.sae, self.backend = sae, backend
+    def __init__(self, owner: HasEncoder, backend: str | None):
+        self.owner, self.backend = owner, backend
+        self.in_place = False  # a CUDA graph looks for it where it was
         self.screen: Screen | None = None
         self.redone: Tensor | None = None  # share of tokens, in the last step
         self._seen: tuple[Any, ...] | None = None
         self._age = 0
         self._sample: Tensor | None = None
 
-    def make(self, encoder_input: Tensor | None, *, in_place: bool = False) -> None:
-        """Makes it anew; in_place: in the memory of the one that is there, where a CUDA graph looks for it."""
-        W, b, rule = self.sae.encoder_weight, self.sae.b_enc, self.sae.rule
+    def make(self, encoder_input: Tensor | None) -> None:
+        """Makes it anew."""
         fresh = None
-        if rule.screened:
-            fresh = ops.prepare_screen(W, b, x=encoder_input, k=rule.screen_k, backend=self.backend)
-        if in_place and self.screen is not None and fresh is not None:
+        if self.owner.screened:
+            fresh = ops.prepare_screen(
+                self.owner.encoder_weight, self.owner.b_enc, x=encoder_input, k=self.owner.k, backend=self.backend
+            )
+        if self.in_place and self.screen is not None and fresh is not None:
             for place, made in zip(self.screen.tensors, fresh.tensors, strict=True):
                 place.copy_(made)
         else:
@@ -50,13 +68,14 @@ class KeptScreen:
         self._age = 0
         self.remember()
 
-    def current(self, encoder_input: Tensor, *, in_place: bool = False) -> Screen | None:
+    @torch.no_grad()
+    def current(self, encoder_input: Tensor) -> Screen | None:
         """The copy for a step that encodes this."""
         written = self.written()
         if written or self._outgrown() or (
             self._sample is not None and not torch.equal(self._sample, self._fingerprint())
         ):  # fmt: skip
-            self.make(encoder_input, in_place=in_place)
+            self.make(encoder_input.detach())
         self._age += 1
         return self.screen
 
@@ -68,7 +87,7 @@ class KeptScreen:
         """The weights as they are now are those of the copy."""
         self._seen = self._signature()
         # Comparing is a host sync, so on a GPU there is no sample.
-        sampled = self.screen is not None and self.sae.W_dec.device.type == "cpu"
+        sampled = self.screen is not None and self.owner.encoder_weight.device.type == "cpu"
         self._sample = self._fingerprint() if sampled else None
 
     def _outgrown(self) -> bool:
@@ -78,11 +97,11 @@ class KeptScreen:
         return self._age >= SCREEN_LIFE or (self._age >= SCREEN_TRIAL and float(self.redone) > REDONE_LIMIT)
 
     def _signature(self) -> tuple[Any, ...]:
-        W, b = self.sae.encoder_weight, self.sae.b_enc
+        W, b = self.owner.encoder_weight, self.owner.b_enc
         return W.data_ptr(), W._version, b.data_ptr(), b._version
 
     def _fingerprint(self) -> Tensor:
         """One weight of every row and every bias, as bits, so that NaN equals itself. 0.06 ms at M = 24576, D = 768."""
-        W, b = self.sae.encoder_weight.detach(), self.sae.b_enc.detach()
+        W, b = self.owner.encoder_weight.detach(), self.owner.b_enc.detach()
         rows = torch.arange(W.shape[0], device=W.device)
         return torch.cat([W.take(rows * W.shape[1] + rows * 7919 % W.shape[1]), b]).view(torch.uint8)

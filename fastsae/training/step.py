@@ -1,69 +1,124 @@
-"""FusedTrainStep: forward, loss, backward, projection, optimizer and renormalization of an SAE in one call, in place.
+"""Training steps as one call: FusedTrainStep by a fastsae optimizer, PlainTrainStep by torch's.
 
-The same numbers as autograd + `project_gradients_` + a torch optimizer + `normalize_decoder_`, without autograd over
-the dictionaries, without a stored dictionary gradient and without an (N, M) tensor. For rules that fix how many latents
-are active nothing is read back from the device: the learning rate, the count of steps and every metric are 0-d tensors.
-A threshold rule asks once a step how many latents were above, and goes the dense way while they are too many.
+    metrics = step(x)
+
+Both are a face over what any loop does: the module's objective, backward(), optimizer.step(). The numbers are the same;
+the fused one stores no gradient of a dictionary, and can be captured in a CUDA graph. For rules that fix how many
+latents are active nothing is read back from the device: learning rate, step count and metrics are 0-d tensors. A
+threshold rule asks once a step how many latents were above, and goes the dense way while they are too many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae import ops
-from fastsae.codes import Screen, UpdateTerm
 from fastsae.model import losses
-from fastsae.model.sae import Inputs, SparseAutoencoder
-from fastsae.ops import checks as validation
-from fastsae.reference import Optimizer
-from fastsae.training import input_gradient, objective
-from fastsae.training.dense import dense_pass, sampled_density
+from fastsae.model.parameters import DENSE_ABOVE
+from fastsae.model.sae import Objective, SparseAutoencoder
+from fastsae.ops import checks
 from fastsae.training.graph import StepGraph, check_graph
-from fastsae.training.objective import Pass, Task
-from fastsae.training.optimizer_state import OptimizerState
-from fastsae.training.revival import revive
-from fastsae.training.screen import KeptScreen
+from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer
 
-FORMAT = 2
-
-# Steps before a CUDA graph is captured: kernels are compiled and loaded by then, which a capture would not survive.
+FORMAT = 3
 GRAPH_WARMUP = 2
+"""Steps before a CUDA graph is captured: kernels are compiled and loaded by then, which a capture would not survive."""
 
-DENSE_ABOVE = 0.04
-"""Share of latents active per token from which a threshold rule's step is made densely: see `FusedTrainStep`."""
-SAMPLED_TOKENS = 64
-"""Tokens on which a first step looks at the density."""
+Outer = Callable[[Tensor], Tensor]
 
 
-class FusedTrainStep:
+class _TrainStep:
+    """What both steps share: one batch through objective and backward, and the metrics of it."""
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        penalty_schedule: Callable[[Any], Any] | None,
+        k_schedule: Callable[[int], int] | None,
+    ):
+        self.sae, self.penalty_schedule, self.k_schedule = sae, penalty_schedule, k_schedule
+        if k_schedule is not None:
+            sae.activation.with_k(k_schedule(0)).check(sae.d_sae)
+
+    @contextmanager
+    def _scheduled(self, penalty_at: Any, step: int) -> Iterator[None]:
+        """The module in training mode, with the penalty's weight and the k of this step."""
+        sae = self.sae
+        was_training, sae.training = sae.training, True
+        try:
+            if self.penalty_schedule is not None:
+                sae.penalty_scale.fill_(self.penalty_schedule(penalty_at))
+            if self.k_schedule is not None:
+                sae.annealed_k = self.k_schedule(step)
+            yield
+        finally:
+            sae.training, sae.annealed_k = was_training, None
+            if self.penalty_schedule is not None:
+                sae.penalty_scale.fill_(1.0)
+
+    def _backward(self, x: Tensor, target: Tensor | None, outer: Outer | None, *, for_step: bool) -> dict[str, Tensor]:
+        """loss.backward(), and the metrics of before the update."""
+        sae, n = self.sae, x.shape[:-1].numel()
+        if n == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
+        losses.check_tokens(sae.loss, n)
+        with torch.enable_grad():
+            found = sae.objective(x, target, for_step=for_step)
+            loss, behind = found.loss, None
+            if outer is not None:
+                behind = self._behind(found, outer, tuple(x.shape[:-1]))
+                loss = loss + behind
+            metrics = self._metrics(found, n)
+            loss.backward()
+        more = {} if behind is None else {"outer": behind.detach()}
+        return {"loss": loss.detach(), **metrics, **more}
+
+    def _behind(self, found: Objective, outer: Outer, batch: tuple[int, ...]) -> Tensor:
+        recon = self.sae.restored(found.error, found.ready, batch)
+        value = outer(recon)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"outer returned {got}, expected one number computed from the reconstruction it was given")
+        if torch.autograd.grad(value, recon, retain_graph=True, allow_unused=True)[0] is None:
+            raise ValueError("outer's loss does not depend on the reconstruction it was given")
+        return value.double().reshape(())
+
+    def _metrics(self, found: Objective, n: int) -> dict[str, Tensor]:
+        squares = found.squares.detach()
+        metrics = {
+            **{name: value.detach() for name, value in found.losses.items()},
+            "mse": squares / n,
+            "fvu": squares / losses.total_variance(found.ready.target.detach()),
+            "l0": found.active.double() / n,
+            "dead": found.dead.sum(),
+        }
+        return metrics if found.redone is None else metrics | {"redone": found.redone}
+
+
+class FusedTrainStep(_TrainStep):
     """`metrics = step(x)`: one update of every parameter of `sae`, and its dead-latent counters.
 
-    lr, betas, eps   of the optimizer. `lr` is kept as a 0-d float64 tensor; change it with `step.lr.fill_(...)`.
+    lr, betas, eps   of the optimizer. `step.lr` is a 0-d float64 tensor: `step.lr = 1e-4` and `step.lr.fill_(...)`.
     schedule         multiplier of lr from the 0-d count of updates done before this one, e.g. `Schedule(...)`; None: 1.
-    moments          "fp32": in the weights' dtype, float32 at least. "bf16": half the memory, "8bit" (adam, adamw): a
-                     quarter; both rounded stochastically as a function of (seed, step, position).
+    moments, seed    as fastsae.optim.Adam's, and clip_norm, clip_rows, weight_decay.
     backend          of the ops, see `fastsae.backends()`; None takes the fastest.
     check            raise ValueError for NaN in x before anything changes; a host sync on a GPU.
-    cuda_graph       capture the step in a CUDA graph after two ordinary ones and replay it from then on, for as long as
-                     shapes, settings and the places of the parameters stay; other shapes run without. lr is read on
-                     the device, so `step.lr.fill_` and `schedule` work on; a schedule must be made of tensor ops.
-    optimizer        "adam", "adamw", "lion", "signsgd", as torch's and Chen et al.'s; weight_decay of all but adam.
-    clip_norm        scale all gradients, after projection, so that their norm together is at most this, as
-                     torch.nn.utils.clip_grad_norm_ does. The norm takes a backward pass of its own: gradients are
-                     computed twice rather than stored.
-    clip_rows        the same for each latent's row of each dictionary, at no cost.
+    cuda_graph       capture the step in a CUDA graph after two ordinary ones and replay it from then on, as long as
+                     shapes, settings and parameter addresses do not change; other shapes run without. lr is read on
+                     the device; a schedule must be made of tensor ops.
+    optimizer        "adam", "adamw", "lion", "signsgd".
     penalty_schedule multiplier of the rule's penalty from the count, as `schedule`: a warm-up of L1, for instance.
     k_schedule       the rule's k from the count as an int, for annealing; None: the rule's own.
-    dense_above      a threshold rule's step is made densely where more than this share of the latents was active in
-                     the step before (or, at first, on a sample), or turns out to be; 0: always, 1: never.
+    dense_above      sets `sae.dense_above`: a threshold rule's step is made densely where more than this share of the
+                     latents was active in the step before (or, at first, on a sample), or turns out to be.
 
-    The backend's low-precision copy of the encoder (the screen) is maintained by the update, and made anew when others
-    wrote the weights: see KeptScreen, and call `refresh()` after writes that it cannot see.
+    `step.optimizer` is the fastsae optimizer behind it; torch's learning-rate schedulers may drive that one, where
+    `schedule` is None. Its low-precision copy of the encoder is maintained by the update, and made anew when somebody
+    else wrote the weights: call `refresh()` after writes that torch cannot see.
 
     Raises ValueError for bad settings and for parameters that do not require a gradient.
     """
@@ -89,71 +144,107 @@ class FusedTrainStep:
         k_schedule: Callable[[int], int] | None = None,
         dense_above: float = DENSE_ABOVE,
     ):
+        super().__init__(sae, penalty_schedule, k_schedule)
         if not lr >= 0:
             raise ValueError(f"lr {lr}: expected 0 or more")
-        validation.optimizer(optimizer, betas, eps, weight_decay)
-        for name, value in (("clip_norm", clip_norm), ("clip_rows", clip_rows)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, expected a number above 0, or None")
+        checks.optimizer(optimizer, betas, eps, weight_decay)
         if not 0 <= dense_above <= 1:
             raise ValueError(f"dense_above is {dense_above}, expected a share in [0, 1]")
-        frozen = [name for name, p in sae.named_parameters() if not p.requires_grad]
-        if frozen:
-            raise ValueError(f"{', '.join(frozen)} do not require a gradient, but a fused step updates every parameter")
-        rule = Optimizer(optimizer, (float(betas[0]), float(betas[1])), float(eps), float(weight_decay))
-        self._optimizer = OptimizerState(sae, rule, moments)
-        self.sae = sae
-        self.schedule, self.moments, self.seed, self.backend, self.check = schedule, moments, seed, backend, check
-        self.clip_norm, self.clip_rows, self.dense_above = clip_norm, clip_rows, dense_above
-        self.penalty_schedule, self.k_schedule = penalty_schedule, k_schedule
-        if k_schedule is not None:
-            sae.activation.with_k(k_schedule(0)).check(sae.d_sae)
-        device = sae.W_dec.device
         if cuda_graph:
             check_graph(sae, check, k_schedule is not None)
+        sae.dense_above, sae.active_share = dense_above, None
+        device = sae.W_dec.device
+        self._lr = torch.tensor(lr, dtype=torch.float64, device=device)
+        given: dict[str, Any] = {"betas": betas, "eps": eps} if optimizer in ("adam", "adamw") else {}
+        if optimizer == "lion":
+            given = {"betas": betas}
+        self.optimizer: FusedOptimizer = OPTIMIZERS[optimizer](
+            sae, lr=self._lr, weight_decay=weight_decay, moments=moments, clip_norm=clip_norm, clip_rows=clip_rows,
+            seed=seed, backend=backend, **given,
+        )  # fmt: skip
+        self.schedule, self.backend, self.check = schedule, backend, check
         self.cuda_graph = cuda_graph
         self._graph: StepGraph | None = None
         self._graph_of: tuple[Any, ...] | None = None
         self._warm = 0
-        self.lr = torch.tensor(lr, dtype=torch.float64, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
         self._steps = 0  # count, on the host
-        self._kept = KeptScreen(sae, backend)
-        self._density: float | None = None
+
+    # -- settings that may change between steps -----------------------------------------------------------------------
+
+    @property
+    def lr(self) -> Tensor:
+        """The learning rate before the schedule, 0-d float64 on the device."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float | Tensor) -> None:
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"lr {value}: expected 0 or more")
+        self._lr.fill_(value)
 
     @property
     def betas(self) -> tuple[float, float]:
-        return self._optimizer.optimizer.betas
+        return self.optimizer.param_groups[0]["betas"]
 
     @betas.setter
     def betas(self, betas: tuple[float, float]) -> None:
-        self._optimizer.optimizer = replace(self._optimizer.optimizer, betas=betas)
+        for group in self.optimizer.param_groups:
+            group["betas"] = betas
+
+    @property
+    def count(self) -> Tensor:
+        """Updates done: 0-d int64 on the device."""
+        return self.optimizer.state[self.sae.W_dec]["step"]
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps that were not made because a gradient was not finite: 0-d int64 on the device."""
+        return self.optimizer.skipped
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def __call__(
-        self, x: Tensor, target: Tensor | None = None, *, outer: Callable[[Tensor], Tensor] | None = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, x: Tensor, target: Tensor | None = None, *, outer: Outer | None = None) -> dict[str, Tensor]:
         """One update on x (*batch, d_in), towards target (*batch, d_out) or x itself.
 
-        outer: a further loss of the reconstruction (*batch, d_out), in the caller's units, that is added: what follows
-        in a model, for instance. Where x, a leaf, requires a gradient, that of the whole loss is added to x.grad.
-        Returns 0-d tensors: loss (what was minimised), mse, fvu and the other parts of `SAEOutput.losses` (all in
+        outer: a further loss of the reconstruction (*batch, d_out), in the caller's units, that is added. Where x
+        requires a gradient, that of the whole loss flows into it, as by any backward().
+        Returns 0-d tensors: loss (what was minimised), mse, fvu and the other parts of `ForwardResult.losses` (all in
         normalized units), l0 (mean active latents), redone (tokens whose selection was repeated), dead (latents),
-        grad_norm (before projection), lr, outer.
-        Counts are int64, and float64 where a CUDA graph gives them.
+        grad_norm (before projection), lr, skipped (steps so far that changed nothing, since a gradient was not finite),
+        outer. Counts are int64, and float64 where a CUDA graph gives them.
         Raises ValueError for an empty batch and what `sae.inputs` raises; nothing has changed then.
         """
-        self._optimizer.check_place()
-        if x.requires_grad and not x.is_leaf:
-            raise ValueError("x is no leaf: pass y = x.detach().requires_grad_() and hand y.grad on")
         if self.cuda_graph and (outer is not None or x.requires_grad):
             raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
         kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
         # Under autocast the ops run in the weights' dtype; so does what torch computes around them.
         with torch.autocast(kind, enabled=False):
             return self._replayed(x, target) if self.cuda_graph else self._step(x, target, outer)
+
+    def _step(self, x: Tensor, target: Tensor | None, outer: Outer | None = None) -> dict[str, Tensor]:
+        sae, optimizer = self.sae, self.optimizer
+        optimizer.refuse()
+        if self.check:
+            checks.no_nan("x", x)
+        optimizer.zero_grad()
+        was_backend = sae.backend
+        sae.backend = self.backend or sae.backend
+        try:
+            with self._scheduled(self.count, self._steps):
+                metrics = self._backward(x, target, outer, for_step=True)
+        except BaseException:
+            optimizer.zero_grad()  # nothing of a step that failed stays
+            raise
+        finally:
+            sae.backend = was_backend
+        factor = 1.0 if self.schedule is None else self.schedule(self.count)
+        lr = self._lr * factor
+        optimizer.step_scheduled(factor)
+        self._steps += 1
+        assert optimizer.grad_norm is not None
+        return {**metrics, "grad_norm": optimizer.grad_norm, "lr": lr, "skipped": self.skipped.clone()}
+
+    # -- the same as a CUDA graph -------------------------------------------------------------------------------------
 
     def _replayed(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """The step by its CUDA graph, captured when nothing has changed for GRAPH_WARMUP steps."""
@@ -165,17 +256,20 @@ class FusedTrainStep:
         if self._graph is None and self._warm < GRAPH_WARMUP:
             self._warm += 1
             return self._step(x, target)
+        kept = self.optimizer.screen_of(self.sae)
         if self._graph is None:
-            self._kept.current(self.sae.inputs(x, target).encoder_input)  # made outside, so that it can be made anew
+            with torch.no_grad():
+                kept.current(self.sae.inputs(x, target).encoder_input)  # made outside, so that it can be made anew
             self._graph = self._captured(x, target)
-            self._kept.remember()
-        if self._kept.written():
+            kept.in_place = True
+            kept.remember()
+        if kept.written():
             self.refresh()
         metrics = self._graph(x, target)
         self._steps += 1
-        # A replay writes behind torch's back: whoever saved a parameter for a backward must notice.
+        # A replay writes without torch's notice: tensors saved for a backward pass must see it.
         torch.autograd.graph.increment_version(list(self.sae.parameters()))
-        self._kept.remember()
+        kept.remember()
         return metrics
 
     def _captured(self, x: Tensor, target: Tensor | None) -> StepGraph:
@@ -186,190 +280,49 @@ class FusedTrainStep:
         try:
             return StepGraph(self._step, x, target)
         except RuntimeError as error:
-            self._graph_of, self._kept.redone = None, None  # what a capture leaves behind was never computed
+            self._graph_of, self.optimizer.screen_of(self.sae).redone = None, None  # what was never computed
             raise RuntimeError(f"no CUDA graph can capture this step ({error}); pass cuda_graph=False") from error
         finally:
             self._steps = steps
 
     def _graph_settings(self, x: Tensor, target: Tensor | None) -> tuple[Any, ...]:
-        """All that a captured step holds fast: the shapes first, then the settings and the places in memory."""
-        sae = self.sae
+        """All that a captured step holds fixed: the shapes first, then the settings and the addresses in memory."""
+        sae, optimizer = self.sae, self.optimizer
         shapes = tuple((t.shape, t.dtype, t.device) for t in (x, target) if t is not None)
-        held = [*sae.parameters(), *sae.buffers(), *self._optimizer.tensors.values(), self.lr, self.count]
+        states = [t for state in optimizer.state.values() for t in state.values()]
+        held = [*sae.parameters(), *sae.buffers(), *states, self._lr]
+        groups = tuple((g["betas"], g["eps"], g["weight_decay"]) for g in optimizer.param_groups)
         return (
             shapes, sae.activation, sae.loss, sae.aux_k, sae.aux_coef, sae.dead_after, sae.precision, sae.pre_bias,
-            sae.decoder_norm, sae.norm.mode, self._optimizer.optimizer, self.seed, self.backend, self.schedule,
-            self.penalty_schedule, self.clip_norm, self.clip_rows, tuple(t.data_ptr() for t in held),
+            sae.decoder_norm, sae.norm.mode, groups, optimizer.seed, self.backend, self.schedule,
+            self.penalty_schedule, optimizer.clip_norm, optimizer.clip_rows, tuple(t.data_ptr() for t in held),
         )  # fmt: skip
 
-    def _step(
-        self, x: Tensor, target: Tensor | None, outer: Callable[[Tensor], Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        sae = self.sae
-        ready = sae.inputs(x, target)
-        if ready.x.shape[0] == 0:
-            raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
-        losses.check_tokens(sae.loss, ready.x.shape[0])
-        if self.check:
-            validation.no_nan("x", x)
-        was_training, sae.training = sae.training, True
-        try:
-            if self.penalty_schedule is not None:
-                sae.penalty_scale.fill_(self.penalty_schedule(self.count))
-            if self.k_schedule is not None:
-                sae.annealed_k = self.k_schedule(self._steps)
-            return self._trained(ready, x, target is None, outer)
-        finally:
-            sae.training, sae.annealed_k = was_training, None
-            if self.penalty_schedule is not None:
-                sae.penalty_scale.fill_(1.0)
+    # -- what the optimizer keeps -------------------------------------------------------------------------------------
 
-    def _trained(
-        self, ready: Inputs, x: Tensor, own_target: bool, outer: Callable[[Tensor], Tensor] | None
-    ) -> dict[str, Tensor]:
-        sae, n = self.sae, ready.x.shape[0]
-        variance = losses.total_variance(ready.target)
-        over: Tensor | int = n if sae.loss == "mse" else variance
-        goal = ready.target
-        bias: Tensor | None = sae.b_dec.detach()
-        if sae.pre_bias and own_target:
-            # recon - x = A W_dec - (x - b_dec): no bias to add, and no copy of x to keep
-            goal, bias = ready.encoder_input, None
-        if sae.W_skip is not None:
-            goal = goal - ready.x @ sae.W_skip.mT
-        screen = self._kept.current(ready.encoder_input, in_place=self._graph is not None)
-        how = sae.encode_options(screen=screen, backend=self.backend)
-        behind = None if outer is None else input_gradient.Outer(sae, ready, outer, x)
-        task = Task(sae, ready.encoder_input, goal, bias, over, how, behind)
-        found = self._passed(task, x.requires_grad)
-        dead = torch.where(found.counts > 0, 0, sae.tokens_since_fired + n) >= sae.dead_after
-        if found.redone is not None:
-            self._kept.redone = found.redone / n
-        metrics = {"mse": found.squares / n, "fvu": found.squares / variance, **found.losses}
-        metrics |= {"l0": found.active.double() / n, "dead": dead.sum()}
-        if found.redone is not None:
-            metrics["redone"] = found.redone
-        loss = found.total
-        auxiliary = revive(task, found, dead, metrics)
-        for name, coef in (("aux", sae.aux_coef), ("ghost", sae.ghost_coef)):
-            if name in metrics:
-                loss = loss + coef * metrics[name]
-        if behind is not None:
-            metrics["outer"] = behind.value
-            loss = loss + behind.value
-        terms, whole = objective.close(task, found)
-        terms += auxiliary
-        if x.requires_grad:
-            aux = sae.aux_coef * metrics.get("aux", 0.0)
-            ghost = sae.ghost_coef * metrics.get("ghost", 0.0) if sae.ghost == "residual" else 0.0
-            loss_over = found.total - task.slope() * found.losses.get("sparsity", 0.0) + aux + ghost
-            grad = input_gradient.of_step(task, found, terms, whole, loss_over, x, own_target)
-            if behind is not None and behind.dx is not None:
-                grad = grad + behind.dx
-        self._update(terms, found, screen, whole, ready, metrics)
-        if x.requires_grad:
-            x.grad = grad if x.grad is None else x.grad + grad
-        sae.count_fired_(found.counts, n)
-        if found.codes is not None:
-            sae.rule.observe(found.codes, sae.rule_state)
-        return {"loss": torch.as_tensor(loss), **metrics}
-
-    def _passed(self, task: Task, want_dx: bool) -> Pass:
-        """The forward pass by the way that suits the rule and, of a threshold rule, the density."""
-        rule = task.rule
-        if not rule.shaped:
-            return objective.selected_pass(task)
-        pairs, found = task.n * task.sae.d_sae, None
-        if self._density is None:
-            self._density = sampled_density(task, SAMPLED_TOKENS)
-        if self._density <= self.dense_above:
-            # Room for what the sparse way should carry, a little more than it has carried: whoever needs more is dense.
-            room = min(pairs, int(self.dense_above * pairs) + 1)
-            guess = min(room, int(1.5 * self._density * pairs) + 64 * task.n)
-            for capacity in dict.fromkeys((guess, room)):
-                pre, overflow = objective.pre_acts_with_room(task, capacity)
-                if not bool(overflow):
-                    found = objective.shaped_pass(task, pre)
-                    break
-        if found is None:
-            found = dense_pass(task, want_dx)
-        assert found.selected is not None
-        self._density = float(found.selected) / pairs
-        return found
-
-    def _update(
-        self,
-        terms: list[UpdateTerm],
-        found: Pass,
-        screen: Screen | None,
-        whole: Tensor,
-        ready: Inputs,
-        metrics: dict[str, Tensor],
-    ) -> None:
-        """The step of every parameter. whole (N, d_out): the gradient of the reconstruction."""
-        sae = self.sae
-        count = self.count + 1
-        lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.count))
-        others = dict(found.rule_grads)
-        if sae.W_skip is not None:
-            others["W_skip"] = whole.mT @ ready.x
-        of_others = sum(losses.sum_of_squares(grad.unsqueeze(0)) for grad in others.values())
-        added = ("decoder_pull", "db_enc", "added")
-        given: dict[str, Any] = {name: found.adds[name] for name in added if name in found.adds}
-        given |= {
-            "lr": lr, "step": count, "unit_norm": sae.decoder_norm == "unit", "pre_bias": sae.pre_bias,
-            "clip_rows": self.clip_rows, "seed": self.seed, "screen": screen, "backend": self.backend,
-            **self._optimizer.arguments(),
-        }  # fmt: skip
-
-        def update(**more: Any) -> Tensor:
-            return ops.update_latents_(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, terms=terms, **given, **more)
-
-        scale = None
-        if self.clip_norm is not None:
-            squares = update(norms_only=True).sum() + of_others
-            scale = (self.clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
-            others = {name: g * scale.to(g.dtype) for name, g in others.items()}
-        stats = update(grad_scale=scale)
-        self._optimizer.step_others(others, lr, count)
-        self.count.copy_(count)
-        self._steps += 1
-        self._kept.remember()
-        metrics |= {"grad_norm": (stats.sum() + of_others).sqrt(), "lr": lr}
-
-    @torch.no_grad()
     def forget_rows_(self, latents: Tensor) -> None:
         """Sets the optimizer's moments of these latents (int64) to zero, as resampling wants."""
-        self._optimizer.forget_rows(latents)
+        self.optimizer.forget_rows_(self.sae, latents)
 
     def refresh(self, encoder_input: Tensor | None = None) -> None:
-        """Makes the low-precision copy of the encoder anew. Needed only after a write that cannot be seen.
+        """Makes the low-precision copy of the encoder anew. Needed only after a write that torch cannot see.
 
         encoder_input (N, d_in): what it will encode, for a backend that chooses its format by it.
         """
-        self._kept.make(encoder_input, in_place=self._graph is not None)
-
-    # -- state --------------------------------------------------------------------------------------------------------
+        self.optimizer.refresh(encoder_input)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on besides the module's own state: plain numbers, strings and tensors.
 
-        The tensors are the live ones, as in a torch optimizer: save or clone them before the next step. The schedules
-        are functions of the count and are not stored.
+        "optimizer" has the optimizer's state by parameter name. The tensors are the live ones, as in a torch optimizer:
+        save or clone them before the next step. The schedules are functions of the count and are not stored.
         """
-        rule = self._optimizer.optimizer
         return {
             "format": FORMAT,
-            "count": int(self.count),
-            "lr": float(self.lr),
-            "optimizer": rule.kind,
-            "betas": list(rule.betas),
-            "eps": rule.eps,
-            "weight_decay": rule.weight_decay,
-            "moments": self.moments,
-            "seed": self.seed,
-            "density": self._density,
-            "state": dict(self._optimizer.tensors),
+            "lr": float(self._lr),
+            "seed": self.optimizer.seed,
+            "active_share": self.sae.active_share,
+            "optimizer": named_state(self.sae, self.optimizer),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -383,15 +336,123 @@ class FusedTrainStep:
                 f"got a state with keys {sorted(state)} and format {state.get('format')}, expected {sorted(expected)} "
                 f"and format {FORMAT}"
             )
-        for name in ("moments", "optimizer"):
-            if state[name] != expected[name]:
-                raise ValueError(f"the state has {state[name]} {name}, expected {expected[name]}; pass {name}=")
-        validation.optimizer(state["optimizer"], tuple(state["betas"]), state["eps"], state["weight_decay"])
-        self._optimizer.load(state["state"])
-        self.count.fill_(state["count"])
-        self._steps = state["count"]
-        self.lr.fill_(state["lr"])
-        self.seed = state["seed"]
-        betas = tuple(state["betas"])
-        self._optimizer.optimizer = Optimizer(state["optimizer"], betas, state["eps"], state["weight_decay"])
-        self._density = state["density"]
+        load_named_state(self.sae, self.optimizer, state["optimizer"])
+        self._lr.fill_(state["lr"])
+        self.optimizer.seed = state["seed"]
+        self.sae.active_share = state["active_share"]
+        self._steps = int(self.count)
+
+
+class PlainTrainStep(_TrainStep):
+    """g = ∇loss(sae(x));  project g;  torch.optim.Adam or AdamW;  renormalize: the same step by torch's own optimizer.
+
+    Slower, any backend, and readable: the curve that the fused step is held against.
+
+    lr: peak learning rate; schedule: step -> multiplier, with step counting the updates done before; optimizer: "adam"
+    or "adamw"; clip_norm, penalty_schedule, k_schedule: as FusedTrainStep's. Raises ValueError for another optimizer.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        schedule: Callable[[int], float] | None = None,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        penalty_schedule: Callable[[int], float] | None = None,
+        k_schedule: Callable[[int], int] | None = None,
+    ):
+        super().__init__(sae, penalty_schedule, k_schedule)
+        kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        if optimizer not in kinds:
+            raise ValueError(f"optimizer is {optimizer!r}, a plain step has {', '.join(kinds)}; use a fused step")
+        checks.optimizer(optimizer, betas, eps, weight_decay)
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm is {clip_norm}, expected a number above 0, or None")
+        self.lr, self.schedule, self.clip_norm = lr, schedule, clip_norm
+        self.step = 0
+        # A rule's own parameters do not decay: a threshold of 1 is no resting place.
+        learnt = list(sae.rule_parameters.values())
+        others = [p for name, p in sae.named_parameters() if name not in sae.rule_parameters]
+        groups: list[dict[str, Any]] = [{"params": others}]
+        if learnt:
+            groups.append({"params": learnt, "weight_decay": 0.0})
+        self.optimizer = kinds[optimizer](groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        """One update on x (*batch, d_in). Returns 0-d tensors as `FusedTrainStep` does; reads nothing back."""
+        sae = self.sae
+        lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        with self._scheduled(self.step, self.step):
+            metrics = self._backward(x, None, None, for_step=False)
+        norms = [torch.linalg.vector_norm(p.grad.double()) for p in sae.parameters() if p.grad is not None]
+        metrics |= {
+            "grad_norm": torch.linalg.vector_norm(torch.stack(norms)),
+            "lr": torch.tensor(lr, dtype=torch.float64),
+        }
+        sae.project_gradients_()
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.clip_norm)
+        self.optimizer.step()
+        sae.normalize_decoder_()
+        self.step += 1
+        return metrics
+
+    @torch.no_grad()
+    def forget_rows_(self, latents: Tensor) -> None:
+        """Sets the optimizer's moments of these latents (int64) to zero, as resampling wants."""
+        for name, p in self.sae.named_parameters():
+            if name in ("b_dec", "W_skip"):
+                continue
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self.optimizer.state.get(p, {}):
+                    self.optimizer.state[p][moment][latents] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"step", "optimizer"}: numbers and tensors, the optimizer's by parameter name."""
+        return {"step": self.step, "optimizer": named_state(self.sae, self.optimizer)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` returned. Raises KeyError or ValueError where it belongs to another module."""
+        load_named_state(self.sae, self.optimizer, state["optimizer"])
+        self.step = state["step"]
+
+
+def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state with the names of the module's parameters for numbers: {"state", "param_groups"}."""
+    names = {id(p): name for name, p in sae.named_parameters()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = optimizer.state_dict()
+    groups = []
+    for group in state["param_groups"]:
+        plain = {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()}
+        groups.append({**plain, "params": [ordered[i] for i in group["params"]]})
+    return {"state": {ordered[i]: dict(s) for i, s in state["state"].items()}, "param_groups": groups}
+
+
+def load_named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Puts back what `named_state` gave. Raises ValueError, and changes nothing, where it is of other parameters."""
+    names = {id(p): name for name, p in sae.named_parameters()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    saved = [name for group in state["param_groups"] for name in group["params"]]
+    if saved != ordered or not set(state["state"]) <= set(ordered):
+        raise ValueError(
+            f"got optimizer state for {sorted({*saved, *state['state']})}, expected it for {sorted(ordered)}"
+        )
+    for name, moments in state["state"].items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            got, expected = moments.get(key), sae.get_parameter(name)
+            if got is not None and got.shape != expected.shape:
+                raise ValueError(f"{key} of {name} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    number = {name: i for i, name in enumerate(ordered)}
+    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
+    optimizer.load_state_dict(
+        {"state": {number[name]: dict(s) for name, s in state["state"].items()}, "param_groups": groups}
+    )

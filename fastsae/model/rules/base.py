@@ -35,14 +35,19 @@ class Selected(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How an encoder computes, as the encoders of fastsae.ops take it: no setting of a rule, and not saved."""
+    """How an encoder computes, as the encoders of fastsae.ops take it: no setting of a rule, and not saved.
+
+    pre_bias (D,): b_dec, where x is x₀ - b_dec and its gradient is left to the encoder.
+    """
 
     screen: Screen | None = None
     precision: str = "exact"
     backend: str | None = None
+    pre_bias: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
-        return {"screen": self.screen, "precision": self.precision, "backend": self.backend}
+        names = ("screen", "precision", "backend", "pre_bias")
+        return {name: getattr(self, name) for name in names}
 
 
 class Activation(ABC):
@@ -62,6 +67,11 @@ class Activation(ABC):
     def needs_norms(self) -> bool:
         """Whether `sparsity` reads the norms of the decoder's rows."""
         return False
+
+    @property
+    def penalises(self) -> bool:
+        """Whether `sparsity` gives anything."""
+        return type(self).sparsity is not Activation.sparsity
 
     @property
     def penalty_is_mean(self) -> bool:
@@ -138,8 +148,11 @@ class Activation(ABC):
         """Disjoint parts of a code; after each is added to those before, the error counts with that weight."""
         return [(codes, 1.0)]
 
-    def observe(self, codes: SparseCodes, rule_state: RuleState) -> None:  # noqa: B027 (most rules remember nothing)
-        """What the rule remembers of a training batch, in place, after its step; no gradient, no host sync."""
+    def observe(self, codes: SparseCodes, rule_state: RuleState, made: Tensor) -> None:  # noqa: B027 (most remember nothing)
+        """What the rule remembers of a training batch, in place, after its step; no gradient, no host sync.
+
+        made: 0-d bool on the device, whether the step was made; if not, the rule remembers nothing of it.
+        """
 
     @abstractmethod
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:

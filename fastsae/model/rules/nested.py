@@ -116,10 +116,10 @@ class Matryoshka(Activation):
         return [(codes.keep(part == g), weight) for g, weight in enumerate(self.each_weight)]
 
     @torch.no_grad()
-    def observe(self, codes: SparseCodes, rule_state: RuleState) -> None:
-        self.inner.observe(codes, rule_state)
+    def observe(self, codes: SparseCodes, rule_state: RuleState, made: Tensor) -> None:
+        self.inner.observe(codes, rule_state, made)
         if self.sampled is not None:
-            rule_state["batches"].add_(1)
+            rule_state["batches"].add_(made)
 
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         return self.inner.dense(pre, rows, rule_state, training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -108,8 +108,8 @@ class BatchTopK(Activation):
         return select_above(x, W, b, rule_state["threshold"], options, capacity)
 
     @torch.no_grad()
-    def observe(self, codes: SparseCodes, rule_state: RuleState) -> None:
-        acts = torch.where(codes.occupied() & (codes.acts > 0), codes.acts, torch.inf).float()
+    def observe(self, codes: SparseCodes, rule_state: RuleState, made: Tensor) -> None:
+        acts = torch.where(codes.occupied() & (codes.acts > 0) & made, codes.acts, torch.inf).float()
         if acts.numel() == 0:
             return
         self.move_(rule_state["threshold"], acts.amin())
@@ -158,24 +158,26 @@ class GroupMax(Activation):
         options: EncodeOptions,
         capacity: int | None = None,
     ) -> Selected:
-        # Each group is a shard of the dictionary with an encoder of its own, which makes its own narrow copy.
-        size = W.shape[0] // self.k
-        found = [
-            ops.encode_topk(
-                x, rows, bias, 1, index_offset=i * size, precision=options.precision, backend=options.backend
-            )
-            for i, (rows, bias) in enumerate(zip(W.split(size), b.split(size), strict=True))
-        ]
-        acts, indices = torch.cat([c.acts for c in found], -1), torch.cat([c.indices for c in found], -1)
-        indices = torch.where(acts != 0, indices, W.shape[0] - 1)
-        order = (acts == 0).int().argsort(dim=-1, stable=True)  # empty slots last
-        redone = [c.redone for c in found if c.redone is not None]
-        return Selected(
-            SparseCodes(
-                acts.gather(-1, order), indices.gather(-1, order).int(), W.shape[0],
+        def chosen(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+            # Each group is a shard of the dictionary with an encoder of its own, which makes its own narrow copy.
+            size = W.shape[0] // self.k
+            own: dict[str, Any] = {"precision": options.precision, "backend": options.backend}
+            found = [
+                ops.encode_topk(x, rows, bias, 1, index_offset=i * size, **own)
+                for i, (rows, bias) in enumerate(zip(W.split(size), b.split(size), strict=True))
+            ]
+            acts, indices = torch.cat([c.acts for c in found], -1), torch.cat([c.indices for c in found], -1)
+            indices = torch.where(acts != 0, indices, W.shape[0] - 1)
+            order = (acts == 0).int().argsort(dim=-1, stable=True)  # empty slots last
+            redone = [c.redone for c in found if c.redone is not None]
+            return SparseCodes(
+                acts.gather(-1, order),
+                indices.gather(-1, order).int(),
+                W.shape[0],
                 redone=torch.stack(redone).amax() if redone else None,
             )
-        )  # fmt: skip
+
+        return Selected(ops.encode_by(chosen, x, W, b, pre_bias=options.pre_bias, backend=options.backend))
 
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         return reference.keep_group_max(pre, self.k)

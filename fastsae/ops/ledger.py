@@ -1,0 +1,612 @@
+"""The ledger: what a backward pass leaves for a fused update instead of gradients of size (M, D).
+
+An optimizer of fastsae opens a ledger for a pair of dictionaries. While it is open, the backward passes of the ops
+append terms, each a sparse code with the encoder's input and the gradient of a reconstruction, and `update_latents_`
+spends them. Where an act reaches a decoder as the encoder made it, the update computes its gradient ⟨dL/d recon, W_dec⟩
+itself, with both rows in registers: the two backward passes are then one term, and no gather of W_dec runs here.
+
+The terms stand for gradients, and p.grad says so: it is a `LedgerGradient`, which has no storage. Dropping it
+(`zero_grad`) drops the terms; its norm and its scaling work, so `clip_grad_norm_` and `GradScaler` do; `to_dense()`
+makes the gradient. What reaches a parameter by other ways (a penalty on weights, say) is added as an ordinary tensor.
+
+Everything that does not accumulate into the parameters (torch.autograd.grad, double backward, `backward(inputs=...)`,
+torch.func, torch.compile) takes the ordinary formulas instead and gives dense gradients.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastsae import reference
+from fastsae.codes import Screen, SparseCodes, UpdateTerm
+from fastsae.reference import wide
+
+_raw = torch.ops.fastsae
+
+NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
+
+
+# -- the gradient that stands for terms -------------------------------------------------------------------------------
+
+
+class LedgerGradient(torch.Tensor):
+    """p.grad of a parameter whose gradient is kept as terms: shape, dtype and device of p, and no storage."""
+
+    ledger: Ledger
+    parameter_name: str
+
+    @staticmethod
+    def __new__(cls, ledger: Ledger, name: str) -> LedgerGradient:
+        p = ledger.parameters[name]
+        made = torch.Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device, requires_grad=False)
+        made.ledger, made.parameter_name = ledger, name
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"LedgerGradient({self.parameter_name}, {tuple(self.shape)}, {len(self.ledger.terms)} terms)"
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """The gradient as an ordinary tensor."""
+        return self.ledger.dense_gradients()[self.parameter_name]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        aten, op = torch.ops.aten, func.overloadpacket
+        mine = args[0] if args and isinstance(args[0], LedgerGradient) else None
+        if mine is not None:
+            ledger, name = mine.ledger, mine.parameter_name
+            if op in (aten.detach, aten.alias):
+                return mine
+            if op is aten.zero_:
+                ledger.clear()
+                return mine
+            if op is aten.add_ and not isinstance(args[1], LedgerGradient):
+                ledger.add_dense(name, args[1])
+                return mine
+            if op in (aten.mul_, aten.div_):
+                ledger.scale(name, args[1] if op is aten.mul_ else 1 / args[1])
+                return mine
+            if op is aten.linalg_vector_norm and (len(args) < 2 or args[1] == 2):
+                return ledger.norm(name).to(mine.dtype)
+        if op in (aten._amp_foreach_non_finite_check_and_unscale_, aten._foreach_mul_, aten._foreach_zero_):
+            return _each(op, args)
+        if op is aten._foreach_norm:
+            return [torch.linalg.vector_norm(t, *args[1:2]) for t in args[0]]
+        names = sorted({t.parameter_name for t in _flat(args) if isinstance(t, LedgerGradient)})
+        raise RuntimeError(
+            f"the gradient of {', '.join(names)} is kept as terms for an optimizer of fastsae.optim, and {func} cannot "
+            "use it; give these parameters to that optimizer alone, or take .grad.to_dense()"
+        )
+
+
+def _flat(args: Any) -> list[Any]:
+    return [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a])]
+
+
+def _each(op: Any, args: Any) -> None:
+    """A foreach op on a list of gradients, some of them kept as terms."""
+    ordinary = [t for t in args[0] if not isinstance(t, LedgerGradient)]
+    if ordinary:
+        op(ordinary, *args[1:])
+    for t in args[0]:
+        if not isinstance(t, LedgerGradient):
+            continue
+        if op is torch.ops.aten._foreach_zero_:
+            t.ledger.clear()
+        elif op is torch.ops.aten._foreach_mul_:
+            t.ledger.scale(t.parameter_name, args[1])
+        else:
+            found_inf, inverse_scale = args[1:3]
+            found_inf.logical_or_(~t.ledger.finite())
+            t.ledger.scale(t.parameter_name, inverse_scale)
+
+
+# -- the ledger -------------------------------------------------------------------------------------------------------
+
+_owners: Any = WeakIdKeyDictionary()  # parameter -> weak reference to its ledger
+
+
+class KeepsScreen(Protocol):
+    redone: Tensor | None
+
+    def current(self, encoder_input: Tensor) -> Screen | None: ...
+
+
+class Taken(NamedTuple):
+    """What a step spends: terms; dense gradients by name; decoder_pull (M, L); the factor of the terms, 0-d float64."""
+
+    terms: list[UpdateTerm]
+    dense: dict[str, Tensor]
+    decoder_pull: Tensor | None
+    factor: Tensor | None
+    effects: list[Callable[[Tensor], None]]
+
+
+class Ledger:
+    """The gradient of W_enc (M, D_in; None: tied), W_dec (M, D_out), b_enc (M,) and b_dec (D_out,), as terms.
+
+    pre_bias   encoders that are told of b_dec (`pre_bias=`) get x - b_dec, and the update adds b_dec's share.
+    Opening a ledger closes any that was open for one of the parameters; it closes by itself with its owner.
+    measure, kept   set by the owner: the squared norms (4,) of the gradients as its step would use them; who keeps the
+                    low-precision copy of the encoder that a forward pass may use.
+    """
+
+    def __init__(self, W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, pre_bias: bool):
+        named = zip(NAMES, (W_enc, W_dec, b_enc, b_dec), strict=True)
+        self.parameters = {name: p for name, p in named if p is not None}
+        self.pre_bias = pre_bias
+        self.measure: Callable[[], Tensor] | None = None
+        self.kept: KeepsScreen | None = None
+        self.terms: list[UpdateTerm] = []
+        self._decoded: list[UpdateTerm] = []
+        self._dense: dict[str, Tensor] = {}
+        self._pull: Tensor | None = None
+        self._factors: dict[str, list[Any]] = {}
+        self._norms: Tensor | None = None
+        self._effects: list[Callable[[Tensor], None]] = []
+        self._versions: tuple[int, ...] | None = None
+        self._nodes = [get_gradient_edge(p).node for p in self.parameters.values()]
+        for p in self.parameters.values():
+            _owners[p] = weakref.ref(self)
+
+    @property
+    def is_open(self) -> bool:
+        return all(ref is not None and ref() is self for ref in map(_owners.get, self.parameters.values()))
+
+    def screen_for(self, x: Tensor) -> Screen | None:
+        """The owner's low-precision copy of the encoder, for inputs x (N, D_in); None where it keeps none."""
+        return None if self.kept is None else self.kept.current(x)
+
+    def note_redone(self, share: Tensor) -> None:
+        """Which share of the tokens the encoder had to do again with that copy, 0-d."""
+        if self.kept is not None:
+            self.kept.redone = share
+
+    # -- what backward passes ask and say ----------------------------------------------------------------------------
+
+    def accumulates(self) -> bool:
+        """Whether the backward pass that runs now ends in the parameters' .grad, all of them."""
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return False
+        try:
+            return all(torch._C._will_engine_execute_node(node) for node in self._nodes)
+        except RuntimeError:  # torch's answer inside torch.autograd.grad
+            return False
+
+    def add(self, term: UpdateTerm) -> None:
+        """A term is complete."""
+        self._begin()
+        self.terms.append(term)
+        if self.held_bytes() > self.most_bytes:
+            self._fold()
+
+    def add_decoded(self, term: UpdateTerm) -> None:
+        """The decoder's half of a term, whose acts went through other functions; the encoder's half comes later."""
+        self._begin()
+        self._decoded.append(term)
+
+    def decoded_with(self, indices: Tensor, offsets: Tensor | None) -> UpdateTerm | None:
+        """Takes out the decoder's half that has these slots, if there is one."""
+        places = [None if t is None else t.data_ptr() for t in (indices, offsets)]
+        for i, term in enumerate(self._decoded):
+            mine = [None if t is None else t.data_ptr() for t in (term.codes.indices, term.codes.offsets)]
+            if mine == places:
+                return self._decoded.pop(i)
+        return None
+
+    def add_pull(self, pull: Tensor) -> None:
+        """dW_dec_i gains pull[i, l] · W_dec_i in its l-th segment; pull (M, L)."""
+        self._begin()
+        self._pull = pull if self._pull is None else self._pull + pull
+
+    def add_dense(self, name: str, grad: Tensor) -> None:
+        self._dense[name] = grad.clone() if name not in self._dense else self._dense[name].add_(grad)
+        self._norms = None
+
+    def on_step(self, effect: Callable[[Tensor], None]) -> None:
+        """Runs effect(ok) when these terms are spent; ok: 0-d bool, whether the step was made."""
+        self._begin()
+        self._effects.append(effect)
+
+    def _begin(self) -> None:
+        """Sees to what was discarded since, and that every parameter's .grad says what is kept here."""
+        self._forget_discarded()
+        if any(self._factors.values()):
+            raise RuntimeError(
+                "gradients were added after they had been scaled or clipped; call optimizer.step() first"
+            )
+        for name, p in self.parameters.items():
+            if not isinstance(p.grad, LedgerGradient):
+                if p.grad is not None:
+                    self._dense[name] = p.grad
+                p.grad = LedgerGradient(self, name)
+        self._norms = None
+        versions = self._current_versions()
+        if self._versions is not None and self._versions != versions:
+            self._raise_written()
+        self._versions = versions
+
+    def _forget_discarded(self) -> None:
+        kept = [isinstance(p.grad, LedgerGradient) and p.grad.ledger is self for p in self.parameters.values()]
+        if not any(kept):
+            self.clear()
+        elif not all(kept):
+            missing = [name for name, k in zip(self.parameters, kept, strict=True) if not k]
+            raise RuntimeError(
+                f"the gradients of {', '.join(missing)} were replaced or dropped and those of the other parameters of "
+                "the same SAE were not, but they are kept together; drop all of them with optimizer.zero_grad()"
+            )
+
+    def _current_versions(self) -> tuple[int, ...]:
+        return tuple(p._version for name, p in self.parameters.items() if name.startswith("W"))
+
+    def _raise_written(self) -> None:
+        raise RuntimeError(
+            "W_enc or W_dec was written between backward() and optimizer.step(), whose gradients are computed from "
+            "them; write weights before the forward pass or after the step"
+        )
+
+    # -- what owners ask ---------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forgets everything that was not spent."""
+        self.terms, self._decoded, self._dense, self._pull = [], [], {}, None
+        self._factors, self._norms, self._effects, self._versions = {}, None, [], None
+
+    def take(self) -> Taken | None:
+        """Everything since the last step, which is forgotten here; None where there was no gradient at all."""
+        if any(isinstance(p.grad, LedgerGradient) for p in self.parameters.values()):
+            self._forget_discarded()
+        else:
+            self.clear()
+        if self._versions is not None and self._versions != self._current_versions():
+            self._raise_written()
+        terms = self._all_terms()
+        dense = dict(self._dense)
+        for name, p in self.parameters.items():
+            if p.grad is not None and not isinstance(p.grad, LedgerGradient):
+                dense[name] = p.grad
+        taken = Taken(terms, dense, self._pull, self._factor(), self._effects)
+        self.clear()
+        return taken if terms or dense or taken.decoder_pull is not None else None
+
+    def drop(self) -> None:
+        """Drops every parameter's .grad."""
+        for p in self.parameters.values():
+            p.grad = None
+
+    def _all_terms(self) -> list[UpdateTerm]:
+        """The terms, and the decoder's halves whose encoder has no gradient."""
+        return [*self.terms, *map(self._decoder_only, self._decoded)]
+
+    def _decoder_only(self, term: UpdateTerm) -> UpdateTerm:
+        d_in = self.parameters.get("W_enc", self.parameters["W_dec"]).shape[1]
+        x = term.grad.new_zeros(1, 1).expand(term.grad.shape[0], d_in)
+        return UpdateTerm(term.codes, x, term.grad, term.has_bias, torch.zeros_like(term.codes.acts))
+
+    def scale(self, name: str, factor: Any) -> None:
+        """Multiplies the gradient of one parameter; a step wants the same factors for all of them."""
+        self._factors.setdefault(name, []).append(factor)
+
+    def _factor(self) -> Tensor | None:
+        """The product of the factors, 0-d float64. Raises RuntimeError where parameters got different ones."""
+        lists = [self._factors.get(name, []) for name in self.parameters]
+        if not any(lists):
+            return None
+        if any(len(one) != len(lists[0]) for one in lists):
+            raise RuntimeError(
+                f"gradients were scaled {dict(zip(self.parameters, map(len, lists), strict=True))} times, expected "
+                "all of an SAE's as often; scale or clip all of its parameters together"
+            )
+        device = self.parameters["W_dec"].device
+        product = torch.ones((), dtype=torch.float64, device=device)
+        for factor in lists[0]:
+            product = product * (factor.double() if isinstance(factor, Tensor) else factor)
+        return product
+
+    def norm(self, name: str) -> Tensor:
+        """‖gradient‖ of one parameter as a step would use it (W_dec's projected, where rows keep norm 1), float64."""
+        if self._norms is None:
+            if self.measure is None:
+                raise RuntimeError("the norm of gradients kept as terms is the optimizer's to measure, and it is gone")
+            self._norms = self.measure().sqrt()
+        norm = self._norms[NAMES.index(name)]
+        for factor in self._factors.get(name, []):
+            norm = norm * factor
+        return norm
+
+    def peek(self) -> Taken:
+        """What `take` would give, without the factor, and nothing is forgotten."""
+        return Taken(self._all_terms(), dict(self._dense), self._pull, None, [])
+
+    def finite(self) -> Tensor:
+        """Whether no gradient can be infinite or NaN: 0-d bool on the device. See `gradients_are_bounded`."""
+        return gradients_are_bounded(self._all_terms(), self._dense.values(), self.parameters["W_dec"])
+
+    # -- dense gradients from terms ----------------------------------------------------------------------------------
+
+    @property
+    def most_bytes(self) -> int:
+        """Dense gradients take this much: past it, terms are turned into them."""
+        return sum(p.nbytes for p in self.parameters.values())
+
+    def held_bytes(self) -> int:
+        """Bytes of the inputs and gradients that the terms keep alive."""
+        held = {t.untyped_storage().data_ptr(): t.nbytes for term in self.terms for t in (term.x, term.grad)}
+        return sum(held.values())
+
+    def _fold(self) -> None:
+        """Turns the complete terms into dense gradients: accumulation over any number of batches has a bound."""
+        folded = self._summed(self.terms)
+        self.terms = []
+        for name, grad in folded.items():
+            self.add_dense(name, grad)
+
+    def dense_gradients(self) -> dict[str, Tensor]:
+        """Every gradient as an ordinary tensor, by name; nothing is forgotten."""
+        sums = self._summed(self._all_terms())
+        for name, grad in self._dense.items():
+            sums[name] += grad
+        if self._pull is not None:
+            W = self.parameters["W_dec"].detach()
+            segments = W.unflatten(1, (self._pull.shape[1], -1))
+            sums["W_dec"] += (self._pull[..., None] * segments).flatten(1)
+        factor = self._factor()
+        return sums if factor is None else {name: grad * factor.to(grad.dtype) for name, grad in sums.items()}
+
+    @torch.no_grad()
+    def _summed(self, terms: list[UpdateTerm]) -> dict[str, Tensor]:
+        sums = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        W_dec = self.parameters["W_dec"].detach()
+        W_enc = self.parameters.get("W_enc", W_dec).detach()
+        encoder = sums.get("W_enc", sums["W_dec"])
+        for term in terms:
+            code = (term.codes.indices, term.codes.offsets)
+            acts, dacts = term.codes.acts, term.dacts
+            if dacts is None:
+                dacts = torch.where(acts != 0, _raw.active_dot(term.grad, acts, *code, W_dec, None), 0)
+            order = _raw.by_latent(acts, *code, W_dec.shape[0], None)
+            sums["W_dec"] += _raw.active_outer(acts, *code, term.grad, W_dec.shape[0], order, None)
+            encoder += _raw.active_outer(dacts, *code, term.x.contiguous(), W_dec.shape[0], order, None)
+            ones = term.x.new_ones(term.x.shape[0], 1)
+            db = _raw.active_outer(dacts, *code, ones, W_dec.shape[0], order, None).squeeze(1)
+            sums["b_enc"] += db
+            if term.has_bias:
+                sums["b_dec"] += term.grad.sum(0)
+            if self.pre_bias:
+                sums["b_dec"] -= db @ W_enc
+        return sums
+
+
+def open_ledger(*tensors: Tensor) -> Ledger | None:
+    """The ledger that is open for all of these parameters, where a backward pass could use it; else None."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    refs = [_owners.get(t) for t in tensors]
+    ledger = refs[0]() if refs and refs[0] is not None else None
+    if ledger is None or any(ref is not refs[0] for ref in refs) or not ledger.is_open:
+        return None
+    if torch._C._are_functorch_transforms_active() or not all(p.requires_grad for p in ledger.parameters.values()):
+        return None
+    return ledger
+
+
+def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Whether the norms of all gradients are finite for certain: 0-d bool on like's device; NaN and infinity are not.
+
+    With a, g, x the largest magnitudes in acts, grad and x, D and N the sizes, and decoder rows of norm 1:
+    ‖dW_dec_i‖ ≤ N a g √D and ‖dW_enc_i‖ ≤ N max(g √D, dacts) x √D. Both are held against the square root of the largest
+    number, since norms and second moments square them, and decoder rows may be longer by 10³.
+    """
+    worst = []
+    for term in terms:
+        if term.grad.shape[0] == 0:
+            continue
+        n, root = term.grad.shape[0], max(term.grad.shape[1], term.x.shape[1]) ** 0.5
+        g = _largest(term.grad)
+        worst.append(n * root * g)
+        if term.codes.acts.numel():
+            slope = g * root if term.dacts is None else torch.maximum(g * root, _largest(term.dacts))
+            worst.append(n * root * torch.maximum(_largest(term.codes.acts) * g, slope * _largest(term.x)))
+    worst += [t.numel() ** 0.5 * _largest(t) for t in dense if t.numel()]
+    if not worst:
+        return torch.ones((), dtype=torch.bool, device=like.device)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return (torch.stack(worst) <= torch.finfo(wide).max ** 0.5 * 1e-3).all()
+
+
+def _largest(t: Tensor) -> Tensor:
+    """The largest magnitude, 0-d float64; NaN where there is one."""
+    return torch.linalg.vector_norm(t, float("inf")).double()
+
+
+# -- the ops while a ledger is open -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Encoded:
+    """What an encoder did: its ledger, and the decoders' halves of terms, which wait for its own backward pass.
+
+    defers: the update may compute the acts' gradients, since nothing else (x's gradient, say) needs them here.
+    """
+
+    ledger: Ledger
+    defers: bool
+    waiting: list[UpdateTerm] = field(default_factory=list)
+
+
+def encode(
+    run: Callable[[Tensor, Tensor, Tensor], SparseCodes],
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    pre_bias: Tensor | None,
+    ledger: Ledger,
+    backend: str | None,
+) -> SparseCodes:
+    """run(x, W, b), whose acts are x Wᵀ + b at its slots, with a backward pass that writes into the ledger.
+
+    x (N, D). pre_bias (D,): x is x₀ - pre_bias without a gradient of it, which is handed on from here.
+    """
+    made: list[SparseCodes] = []
+    acts = _Encode.apply(x, W, b, pre_bias, run, ledger, made, backend)
+    centred = pre_bias is not None
+    record = Encoded(ledger, defers=not x.requires_grad and centred == ledger.pre_bias)
+    acts.grad_fn.record = record
+    codes = replace(made[0], acts=acts)
+    codes.made_by = (record, acts)
+    return codes
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor, pre_bias: Tensor | None, run: Any, ledger: Ledger,
+        made: list[SparseCodes], backend: str | None,
+    ) -> Tensor:  # fmt: skip
+        codes = run(x.detach(), W.detach(), b.detach())
+        made.append(codes)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, W, codes.acts, codes.indices, codes.offsets)
+        ctx.ledger, ctx.centred, ctx.backend = ledger, pre_bias is not None, backend
+        return codes.acts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        grad, ledger, rest = grads[0], ctx.ledger, (None,) * 4
+        x, W, acts, indices, offsets = ctx.saved_tensors
+        if grad is not None and offsets is None:
+            grad = torch.where(acts != 0, grad, 0)
+        if not ledger.accumulates():
+            dense = (None,) * 4 if grad is None else _dense_encoder(ctx, grad, x, W, acts, indices, offsets)
+            return *dense, *rest
+        for term in ctx.record.waiting:
+            ledger.add(replace(term, x=x))
+        ctx.record.waiting.clear()
+        if grad is None:
+            return (None,) * 8
+        if ledger.pre_bias and not ctx.centred:
+            # The update takes every x for one less b_dec; this one's gradient of b_dec goes by autograd, or is none.
+            ledger.add_dense("b_dec", _sums(grad, indices, offsets, W.shape[0], ctx.backend) @ W)
+        other = ledger.decoded_with(indices, offsets)
+        if other is None:
+            ledger.add(_encoder_only(ledger, x, grad, indices, offsets))
+        else:
+            ledger.add(replace(other, x=x, dacts=grad[: other.codes.acts.shape[0]]))
+        dx = _raw.decode(grad, indices, offsets, W, ctx.backend) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, *rest
+
+
+def _dense_encoder(
+    ctx: Any, grad: Tensor, x: Tensor, W: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """dx, dW, db and the pre-bias' gradient as ordinary tensors."""
+    latents, backend = W.shape[0], ctx.backend
+    order = _raw.by_latent(acts, indices, offsets, latents, backend)
+    db = _sums(grad, indices, offsets, latents, backend)
+    dx = _raw.decode(grad, indices, offsets, W, backend) if ctx.needs_input_grad[0] else None
+    return (
+        dx,
+        _raw.active_outer(grad, indices, offsets, x, latents, order, backend),
+        db,
+        -(db @ W) if ctx.centred else None,
+    )
+
+
+def _sums(grad: Tensor, indices: Tensor, offsets: Tensor | None, latents: int, backend: str | None) -> Tensor:
+    """Σₙ of each latent's slots: (M,)."""
+    n = grad.shape[0] if offsets is None else offsets.shape[0] - 1
+    return _raw.active_outer(grad, indices, offsets, grad.new_ones(n, 1), latents, None, backend).squeeze(1)
+
+
+def _encoder_only(ledger: Ledger, x: Tensor, grad: Tensor, indices: Tensor, offsets: Tensor | None) -> UpdateTerm:
+    """A term without a reconstruction: in a ragged code, whose slots may hold an act of 0 and yet a gradient."""
+    latents, d_out = ledger.parameters["W_dec"].shape
+    slots = SparseCodes(grad, indices, latents, offsets)
+    if offsets is None:
+        slots = slots.keep(grad != 0)
+    nothing = replace(slots, acts=torch.zeros_like(slots.acts))
+    return UpdateTerm(nothing, x, x.new_zeros(x.shape[0], d_out), has_bias=False, dacts=slots.acts)
+
+
+def decode(codes: SparseCodes, W: Tensor, ledger: Ledger, backend: str | None) -> Tensor:
+    """A W (N, D) of a flat code, with a backward pass that writes into the ledger."""
+    return _Decode.apply(codes.acts, W, codes.detach(), codes.encoded, ledger, backend)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, acts: Tensor, W: Tensor, codes: SparseCodes, encoded: Any, ledger: Ledger, backend: Any
+    ) -> Tensor:
+        ctx.save_for_backward(acts, W)
+        ctx.codes, ctx.encoded, ctx.ledger, ctx.backend = codes, encoded, ledger, backend
+        return _raw.decode(codes.acts, codes.indices, codes.offsets, W.detach(), backend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        acts, W = ctx.saved_tensors
+        codes, kept = replace(ctx.codes, acts=acts), ctx.ledger.accumulates()
+        dacts = decoded_backward(codes, grads[0], W, ctx.ledger if kept else None, ctx.encoded, False, ctx.backend)
+        dW = None
+        if not kept and ctx.needs_input_grad[1]:
+            dW = _raw.active_outer(acts, codes.indices, codes.offsets, grads[0], W.shape[0], None, ctx.backend)
+        return dacts if ctx.needs_input_grad[0] else None, dW, None, None, None, None
+
+
+def decoded_backward(
+    codes: SparseCodes,
+    grad: Tensor,
+    W: Tensor,
+    ledger: Ledger | None,
+    encoded: Encoded | None,
+    has_bias: bool,
+    backend: str | None,
+) -> Tensor | None:
+    """The acts' gradient ⟨grad, W⟩ of a decoder; its half of a term goes to the ledger, if there is one.
+
+    None where the update will compute the acts' gradient: then the term waits for the encoder's backward pass, which
+    always comes later.
+    """
+    # x is the encoder's to give.
+    half = UpdateTerm(codes.detach(), grad, grad, has_bias)
+    if ledger is not None and encoded is not None and encoded.ledger is ledger and encoded.defers:
+        encoded.waiting.append(half)
+        return None
+    if ledger is not None:
+        ledger.add_decoded(half)
+    return _raw.active_dot(grad, codes.acts, codes.indices, codes.offsets, W, backend)
+
+
+def decoder_norms(W_dec: Tensor, layers: int, ledger: Ledger) -> Tensor:
+    """reference.decoder_norms, float32 at least, whose gradient the ledger keeps as a pull on each row."""
+    return _DecoderNorms.apply(W_dec, layers, ledger)
+
+
+class _DecoderNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, layers: int, ledger: Ledger) -> Tensor:
+        ctx.save_for_backward(W)
+        ctx.layers, ctx.ledger = layers, ledger
+        return reference.decoder_norms(wide(W.detach()), layers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (W,) = ctx.saved_tensors
+        segments = wide(W).unflatten(1, (ctx.layers, -1))
+        each = torch.linalg.vector_norm(segments, dim=-1)
+        pull = grads[0][:, None] / torch.where(each > 0, each, torch.inf)
+        if ctx.ledger.accumulates():
+            ctx.ledger.add_pull(pull)
+            return None, None, None
+        return (pull[..., None] * segments).flatten(1).to(W.dtype), None, None

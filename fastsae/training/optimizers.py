@@ -1,0 +1,615 @@
+"""Adam, AdamW, Lion and SignSGD as torch optimizers whose step is the fused update.
+
+    optimizer = fastsae.optim.Adam(sae, lr=2e-4)
+    loss = sae(x).loss + anything_differentiable
+    loss.backward()      # the ledger keeps terms; no (M, D) gradient is stored
+    optimizer.step()     # one pass over the rows: gradient, projection, clipping, moments, renormalization
+    optimizer.zero_grad()
+
+They behave as torch's own: param_groups with "lr" and "weight_decay", closures, hooks, state_dict. What differs: a step
+spends the gradients (every .grad is None after it), and a step whose gradients are not finite changes nothing and is
+counted in `skipped`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from fastsae import ops
+from fastsae.codes import SparseCodes, UpdateTerm
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.ops import checks
+from fastsae.ops.ledger import Ledger, Taken, gradients_are_bounded
+from fastsae.ops.sums import sum_of_squares
+from fastsae.reference import Optimizer as Rule
+from fastsae.reference import scales_shape
+from fastsae.training.screen import KeptScreen
+
+MOMENTS = ("fp32", "bf16", "8bit")
+KEYS = {"m": "exp_avg", "v": "exp_avg_sq"}
+"""A moment's name in an optimizer's state, as torch has it."""
+
+
+@dataclass(eq=False)
+class Dictionaries:
+    """The parameters of one SAE that is no SparseAutoencoder: what a fused update needs to know of it.
+
+    W_enc (M, D_in; None where the encoder reads W_dec), W_dec (M, D_out), b_enc (M,), b_dec (D_out,): leaf tensors, one
+    latent per row. decoder_norm: "unit" keeps the rows of W_dec at norm 1. pre_bias: encoders get x - b_dec and say so
+    (`pre_bias=` of fastsae.ops). k: active latents per token, for a backend that chooses its screen by it.
+    others: further parameters, stepped elementwise; those named in `undecayed` without weight decay.
+    """
+
+    W_enc: Tensor | None
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    decoder_norm: str = "free"
+    pre_bias: bool = False
+    k: int | None = None
+    screened: bool = True
+    others: dict[str, Tensor] = field(default_factory=dict)
+    undecayed: tuple[str, ...] = ()
+
+    @property
+    def main(self) -> dict[str, Tensor]:
+        """What `update_latents_` updates, in its order."""
+        named = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        return {name: p for name, p in named.items() if p is not None}
+
+    @property
+    def encoder_weight(self) -> Tensor:
+        return self.W_dec if self.W_enc is None else self.W_enc
+
+    @staticmethod
+    def of(sae: SparseAutoencoder) -> Dictionaries:
+        """Those of a module. A rule's own parameters do not decay: a threshold of 1 is no resting place."""
+        others: dict[str, Tensor] = {} if sae.W_skip is None else {"W_skip": sae.W_skip}
+        return Dictionaries(
+            sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, sae.decoder_norm, sae.pre_bias, sae.rule.screen_k,
+            sae.rule.screened, {**others, **sae.rule_parameters}, tuple(sae.rule_parameters),
+        )  # fmt: skip
+
+
+class _Member:
+    """One SAE of an optimizer: its parameters, its ledger, its screen."""
+
+    def __init__(self, given: SparseAutoencoder | Dictionaries, backend: str | None):
+        self.sae = given if isinstance(given, SparseAutoencoder) else None
+        self.dictionaries = given if isinstance(given, Dictionaries) else Dictionaries.of(given)
+        d = self.dictionaries
+        frozen = [name for name, p in self.parameters().items() if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"{', '.join(frozen)} do not require a gradient, but a fused update steps every parameter of an SAE; "
+                "call .requires_grad_(), or use a torch optimizer on the others"
+            )
+        self.ledger = Ledger(d.W_enc, d.W_dec, d.b_enc, d.b_dec, d.pre_bias)
+        self.screen = KeptScreen(self, backend)
+        self.ledger.kept = self.screen
+
+    @property
+    def encoder_weight(self) -> Tensor:
+        return self.dictionaries.encoder_weight
+
+    @property
+    def b_enc(self) -> Tensor:
+        return self.dictionaries.b_enc
+
+    @property
+    def k(self) -> int | None:
+        return self.dictionaries.k if self.sae is None else self.sae.rule.screen_k
+
+    @property
+    def screened(self) -> bool:
+        return self.dictionaries.screened
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {**self.dictionaries.main, **self.dictionaries.others}
+
+    def current(self) -> dict[str, Tensor]:
+        """The same names as the module has them now."""
+        mine = self.parameters()
+        return mine if self.sae is None else {name: getattr(self.sae, name) for name in mine}
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """The base of the four. Raises ValueError for bad settings.
+
+    params        a SparseAutoencoder, or `Dictionaries`, or a list of them, or of groups {"params": one of them, "lr":
+                  ...}. Each becomes one parameter group, and its rule's own parameters, which do not decay, another.
+    lr            a number or a 0-d tensor, which a CUDA graph needs on the device.
+    moments       "fp32": in the weights' dtype, float32 at least. "bf16": half the memory, "8bit" (Adam, AdamW): a
+                  quarter; both rounded stochastically as a function of (seed, step, position).
+    clip_rows     scale each latent's row of each dictionary's gradient to at most this norm, at no cost.
+    clip_norm     the same for all gradients of an SAE together, after projection, as clip_grad_norm_ does: at the cost
+                  of a second pass, in which the gradients are computed again rather than stored.
+    backend       of the update, see `fastsae.backends()`; None takes the fastest.
+    independent   with several processes of torch.distributed: True says that each trains an SAE of its own. Without it
+                  a step is refused, since nothing here sums gradients over processes.
+
+    skipped: 0-d int64, steps not made because a gradient was not finite; grad_norm: 0-d float64, of the last step,
+    before projection and clipping.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        *,
+        moments: str = "fp32",
+        clip_norm: float | None = None,
+        clip_rows: float | None = None,
+        seed: int = 0,
+        backend: str | None = None,
+        independent: bool = False,
+    ):
+        if moments not in MOMENTS:
+            raise ValueError(f"moments is {moments!r}, expected one of {', '.join(MOMENTS)}")
+        if moments == "8bit" and self.kind not in ("adam", "adamw"):
+            raise ValueError(f"moments='8bit' goes with adam and adamw, got {self.kind!r}; use 'fp32' or 'bf16'")
+        for name, value in (("clip_norm", clip_norm), ("clip_rows", clip_rows)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected a number above 0, or None")
+        self.moments, self.clip_norm, self.clip_rows = moments, clip_norm, clip_rows
+        self.seed, self.backend, self.independent = seed, backend, independent
+        self._members: list[_Member] = []
+        self._groups: list[tuple[int, int | None]] = []  # of each member: its group, and its rule's
+        self.grad_norm: Tensor | None = None
+        self._warned = False
+        given = [params] if isinstance(params, (nn.Module, Dictionaries)) else list(params)
+        groups: Any = [g if isinstance(g, Mapping) else {"params": g} for g in given]
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        device = self._members[0].dictionaries.W_dec.device
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a SparseAutoencoder or `Dictionaries`, as "params", with settings of its own."""
+        given = param_group["params"]
+        if not isinstance(given, (SparseAutoencoder, Dictionaries)):
+            what = f"{type(given).__module__}.{type(given).__name__}"
+            raise TypeError(
+                f"params is a {what}, expected a SparseAutoencoder or fastsae.optim.Dictionaries; pass the module "
+                "itself, not its parameters(): a fused update needs to know which is which"
+            )
+        settings = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
+        lr = settings["lr"]
+        if not (isinstance(lr, Tensor) or (lr >= 0 and math.isfinite(lr))):
+            raise ValueError(f"lr {lr}: expected 0 or more")
+        checks.optimizer(self.kind, settings["betas"], settings["eps"], settings["weight_decay"])
+        member = _Member(given, self.backend)
+        undecayed = member.dictionaries.undecayed
+        named = member.parameters()
+        if member.sae is not None:  # in the order of sae.parameters(), as a torch optimizer's state has them
+            order = {name: i for i, (name, _) in enumerate(member.sae.named_parameters())}
+            named = dict(sorted(named.items(), key=lambda item: order[item[0]]))
+        first = [p for name, p in named.items() if name not in undecayed]
+        rest = [p for name, p in named.items() if name in undecayed]
+        super().add_param_group({**settings, "params": first})
+        where: tuple[int, int | None] = (len(self.param_groups) - 1, None)
+        if rest:
+            super().add_param_group({**settings, "params": rest, "weight_decay": 0.0})
+            where = (where[0], where[0] + 1)
+        self._members.append(member)
+        self._groups.append(where)
+        index = len(self._members) - 1
+        member.ledger.measure = lambda: self._measure(index)
+        self._begin_state(member)
+
+    def _begin_state(self, member: _Member) -> None:
+        """Zeros. One count of steps for all parameters of an SAE."""
+        main = member.dictionaries.main
+        count = torch.zeros((), dtype=torch.int64, device=member.dictionaries.W_dec.device)
+        for name, p in member.parameters().items():
+            state: dict[str, Tensor] = {"step": count}
+            for letter in self.rule_letters:
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                if name in main and self.moments == "bf16":
+                    dtype = torch.bfloat16
+                elif name in main and self.moments == "8bit" and p.ndim == 2:
+                    dtype = torch.float8_e4m3fn
+                    scales = torch.zeros(scales_shape(p), dtype=torch.float32, device=p.device)
+                    state[f"{KEYS[letter]}_scale"] = scales
+                state[KEYS[letter]] = torch.zeros(p.shape, dtype=dtype, device=p.device)
+            self.state[p] = state
+
+    @property
+    def rule_letters(self) -> str:
+        return Rule(self.kind).moments
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every SAE that has a gradient; spends the gradients. Returns the closure's loss, if any.
+
+        Raises RuntimeError where a parameter was moved, cast, replaced, frozen or taken over by another optimizer since
+        this one was made, and with several processes unless `independent`; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.step_scheduled(1.0)
+        return loss
+
+    @torch.no_grad()
+    def step_scheduled(self, factor: Tensor | float) -> None:
+        """A step with every learning rate times a factor, which may be a 0-d tensor on the device."""
+        self.refuse()
+        for i in range(len(self._members)):
+            self._step_member(i, factor)
+
+    def refuse(self) -> None:
+        """Raises RuntimeError where a step would: see `step`."""
+        self._refuse_ranks()
+        for member in self._members:
+            self._check(member)
+
+    def screen_of(self, sae: SparseAutoencoder) -> KeptScreen:
+        """What keeps the low-precision copy of an SAE's encoder."""
+        return next(member.screen for member in self._members if member.sae is sae)
+
+    def _step_member(self, index: int, lr_factor: Tensor | float = 1.0) -> None:
+        member, group = self._members[index], self.param_groups[self._groups[index][0]]
+        d = member.dictionaries
+        taken = member.ledger.take()
+        others = {name: p.grad for name, p in d.others.items() if p.grad is not None}
+        if taken is None and not others:
+            return
+        taken = taken or Taken([], {}, None, None, [])
+        given = self._arguments(index, taken)
+        count = self.state[d.W_dec]["step"] + 1
+        numbers = {"lr": _on_device(group["lr"], d.W_dec) * lr_factor, "step": count}
+        of_others: Any = sum(sum_of_squares(g.reshape(1, -1)) for g in others.values())
+        scale = taken.factor
+        if self.clip_norm is not None:
+            squares = self._update(index, given, norms_only=True, **numbers).sum()
+            norm = (squares * _square(scale) + of_others).sqrt()
+            clip = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+            scale = clip if scale is None else scale * clip
+            others = {name: g * clip.to(g.dtype) for name, g in others.items()}
+        made = self._finite(index, given, taken, others, scale, numbers)
+        stats = self._update(index, given, grad_scale=scale, skip=~made, **numbers)
+        self.grad_norm = (stats.sum() * _square(taken.factor) + of_others).sqrt()
+        self._step_others(index, others, numbers, made)
+        self.state[d.W_dec]["step"].copy_(torch.where(made, count, count - 1))
+        for effect in taken.effects:
+            effect(made)
+        member.screen.remember()
+        member.ledger.drop()
+        for name in others:
+            d.others[name].grad = None
+        self._count_skipped(made)
+
+    def _arguments(self, index: int, taken: Taken) -> dict[str, Any]:
+        """What `update_latents_` takes of the gradients and settings, but for lr and step."""
+        member, group = self._members[index], self.param_groups[self._groups[index][0]]
+        d, dense, terms = member.dictionaries, taken.dense, list(taken.terms)
+        latents, d_out = d.W_dec.shape
+        added: list[Tensor] = []
+        if "W_enc" in dense or "W_dec" in dense:
+            names = ("W_dec",) if d.W_enc is None else ("W_enc", "W_dec")
+            added = [dense.get(name, torch.zeros_like(d.main[name])) for name in names]
+            added.append(torch.zeros_like(d.b_enc))
+        if "b_dec" in dense:
+            # A reconstruction without latents: its gradient is b_dec's alone.
+            none = SparseCodes(
+                d.W_dec.new_zeros(0), torch.zeros(0, dtype=torch.int32, device=d.W_dec.device), latents,
+                torch.zeros(2, dtype=torch.int64, device=d.W_dec.device),
+            )  # fmt: skip
+            x = d.W_dec.new_zeros(1, d.encoder_weight.shape[1])
+            terms.append(UpdateTerm(none, x, dense["b_dec"].reshape(1, d_out), has_bias=True))
+        states = [self.state[p] for p in d.main.values()]
+        keys = [KEYS[letter] for letter in self.rule_letters]
+        return {
+            "terms": terms,
+            "added": added,
+            "db_enc": dense.get("b_enc"),
+            "decoder_pull": taken.decoder_pull,
+            "moments": [state[key] for state in states for key in keys],
+            "scales": [state[f"{key}_scale"] for state in states for key in keys if f"{key}_scale" in state],
+            "optimizer": self.kind,
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "unit_norm": (d.decoder_norm if member.sae is None else member.sae.decoder_norm) == "unit",
+            "pre_bias": d.pre_bias,
+            "clip_rows": self.clip_rows,
+            "seed": self.seed,
+            "screen": member.screen.screen,
+            "backend": self.backend,
+        }
+
+    def _update(self, index: int, given: dict[str, Any], **more: Any) -> Tensor:
+        skip = more.pop("skip", None)  # TEMPORARY
+        if skip is not None and bool(skip):
+            more.pop("grad_scale", None)
+            more["norms_only"] = True
+        d = self._members[index].dictionaries
+        return ops.update_latents_(d.W_enc, d.W_dec, d.b_enc, d.b_dec, **given, **more)
+
+    def _measure(self, index: int) -> Tensor:
+        """The squared norms (4,) of the gradients so far, as a step would use them."""
+        d = self._members[index].dictionaries
+        given = self._arguments(index, self._members[index].ledger.peek())
+        count = self.state[d.W_dec]["step"] + 1
+        with torch.no_grad():
+            return self._update(index, given, norms_only=True, lr=_on_device(0.0, d.W_dec), step=count)
+
+    def _finite(
+        self, index: int, given: dict[str, Any], taken: Taken, others: dict[str, Tensor], scale: Tensor | None,
+        numbers: dict[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Whether the step may be made: 0-d bool on the device.
+
+        Off the CPU a bound decides, which also stops gradients within a factor 10³ of overflow; on the CPU they are
+        then computed.
+        """
+        d = self._members[index].dictionaries
+        bounded = gradients_are_bounded(given["terms"], taken.dense.values(), d.W_dec)
+        if bounded.device.type == "cpu" and not bool(bounded):
+            bounded = self._update(index, given, norms_only=True, **numbers).sum().isfinite()
+        for t in (*others.values(), *([] if scale is None else [scale]), numbers["lr"]):
+            bounded = bounded & t.isfinite().all()
+        return bounded
+
+    def _step_others(self, index: int, grads: dict[str, Tensor], numbers: dict[str, Tensor], made: Tensor) -> None:
+        """One step of the parameters beside the dictionaries, by torch's elementwise ops."""
+        d = self._members[index].dictionaries
+        for name, grad in grads.items():
+            p, state = d.others[name], self.state[d.others[name]]
+            main, rules = self._groups[index]
+            group = self.param_groups[rules if name in d.undecayed and rules is not None else main]
+            rule = Rule(self.kind, group["betas"], group["eps"], group["weight_decay"])
+            lr = numbers["lr"]
+            if group is not self.param_groups[main]:
+                lr = lr * (_on_device(group["lr"], p) / _on_device(self.param_groups[main]["lr"], p))
+            held = [state[KEYS[letter]] for letter in self.rule_letters]
+            grad = grad.to(torch.promote_types(p.dtype, torch.float32))
+            wide = tuple(m.to(grad.dtype) for m in held)
+            stepped, fresh = rule.stepped(p.detach().to(grad.dtype), grad, wide, lr, numbers["step"])
+            p.copy_(torch.where(made, stepped, p.detach().to(grad.dtype)))
+            for old, new in zip(held, fresh, strict=True):
+                old.copy_(torch.where(made, new, old.to(new.dtype)))
+
+    def _count_skipped(self, made: Tensor) -> None:
+        self.skipped += (~made).to(self.skipped.device)
+        if not self._warned and made.device.type == "cpu" and not bool(made):
+            self._warned = True
+            warnings.warn(
+                "a gradient is not finite (NaN, infinite or too large to square), so this step changed nothing; look "
+                "for such numbers in the inputs. Further ones are counted in optimizer.skipped without a warning",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    # -- refusals -----------------------------------------------------------------------------------------------------
+
+    def _refuse_ranks(self) -> None:
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several and not self.independent and torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                f"this is one of {torch.distributed.get_world_size()} processes, and a fused update sums no gradients "
+                "over processes, so their weights would drift apart; use a torch optimizer with "
+                "DistributedDataParallel, or pass independent=True where each process trains an SAE of its own"
+            )
+
+    def _check(self, member: _Member) -> None:
+        """Raises RuntimeError for parameters that are not what they were."""
+        if not member.ledger.is_open:
+            raise RuntimeError(
+                "another optimizer of fastsae.optim was made for these parameters since; step that one, or make this "
+                "one anew"
+            )
+        for name, now in member.current().items():
+            p = member.parameters()[name]
+            if now is not p:
+                raise RuntimeError(f"{name} of the module was replaced since this optimizer was made; make a new one")
+            if not p.requires_grad:
+                raise RuntimeError(
+                    f"{name} does not require a gradient any more, but a fused update steps every parameter of an SAE; "
+                    "call .requires_grad_(), or use a torch optimizer on the others"
+                )
+            for letter in self.rule_letters:
+                m = self.state[p][KEYS[letter]]
+                small = m.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+                wanted = m.dtype if small else torch.promote_types(p.dtype, torch.float32)
+                if (p.device, p.shape, wanted) != (m.device, m.shape, m.dtype):
+                    raise RuntimeError(
+                        f"{name} is {p.dtype} {tuple(p.shape)} on {p.device}, but its moments are {m.dtype} "
+                        f"{tuple(m.shape)} on {m.device}: make a new optimizer after moving or casting the module, and "
+                        "load its state"
+                    )
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forget_rows_(self, sae: SparseAutoencoder | Dictionaries, latents: Tensor) -> None:
+        """Sets the moments of these latents (int64) of an SAE to zero, as resampling wants."""
+        for member in self._members:
+            if sae is not member.sae and sae is not member.dictionaries:
+                continue
+            for name, p in member.parameters().items():
+                if name in ("b_dec", "W_skip"):
+                    continue
+                for key, t in self.state[p].items():
+                    if key != "step":
+                        # 8-bit floats know no indexed writes; their bits do.
+                        (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t)[latents] = 0
+
+    def refresh(self, encoder_input: Tensor | None = None) -> None:
+        """Makes the low-precision copies of the encoders anew. Needed only after a write that torch cannot see.
+
+        encoder_input (N, d_in): what they will encode, for a backend that chooses its format by it.
+        """
+        for member in self._members:
+            member.screen.make(encoder_input)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave, bit for bit; also the state of a torch optimizer over sae.parameters().
+
+        A state without moments (a torch optimizer that made no step) is a fresh start. Raises ValueError, and changes
+        nothing, where parameters, moments or their storage do not fit.
+        """
+        groups, saved = state_dict["param_groups"], state_dict["state"]
+        ids = [i for group in groups for i in group["params"]]
+        mine = [p for group in self.param_groups for p in group["params"]]
+        if len(ids) != len(mine):
+            raise ValueError(f"the state has {len(ids)} parameters, expected {len(mine)}")
+        found = [saved[i] for i in ids if i in saved]
+        if found and len(found) != len(ids):
+            raise ValueError(
+                f"the state has moments of {len(found)} of its {len(ids)} parameters, expected all or none"
+            )
+        pairs = []
+        for number, (i, p) in enumerate(zip(ids, mine, strict=True)):
+            pairs += self._fitting(number, p, saved[i]) if found else []
+        steps = {int(s["step"]) for s in found}
+        if len(steps) > len(self._members):
+            raise ValueError(f"the parameters of an SAE made {sorted(steps)} steps, expected one number for all")
+        if len(groups) == len(self.param_groups):
+            for group, theirs in zip(self.param_groups, groups, strict=True):
+                self._load_group(group, theirs)
+        elif len(groups) == 1:  # a torch optimizer over sae.parameters()
+            for group in self.param_groups:
+                kept = group["weight_decay"]
+                self._load_group(group, groups[0])
+                group["weight_decay"] = groups[0].get("weight_decay", kept) if kept else kept
+        if not found:
+            for member in self._members:
+                self._begin_state(member)
+        for ours, theirs in pairs:
+            ours.view(torch.uint8).copy_(theirs.view(torch.uint8)) if ours.dtype == torch.float8_e4m3fn else (
+                ours.copy_(theirs)
+            )
+        for member in self._members:
+            member.ledger.clear()
+            member.ledger.drop()
+
+    def _load_group(self, group: dict[str, Any], theirs: Mapping[str, Any]) -> None:
+        for key, value in theirs.items():
+            if key == "lr" and isinstance(group["lr"], Tensor):
+                group["lr"].copy_(torch.as_tensor(value))
+            elif key == "betas":
+                group["betas"] = tuple(value)
+            elif key != "params" and (key in group or not hasattr(torch.optim.Adam, key)):
+                group[key] = value
+
+    def _fitting(self, number: int, p: Tensor, saved: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Our tensors and theirs. Raises ValueError where they do not fit."""
+        pairs = []
+        for key, ours in self.state[p].items():
+            if key not in saved:
+                raise ValueError(
+                    f"parameter {number} of the state has {sorted(saved)}, expected {sorted(self.state[p])}"
+                )
+            theirs = torch.as_tensor(saved[key])
+            if key != "step" and (theirs.shape != ours.shape or (theirs.dtype != ours.dtype)):
+                raise ValueError(
+                    f"{key} of parameter {number} is {theirs.dtype} {tuple(theirs.shape)}, expected {ours.dtype} "
+                    f"{tuple(ours.shape)}; was it saved with other moments, or for another SAE?"
+                )
+            pairs.append((ours, theirs))
+        if extra := set(saved) - set(self.state[p]):
+            raise ValueError(
+                f"parameter {number} of the state also has {sorted(extra)}, which {type(self).__name__} with "
+                f"moments={self.moments!r} does not keep"
+            )
+        return pairs
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "an optimizer of fastsae.optim belongs to its module and cannot be copied or pickled; save its "
+            "state_dict(), and load it into a new one made for the copied module"
+        )
+
+
+def _square(factor: Tensor | None) -> Tensor | float:
+    return 1.0 if factor is None else factor * factor
+
+
+def _on_device(lr: float | Tensor, like: Tensor) -> Tensor:
+    """A learning rate as the update takes it: 0-d float64 on the device."""
+    if isinstance(lr, Tensor):
+        return lr.detach().to(like.device, torch.float64)
+    return torch.tensor(float(lr), dtype=torch.float64, device=like.device)
+
+
+class Adam(FusedOptimizer):
+    """torch.optim.Adam's formula, without weight decay (Kingma & Ba 2015). Settings: `FusedOptimizer`."""
+
+    kind = "adam"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, **settings)
+
+
+class AdamW(FusedOptimizer):
+    """torch.optim.AdamW's formula: decay apart from the gradient (Loshchilov & Hutter 2019)."""
+
+    kind = "adamw"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **settings: Any,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, **settings)
+
+
+class Lion(FusedOptimizer):
+    """p -= lr · sign(β₁ m + (1-β₁) g), with decay like AdamW's (Chen et al. 2023, arXiv 2302.06675)."""
+
+    kind = "lion"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ):
+        super().__init__(params, lr, betas, 0.0, weight_decay, **settings)
+
+
+class SignSGD(FusedOptimizer):
+    """p -= lr · sign(g), with decay like AdamW's; it keeps no moments."""
+
+    kind = "signsgd"
+
+    def __init__(self, params: Any, lr: float | Tensor = 1e-4, weight_decay: float = 0.0, **settings: Any):
+        super().__init__(params, lr, (0.0, 0.0), 0.0, weight_decay, **settings)
+
+
+OPTIMIZERS: dict[str, type[FusedOptimizer]] = {cls.kind: cls for cls in (Adam, AdamW, Lion, SignSGD)}
+"""By the names that TrainConfig and `FusedTrainStep` take."""
+
+__all__ = ["OPTIMIZERS", "Adam", "AdamW", "Dictionaries", "FusedOptimizer", "Lion", "SignSGD"]
