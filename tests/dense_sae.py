@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsae import reference
 from fastsae.model.rules import TopK
 from fastsae.model.sae import SparseAutoencoder
+from fastsae.training.step import FusedTrainStep
 
 
 @dataclass
@@ -78,12 +79,15 @@ class DenseSAE:
         return out
 
     def moments(self) -> dict[str, Tensor]:
-        """As `FusedTrainStep.state_dict()["state"]` names them."""
-        found = {}
-        for name, p in self.params.items():
-            found[f"{name}_m"] = self.adam.state[p]["exp_avg"]
-            found[f"{name}_v"] = self.adam.state[p]["exp_avg_sq"]
-        return found
+        """As `moments_of` names a step's."""
+        keys = ("exp_avg", "exp_avg_sq")
+        return {f"{name}.{key}": self.adam.state[p][key] for name, p in self.params.items() for key in keys}
+
+
+def moments_of(step: FusedTrainStep) -> dict[str, Tensor]:
+    """A step's moments and their scales by "<parameter>.<key>"."""
+    state = step.state_dict()["optimizer"]["state"]
+    return {f"{name}.{key}": t for name, s in state.items() for key, t in s.items() if key != "step"}
 
 
 def sae_for_test(seed: int = 0, d_in: int = 10, d_sae: int = 30, k: int = 4, **settings) -> SparseAutoencoder:

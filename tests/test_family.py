@@ -155,9 +155,9 @@ def test_batch_topk_keeps_a_running_threshold() -> None:
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(2))
     assert float(sae.threshold) == -1
-    sae(torch.tensor([[1.0, 3.0], [2.0, 0.0]]))  # the two largest: 3 and 2
+    sae(torch.tensor([[1.0, 3.0], [2.0, 0.0]])).loss.backward()  # the two largest: 3 and 2
     assert float(sae.threshold) == 2
-    sae(torch.tensor([[4.0, 5.0], [2.0, 0.0]]))  # 5 and 4
+    sae(torch.tensor([[4.0, 5.0], [2.0, 0.0]])).loss.backward()  # 5 and 4
     assert float(sae.threshold) == 0.75 * 2 + 0.25 * 4
     assert sae.eval().encode(torch.tensor([[2.6, 2.4]])).to_dense().tolist() == [[pytest.approx(2.6), 0]]
 
@@ -168,7 +168,7 @@ def test_sampled_prefixes_change_with_the_batch_and_repeat_with_the_count() -> N
     ends = []
     for _ in range(20):
         ends.append(tuple(rule.ends(M, sae.rule_state, torch.device("cpu")).tolist()))
-        sae(tokens())
+        sae(tokens()).loss.backward()
     assert all(end[-1] == M and list(end) == sorted(end) and end[0] >= 3 for end in ends)
     assert len(set(ends)) > 10
     sae.batches.fill_(4)

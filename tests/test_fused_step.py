@@ -15,9 +15,10 @@ from fastsae import ops
 from fastsae.codes import Screen
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.schedules import Schedule
+from fastsae.runs.state_tree import join_state, split_state
 from fastsae.training.step import FusedTrainStep
 from tests import truth
-from tests.dense_sae import DenseSAE, sae_for_test, tokens
+from tests.dense_sae import DenseSAE, moments_of, sae_for_test, tokens
 from tests.truth import BACKENDS
 
 
@@ -65,7 +66,7 @@ def test_float64_steps_equal_autograd_and_adam(tied, pre_bias, decoder_norm, aux
         for name, p in sae.named_parameters():
             check(p.detach(), dense.params[name].detach(), f"{name} after step {seed}")
         for name, moment in dense.moments().items():
-            check(step.state_dict()["state"][name], moment, name)
+            check(moments_of(step)[name], moment, name)
         assert torch.equal(sae.tokens_since_fired, dense.since)
         assert int(metrics["dead"]) == int((dense.since >= 1000).sum())
         assert float(metrics["l0"]) == float((truth["A"] != 0).sum() / 16)
@@ -155,7 +156,7 @@ def test_bf16_moments_follow_the_loss_curve(backend):
             if seed % (steps // 4) == steps // 4 - 1:
                 with torch.no_grad():
                     curve.append(float(sae(held_out).loss))
-    assert step.state_dict()["state"]["W_enc_v"].dtype == torch.bfloat16
+    assert moments_of(step)["W_enc.exp_avg_sq"].dtype == torch.bfloat16
     worst = max(abs(a - b) / a for a, b in zip(curves["fp32"], curves["bf16"], strict=True))
     assert worst < 0.005, f"bf16 moments moved the loss on held-out rows by {worst:.2%}"
 
@@ -195,37 +196,46 @@ def test_state_restores_bit_exactly_in_the_middle(moments):
     sae, step = make(0)
     train(step, range(8))
     module, optimizer = copy.deepcopy(sae.state_dict()), copy.deepcopy(step.state_dict())
-    plain = {name: value for name, value in optimizer.items() if name != "state"}
-    assert json.loads(json.dumps(plain)) == plain
+    plain, tensors = split_state(optimizer)  # as a checkpoint has it: JSON and tensors
+    plain = json.loads(json.dumps(plain))
     ahead = train(step, range(8, 16))
 
     resumed, resumed_step = make(3)
     resumed.load_state_dict(module)
-    resumed_step.load_state_dict({**json.loads(json.dumps(plain)), "state": optimizer["state"]})
+    resumed_step.load_state_dict(join_state(plain, tensors))
     assert train(resumed_step, range(8, 16)) == ahead
     for name, value in sae.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    for name, value in step.state_dict()["state"].items():
-        assert torch.equal(value, resumed_step.state_dict()["state"][name]), name
+    for name, value in moments_of(step).items():
+        assert torch.equal(value, moments_of(resumed_step)[name]), name
 
 
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     step = FusedTrainStep(sae_for_test())
     step(tokens(16, 10))
     good = copy.deepcopy(step.state_dict())
-    missing = {name: t for name, t in good["state"].items() if name != "b_enc_v"}
+
+    def changed(edit) -> dict:
+        state = copy.deepcopy(good)
+        edit(state["optimizer"]["state"])
+        return state
+
     cases = {
         "keys": {name: value for name, value in good.items() if name != "seed"},
         "format": good | {"format": 99},
-        "bf16 moments": good | {"moments": "bf16"},
-        "b_enc_v": good | {"state": missing},
-        r"W_enc_m is .*\(3, 3\)": good | {"state": good["state"] | {"W_enc_m": torch.zeros(3, 3)}},
+        r"expected .*'exp_avg_sq'": changed(lambda state: state["b_enc"].pop("exp_avg_sq")),
+        "moments of 3 of 4 parameters": changed(lambda state: state.pop("b_enc")),
+        r"exp_avg of W_enc has shape \(3, 3\)": changed(lambda state: state["W_enc"].update(exp_avg=torch.zeros(3, 3))),
+        r"exp_avg of parameter 1 is torch.bfloat16": changed(
+            lambda state: state["W_enc"].update(exp_avg=state["W_enc"]["exp_avg"].bfloat16())
+        ),
     }
+    before = copy.deepcopy(moments_of(step))
     for message, state in cases.items():
         with pytest.raises(ValueError, match=message):
             step.load_state_dict(state)
-    for name, value in good["state"].items():
-        assert torch.equal(value, step.state_dict()["state"][name])
+    for name, value in before.items():
+        assert torch.equal(value, moments_of(step)[name])
 
 
 # -- weights that somebody else wrote ---------------------------------------------------------------------------------
@@ -247,15 +257,12 @@ def edit_state_dict(sae: SparseAutoencoder) -> None:
     sae.load_state_dict(large(seed=11).state_dict())
 
 
-def edit_new_parameter(sae: SparseAutoencoder) -> None:
-    sae.W_enc = torch.nn.Parameter(sae.W_enc.detach().flip(0).clone())
-
-
-def edit_optimizer(sae: SparseAutoencoder) -> None:
-    sgd = torch.optim.SGD(sae.parameters(), lr=0.5)
-    sae(tokens(64, 32, 50, torch.float32)).loss.backward()
-    sgd.step()
-    sgd.zero_grad()
+def edit_by_hand(sae: SparseAutoencoder) -> None:
+    params = list(sae.parameters())
+    grads = torch.autograd.grad(sae(tokens(64, 32, 50, torch.float32)).loss, params)  # which leaves the ledger alone
+    with torch.no_grad():
+        for p, grad in zip(params, grads, strict=True):
+            p.sub_(0.5 * grad)
 
 
 def edit_beside_the_sample(sae: SparseAutoencoder) -> None:
@@ -270,8 +277,7 @@ EDITS = [
     edit_one_row_data,
     edit_bias_data,
     edit_state_dict,
-    edit_new_parameter,
-    edit_optimizer,
+    edit_by_hand,
 ]
 
 
@@ -302,6 +308,7 @@ def test_the_screen_is_made_anew_exactly_when_the_weights_were_written(monkeypat
 
     monkeypatch.setattr(ops, "prepare_screen", prepare)
     sae = large()
+    sae.backend = "reference"
     step = FusedTrainStep(sae, backend="reference")
     for seed in range(3):
         step(tokens(16, 32, seed, torch.float32))
@@ -344,7 +351,7 @@ def test_bad_batches_are_refused_and_change_nothing():
         with pytest.raises(ValueError, match=message):
             step(x)
     with pytest.raises(fastsae.BackendError, match="cuda"):
-        FusedTrainStep(sae, backend="cuda")(tokens(8, 10))
+        FusedTrainStep(copy.deepcopy(sae), backend="cuda")(tokens(8, 10))
     sae.loss = "fvu"
     with pytest.raises(ValueError, match="divides by the variance of the batch; got 1 tokens"):
         step(tokens(1, 10))
@@ -357,7 +364,7 @@ def test_a_module_that_moved_needs_a_new_step():
     sae = sae_for_test(dtype=torch.float32)
     step = FusedTrainStep(sae)
     sae.double()
-    with pytest.raises(RuntimeError, match="make a new FusedTrainStep"):
+    with pytest.raises(RuntimeError, match="make a new optimizer after moving"):
         step(tokens(8, 10))
 
 

@@ -133,6 +133,6 @@ def test_aux_k_formula_is_the_reference():
     aux = reference.AuxK(dead, k=5, coef=0.5)
     _, truth = reference.terms_of(params, x, 4, target=None, pre_bias=True, loss="mse", aux=aux)
     codes = losses.encode_dead(x - sae.b_dec, sae.W_enc, sae.b_enc, dead, 5)
-    error = x - sae(x).recon
+    error = sae(x).recon - x
     got = losses.aux_k(codes, sae.W_dec, error, losses.aux_weight(dead, 5), 20)
     torch.testing.assert_close(got.detach(), truth["aux"], rtol=1e-10, atol=0)

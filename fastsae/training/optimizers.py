@@ -285,7 +285,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         made = self._finite(index, given, taken, others, scale, numbers)
         stats = self._update(index, given, grad_scale=scale, skip=~made, **numbers)
         self.grad_norm = (stats.sum() * _square(taken.factor) + of_others).sqrt()
-        self._step_others(index, others, numbers, made)
+        self._step_others(index, others, lr_factor, count, made)
         self.state[d.W_dec]["step"].copy_(torch.where(made, count, count - 1))
         for effect in taken.effects:
             effect(made)
@@ -367,7 +367,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             bounded = bounded & t.isfinite().all()
         return bounded
 
-    def _step_others(self, index: int, grads: dict[str, Tensor], numbers: dict[str, Tensor], made: Tensor) -> None:
+    def _step_others(
+        self, index: int, grads: dict[str, Tensor], lr_factor: Tensor | float, step: Tensor, made: Tensor
+    ) -> None:
         """One step of the parameters beside the dictionaries, by torch's elementwise ops."""
         d = self._members[index].dictionaries
         for name, grad in grads.items():
@@ -375,13 +377,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             main, rules = self._groups[index]
             group = self.param_groups[rules if name in d.undecayed and rules is not None else main]
             rule = Rule(self.kind, group["betas"], group["eps"], group["weight_decay"])
-            lr = numbers["lr"]
-            if group is not self.param_groups[main]:
-                lr = lr * (_on_device(group["lr"], p) / _on_device(self.param_groups[main]["lr"], p))
+            lr = _on_device(group["lr"], p) * lr_factor
             held = [state[KEYS[letter]] for letter in self.rule_letters]
             grad = grad.to(torch.promote_types(p.dtype, torch.float32))
             wide = tuple(m.to(grad.dtype) for m in held)
-            stepped, fresh = rule.stepped(p.detach().to(grad.dtype), grad, wide, lr, numbers["step"])
+            stepped, fresh = rule.stepped(p.detach().to(grad.dtype), grad, wide, lr, step)
             p.copy_(torch.where(made, stepped, p.detach().to(grad.dtype)))
             for old, new in zip(held, fresh, strict=True):
                 old.copy_(torch.where(made, new, old.to(new.dtype)))
@@ -474,7 +474,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         found = [saved[i] for i in ids if i in saved]
         if found and len(found) != len(ids):
             raise ValueError(
-                f"the state has moments of {len(found)} of its {len(ids)} parameters, expected all or none"
+                f"the state has moments of {len(found)} of {len(ids)} parameters, expected all or none"
             )
         pairs = []
         for number, (i, p) in enumerate(zip(ids, mine, strict=True)):
