@@ -129,7 +129,8 @@ class SparseCodes:
         )
 
     def detach(self) -> SparseCodes:
-        return replace(self, acts=self.acts.detach())
+        """The same code apart from its graph, and from the encoder that made it."""
+        return replace(self, acts=self.acts.detach(), made_by=None)
 
     def __getitem__(self, key: Any) -> SparseCodes:
         """Some of the tokens: any index that the batch dimensions take (codes[3:7], codes[mask], codes[0]).

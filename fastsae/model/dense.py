@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsae import reference
+from fastsae.model.parameters import Parameters
 from fastsae.ops.sums import fixed_sum, sum_of_squares
 from fastsae.reference import wide
-
-if TYPE_CHECKING:
-    from fastsae.model.sae import SparseAutoencoder
 
 PIECE = 2**23
 """Numbers of (N, M) that are held at a time, in each of some five buffers."""
@@ -42,7 +40,7 @@ class DenseObjective:
 
 
 def objective(
-    sae: SparseAutoencoder, x: Tensor, goal: Tensor, gate_goal: Tensor, centred: bool, denominator: Any, weight: Tensor
+    sae: Parameters, x: Tensor, goal: Tensor, gate_goal: Tensor, centred: bool, denominator: Any, weight: Tensor
 ) -> DenseObjective:
     """The loss of x (N, D_in), the encoder's input, towards goal (N, D_out), and the gate's towards gate_goal.
 
@@ -63,7 +61,7 @@ def objective(
 class _Task:
     """What a pass needs besides tensors, and what it finds besides gradients."""
 
-    sae: SparseAutoencoder
+    sae: Parameters
     centred: bool
     weight: Tensor
     names: list[str]
@@ -271,7 +269,7 @@ def _penalty_slope(run: _Pass) -> Tensor | float:
 
 
 @torch.no_grad()
-def sampled_share(sae: SparseAutoencoder, x: Tensor) -> float:
+def sampled_share(sae: Parameters, x: Tensor) -> float:
     """The share of pre-acts that the rule looks at, on some of the tokens x (N, D), spread over them; a host sync."""
     some = x[:: max(1, x.shape[0] // SAMPLED_TOKENS)][:SAMPLED_TOKENS]
     z = torch.addmm(wide(sae.b_enc), wide(some), wide(sae.encoder_weight).mT)

@@ -186,6 +186,12 @@ class Parameters(nn.Module):
         return self.W_dec if self.W_enc is None else self.W_enc
 
     @property
+    def rule(self) -> Activation:
+        """`activation`, in training with the k of an annealing (`annealed_k`)."""
+        annealed = self.annealed_k if self.training else None
+        return self.activation if annealed is None else self.activation.with_k(annealed)
+
+    @property
     def rule_state(self) -> dict[str, Tensor]:
         """The rule's parameters and buffers, and b_enc, by name."""
         return {"b_enc": self.b_enc, **{name: getattr(self, name) for names in self._rule_names for name in names}}

@@ -21,7 +21,7 @@ from fastsae.model import dense, losses
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import TokenStats
 from fastsae.model.parameters import Parameters
-from fastsae.model.rules import Activation, EncodeOptions, Selected
+from fastsae.model.rules import EncodeOptions, Selected
 from fastsae.ops import ledger as ledgers
 from fastsae.ops.backward import per_latent
 from fastsae.ops.reconstruction import squared_errors
@@ -173,12 +173,6 @@ class SparseAutoencoder(Parameters):
             raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target= of shape (*batch, d_out)")
         return Inputs(normal, encoder_input, goal, stats)
 
-    @property
-    def rule(self) -> Activation:
-        """`activation`, in training with the k of an annealing (`annealed_k`)."""
-        annealed = self.annealed_k if self.training else None
-        return self.activation if annealed is None else self.activation.with_k(annealed)
-
     def encode_options(self, screen: Screen | None = None, *, held: bool = False) -> EncodeOptions:
         """How this module's encoder computes; held: as of `inputs`."""
         return EncodeOptions(screen, self.precision, self.backend, self.b_dec if held and self.pre_bias else None)
@@ -241,8 +235,8 @@ class SparseAutoencoder(Parameters):
         return self.norm.restore(recon, stats)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> ForwardResult:
-        """Encode, decode and measure. In training mode with the losses on dead latents; a backward pass then counts
-        which latents fired (with an optimizer of fastsae: its step).
+        """Encode, decode and measure. In training mode with the losses on dead latents; its backward pass then counts
+        which latents fired.
         """
         found = self.objective(x, target)
         batch, dtype = tuple(x.shape[:-1]), wide(self.W_dec).dtype
@@ -404,38 +398,33 @@ class SparseAutoencoder(Parameters):
     def _count_with(
         self, source: Tensor, loss: Tensor, codes: SparseCodes | None, counts: Tensor, tokens: int | Tensor
     ) -> None:
-        """Counts this batch when, and if, a training step is made of it: with an optimizer of fastsae in its step, else
-        in the backward pass through `source`. A forward pass alone (under no_grad, or run again by activation
-        checkpointing) counts nothing.
+        """Counts this batch when a backward pass goes through `source`, once, and if the loss is finite.
+
+        So a forward pass alone counts nothing: under no_grad, to look at something, or run again by activation
+        checkpointing.
         """
         codes = None if codes is None else codes.detach()
         finite = loss.detach().isfinite()
 
-        def count(made: Tensor) -> None:
+        def count() -> None:
             with torch.no_grad():
-                self.count_fired_(counts, tokens, made & finite)
+                self.count_fired_(counts, tokens, finite)
                 if codes is not None:
-                    self.rule.observe(codes, self.rule_state, made & finite)
+                    self.rule.observe(codes, self.rule_state, finite)
 
         if torch.compiler.is_compiling():
-            count(finite)  # a compiled graph runs its forward once, and its backward cannot do this
+            count()  # a compiled graph runs its forward once, and its backward cannot do this
             return
         node = source.grad_fn if source.grad_fn is not None else loss.grad_fn
-        if node is None:
-            return
-        ledger = self._ledger()
         counted: list[bool] = []
 
         def at_backward(_: Any) -> None:
-            if counted:  # once, however often the graph is gone through
-                return
-            counted.append(True)
-            if ledger is not None and ledger.accumulates():
-                ledger.on_step(count)
-            else:
-                count(finite)
+            if not counted:
+                counted.append(True)
+                count()
 
-        node.register_prehook(at_backward)
+        if node is not None:
+            node.register_prehook(at_backward)
 
     @torch.no_grad()
     def note_fired_(self, codes: SparseCodes) -> None:

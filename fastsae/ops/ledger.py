@@ -10,7 +10,7 @@ The terms stand for gradients, and p.grad says so: it is a `LedgerGradient`, whi
 makes the gradient. What reaches a parameter by other ways (a penalty on weights, say) is added as an ordinary tensor.
 
 Everything that does not accumulate into the parameters (torch.autograd.grad, double backward, `backward(inputs=...)`,
-torch.func, torch.compile) takes the ordinary formulas instead and gives dense gradients.
+torch.compile) takes the ordinary formulas instead and gives dense gradients.
 """
 
 from __future__ import annotations
@@ -129,7 +129,6 @@ class Taken(NamedTuple):
     dense: dict[str, Tensor]
     decoder_pull: Tensor | None
     factor: Tensor | None
-    effects: list[Callable[[Tensor], None]]
 
 
 class Ledger:
@@ -153,9 +152,8 @@ class Ledger:
         self._pull: Tensor | None = None
         self._factors: dict[str, list[Any]] = {}
         self._norms: Tensor | None = None
-        self._effects: list[Callable[[Tensor], None]] = []
         self._versions: tuple[int, ...] | None = None
-        self._nodes = [get_gradient_edge(p).node for p in self.parameters.values()]
+        self._nodes = {name: get_gradient_edge(p).node for name, p in self.parameters.items()}
         for p in self.parameters.values():
             _owners[p] = weakref.ref(self)
 
@@ -174,12 +172,13 @@ class Ledger:
 
     # -- what backward passes ask and say ----------------------------------------------------------------------------
 
-    def accumulates(self) -> bool:
-        """Whether the backward pass that runs now ends in the parameters' .grad, all of them."""
+    def accumulates(self, *names: str) -> bool:
+        """Whether the backward pass that runs now ends in the .grad of these parameters, which are in its graph."""
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             return False
+        nodes = [self._nodes.get(name, self._nodes["W_dec"]) for name in names]
         try:
-            return all(torch._C._will_engine_execute_node(node) for node in self._nodes)
+            return all(torch._C._will_engine_execute_node(node) for node in nodes)
         except RuntimeError:  # torch's answer inside torch.autograd.grad
             return False
 
@@ -210,13 +209,10 @@ class Ledger:
         self._pull = pull if self._pull is None else self._pull + pull
 
     def add_dense(self, name: str, grad: Tensor) -> None:
+        """A gradient of one parameter as an ordinary tensor, beside the terms."""
+        self._begin()
         self._dense[name] = grad.clone() if name not in self._dense else self._dense[name].add_(grad)
         self._norms = None
-
-    def on_step(self, effect: Callable[[Tensor], None]) -> None:
-        """Runs effect(ok) when these terms are spent; ok: 0-d bool, whether the step was made."""
-        self._begin()
-        self._effects.append(effect)
 
     def _begin(self) -> None:
         """Sees to what was discarded since, and that every parameter's .grad says what is kept here."""
@@ -261,7 +257,7 @@ class Ledger:
     def clear(self) -> None:
         """Forgets everything that was not spent."""
         self.terms, self._decoded, self._dense, self._pull = [], [], {}, None
-        self._factors, self._norms, self._effects, self._versions = {}, None, [], None
+        self._factors, self._norms, self._versions = {}, None, None
 
     def take(self) -> Taken | None:
         """Everything since the last step, which is forgotten here; None where there was no gradient at all."""
@@ -276,7 +272,7 @@ class Ledger:
         for name, p in self.parameters.items():
             if p.grad is not None and not isinstance(p.grad, LedgerGradient):
                 dense[name] = p.grad
-        taken = Taken(terms, dense, self._pull, self._factor(), self._effects)
+        taken = Taken(terms, dense, self._pull, self._factor())
         self.clear()
         return taken if terms or dense or taken.decoder_pull is not None else None
 
@@ -327,7 +323,7 @@ class Ledger:
 
     def peek(self) -> Taken:
         """What `take` would give, without the factor, and nothing is forgotten."""
-        return Taken(self._all_terms(), dict(self._dense), self._pull, None, [])
+        return Taken(self._all_terms(), dict(self._dense), self._pull, None)
 
     def finite(self) -> Tensor:
         """Whether no gradient can be infinite or NaN: 0-d bool on the device. See `gradients_are_bounded`."""
@@ -487,7 +483,7 @@ class _Encode(torch.autograd.Function):
         x, W, acts, indices, offsets = ctx.saved_tensors
         if grad is not None and offsets is None:
             grad = torch.where(acts != 0, grad, 0)
-        if not ledger.accumulates():
+        if not ledger.accumulates("W_enc", "b_enc", *(["b_dec"] if ctx.centred else [])):
             dense = (None,) * 4 if grad is None else _dense_encoder(ctx, grad, x, W, acts, indices, offsets)
             return *dense, *rest
         for term in ctx.record.waiting:
@@ -556,12 +552,22 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         acts, W = ctx.saved_tensors
-        codes, kept = replace(ctx.codes, acts=acts), ctx.ledger.accumulates()
+        codes, kept = replace(ctx.codes, acts=acts), keeps(ctx.ledger, [ctx.encoded], has_bias=False)
         dacts = decoded_backward(codes, grads[0], W, ctx.ledger if kept else None, ctx.encoded, False, ctx.backend)
         dW = None
         if not kept and ctx.needs_input_grad[1]:
             dW = _raw.active_outer(acts, codes.indices, codes.offsets, grads[0], W.shape[0], None, ctx.backend)
         return dacts if ctx.needs_input_grad[0] else None, dW, None, None, None, None
+
+
+def keeps(ledger: Ledger | None, encoded: Iterable[Encoded | None], has_bias: bool) -> bool:
+    """Whether a decoder's backward pass keeps its half of a term, of codes that these encoders made."""
+    if ledger is None:
+        return False
+    names = ["W_dec", "b_dec"] if has_bias else ["W_dec"]
+    if any(one is not None and one.ledger is ledger for one in encoded):
+        names += ["W_enc", "b_enc"]
+    return ledger.accumulates(*names)
 
 
 def decoded_backward(
@@ -606,7 +612,7 @@ class _DecoderNorms(torch.autograd.Function):
         segments = wide(W).unflatten(1, (ctx.layers, -1))
         each = torch.linalg.vector_norm(segments, dim=-1)
         pull = grads[0][:, None] / torch.where(each > 0, each, torch.inf)
-        if ctx.ledger.accumulates():
+        if ctx.ledger.accumulates("W_dec"):
             ctx.ledger.add_pull(pull)
             return None, None, None
         return (pull[..., None] * segments).flatten(1).to(W.dtype), None, None

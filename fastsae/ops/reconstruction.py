@@ -123,7 +123,7 @@ class _SquaredErrors(torch.autograd.Function):
             errors = _errors(W, goal, bias, start, plan)[0]
         slopes = _slopes(errors, plan, grads, in_place=plan.overwrite and not plan.spent)
         plan.spent = plan.overwrite
-        ledger = plan.ledger if plan.ledger is not None and plan.ledger.accumulates() else None
+        ledger = plan.ledger if ledgers.keeps(plan.ledger, plan.encoded, bias is not None) else None
         dacts: list[Tensor | None] = []
         dW: Tensor | None = None
         for j, (part, slope) in enumerate(zip(plan.parts, slopes, strict=True)):
@@ -146,6 +146,8 @@ def _differentiable_backward(
     plan: _Plan, needs: Sequence[bool], inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients as functions of inputs and grads, for a second derivative: by the composed way."""
+    # Aliases, because goal may be what the acts were made from: a gradient of goal is not to flow through them.
+    inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
     W, goal, bias, start, *acts = inputs
     if plan.centred and bias is not None and goal is not None:
         goal = goal + bias.detach()

@@ -270,7 +270,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         others = {name: p.grad for name, p in d.others.items() if p.grad is not None}
         if taken is None and not others:
             return
-        taken = taken or Taken([], {}, None, None, [])
+        taken = taken or Taken([], {}, None, None)
         given = self._arguments(index, taken)
         count = self.state[d.W_dec]["step"] + 1
         numbers = {"lr": _on_device(group["lr"], d.W_dec) * lr_factor, "step": count}
@@ -287,8 +287,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.grad_norm = (stats.sum() * _square(taken.factor) + of_others).sqrt()
         self._step_others(index, others, lr_factor, count, made)
         self.state[d.W_dec]["step"].copy_(torch.where(made, count, count - 1))
-        for effect in taken.effects:
-            effect(made)
         member.screen.remember()
         member.ledger.drop()
         for name in others:
@@ -459,6 +457,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for member in self._members:
             member.screen.make(encoder_input)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: {"state", "param_groups"}. Each parameter has a count of steps of its own there."""
+        found = super().state_dict()
+        found["state"] = {i: {**state, "step": state["step"].clone()} for i, state in found["state"].items()}
+        return found
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, bit for bit; also the state of a torch optimizer over sae.parameters().
@@ -473,9 +477,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the state has {len(ids)} parameters, expected {len(mine)}")
         found = [saved[i] for i in ids if i in saved]
         if found and len(found) != len(ids):
-            raise ValueError(
-                f"the state has moments of {len(found)} of {len(ids)} parameters, expected all or none"
-            )
+            raise ValueError(f"the state has moments of {len(found)} of {len(ids)} parameters, expected all or none")
         pairs = []
         for number, (i, p) in enumerate(zip(ids, mine, strict=True)):
             pairs += self._fitting(number, p, saved[i]) if found else []
