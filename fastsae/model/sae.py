@@ -207,7 +207,7 @@ class SparseAutoencoder(Parameters):
             error = losses.squared_error(recon, goal) / over
             total = total + weight * error
         parts = {self.loss: error}
-        loss = torch.as_tensor(total)
+        loss = torch.as_tensor(total, dtype=error.dtype, device=error.device)
         if len(nested) > 1:
             parts["nested"] = loss
         if penalty is not None:
