@@ -186,7 +186,7 @@ def outcome(call: Callable[[], Any]) -> str:
     """The digest of what it returns, or the error."""
     try:
         return digest(call())
-    except Exception as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
 
 

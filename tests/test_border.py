@@ -52,19 +52,35 @@ def test_nothing_is_refused_as_torch_is() -> None:
     assert not wrong
 
 
-@needs_cpu
-@pytest.mark.parametrize("when", ["start", "midway"])
-@pytest.mark.parametrize(
-    "setting",
-    [name for name in border_worker.SETTINGS if name != "as it is"],
-)
-def test_no_setting_of_torch_changes_a_bit(setting: str, when: str) -> None:
-    expected, got = outcomes("as it is", "start"), outcomes(setting, when)
+every_setting = pytest.mark.parametrize("setting", [name for name in border_worker.SETTINGS if name != "as it is"])
+midway_too = pytest.mark.parametrize("when", ["start", "midway"])
+
+
+def differing(setting: str, when: str, *, steps: bool) -> dict[str, str]:
+    """The calls that return other bits than by default, or raise; those of a trainer, or all others."""
+    expected, got = outcomes("as it is"), outcomes(setting, when)
     assert got.keys() == expected.keys()
-    wrong = {name: got[name] for name in expected if got[name] != expected[name]}
-    assert not wrong, f"{len(wrong)} of {len(expected)} calls differ under {setting}:\n" + "\n".join(
-        f"  {name}: {what}" for name, what in wrong.items()
-    )
+    # The reference is torch's own products, whose order of summation depends on the number of threads.
+    compared = [name for name in expected if not ("threads" in setting and name.startswith("reference"))]
+    return {name: got[name] for name in compared if got[name] != expected[name] and (": step" in name) == steps}
+
+
+@needs_cpu
+@midway_too
+@every_setting
+def test_no_setting_of_torch_changes_a_bit_of_an_op(setting: str, when: str) -> None:
+    """Nor of a module: how it is made with a dtype and a device of its own, its forward pass and its codes."""
+    assert not differing(setting, when, steps=False)
+
+
+@needs_cpu
+@midway_too
+@every_setting
+def test_no_setting_of_torch_changes_a_bit_of_a_step(setting: str, when: str) -> None:
+    wrong = differing(setting, when, steps=True)
+    if setting == "inference_mode":  # training needs what this mode turns off; torch says so
+        wrong = {name: what for name, what in wrong.items() if not what.startswith("RuntimeError: ")}
+    assert not wrong
 
 
 # -- malformed calls ---------------------------------------------------------------------------------------------------

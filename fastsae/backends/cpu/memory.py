@@ -22,7 +22,7 @@ DTYPES = {float32: _cpu.Dtype.f32, bf16: _cpu.Dtype.bf16, float64: _cpu.Dtype.f6
 
 
 def _place(name: str, t: Tensor, dtype: torch.dtype, span: int) -> int:
-    """The address of `span` numbers of dtype, the first of t and those after it. 1 us.
+    """The address of `span` numbers of dtype, the first of t and those after it. A few microseconds.
 
     Raises TypeError for another dtype, ValueError where they do not lie in t's memory, or not on the CPU.
     """
