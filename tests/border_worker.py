@@ -224,6 +224,13 @@ def _emptied(t: Tensor) -> Tensor:
     return t
 
 
+def _halved(t: Tensor) -> Tensor:
+    """t with half of its memory."""
+    t = t.clone()
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
+    return t
+
+
 def _misaligned(t: Tensor) -> Tensor:
     """t's numbers, from an odd address on."""
     memory = bytearray(1 + t.numel() * t.itemsize)
@@ -270,7 +277,11 @@ def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"encode_topk, screen {name}", lambda s=kept: ops.encode_topk(x, W, b, K, screen=s)
         yield f"encode_above, screen {name}", lambda s=kept: ops.encode_above(x, W, b, 1.5, N * K, screen=s)
         yield f"encode_batch_topk, screen {name}", lambda s=kept: ops.encode_batch_topk(x, W, b, K, screen=s)
-    for name, spoil in (("without memory", _emptied), ("at an odd address", _misaligned)):
+    for name, spoil in (
+        ("without memory", _emptied),
+        ("of half its memory", _halved),
+        ("at an odd address", _misaligned),
+    ):
         yield f"encode_topk, W {name}", lambda f=spoil: ops.encode_topk(x, f(W), b, K, backend="cpu")
         yield f"encode_topk, b {name}", lambda f=spoil: ops.encode_topk(x, W, f(b), K, backend="cpu")
         yield f"decode, W {name}", lambda f=spoil: ops.decode(codes, f(W), backend="cpu")
