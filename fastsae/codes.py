@@ -144,11 +144,11 @@ class SparseCodes:
             if acts.ndim == 1:
                 acts, indices = acts[None], indices[None]
             return replace(self, acts=acts, indices=indices, batch_shape=tuple(acts.shape[:-1]))
-        tokens = torch.arange(self.n_tokens, device=self.acts.device).view(self.batch_shape)[key]
+        tokens = torch.arange(self.n_tokens, dtype=torch.int64, device=self.acts.device).view(self.batch_shape)[key]
         lengths = self.offsets.diff()[tokens.flatten()]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         starts = torch.repeat_interleave(self.offsets[:-1][tokens.flatten()] - offsets[:-1], lengths)
-        slots = starts + torch.arange(starts.numel(), device=starts.device)
+        slots = starts + torch.arange(starts.numel(), dtype=torch.int64, device=starts.device)
         return replace(
             self,
             acts=self.acts[slots],
@@ -193,7 +193,7 @@ class SparseCodes:
 
     def token_ids(self) -> Tensor:
         """The token that owns each slot: int64, shape of the flattened acts; N for slots that no token owns."""
-        slots = torch.arange(self.acts.numel(), device=self.acts.device)
+        slots = torch.arange(self.acts.numel(), dtype=torch.int64, device=self.acts.device)
         if self.offsets is None:
             return slots // max(self.k, 1)
         return torch.searchsorted(self.offsets, slots, right=True) - 1
@@ -202,7 +202,7 @@ class SparseCodes:
         """Which slots hold an activation: bool, shape of acts. Fixed K: act != 0. Ragged: slot < offsets[N]."""
         if self.offsets is None:
             return self.acts != 0
-        return torch.arange(self.acts.numel(), device=self.acts.device) < self.offsets[-1]
+        return torch.arange(self.acts.numel(), dtype=torch.int64, device=self.acts.device) < self.offsets[-1]
 
     def to_dense(self) -> Tensor:
         """A (*batch, d_sae), dtype of acts. A latent stored twice for one token counts twice."""

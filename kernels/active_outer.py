@@ -22,6 +22,7 @@ from fastsae.kernels.pieces import bits_of, find_piece
 from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.entries import Pieces
 
 
@@ -97,7 +98,7 @@ def outer(starts: Tensor, tokens: Tensor, slots: Tensor, acts: Tensor, x: Tensor
     c, sums = choose(D), None
     tiles, common = triton.cdiv(D, c.BLOCK_D), dict(BLOCK_E=c.BLOCK_E, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps)
     if pieces.first is not None:
-        sums = torch.empty(pieces.capacity, D, dtype=torch.float32, device=x.device)
+        sums = buffers.empty((pieces.capacity, D), torch.float32, x.device)
         _outer_pieces_kernel[(pieces.capacity, tiles)](
             starts, tokens, slots, acts, x, pieces.first, sums, d_sae, D, pieces.length,
             BITS=bits_of(pieces.first), **common,

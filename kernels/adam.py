@@ -23,6 +23,8 @@ from fastsae.kernels.rounding import round_to_bf16, stream_key
 from fastsae.kernels.variants import Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
+
 STREAMS = 8
 """Streams of random bits in a step: 2i is the i-th parameter's m, 2i + 1 its v."""
 
@@ -107,8 +109,8 @@ def adam_step(p, g, m_ptr, v_ptr, at, mask, numbers, betas, key_ptr, STOCHASTIC:
 
 def step_numbers(lr: Tensor, step: Tensor, beta1: float, beta2: float, seed: int | None) -> tuple[Tensor, Tensor]:
     """numbers (2,) float32 and keys (8,) int32 of one step, on the device of lr (0-d float64) and step (0-d int64)."""
-    numbers = torch.empty(2, dtype=torch.float32, device=lr.device)
-    keys = torch.empty(STREAMS, dtype=torch.int32, device=lr.device)
+    numbers = buffers.empty((2,), torch.float32, lr.device)
+    keys = buffers.empty((STREAMS,), torch.int32, lr.device)
     signed = ((seed or 0) + 2**31) % 2**32 - 2**31  # the same 32 bits, as an int32 argument
     _step_numbers_kernel[(1,)](
         lr, step, numbers, keys, signed, BETA1=beta1, BETA2=beta2, STREAMS=STREAMS, num_warps=choose().num_warps

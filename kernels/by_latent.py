@@ -20,6 +20,8 @@ from fastsae.kernels.search import count_up_to
 from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
+
 
 @dataclass(frozen=True)
 class Config:
@@ -108,11 +110,11 @@ def sort_slots(
     With values the third tensor is the bare order of the sort: its end is not filled with -1.
     """
     n_slots = keys.numel()
-    starts = keys.new_empty(d_sae + 1, dtype=torch.int64)
+    starts = buffers.empty((d_sae + 1,), torch.int64, keys.device)
     rows_out = torch.empty_like(rows)
     values_out = None if values is None else torch.empty_like(values)
     if n_slots == 0:
-        return starts.zero_(), rows_out, keys.new_empty(0, dtype=torch.int64), values_out
+        return starts.zero_(), rows_out, buffers.empty((0,), torch.int64, keys.device), values_out
     config = choose()
     keys, order = torch.sort(keys, stable=True)
     _latent_starts_kernel[(triton.cdiv(d_sae + 1, config.BLOCK),)](

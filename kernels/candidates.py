@@ -20,6 +20,7 @@ from fastsae.kernels.screening import error_of
 from fastsae.kernels.variants import Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.bounds import TABLE_ROWS, roundoff
 from fastsae.backends.gpu.plan import Plan
 
@@ -91,8 +92,8 @@ def select(
     A token that is not certified has none. dtype: of the stored scores; exact: by the bound, else by the scores alone.
     """
     n = counts.shape[0]
-    latents = torch.empty(n, plan.candidates, dtype=torch.int32, device=values.device)
-    scores = torch.empty(n, plan.candidates, dtype=torch.float32, device=values.device)
+    latents = buffers.empty((n, plan.candidates), torch.int32, values.device)
+    scores = buffers.empty((n, plan.candidates), torch.float32, values.device)
     found, certified = torch.empty_like(counts), torch.empty_like(counts)
     block = triton.next_power_of_2(plan.survivors)
     _candidates_kernel[(n,)](

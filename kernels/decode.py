@@ -17,6 +17,8 @@ import triton.language as tl
 from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
+
 
 @dataclass(frozen=True)
 class Config:
@@ -88,7 +90,7 @@ def _decode_kernel(
 def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     """(N, D) in W's dtype, from a fixed (N, K) code or a ragged one with offsets (N+1,)."""
     n, D = (acts.shape[0] if offsets is None else offsets.shape[0] - 1), W.shape[1]
-    out = W.new_empty(n, D)
+    out = buffers.empty((n, D), W.dtype, W.device)
     if out.numel():
         c = choose(D)
         grid = (triton.cdiv(n, c.BLOCK_N), triton.cdiv(D, c.BLOCK_D))

@@ -17,6 +17,8 @@ from fastsae.kernels.limits import register_limit
 from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
+
 REGISTERS = 128
 
 
@@ -53,7 +55,7 @@ def decode_error(
     c = choose(D)
     tiles = triton.cdiv(D, c.BLOCK_D)
     error = torch.empty_like(target)
-    squares = torch.empty(tiles, n, dtype=torch.float32, device=W.device)
+    squares = buffers.empty((tiles, n), torch.float32, W.device)
     if error.numel():
         _decode_error_kernel[(triton.cdiv(n, c.BLOCK_N), tiles)](
             acts, indices, offsets, W, target, bias, error, squares, n, 0 if offsets is not None else acts.shape[1], D,

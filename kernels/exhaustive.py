@@ -21,6 +21,8 @@ from fastsae.kernels.rescore import exact_scores
 from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
+
 SLOTS = 64
 PROGRAMS = 1024
 BLOCK = 1024
@@ -153,7 +155,7 @@ def exhaustive_top_k(
     n, D = x.shape
     k, positions = acts.shape[1], W.shape[0] if rows is None else rows.shape[0]
     slots = min(SLOTS, n)
-    scratch = torch.empty(slots, positions, dtype=torch.float32, device=x.device)
+    scratch = buffers.empty((slots, positions), torch.float32, x.device)
     programs = min(PROGRAMS, triton.cdiv(positions, BLOCK_L))
     block = min(BLOCK, max(64, triton.next_power_of_2(positions)))
     blocks = {"BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}

@@ -18,6 +18,8 @@ from fastsae.kernels.search import count_up_to
 from fastsae.kernels.variants import Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
+
 
 @dataclass(frozen=True)
 class Config:
@@ -51,7 +53,7 @@ def find_piece(j, pieces_ptr, starts_ptr, M, length, BITS: tl.constexpr):
 
 def piece_starts(starts: Tensor, length: int) -> Tensor:
     """(M+1,) int32: the first piece of each latent, ascending; the last is how many there are. starts (M+1,) int64."""
-    counts = torch.empty(starts.shape[0], dtype=torch.int32, device=starts.device)
+    counts = buffers.empty(starts.shape[:1], torch.int32, starts.device)
     config = choose()
     _count_pieces_kernel[(triton.cdiv(starts.shape[0], config.BLOCK),)](
         starts, counts, starts.shape[0] - 1, length, BLOCK=config.BLOCK, num_warps=config.num_warps

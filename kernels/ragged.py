@@ -20,6 +20,8 @@ from fastsae.kernels.rescore import exact_scores
 from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
+
 BLOCK = 256
 PROGRAMS = 1024
 REGISTERS = 160
@@ -199,7 +201,7 @@ def every_latent(
 
 def histogram(x: Tensor, W: Tensor, b: Tensor, needed: Tensor, prefix: Tensor | None) -> Tensor:
     """int64 (65536,): positive keys by their upper bits, or by their lower 16 where the upper are `prefix`."""
-    bins = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
+    bins = buffers.zeros((1 << 16,), torch.int64, x.device)
     if x.shape[0]:
         _histogram_kernel[(x.shape[0],)](
             x, W, b, needed, prefix, bins, W.shape[0], W.shape[1],

@@ -27,6 +27,7 @@ from fastsae.kernels.pieces import bits_of, find_piece
 from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.entries import Entries, Moments
 
 ROW_LIMIT = 4096
@@ -214,8 +215,8 @@ def update(
     listed, pieces = arguments(entries), entries.pieces
     sums = bias_sums = None
     if pieces.first is not None:
-        sums = torch.empty(pieces.capacity, d_out + d_in, dtype=torch.float32, device=W_dec.device)
-        bias_sums = torch.empty(pieces.capacity, dtype=torch.float32, device=W_dec.device)
+        sums = buffers.empty((pieces.capacity, d_out + d_in), torch.float32, W_dec.device)
+        bias_sums = buffers.empty((pieces.capacity,), torch.float32, W_dec.device)
         _row_pieces_kernel[(pieces.capacity,)](
             W_dec, *listed, pieces.first, sums, bias_sums, d_sae, d_in, d_out, pieces.length,
             BITS=bits_of(pieces.first), **blocks,

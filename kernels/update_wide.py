@@ -28,6 +28,7 @@ from fastsae.kernels.update_rows import DTYPES, ONE_TERM, UNCUT, arguments, vari
 from fastsae.kernels.variants import Variant
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.entries import Entries, Moments
 
 
@@ -239,7 +240,7 @@ def update(
     bits = 0 if pieces.first is None else bits_of(pieces.first)
 
     def floats(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=device)
+        return buffers.empty(shape, torch.float32, device)
 
     dacts, biases, alongs = floats(e.rows.shape[0]), floats(d_sae), floats(d_sae) if unit_norm else None
     stats[:programs].zero_()

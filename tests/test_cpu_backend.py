@@ -216,22 +216,24 @@ def test_slots_and_rows_past_2_to_the_31(isa: str) -> None:
     far, f32 = 2**32, _cpu.Dtype.f32
     acts, indices = torch.tensor([2.0, 3.0, 5.0]), torch.tensor([1, 1, 1], dtype=torch.int32)
     offsets = far + torch.tensor([0, 1, 3])
-    codes = _cpu.Codes(acts.data_ptr() - 4 * far, indices.data_ptr() - 4 * far, offsets.data_ptr(), 2, 0, 2, f32)
+    places = (acts.data_ptr() - 4 * far, indices.data_ptr() - 4 * far, offsets.data_ptr())
+    codes = _cpu.Codes(*places, n=2, k=0, slots=far + 3, d_sae=2, dtype=f32)
     row, x, out = torch.arange(20.0), torch.ones(2, 20), torch.empty(2, 20)
     W = _cpu.Matrix(row.data_ptr() - 4 * far, 2, 20, far, f32)
 
-    _cpu.decode(codes, W, cpu_memory.matrix(out), 2)
+    _cpu.decode(codes, W, cpu_memory.matrix("out", out), 2)
     assert torch.equal(out, torch.stack([2 * row, 8 * row]))
 
     dots = torch.empty(3)
-    _cpu.active_dot(cpu_memory.matrix(x), codes, W, dots.data_ptr() - 4 * far, 2)
+    _cpu.active_dot(cpu_memory.matrix("x", x), codes, W, dots.data_ptr() - 4 * far, 2)
     assert dots.tolist() == [190.0] * 3
 
     order = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.int32), torch.empty(3, dtype=torch.int64)
-    _cpu.by_latent(codes, cpu_memory.latent_order(*order), 2)
+    by_latent = _cpu.LatentOrder(*(t.data_ptr() for t in order))
+    _cpu.by_latent(codes, by_latent, 2)
     assert [t.tolist() for t in order] == [[0, 0, 3], [0, 1, 1], [far, far + 1, far + 2]]
 
-    _cpu.active_outer(codes, cpu_memory.latent_order(*order), cpu_memory.matrix(x), cpu_memory.matrix(out), 2)
+    _cpu.active_outer(codes, by_latent, cpu_memory.matrix("x", x), cpu_memory.matrix("out", out), 2)
     assert out.tolist() == [[0.0] * 20, [10.0] * 20]
 
 
@@ -287,10 +289,10 @@ def test_an_order_of_another_code_is_refused() -> None:
     codes, x = fixed(torch.float32), rows(N, torch.float32, 3)
     order = ops.by_latent(codes, backend="cpu")
     few = SparseCodes(codes.acts[:5], codes.indices[:5], M)
-    with pytest.raises(ValueError, match="made of another one"):
+    with pytest.raises(ValueError, match="made of another code"):
         ops.active_outer(few, x[:5], by_latent=order, backend="cpu")
     wider = SparseCodes(codes.acts, codes.indices, M + 1)
-    with pytest.raises(ValueError, match=f"with {M} latents, expected int64, int32, int64 with {M + 1}"):
+    with pytest.raises(ValueError, match=f"expected int64, int32, int64 for {M + 1} latents"):
         ops.active_outer(wider, x, by_latent=order, backend="cpu")
 
 

@@ -128,7 +128,7 @@ def test_a_wide_band_does_not_encode_twice(monkeypatch) -> None:
 def test_both_steps_report_the_same_and_train_whatever_the_mode(name: str) -> None:
     ours, theirs = (family_sae(RULES[name], skip=True).eval() for _ in range(2))
     metrics = [make(sae, lr=1e-3)(tokens()) for make, sae in ((FusedTrainStep, ours), (PlainTrainStep, theirs))]
-    assert metrics[0].keys() - {"redone"} == metrics[1].keys() - {"redone"}
+    assert metrics[0].keys() - {"redone", "skipped"} == metrics[1].keys() - {"redone"}
     for key in metrics[1].keys() - {"redone"}:
         assert float(metrics[0][key]) == pytest.approx(float(metrics[1][key]), rel=1e-9), key
     assert not ours.training
@@ -147,10 +147,9 @@ def test_weight_decay_leaves_thresholds_alone() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     step = FusedTrainStep(family_sae(RULES["topk"]))
     state = copy.deepcopy(step.state_dict())
+    state["optimizer"]["param_groups"][0]["betas"] = [0.9]
     with pytest.raises(ValueError, match="betas"):
-        step.load_state_dict({**state, "betas": [0.9], "count": 7})
+        step.load_state_dict(state)
     assert int(step.count) == 0
-    with pytest.raises(ValueError, match=r"x is no leaf: pass y = x.detach\(\)"):
-        step(tokens().requires_grad_() * 2)
     with pytest.raises(ValueError, match=r"clip_norm is -1.0, expected a number above 0"):
         PlainTrainStep(family_sae(RULES["topk"]), lr=1e-3, clip_norm=-1.0)

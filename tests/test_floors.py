@@ -137,8 +137,9 @@ def test_no_cycle_on_a_floor() -> None:
     ("parts", "allowed"),
     [
         (("reference", "codes", "env", "atomic"), {"torch"}),
-        (("backends.gpu", "backends.contract"), {"torch", "fastsae.reference"}),
-        (("kernels",), {"torch", "triton", "fastsae.backends.gpu"}),
+        (("backends.buffers",), {"torch"}),
+        (("backends.gpu", "backends.contract"), {"torch", "fastsae.reference", "fastsae.backends.buffers"}),
+        (("kernels",), {"torch", "triton", "fastsae.backends.gpu", "fastsae.backends.buffers"}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )

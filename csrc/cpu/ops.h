@@ -22,6 +22,7 @@ struct Codes {
   const int64_t* offsets;
   int64_t n, k, d_sae;
   Dtype dtype;
+  int64_t slots = 0;  // how many acts and indices there are; 0 where a kernel makes a code of its own
 
   int64_t begin(int64_t token) const { return offsets ? offsets[token] : token * k; }
   int64_t end(int64_t token) const { return offsets ? offsets[token + 1] : (token + 1) * k; }

@@ -77,7 +77,7 @@ def encode_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if rows is None:
         pre = reference.pre_acts(wide(x), wide(W), wide(b), None if scale is None else wide(scale))
-        latents = torch.arange(W.shape[0], device=x.device)
+        latents = torch.arange(W.shape[0], dtype=torch.int64, device=x.device)
     else:
         latents = rows.long().clamp(min=0)
         pre = reference.pre_acts(

@@ -34,7 +34,7 @@ def context_of(shard: ShardContext, local: int, first_row: int, width: int, stri
     start = max(position - width, 0)
     ids = shard.token_ids[window, start : position + width + 1].tolist()
     # The rows of a window lie together, in order: find them by bisection, then by their places in the window.
-    wanted = torch.tensor([window, window + 1], dtype=shard.window.dtype)
+    wanted = torch.tensor([window, window + 1], dtype=shard.window.dtype, device="cpu")
     low, high = torch.searchsorted(shard.window, wanted).tolist()
     row_at = {int(place): first_row + low + i for i, place in enumerate(shard.position[low:high])}
     return Context(

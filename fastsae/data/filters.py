@@ -115,7 +115,7 @@ class RowFilter:
     def _finite(self, activations: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, int]:
         """The finite rows in the positions kept, their places in the flattened windows, and how many were not."""
         windows, width = token_ids.shape
-        places = torch.arange(windows * width).view(windows, width)
+        places = torch.arange(windows * width, dtype=torch.int64, device="cpu").view(windows, width)
         inside = slice(self._first, width - self._n_suffix)
         rows, places = activations[:, inside].flatten(0, 1), places[:, inside].flatten()
         bad = nonfinite_rows(rows)

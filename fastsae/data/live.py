@@ -137,7 +137,7 @@ class LiveSource:
         self._generation = first - 1  # the one being served, -1 before the first
         self._previous: _Block | None = None
         self._block: _Block | None = None
-        self._kept = self._pool = torch.zeros(0, self.d_in)
+        self._kept = self._pool = torch.zeros(0, self.d_in, dtype=torch.float32, device="cpu")
         self._cursor = 0
         self._coming: Future[_Block] | None = None
 
@@ -157,7 +157,7 @@ class LiveSource:
         self._pool = pool[permutation(len(pool), self.config.seed, number, _MIX).to(pool.device)]
         self._kept = block.rows[order[half:]]
         # Not a slice of the rows: it would keep all of them in memory.
-        self._previous, self._block = self._block, dataclasses.replace(block, rows=torch.empty(0))
+        self._previous, self._block = self._block, dataclasses.replace(block, rows=block.rows[:0].clone())
         self._generation, self._cursor = number, 0
 
     def _compute(self, number: int) -> _Block:

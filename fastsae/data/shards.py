@@ -91,8 +91,9 @@ class ShardSource(EpochSource):
 
     def rows(self, ids: Sequence[int] | Tensor) -> Tensor:
         """The rows (len(ids), d_in) with these ids, in this order. Raises IndexError for an id that is not there."""
-        places = torch.as_tensor(ids, dtype=torch.int64)
-        out = torch.empty(len(places), self.d_in, dtype=self.dtype or getattr(torch, self.manifest.dtype))
+        places = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+        dtype = self.dtype or getattr(torch, self.manifest.dtype)
+        out = torch.empty(len(places), self.d_in, dtype=dtype, device="cpu")
         owner = self._owner(places)
         for number in owner.unique().tolist():
             mine = (owner == number).nonzero()[:, 0]
@@ -114,7 +115,7 @@ class ShardSource(EpochSource):
         if self._strings is None and self.manifest.vocabulary is not None:
             self.manifest.vocabulary.check_content(self.folder)
             self._strings = read_vocabulary(self.folder / self.manifest.vocabulary.file)
-        places = torch.as_tensor(ids, dtype=torch.int64)
+        places = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
         opened: dict[int, ShardContext] = {}
         found = []
         for row, number in zip(places.tolist(), self._owner(places).tolist(), strict=True):
@@ -144,7 +145,8 @@ class ShardSource(EpochSource):
         """Which file each row id lies in."""
         if len(places) and not 0 <= int(places.min()) <= int(places.max()) < self._starts[-1]:
             raise IndexError(f"row ids run from 0 to {self._starts[-1] - 1}, got {places.min()} to {places.max()}")
-        return torch.searchsorted(torch.tensor(self._starts[1:]), places, right=True)
+        ends = torch.tensor(self._starts[1:], dtype=torch.int64, device="cpu")
+        return torch.searchsorted(ends, places, right=True)
 
     def _chunk_table(self, n_train: int) -> Tensor:
         """(chunks, 3) int64: file, first row in it, rows. No chunk crosses files or reaches the held-out rows."""
@@ -152,7 +154,7 @@ class ShardSource(EpochSource):
         for number in range(len(self.manifest.shards)):
             rows = min(self._shards[number].rows, n_train - self._starts[number])
             table += [(number, start, min(CHUNK_ROWS, rows - start)) for start in range(0, rows, CHUNK_ROWS)]
-        return torch.tensor(table)
+        return torch.tensor(table, dtype=torch.int64, device="cpu")
 
     def _identity(self) -> dict[str, Any]:
         # The shards' checksums say which rows these are, wherever the folder has been moved to.
@@ -170,7 +172,7 @@ class ShardSource(EpochSource):
             chunks = self._chunks[permutation(len(self._chunks), self.seed, epoch, _CHUNKS)]
             ends = chunks[:, 2].cumsum(0)
             # A pool ends before the chunk that would carry the count over a multiple of buffer_rows.
-            last = (ends // self.buffer_rows).diff(append=torch.tensor([-1])).nonzero()[:, 0]
+            last = (ends // self.buffer_rows).diff(append=ends.new_tensor([-1])).nonzero()[:, 0]
             self._epoch_chunks = (epoch, chunks, last + 1)
         _, chunks, bounds = self._epoch_chunks
         ends = chunks[:, 2].cumsum(0)[bounds - 1]
@@ -187,7 +189,7 @@ class ShardSource(EpochSource):
         """The rows of these chunks, permuted."""
         n = int(chunks[:, 2].sum())
         place = permutation(n, self.seed, epoch, _ROWS, pool)
-        rows = torch.empty(n, self.d_in, dtype=getattr(torch, self.manifest.dtype))
+        rows = torch.empty(n, self.d_in, dtype=getattr(torch, self.manifest.dtype), device="cpu")
         done = 0
         for number, start, count in chunks.tolist():
             rows[place[done : done + count]] = self._shards[number].activations[start : start + count]

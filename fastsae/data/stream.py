@@ -178,8 +178,9 @@ class ActivationStream:
 def join_rows(parts: Sequence[Rows], d_in: int, window: int, most: int | None = None) -> Rows:
     """Several batches as one, their windows numbered on; at most the first `most` rows."""
     if not parts:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return Rows(torch.zeros(0, d_in), nothing.reshape(0, window), nothing, nothing)
+        nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
+        rows = torch.zeros(0, d_in, dtype=torch.float32, device="cpu")
+        return Rows(rows, nothing.reshape(0, window), nothing, nothing)
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + len(part.token_ids))

@@ -85,8 +85,8 @@ class WindowStream:
         flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
         full = len(flat) // self.content
         body = torch.from_numpy(flat[: full * self.content].reshape(full, self.content))
-        before = torch.tensor(self.prefix, dtype=torch.int64).expand(full, -1)
-        after = torch.tensor(self.suffix, dtype=torch.int64).expand(full, -1)
+        before = torch.tensor(self.prefix, dtype=torch.int64, device="cpu").expand(full, -1)
+        after = torch.tensor(self.suffix, dtype=torch.int64, device="cpu").expand(full, -1)
         return torch.cat([before, body, after], dim=1)
 
     def state_dict(self) -> dict[str, int]:

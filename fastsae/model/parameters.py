@@ -98,9 +98,9 @@ class Parameters(nn.Module):
         wider = torch.promote_types(rule_dtype, self.W_dec.dtype)
         self._rule_names = tuple(activation.new_parameters(d_sae)), tuple(activation.new_buffers())
         for name, start in activation.new_parameters(d_sae).items():
-            self.register_parameter(name, nn.Parameter(torch.empty_like(start, dtype=wider, device=device)))
+            self.register_parameter(name, nn.Parameter(torch.empty_like(start, dtype=wider, device=self.W_dec.device)))
         for name, start in activation.new_buffers().items():
-            self.register_buffer(name, torch.empty_like(start, device=device))
+            self.register_buffer(name, torch.empty_like(start, device=self.W_dec.device))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=device))
         self.begin_counts_(device)
         self.reset_parameters(seed)

@@ -7,6 +7,7 @@ active reads nothing back from the device; a threshold rule asks how many there 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ class Objective:
 
     loss and losses: 0-d float64. error (N, d_out) = recon - target, normalized. codes: None where every latent was
     looked at densely. counts (M,) int64: on how many tokens each latent was active; active: their sum. dead (M,) bool:
-    after this batch. squares, variance: of the error and of the target, 0-d. redone: tokens encoded twice, or None.
+    after this batch. squares: of the error, 0-d. redone: tokens encoded twice, or None. count(made) counts the batch,
+    if a step was made of it (0-d bool); the backward pass does where it is not `for_step`.
     """
 
     ready: Inputs
@@ -71,6 +73,7 @@ class Objective:
     dead: Tensor
     squares: Tensor
     redone: Tensor | None
+    count: Callable[[Tensor], None]
 
     @property
     def active(self) -> Tensor:
@@ -252,8 +255,9 @@ class SparseAutoencoder(Parameters):
     def objective(self, x: Tensor, target: Tensor | None = None, *, for_step: bool = False) -> Objective:
         """The loss of x (*batch, d_in), where it stands: every training step and every caller's loop has it from here.
 
-        for_step: nobody reads codes, and the error only before the backward pass: a threshold rule may then look at
-        all latents densely, where many are active (`dense_above`), and the error becomes its own gradient in place.
+        for_step: the caller reads no codes, reads the error only before the backward pass, and counts the batch itself.
+        A threshold rule may then look at all latents densely, where many are active (`dense_above`), and the error
+        becomes its own gradient in place.
         """
         rule, ledger = self.rule, self._ledger()
         held = ledger is not None
@@ -304,8 +308,10 @@ class SparseAutoencoder(Parameters):
             more, dead_losses = self.dead_latent_loss(ready, errors.error, dead, denominator, options, for_step)
             found |= dead_losses
             loss = loss if more is None else loss + more
-            self._count_with(pre.acts, loss, codes, counts, tokens)
-        return Objective(ready, loss, found, errors.error, codes, counts, dead, errors.last, codes.redone)
+        count = self._counter(loss, codes, counts, tokens)
+        if self.training and not for_step:
+            self._count_at_backward(count, pre.acts, loss)
+        return Objective(ready, loss, found, errors.error, codes, counts, dead, errors.last, codes.redone, count)
 
     def _ledger(self) -> ledgers.Ledger | None:
         return ledgers.open_ledger(self.W_dec, self.encoder_weight, self.b_enc, self.b_dec)
@@ -384,9 +390,9 @@ class SparseAutoencoder(Parameters):
         options = self.encode_options(held=True)
         more, dead_losses = self.dead_latent_loss(ready, found.error, dead, denominator, options)
         loss = found.total if more is None else found.total + more
-        self._count_with(found.total, loss, None, counts, tokens)
+        count = self._counter(loss, None, counts, tokens)
         by_name = {self.loss: found.squares / denominator, **found.losses, **dead_losses}
-        return Objective(ready, loss, by_name, found.error, None, counts, dead, found.squares, None)
+        return Objective(ready, loss, by_name, found.error, None, counts, dead, found.squares, None, count)
 
     # -- dead latents, densities and the decoder's norm ---------------------------------------------------------------
 
@@ -395,25 +401,31 @@ class SparseAutoencoder(Parameters):
         """Latents that have not fired for `dead_after` tokens: bool (M,)."""
         return self.tokens_since_fired >= self.dead_after
 
-    def _count_with(
-        self, source: Tensor, loss: Tensor, codes: SparseCodes | None, counts: Tensor, tokens: int | Tensor
-    ) -> None:
-        """Counts this batch when a backward pass goes through `source`, once, and if the loss is finite.
+    def _counter(
+        self, loss: Tensor, codes: SparseCodes | None, counts: Tensor, tokens: int | Tensor
+    ) -> Callable[[Tensor], None]:
+        """count(made), which counts this batch if made, a 0-d bool, is true and its loss is finite."""
+        codes = None if codes is None else codes.detach()
+        finite = loss.detach().isfinite()
+
+        @torch.no_grad()
+        def count(made: Tensor) -> None:
+            made = made & finite
+            self.count_fired_(counts, tokens, made)
+            if codes is not None:
+                self.rule.observe(codes, self.rule_state, made)
+
+        return count
+
+    def _count_at_backward(self, count: Callable[[Tensor], None], source: Tensor, loss: Tensor) -> None:
+        """Counts when a backward pass goes through `source`, once.
 
         So a forward pass alone counts nothing: under no_grad, to look at something, or run again by activation
         checkpointing.
         """
-        codes = None if codes is None else codes.detach()
-        finite = loss.detach().isfinite()
-
-        def count() -> None:
-            with torch.no_grad():
-                self.count_fired_(counts, tokens, finite)
-                if codes is not None:
-                    self.rule.observe(codes, self.rule_state, finite)
-
+        made = torch.ones_like(loss.detach(), dtype=torch.bool)
         if torch.compiler.is_compiling():
-            count()  # a compiled graph runs its forward once, and its backward cannot do this
+            count(made)  # a compiled graph runs its forward once, and its backward cannot do this
             return
         node = source.grad_fn if source.grad_fn is not None else loss.grad_fn
         counted: list[bool] = []
@@ -421,7 +433,7 @@ class SparseAutoencoder(Parameters):
         def at_backward(_: Any) -> None:
             if not counted:
                 counted.append(True)
-                count()
+                count(made)
 
         if node is not None:
             node.register_prehook(at_backward)

@@ -58,7 +58,7 @@ def _random_bits(t: Tensor, seed: int, step: Tensor, stream: int) -> Tensor:
     """
     key = _mix(torch.full((), seed & 0xFFFFFFFF, dtype=torch.int64, device=t.device))
     key = _mix((_mix((key + step) & 0xFFFFFFFF) + stream) & 0xFFFFFFFF)
-    index = torch.arange(t.numel(), device=t.device).view(t.shape) & 0xFFFFFFFF
+    index = torch.arange(t.numel(), dtype=torch.int64, device=t.device).view(t.shape) & 0xFFFFFFFF
     return _mix(key ^ index)
 
 

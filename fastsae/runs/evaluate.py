@@ -79,7 +79,7 @@ def active_entries(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:
     """
     if codes.offsets is not None:
         counts = codes.offsets.diff()
-        token = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        token = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int64, device=counts.device), counts)
         nnz = token.shape[0]
         return token, codes.indices[:nnz].long(), codes.acts[:nnz]
     acts, indices = codes.flatten().acts, codes.flatten().indices
@@ -107,7 +107,7 @@ class _CenteredSum:
 
     def __init__(self) -> None:
         self.n = 0
-        self.mean = torch.zeros(())
+        self.mean = torch.zeros((), dtype=torch.float64, device="cpu")  # of no row; `add` puts one in its place
         self.total = 0.0
 
     def add(self, x: Tensor) -> None:

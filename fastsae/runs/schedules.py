@@ -58,7 +58,7 @@ class Schedule:
     def __call__(self, step: int | Tensor) -> float | Tensor:
         if isinstance(step, Tensor):
             return self._multiplier(step)
-        return float(self._multiplier(torch.tensor(step)))
+        return float(self._multiplier(torch.tensor(step, dtype=torch.int64, device="cpu")))
 
     def _multiplier(self, step: Tensor) -> Tensor:
         """The formula, in float64 on the step's device."""

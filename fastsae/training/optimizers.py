@@ -136,8 +136,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     independent   with several processes of torch.distributed: True says that each trains an SAE of its own. Without it
                   a step is refused, since nothing here sums gradients over processes.
 
-    skipped: 0-d int64, steps not made because a gradient was not finite; grad_norm: 0-d float64, of the last step,
-    before projection and clipping.
+    skipped: 0-d int64, steps not made because a gradient was not finite; made: 0-d bool, whether the last one was;
+    grad_norm: 0-d float64, of the last step, before projection and clipping.
     """
 
     kind: ClassVar[str]
@@ -169,6 +169,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._members: list[_Member] = []
         self._groups: list[tuple[int, int | None]] = []  # of each member: its group, and its rule's
         self.grad_norm: Tensor | None = None
+        self.made: Tensor | None = None
         self._warned = False
         given = [params] if isinstance(params, (nn.Module, Dictionaries)) else list(params)
         groups: Any = [g if isinstance(g, Mapping) else {"params": g} for g in given]
@@ -291,6 +292,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         member.ledger.drop()
         for name in others:
             d.others[name].grad = None
+        self.made = made
         self._count_skipped(made)
 
     def _arguments(self, index: int, taken: Taken) -> dict[str, Any]:
@@ -484,6 +486,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         steps = {int(s["step"]) for s in found}
         if len(steps) > len(self._members):
             raise ValueError(f"the parameters of an SAE made {sorted(steps)} steps, expected one number for all")
+        for group in groups:
+            betas = tuple(group.get("betas", (0.0, 0.0)))
+            checks.optimizer(self.kind, betas, group.get("eps", 0.0), 0.0)
         if len(groups) == len(self.param_groups):
             for group, theirs in zip(self.param_groups, groups, strict=True):
                 self._load_group(group, theirs)

@@ -60,7 +60,9 @@ class _TrainStep:
             if self.penalty_schedule is not None:
                 sae.penalty_scale.fill_(1.0)
 
-    def _backward(self, x: Tensor, target: Tensor | None, outer: Outer | None, *, for_step: bool) -> dict[str, Tensor]:
+    def _backward(
+        self, x: Tensor, target: Tensor | None, outer: Outer | None, *, for_step: bool
+    ) -> tuple[Objective, dict[str, Tensor]]:
         """loss.backward(), and the metrics of before the update."""
         sae, n = self.sae, x.shape[:-1].numel()
         if n == 0:
@@ -75,7 +77,7 @@ class _TrainStep:
             metrics = self._metrics(found, n)
             loss.backward()
         more = {} if behind is None else {"outer": behind.detach()}
-        return {"loss": loss.detach(), **metrics, **more}
+        return found, {"loss": loss.detach(), **metrics, **more}
 
     def _behind(self, found: Objective, outer: Outer, batch: tuple[int, ...]) -> Tensor:
         recon = self.sae.restored(found.error, found.ready, batch)
@@ -227,21 +229,25 @@ class FusedTrainStep(_TrainStep):
         if self.check:
             checks.no_nan("x", x)
         optimizer.zero_grad()
-        was_backend = sae.backend
-        sae.backend = self.backend or sae.backend
+        x_grad = x.grad.clone() if x.is_leaf and x.grad is not None else None
+        was_backend, sae.backend = sae.backend, self.backend or sae.backend
         try:
             with self._scheduled(self.count, self._steps):
-                metrics = self._backward(x, target, outer, for_step=True)
+                found, metrics = self._backward(x, target, outer, for_step=True)
+            factor = 1.0 if self.schedule is None else self.schedule(self.count)
+            lr = self._lr * factor
+            optimizer.step_scheduled(factor)
         except BaseException:
             optimizer.zero_grad()  # nothing of a step that failed stays
+            if x.is_leaf:
+                x.grad = x_grad
             raise
         finally:
             sae.backend = was_backend
-        factor = 1.0 if self.schedule is None else self.schedule(self.count)
-        lr = self._lr * factor
-        optimizer.step_scheduled(factor)
-        self._steps += 1
+        assert optimizer.made is not None
         assert optimizer.grad_norm is not None
+        found.count(optimizer.made)
+        self._steps += 1
         return {**metrics, "grad_norm": optimizer.grad_norm, "lr": lr, "skipped": self.skipped.clone()}
 
     # -- the same as a CUDA graph -------------------------------------------------------------------------------------
@@ -391,7 +397,7 @@ class PlainTrainStep(_TrainStep):
             group["lr"] = lr
         self.optimizer.zero_grad()
         with self._scheduled(self.step, self.step):
-            metrics = self._backward(x, None, None, for_step=False)
+            _, metrics = self._backward(x, None, None, for_step=False)
         norms = [torch.linalg.vector_norm(p.grad.double()) for p in sae.parameters() if p.grad is not None]
         metrics |= {
             "grad_norm": torch.linalg.vector_norm(torch.stack(norms)),

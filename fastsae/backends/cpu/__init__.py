@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastsae import _cpu, env
-from fastsae.backends.cpu.memory import DTYPES, codes, latent_order, matrix, sort
+from fastsae.backends import buffers
+from fastsae.backends.cpu.memory import CPU, DTYPES, address, codes, latent_order, matrix, sort
 from fastsae.backends.cpu.screen import encode_above, encode_batch_topk, encode_topk, prepare_screen
 from fastsae.backends.cpu.update import update_latents_
 from fastsae.reference import wide
@@ -55,8 +56,8 @@ def by_name_only() -> bool:
 
 def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     code = codes(acts, indices, offsets, W.shape[0])
-    out = W.new_empty(acts.shape[0] if offsets is None else offsets.shape[0] - 1, W.shape[1])
-    _cpu.decode(code, matrix(W), matrix(out), torch.get_num_threads())
+    out = buffers.empty((code.n, W.shape[1]), W.dtype, CPU)
+    _cpu.decode(code, matrix("W", W), matrix("out", out), torch.get_num_threads())
     return out
 
 
@@ -72,8 +73,9 @@ def decode_error(
 
 def active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     code = codes(acts, indices, offsets, W.shape[0])
-    out = torch.zeros_like(acts)  # zeros: a ragged code's spare slots are not written
-    _cpu.active_dot(matrix(x), code, matrix(W), out.data_ptr(), torch.get_num_threads())
+    out = buffers.zeros(acts.shape, acts.dtype, CPU)  # zeros: a ragged code's spare slots are not written
+    place = address("out", out, acts.dtype, tuple(acts.shape))
+    _cpu.active_dot(matrix("x", x), code, matrix("W", W), place, torch.get_num_threads())
     return out
 
 
@@ -81,29 +83,27 @@ def active_outer(
     acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, by_latent: list[Tensor] | None
 ) -> Tensor:
     code = codes(acts, indices, offsets, d_sae)
-    if by_latent is None:
-        order = sort(code, acts.numel(), d_sae)
-    else:
-        order = _checked_order(by_latent, acts.numel(), x.shape[0], d_sae)
-    out = x.new_empty(d_sae, x.shape[1])
-    _cpu.active_outer(code, latent_order(*order), matrix(x), matrix(out), torch.get_num_threads())
+    order = sort(code) if by_latent is None else _checked_order(by_latent, acts.numel(), x.shape[0], d_sae)
+    out = buffers.empty((d_sae, x.shape[1]), x.dtype, CPU)
+    _cpu.active_outer(code, latent_order(code, *order), matrix("x", x), matrix("out", out), torch.get_num_threads())
     return out
 
 
 def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    return sort(codes(acts, indices, offsets, d_sae), acts.numel(), d_sae)
+    return sort(codes(acts, indices, offsets, d_sae))
 
 
 def _checked_order(order: list[Tensor], capacity: int, tokens: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     """The three tensors. Raises ValueError where they are not an order of this code: C++ takes them as addresses."""
     offsets, of_token, slots = order
-    dtypes = [t.dtype for t in order]
-    if dtypes != [torch.int64, torch.int32, torch.int64] or offsets.shape != (d_sae + 1,):
+    dtypes, shapes = [t.dtype for t in order], [tuple(t.shape) for t in order]
+    if dtypes != [torch.int64, torch.int32, torch.int64] or shapes != [(d_sae + 1,), (capacity,), (capacity,)]:
         raise ValueError(
-            f"by_latent is {dtypes} with {offsets.numel() - 1} latents, expected int64, int32, int64 with {d_sae}"
+            f"by_latent is {dtypes} of shapes {shapes}, expected int64, int32, int64 for {d_sae} latents and "
+            f"{capacity} slots; it was made of another code: use ops.by_latent(codes)"
         )
     end = int(offsets[-1])
-    inside = int(offsets[0]) == 0 and end <= min(of_token.numel(), slots.numel()) and bool((offsets.diff() >= 0).all())
+    inside = int(offsets[0]) == 0 and end <= capacity and bool((offsets.diff() >= 0).all())
     for places, count in ((of_token, tokens), (slots, capacity)):
         if inside and end:
             low, high = torch.aminmax(places[:end])

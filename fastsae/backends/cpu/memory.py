@@ -1,7 +1,11 @@
 """How tensors are shown to the C++ extension: addresses, shapes and dtypes, nothing copied.
 
-They are contiguous and fit together (fastsae.ops.register sees to it), and the caller keeps them alive during the
-call. torch is imported before the extension, so that both use one OpenMP runtime.
+Every address that C++ gets is made here, and only here: from a tensor on the CPU, of the dtype that C++ will take it
+for, whose storage holds every number that C++ will read or write there. csrc/cpu/bind.cpp checks that the sizes which
+it is told fit together. What it follows as an index (codes, rows) fastsae.ops.raw_checks looks at.
+
+The caller keeps the tensors alive during the call. torch is imported before the extension, so that both use one OpenMP
+runtime.
 """
 
 from __future__ import annotations
@@ -11,36 +15,98 @@ from torch import Tensor, float32, float64, int32, int64
 from torch import bfloat16 as bf16
 
 from fastsae import _cpu
+from fastsae.backends import buffers
 
+CPU = torch.device("cpu")
 DTYPES = {float32: _cpu.Dtype.f32, bf16: _cpu.Dtype.bf16, float64: _cpu.Dtype.f64}
 
 
-def matrix(t: Tensor) -> _cpu.Matrix:
-    """A (rows, cols) tensor whose rows are contiguous, however far apart they lie."""
-    return _cpu.Matrix(t.data_ptr(), t.shape[0], t.shape[1], t.stride(0), DTYPES[t.dtype])
+def _place(name: str, t: Tensor, dtype: torch.dtype, span: int) -> int:
+    """The address of `span` numbers of dtype, the first of t and those after it. A few microseconds.
+
+    Raises TypeError for another dtype, ValueError where they do not lie in t's memory, or not on the CPU.
+    """
+    if t.dtype != dtype:
+        raise TypeError(f"{name} is {t.dtype} where C++ expects {dtype}; cast with .to({dtype})")
+    if t.device.type != "cpu" or t.layout != torch.strided:
+        raise ValueError(f"{name} is a {t.layout} tensor on {t.device}, expected a dense one on the CPU")
+    there = t.untyped_storage().nbytes() // t.itemsize - t.storage_offset()
+    if span > there:
+        raise ValueError(
+            f"{name} of shape {tuple(t.shape)} has memory for {there} numbers where C++ expects {span}; was its "
+            "storage resized, or was it made for other sizes?"
+        )
+    place = t.data_ptr()
+    if span and (not place or place % t.itemsize):
+        raise ValueError(
+            f"{name} of shape {tuple(t.shape)} lies at address {place}, expected memory that begins at a multiple of "
+            f"its element size, {t.itemsize}; pass .clone()"
+        )
+    return place
+
+
+def address(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Where the numbers of a contiguous tensor of this shape lie; 0 stands for a tensor that is not there.
+
+    Raises TypeError for another dtype, ValueError for another shape, or what is not contiguous in the CPU's memory.
+    """
+    if t is None:
+        return 0
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)} where C++ expects {shape}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name} of strides {t.stride()} is not contiguous, as C++ expects it; pass .contiguous()")
+    return _place(name, t, dtype, t.numel())
+
+
+def matrix(name: str, t: Tensor) -> _cpu.Matrix:
+    """A (rows, cols) tensor whose rows are contiguous, however far apart they lie.
+
+    Raises TypeError for a dtype that C++ has no kernel for, ValueError for another layout, or outside the CPU's memory.
+    """
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} is {t.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if t.ndim != 2:
+        raise ValueError(f"{name} has shape {tuple(t.shape)} where C++ expects a matrix")
+    (rows, cols), (apart, step) = t.shape, t.stride()
+    if cols > 1 and step != 1:
+        raise ValueError(f"{name} has strides {t.stride()}, expected contiguous rows; pass .contiguous()")
+    span = (rows - 1) * apart + cols if t.numel() else 0
+    return _cpu.Matrix(_place(name, t, t.dtype, span), rows, cols, apart, DTYPES[t.dtype])
 
 
 def codes(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> _cpu.Codes:
-    """A fixed-K code (N, K), or a ragged one with offsets (N+1,)."""
-    n, k = (acts.shape[0], acts.shape[1]) if offsets is None else (offsets.shape[0] - 1, 0)
-    return _cpu.Codes(acts.data_ptr(), indices.data_ptr(), address(offsets), n, k, d_sae, DTYPES[acts.dtype])
+    """A fixed-K code (N, K), or a ragged one (capacity,) with offsets (N+1,). Raises as `address` and `matrix` do."""
+    if acts.dtype not in DTYPES:
+        raise TypeError(f"acts are {acts.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    shape = tuple(acts.shape)
+    if len(shape) != (2 if offsets is None else 1):
+        raise ValueError(f"acts have shape {shape}, expected (N, K), or (capacity,) where there are offsets")
+    n, k = shape if offsets is None else (offsets.numel() - 1, 0)
+    starts = address("offsets", offsets, int64, (n + 1,))
+    if offsets is not None and (n < 0 or int(offsets[-1]) > shape[0]):
+        raise ValueError(f"offsets end at {offsets[-1:].tolist()}, expected at most the capacity {shape[0]}")
+    place = address("acts", acts, acts.dtype, shape)
+    return _cpu.Codes(
+        place, address("indices", indices, int32, shape), starts, n, k, acts.numel(), d_sae, DTYPES[acts.dtype]
+    )
 
 
-def latent_order(offsets: Tensor, tokens: Tensor, slots: Tensor) -> _cpu.LatentOrder:
-    return _cpu.LatentOrder(offsets.data_ptr(), tokens.data_ptr(), slots.data_ptr())
+def latent_order(code: _cpu.Codes, offsets: Tensor, tokens: Tensor, slots: Tensor) -> _cpu.LatentOrder:
+    """The order of this code: offsets (d_sae + 1,) int64, tokens int32 and slots int64 for as many slots as it has."""
+    return _cpu.LatentOrder(
+        address("by_latent's offsets", offsets, int64, (code.d_sae + 1,)),
+        address("by_latent's tokens", tokens, int32, (code.slots,)),
+        address("by_latent's slots", slots, int64, (code.slots,)),
+    )
 
 
-def sort(code: _cpu.Codes, capacity: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort(code: _cpu.Codes) -> tuple[Tensor, Tensor, Tensor]:
     """A code's latent order (offsets, tokens, slots); -1 past the last entry, so that reading on is noticed."""
     order = (
-        torch.empty(d_sae + 1, dtype=int64),
-        torch.full((capacity,), -1, dtype=int32),
-        torch.full((capacity,), -1, dtype=int64),
+        buffers.empty((code.d_sae + 1,), int64, CPU),
+        buffers.full((code.slots,), -1, int32, CPU),
+        buffers.full((code.slots,), -1, int64, CPU),
     )
-    _cpu.by_latent(code, latent_order(*order), torch.get_num_threads())
+    _cpu.by_latent(code, latent_order(code, *order), torch.get_num_threads())
     return order
-
-
-def address(t: Tensor | None) -> int:
-    """0 stands for a tensor that is not there."""
-    return 0 if t is None else t.data_ptr()

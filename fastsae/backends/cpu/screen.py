@@ -8,38 +8,50 @@ import torch
 from torch import Tensor
 
 from fastsae import _cpu
-from fastsae.backends.cpu.memory import address, matrix
+from fastsae.backends import buffers
+from fastsae.backends.cpu.memory import CPU, address, matrix
 from fastsae.codes import Screen
 
 _Tensors = list[Tensor]
 
 
 def allocate(latents: int, d: int, fmt: _cpu.Format) -> _Tensors:
-    """[words int32, tables fp32 (3, positions), format int32 ()]: the memory of one narrow copy, not filled."""
+    """[words int32, tables fp32 (3, positions), format int32 ()]: the memory of one narrow copy, not filled.
+
+    None of them is an inference tensor: a copy made under torch.inference_mode may be kept, and maintained in training.
+    """
+    words, positions = _sizes(latents, d, fmt)
+    with torch.inference_mode(False):
+        return [
+            buffers.empty((words,), torch.int32, CPU),
+            buffers.empty((3, positions), torch.float32, CPU),
+            buffers.scalar(int(fmt), torch.int32, CPU),
+        ]
+
+
+def _sizes(latents: int, d: int, fmt: _cpu.Format) -> tuple[int, int]:
+    """Words, and columns of the tables."""
     blocks = _cpu.blocks_of(latents)
-    words = 0 if fmt == _cpu.Format.f32 else blocks * _cpu.words_per_row(fmt, d) * 16
-    return [
-        torch.empty(words, dtype=torch.int32),
-        torch.empty(3, blocks * 16),
-        torch.tensor(int(fmt), dtype=torch.int32),
-    ]
+    return 0 if fmt == _cpu.Format.f32 else blocks * _cpu.words_per_row(fmt, d) * 16, blocks * 16
 
 
 def view(tensors: _Tensors, latents: int, d: int) -> _cpu.Screen:
     """The C++ view of a narrow copy. Raises ValueError for one of another dictionary or processor; TypeError."""
+    if len(tensors) != 3 or tensors[2].numel() != 1:
+        shapes = [tuple(t.shape) for t in tensors]
+        raise ValueError(f"the screen is tensors of shapes {shapes}, expected words, tables and a format; make it anew")
     words, tables, code = tensors
+    address("the screen's format", code, torch.int32, tuple(code.shape))
     fmt = _cpu.Format(int(code))
     if not _cpu.format_supported(fmt):
         raise ValueError(f"the screen is in {fmt.name}, which {_cpu.isa()} has no code for; make it anew")
-    blocks = _cpu.blocks_of(latents)
-    expected = 0 if fmt == _cpu.Format.f32 else blocks * _cpu.words_per_row(fmt, d) * 16
-    for name, t, dtype in (("words", words, torch.int32), ("tables", tables, torch.float32)):
-        if t.dtype != dtype or not t.is_contiguous():
-            raise TypeError(f"the screen's {name} are {t.dtype} with strides {t.stride()}, expected contiguous {dtype}")
-    if tables.shape != (3, blocks * 16) or words.numel() != expected:
+    size, positions = _sizes(latents, d, fmt)
+    if tables.shape != (3, positions) or words.shape != (size,):
         raise ValueError(f"the screen is of another dictionary than W ({latents}, {d}); make it anew")
-    scale, norm, residual = (row.data_ptr() for row in tables)
-    return _cpu.Screen(words.data_ptr(), scale, norm, residual, fmt, latents, d)
+    place = address("the screen's words", words, torch.int32, (size,))
+    table = address("the screen's tables", tables, torch.float32, (3, positions))
+    rows = [table and table + i * positions * tables.itemsize for i in range(3)]
+    return _cpu.Screen(place, *rows, fmt, latents, d)
 
 
 def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format) -> tuple[_cpu.Screen, _Tensors]:
@@ -47,13 +59,13 @@ def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format) -> tuple[_cpu.Screen,
     latents = W.shape[0] if rows is None else rows.shape[0]
     tensors = allocate(latents, W.shape[1], fmt)
     screen = view(tensors, latents, W.shape[1])
-    _cpu.prepare_screen(matrix(W), address(rows), screen, torch.get_num_threads())
+    _cpu.prepare_screen(matrix("W", W), address("rows", rows, torch.int32, (latents,)), screen, torch.get_num_threads())
     return screen, tensors
 
 
 def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None) -> Screen | None:
     W = W.contiguous()
-    b = W.new_zeros(W.shape[0]) if b is None else b
+    b = buffers.zeros((W.shape[0],), torch.float32, CPU) if b is None else b
     fmt, tensors = _best_copy(x, W, b.float().contiguous(), k, None, None)
     return Screen(tensors, f"cpu/{fmt.name}")
 
@@ -77,16 +89,35 @@ def _best_copy(
     if x is None or k is None or fmt == tight or not x.shape[0] or not narrow.latents:
         return fmt, tensors
     few = x[:: max(1, x.shape[0] // PROBED)][:PROBED].to(W.dtype).contiguous()
-    n, latents = few.shape[0], W.shape[0] if rows is None else rows.shape[0]
-    acts, indices = torch.empty(n, k), torch.empty(n, k, dtype=torch.int32)
-    args = _cpu.EncodeArgs(
-        matrix(few), matrix(W), b.data_ptr(), address(scale), address(rows), latents,
-        0, k, True, False, narrow, torch.get_num_threads(),
-    )  # fmt: skip
-    redone, rivals = _cpu.encode_topk(args, acts.data_ptr(), indices.data_ptr())
+    n, latents = few.shape[0], narrow.latents
+    args = _encode_args(few, W, b, k, rows, scale, 0, narrow, rescore=True, redo=False)
+    held, places = _fixed(n, k)
+    redone, rivals = _cpu.encode_topk(args, *places)
+    del held
     if redone <= REDONE_WORTH * n and rivals <= RIVALS_WORTH * latents * n:
         return fmt, tensors
     return tight, fill(W, rows, tight)[1]
+
+
+def _encode_args(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    k: int,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    index_offset: int,
+    narrow: _cpu.Screen,
+    *,
+    rescore: bool,
+    redo: bool,
+) -> _cpu.EncodeArgs:
+    each = (W.shape[0],)
+    return _cpu.EncodeArgs(
+        matrix("x", x), matrix("W", W), address("b", b, torch.float32, each),
+        address("scale", scale, torch.float32, each), address("rows", rows, torch.int32, (narrow.latents,)),
+        narrow.latents, index_offset, k, rescore, redo, narrow, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def arguments(
@@ -111,11 +142,8 @@ def arguments(
         held = fill(W, considered, _cpu.Format.f32)[1]
     else:
         held = _best_copy(x, W, bias, k, considered, gain)[1]
-    narrow = view(held, count, W.shape[1])
-    args = _cpu.EncodeArgs(
-        matrix(x), matrix(W), bias.data_ptr(), address(gain), address(considered), count,
-        index_offset, k, precision != "screened", True, narrow, torch.get_num_threads(),
-    )  # fmt: skip
+    narrow, rescore = view(held, count, W.shape[1]), precision != "screened"
+    args = _encode_args(x, W, bias, k, considered, gain, index_offset, narrow, rescore=rescore, redo=True)
     return args, [bias, gain, considered, held]
 
 
@@ -131,37 +159,55 @@ def encode_topk(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     args, held = arguments(x, W, b, k, rows, scale, index_offset, screen, precision)
-    acts = torch.empty(x.shape[0], k)
-    indices = torch.empty(x.shape[0], k, dtype=torch.int32)
-    redone, _ = _cpu.encode_topk(args, acts.data_ptr(), indices.data_ptr())
+    (acts, indices), places = _fixed(x.shape[0], k)
+    redone, _ = _cpu.encode_topk(args, *places)
     del held
-    return acts.to(x.dtype), indices, torch.tensor(redone)
+    return acts.to(x.dtype), indices, _count(redone)
 
 
 def encode_above(
     x: Tensor, W: Tensor, b: Tensor, threshold: Tensor, capacity: int, screen: _Tensors | None, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    per_token = threshold.ndim == 2
+    per_token, n = threshold.ndim == 2, x.shape[0]
     per_latent = None if per_token else threshold.float().expand(W.shape[0]).contiguous()
-    bars = threshold.float().expand(x.shape[0], 1).contiguous() if per_token else None
+    bars = threshold.float().expand(n, 1).contiguous() if per_token else None
     args, held = arguments(x, W, b, min(PROBED_K, W.shape[0]), None, None, 0, screen, precision)
-    acts, indices, offsets = _ragged(x.shape[0], capacity)
+    (acts, indices, offsets), places = _ragged(n, capacity)
     above, redone = _cpu.encode_above(
-        args, address(per_latent), address(bars), acts.data_ptr(), indices.data_ptr(), offsets.data_ptr(), capacity
+        args,
+        address("threshold", per_latent, torch.float32, (W.shape[0],)),
+        address("threshold", bars, torch.float32, (n, 1)),
+        *places,
+        capacity,
     )
     del held
-    return acts.to(x.dtype), indices, offsets, torch.tensor(above > capacity), torch.tensor(redone)
+    overflow = buffers.scalar(above > capacity, torch.bool, CPU)
+    return acts.to(x.dtype), indices, offsets, overflow, _count(redone)
 
 
 def encode_batch_topk(
     x: Tensor, W: Tensor, b: Tensor, k: int, screen: _Tensors | None, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args, held = arguments(x, W, b, k, None, None, 0, screen, precision)
-    acts, indices, offsets = _ragged(x.shape[0], x.shape[0] * k)
-    redone = _cpu.encode_batch_topk(args, acts.data_ptr(), indices.data_ptr(), offsets.data_ptr())
+    (acts, indices, offsets), places = _ragged(x.shape[0], x.shape[0] * k)
+    redone = _cpu.encode_batch_topk(args, *places, acts.numel())
     del held
-    return acts.to(x.dtype), indices, offsets, torch.tensor(redone)
+    return acts.to(x.dtype), indices, offsets, _count(redone)
 
 
-def _ragged(n: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.zeros(capacity), torch.zeros(capacity, dtype=torch.int32), torch.zeros(n + 1, dtype=torch.int64)
+def _count(n: int) -> Tensor:
+    return buffers.scalar(n, torch.int64, CPU)
+
+
+def _fixed(n: int, k: int) -> tuple[_Tensors, list[int]]:
+    """acts fp32 and indices (n, k), which C++ fills, and their addresses."""
+    dtypes, shape = (torch.float32, torch.int32), (n, k)
+    held = [buffers.empty(shape, dtype, CPU) for dtype in dtypes]
+    return held, [address("the result", t, dtype, shape) for t, dtype in zip(held, dtypes, strict=True)]
+
+
+def _ragged(n: int, capacity: int) -> tuple[_Tensors, list[int]]:
+    """acts fp32 and indices (capacity,), offsets (n + 1,), which C++ fills in part, and their addresses."""
+    layout = ((torch.float32, (capacity,)), (torch.int32, (capacity,)), (torch.int64, (n + 1,)))
+    held = [buffers.zeros(shape, dtype, CPU) for dtype, shape in layout]
+    return held, [address("the result", t, dtype, shape) for t, (dtype, shape) in zip(held, layout, strict=True)]

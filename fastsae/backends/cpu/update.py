@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastsae import _cpu
+from fastsae.backends import buffers
 from fastsae.backends.contract import UpdateCall
 from fastsae.backends.cpu import screen as cpu_screen
-from fastsae.backends.cpu.memory import DTYPES, address, codes, latent_order, matrix, sort
-from fastsae.reference import EightBit, Moment, wide
+from fastsae.backends.cpu.memory import CPU, DTYPES, address, codes, latent_order, matrix, sort
+from fastsae.reference import EightBit, Moment, scales_shape, wide
 
 STORED = {torch.bfloat16: _cpu.Stored.bf16, torch.float8_e4m3fn: _cpu.Stored.fp8}
 
@@ -22,16 +23,16 @@ def update_latents_(*arguments: Any) -> Tensor:
     (latents, d_out), d_in = call.W_dec.shape, call.encoder.shape[1]
     moments = call.stored_moments()
     parameters = [
-        _parameter(p, moments[name], stream=2 * i) for i, (name, p) in enumerate(call.parameters().items())
-    ]  # fmt: skip
+        _parameter(call, name, p, moments[name], stream=2 * i) for i, (name, p) in enumerate(call.parameters().items())
+    ]
     if call.tied:
-        parameters.insert(0, _parameter(None, (), stream=0))
+        parameters.insert(0, _cpu.Parameter(0, 0, 0, 0, 0, _cpu.Stored.wide, 0))
     held: list[Any] = []  # what C++ reads lives as long as this
     terms = _terms(call, held)
     parts = _parts(call, held)
     no_copy = _cpu.Screen(0, 0, 0, 0, _cpu.Format.f32, latents, d_in)
     refreshed = call.screen and not call.norms_only
-    stats = torch.empty(4, dtype=torch.float64)
+    stats = buffers.empty((4,), torch.float64, CPU)
     _cpu.update_latents(
         *parameters,
         latents=latents,
@@ -50,21 +51,27 @@ def update_latents_(*arguments: Any) -> Tensor:
         step=int(call.step),
         screen=cpu_screen.view(call.screen, latents, d_in) if refreshed else no_copy,
         threads=torch.get_num_threads(),
-        stats=stats.data_ptr(),
+        stats=address("stats", stats, torch.float64, (4,)),
     )
     del held
     return stats
 
 
-def _parameter(p: Tensor | None, moments: tuple[Moment, ...], stream: int) -> _cpu.Parameter:
+def _parameter(call: UpdateCall, name: str, p: Tensor, moments: tuple[Moment, ...], stream: int) -> _cpu.Parameter:
+    """p and its moments, which are stored alike, in the memory that C++ updates."""
+    (latents, d_out), d_in, kinds = call.W_dec.shape, call.encoder.shape[1], call.rule().moments
+    shape = {"W_enc": (latents, d_in), "W_dec": (latents, d_out), "b_enc": (latents,), "b_dec": (d_out,)}[name]
+    if len(moments) != len(kinds):
+        raise ValueError(f"got {len(moments)} moments of {name}, expected {len(kinds)}, those of {call.optimizer}")
     places, scales = [0, 0], [0, 0]
-    stored = _cpu.Stored.wide
-    for i, moment in enumerate(moments):
-        numbers = moment.codes if isinstance(moment, EightBit) else moment
-        places[i], stored = numbers.data_ptr(), STORED.get(numbers.dtype, _cpu.Stored.wide)
+    numbers = [moment.codes if isinstance(moment, EightBit) else moment for moment in moments]
+    stored = next((t.dtype for t in numbers if t.dtype in STORED), wide(p).dtype)
+    for i, (kind, moment, held) in enumerate(zip(kinds, moments, numbers, strict=True)):
+        places[i] = address(f"moment {kind} of {name}", held, stored, shape)
         if isinstance(moment, EightBit):
-            scales[i] = moment.scales.data_ptr()
-    return _cpu.Parameter(address(p), *places, *scales, stored, stream)
+            scales[i] = address(f"the scales of {kind} of {name}", moment.scales, torch.float32, scales_shape(held))
+    place = address(name, p, call.W_dec.dtype, shape)
+    return _cpu.Parameter(place, *places, *scales, STORED.get(stored, _cpu.Stored.wide), stream)
 
 
 def _optimizer(call: UpdateCall) -> _cpu.OptimizerArgs:
@@ -87,17 +94,31 @@ def _terms(call: UpdateCall, held: list[Any]) -> list[_cpu.UpdateTerm]:
         acts, x, grad = t.acts.to(call.W_dec.dtype), wide(t.x).contiguous(), wide(t.grad).contiguous()
         dacts = None if t.dacts is None else wide(t.dacts).contiguous()
         code = codes(acts, t.indices, t.offsets, call.W_dec.shape[0])
-        order = sort(code, acts.numel(), call.W_dec.shape[0])
+        order = sort(code)
+        given = address("dacts", dacts, x.dtype, tuple(acts.shape))
         terms.append(
-            _cpu.UpdateTerm(code, latent_order(*order), matrix(x), matrix(grad), address(dacts), t.has_bias)
+            _cpu.UpdateTerm(
+                code, latent_order(code, *order), matrix("x", x), matrix("grad", grad), given, t.has_bias
+            )
         )  # fmt: skip
         held.append((acts, x, grad, dacts, order))
     return terms
 
 
 def _parts(call: UpdateCall, held: list[Any]) -> _cpu.UpdateParts:
-    parts = call.parts()
-    given = [parts.decoder_pull, parts.db_enc, parts.W_enc, parts.W_dec, parts.pre]
-    pull, *others = [None if t is None else wide(t.detach()).contiguous() for t in given]
-    held.append((pull, others))
-    return _cpu.UpdateParts(address(pull), 1 if pull is None else pull.shape[1], *map(address, others))
+    parts, (latents, d_out), dtype = call.parts(), call.W_dec.shape, wide(call.W_dec).dtype
+    segments = 1 if parts.decoder_pull is None else parts.decoder_pull.shape[1]
+    given = {
+        "decoder_pull": (parts.decoder_pull, (latents, segments)),
+        "db_enc": (parts.db_enc, (latents,)),
+        "dW_enc": (parts.W_enc, (latents, call.encoder.shape[1])),
+        "dW_dec": (parts.W_dec, (latents, d_out)),
+        "dpre": (parts.pre, (latents,)),
+    }
+    places = []
+    for name, (t, shape) in given.items():
+        read = None if t is None else wide(t.detach()).contiguous()
+        places.append(address(name, read, dtype, shape))
+        held.append(read)
+    pull, *others = places
+    return _cpu.UpdateParts(pull, segments, *others)

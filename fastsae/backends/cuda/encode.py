@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.cuda.library import library, where
 from fastsae.backends.gpu.bounds import roundoff
 from fastsae.backends.gpu.plan import Plan, sample_step
@@ -87,8 +88,8 @@ def select(
     rows: Tensor | None, k: int, plan: Plan, dtype: torch.dtype, exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, device = counts.shape[0], values.device
-    latents = torch.empty(n, plan.candidates, dtype=torch.int32, device=device)
-    scores = torch.empty(n, plan.candidates, dtype=torch.float32, device=device)
+    latents = buffers.empty((n, plan.candidates), torch.int32, device)
+    scores = buffers.empty((n, plan.candidates), torch.float32, device)
     found, certified = torch.empty_like(counts), torch.empty_like(counts)
     library.select(
         where(values), values, places, counts, table.view(-1, plan.width), bounds, bars, rows, latents, scores, found,
@@ -115,7 +116,7 @@ def exhaustive_top_k(
     listed: Tensor, acts: Tensor, indices: Tensor, offset: int, last: int,
 ) -> None:  # fmt: skip
     positions = W.shape[0] if rows is None else rows.shape[0]
-    scratch = torch.empty(min(SLOTS, x.shape[0]), positions, dtype=torch.float32, device=x.device)
+    scratch = buffers.empty((min(SLOTS, x.shape[0]), positions), torch.float32, x.device)
     library.exhaustive_top_k(
         where(x), x, W, b, gate, rows, count, tokens, listed, acts, indices, offset, last, scratch
     )  # fmt: skip
@@ -145,6 +146,6 @@ def every_latent(
 
 
 def histogram(x: Tensor, W: Tensor, b: Tensor, needed: Tensor, prefix: Tensor | None) -> Tensor:
-    bins = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
+    bins = buffers.zeros((1 << 16,), torch.int64, x.device)
     library.histogram(where(x), x, W, b, needed, prefix, bins)
     return bins

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.cuda import update as cuda_update
 from fastsae.backends.cuda.encode import (
     append,
@@ -51,12 +52,13 @@ def _long_tokens(offsets: Tensor | None, slots: int, W: Tensor) -> tuple[Tensor 
     pieces = cut(cuda_update, offsets, slots, offsets.shape[0] - 1)
     if pieces.first is None:
         return None, 0, None
-    sums = torch.empty(pieces.capacity, W.shape[1], dtype=torch.float32, device=W.device)
+    sums = buffers.empty((pieces.capacity, W.shape[1]), torch.float32, W.device)
     return pieces.first, pieces.length, sums
 
 
 def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
-    out = W.new_empty(acts.shape[0] if offsets is None else offsets.shape[0] - 1, W.shape[1])
+    tokens = acts.shape[0] if offsets is None else offsets.shape[0] - 1
+    out = buffers.empty((tokens, W.shape[1]), W.dtype, W.device)
     if out.numel():
         library.decode(where(W), acts, indices, offsets, W, out, *_long_tokens(offsets, acts.numel(), W))
     return out
@@ -67,7 +69,7 @@ def decode_error(
 ) -> tuple[Tensor, Tensor]:
     error = torch.empty_like(target)
     tiles = library.decode_tiles(W, W.shape[1])
-    squares = torch.empty(tiles, target.shape[0], dtype=torch.float32, device=W.device)
+    squares = buffers.empty((tiles, target.shape[0]), torch.float32, W.device)
     if error.numel():
         pieces = _long_tokens(offsets, acts.numel(), W)
         library.decode_error(where(W), acts, indices, offsets, W, target, bias, error, squares, *pieces)

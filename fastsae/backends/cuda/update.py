@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.cuda.library import library, where
 from fastsae.backends.gpu.entries import Entries, Moments, Pieces
 
@@ -13,11 +14,11 @@ STREAMS = 8
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return buffers.empty(shape, torch.float32, like.device)
 
 
 def _bytes(like: Tensor, size: int) -> Tensor:
-    return torch.empty(-(-size // 8), dtype=torch.int64, device=like.device)
+    return buffers.empty((-(-size // 8),), torch.int64, like.device)
 
 
 def list_slots(
@@ -31,13 +32,11 @@ def sort_slots(
     keys: Tensor, rows: Tensor, values: Tensor | None, d_sae: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Raises ValueError for 2³¹ slots or more, which are numbered in int32."""
-    slots = keys.numel()
-    if slots >= 2**31:
-        raise ValueError(f"the codes have {slots} slots, expected fewer than 2^31; pass fewer tokens at a time")
-    starts = torch.empty(d_sae + 1, dtype=torch.int64, device=keys.device)
-    sorted_rows, sorted_slots = torch.empty_like(rows), torch.empty(slots, dtype=torch.int64, device=keys.device)
+    slots = buffers.count_int32("the slots of the codes", keys.numel())
+    starts = buffers.empty((d_sae + 1,), torch.int64, keys.device)
+    sorted_rows, sorted_slots = torch.empty_like(rows), buffers.empty((slots,), torch.int64, keys.device)
     sorted_values = None if values is None else torch.empty_like(values)
-    numbers = torch.arange(slots, dtype=torch.int32, device=keys.device)
+    numbers = buffers.arange(slots, torch.int32, keys.device)
     workspace = _bytes(keys, library.sort_workspace(where(keys), slots, d_sae))
     library.sort_slots(
         where(keys), keys, rows, values, d_sae, numbers, torch.empty_like(keys), torch.empty_like(keys), workspace,
@@ -47,7 +46,7 @@ def sort_slots(
 
 
 def piece_starts(starts: Tensor, length: int) -> Tensor:
-    first = torch.empty(starts.shape, dtype=torch.int32, device=starts.device)
+    first = buffers.empty(starts.shape, torch.int32, starts.device)
     workspace = _bytes(starts, library.piece_workspace(where(starts), starts.shape[0] - 1))
     library.piece_starts(where(starts), starts, length, workspace, first)
     return first
@@ -59,7 +58,7 @@ def outer(starts: Tensor, tokens: Tensor, slots: Tensor, acts: Tensor, x: Tensor
 
 
 def step_numbers(lr: Tensor, step: Tensor, beta1: float, beta2: float, seed: int | None) -> tuple[Tensor, Tensor]:
-    numbers, keys = _floats(lr, 2), torch.empty(STREAMS, dtype=torch.int32, device=lr.device)
+    numbers, keys = _floats(lr, 2), buffers.empty((STREAMS,), torch.int32, lr.device)
     library.step_numbers(where(lr), lr, step, beta1, beta2, (seed or 0) % 2**32, numbers, keys)
     return numbers, keys
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.by_latent import by_latent, check_order
 from fastsae.backends.gpu.pieces import cut
 from fastsae.backends.gpu.steps import LatentSteps
@@ -32,7 +33,7 @@ def active_outer(
         check_order(order, acts.numel(), d_sae)
         starts, tokens, slots = order
     n, D = x.shape
-    out = x.new_empty(d_sae, D)
+    out = buffers.empty((d_sae, D), x.dtype, x.device)
     if out.numel():
         steps.outer(starts, tokens, slots, acts, x, cut(steps, starts, acts.numel(), n), out)
     return out

@@ -53,7 +53,8 @@ def token_bounds(x: Narrow, D: int) -> Tensor:
     """(4, N) fp32: the scale of each token's narrow row, p, q and t."""
     full = x.norm + x.residual
     p = (x.residual + bound_of_sums(D) * full) * (1 + 2.0**-16)
-    return torch.stack([x.scale, p, full * (1 + 2.0**-16), torch.where(full > 0, 1e-37, 0.0)])
+    floor = torch.full_like(full, 1e-37)  # two plain numbers would give torch.where's result the default dtype
+    return torch.stack([x.scale, p, full * (1 + 2.0**-16), torch.where(full > 0, floor, 0)])
 
 
 def roundoff(dtype: torch.dtype) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.steps import LatentSteps
 
 
@@ -21,7 +22,8 @@ def by_latent(
     steps: LatentSteps, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """offsets (M+1,) int64, tokens (slots,) int32, slots (slots,) int64."""
-    keys, rows = (torch.empty(acts.numel(), dtype=torch.int32, device=acts.device) for _ in range(2))
+    size = (buffers.count_int32("the slots of the codes", acts.numel()),)
+    keys, rows = (buffers.empty(size, torch.int32, acts.device) for _ in range(2))
     steps.list_slots(acts, indices, offsets, d_sae, keys, rows, None)
     starts, tokens, slots, _ = steps.sort_slots(keys, rows, None, d_sae)
     return starts, tokens, slots

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.bounds import tables, token_bounds
 from fastsae.backends.gpu.listed import listed_tokens
 from fastsae.backends.gpu.narrow import Narrow, narrowed, screening_copy
@@ -65,11 +66,11 @@ def survivors_above(
     table = tables(screen, b, None, thresholds if per_latent else None, None, chunks, width, strided=False)
     narrow = narrowed(steps, x, dtype)
     bounds = token_bounds(narrow, x.shape[1])
-    out = torch.empty(n, width, dtype=dtype, device=x.device)
-    scores = torch.empty(n, slots, dtype=torch.float32, device=x.device)
-    found_latents = torch.empty(n, slots, dtype=torch.int32, device=x.device)
-    found = torch.zeros(n, dtype=torch.int32, device=x.device)
-    end = torch.full((), latents, dtype=torch.int32, device=x.device)
+    out = buffers.empty((n, width), dtype, x.device)
+    scores = buffers.empty((n, slots), torch.float32, x.device)
+    found_latents = buffers.empty((n, slots), torch.int32, x.device)
+    found = buffers.zeros((n,), torch.int32, x.device)
+    end = buffers.scalar(buffers.count_int32("latents", latents), torch.int32, x.device)
     with fp32_sums():
         for j in range(chunks):
             first = j * width
@@ -94,9 +95,9 @@ def pack(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """acts, indices (capacity,), offsets (N+1,) cut at the capacity, and how many entries there are without the cut."""
-    totals = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    acts = torch.zeros(capacity, dtype=dtype, device=x.device)
-    indices = torch.zeros(capacity, dtype=torch.int32, device=x.device)
+    totals = buffers.zeros((x.shape[0],), torch.int64, x.device)
+    acts = buffers.zeros((capacity,), dtype, x.device)
+    indices = buffers.zeros((capacity,), torch.int32, x.device)
     every = partial(
         steps.every_latent, x, W, b, lists.tokens, lists.listed, acts, indices,
         thresholds=thresholds, per_latent=per_latent,
@@ -122,9 +123,9 @@ def encode_above(
     """acts (capacity,) in x's dtype, indices, offsets (N+1,), and 0-d: overflow, tokens scored in full."""
     n = x.shape[0]
     if n == 0:
-        none = torch.zeros((), dtype=torch.int64, device=x.device)
-        indices = torch.zeros(capacity, dtype=torch.int32, device=x.device)
-        return x.new_zeros(capacity), indices, none.new_zeros(1), none > 0, none
+        none = buffers.scalar(0, torch.int64, x.device)
+        indices = buffers.zeros((capacity,), torch.int32, x.device)
+        return buffers.zeros((capacity,), x.dtype, x.device), indices, none.new_zeros(1), none > 0, none
     per_latent = threshold.ndim == 1
     thresholds = threshold.float().contiguous() if per_latent else threshold.float().reshape(-1).expand(n).contiguous()
     slots = list_slots(n, W.shape[0], capacity // n)

@@ -17,6 +17,7 @@ from math import ceil, sqrt
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.encode_above import list_slots, pack, survivors_above
 from fastsae.backends.gpu.narrow import Narrow, narrowed, screening_copy
 from fastsae.backends.gpu.product import chunk_product, fp32_sums
@@ -35,8 +36,8 @@ def sampled_bar(steps: EncodeSteps, x: Tensor, b: Tensor, k: int, screen: Narrow
     stride = latents // width
     few = x[:: max(1, x.shape[0] * width // SAMPLE)].contiguous()
     narrow = narrowed(steps, few, dtype)
-    scores = torch.empty(few.shape[0], width, dtype=dtype, device=x.device)
-    count = torch.full((), latents, dtype=torch.int32, device=x.device)
+    scores = buffers.empty((few.shape[0], width), dtype, x.device)
+    count = buffers.scalar(buffers.count_int32("latents", latents), torch.int32, x.device)
     with fp32_sums():
         chunk_product(steps, narrow, screen, None, count, scores, 0, stride)
     scale, bias = (t[::stride][:width] for t in (screen.scale, b.float()))
@@ -54,8 +55,9 @@ def encode_batch_topk(
     n, latents = x.shape[0], W.shape[0]
     wanted = n * k
     if n == 0:
-        none = torch.zeros((), dtype=torch.int64, device=x.device)
-        return x.new_zeros(0), torch.zeros(0, dtype=torch.int32, device=x.device), none.new_zeros(1), none
+        none = buffers.scalar(0, torch.int64, x.device)
+        acts, indices = (buffers.zeros((0,), dtype, x.device) for dtype in (x.dtype, torch.int32))
+        return acts, indices, none.new_zeros(1), none
     screen, exact = screening_copy(steps, W, screen, precision), precision != "screened"
     bar = sampled_bar(steps, x, b, k, screen)
     bars = bar.expand(n).contiguous()
@@ -73,14 +75,14 @@ def _largest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `wanted` largest entries of a ragged code, in order; of equal ones the first, as a stable sort keeps them."""
     room = scores.shape[0]
-    there = torch.arange(room, device=scores.device) < offsets[-1]
+    there = buffers.arange(room, torch.int64, scores.device) < offsets[-1]
     order = torch.sort(torch.where(there, scores, float("-inf")), descending=True, stable=True).indices[:wanted]
     kept = torch.zeros_like(there).scatter_(0, order, torch.ones_like(order, dtype=torch.bool))
     kept &= there & (scores.to(dtype) != 0)  # a narrow dtype can round a score to 0
     rank = kept.cumsum(0)
     place = torch.where(kept, rank - 1, wanted)
-    acts = torch.zeros(wanted + 1, dtype=dtype, device=scores.device).scatter_(0, place, scores.to(dtype))
-    indices = torch.zeros(wanted + 1, dtype=torch.int32, device=scores.device).scatter_(0, place, latents)
+    acts = buffers.zeros((wanted + 1,), dtype, scores.device).scatter_(0, place, scores.to(dtype))
+    indices = buffers.zeros((wanted + 1,), torch.int32, scores.device).scatter_(0, place, latents)
     return acts[:wanted], indices[:wanted], torch.cat([rank.new_zeros(1), rank])[offsets]
 
 
@@ -111,8 +113,8 @@ def _redo(
     # Fewer positive scores than wanted: all of them are above key 0.
     least = torch.where(upper < 0, 0, (upper << 16) | lower.clamp(min=0)).int()
     quota = torch.where(upper < 0, 0, wanted - above - above_too)
-    everyone, listed = torch.arange(n, dtype=torch.int32, device=x.device), needed * n
-    totals, ties = torch.zeros(2, n, dtype=torch.int64, device=x.device)
+    everyone, listed = buffers.arange(n, torch.int32, x.device), needed * n
+    totals, ties = buffers.zeros((2, n), torch.int64, x.device)
     steps.every_latent(x, W, b, everyone, listed, acts, indices, totals=totals, least=least, ties=ties)
     admitted = (quota - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)
     anew = torch.cat([totals.new_zeros(1), (totals + admitted).cumsum(0)])

@@ -25,6 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.bounds import tables, token_bounds
 from fastsae.backends.gpu.listed import listed_tokens
 from fastsae.backends.gpu.narrow import Narrow, narrowed, screening_copy
@@ -47,14 +48,14 @@ def encode_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """acts (N, k) in x's dtype, indices int32 (N, k), and 0-d int64: the tokens that had to be done exhaustively."""
     n, positions = x.shape[0], W.shape[0] if rows is None else rows.shape[0]
-    acts = x.new_empty(n, k)
-    indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
-    redone = torch.zeros((), dtype=torch.int64, device=x.device)
+    acts = buffers.empty((n, k), x.dtype, x.device)
+    indices = buffers.empty((n, k), torch.int32, x.device)
+    redone = buffers.scalar(0, torch.int64, x.device)
     if n == 0:
         return acts, indices, redone
     screen = screening_copy(steps, W, screen, precision)
     if rows is None:
-        count = torch.full((), positions, dtype=torch.int32, device=x.device)
+        count = buffers.scalar(buffers.count_int32("latents", positions), torch.int32, x.device)
     else:
         count = (rows >= 0).sum(dtype=torch.int32)
     p = plan(n, positions, k, screen.low.itemsize)
@@ -89,11 +90,11 @@ def _encode_slab(
     device, dtype = x.device, screen.low.dtype
     narrow = narrowed(steps, x, dtype)
     bounds = token_bounds(narrow, x.shape[1])
-    scores = torch.empty(n, p.sampled_chunks * p.width, dtype=dtype, device=device)
-    bar = torch.empty(n, dtype=torch.float32, device=device)
-    values = torch.empty(n, p.survivors, dtype=torch.float32, device=device)
-    places = torch.empty(n, p.survivors, dtype=torch.int32, device=device)
-    counts = torch.zeros(n, dtype=torch.int32, device=device)
+    scores = buffers.empty((n, p.sampled_chunks * p.width), dtype, device)
+    bar = buffers.empty((n,), torch.float32, device)
+    values = buffers.empty((n, p.survivors), torch.float32, device)
+    places = buffers.empty((n, p.survivors), torch.int32, device)
+    counts = buffers.zeros((n,), torch.int32, device)
 
     def keep(of_chunk: Tensor, j: int) -> None:
         steps.append(of_chunk, table[j], bounds, bar, count, values, places, counts, j, p.chunks, j * p.width)

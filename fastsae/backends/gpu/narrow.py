@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.gpu.sizes import cdiv
 from fastsae.backends.gpu.steps import EncodeSteps
 
@@ -34,10 +35,14 @@ def padded_width(D: int) -> int:
 
 
 def allocate(t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
-    """Memory for a narrow copy of t (rows, D), not filled."""
+    """Memory for a narrow copy of t (rows, D), not filled.
+
+    None of it is an inference tensor: a copy made under torch.inference_mode may be kept, and maintained in training.
+    """
     rows, D = t.shape
-    vectors = [torch.empty(rows, dtype=torch.float32, device=t.device) for _ in range(3)]
-    return Narrow(torch.empty(rows, padded_width(D), dtype=dtype, device=t.device), *vectors)
+    with torch.inference_mode(False):
+        low = buffers.empty((rows, padded_width(D)), dtype, t.device)
+        return Narrow(low, *(buffers.empty((rows,), torch.float32, t.device) for _ in range(3)))
 
 
 def narrowed(steps: EncodeSteps, t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:

@@ -19,7 +19,7 @@ from fastsae.backends.gpu.by_latent import by_latent
 from fastsae.backends.gpu.encode_above import encode_above
 from fastsae.backends.gpu.encode_batch_topk import encode_batch_topk
 from fastsae.backends.gpu.encode_topk import encode_topk
-from fastsae.backends.gpu.narrow import WIDEST, Narrow, narrowed
+from fastsae.backends.gpu.narrow import WIDEST, Narrow, narrowed, padded_width
 from fastsae.backends.gpu.steps import Steps
 from fastsae.backends.gpu.stored_update import update_storing_gradients
 from fastsae.backends.gpu.update_latents import update_latents
@@ -45,8 +45,19 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
-def _kept(screen: list[Tensor] | None) -> Narrow | None:
-    return Narrow(*screen) if screen else None
+def _kept(screen: list[Tensor] | None, W: Tensor) -> Narrow | None:
+    """The copy that was kept. Raises ValueError for what is not one of W's: kernels take it as addresses."""
+    if not screen:
+        return None
+    rows = (W.shape[0],)
+    expected = [(torch.float16, (*rows, padded_width(W.shape[1]))), *[(torch.float32, rows)] * 3]
+    got = [(t.dtype, tuple(t.shape)) for t in screen]
+    if got != expected or not all(t.is_contiguous() and t.device == W.device for t in screen):
+        raise ValueError(
+            f"the screen is {got} on {screen[0].device}, expected contiguous tensors {expected} on {W.device} for W "
+            f"{tuple(W.shape)}; it was made of another dictionary: use ops.prepare_screen(W, b)"
+        )
+    return Narrow(*screen)
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class RawOps:
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with on_device(W):
-            return encode_topk(self.steps, x, W, b, k, rows, scale, index_offset, _kept(screen), precision)
+            return encode_topk(self.steps, x, W, b, k, rows, scale, index_offset, _kept(screen, W), precision)
 
     def encode_above(
         self,
@@ -97,13 +108,13 @@ class RawOps:
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with on_device(W):
-            return encode_above(self.steps, x, W, b, threshold, capacity, _kept(screen), precision)
+            return encode_above(self.steps, x, W, b, threshold, capacity, _kept(screen, W), precision)
 
     def encode_batch_topk(
         self, x: Tensor, W: Tensor, b: Tensor, k: int, screen: list[Tensor] | None, precision: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with on_device(W):
-            return encode_batch_topk(self.steps, x, W, b, k, _kept(screen), precision)
+            return encode_batch_topk(self.steps, x, W, b, k, _kept(screen, W), precision)
 
     def decode(self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
         with on_device(W):
@@ -140,6 +151,7 @@ class RawOps:
     def update_latents_(self, *arguments: Any) -> Tensor:
         call = UpdateCall(*arguments)
         with on_device(call.W_dec):
+            _kept(call.screen, call.encoder)
             stats = (update_latents if call.is_plain else update_storing_gradients)(self.steps, call)
             if call.screen and not call.norms_only:
                 self._refresh(call.screen, call.encoder)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae import reference
+from fastsae.backends import buffers
 from fastsae.backends.contract import RawTerm, UpdateCall
 from fastsae.backends.gpu.active_outer import active_outer
 from fastsae.backends.gpu.by_latent import by_latent
@@ -54,7 +55,7 @@ def _sums(steps: Steps, call: UpdateCall, params: Params) -> Params:
         acts, x, grad = term.acts.float(), term.x.float(), term.grad.float()
         order = list(by_latent(steps, acts, term.indices, term.offsets, call.W_dec.shape[0]))
         dacts = _dacts(steps, term, acts, grad, params["W_dec"])
-        ones = x.new_ones(x.shape[0], 1)
+        ones = buffers.full((x.shape[0], 1), 1, x.dtype, x.device)
         for name, weights, rows in (("W_dec", acts, grad), ("W_enc", dacts, x), ("b_enc", dacts, ones)):
             total = active_outer(steps, weights, term.indices, term.offsets, rows, call.W_dec.shape[0], order)
             sums[name] += total.view_as(sums[name])
@@ -72,5 +73,5 @@ def _dacts(steps: Steps, term: RawTerm, acts: Tensor, grad: Tensor, W_dec: Tenso
 
 def _column_sums(steps: Steps, weights: Tensor, W: Tensor) -> Tensor:
     """Σᵢ weightsᵢ Wᵢ: a code whose M tokens all have one latent. In pieces, in parallel and in one order."""
-    indices = torch.zeros(W.shape[0], 1, dtype=torch.int32, device=W.device)
+    indices = buffers.zeros((W.shape[0], 1), torch.int32, W.device)
     return active_outer(steps, weights[:, None].contiguous(), indices, None, W, 1, None)[0]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
 from fastsae.backends.contract import RawTerm, UpdateCall
 from fastsae.backends.gpu.entries import Entries
 from fastsae.backends.gpu.pieces import cut
@@ -29,8 +30,9 @@ from fastsae.backends.gpu.steps import LatentSteps
 def list_entries(steps: LatentSteps, terms: list[RawTerm], d_sae: int, x_like: Tensor, grad_like: Tensor) -> Entries:
     """x_like, grad_like: what stands for x and grad where there is no term; nothing is read from them."""
     slots, tokens = sum(t.acts.numel() for t in terms), sum(t.grad.shape[0] for t in terms)
-    keys, rows = (torch.empty(slots, dtype=torch.int32, device=grad_like.device) for _ in range(2))
-    acts = torch.empty(slots, dtype=torch.float32, device=grad_like.device)
+    buffers.count_int32("the slots of the terms", slots), buffers.count_int32("the tokens of the terms", tokens)
+    keys, rows = (buffers.empty((slots,), torch.int32, grad_like.device) for _ in range(2))
+    acts = buffers.empty((slots,), torch.float32, grad_like.device)
     slot = row = 0
     for t in terms:
         here = slice(slot, slot + t.acts.numel())
@@ -81,13 +83,13 @@ def update_latents(steps: LatentSteps, call: UpdateCall) -> Tensor:
     numbers, keys = steps.step_numbers(call.lr, call.step, call.beta1, call.beta2, call.seed)
     entries = list_entries(steps, terms, d_sae, encoder, W_dec)
     programs = programs_of(d_sae, sum(t.grad.shape[0] for t in terms))
-    stats = torch.empty(programs + steps.bias_programs(d_out), 4, dtype=torch.float64, device=W_dec.device)
-    partial = torch.empty(programs, d_in, dtype=torch.float32, device=W_dec.device) if pre_bias else None
+    stats = buffers.empty((programs + steps.bias_programs(d_out), 4), torch.float64, W_dec.device)
+    partial = buffers.empty((programs, d_in), torch.float32, W_dec.device) if pre_bias else None
 
     # Whatever memory is needed is there before a parameter changes.
     grads = [t.grad for t in terms if t.has_bias]
     parts = sum(steps.bias_parts(t.shape[0]) for t in (*grads, partial) if t is not None)
-    workspace = torch.empty(parts, d_out, dtype=torch.float32, device=W_dec.device)
+    workspace = buffers.empty((parts, d_out), torch.float32, W_dec.device)
 
     steps.update_rows(
         W_enc, W_dec, b_enc, enc_moments, dec_moments, bias_moments, entries, partial, stats,

@@ -85,7 +85,7 @@ class Matryoshka(Activation):
             raise ValueError(f"Matryoshka has shortest = {self.shortest}, expected at most d_sae = {d_sae}")
 
     def new_buffers(self) -> dict[str, Tensor]:
-        drawn = {} if self.groups else {"batches": torch.zeros((), dtype=torch.int64)}
+        drawn = {} if self.groups else {"batches": torch.zeros((), dtype=torch.int64, device="cpu")}
         return self.inner.new_buffers() | drawn
 
     def select(
@@ -103,8 +103,8 @@ class Matryoshka(Activation):
     def ends(self, d_sae: int, rule_state: RuleState, device: torch.device) -> Tensor:
         """Where each prefix ends: int64 (count,), ascending, the last d_sae."""
         if self.sampled is None:
-            return torch.tensor(list(accumulate(self.groups)), device=device)
-        draws = torch.arange(self.sampled - 1, device=device) + rule_state["batches"] * self.sampled
+            return torch.tensor(list(accumulate(self.groups)), dtype=torch.int64, device=device)
+        draws = torch.arange(self.sampled - 1, dtype=torch.int64, device=device) + rule_state["batches"] * self.sampled
         uniform = reference.mixed(draws, self.seed).double() / 2**32
         lengths = (self.shortest * (d_sae / self.shortest) ** uniform).long().clamp(max=d_sae).sort().values
         return torch.cat([lengths, lengths.new_tensor([d_sae])])
@@ -125,7 +125,7 @@ class Matryoshka(Activation):
         return self.inner.dense(pre, rows, rule_state, training)
 
     def dense_parts(self, A: Tensor, rule_state: RuleState) -> list[tuple[Tensor, float]]:
-        latents = torch.arange(A.shape[-1], device=A.device)
+        latents = torch.arange(A.shape[-1], dtype=torch.int64, device=A.device)
         part = torch.searchsorted(self.ends(A.shape[-1], rule_state, A.device), latents, right=True)
         return [(torch.where(part == g, A, 0), weight) for g, weight in enumerate(self.each_weight)]
 
@@ -181,7 +181,7 @@ class HierarchicalTopK(Activation):
 
     def parts(self, codes: SparseCodes, rule_state: RuleState) -> list[tuple[SparseCodes, float]]:
         order = codes.rank_order()
-        ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        ranks = torch.arange(order.shape[-1], dtype=torch.int64, device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(-1, order, ranks)
         bounds = pairwise((0, *self.ks))
         return [(codes.keep((rank >= a) & (rank < b)), w) for (a, b), w in zip(bounds, self.each_weight, strict=True)]

@@ -129,7 +129,7 @@ class JumpReLU(_Threshold):
             raise ValueError(f"JumpReLU has target_l0 = {self.target_l0}, expected at most d_sae = {d_sae}")
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
-        return {"log_threshold": torch.full((d_sae,), math.log(self.threshold))}
+        return {"log_threshold": torch.full((d_sae,), math.log(self.threshold), dtype=torch.float32, device="cpu")}
 
     def select(
         self,
@@ -178,7 +178,7 @@ class Gated(_WithL1):
     kind: ClassVar[str] = "gated"
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
-        return {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}
+        return {name: torch.zeros(d_sae, dtype=torch.float32, device="cpu") for name in ("r_mag", "b_mag")}
 
     def per_latent(self, rule_state: RuleState) -> dict[str, Tensor]:
         return {name: rule_state[name] for name in ("b_enc", "r_mag", "b_mag")}

@@ -91,7 +91,7 @@ class BatchTopK(Activation):
         fits("BatchTopK", "k", self.k, d_sae)
 
     def new_buffers(self) -> dict[str, Tensor]:
-        return {"threshold": torch.tensor(-1.0)}
+        return {"threshold": torch.tensor(-1.0, dtype=torch.float32, device="cpu")}
 
     def select(
         self,

@@ -1,0 +1,333 @@
+"""Every op and a step under another setting of torch: `python -m tests.border_worker SETTING WHEN`.
+
+WHEN is "start", before anything is made, or "midway": weights, a kept screen, moments and a trainer are made and used
+once before the setting changes, and others like them after it. Prints one line of JSON: the SHA-256 of all that each
+call returned and wrote in the second case, by the name of the call, or what it raised. `hostile` as SETTING: what each
+malformed call raised instead (HOSTILE).
+
+A process of its own, because what is wrong here writes past the end of buffers: a crash is then a failed test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastsae
+from fastsae import SparseCodes, UpdateTerm, ops
+from fastsae.codes import Screen
+from fastsae.reference import MOMENTS_OF, scales_shape
+
+N, D, M, K = 96, 40, 512, 8
+CPU = torch.device("cpu")
+RULES = {
+    "topk": fastsae.TopK(K),
+    "batch_topk": fastsae.BatchTopK(K),
+    "jump_relu": fastsae.JumpReLU(),
+    "gated": fastsae.Gated(),
+    "matryoshka": fastsae.Matryoshka(fastsae.TopK(K), groups=(M // 4, M - M // 4)),
+}
+
+
+def _dtype(dtype: torch.dtype) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    return lambda: _done(torch.set_default_dtype, dtype)
+
+
+def _done(change: Callable[..., None], *arguments: Any, **settings: Any) -> contextlib.AbstractContextManager[Any]:
+    change(*arguments, **settings)
+    return contextlib.nullcontext()
+
+
+SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "as it is": contextlib.nullcontext,
+    "bfloat16": _dtype(torch.bfloat16),
+    "float16": _dtype(torch.float16),
+    "float64": _dtype(torch.float64),
+    "meta": lambda: _done(torch.set_default_device, "meta"),
+    "two threads": lambda: _done(torch.set_num_threads, 2),
+    "three threads": lambda: _done(torch.set_num_threads, 3),
+    "deterministic": lambda: _done(torch.use_deterministic_algorithms, True),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+class Problem:
+    """Weights of a dictionary, what is kept beside them, and SAEs that train on the same inputs."""
+
+    def __init__(self, dtype: torch.dtype, backend: str):
+        self.dtype, self.backend = dtype, backend
+        g = torch.Generator().manual_seed(3)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float32, device=CPU, generator=g)
+
+        self.x, self.W, self.b = randn(N, D).to(dtype), (randn(M, D) / D**0.5).to(dtype), (0.1 * randn(M)).to(dtype)
+        self.W_dec = (self.W.float() / self.W.float().norm(dim=1, keepdim=True)).to(dtype)
+        self.b_dec, self.grad, self.target = randn(D).to(dtype), randn(N, D).to(dtype), randn(N, D).to(dtype)
+        self.scale = randn(M).abs().to(dtype)
+        self.rows = torch.arange(0, M, 3, dtype=torch.int32, device=CPU)
+        self.threshold = torch.full((M,), 1.0, dtype=torch.float32, device=CPU)
+        self.screen = ops.prepare_screen(self.W, self.b, backend=backend)
+        self.codes = ops.encode_topk(self.x, self.W, self.b, K, backend=backend)
+        self.ragged, _ = ops.encode_above(self.x, self.W, self.b, 1.5, N * K, backend=backend)
+        self.updates = {
+            f"update {kind} {stored}": self._update(kind, stored)
+            for kind in MOMENTS_OF
+            for stored in ("wide", "bf16", "8bit")
+            if stored == "wide" or (MOMENTS_OF[kind] and (stored == "bf16" or MOMENTS_OF[kind] == "mv"))
+        }
+        self.saes = {} if dtype != torch.float32 or backend != "cpu" else dict(self._saes())
+
+    def _update(self, kind: str, stored: str) -> dict[str, Any]:
+        """The arguments of update_latents_ for tensors of its own."""
+        parameters = [t.clone() for t in (self.W, self.W_dec, self.b, self.b_dec)]
+        moments, scales = [], []
+        for p in parameters:
+            dtype = torch.bfloat16 if stored == "bf16" else torch.float32
+            dtype = torch.float8_e4m3fn if stored == "8bit" and p.ndim == 2 else dtype
+            for _ in MOMENTS_OF[kind]:
+                moments.append(torch.zeros(p.shape, dtype=dtype, device=CPU))
+                if dtype == torch.float8_e4m3fn:
+                    scales.append(torch.zeros(scales_shape(p), dtype=torch.float32, device=CPU))
+        return {
+            **dict(zip(("W_enc", "W_dec", "b_enc", "b_dec"), parameters, strict=True)),
+            **{"moments": moments, "scales": scales, "optimizer": kind, "seed": 1, "backend": self.backend},
+            "terms": [UpdateTerm(self.codes, self.x, self.grad), UpdateTerm(self.ragged, self.x, self.grad, False)],
+            "lr": torch.full((), 1e-2, dtype=torch.float64, device=CPU),
+            "step": torch.full((), 1, dtype=torch.int64, device=CPU),
+            "screen": ops.prepare_screen(parameters[0], parameters[2], backend=self.backend),
+            "clip_rows": 1.0 if stored == "bf16" else None,
+        }
+
+    def _saes(self) -> Iterator[tuple[str, fastsae.FusedTrainStep]]:
+        for name, rule in RULES.items():
+            moments = "8bit" if name == "batch_topk" else "bf16" if name == "gated" else "fp32"
+            sae = fastsae.SparseAutoencoder(D, M, rule, dtype=torch.float32, device=CPU, seed=0)
+            yield name, fastsae.FusedTrainStep(sae, lr=1e-3, moments=moments, backend="cpu")
+
+    def calls(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        x, W, b, codes, ragged, backend = self.x, self.W, self.b, self.codes, self.ragged, self.backend
+        more: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "kept": {"screen": self.screen},
+            "trusted": {"screen": self.screen, "precision": "screened"},
+            "fp32": {"precision": "fp32"},
+        }
+        for name, given in more.items():
+            given = {**given, "backend": backend}
+            yield f"encode_topk {name}", lambda g=given: ops.encode_topk(x, W, b, K, **g)
+            yield f"encode_above {name}", lambda g=given: ops.encode_above(x, W, b, 1.5, N * K, **g)
+            yield f"encode_batch_topk {name}", lambda g=given: ops.encode_batch_topk(x, W, b, K, **g)
+        yield "encode_topk rows", lambda: ops.encode_topk(x, W, b, K, rows=self.rows, backend=backend)
+        yield "encode_topk scale", lambda: ops.encode_topk(x, W, b, K, scale=self.scale, backend=backend)
+        yield "encode_above each", lambda: ops.encode_above(x, W, b, self.threshold, N * K, backend=backend)
+        yield "encode_above short", lambda: ops.encode_above(x, W, b, 0.0, N, backend=backend)
+        yield "prepare_screen", lambda: ops.prepare_screen(W, b, backend=backend)
+        yield "prepare_screen x", lambda: ops.prepare_screen(W, b, x=x, k=K, backend=backend)
+        yield "prepare_screen W", lambda: ops.prepare_screen(W, backend=backend)
+        for name, code in (("fixed", codes), ("ragged", ragged)):
+            order = ops.by_latent(code, backend=backend)
+            yield f"by_latent {name}", lambda c=code: ops.by_latent(c, backend=backend)
+            yield f"decode {name}", lambda c=code: ops.decode(c, W, backend=backend)
+            yield (
+                f"decode_error {name}",
+                lambda c=code: ops.decode_error(c, W, self.target, self.b_dec, backend=backend),
+            )
+            yield f"active_dot {name}", lambda c=code: ops.active_dot(x, c, W, backend=backend)
+            yield f"active_outer {name}", lambda c=code: ops.active_outer(c, x, backend=backend)
+            yield (
+                f"active_outer order {name}",
+                lambda c=code, o=order: ops.active_outer(c, x, by_latent=o, backend=backend),
+            )
+            yield f"views {name}", lambda c=code: (c.to_dense(), c[::2], c.token_ids(), c.keep(c.acts > 1), c.l0)
+        for name, given in self.updates.items():
+            yield name, lambda g=given: (ops.update_latents_(**g), _leaves(g))
+        for name, step in self.saes.items():
+            yield (
+                f"module {name}",
+                lambda n=name: fastsae.SparseAutoencoder(D, M, RULES[n], dtype=torch.float32, device=CPU, seed=0),
+            )
+            yield f"encode {name}", lambda s=step: s.sae.encode(x)
+            yield f"forward {name}", lambda s=step: s.sae(x)
+            yield f"step {name}", lambda s=step: (s(x), s(x), s.sae, s.state_dict())
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    """Every tensor in it, in one order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, torch.nn.Module):
+        return _leaves(value.state_dict())
+    if isinstance(value, dict):
+        return [t for name in sorted(value) for t in _leaves(value[name])]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in _leaves(item)]
+    return _leaves(vars(value)) if hasattr(value, "__dict__") else []
+
+
+def digest(value: Any) -> str:
+    """Of dtypes, shapes and bits; what is on another device has no bits, and raises."""
+    found = hashlib.sha256()
+    for t in _leaves(value):
+        found.update(f"{t.dtype} {tuple(t.shape)} {t.device}".encode())
+        found.update(bytes(t.detach().contiguous().view(-1).view(torch.uint8).numpy()) if t.numel() else b"")
+    return found.hexdigest()[:16]
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    """The digest of what it returns, or the error."""
+    try:
+        return digest(call())
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def problems() -> dict[str, Problem]:
+    kinds = (("cpu", torch.float32), ("cpu", torch.bfloat16), ("reference", torch.float32))
+    return {f"{backend} {dtype}": Problem(dtype, backend) for backend, dtype in kinds}
+
+
+def run(made: dict[str, Problem]) -> dict[str, str]:
+    return {f"{which}: {name}": outcome(call) for which, p in made.items() for name, call in p.calls()}
+
+
+def main(setting: str, when: str) -> None:
+    torch.set_num_threads(1)
+    if setting == "hostile":
+        print(json.dumps({name: outcome(call) for name, call in hostile()}))
+        return
+    if when == "start":
+        with SETTINGS[setting]():
+            print(json.dumps(run(problems())))
+        return
+    before, after = problems(), problems()
+    run(before)
+    with SETTINGS[setting]():
+        print(json.dumps(run(after)))
+
+
+# -- what the border refuses -------------------------------------------------------------------------------------------
+
+
+def _emptied(t: Tensor) -> Tensor:
+    """t without its memory, as a sharded parameter is between its uses."""
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def _halved(t: Tensor) -> Tensor:
+    """t with half of its memory."""
+    t = t.clone()
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
+    return t
+
+
+def _misaligned(t: Tensor) -> Tensor:
+    """t's numbers, from an odd address on."""
+    memory = bytearray(1 + t.numel() * t.itemsize)
+    memory[1:] = bytes(t.view(-1).view(torch.uint8).numpy())
+    return torch.frombuffer(memory, dtype=t.dtype, offset=1).view(t.shape)
+
+
+def screens(p: Problem) -> dict[str, list[Tensor]]:
+    """Screens that are not W's."""
+    words, tables, code = p.screen.tensors
+    other = torch.randn(M, D + 64, dtype=torch.float32, device=CPU)
+    return {
+        "fewer latents": ops.prepare_screen(p.W[: M // 2], backend="cpu").tensors,
+        "more latents": ops.prepare_screen(torch.cat([p.W, p.W]), backend="cpu").tensors,
+        "wider": ops.prepare_screen(other, backend="cpu").tensors,
+        "words cut": [words[:-1], tables, code],
+        "tables cut": [words, tables[:, :-16].contiguous(), code],
+        "words narrow": [words.to(torch.int16), tables, code],
+        "tables bfloat16": [words, tables.bfloat16(), code],
+        "words apart": [torch.stack([words, words], 1)[:, 0], tables, code],
+        "tables transposed": [words, tables.mT.contiguous().mT, code],
+        "words without memory": [_emptied(words), tables, code],
+        "tables without memory": [words, _emptied(tables), code],
+        "unknown format": [words, tables, torch.full_like(code, 99)],
+        "format float": [words, tables, code.float()],
+        "two tensors": [words, tables],
+        "format of two": [words, tables, torch.stack([code, code])],
+    }
+
+
+def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls that C++ must never get to see, each by its name. All on copies."""
+    from fastsae import _cpu
+    from fastsae.backends.cpu import memory
+
+    p = Problem(torch.float32, "cpu")
+    x, W, b, codes, raw = p.x, p.W, p.b, p.codes, torch.ops.fastsae
+    for name, tensors in screens(p).items():
+        kept = Screen(tensors, p.screen.format)
+        given = {**p.updates["update adam wide"], "screen": kept}
+        yield f"update_latents_, screen {name}", lambda g=given: ops.update_latents_(**g)
+        if name in ("words apart", "tables transposed"):
+            continue  # what is only read is copied first, and is then a good screen
+        yield f"encode_topk, screen {name}", lambda s=kept: ops.encode_topk(x, W, b, K, screen=s)
+        yield f"encode_above, screen {name}", lambda s=kept: ops.encode_above(x, W, b, 1.5, N * K, screen=s)
+        yield f"encode_batch_topk, screen {name}", lambda s=kept: ops.encode_batch_topk(x, W, b, K, screen=s)
+    for name, spoil in (
+        ("without memory", _emptied),
+        ("of half its memory", _halved),
+        ("at an odd address", _misaligned),
+    ):
+        yield f"encode_topk, W {name}", lambda f=spoil: ops.encode_topk(x, f(W), b, K, backend="cpu")
+        yield f"encode_topk, b {name}", lambda f=spoil: ops.encode_topk(x, W, f(b), K, backend="cpu")
+        yield f"decode, W {name}", lambda f=spoil: ops.decode(codes, f(W), backend="cpu")
+        acts = SparseCodes(spoil(codes.acts), codes.indices, M)
+        yield f"decode, acts {name}", lambda c=acts: ops.decode(c, W, backend="cpu")
+        yield f"active_outer, x {name}", lambda f=spoil: ops.active_outer(codes, f(x), backend="cpu")
+        for what in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            given = {**p.updates["update adam wide"], what: spoil(p.updates["update adam wide"][what])}
+            yield f"update_latents_, {what} {name}", lambda g=given: ops.update_latents_(**g)
+        for i in range(8):
+            moments = list(p.updates["update adam 8bit"]["moments"])
+            if moments[i].itemsize == 1 and spoil is _misaligned:
+                continue  # bytes lie anywhere
+            moments[i] = spoil(moments[i])
+            given = {**p.updates["update adam 8bit"], "moments": moments}
+            yield f"update_latents_, moment {i} {name}", lambda g=given: ops.update_latents_(**g)
+        scales = [spoil(t) for t in p.updates["update adam 8bit"]["scales"]]
+        yield (
+            f"update_latents_, scales {name}",
+            lambda s=scales: ops.update_latents_(**{**p.updates["update adam 8bit"], "scales": s}),
+        )
+    order = list(vars(ops.by_latent(codes, backend="cpu")).values())
+    for i, what in enumerate(("offsets", "tokens", "slots")):
+        cut = [t[:-1] if j == i else t for j, t in enumerate(order)]
+        yield (
+            f"active_outer, {what} of the order cut",
+            lambda o=cut: raw.active_outer(codes.acts, codes.indices, None, x, M, o, "cpu"),
+        )
+    yield "encode_above, no room", lambda: ops.encode_above(x, W, b, 1.5, 2**62, backend="cpu")
+    yield "encode_above, past int64", lambda: ops.encode_above(x, W, b, 1.5, 2**63 - 1, backend="cpu")
+
+    # What Python's callers get wrong, C++ refuses: structs that do not fit each other.
+    A, small = memory.matrix("W", W), memory.matrix("W", W[: M // 2])
+    code = memory.codes(codes.acts, codes.indices, None, M)
+    yield "decode, a dictionary of half the latents", lambda: _cpu.decode(code, small, memory.matrix("x", x), 1)
+    yield "decode, out of half the tokens", lambda: _cpu.decode(code, A, memory.matrix("x", x[: N // 2]), 1)
+    yield "decode, out bfloat16", lambda: _cpu.decode(code, A, memory.matrix("x", x.bfloat16()), 1)
+    yield "decode, no thread", lambda: _cpu.decode(code, A, memory.matrix("x", x), 0)
+    yield "active_dot, half the tokens", lambda: _cpu.active_dot(memory.matrix("x", x[: N // 2]), code, A, 0, 1)
+    yield "a matrix of -1 rows", lambda: _cpu.Matrix(0, -1, 4, 4, _cpu.Dtype.f32)
+    yield "a matrix past int64", lambda: _cpu.Matrix(0, 2**40, 2**40, 2**40, _cpu.Dtype.f32)
+    yield "codes of too few slots", lambda: _cpu.Codes(0, 0, 0, 4, 4, 15, 8, _cpu.Dtype.f32)
+    yield "codes of 2^31 latents", lambda: _cpu.Codes(0, 0, 0, 4, 4, 16, 2**31, _cpu.Dtype.f32)
+    ends = torch.tensor([0, N * K], dtype=torch.int64, device=CPU)
+    yield "codes that end past their slots", lambda: memory.codes(codes.acts[0], codes.indices[0], ends, M)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
