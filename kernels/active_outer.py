@@ -22,7 +22,7 @@ from fastsae.kernels.pieces import bits_of, find_piece
 from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
-from fastsae.backends.gpu.entries import Pieces
+from fastsae.backends.gpu.stages import Pieces
 
 
 @dataclass(frozen=True)

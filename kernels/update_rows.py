@@ -27,7 +27,7 @@ from fastsae.kernels.pieces import bits_of, find_piece
 from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
-from fastsae.backends.gpu.entries import Entries, Moments
+from fastsae.backends.gpu.stages import Entries, Moments
 
 ROW_LIMIT = 4096
 

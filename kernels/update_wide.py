@@ -28,7 +28,7 @@ from fastsae.kernels.update_rows import DTYPES, ONE_TERM, UNCUT, arguments, vari
 from fastsae.kernels.variants import Variant
 from torch import Tensor
 
-from fastsae.backends.gpu.entries import Entries, Moments
+from fastsae.backends.gpu.stages import Entries, Moments
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The latent-major steps of the CUDA backend (gpu.steps.LatentSteps): allocation here, launches in csrc/cuda."""
+"""The latent-major stages of the CUDA backend (gpu.stages.LatentStages): allocation here, launches in csrc/cuda."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends.cuda.library import library, where
-from fastsae.backends.gpu.entries import Entries, Moments, Pieces
+from fastsae.backends.gpu.stages import Entries, Moments, Pieces
 
 STREAMS = 8
 """Streams of random bits in a step: 2i is the i-th parameter's m, 2i + 1 its v."""
