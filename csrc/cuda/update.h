@@ -25,8 +25,8 @@ void active_outer(const Where&, const Array& starts, const Array& tokens, const 
                   const Array& x, const Array& out, const Maybe& first_piece, int64_t piece_length, const Maybe& sums);
 
 // adam.cu
-void step_numbers(const Where&, const Array& lr, const Array& step, double beta1, double beta2, int64_t seed,
-                  const Array& numbers, const Array& keys);
+void step_numbers(const Where&, const Array& lr, const Array& step, const Maybe& skip, double beta1, double beta2,
+                  int64_t seed, const Array& numbers, const Array& keys);
 
 // update_latents.cu. params: W_enc or none, W_dec, b_enc; moments: m and v of each; entries: starts, rows, acts, x, more_x,
 // grad, more_grad. sources: x, more_x, grad, more_grad, which have one dtype, that of W_dec or float.

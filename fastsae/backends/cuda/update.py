@@ -58,9 +58,11 @@ def outer(starts: Tensor, tokens: Tensor, slots: Tensor, acts: Tensor, x: Tensor
     library.active_outer(where(x), starts, tokens, slots, acts, x, out, pieces.first, pieces.length, sums)
 
 
-def step_numbers(lr: Tensor, step: Tensor, beta1: float, beta2: float, seed: int | None) -> tuple[Tensor, Tensor]:
-    numbers, keys = _floats(lr, 2), torch.empty(STREAMS, dtype=torch.int32, device=lr.device)
-    library.step_numbers(where(lr), lr, step, beta1, beta2, (seed or 0) % 2**32, numbers, keys)
+def step_numbers(
+    lr: Tensor, step: Tensor, skip: Tensor | None, beta1: float, beta2: float, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    numbers, keys = _floats(lr, 3), torch.empty(STREAMS, dtype=torch.int32, device=lr.device)
+    library.step_numbers(where(lr), lr, step, skip, beta1, beta2, (seed or 0) % 2**32, numbers, keys)
     return numbers, keys
 
 

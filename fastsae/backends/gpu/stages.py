@@ -9,7 +9,8 @@ to the lower index.
 
 low, scale, norm, residual: `narrow.Narrow`; table and bounds: `bounds.tables` and `bounds.token_bounds`; v and e: a
 screened score and the bound on its error, as in `bounds`; positions, chunks, plan: `plan`. 0-d numbers on the device:
-count, limit (int32: how many positions there are), listed, needed, prefix, least (int32), lr (float64), step (int64).
+count, limit (int32: how many positions there are), listed, needed, prefix, least (int32), lr (float64), step (int64),
+skip (bool).
 """
 
 from __future__ import annotations
@@ -204,10 +205,11 @@ class LatentStages(Protocol):
         empty. Latents in pieces are added up piece by piece in rows of fp32, which are allocated here."""
 
     def step_numbers(
-        self, lr: Tensor, step: Tensor, beta1: float, beta2: float, seed: int | None
+        self, lr: Tensor, step: Tensor, skip: Tensor | None, beta1: float, beta2: float, seed: int | None
     ) -> tuple[Tensor, Tensor]:
-        """numbers (2,) float32, lr / (1-β₁ᵗ) and 1 / √(1-β₂ᵗ), in float64 and rounded once; and keys (8,) int32, of the
-        streams of random bits (reference.round_to_bf16): 2i of the i-th parameter's m, 2i + 1 of its v. Allocated here.
+        """numbers (3,) float32: lr / (1-β₁ᵗ) and 1 / √(1-β₂ᵗ), in float64 and rounded once, and 1, or 0 where skip is
+        True; and keys (8,) int32, of the streams of random bits (reference.round_to_bf16): 2i of the i-th parameter's
+        m, 2i + 1 of its v. Allocated here.
         """
 
     def update_rows(
@@ -222,7 +224,8 @@ class LatentStages(Protocol):
         Σ db_enc_i · W_enc_i, W_enc before its step (None: not asked for), and stats[p] (4,) float64 with the squared
         gradient norms of W_enc (0 where tied), W_dec before projection, b_enc, and 0; stats may have more rows. keys:
         streams 0, 1 are W_enc's, then W_dec's and b_enc's; tied, W_dec's come first. betas: β₁, 1-β₁, β₂, 1-β₂.
-        stochastic: moments are bfloat16 and rounded at random. Workspaces are allocated here.
+        stochastic: moments are bfloat16 and rounded at random. Workspaces are allocated here. Where numbers[2] is 0 it
+        is as if there were no latents: no parameter and no moment changes, and pre_bias and stats[:programs] are 0.
         """
 
     def update_bias(
@@ -233,7 +236,8 @@ class LatentStages(Protocol):
         """Adam step of b (D,) in place, with the gradient Σ of the rows of grads, (N, D) each, - Σ of pre_bias (R, D)
         float32. stats (bias_programs(D), 4) float64: (0, 0, 0, its squared norm) in parts. keys: m's stream, then v's.
         workspace (Σ bias_parts, D) float32, for grads and pre_bias in turn: the caller allocates it before it lets
-        update_rows change anything, since memory may be out.
+        update_rows change anything, since memory may be out. Where numbers[2] is 0, b, m and v stay as they are and
+        stats are NaN, unknown.
         """
 
     def bias_parts(self, rows: int) -> int:

@@ -67,7 +67,11 @@ def programs_of(d_sae: int, tokens: int) -> int:
 
 
 def update_latents(stages: LatentStages, call: UpdateCall) -> Tensor:
-    """One step of a plain call, in place. Returns the squared gradient norms before projection, (4,) float64."""
+    """One step of a plain call, in place. Returns the squared gradient norms before projection, (4,) float64.
+
+    Where call.skip is True nothing changes, and the norms are NaN. That is decided on the device, by one number next to
+    the step size: the kernels that write then find no latents to go over, and the others have done their work in vain.
+    """
     W_enc, W_dec, b_enc, b_dec = call.W_enc, call.W_dec, call.b_enc, call.b_dec
     moments, terms, tied, encoder = call.moments, call.terms(), call.tied, call.encoder
     eps, unit_norm, pre_bias = call.eps, call.unit_norm, call.pre_bias
@@ -77,7 +81,7 @@ def update_latents(stages: LatentStages, call: UpdateCall) -> Tensor:
     stochastic = call.seed is not None and moments[0].dtype == torch.bfloat16
     betas = (call.beta1, 1 - call.beta1, call.beta2, 1 - call.beta2)
 
-    numbers, keys = stages.step_numbers(call.lr, call.step, call.beta1, call.beta2, call.seed)
+    numbers, keys = stages.step_numbers(call.lr, call.step, call.skip, call.beta1, call.beta2, call.seed)
     entries = list_entries(stages, terms, d_sae, encoder, W_dec)
     programs = programs_of(d_sae, sum(t.grad.shape[0] for t in terms))
     stats = torch.empty(programs + stages.bias_programs(d_out), 4, dtype=torch.float64, device=W_dec.device)
