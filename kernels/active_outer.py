@@ -23,7 +23,7 @@ from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
-from fastsae.backends.gpu.entries import Pieces
+from fastsae.backends.gpu.stages import Pieces
 
 
 @dataclass(frozen=True)

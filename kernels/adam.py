@@ -5,10 +5,10 @@
 Moments are computed in float32. In bfloat16 they are stored rounded at random under a seed (rounding.py), else to
 nearest; p is stepped with the moments before they are rounded. Source: Adam, arXiv:1412.6980 algorithm 1.
 
-`_step_numbers_kernel` is one program that reads lr (float64) and the step (int64) where they are, on the device, and
-leaves what every row needs: no host sync, and a captured graph follows both.
+`_step_numbers_kernel` is one program that reads lr (float64), the step (int64) and whether to skip it (bool) where they
+are, on the device, and leaves what every row needs: no host sync, and a captured graph follows all three.
 
-Bytes: 16 read, 40 written.
+Bytes: 17 read, 44 written.
 Flops: 4·log2(step), in float64.
 """
 
@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from fastsae.kernels.rounding import round_to_bf16, stream_key
-from fastsae.kernels.variants import Variant
+from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
@@ -52,16 +52,28 @@ def _power(base, exponent):
 
 @triton.jit(do_not_specialize=["seed"])
 def _step_numbers_kernel(
-    lr_ptr, step_ptr, numbers_ptr, keys_ptr, seed, BETA1: tl.constexpr, BETA2: tl.constexpr, STREAMS: tl.constexpr
-):
-    """numbers = [lr / (1-β₁ᵗ), 1 / √(1-β₂ᵗ)] in float32, rounded once; keys = the streams' keys (uint32 as int32)."""
+    lr_ptr, step_ptr, skip_ptr, numbers_ptr, keys_ptr, seed,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
+    """numbers = [lr / (1-β₁ᵗ), 1 / √(1-β₂ᵗ), 1 or to skip 0] in float32, rounded once; keys = the streams' keys (uint32
+    as int32). skip_ptr may be absent."""
     step = tl.load(step_ptr)
     size = tl.load(lr_ptr) / (1 - _power(tl.full((), BETA1, tl.float64), step))
     root = tl.sqrt(1 - _power(tl.full((), BETA2, tl.float64), step))
     tl.store(numbers_ptr, size.to(tl.float32))
     tl.store(numbers_ptr + 1, (1 / root).to(tl.float32))
+    go = tl.full((), 1.0, tl.float32)
+    if skip_ptr is not None:
+        go = tl.where(tl.load(skip_ptr), 0.0, go)
+    tl.store(numbers_ptr + 2, go)
     stream = tl.arange(0, STREAMS)
     tl.store(keys_ptr + stream, stream_key(seed, step, stream).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def latents_to_update(numbers_ptr, M):
+    """M, or 0 where the step is skipped: a kernel that goes over the latents then has nothing to write."""
+    return tl.where(tl.load(numbers_ptr + 2) == 0, 0, M)
 
 
 @triton.jit
@@ -107,13 +119,16 @@ def adam_step(p, g, m_ptr, v_ptr, at, mask, numbers, betas, key_ptr, STOCHASTIC:
     return tl.where(mask, p, 0.0)
 
 
-def step_numbers(lr: Tensor, step: Tensor, beta1: float, beta2: float, seed: int | None) -> tuple[Tensor, Tensor]:
-    """numbers (2,) float32 and keys (8,) int32 of one step, on the device of lr (0-d float64) and step (0-d int64)."""
-    numbers = buffers.empty((2,), torch.float32, lr.device)
+def step_numbers(
+    lr: Tensor, step: Tensor, skip: Tensor | None, beta1: float, beta2: float, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    """numbers (3,) float32 and keys (8,) int32 of one step, on the device of lr (0-d float64), step (0-d int64) and
+    skip (0-d bool)."""
+    numbers = buffers.empty((3,), torch.float32, lr.device)
     keys = buffers.empty((STREAMS,), torch.int32, lr.device)
     signed = ((seed or 0) + 2**31) % 2**32 - 2**31  # the same 32 bits, as an int32 argument
     _step_numbers_kernel[(1,)](
-        lr, step, numbers, keys, signed, BETA1=beta1, BETA2=beta2, STREAMS=STREAMS, num_warps=choose().num_warps
+        lr, step, skip, numbers, keys, signed, BETA1=beta1, BETA2=beta2, STREAMS=STREAMS, num_warps=choose().num_warps
     )
     return numbers, keys
 
@@ -121,4 +136,8 @@ def step_numbers(lr: Tensor, step: Tensor, beta1: float, beta2: float, seed: int
 def variants() -> list[Variant]:
     signature = {"lr_ptr": "*fp64", "step_ptr": "*i64", "numbers_ptr": "*fp32", "keys_ptr": "*i32", "seed": "i32"}
     constants = {"BETA1": 0.9, "BETA2": 0.999, "STREAMS": STREAMS}
-    return [Variant(_step_numbers_kernel, "step_numbers", signature, constants, choose().num_warps)]
+    may_skip = signature | {"skip_ptr": POINTERS[torch.bool]}
+    return [
+        Variant(_step_numbers_kernel, "step_numbers", signature, constants | {"skip_ptr": None}, choose().num_warps),
+        Variant(_step_numbers_kernel, "step_numbers/skip", may_skip, constants, choose().num_warps),
+    ]

@@ -53,8 +53,15 @@ def _update_bias_kernel(
     b_ptr, m_ptr, v_ptr, sums_ptr, stats_ptr, numbers_ptr, keys_ptr, eps, beta1, rest1, beta2, rest2, D, added, rows,
     STOCHASTIC: tl.constexpr, STEP_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """b's step with the gradient Σ sums[:added] - Σ sums[added:rows]; stats[p] (4,) = (0, 0, 0, its squared norm)."""
+    """b's step with the gradient Σ sums[:added] - Σ sums[added:rows]; stats[p] (4,) = (0, 0, 0, its squared norm).
+
+    A step that is skipped changes nothing, and stats[p] is NaN.
+    """
     p = tl.program_id(0)
+    lane = tl.arange(0, 4)
+    if tl.load(numbers_ptr + 2) == 0:
+        tl.store(stats_ptr + 4 * p + lane, tl.full((4,), float("nan"), tl.float64))
+        return
     columns = p * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
     gradient = tl.zeros((BLOCK_D,), tl.float32)
@@ -71,7 +78,6 @@ def _update_bias_kernel(
     tl.store(b_ptr + at, b.to(b_ptr.dtype.element_ty), mask=inside)
 
     square = tl.sum(gradient * gradient, axis=0).to(tl.float64)
-    lane = tl.arange(0, 4)
     tl.store(stats_ptr + 4 * p + lane, tl.where(lane == 3, square, 0.0))
 
 

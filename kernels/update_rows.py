@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.adam import adam_step
+from fastsae.kernels.adam import adam_step, latents_to_update
 from fastsae.kernels.gather import load_rows
 from fastsae.kernels.limits import register_limit
 from fastsae.kernels.pieces import bits_of, find_piece
@@ -28,7 +28,7 @@ from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
-from fastsae.backends.gpu.entries import Entries, Moments
+from fastsae.backends.gpu.stages import Entries, Moments
 
 ROW_LIMIT = 4096
 
@@ -120,7 +120,8 @@ def _update_rows_kernel(
 ):  # fmt: skip
     """Absent, and so not done: W_enc_ptr and its moments (tied), pieces_ptr (nothing is long), pre_bias_ptr.
 
-    pre_bias[p] (D_IN,) = Σ db_enc_i · W_enc_i, stats[p] (4,) = squared norms, both over the latents of program p.
+    pre_bias[p] (D_IN,) = Σ db_enc_i · W_enc_i, stats[p] (4,) = squared norms, both over the latents of program p; of a
+    step that is skipped, 0.
     """
     TIED: tl.constexpr = W_enc_ptr is None
     dec_keys, bias_keys = keys_ptr + (0 if TIED else 2), keys_ptr + (2 if TIED else 4)
@@ -133,7 +134,7 @@ def _update_rows_kernel(
     square_dec = tl.full((), 0.0, tl.float64)
     square_bias = tl.full((), 0.0, tl.float64)
 
-    for i in range(tl.program_id(0), M, tl.num_programs(0)):
+    for i in range(tl.program_id(0), latents_to_update(numbers_ptr, M), tl.num_programs(0)):
         # Load the row; a latent in pieces has no entries left to add here.
         at_dec = tl.cast(i, tl.int64) * D_OUT + c_out
         w_dec = tl.load(W_dec_ptr + at_dec, mask=in_dec, other=0.0, eviction_policy="evict_first").to(tl.float32)

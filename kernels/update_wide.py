@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.adam import adam_step
+from fastsae.kernels.adam import adam_step, latents_to_update
 from fastsae.kernels.gather import load_rows, weighted_rows
 from fastsae.kernels.limits import register_limit
 from fastsae.kernels.pieces import bits_of, find_piece
@@ -29,7 +29,7 @@ from fastsae.kernels.variants import Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
-from fastsae.backends.gpu.entries import Entries, Moments
+from fastsae.backends.gpu.stages import Entries, Moments
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _dots_kernel(
     """biases[i] = db_enc_i, alongs[i] = ⟨dW_dec_i, W_dec_i⟩ / ‖W_dec_i‖²; b_enc's step; stats[p, 2]."""
     numbers = (tl.load(numbers_ptr), tl.load(numbers_ptr + 1), eps)
     square_bias = tl.full((), 0.0, tl.float64)
-    for i in range(tl.program_id(0), M, tl.num_programs(0)):
+    for i in range(tl.program_id(0), latents_to_update(numbers_ptr, M), tl.num_programs(0)):
         at = tl.cast(i, tl.int64)
         w_row = W_dec_ptr + at * D_OUT
         begin, end = tl.load(starts_ptr + i).to(tl.int32), tl.load(starts_ptr + i + 1).to(tl.int32)
@@ -174,7 +174,7 @@ def _update_wide_kernel(
     numbers, betas = (tl.load(numbers_ptr), tl.load(numbers_ptr + 1), eps), (beta1, rest1, beta2, rest2)
     p = tl.program_id(0).to(tl.int64)
     squares = tl.full((), 0.0, tl.float64)
-    for i in range(tl.program_id(0), M, tl.num_programs(0)):
+    for i in range(tl.program_id(0), latents_to_update(numbers_ptr, M), tl.num_programs(0)):
         row = tl.cast(i, tl.int64) * D
         begin, end = tl.load(starts_ptr + i).to(tl.int32), tl.load(starts_ptr + i + 1).to(tl.int32)
         first, last = begin, begin

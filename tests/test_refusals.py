@@ -189,7 +189,7 @@ def test_the_raw_update_checks_what_it_writes_by(
         **{"scales": [], "screen": [], "acts": [term.codes.acts], "indices": [term.codes.indices]},
         **{"offsets": [torch.empty(0, dtype=torch.int64)], "dacts": [torch.empty(0)]},
         **{"xs": [term.x], "grads": [term.grad], "has_bias": [True], "decoder_pull": None, "db_enc": None, "added": []},
-        **{"lr": given["lr"], "step": given["step"], "grad_scale": None, "optimizer": "adam"},
+        **{"lr": given["lr"], "step": given["step"], "grad_scale": None, "skip": None, "optimizer": "adam"},
     }
     with pytest.raises(error, match=message):
         raw.update_latents_(

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif("triton" not in truth.BACKENDS, reason="no Triton here"),
 ]
 if "triton" in truth.BACKENDS:
-    from fastsae.kernels import exhaustive, steps
+    from fastsae.kernels import exhaustive, stages
 
 
 def _best_of_every_score(x: Tensor, W: Tensor, b: Tensor, k: int) -> SparseCodes:
@@ -223,7 +223,7 @@ def test_a_nan_latent_wins_for_every_token() -> None:
 def test_a_narrow_copy_measures_what_it_loses(D: int) -> None:
     _x, t, _ = _normal(1, D, 37)
     t[1:4] *= torch.tensor([1e-30, 1e20, 0.0])[:, None]
-    copy = narrow.narrowed(steps, t)
+    copy = narrow.narrowed(stages, t)
     assert bool((copy.low[:, D:] == 0).all())
     kept = copy.low[:, :D].double() * copy.scale.double()[:, None]
     for measured, exact in ((copy.norm, kept.norm(dim=1)), (copy.residual, (t.double() - kept).norm(dim=1))):
@@ -237,9 +237,9 @@ def test_the_bound_holds_where_it_is_tight() -> None:
     g = torch.Generator().manual_seed(0)
     x, W = torch.randn(20, 48, generator=g), torch.randn(30, 48, generator=g)
     lost = [t.double() - c.low[:, :48].double() * c.scale.double()[:, None]
-            for t, c in ((x, narrow.narrowed(steps, x)), (W, narrow.narrowed(steps, W)))]  # fmt: skip
+            for t, c in ((x, narrow.narrowed(stages, x)), (W, narrow.narrowed(stages, W)))]  # fmt: skip
     x, W = torch.cat([x, 1e3 * lost[1].float()]), torch.cat([W, 1e3 * lost[0].float()])
-    narrow_x, narrow_W = narrow.narrowed(steps, x), narrow.narrowed(steps, W)
+    narrow_x, narrow_W = narrow.narrowed(stages, x), narrow.narrowed(stages, W)
     b = torch.zeros(50)
     _, _, A, B, _ = bounds.tables(narrow_W, b, None, None, None, 1, 50, strided=False)[0].double()
     _, p, q, _ = bounds.token_bounds(narrow_x, 48).double()

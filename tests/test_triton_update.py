@@ -14,7 +14,7 @@ from tests.cases import BY_NAME, Case
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastsae.kernels import steps, update_rows, update_wide
+from fastsae.kernels import stages, update_rows, update_wide
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -71,7 +71,7 @@ def test_a_latent_in_pieces(options: dict) -> None:
     problem = update_case.make_problem(case, torch.float32, **options)
     slots = sum(term.codes.acts.numel() for term in problem.terms)
     order = ops.by_latent(problem.terms[0].codes, backend="triton")
-    cut = pieces.cut(steps, order.offsets, slots, case.N * len(problem.terms))
+    cut = pieces.cut(stages, order.offsets, slots, case.N * len(problem.terms))
     assert int(order.offsets.diff().max()) > cut.length, "nothing is long here"
     update_case.check(problem, "triton")
 
@@ -81,7 +81,7 @@ def test_pieces_cover_every_long_latent_and_fit_their_capacity() -> None:
     for tokens, latents in ((1000, 50), (300, 7), (2000, 30), (5000, 2), (100, 1)):
         counts = torch.randint(0, tokens, (latents,), generator=g)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        cut = pieces.cut(steps, starts, int(starts[-1]), tokens * latents)
+        cut = pieces.cut(stages, starts, int(starts[-1]), tokens * latents)
         wanted = torch.where(counts > cut.length, (counts + cut.length - 1) // cut.length, 0)
         if cut.first is None:
             assert not wanted.any()
@@ -115,7 +115,7 @@ def test_terms_of_a_narrower_dtype_than_the_weights() -> None:
         [p.codes.acts for p in parts], [p.codes.indices for p in parts],
         [torch.empty(0, dtype=torch.int64) if p.codes.offsets is None else p.codes.offsets for p in parts],
         [torch.empty(0)] * 2, [p.x for p in parts], [p.grad for p in parts], [p.has_bias for p in parts],
-        None, None, [], torch.tensor(problem.lr, dtype=torch.float64), torch.tensor(problem.step), None,
+        None, None, [], torch.tensor(problem.lr, dtype=torch.float64), torch.tensor(problem.step), None, None,
         "adam", *update_case.BETAS, update_case.EPS, 0.0, None, True, True, False, None, "triton",
     )  # fmt: skip
     for name, p in problem.params.items():
@@ -166,7 +166,7 @@ def test_slots_outside_the_dictionary_are_left_out_and_the_end_is_marked() -> No
     indices = torch.tensor([[0, 5, 9], [-1, 2, top], [1, 2, 3], [-top - 1, 4, 4]], dtype=torch.int32)
     with pytest.raises(IndexError):
         check_indices(indices, None, 5)
-    offsets, tokens, slots = by_latent(steps, torch.ones(4, 3), indices, None, 5)
+    offsets, tokens, slots = by_latent(stages, torch.ones(4, 3), indices, None, 5)
     assert offsets.tolist() == [0, 1, 2, 4, 5, 7]
     assert slots.tolist() == [0, 6, 4, 7, 8, 10, 11] + [-1] * 5
     assert tokens.tolist() == [0, 2, 1, 2, 2, 3, 3] + [-1] * 5
@@ -174,7 +174,7 @@ def test_slots_outside_the_dictionary_are_left_out_and_the_end_is_marked() -> No
 
 def test_spare_slots_are_left_out_whatever_they_hold() -> None:
     acts, indices = torch.ones(6), torch.tensor([1, 2, 1, 0, 1, 2], dtype=torch.int32)
-    offsets, tokens, slots = by_latent(steps, acts, indices, torch.tensor([0, 2, 2, 3]), 3)
+    offsets, tokens, slots = by_latent(stages, acts, indices, torch.tensor([0, 2, 2, 3]), 3)
     assert offsets.tolist() == [0, 0, 2, 3]
     assert tokens.tolist() == [0, 2, 0, -1, -1, -1]
     assert slots.tolist() == [0, 2, 1, -1, -1, -1]

@@ -141,7 +141,14 @@ def test_the_raw_update_checks_its_parts(changes: dict, error: type[Exception], 
         **{"scales": [], "screen": [], "acts": [term.codes.acts], "indices": [term.codes.indices]},
         **{"offsets": [torch.empty(0, dtype=torch.int64)], "dacts": [torch.empty(0)], "xs": [term.x]},
         **{"grads": [term.grad], "has_bias": [True], "decoder_pull": None, "db_enc": None, "added": []},
-        **{"lr": given["lr"], "step": given["step"], "grad_scale": None, "optimizer": "adam", "beta1": 0.9},
+        **{
+            "lr": given["lr"],
+            "step": given["step"],
+            "grad_scale": None,
+            "skip": None,
+            "optimizer": "adam",
+            "beta1": 0.9,
+        },
         **{"beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_rows": None},
     }
     with pytest.raises(error, match=message):

@@ -3,7 +3,7 @@
 Counted from the kernels' headers (kernels/*.py, csrc/cuda/*.cu) for fp32 tensors (w = 4 bytes). A row that an
 activation names is counted each time it is gathered; scores of a chunk, tables and whatever else stays in L2 by design
 are not; nor are the tiles that a product reads again, cuBLAS's or Triton's own, from L2. The backends take the same
-steps in the same order (fastsae/gpu), so most of it is equal. What is not:
+stages in the same order (fastsae/backends/gpu), so most of it is equal. What is not:
 
   encode_topk of rows   the capacity is M, as AuxK gives it, and one latent in DEAD is listed. triton reads the rows
                         that are listed, while it loads them, and leaves out the rest of the capacity; cuda copies the
@@ -26,8 +26,7 @@ from math import ceil
 from bench.cases import Case
 from bench.gpu.layouts import EVERY, HEAVY
 from fastsae.backends.gpu.pieces import SHORTEST
-from fastsae.backends.gpu.plan import chunk_width
-from fastsae.backends.gpu.sizes import cdiv
+from fastsae.backends.gpu.plan import cdiv, chunk_width
 
 W = 4
 BACKENDS = ("cuda", "triton")

@@ -30,10 +30,11 @@ struct Adam {  // of one step, for every parameter
 
 // Where the numbers of a step are: those that depend on its count lie on the device (adam.cu).
 struct Step {
-  const float* numbers;  // lr / (1-β₁ᵗ), 1 / √(1-β₂ᵗ)
+  const float* numbers;  // lr / (1-β₁ᵗ), 1 / √(1-β₂ᵗ), 1 or to skip the step 0
   float eps;
   Betas betas;
 
+  __device__ bool skipped() const { return numbers[2] == 0.f; }
   __device__ Adam adam() const { return {numbers[0], numbers[1], eps, betas}; }
 };
 

@@ -22,7 +22,7 @@ struct Tensor {  // as it was given; `array` is what kernels get
 };
 
 inline const char* name_of(Dtype t) {
-  static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int32", "int64"};
+  static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int32", "int64", "bool"};
   return names[static_cast<int>(t)];
 }
 
@@ -35,7 +35,8 @@ inline std::vector<py::handle>& known_dtypes() {
 // Once, when the module is made: an import under a lock of C++'s could wait for ever for a thread that wants the lock.
 inline void learn_dtypes() {
   const py::module_ torch = py::module_::import("torch");
-  for (int i = 0; i < 6; ++i) known_dtypes().push_back(torch.attr(name_of(static_cast<Dtype>(i))).cast<py::object>().release());
+  for (int i = 0; i <= static_cast<int>(Dtype::b8); ++i)
+    known_dtypes().push_back(torch.attr(name_of(static_cast<Dtype>(i))).cast<py::object>().release());
 }
 
 inline Dtype dtype_of(py::handle tensor) {

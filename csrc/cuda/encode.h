@@ -1,5 +1,5 @@
-// Host functions of the CUDA encoders, as declarations.h has the others. Shapes: fastsae/gpu/steps.py. `table` comes as
-// (rows of all chunks, width); 0-d numbers (count, limit, listed, needed, least, prefix) are on the device.
+// Host functions of the CUDA encoders, as declarations.h has the others. Shapes: fastsae/backends/gpu/stages.py. `table`
+// comes as (rows of all chunks, width); 0-d numbers (count, limit, listed, needed, least, prefix) are on the device.
 #pragma once
 #include "ops.h"
 

@@ -48,6 +48,8 @@ template <class T, class Moment> struct Update {
   bool unit_norm;
 
   __host__ __device__ bool tied() const { return !enc.p; }
+  // A step that is skipped has no latents: a kernel that goes over them has nothing to write.
+  __device__ int64_t latents_to_update() const { return step.skipped() ? 0 : latents; }
 };
 
 // The part of a row's gradient along the row, in units of the row. A row of 0 keeps its gradient.

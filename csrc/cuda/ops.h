@@ -8,9 +8,17 @@
 
 namespace fastsae {
 
-enum class Dtype : int32_t { f32, bf16, f16, f64, i32, i64 };
+enum class Dtype : int32_t { f32, bf16, f16, f64, i32, i64, b8 };
 
-inline int64_t size_of(Dtype t) { return t == Dtype::f64 || t == Dtype::i64 ? 8 : t == Dtype::f32 || t == Dtype::i32 ? 4 : 2; }
+inline int64_t size_of(Dtype t) {
+  switch (t) {
+    case Dtype::f64: case Dtype::i64: return 8;
+    case Dtype::f32: case Dtype::i32: return 4;
+    case Dtype::bf16: case Dtype::f16: return 2;
+    case Dtype::b8: return 1;
+  }
+  throw std::invalid_argument("there is no such dtype");
+}
 
 // A contiguous tensor of at most two dimensions; a vector has cols = 1, a scalar both.
 struct Array {

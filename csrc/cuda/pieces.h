@@ -4,7 +4,7 @@
 // Who has more than `length` entries is summed by pieces: a block adds one piece into a row of a workspace, and whoever
 // computes the owner adds those rows in order. first (owners + 1,) int32: the first piece of each owner, ascending;
 // first[owners] is how many there are, which only the device knows, so as many blocks are launched as there can be.
-// fastsae/gpu/pieces.py has the arithmetic.
+// fastsae/backends/gpu/pieces.py has the arithmetic.
 #pragma once
 #include "device.h"
 #include "ops.h"

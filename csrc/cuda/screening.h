@@ -1,4 +1,4 @@
-// The bound on the error of a screened score, as fastsae/gpu/bounds.py writes it and proves it: |v - s| <= e with
+// The bound on the error of a screened score, as fastsae/backends/gpu/bounds.py writes it and proves it: |v - s| <= e with
 //     v = ŝ · scale_n · scale_i + bias_i        e = p_n · A_i + q_n · B_i + (|v| + |bias_i|) · r + t_n
 // from a table (chunks, TABLE_ROWS, width) of latents and the bounds (4, N) of tokens. t_n is left out for a latent of
 // zeros, so that nothing of it survives a bar of 0.

@@ -1,5 +1,5 @@
 // Host functions of the CUDA kernels of the latent-major half, as declarations.h has the others. What each computes is said
-// in fastsae/gpu/steps.py, whose steps fastsae/backends/cuda_update.py makes of them.
+// in fastsae/backends/gpu/stages.py, whose stages fastsae/backends/cuda/update.py makes of them.
 #pragma once
 #include <vector>
 
@@ -25,8 +25,8 @@ void active_outer(const Where&, const Array& starts, const Array& tokens, const 
                   const Array& x, const Array& out, const Maybe& first_piece, int64_t piece_length, const Maybe& sums);
 
 // adam.cu
-void step_numbers(const Where&, const Array& lr, const Array& step, double beta1, double beta2, int64_t seed,
-                  const Array& numbers, const Array& keys);
+void step_numbers(const Where&, const Array& lr, const Array& step, const Maybe& skip, double beta1, double beta2,
+                  int64_t seed, const Array& numbers, const Array& keys);
 
 // update_latents.cu. params: W_enc or none, W_dec, b_enc; moments: m and v of each; entries: starts, rows, acts, x, more_x,
 // grad, more_grad. sources: x, more_x, grad, more_grad, which have one dtype, that of W_dec or float.

@@ -6,6 +6,7 @@
 // block of update_bias adds the workspace's rows, subtracts those of the pre-bias term, and takes the step on 32 columns.
 // At N = 8192 and D = 4096 that is 2048 blocks for a term, and 64 rows a term for the second.
 // Bytes: N·D·sizeof(grad) for each term, R·D·4 for the pre-bias term, and twice a (ROWS)th of both. Flops: (N + R)·D.
+#include <cmath>
 #include <vector>
 
 #include "latent_rows.h"
@@ -52,11 +53,16 @@ __global__ void __launch_bounds__(WARPS* WARP, BLOCKS) column_sums_kernel(const 
   }
 }
 
-// b's step with the gradient Σ sums[:added] - Σ sums[added:rows]; stats[p] (4,) = (0, 0, 0, its squared norm).
+// b's step with the gradient Σ sums[:added] - Σ sums[added:rows]; stats[p] (4,) = (0, 0, 0, its squared norm). A step that
+// is skipped changes nothing, and stats[p] is NaN.
 template <class T, class Moment>
 __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     update_bias_kernel(Stepped<T, Moment> b, const float* sums, int64_t rows, int64_t added, int64_t D, Step step,
                        double* stats) {
+  if (step.skipped()) {
+    if (threadIdx.x < 4) stats[4 * int64_t{blockIdx.x} + threadIdx.x] = NAN;
+    return;
+  }
   const int64_t c = int64_t{blockIdx.x} * WARP + lane();
   float part = 0.f;
   if (c < D) {

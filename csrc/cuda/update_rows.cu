@@ -158,7 +158,7 @@ template <class T> __device__ inline void stream_weights(T* p, const float (&t)[
 template <class T, class Moment>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     update_rows_kernel(LatentEntries<T> entries, Pieces pieces, PieceSums of_pieces, Update<T, Moment> u) {
-  const int R = gridDim.x, M = u.latents, D_in = u.D_in, D_out = u.D_out;
+  const int R = gridDim.x, M = u.latents_to_update(), D_in = u.D_in, D_out = u.D_out;
   SHARED(BlockSums::Memory, memory);
   SHARED(uint64_t[3], arrived);
   SHARED(Squares, squares);

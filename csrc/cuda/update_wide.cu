@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (pre_bias)
     for (int c = threadIdx.x; c < D_in; c += THREADS) pre_bias[c] = 0.f;
 
-  for (int64_t i = blockIdx.x; i < u.latents; i += gridDim.x) {
+  const int64_t latents = u.latents_to_update();
+  for (int64_t i = blockIdx.x; i < latents; i += gridDim.x) {
     // Dots. A latent in pieces has no entries left to add here, and its pieces have the sums.
     const int first = pieces.first ? pieces.first[i] : 0, last = pieces.first ? pieces.first[i + 1] : 0;
     const int end = entries.end(i), begin = last > first ? end : static_cast<int>(entries.begin(i));

@@ -50,6 +50,7 @@ class UpdateCall:
     lr: Tensor
     step: Tensor
     grad_scale: Tensor | None
+    skip: Tensor | None
     optimizer: str
     beta1: float
     beta2: float

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsae import env
 from fastsae.backends.gpu.raw_ops import RawOps, refusal
 from fastsae.codes import Screen
-from fastsae.kernels import steps
+from fastsae.kernels import stages
 
 SUPPORTED = ((3, 6), (3, 7))
 
@@ -49,7 +49,7 @@ def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None)
     return Screen(_raw.screen(W), "triton/fp16")
 
 
-_raw = RawOps(steps)
+_raw = RawOps(stages)
 encode_topk, encode_above, encode_batch_topk = _raw.encode_topk, _raw.encode_above, _raw.encode_batch_topk
 decode, decode_error, active_dot = _raw.decode, _raw.decode_error, _raw.active_dot
 active_outer, by_latent, update_latents_ = _raw.active_outer, _raw.by_latent, _raw.update_latents_

@@ -288,6 +288,7 @@ def update_latents_(
     added: Sequence[Tensor] = (),
     clip_rows: float | None = None,
     grad_scale: Tensor | None = None,
+    skip: Tensor | None = None,
     norms_only: bool = False,
     seed: int | None = None,
     scales: Sequence[Tensor] = (),
@@ -318,6 +319,7 @@ def update_latents_(
     clip_rows: each latent's row of each dictionary's gradient is scaled by min(1, clip_rows / its norm).
     grad_scale: 0-d float64 on the device, multiplies all gradients; with norms_only, which changes nothing and returns
     the squared norms after projection and clip_rows (grad_scale is not in them), it makes a global clip in two calls.
+    skip: 0-d bool on the device: where True nothing is changed, and the squared norms may be NaN.
 
     Returns float64 (4,): [Σ dW_enc², Σ dW_dec², Σ db_enc², Σ db_dec²] before projection; tied: the first is 0, the
     second that of the summed gradient.
@@ -352,7 +354,7 @@ def update_latents_(
         db_enc,
         list(added),
     )
-    numbers: Any = (lr, step, grad_scale, optimizer, *betas, eps, weight_decay, clip_rows)
+    numbers: Any = (lr, step, grad_scale, skip, optimizer, *betas, eps, weight_decay, clip_rows)
     with torch.no_grad():
         return _raw.update_latents_(*given, *numbers, unit_norm, pre_bias, norms_only, seed, backend)
 

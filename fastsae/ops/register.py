@@ -39,9 +39,9 @@ SCHEMAS = {
     "update_latents_": "(Tensor(a!)? W_enc, Tensor(b!) W_dec, Tensor(c!) b_enc, Tensor(d!) b_dec, "
     "Tensor(e!)[] moments, Tensor(f!)[] scales, Tensor(g!)[] screen, Tensor[] acts, Tensor[] indices, "
     "Tensor[] offsets, Tensor[] dacts, Tensor[] xs, Tensor[] grads, bool[] has_bias, Tensor? decoder_pull, "
-    "Tensor? db_enc, Tensor[] added, Tensor lr, Tensor step, Tensor? grad_scale, str optimizer, float beta1, "
-    "float beta2, float eps, float weight_decay, float? clip_rows, bool unit_norm, bool pre_bias, bool norms_only, "
-    "int? seed, str? backend) -> Tensor",
+    "Tensor? db_enc, Tensor[] added, Tensor lr, Tensor step, Tensor? grad_scale, Tensor? skip, str optimizer, "
+    "float beta1, float beta2, float eps, float weight_decay, float? clip_rows, bool unit_norm, bool pre_bias, "
+    "bool norms_only, int? seed, str? backend) -> Tensor",
 }
 
 

@@ -1,6 +1,6 @@
-"""The CUDA backend: csrc/cuda behind the raw-op signatures, on CUDA tensors; fastsae.backends.gpu orders its steps.
+"""The CUDA backend: csrc/cuda behind the raw-op signatures, on CUDA tensors; fastsae.backends.gpu orders its stages.
 
-With FASTSAE_CUDA_EMULATION it runs the same kernels on the CPU instead (cuda_library.py), slowly, for tests, and only
+With FASTSAE_CUDA_EMULATION it runs the same kernels on the CPU instead (library.py), slowly, for tests, and only
 for those who name it.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import choice
-from fastsae.backends.cuda import steps as cuda_steps
+from fastsae.backends.cuda import stages as cuda_stages
 from fastsae.backends.cuda.library import EMULATED, library
 from fastsae.backends.errors import BackendError
 from fastsae.backends.gpu.raw_ops import RawOps, refusal
@@ -93,7 +93,7 @@ def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None)
     return Screen(_screen(W), "cuda/fp16")
 
 
-_raw = RawOps(cuda_steps)
+_raw = RawOps(cuda_stages)
 _screen = _op("screen")
 encode_topk, encode_above, encode_batch_topk = _op("encode_topk"), _op("encode_above"), _op("encode_batch_topk")
 decode, decode_error, active_dot = _op("decode"), _op("decode_error"), _op("active_dot")

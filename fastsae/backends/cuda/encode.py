@@ -1,4 +1,4 @@
-"""The encoders' steps (fastsae.backends.gpu.steps) in CUDA: what they allocate, and csrc/cuda's ops on it."""
+"""The encoders' stages (fastsae.backends.gpu.stages) in CUDA: what they allocate, and csrc/cuda's ops on it."""
 
 from __future__ import annotations
 

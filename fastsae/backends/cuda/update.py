@@ -1,4 +1,4 @@
-"""The latent-major steps of the CUDA backend (gpu.steps.LatentSteps): allocation here, launches in csrc/cuda."""
+"""The latent-major stages of the CUDA backend (gpu.stages.LatentStages): allocation here, launches in csrc/cuda."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastsae.backends import buffers
 from fastsae.backends.cuda.library import library, where
-from fastsae.backends.gpu.entries import Entries, Moments, Pieces
+from fastsae.backends.gpu.stages import Entries, Moments, Pieces
 
 STREAMS = 8
 """Streams of random bits in a step: 2i is the i-th parameter's m, 2i + 1 its v."""
@@ -57,9 +57,11 @@ def outer(starts: Tensor, tokens: Tensor, slots: Tensor, acts: Tensor, x: Tensor
     library.active_outer(where(x), starts, tokens, slots, acts, x, out, pieces.first, pieces.length, sums)
 
 
-def step_numbers(lr: Tensor, step: Tensor, beta1: float, beta2: float, seed: int | None) -> tuple[Tensor, Tensor]:
-    numbers, keys = _floats(lr, 2), buffers.empty((STREAMS,), torch.int32, lr.device)
-    library.step_numbers(where(lr), lr, step, beta1, beta2, (seed or 0) % 2**32, numbers, keys)
+def step_numbers(
+    lr: Tensor, step: Tensor, skip: Tensor | None, beta1: float, beta2: float, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    numbers, keys = _floats(lr, 3), buffers.empty((STREAMS,), torch.int32, lr.device)
+    library.step_numbers(where(lr), lr, step, skip, beta1, beta2, (seed or 0) % 2**32, numbers, keys)
     return numbers, keys
 
 

@@ -1,4 +1,14 @@
-"""What the GPU backends share: sizes, error bounds and the order of the steps of each op; no kernel, and no Triton.
+"""What the GPU backends share: how an op is made of stages, and the sizes and error bounds in between. No kernel here.
 
-`steps` names what a backend has to compute itself, and `raw_ops` makes a backend's functions of it.
+An op is a sequence of stages. A stage is what a backend computes itself, in a few launches on the current stream;
+`stages` lists them all as protocols; kernels/stages.py (Triton) and backends/cuda/stages.py (csrc/cuda) have them.
+One file per op orders its stages, the same for both: encode_topk, encode_above, encode_batch_topk, by_latent,
+active_outer, update_latents. An op that is one stage (decode, decode_error, active_dot) has no file. `raw_ops` binds
+all ops to one backend's stages.
+
+    encoders   narrow -> product -> bounds say which latents may count -> exact scores of those -> the code
+    update     the code's slots listed and sorted by latent -> long latents cut (pieces) -> each latent's rows updated
+
+Begin with `encode_topk`: its docstring walks through the stages of an encoder, and the other encoders refer to it. Then
+`update_latents`. `stored_update` makes the updates that no fused kernel knows from the other ops.
 """

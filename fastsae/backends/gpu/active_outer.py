@@ -11,11 +11,11 @@ from torch import Tensor
 from fastsae.backends import buffers
 from fastsae.backends.gpu.by_latent import by_latent, check_order
 from fastsae.backends.gpu.pieces import cut
-from fastsae.backends.gpu.steps import LatentSteps
+from fastsae.backends.gpu.stages import LatentStages
 
 
 def active_outer(
-    steps: LatentSteps,
+    stages: LatentStages,
     acts: Tensor,
     indices: Tensor,
     offsets: Tensor | None,
@@ -28,12 +28,12 @@ def active_outer(
     Raises ValueError for an order that cannot be this code's.
     """
     if order is None:
-        starts, tokens, slots = by_latent(steps, acts, indices, offsets, d_sae)
+        starts, tokens, slots = by_latent(stages, acts, indices, offsets, d_sae)
     else:
         check_order(order, acts.numel(), d_sae)
         starts, tokens, slots = order
     n, D = x.shape
     out = buffers.empty((d_sae, D), x.dtype, x.device)
     if out.numel():
-        steps.outer(starts, tokens, slots, acts, x, cut(steps, starts, acts.numel(), n), out)
+        stages.outer(starts, tokens, slots, acts, x, cut(stages, starts, acts.numel(), n), out)
     return out

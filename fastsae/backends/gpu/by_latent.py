@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import buffers
-from fastsae.backends.gpu.steps import LatentSteps
+from fastsae.backends.gpu.stages import LatentStages
 
 
 def by_latent(
-    steps: LatentSteps, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
+    stages: LatentStages, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """offsets (M+1,) int64, tokens (slots,) int32, slots (slots,) int64."""
     size = (buffers.count_int32("the slots of the codes", acts.numel()),)
     keys, rows = (buffers.empty(size, torch.int32, acts.device) for _ in range(2))
-    steps.list_slots(acts, indices, offsets, d_sae, keys, rows, None)
-    starts, tokens, slots, _ = steps.sort_slots(keys, rows, None, d_sae)
+    stages.list_slots(acts, indices, offsets, d_sae, keys, rows, None)
+    starts, tokens, slots, _ = stages.sort_slots(keys, rows, None, d_sae)
     return starts, tokens, slots
 
 

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from fastsae.backends import buffers
 from fastsae.backends.gpu.bounds import tables, token_bounds
-from fastsae.backends.gpu.listed import listed_tokens
+from fastsae.backends.gpu.encode_topk import listed_tokens
 from fastsae.backends.gpu.narrow import Narrow, narrowed, screening_copy
-from fastsae.backends.gpu.plan import chunk_width
+from fastsae.backends.gpu.plan import cdiv, chunk_width
 from fastsae.backends.gpu.product import chunk_product, fp32_sums
-from fastsae.backends.gpu.sizes import cdiv
-from fastsae.backends.gpu.steps import EncodeSteps
+from fastsae.backends.gpu.stages import EncodeStages
 
 LIST_BYTES = 256 << 20
 
@@ -46,7 +45,7 @@ def list_slots(tokens: int, latents: int, expected: int) -> int:
 
 
 def survivors_above(
-    steps: EncodeSteps,
+    stages: EncodeStages,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -64,7 +63,7 @@ def survivors_above(
     width = chunk_width(n, latents, dtype.itemsize)
     chunks = cdiv(latents, width)
     table = tables(screen, b, None, thresholds if per_latent else None, None, chunks, width, strided=False)
-    narrow = narrowed(steps, x, dtype)
+    narrow = narrowed(stages, x, dtype)
     bounds = token_bounds(narrow, x.shape[1])
     out = buffers.empty((n, width), dtype, x.device)
     scores = buffers.empty((n, slots), torch.float32, x.device)
@@ -74,17 +73,17 @@ def survivors_above(
     with fp32_sums():
         for j in range(chunks):
             first = j * width
-            chunk_product(steps, narrow, screen, None, end, out, first, 1)
-            steps.append(
+            chunk_product(stages, narrow, screen, None, end, out, first, 1)
+            stages.append(
                 out, table[j], bounds, thresholds, end, scores, found_latents, found, first, 1, first, per_latent
             )
     if exact:
-        steps.rescore(x, W, b, None, found_latents, found, scores)
+        stages.rescore(x, W, b, None, found_latents, found, scores)
     return Lists(found_latents, scores, found, *listed_tokens(found > slots))
 
 
 def pack(
-    steps: EncodeSteps,
+    stages: EncodeStages,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -99,19 +98,19 @@ def pack(
     acts = buffers.zeros((capacity,), dtype, x.device)
     indices = buffers.zeros((capacity,), torch.int32, x.device)
     every = partial(
-        steps.every_latent, x, W, b, lists.tokens, lists.listed, acts, indices,
+        stages.every_latent, x, W, b, lists.tokens, lists.listed, acts, indices,
         thresholds=thresholds, per_latent=per_latent,
     )  # fmt: skip
-    steps.count_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, totals)
+    stages.count_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, totals)
     every(totals=totals)
     offsets = torch.cat([totals.new_zeros(1), totals.cumsum(0)])
-    steps.emit_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, offsets, acts, indices)
+    stages.emit_listed(lists.latents, lists.scores, lists.found, thresholds, per_latent, offsets, acts, indices)
     every(offsets=offsets)
     return acts, indices, offsets.clamp(max=capacity), offsets[-1]
 
 
 def encode_above(
-    steps: EncodeSteps,
+    stages: EncodeStages,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -129,7 +128,7 @@ def encode_above(
     per_latent = threshold.ndim == 1
     thresholds = threshold.float().contiguous() if per_latent else threshold.float().reshape(-1).expand(n).contiguous()
     slots = list_slots(n, W.shape[0], capacity // n)
-    screen, exact = screening_copy(steps, W, screen, precision), precision != "screened"
-    lists = survivors_above(steps, x, W, b, thresholds, per_latent, slots, screen, exact)
-    acts, indices, offsets, total = pack(steps, x, W, b, thresholds, per_latent, lists, capacity, x.dtype)
+    screen, exact = screening_copy(stages, W, screen, precision), precision != "screened"
+    lists = survivors_above(stages, x, W, b, thresholds, per_latent, slots, screen, exact)
+    acts, indices, offsets, total = pack(stages, x, W, b, thresholds, per_latent, lists, capacity, x.dtype)
     return acts, indices, offsets, total > capacity, lists.listed.long()

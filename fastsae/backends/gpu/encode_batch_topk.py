@@ -21,7 +21,7 @@ from fastsae.backends import buffers
 from fastsae.backends.gpu.encode_above import list_slots, pack, survivors_above
 from fastsae.backends.gpu.narrow import Narrow, narrowed, screening_copy
 from fastsae.backends.gpu.product import chunk_product, fp32_sums
-from fastsae.backends.gpu.steps import EncodeSteps
+from fastsae.backends.gpu.stages import EncodeStages
 
 SAMPLE_SHARE = 16
 LEAST_SAMPLE = 1024
@@ -29,17 +29,17 @@ SAMPLE = 1 << 21
 LEAST_ROOM = 1 << 16
 
 
-def sampled_bar(steps: EncodeSteps, x: Tensor, b: Tensor, k: int, screen: Narrow) -> Tensor:
+def sampled_bar(stages: EncodeStages, x: Tensor, b: Tensor, k: int, screen: Narrow) -> Tensor:
     """τ, 0-d fp32, at least 0: a screened score that about 1.25 N·k of all exceed, from a strided sample."""
     latents, dtype = b.shape[0], screen.low.dtype
     width = min(latents, max(LEAST_SAMPLE, latents // SAMPLE_SHARE))
     stride = latents // width
     few = x[:: max(1, x.shape[0] * width // SAMPLE)].contiguous()
-    narrow = narrowed(steps, few, dtype)
+    narrow = narrowed(stages, few, dtype)
     scores = buffers.empty((few.shape[0], width), dtype, x.device)
     count = buffers.scalar(buffers.count_int32("latents", latents), torch.int32, x.device)
     with fp32_sums():
-        chunk_product(steps, narrow, screen, None, count, scores, 0, stride)
+        chunk_product(stages, narrow, screen, None, count, scores, 0, stride)
     scale, bias = (t[::stride][:width] for t in (screen.scale, b.float()))
     v = torch.addcmul(bias, scores.float(), narrow.scale[:, None] * scale)
     expected = k * v.numel() / latents
@@ -49,7 +49,7 @@ def sampled_bar(steps: EncodeSteps, x: Tensor, b: Tensor, k: int, screen: Narrow
 
 
 def encode_batch_topk(
-    steps: EncodeSteps, x: Tensor, W: Tensor, b: Tensor, k: int, screen: Narrow | None, precision: str
+    stages: EncodeStages, x: Tensor, W: Tensor, b: Tensor, k: int, screen: Narrow | None, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """acts (N·k,) in x's dtype, indices, offsets (N+1,), and 0-d int64: the tokens that were scored in full."""
     n, latents = x.shape[0], W.shape[0]
@@ -58,15 +58,15 @@ def encode_batch_topk(
         none = buffers.scalar(0, torch.int64, x.device)
         acts, indices = (buffers.zeros((0,), dtype, x.device) for dtype in (x.dtype, torch.int32))
         return acts, indices, none.new_zeros(1), none
-    screen, exact = screening_copy(steps, W, screen, precision), precision != "screened"
-    bar = sampled_bar(steps, x, b, k, screen)
+    screen, exact = screening_copy(stages, W, screen, precision), precision != "screened"
+    bar = sampled_bar(stages, x, b, k, screen)
     bars = bar.expand(n).contiguous()
-    lists = survivors_above(steps, x, W, b, bars, False, list_slots(n, latents, 4 * k), screen, exact)
+    lists = survivors_above(stages, x, W, b, bars, False, list_slots(n, latents, 4 * k), screen, exact)
     room = min(n * latents, max(3 * wanted, LEAST_ROOM))
-    scores, found, offsets, total = pack(steps, x, W, b, bars, False, lists, room, torch.float32)
+    scores, found, offsets, total = pack(stages, x, W, b, bars, False, lists, room, torch.float32)
     acts, indices, offsets = _largest(scores, found, offsets, wanted, x.dtype)
     failed = (total > room) | ((total < wanted) & (bar > 0))
-    offsets = _redo(steps, x, W, b, wanted, failed, acts, indices, offsets)
+    offsets = _redo(stages, x, W, b, wanted, failed, acts, indices, offsets)
     return acts, indices, offsets, torch.where(failed, n, lists.listed.long())
 
 
@@ -89,13 +89,13 @@ def _largest(
 def _digit(bins: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """The bin, 0-d int32, in which the wanted-th largest lies, -1 where there are fewer; and how many lie above it."""
     reached = bins.flip(0).cumsum(0)
-    steps = (reached < wanted).sum()
-    above = torch.where(steps > 0, reached.gather(0, (steps - 1).clamp(min=0)[None])[0], 0)
-    return (bins.shape[0] - 1 - steps).int(), above
+    below = (reached < wanted).sum()
+    above = torch.where(below > 0, reached.gather(0, (below - 1).clamp(min=0)[None])[0], 0)
+    return (bins.shape[0] - 1 - below).int(), above
 
 
 def _redo(
-    steps: EncodeSteps,
+    stages: EncodeStages,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -108,15 +108,15 @@ def _redo(
     """Where `failed` (0-d bool) writes acts and indices anew from every score; returns the offsets that hold then."""
     n = x.shape[0]
     needed = failed.int()
-    upper, above = _digit(steps.histogram(x, W, b, needed, None), torch.full_like(needed, wanted))
-    lower, above_too = _digit(steps.histogram(x, W, b, needed, upper), wanted - above)
+    upper, above = _digit(stages.histogram(x, W, b, needed, None), torch.full_like(needed, wanted))
+    lower, above_too = _digit(stages.histogram(x, W, b, needed, upper), wanted - above)
     # Fewer positive scores than wanted: all of them are above key 0.
     least = torch.where(upper < 0, 0, (upper << 16) | lower.clamp(min=0)).int()
     quota = torch.where(upper < 0, 0, wanted - above - above_too)
     everyone, listed = buffers.arange(n, torch.int32, x.device), needed * n
     totals, ties = buffers.zeros((2, n), torch.int64, x.device)
-    steps.every_latent(x, W, b, everyone, listed, acts, indices, totals=totals, least=least, ties=ties)
+    stages.every_latent(x, W, b, everyone, listed, acts, indices, totals=totals, least=least, ties=ties)
     admitted = (quota - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)
     anew = torch.cat([totals.new_zeros(1), (totals + admitted).cumsum(0)])
-    steps.every_latent(x, W, b, everyone, listed, acts, indices, offsets=anew, least=least, ties=admitted)
+    stages.every_latent(x, W, b, everyone, listed, acts, indices, offsets=anew, least=least, ties=admitted)
     return torch.where(failed, anew, offsets)

@@ -1,8 +1,8 @@
 """acts, indices = the K largest of relu((x Wᵀ + b) · g) of each token; (N, M) is never stored.
 
-The order of work, each step one of `steps`:
+The stages, in order:
     narrow_rows       x and W in row-scaled fp16, with the norms of what is kept and lost
-    product           x̂ Ŵᵀ in chunks that stay in L2: cuBLAS, or the step over a list of rows
+    product           x̂ Ŵᵀ in chunks that stay in L2: cuBLAS, or the backend's own over a list of rows
     bars              from the first chunks, a guess τ of what a few K latents of a token reach
     append            of every chunk, the latents that may reach τ: the survivors
     select            of the survivors, those that may be among the K largest: the candidates; the certificate
@@ -27,15 +27,14 @@ from torch import Tensor
 
 from fastsae.backends import buffers
 from fastsae.backends.gpu.bounds import tables, token_bounds
-from fastsae.backends.gpu.listed import listed_tokens
 from fastsae.backends.gpu.narrow import Narrow, narrowed, screening_copy
 from fastsae.backends.gpu.plan import Plan, plan
 from fastsae.backends.gpu.product import chunk_product, fp32_sums
-from fastsae.backends.gpu.steps import EncodeSteps
+from fastsae.backends.gpu.stages import EncodeStages
 
 
 def encode_topk(
-    steps: EncodeSteps,
+    stages: EncodeStages,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -53,7 +52,7 @@ def encode_topk(
     redone = buffers.scalar(0, torch.int64, x.device)
     if n == 0:
         return acts, indices, redone
-    screen = screening_copy(steps, W, screen, precision)
+    screen = screening_copy(stages, W, screen, precision)
     if rows is None:
         count = buffers.scalar(buffers.count_int32("latents", positions), torch.int32, x.device)
     else:
@@ -63,14 +62,23 @@ def encode_topk(
     for start in range(0, n, p.tokens):
         part = slice(start, start + p.tokens)
         redone += _encode_slab(
-            steps, x[part], W, b, scale, rows, count, screen, table, p, precision, acts[part], indices[part],
+            stages, x[part], W, b, scale, rows, count, screen, table, p, precision, acts[part], indices[part],
             index_offset,
         )  # fmt: skip
     return acts, indices, redone
 
 
+def listed_tokens(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens where wanted (N,) bool, ascending, as int32 (N+1,) of which the first `listed` (0-d int32) count."""
+    n = wanted.shape[0]
+    place = torch.where(wanted, wanted.cumsum(0) - 1, n)
+    tokens = buffers.zeros((n + 1,), torch.int32, wanted.device)
+    tokens.scatter_(0, place, buffers.arange(n, torch.int32, wanted.device))
+    return tokens, wanted.sum(dtype=torch.int32)
+
+
 def _encode_slab(
-    steps: EncodeSteps,
+    stages: EncodeStages,
     x: Tensor,
     W: Tensor,
     b: Tensor,
@@ -88,7 +96,7 @@ def _encode_slab(
     """Writes acts and indices of some tokens; returns how many were done exhaustively."""
     n, k = acts.shape
     device, dtype = x.device, screen.low.dtype
-    narrow = narrowed(steps, x, dtype)
+    narrow = narrowed(stages, x, dtype)
     bounds = token_bounds(narrow, x.shape[1])
     scores = buffers.empty((n, p.sampled_chunks * p.width), dtype, device)
     bar = buffers.empty((n,), torch.float32, device)
@@ -97,25 +105,27 @@ def _encode_slab(
     counts = buffers.zeros((n,), torch.int32, device)
 
     def keep(of_chunk: Tensor, j: int) -> None:
-        steps.append(of_chunk, table[j], bounds, bar, count, values, places, counts, j, p.chunks, j * p.width)
+        stages.append(of_chunk, table[j], bounds, bar, count, values, places, counts, j, p.chunks, j * p.width)
 
     with fp32_sums():
         sampled = [scores[:, j * p.width : (j + 1) * p.width] for j in range(p.sampled_chunks)]
         for j, out in enumerate(sampled):
-            chunk_product(steps, narrow, screen, rows, count, out, j, p.chunks)
-        steps.bars(scores, table, bounds, count, bar, p)
+            chunk_product(stages, narrow, screen, rows, count, out, j, p.chunks)
+        stages.bars(scores, table, bounds, count, bar, p)
         for j, out in enumerate(sampled):
             keep(out, j)
         for j in range(p.sampled_chunks, p.chunks):
-            chunk_product(steps, narrow, screen, rows, count, sampled[0], j, p.chunks)
+            chunk_product(stages, narrow, screen, rows, count, sampled[0], j, p.chunks)
             keep(sampled[0], j)
     del scores, sampled  # the largest of all, and not needed any more
     exact = precision != "screened"
-    latents, best, found, certified = steps.select(values, places, counts, table, bounds, bar, rows, k, p, dtype, exact)
+    latents, best, found, certified = stages.select(
+        values, places, counts, table, bounds, bar, rows, k, p, dtype, exact
+    )
     if exact:
-        steps.rescore(x, W, b, scale, latents, found, best)
+        stages.rescore(x, W, b, scale, latents, found, best)
     last = offset + W.shape[0] - 1
-    steps.top_k(latents, best, found, certified, acts, indices, offset, last)
+    stages.top_k(latents, best, found, certified, acts, indices, offset, last)
     tokens, listed = listed_tokens(certified == 0)
-    steps.exhaustive_top_k(x, W, b, scale, rows, count, tokens, listed, acts, indices, offset, last)
+    stages.exhaustive_top_k(x, W, b, scale, rows, count, tokens, listed, acts, indices, offset, last)
     return listed

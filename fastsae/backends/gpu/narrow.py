@@ -1,4 +1,4 @@
-"""Narrow copies of rows: t̂ = fp16(t · 2ᵉ), with ‖t̂‖ and ‖t - t̂‖ measured at the cast by `steps.narrow_rows`."""
+"""Narrow copies of rows: t̂ = fp16(t · 2ᵉ), with ‖t̂‖ and ‖t - t̂‖ measured at the cast by `stages.narrow_rows`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import buffers
-from fastsae.backends.gpu.sizes import cdiv
-from fastsae.backends.gpu.steps import EncodeSteps
+from fastsae.backends.gpu.plan import cdiv
+from fastsae.backends.gpu.stages import EncodeStages
 
 WIDEST = 65504
 """Most columns of a row: products of two narrow rows are below that in magnitude, so they fit fp16."""
@@ -45,15 +45,15 @@ def allocate(t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
         return Narrow(low, *(buffers.empty((rows,), torch.float32, t.device) for _ in range(3)))
 
 
-def narrowed(steps: EncodeSteps, t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
+def narrowed(stages: EncodeStages, t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
     """A narrow copy of t (rows, D)."""
     copy = allocate(t, dtype)
-    steps.narrow_rows(t, *copy.tensors())
+    stages.narrow_rows(t, *copy.tensors())
     return copy
 
 
-def screening_copy(steps: EncodeSteps, W: Tensor, kept: Narrow | None, precision: str) -> Narrow:
+def screening_copy(stages: EncodeStages, W: Tensor, kept: Narrow | None, precision: str) -> Narrow:
     """What an encoder screens with: the copy that was kept, or a new one; in float32 for precision "fp32"."""
     if kept is not None and precision != "fp32":
         return kept
-    return narrowed(steps, W, torch.float32 if precision == "fp32" else torch.float16)
+    return narrowed(stages, W, torch.float32 if precision == "fp32" else torch.float16)

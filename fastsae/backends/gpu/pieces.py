@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastsae.backends.gpu.entries import Pieces
-from fastsae.backends.gpu.sizes import cdiv
-from fastsae.backends.gpu.steps import LatentSteps
+from fastsae.backends.gpu.plan import cdiv
+from fastsae.backends.gpu.stages import LatentStages, Pieces
 
 SHORTEST = 64
 """Entries below which cutting costs more than it evens out."""
 
 
-def cut(steps: LatentSteps, starts: Tensor, slots: int, tokens: int) -> Pieces:
+def cut(stages: LatentStages, starts: Tensor, slots: int, tokens: int) -> Pieces:
     """The pieces of a code in latent order: starts (M+1,) int64, over at most `slots` entries of `tokens` tokens.
 
     The length is eight tokens' worth of slots: then a quarter as many workspace rows as tokens always suffice (1.03 at
@@ -29,4 +28,4 @@ def cut(steps: LatentSteps, starts: Tensor, slots: int, tokens: int) -> Pieces:
     length = cdiv(length, 16) * 16
     if slots <= length:
         return Pieces(None, length, 0)
-    return Pieces(steps.piece_starts(starts, length), length, slots // length + slots // (length + 1))
+    return Pieces(stages.piece_starts(starts, length), length, slots // length + slots // (length + 1))

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, sqrt
 
-from fastsae.backends.gpu.sizes import cdiv, next_power_of_2
-
 CHUNK_BYTES = 32 << 20
 """Scores of one chunk: what is written must be read again before it leaves an L2 of 40-50 MB."""
 SAMPLE = 8192
@@ -22,6 +20,16 @@ LONG_LIST = 4096
 """A list of survivors that a program holds without spilling on every target; a longer one gives up two deviations."""
 LIST_BYTES = 128 << 20
 """Memory of the lists of survivors; more tokens than fit are encoded slab by slab."""
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many blocks of `size` cover n."""
+    return (n + size - 1) // size
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n; n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends.gpu.narrow import Narrow
-from fastsae.backends.gpu.steps import EncodeSteps
+from fastsae.backends.gpu.stages import EncodeStages
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def fp32_sums() -> Iterator[None]:
 
 
 def chunk_product(
-    steps: EncodeSteps,
+    stages: EncodeStages,
     x: Narrow,
     W: Narrow,
     rows: Tensor | None,
@@ -42,4 +42,4 @@ def chunk_product(
         part = W.low[chunk::stride][: out.shape[1]]
         torch.mm(x.low, part.mT, out=out[:, : part.shape[0]])
         return
-    steps.product(x.low, W.low, rows, count, out, chunk, stride)
+    stages.product(x.low, W.low, rows, count, out, chunk, stride)

@@ -1,4 +1,4 @@
-"""The raw ops of a GPU backend, made of its steps: each call on its tensors' device, nothing else in between.
+"""The raw ops of a GPU backend, made of its stages: each call on its tensors' device, nothing else in between.
 
 Nothing here looks at a value on the device.
 """
@@ -20,7 +20,7 @@ from fastsae.backends.gpu.encode_above import encode_above
 from fastsae.backends.gpu.encode_batch_topk import encode_batch_topk
 from fastsae.backends.gpu.encode_topk import encode_topk
 from fastsae.backends.gpu.narrow import WIDEST, Narrow, narrowed, padded_width
-from fastsae.backends.gpu.steps import Steps
+from fastsae.backends.gpu.stages import Stages
 from fastsae.backends.gpu.stored_update import update_storing_gradients
 from fastsae.backends.gpu.update_latents import update_latents
 
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refusal(op: str, tensors: Iterable[Tensor], device: str) -> str | None:
-    """The reason against an op on these tensors by steps that compute on `device` ("cuda", "cpu"), or None."""
+    """The reason against an op on these tensors by stages that compute on `device` ("cuda", "cpu"), or None."""
     for t in tensors:
         if t.device.type != device:
             return f"it computes on {device} tensors here, and a tensor is on {t.device}"
@@ -62,21 +62,21 @@ def _kept(screen: list[Tensor] | None, W: Tensor) -> Narrow | None:
 
 @dataclass(frozen=True)
 class RawOps:
-    """A backend's functions, as fastsae.backends describes them, over its steps."""
+    """A backend's functions, as fastsae.backends describes them, over its stages."""
 
-    steps: Steps
+    stages: Stages
 
     def screen(self, W: Tensor) -> list[Tensor]:
         """The tensors of a narrow copy of W, as the encoders and update_latents_ take them."""
         with on_device(W):
-            return narrowed(self.steps, W.contiguous()).tensors()
+            return narrowed(self.stages, W.contiguous()).tensors()
 
     def _refresh(self, screen: list[Tensor], W: Tensor) -> None:
         """Makes the kept copy one of the new W. Where that fails it must not pass for one: then its residual norms are
         infinite, so that no bound holds anybody back, and every token is scored from W itself."""
         made = False
         try:
-            self.steps.narrow_rows(W, *screen)
+            self.stages.narrow_rows(W, *screen)
             made = True
         finally:
             if not made:
@@ -95,7 +95,7 @@ class RawOps:
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with on_device(W):
-            return encode_topk(self.steps, x, W, b, k, rows, scale, index_offset, _kept(screen, W), precision)
+            return encode_topk(self.stages, x, W, b, k, rows, scale, index_offset, _kept(screen, W), precision)
 
     def encode_above(
         self,
@@ -108,27 +108,27 @@ class RawOps:
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with on_device(W):
-            return encode_above(self.steps, x, W, b, threshold, capacity, _kept(screen, W), precision)
+            return encode_above(self.stages, x, W, b, threshold, capacity, _kept(screen, W), precision)
 
     def encode_batch_topk(
         self, x: Tensor, W: Tensor, b: Tensor, k: int, screen: list[Tensor] | None, precision: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with on_device(W):
-            return encode_batch_topk(self.steps, x, W, b, k, _kept(screen, W), precision)
+            return encode_batch_topk(self.stages, x, W, b, k, _kept(screen, W), precision)
 
     def decode(self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
         with on_device(W):
-            return self.steps.decode(acts, indices, offsets, W)
+            return self.stages.decode(acts, indices, offsets, W)
 
     def decode_error(
         self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, target: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         with on_device(W):
-            return self.steps.decode_error(acts, indices, offsets, W, target, bias)
+            return self.stages.decode_error(acts, indices, offsets, W, target, bias)
 
     def active_dot(self, x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
         with on_device(W):
-            return self.steps.active_dot(x, acts, indices, offsets, W)
+            return self.stages.active_dot(x, acts, indices, offsets, W)
 
     def active_outer(
         self,
@@ -140,19 +140,19 @@ class RawOps:
         by_latent: list[Tensor] | None,
     ) -> Tensor:
         with on_device(x):
-            return active_outer(self.steps, acts, indices, offsets, x, d_sae, by_latent)
+            return active_outer(self.stages, acts, indices, offsets, x, d_sae, by_latent)
 
     def by_latent(
         self, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         with on_device(acts):
-            return by_latent(self.steps, acts, indices, offsets, d_sae)
+            return by_latent(self.stages, acts, indices, offsets, d_sae)
 
     def update_latents_(self, *arguments: Any) -> Tensor:
         call = UpdateCall(*arguments)
         with on_device(call.W_dec):
             _kept(call.screen, call.encoder)
-            stats = (update_latents if call.is_plain else update_storing_gradients)(self.steps, call)
+            stats = (update_latents if call.is_plain else update_storing_gradients)(self.stages, call)
             if call.screen and not call.norms_only:
                 self._refresh(call.screen, call.encoder)
         return stats

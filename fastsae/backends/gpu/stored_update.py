@@ -17,18 +17,18 @@ from fastsae.backends import buffers
 from fastsae.backends.contract import RawTerm, UpdateCall
 from fastsae.backends.gpu.active_outer import active_outer
 from fastsae.backends.gpu.by_latent import by_latent
-from fastsae.backends.gpu.steps import Steps
+from fastsae.backends.gpu.stages import Stages
 from fastsae.reference import Params
 
 
-def update_storing_gradients(steps: Steps, call: UpdateCall) -> Tensor:
+def update_storing_gradients(stages: Stages, call: UpdateCall) -> Tensor:
     """One step, in place, or with norms_only nothing but the norms. Returns squared norms, (4,) float64."""
     params = {name: p.float() for name, p in call.parameters().items()}
-    sums, parts = _sums(steps, call, params), call.parts()
+    sums, parts = _sums(stages, call, params), call.parts()
     if parts.pre is not None:
         sums["b_enc"] += parts.pre
     if call.pre_bias:
-        sums["b_dec"] -= _column_sums(steps, sums["b_enc"], params.get("W_enc", params["W_dec"]))
+        sums["b_dec"] -= _column_sums(stages, sums["b_enc"], params.get("W_enc", params["W_dec"]))
     raw = reference.with_parts(params, sums, parts)
     del sums
     grads = reference.shape_gradients(params, raw, call.unit_norm, call.clip_rows)
@@ -47,31 +47,31 @@ def update_storing_gradients(steps: Steps, call: UpdateCall) -> Tensor:
     return stats
 
 
-def _sums(steps: Steps, call: UpdateCall, params: Params) -> Params:
+def _sums(stages: Stages, call: UpdateCall, params: Params) -> Params:
     """Over the terms: Aᵀ grad, dAᵀ x, Σₙ dA and Σₙ grad, float32."""
     sums = {name: torch.zeros_like(p) for name, p in params.items()}
     sums.setdefault("W_enc", torch.zeros_like(params["W_dec"]))
     for term in call.terms():
         acts, x, grad = term.acts.float(), term.x.float(), term.grad.float()
-        order = list(by_latent(steps, acts, term.indices, term.offsets, call.W_dec.shape[0]))
-        dacts = _dacts(steps, term, acts, grad, params["W_dec"])
+        order = list(by_latent(stages, acts, term.indices, term.offsets, call.W_dec.shape[0]))
+        dacts = _dacts(stages, term, acts, grad, params["W_dec"])
         ones = buffers.full((x.shape[0], 1), 1, x.dtype, x.device)
         for name, weights, rows in (("W_dec", acts, grad), ("W_enc", dacts, x), ("b_enc", dacts, ones)):
-            total = active_outer(steps, weights, term.indices, term.offsets, rows, call.W_dec.shape[0], order)
+            total = active_outer(stages, weights, term.indices, term.offsets, rows, call.W_dec.shape[0], order)
             sums[name] += total.view_as(sums[name])
         if term.has_bias:
             sums["b_dec"] += grad.sum(0)
     return sums
 
 
-def _dacts(steps: Steps, term: RawTerm, acts: Tensor, grad: Tensor, W_dec: Tensor) -> Tensor:
+def _dacts(stages: Stages, term: RawTerm, acts: Tensor, grad: Tensor, W_dec: Tensor) -> Tensor:
     if term.dacts is not None:
         return term.dacts.float()
-    dots = steps.active_dot(grad, acts, term.indices, term.offsets, W_dec)
+    dots = stages.active_dot(grad, acts, term.indices, term.offsets, W_dec)
     return torch.where(acts != 0, dots, 0)  # in a ragged code too
 
 
-def _column_sums(steps: Steps, weights: Tensor, W: Tensor) -> Tensor:
+def _column_sums(stages: Stages, weights: Tensor, W: Tensor) -> Tensor:
     """Σᵢ weightsᵢ Wᵢ: a code whose M tokens all have one latent. In pieces, in parallel and in one order."""
     indices = buffers.zeros((W.shape[0], 1), torch.int32, W.device)
-    return active_outer(steps, weights[:, None].contiguous(), indices, None, W, 1, None)[0]
+    return active_outer(stages, weights[:, None].contiguous(), indices, None, W, 1, None)[0]

@@ -4,7 +4,7 @@
     db_dec = Σ_n grad_n - Σ_i db_enc_i · W_enc_i (pre_bias);  then project, Adam, renormalize: reference.update
 
 The entries of all terms are listed latent by latent once, long latents are cut (pieces.py), and then a program holds
-one latent's rows and does everything to them (steps.update_rows). Every sum has one order: nothing is atomic and the
+one latent's rows and does everything to them (stages.update_rows). Every sum has one order: nothing is atomic and the
 bits never change. The launches depend on shapes only, and no number is read back.
 
 Bytes: nnz·(D_in·sizeof(x) + D_out·sizeof(grad)) + M·(D_in + D_out)·(2·sizeof(W) + 4·sizeof(moment)) + N·D_out.
@@ -21,13 +21,12 @@ from torch import Tensor
 
 from fastsae.backends import buffers
 from fastsae.backends.contract import RawTerm, UpdateCall
-from fastsae.backends.gpu.entries import Entries
 from fastsae.backends.gpu.pieces import cut
-from fastsae.backends.gpu.sizes import cdiv
-from fastsae.backends.gpu.steps import LatentSteps
+from fastsae.backends.gpu.plan import cdiv
+from fastsae.backends.gpu.stages import Entries, LatentStages
 
 
-def list_entries(steps: LatentSteps, terms: list[RawTerm], d_sae: int, x_like: Tensor, grad_like: Tensor) -> Entries:
+def list_entries(stages: LatentStages, terms: list[RawTerm], d_sae: int, x_like: Tensor, grad_like: Tensor) -> Entries:
     """x_like, grad_like: what stands for x and grad where there is no term; nothing is read from them."""
     slots, tokens = sum(t.acts.numel() for t in terms), sum(t.grad.shape[0] for t in terms)
     buffers.count_int32("the slots of the terms", slots), buffers.count_int32("the tokens of the terms", tokens)
@@ -36,14 +35,14 @@ def list_entries(steps: LatentSteps, terms: list[RawTerm], d_sae: int, x_like: T
     slot = row = 0
     for t in terms:
         here = slice(slot, slot + t.acts.numel())
-        steps.list_slots(t.acts, t.indices, t.offsets, d_sae, keys[here], rows[here], acts[here], first_row=row)
+        stages.list_slots(t.acts, t.indices, t.offsets, d_sae, keys[here], rows[here], acts[here], first_row=row)
         slot, row = here.stop, row + t.grad.shape[0]
-    starts, rows, _, sorted_acts = steps.sort_slots(keys, rows, acts, d_sae)
+    starts, rows, _, sorted_acts = stages.sort_slots(keys, rows, acts, d_sae)
     assert sorted_acts is not None
     x, more_x = _in_two([t.x for t in terms], x_like)
     grad, more_grad = _in_two([t.grad for t in terms], grad_like)
     split = terms[0].grad.shape[0] if terms else 0
-    return Entries(starts, rows, sorted_acts, x, more_x, grad, more_grad, split, cut(steps, starts, slots, tokens))
+    return Entries(starts, rows, sorted_acts, x, more_x, grad, more_grad, split, cut(stages, starts, slots, tokens))
 
 
 def _in_two(matrices: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -69,8 +68,12 @@ def programs_of(d_sae: int, tokens: int) -> int:
     return max(1, min(cdiv(d_sae, 4), 4096, max(1024, tokens // 2)))
 
 
-def update_latents(steps: LatentSteps, call: UpdateCall) -> Tensor:
-    """One step of a plain call, in place. Returns the squared gradient norms before projection, (4,) float64."""
+def update_latents(stages: LatentStages, call: UpdateCall) -> Tensor:
+    """One step of a plain call, in place. Returns the squared gradient norms before projection, (4,) float64.
+
+    Where call.skip is True nothing changes, and the norms are NaN. That is decided on the device, by one number next to
+    the step size: the kernels that write then find no latents to go over, and the others have done their work in vain.
+    """
     W_enc, W_dec, b_enc, b_dec = call.W_enc, call.W_dec, call.b_enc, call.b_dec
     moments, terms, tied, encoder = call.moments, call.terms(), call.tied, call.encoder
     eps, unit_norm, pre_bias = call.eps, call.unit_norm, call.pre_bias
@@ -80,22 +83,22 @@ def update_latents(steps: LatentSteps, call: UpdateCall) -> Tensor:
     stochastic = call.seed is not None and moments[0].dtype == torch.bfloat16
     betas = (call.beta1, 1 - call.beta1, call.beta2, 1 - call.beta2)
 
-    numbers, keys = steps.step_numbers(call.lr, call.step, call.beta1, call.beta2, call.seed)
-    entries = list_entries(steps, terms, d_sae, encoder, W_dec)
+    numbers, keys = stages.step_numbers(call.lr, call.step, call.skip, call.beta1, call.beta2, call.seed)
+    entries = list_entries(stages, terms, d_sae, encoder, W_dec)
     programs = programs_of(d_sae, sum(t.grad.shape[0] for t in terms))
-    stats = buffers.empty((programs + steps.bias_programs(d_out), 4), torch.float64, W_dec.device)
+    stats = buffers.empty((programs + stages.bias_programs(d_out), 4), torch.float64, W_dec.device)
     partial = buffers.empty((programs, d_in), torch.float32, W_dec.device) if pre_bias else None
 
     # Whatever memory is needed is there before a parameter changes.
     grads = [t.grad for t in terms if t.has_bias]
-    parts = sum(steps.bias_parts(t.shape[0]) for t in (*grads, partial) if t is not None)
+    parts = sum(stages.bias_parts(t.shape[0]) for t in (*grads, partial) if t is not None)
     workspace = buffers.empty((parts, d_out), torch.float32, W_dec.device)
 
-    steps.update_rows(
+    stages.update_rows(
         W_enc, W_dec, b_enc, enc_moments, dec_moments, bias_moments, entries, partial, stats,
         numbers, keys, eps, betas, unit_norm, stochastic, programs,
     )  # fmt: skip
-    steps.update_bias(
+    stages.update_bias(
         b_dec, *last_moments, grads, partial, stats[programs:], numbers, keys[4 if tied else 6 :], eps, betas,
         stochastic, workspace,
     )  # fmt: skip

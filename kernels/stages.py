@@ -1,4 +1,4 @@
-"""The Triton launchers under the names of fastsae.backends.gpu.steps: what this backend computes itself."""
+"""The Triton launchers under the names of fastsae.backends.gpu.stages: what this backend computes itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastsae.kernels.top_k import top_k
 from fastsae.kernels.update_bias import bias_parts, bias_programs, update_bias
 from torch import Tensor
 
-from fastsae.backends.gpu.entries import Entries, Moments
+from fastsae.backends.gpu.stages import Entries, Moments
 
 __all__ = [
     "active_dot", "append", "bars", "bias_parts", "bias_programs", "count_listed", "decode", "decode_error",

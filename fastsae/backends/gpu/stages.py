@@ -1,28 +1,62 @@
-"""What a GPU backend computes itself: every step of every op, as protocols that a module of functions fulfils.
+"""What a GPU backend computes itself: every stage of every op, as protocols that a module of functions fulfils.
 
-Everything here is launches on the current stream: no step reads a number back, and what a step does not return, its
-caller has allocated. Grids, workspaces and sizes follow from shapes, so that a captured graph can replay them. Matrices
-are contiguous, (N, D) and (M, D), in float32, bfloat16 or float16, unless it is said otherwise. Sums are fp32, each in
-one fixed order: equal inputs give equal bits. "Exact scores" are those of `rescore`, the same bits from every step of a
-backend, and the dots in them are its `active_dot`'s. NaN ranks above every number; ties go to the lower index.
+A stage is a part of an op: a few launches on the current stream. No stage reads a number back, and what a stage does
+not return, its caller has allocated. Grids, workspaces and sizes follow from shapes, so that a captured graph can
+replay them. Matrices are contiguous, (N, D) and (M, D), in float32, bfloat16 or float16, unless it is said otherwise.
+Sums are fp32, each in one fixed order: equal inputs give equal bits. "Exact scores" are those of `rescore`, the same
+bits from every stage of a backend, and the dots in them are its `active_dot`'s. NaN ranks above every number; ties go
+to the lower index.
 
 low, scale, norm, residual: `narrow.Narrow`; table and bounds: `bounds.tables` and `bounds.token_bounds`; v and e: a
 screened score and the bound on its error, as in `bounds`; positions, chunks, plan: `plan`. 0-d numbers on the device:
-count, limit (int32: how many positions there are), listed, needed, prefix, least (int32), lr (float64), step (int64).
+count, limit (int32: how many positions there are), listed, needed, prefix, least (int32), lr (float64), step (int64),
+skip (bool).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastsae.backends.gpu.entries import Entries, Moments, Pieces
 from fastsae.backends.gpu.plan import Plan
 
+Moments = tuple[Tensor | None, Tensor | None]
+"""Adam's m and v of one parameter; None where the parameter is absent."""
 
-class ScreenSteps(Protocol):
+
+@dataclass(frozen=True)
+class Pieces:
+    """first (M+1,) int32: the first piece of each latent, ascending; first[M] is how many there are. None where no
+    latent can be long. length: entries of a piece; capacity: the most pieces that there can be."""
+
+    first: Tensor | None
+    length: int
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The occupied slots of all terms in latent order, and the matrices their rows are in.
+
+    starts (M+1,) int64; rows (slots,) int32 and acts (slots,) float32; row r is row r of x and grad, or from `split` on
+    row r - split of more_x and more_grad (None with one term).
+    """
+
+    starts: Tensor
+    rows: Tensor
+    acts: Tensor
+    x: Tensor
+    more_x: Tensor | None
+    grad: Tensor
+    more_grad: Tensor | None
+    split: int
+    pieces: Pieces
+
+
+class ScreenStages(Protocol):
     """Screening, and the K best of what it leaves."""
 
     def narrow_rows(self, t: Tensor, low: Tensor, scale: Tensor, norm: Tensor, residual: Tensor) -> None:
@@ -99,7 +133,7 @@ class ScreenSteps(Protocol):
         latents, or the ascending rows (P,) int32."""
 
 
-class RaggedSteps(Protocol):
+class RaggedStages(Protocol):
     """Ragged codes. A score is above its threshold unless it is <= that: NaN is. thresholds fp32: (M,) if per_latent,
     else (N,). acts (capacity,) in any dtype, indices (capacity,) int32: what does not fit is not stored."""
 
@@ -133,11 +167,11 @@ class RaggedSteps(Protocol):
         16 where the upper ones are `prefix`. All 0 where needed is 0."""
 
 
-class EncodeSteps(ScreenSteps, RaggedSteps, Protocol):
+class EncodeStages(ScreenStages, RaggedStages, Protocol):
     """What the encoders are made of."""
 
 
-class LatentSteps(Protocol):
+class LatentStages(Protocol):
     """The latent-major half: a code regrouped by latent, and what is summed and stepped latent by latent."""
 
     def list_slots(
@@ -171,10 +205,11 @@ class LatentSteps(Protocol):
         empty. Latents in pieces are added up piece by piece in rows of fp32, which are allocated here."""
 
     def step_numbers(
-        self, lr: Tensor, step: Tensor, beta1: float, beta2: float, seed: int | None
+        self, lr: Tensor, step: Tensor, skip: Tensor | None, beta1: float, beta2: float, seed: int | None
     ) -> tuple[Tensor, Tensor]:
-        """numbers (2,) float32, lr / (1-β₁ᵗ) and 1 / √(1-β₂ᵗ), in float64 and rounded once; and keys (8,) int32, of the
-        streams of random bits (reference.round_to_bf16): 2i of the i-th parameter's m, 2i + 1 of its v. Allocated here.
+        """numbers (3,) float32: lr / (1-β₁ᵗ) and 1 / √(1-β₂ᵗ), in float64 and rounded once, and 1, or 0 where skip is
+        True; and keys (8,) int32, of the streams of random bits (reference.round_to_bf16): 2i of the i-th parameter's
+        m, 2i + 1 of its v. Allocated here.
         """
 
     def update_rows(
@@ -189,7 +224,8 @@ class LatentSteps(Protocol):
         Σ db_enc_i · W_enc_i, W_enc before its step (None: not asked for), and stats[p] (4,) float64 with the squared
         gradient norms of W_enc (0 where tied), W_dec before projection, b_enc, and 0; stats may have more rows. keys:
         streams 0, 1 are W_enc's, then W_dec's and b_enc's; tied, W_dec's come first. betas: β₁, 1-β₁, β₂, 1-β₂.
-        stochastic: moments are bfloat16 and rounded at random. Workspaces are allocated here.
+        stochastic: moments are bfloat16 and rounded at random. Workspaces are allocated here. Where numbers[2] is 0 it
+        is as if there were no latents: no parameter and no moment changes, and pre_bias and stats[:programs] are 0.
         """
 
     def update_bias(
@@ -200,7 +236,8 @@ class LatentSteps(Protocol):
         """Adam step of b (D,) in place, with the gradient Σ of the rows of grads, (N, D) each, - Σ of pre_bias (R, D)
         float32. stats (bias_programs(D), 4) float64: (0, 0, 0, its squared norm) in parts. keys: m's stream, then v's.
         workspace (Σ bias_parts, D) float32, for grads and pre_bias in turn: the caller allocates it before it lets
-        update_rows change anything, since memory may be out.
+        update_rows change anything, since memory may be out. Where numbers[2] is 0, b, m and v stay as they are and
+        stats are NaN, unknown.
         """
 
     def bias_parts(self, rows: int) -> int:
@@ -210,7 +247,7 @@ class LatentSteps(Protocol):
         """Rows of stats that update_bias fills."""
 
 
-class Steps(EncodeSteps, LatentSteps, Protocol):
+class Stages(EncodeStages, LatentStages, Protocol):
     """A whole backend: the above, and the ops that are one kernel."""
 
     def decode(self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The CUDA kernels under the names of fastsae.backends.gpu.steps: what this backend computes itself.
+"""The CUDA kernels under the names of fastsae.backends.gpu.stages: what this backend computes itself.
 
-The encoders' and the latent-major steps stand in files of their own.
+The encoders' and the latent-major stages stand in files of their own.
 """
 
 from __future__ import annotations
