@@ -166,6 +166,8 @@ def _leaves(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, torch.nn.Module):
         return _leaves(value.state_dict())
+    if isinstance(value, SparseCodes):
+        return _leaves([value.acts, value.indices, value.offsets])
     if isinstance(value, dict):
         return [t for name in sorted(value) for t in _leaves(value[name])]
     if isinstance(value, (list, tuple)):

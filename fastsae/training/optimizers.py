@@ -511,7 +511,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _load_group(self, group: dict[str, Any], theirs: Mapping[str, Any]) -> None:
         for key, value in theirs.items():
             if key == "lr" and isinstance(group["lr"], Tensor):
-                group["lr"].copy_(torch.as_tensor(value))
+                group["lr"].fill_(float(value))
             elif key == "betas":
                 group["betas"] = tuple(value)
             elif key != "params" and (key in group or not hasattr(torch.optim.Adam, key)):
@@ -525,7 +525,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"parameter {number} of the state has {sorted(saved)}, expected {sorted(self.state[p])}"
                 )
-            theirs = torch.as_tensor(saved[key])
+            theirs = (
+                saved[key]
+                if isinstance(saved[key], Tensor)
+                else torch.tensor(saved[key], dtype=ours.dtype, device="cpu")
+            )
             if key != "step" and (theirs.shape != ours.shape or (theirs.dtype != ours.dtype)):
                 raise ValueError(
                     f"{key} of parameter {number} is {theirs.dtype} {tuple(theirs.shape)}, expected {ours.dtype} "

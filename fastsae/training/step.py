@@ -401,7 +401,7 @@ class PlainTrainStep(_TrainStep):
         norms = [torch.linalg.vector_norm(p.grad.double()) for p in sae.parameters() if p.grad is not None]
         metrics |= {
             "grad_norm": torch.linalg.vector_norm(torch.stack(norms)),
-            "lr": torch.tensor(lr, dtype=torch.float64),
+            "lr": torch.tensor(lr, dtype=torch.float64, device=sae.W_dec.device),
         }
         sae.project_gradients_()
         if self.clip_norm is not None:
