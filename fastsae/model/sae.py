@@ -51,7 +51,8 @@ class SparseAutoencoder(Parameters):
 
     activation    the rule that picks latents, e.g. `TopK(32)`; see fastsae.model.rules.
     d_out         width of the target; None: d_in.
-    pre_bias      subtract b_dec from the input before encoding; needs d_out == d_in.
+    pre_bias      subtract b_dec from the input before encoding; needs d_out == d_in. None: yes, unless the target is
+                  another tensor: off where d_out differs, and off, with a warning, from the first target given on.
     decoder_norm  "unit": rows of W_dec have norm 1. They start so and the fused step keeps them so; with a torch
                   optimizer call `project_gradients_()` before and `normalize_decoder_()` after its step. "free": no
                   constraint, and both helpers do nothing.
@@ -123,7 +124,6 @@ class SparseAutoencoder(Parameters):
     def inputs(self, x: Tensor, target: Tensor | None = None) -> Inputs:
         """x (*batch, d_in) and its target (*batch, d_out; None: x itself), flattened to tokens and made ready."""
         normal, stats = self._normal(x)
-        encoder_input = normal - self.b_dec if self.pre_bias else normal
         goal = normal
         if target is not None:
             if target.shape[:-1] != x.shape[:-1]:
@@ -131,7 +131,8 @@ class SparseAutoencoder(Parameters):
             goal = self.norm.normalize(self._checked(target, self.d_out, "target").reshape(-1, self.d_out), stats)
         elif self.d_out != self.d_in:
             raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target= of shape (*batch, d_out)")
-        return Inputs(normal, encoder_input, goal, stats)
+        self.settle_pre_bias_(target is not None)
+        return Inputs(normal, normal - self.b_dec if self.pre_bias else normal, goal, stats)
 
     @property
     def rule(self) -> Activation:
