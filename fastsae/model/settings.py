@@ -74,10 +74,9 @@ def check_settings(sae: Any) -> None:
 def check_rule_dtype(rule: Activation, dtype: torch.dtype) -> None:
     """Raises ValueError for a rule's parameters in less than float32: their steps are smaller than it can hold."""
     if dtype not in (torch.float32, torch.float64):
-        what = "a threshold" if rule.kind == "jumprelu" else "a rule's own parameter"
         raise ValueError(
-            f"rule_dtype is {dtype}, expected torch.float32 or torch.float64: {what} moves by steps that {dtype} "
-            "cannot hold; leave rule_dtype, the weights may be narrower"
+            f"rule_dtype is {dtype}, expected torch.float32 or torch.float64: the parameters of {type(rule).__name__} "
+            f"move by steps that {dtype} cannot hold; leave rule_dtype, the weights may be narrower"
         )
 
 
