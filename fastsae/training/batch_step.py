@@ -24,8 +24,8 @@ class BatchTrainStep:
 
     lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. Elementwise, so no SAE has an influence on
     another. schedule: multiplier of lr from the number of updates done.
-    measure: also return mse, fvu, l0 and dead. closed_form: write the gradients out where the rule allows; False: autograd
-    throughout.
+    measure: also return mse, fvu, l0 and dead. closed_form: write the gradients out where the rule allows; False:
+    autograd throughout.
     Raises ValueError for another optimizer, and for a weight decay of adam.
     """
 
