@@ -34,7 +34,7 @@ SHAPED = [name for name, rule in RULES.items() if rule.shaped]
 
 def family_sae(rule: Activation, *, dead: bool = True, **settings: Any) -> fastsae.SparseAutoencoder:
     """An SAE whose every parameter is somewhere in general position; every third latent is dead."""
-    settings = {"decoder_norm": "free", "dtype": torch.float64, "dead_after": 100, **settings}
+    settings = {"pre_bias": True, "decoder_norm": "free", "dtype": torch.float64, "dead_after": 100, **settings}
     sae = fastsae.SparseAutoencoder(D, M, rule, seed=1, **settings)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

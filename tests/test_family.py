@@ -107,7 +107,9 @@ def test_what_a_rule_learns_and_remembers_stays_float32() -> None:
                 assert getattr(moved, name).dtype == torch.float32, name
         for name, value in before.items():
             assert torch.equal(getattr(sae, name), value), f"{name} was rounded on the way"
-    with pytest.raises(ValueError, match=r"rule_dtype is torch.bfloat16, expected torch.float32.*a threshold moves by"):
+    with pytest.raises(
+        ValueError, match=r"rule_dtype is torch.bfloat16, expected torch.float32.*parameters of JumpReLU move by"
+    ):
         fastsae.SparseAutoencoder(D, M, RULES["jumprelu"], rule_dtype=torch.bfloat16)
 
 

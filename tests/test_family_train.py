@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 import fastsae
-from fastsae.cli.main import main
+from fastsae.cli import commands
+from fastsae.cli.main import main, parse
+from fastsae.model.rules import ACTIVATIONS, Selected
 from fastsae.runs.checkpoint import list_checkpoints
 from fastsae.runs.opening import open_run
 from fastsae.runs.trainer import TrainConfig, Trainer
@@ -103,9 +107,9 @@ LINES = {
     "batch_topk": ["--k", "4"],
     "relu": ["--l1", "0.5", "--decoder-norm", "free", "--penalty-warmup", "3", "--no-pre-bias", "--init-norm", "0.1"],
     "jumprelu": ["--l0", "0.01", "--threshold", "0.1", "--bandwidth", "0.2", "--optimizer", "adamw"],
-    "gated": ["--l1", "0.1", "--l1-norm", "plain", "--moments", "8bit"],
+    "gated": ["--l1", "0.1", "--weighted", "True", "--moments", "8bit"],
     "matryoshka": ["--k", "4", "--groups", "8", "16", "24"],
-    "matryoshka_batch": ["--k", "4", "--prefixes", "3"],
+    "matryoshka_batch": ["--k", "4", "--sampled", "3", "--shortest", "8", "--activation-decay", "0.5"],
     "hierarchical_topk": ["--ks", "2", "4", "8", "--skip"],
     "group_max": ["--k", "4", "--ghost", "residual", "--resample-at", "2", "--resample-rows", "50"],
     "topk": ["--k", "4", "--layers", "2", "--tied", "--k-start", "8", "--k-anneal", "3", "--clip-norm", "1"],
@@ -138,8 +142,12 @@ def test_every_rule_trains_from_the_command_line(rows: Path, tmp_path: Path, act
     ("relu", ["--k", "7"], "k is 7, which relu does not have; leave it"),
     ("topk", ["--l1", "1"], "l1 is 1.0, which topk does not have"),
     ("matryoshka", ["--k", "4", "--groups", "8", "16"], "groups that sum to 24, expected d_sae = 48"),
-    ("hierarchical_topk", [], "expected at least one, ascending"),
-    ("jumprelu", ["--penalty", "target"], "'target' needs it"),
+    ("relu", ["--k", "32"], "k is 32, which relu does not have; leave it"),
+    ("topk", ["--activation-decay", "0.5"], "activation_decay is 0.5, which topk does not have"),
+    ("matryoshka", ["--groups", "48", "--activation-decay", "0.5"], "activation_decay is 0.5, which matryoshka does"),
+    ("hierarchical_topk", [], "hierarchical_topk needs --ks"),
+    ("matryoshka", ["--sampled", "3"], "shortest = 64, expected at most d_sae = 48; lower it"),
+    ("jumprelu", ["--penalty-kind", "target"], "'target' needs it"),
     ("group_max", ["--k", "7"], "expected a divisor of d_sae = 48"),
 ])  # fmt: skip
 def test_settings_of_another_rule_are_refused(rows, tmp_path, activation, more, message, capsys) -> None:
@@ -147,3 +155,94 @@ def test_settings_of_another_rule_are_refused(rows, tmp_path, activation, more, 
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    (["--l1-norm", "plain"], "--l1-norm is now --weighted True or --weighted False"),
+    (["--penalty=target"], "--penalty is now --penalty-kind"),
+    (["--prefixes", "3"], "--prefixes is now --sampled"),
+])  # fmt: skip
+def test_a_former_option_is_said_to_be_another_now(rows, tmp_path, option, message, capsys) -> None:
+    assert main(line(rows, tmp_path / "run", "relu", *option)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "rule"), [
+    ([], fastsae.TopK(32)),
+    (["--k", "32"], fastsae.TopK(32)),
+    (["--activation", "jumprelu", "--l0", "0.01", "--threshold", "0.1"], fastsae.JumpReLU(0.01, 0.1)),
+    (["--activation", "jumprelu", "--penalty-kind", "target", "--target-l0", "32"],
+     fastsae.JumpReLU(penalty_kind="target", target_l0=32.0)),
+    (["--activation", "matryoshka_batch", "--k", "32", "--groups", "1024", "7168"],
+     fastsae.Matryoshka(fastsae.BatchTopK(32), groups=(1024, 7168))),
+    (["--activation", "matryoshka", "--sampled", "3", "--activation-seed", "5", "--seed", "6"],
+     fastsae.Matryoshka(fastsae.TopK(32), sampled=3, seed=5)),
+    (["--activation", "hierarchical_topk", "--ks", "8", "16", "32", "--weights", "1", "2", "3"],
+     fastsae.HierarchicalTopK((8, 16, 32), weights=(1.0, 2.0, 3.0))),
+    (["--activation", "relu", "--l1", "5"], fastsae.ReLU(5.0)),
+    (["--activation", "relu", "--weighted", "False"], fastsae.ReLU(weighted=False)),
+    (["--activation", "gated", "--l1", "1"], fastsae.Gated(1.0)),
+    (["--activation", "batch_topk", "--activation-decay", "0.5", "--decay", "cosine"],
+     fastsae.BatchTopK(32, decay=0.5)),
+])  # fmt: skip
+def test_the_command_line_says_the_rule(arguments: list[str], rule: fastsae.model.rules.Activation) -> None:
+    options = parse(commands.OPTIONS["train"], "train", ["acts", "--run-dir", "r", "--d-sae", "8192", *arguments])
+    assert options.sae.rule.rule() == rule
+    assert options.sae.build(16).activation == rule
+
+
+@pytest.fixture
+def fewer():
+    """A rule of this file: nothing but its class says that it is there."""
+
+    @dataclass(frozen=True)
+    class Fewer(fastsae.TopK):
+        """The k·share largest pre-acts."""
+
+        share: float = 0.25
+        """Share of the k latents that stays."""
+        lr: int = 3
+        """A setting whose name another option has."""
+        tags: tuple[str, ...] = field(default_factory=lambda: ("a", "b"))
+        """A setting with a default that is made."""
+        kind: ClassVar[str] = "fewer"
+
+        @property
+        def kept(self) -> int:
+            return round(self.k * self.share)
+
+        def select(self, x, W, b, rule_state, training, options, capacity=None):
+            return Selected(fastsae.ops.encode_topk(x, W, b, self.kept, **options.arguments()))
+
+        def dense(self, pre, rows, rule_state, training):
+            return fastsae.TopK(self.kept).dense(pre, rows, rule_state, training)
+
+    yield Fewer
+    del ACTIVATIONS["fewer"]
+
+
+def test_a_rule_of_ones_own_has_its_options_and_trains(fewer, rows: Path, tmp_path: Path, capsys) -> None:
+    given = ["--k", "4", "--share", "0.5", "--activation-lr", "7", "--lr", "0.01"]
+    assert main(line(rows, tmp_path / "run", "fewer", *given)) == 0
+    sae = open_run(tmp_path / "run").sae
+    assert sae.activation == fewer(4, share=0.5, lr=7)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["lr"] == 0.01
+    log = lines(tmp_path / "run" / "metrics.jsonl")
+    assert log[-1]["l0"] == 2
+    capsys.readouterr()
+    assert main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").replace("|", " ").split())
+    assert "fewer: Share of the k latents that stays. (default: 0.25)" in text
+    assert "fewer: A setting with a default that is made. (default: ('a', 'b'))" in text
+    assert "topk, matryoshka, fewer: Active latents per token." in text
+    assert main(line(rows, tmp_path / "other", "topk", "--share", "0.5")) == 1
+    assert "share is 0.5, which topk does not have" in capsys.readouterr().err
+
+
+def test_a_kind_belongs_to_one_rule() -> None:
+    with pytest.raises(TypeError, match=r"Mine has kind = 'relu', which ReLU has; take another"):
+
+        class Mine(fastsae.ReLU):
+            kind: ClassVar[str] = "relu"
+
+    assert ACTIVATIONS["relu"] is fastsae.ReLU

@@ -19,8 +19,10 @@ from fastsae.model.sae import SparseAutoencoder
 from fastsae.report import ReportOptions, write_report
 from fastsae.report.contexts import distinct, latent_cards, passage, pick_spread, spread_rows, visible
 from fastsae.report.drawing import thinned
-from fastsae.report.runlog import read_jsonl, read_run
+from fastsae.report.plots import loop_parts
+from fastsae.report.runlog import histogram, read_jsonl, read_run
 from fastsae.report.timing import time_step
+from fastsae.runs.checkpoint import list_checkpoints
 from fastsae.runs.config import TrainConfig
 from fastsae.runs.opening import describe_rows
 from fastsae.runs.trainer import Trainer
@@ -150,8 +152,8 @@ def test_partial_runs(run, tmp_path):
     options = ReportOptions(latents=0, time_step=False)
     started = copy_of(run, tmp_path / "started", "config.json")
     text = "".join(checked(write_report(started, options=options)).text)
-    assert "No training metrics yet." in text
-    assert "No evaluation on held-out rows yet" in text
+    assert "metrics.jsonl is missing: no training metrics yet." in text
+    assert "eval.jsonl is missing: no evaluation on held-out rows yet" in text
 
     going = copy_of(run, tmp_path / "going", "config.json")
     first = (run / "metrics.jsonl").read_text().splitlines()[0]
@@ -330,7 +332,56 @@ def test_repeated_steps_keep_what_was_written_last(tmp_path):
     assert notes == ["m.jsonl: 1 unreadable line left out."]
 
 
-def test_a_saved_module_alone_is_no_run(tmp_path):
-    save(SparseAutoencoder(D, M, TopK(K)), tmp_path / "sae")
-    page = checked(write_report(tmp_path / "sae", options=ReportOptions(latents=2)))  # config.json: its settings
-    assert "No training metrics yet." in "".join(page.text)
+def test_a_saved_module_or_a_checkpoint_is_no_run_and_stays_as_it_is(run, tmp_path):
+    saved = save(SparseAutoencoder(D, M, TopK(K)), tmp_path / "sae")
+    checkpoint = list_checkpoints(run / "checkpoints")[-1]
+    for folder, message in (
+        (saved, r"sae holds an SAE \(sae\.safetensors\) and no run: .*; `fastsae eval` measures a saved SAE"),
+        (checkpoint, f"step_00000012 holds an SAE .*; give the run's folder, {run}$"),
+    ):
+        before = sorted(path.name for path in folder.iterdir())
+        with pytest.raises(ValueError, match=message):
+            write_report(folder)
+        assert sorted(path.name for path in folder.iterdir()) == before
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"config\.json was not written by `fastsae train`"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
+    """Known names with values of other types, unknown names, numbers beyond any float, JSON without an end."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = json.loads((run / "config.json").read_text())
+    config["train"] |= {"steps": HOSTILE, "tokens": [1], "batch_size": "many"}
+    config["sae"] |= {"d_sae": HOSTILE, "activation": HOSTILE}
+    config |= {"source": 3, "machine": [HOSTILE], HOSTILE: {HOSTILE: HOSTILE}}
+    config["notes"]["data"] |= {"holdout": HOSTILE, "seed": [1]}
+    (folder / "config.json").write_text(json.dumps(config))
+    huge = "9" * 400
+    (folder / "metrics.jsonl").write_text("\n".join([
+        json.dumps({"step": 2, "loss": HOSTILE, "fvu": [0.5], "l0": 3, "ms_step": 1.5, f"ms_{HOSTILE}": 7.0}),
+        f'{{"step": {huge}, "loss": {huge}, "tokens_per_s": 1e999}}', "[" * 100_000, "9" * 5000,
+    ]))  # fmt: skip
+    held = {"edges": [0, HOSTILE], "counts": [1], "never": 0}
+    evaluation = {"step": HOSTILE, "fvu": 0.25, "n_tokens": HOSTILE, "dead_share": 0.5, "density_histogram": held}
+    (folder / "eval.jsonl").write_text(json.dumps(evaluation))
+    (folder / "evaluation.json").write_text(json.dumps({"step": [2], "fvu": 0.125}))
+    page = checked(write_report(folder))
+    text = "".join(page.text)
+    assert "metrics.jsonl: 2 unreadable lines left out." in text
+    assert "holdout = " in text  # the data's record is said to be no record
+    assert "0.2500" in text
+    assert "Time of the training loop by part" in text
+    assert loop_parts(read_run(folder)).keys() == {"step"}
+    assert "Latent density" not in text
+
+
+@pytest.mark.parametrize("held", [
+    None, [], {}, {"edges": [0, 1], "counts": [1, 2], "never": 0}, {"edges": [1, 0], "counts": [1], "never": 0},
+    {"edges": [0, 1], "counts": [True], "never": 0}, {"edges": [0, 1], "counts": [1]},
+])  # fmt: skip
+def test_a_histogram_that_is_none(held):
+    assert histogram({"density_histogram": held}) is None
+    assert histogram({"density_histogram": {"edges": [0, 1], "counts": [3], "never": 2}}) == ([0, 1], [3], 2)

@@ -229,7 +229,7 @@ def test_b_dec_starts_at_the_centre():
 def test_state_dict_deepcopy_and_pickle(tied):
     sae = sae_for_test(tied=tied, aux_k=3, dead_after=50)
     sae(tokens(40, 10))
-    names = {"W_dec", "b_enc", "b_dec", "tokens_since_fired"} | (set() if tied else {"W_enc"})
+    names = {"W_dec", "b_enc", "b_dec", "tokens_since_fired", "_extra_state"} | (set() if tied else {"W_enc"})
     assert set(sae.state_dict()) == names
     fresh = SparseAutoencoder.from_config(sae.config, dtype=torch.float64, seed=9)
     assert fresh.config == sae.config
@@ -280,7 +280,8 @@ def test_repr_names_the_settings():
         ({"activation": 4}, "expected a rule such as"),
         ({"d_in": 0}, "d_in is 0"),
         ({"d_sae": 2.5}, "d_sae is 2.5"),
-        ({"d_out": 7}, "pass pre_bias=False"),
+        ({"d_out": 7, "pre_bias": True}, "leave pre_bias, or pass False"),
+        ({"pre_bias": 1}, "pre_bias is 1, expected True or False"),
         ({"d_out": 7, "tied": True}, "tied weights need one width"),
         ({"tied": 1}, "tied is 1, expected True or False"),
         ({"decoder_norm": "l1"}, "decoder_norm is 'l1', expected one of unit, free"),

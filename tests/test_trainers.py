@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,6 +84,42 @@ def test_accelerate(truth):
         optimizer.step()
         accelerator.unwrap_model(model).normalize_decoder_()
     check(sae, truth)
+
+
+class LossFirst(torch.nn.Module):
+    """The SAE with its loss as the first output, where Hugging Face's Trainer looks for it."""
+
+    def __init__(self, sae: SparseAutoencoder):
+        super().__init__()
+        self.sae, self.config = sae, sae.config
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.sae(x)
+        return out.loss, out.recon
+
+
+def hugging_face(model: torch.nn.Module, folder: Path):
+    transformers = pytest.importorskip("transformers")
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=STEPS, per_device_train_batch_size=64, report_to=[], use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False, save_strategy="no", lr_scheduler_type="constant", max_grad_norm=0.0,
+    )  # fmt: skip
+    return transformers.Trainer(
+        model=model, args=arguments, train_dataset=[{"x": row} for row in torch.cat(batches())],
+        data_collator=lambda rows: {"x": torch.stack([row["x"] for row in rows])},
+        optimizers=(torch.optim.Adam(model.parameters(), lr=1e-3), None),
+    )  # fmt: skip
+
+
+def test_hugging_face_trainer(tmp_path):
+    hugging_face(fresh(), tmp_path)  # reads and writes model.config
+    sae = fresh()
+    before = float(sae(torch.cat(batches())).loss.detach())
+    trainer = hugging_face(LossFirst(sae), tmp_path)
+    trainer.train()
+    assert float(sae(torch.cat(batches())).loss.detach()) < 0.9 * before
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
 def test_torch_compile_without_a_graph_break(truth):

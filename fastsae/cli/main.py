@@ -113,6 +113,12 @@ def parse(options: type, command: str, arguments: list[str]) -> Any:
     """The options as their dataclass, or None after --help. Raises UsageError in one line for what does not parse."""
     import tyro
 
+    from fastsae.cli.options import REPLACED
+
+    for given in arguments if command == "train" else ():
+        name = given.partition("=")[0].replace("_", "-")
+        if name in REPLACED:
+            raise UsageError(f"{name} is now {REPLACED[name]}; see fastsae {command} --help")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

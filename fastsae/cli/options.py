@@ -9,20 +9,10 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from fastsae.cli.rules import RuleOptions, rule_options
 from fastsae.data.live import LiveSource
 from fastsae.data.models import load_model
 from fastsae.data.stream import StreamConfig
-from fastsae.model.rules import (
-    Activation,
-    BatchTopK,
-    Gated,
-    GroupMax,
-    HierarchicalTopK,
-    JumpReLU,
-    Matryoshka,
-    ReLU,
-    TopK,
-)
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.config import TrainConfig
 
@@ -30,11 +20,23 @@ FloatType = Literal["float32", "bfloat16", "float16"]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """An option that is off unless given: --resume, without a --no-resume."""
 LIVE = "live"
+REPLACED = {
+    "--l1-norm": "--weighted True or --weighted False",
+    "--penalty": "--penalty-kind",
+    "--prefixes": "--sampled",
+}
+"""Former options of `fastsae train`: settings of rules now have their fields' names."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch type of one of our option's names."""
     return getattr(torch, name)
+
+
+def _rule_options() -> type[RuleOptions]:
+    """Called whenever options are parsed, so that a rule that was registered just now has its options."""
+    others = {field.name for options in (Train, SaeOptions, TrainConfig) for field in dataclasses.fields(options)}
+    return rule_options(others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,33 +53,7 @@ class SaeOptions:
 
     d_sae: int
     """Latents of the autoencoder."""
-    activation: Literal[
-        "topk", "batch_topk", "relu", "jumprelu", "gated", "matryoshka", "matryoshka_batch", "hierarchical_topk",
-        "group_max",
-    ] = "topk"  # fmt: skip
-    """The rule that picks latents; matryoshka nests prefixes over topk, matryoshka_batch over batch_topk."""
-    k: int = 32
-    """Active latents per token: topk, batch_topk, matryoshka; groups of group_max."""
-    l1: float | None = None
-    """Weight of the L1 penalty: relu (left out: 5), gated (left out: 1)."""
-    l1_norm: Literal["weighted", "plain"] | None = None
-    """L1 weighted by the norms of the decoder's rows, or plain: relu (left out: weighted), gated (left out: plain)."""
-    l0: float = 1e-3
-    """Weight of the L0 penalty: jumprelu."""
-    threshold: float = 1e-3
-    """Threshold at the start: jumprelu."""
-    bandwidth: float = 1e-3
-    """Width of the kernel through which the threshold learns: jumprelu."""
-    penalty: Literal["l0", "tanh", "target"] = "l0"
-    """L0 itself, a tanh that trains the weights too, or the squared distance from a target: jumprelu."""
-    target_l0: float | None = None
-    """The target of --penalty target: jumprelu."""
-    groups: tuple[int, ...] = ()
-    """Sizes of the groups, with sum d_sae: matryoshka."""
-    prefixes: int | None = None
-    """Instead of groups: so many prefixes, drawn anew for every batch: matryoshka."""
-    ks: tuple[int, ...] = ()
-    """The numbers of latents that must reconstruct, ascending: hierarchical_topk."""
+    rule: Annotated[RuleOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor_factory=_rule_options)]
     pre_bias: bool = True
     """Subtract the decoder's bias from the input before encoding."""
     decoder_norm: Literal["unit", "free"] = "unit"
@@ -114,34 +90,6 @@ class SaeOptions:
     """How latents are selected: screened in a narrow format and certified (exact), screened only, or in fp32.
     "screened" alone depends on which format is chosen, anew on every start, and does not resume bit for bit."""
 
-    def rule(self) -> Activation:
-        """The activation rule. Raises ValueError for a setting that is missing or of another rule."""
-        kind = self.activation.removesuffix("_batch")
-        used = {
-            "topk": ("k",), "batch_topk": ("k",), "group_max": ("k",), "matryoshka": ("k", "groups", "prefixes"),
-            "hierarchical_topk": ("ks",), "relu": ("l1", "l1_norm"), "gated": ("l1", "l1_norm"),
-            "jumprelu": ("l0", "threshold", "bandwidth", "penalty", "target_l0"),
-        }  # fmt: skip
-        fields = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in sorted({name for names in used.values() for name in names} - set(used[kind])):
-            if getattr(self, name) != fields[name]:
-                raise ValueError(f"{name} is {getattr(self, name)}, which {self.activation} does not have; leave it")
-        if kind == "matryoshka":
-            inner = BatchTopK(self.k) if self.activation.endswith("_batch") else TopK(self.k)
-            return Matryoshka(inner, self.groups, sampled=self.prefixes, shortest=min(64, self.d_sae))
-        if kind == "jumprelu":
-            return JumpReLU(
-                self.l0, self.threshold, self.bandwidth, penalty_kind=self.penalty, target_l0=self.target_l0
-            )
-        if kind in ("relu", "gated"):
-            given: dict[str, Any] = {} if self.l1 is None else {"l1": self.l1}
-            if self.l1_norm is not None:
-                given["weighted"] = self.l1_norm == "weighted"
-            return (ReLU if kind == "relu" else Gated)(**given)
-        if kind == "hierarchical_topk":
-            return HierarchicalTopK(self.ks)
-        return {"topk": TopK, "batch_topk": BatchTopK, "group_max": GroupMax}[kind](self.k)
-
     def build(self, d_in: int) -> SparseAutoencoder:
         """The autoencoder for rows of d_in numbers. Raises ValueError for settings that do not fit together."""
         names = (
@@ -151,7 +99,7 @@ class SaeOptions:
         sae = SparseAutoencoder(
             d_in,
             self.d_sae,
-            self.rule(),
+            self.rule.rule(),
             **{name: getattr(self, name) for name in names},
             dtype=torch_dtype(self.dtype),
             device=checked_device(self.device),

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastsae.atomic import replace_file
+from fastsae.model.parameters import EXTRA_STATE
 from fastsae.model.sae import SparseAutoencoder
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
@@ -36,7 +37,7 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
     """
     root = Path(directory)
     config = {"architecture": ARCHITECTURE, "version": VERSION, "dtype": _dtype_name(sae.W_dec.dtype), **sae.config}
-    tensors = {name: t.detach().contiguous() for name, t in sae.state_dict().items()}
+    tensors = {name: t.detach().contiguous() for name, t in _tensors(sae).items()}
     text = json.dumps(config, indent=2)
     target = root
     try:
@@ -51,8 +52,9 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
 
 
 def load(directory: str | os.PathLike[str], device: torch.device | str | None = None) -> SparseAutoencoder:
-    """The SAE that `save` wrote into `directory`, in its dtype, on `device` (None: the CPU), in training mode.
+    """The SAE that `save` wrote into `directory`, in its dtype, on `device` (None: the CPU), in eval mode.
 
+    Call `.train()` to go on training: it counts dead latents then, and has the losses on them.
     Raises SavedModuleError naming the file when one is missing, truncated or damaged, of another architecture or
     version, or when its tensors are not those that the configuration describes.
     """
@@ -65,14 +67,19 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
         sae = SparseAutoencoder.from_config(settings, device="meta", dtype=_dtype(config.get("dtype")))
     except ValueError as error:
         raise SavedModuleError(f"{root / CONFIG} does not describe an SAE: {error}") from error
-    expected = {name: (tuple(t.shape), t.dtype) for name, t in sae.state_dict().items()}
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in _tensors(sae).items()}
     _compare(root / WEIGHTS, expected, shapes)
     with safe_open(root / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
         # Cloned out of the mapped file: into memory that is aligned, and that stays when the file is replaced.
         tensors = {name: file.get_tensor(name).clone() for name in expected}
-    sae.load_state_dict(tensors, assign=True)
+    sae.load_state_dict({**tensors, EXTRA_STATE: sae.get_extra_state()}, assign=True)
     sae.begin_counts_(device or "cpu")
-    return sae
+    return sae.eval()
+
+
+def _tensors(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
+    """The state without the settings: the header of the file has them, readable without torch."""
+    return {name: t for name, t in sae.state_dict().items() if name != EXTRA_STATE}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import json
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -11,12 +14,16 @@ from torch import Tensor, nn
 from fastsae.model.initial import unit_rows
 from fastsae.model.norm import InputNorm
 from fastsae.model.rules import Activation, activation_from_config
-from fastsae.model.settings import check_rule_dtype, check_settings
+from fastsae.model.settings import Config, check_rule_dtype, check_settings, check_state_config
 
 _SETTINGS = (
     "d_in", "d_sae", "d_out", "pre_bias", "decoder_norm", "tied", "skip", "layers", "init_norm", "aux_k", "aux_coef",
     "ghost", "ghost_coef", "dead_after", "loss",
 )  # fmt: skip
+EXTRA_STATE = "_extra_state"
+"""torch's name in a state dict for what `get_extra_state` returns."""
+EXTRA_BYTES = 4096
+"""The extra state is padded to a multiple of this: DCP loads in place, into a tensor of the saved one's size."""
 
 
 DENSE_ABOVE = 0.04
@@ -55,7 +62,7 @@ class Parameters(nn.Module):
         activation: Activation,
         *,
         d_out: int | None = None,
-        pre_bias: bool = True,
+        pre_bias: bool | None = None,
         decoder_norm: str = "unit",
         normalize: str = "none",
         tied: bool = False,
@@ -76,7 +83,11 @@ class Parameters(nn.Module):
         super().__init__()
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
         self.activation = activation
-        self.pre_bias, self.decoder_norm, self.tied, self.skip = pre_bias, decoder_norm, tied, skip
+        self.pre_bias = self.d_out == d_in if pre_bias is None else pre_bias
+        # Open: neither the user nor training has decided. Only targets of another width decide at once.
+        self._pre_bias_open = pre_bias is None and self.d_out == d_in
+        self._pre_bias_asked = not self._pre_bias_open
+        self.decoder_norm, self.tied, self.skip = decoder_norm, tied, skip
         self.layers, self.init_norm = layers, init_norm
         self.aux_k, self.aux_coef, self.ghost, self.ghost_coef = aux_k, aux_coef, ghost, ghost_coef
         self.dead_after, self.loss = dead_after, loss
@@ -160,12 +171,84 @@ class Parameters(nn.Module):
         if self.decoder_norm == "free":
             self.W_dec.mul_(self.init_norm)
 
+    def settle_pre_bias_(self, target_given: bool) -> None:
+        """Decides a pre_bias that was left None: the first target turns it off, training without one keeps it on.
+
+        Called with every batch, before anything is computed from `pre_bias`. Warns where it turns pre_bias off, and
+        once where a target comes too late, after training without one.
+        """
+        if not target_given:
+            if self.training:
+                self._pre_bias_open = False  # not read here: torch.compile would compile anew after the first batch
+            return
+        if self._pre_bias_asked:
+            return
+        was_open, self._pre_bias_asked, self._pre_bias_open = self._pre_bias_open, True, False
+        if was_open:
+            self.pre_bias = False
+        if not torch.compiler.is_compiling():  # a warning is a graph break
+            what = "is now off" if was_open else "stays on, since this SAE was trained without a target before"
+            warnings.warn(
+                f"a target was given and pre_bias was left None: it {what}. Pass pre_bias=False (b_dec is a mean of "
+                "targets, not of x) or pre_bias=True at construction",
+                UserWarning,
+                stacklevel=4,
+            )
+
     @property
-    def config(self) -> dict[str, Any]:
-        """The settings as JSON: what `from_config` needs to build an SAE that `state_dict()` fits."""
+    def config(self) -> Config:
+        """The settings as JSON: what `from_config` needs to build an SAE that `state_dict()` fits.
+
+        "pre_bias" is null as long as it was left None and neither a target nor training has decided it.
+        """
         settings = {name: getattr(self, name) for name in _SETTINGS}
+        settings["pre_bias"] = None if self._pre_bias_open else self.pre_bias
         rule_state = {"activation": self.activation.config(), "normalize": self.norm.mode}
-        return settings | rule_state | {"rule_dtype": str(self.rule_dtype).removeprefix("torch.")}
+        return Config(settings | rule_state | {"rule_dtype": str(self.rule_dtype).removeprefix("torch.")})
+
+    # -- the state says of which SAE it is ----------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """`config` as JSON, padded with blanks: uint8 on the CPU, for torch.save, safetensors and DCP alike."""
+        text = json.dumps(self.config).encode()
+        return torch.frombuffer(bytearray(text.ljust(-len(text) % EXTRA_BYTES + len(text))), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes over the one setting that this SAE may have left open, pre_bias; `load_state_dict` checks the others.
+
+        Raises ValueError for what `get_extra_state` did not write.
+        """
+        decided = _config_of(state).get("pre_bias")
+        if self._pre_bias_open and decided is not None:
+            self.pre_bias, self._pre_bias_open, self._pre_bias_asked = decided, False, True
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False, allow_other_config: bool = False
+    ) -> Any:
+        """As torch's. A state of an SAE with other settings is refused, before anything is changed.
+
+        Settings that do not change what the weights mean may differ, see fastsae.model.settings.MAY_DIFFER.
+        allow_other_config: load the tensors whatever the state says of their settings. A state without settings, as
+        plain tensors by name are, is not compared.
+        Raises ValueError naming each setting that differs, with what was got and expected.
+        """
+        if allow_other_config:
+            state_dict = copy.copy(state_dict)
+            state_dict.pop(EXTRA_STATE, None)  # type: ignore[attr-defined]
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        # Here, so that it also holds where the SAE is a part of a larger module; and before torch copies a tensor.
+        key = prefix + EXTRA_STATE
+        if key in state_dict:
+            check_state_config(_config_of(state_dict[key]), self.config)
+        else:
+            self._pre_bias_open = False  # weights of before there was an open one
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if key in missing:
+            missing.remove(key)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **factory: Any) -> Self:
@@ -216,3 +299,18 @@ class Parameters(nn.Module):
     def extra_repr(self) -> str:
         settings = [f"{name}={getattr(self, name)!r}" for name in _SETTINGS]
         return ", ".join([*settings, f"activation={self.activation!r}"])
+
+
+def _config_of(state: Any) -> dict[str, Any]:
+    """The settings in an extra state. Raises ValueError for anything else."""
+    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1:
+        try:
+            config = json.loads(bytes(state.tolist()))
+        except ValueError:
+            config = None
+        if isinstance(config, dict):
+            return config
+    raise ValueError(
+        f"{EXTRA_STATE} in the state is {type(state).__name__}, expected uint8 (n,) holding a JSON object, as "
+        "`get_extra_state` writes it; pass allow_other_config=True to load the tensors without it"
+    )

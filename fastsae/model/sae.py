@@ -89,7 +89,8 @@ class SparseAutoencoder(Parameters):
 
     activation    the rule that picks latents, e.g. `TopK(32)`; see fastsae.model.rules.
     d_out         width of the target; None: d_in.
-    pre_bias      subtract b_dec from the input before encoding; needs d_out == d_in.
+    pre_bias      subtract b_dec from the input before encoding; needs d_out == d_in. None: yes, unless the target is
+                  another tensor: off where d_out differs, and off, with a warning, from the first target given on.
     decoder_norm  "unit": rows of W_dec have norm 1. They start so and the fused step keeps them so; with a torch
                   optimizer call `project_gradients_()` before and `normalize_decoder_()` after its step. "free": no
                   constraint, and both helpers do nothing.
@@ -164,9 +165,6 @@ class SparseAutoencoder(Parameters):
         held: encoder_input has no gradient of b_dec, which the encoder hands on then (`EncodeOptions.pre_bias`).
         """
         normal, stats = self._normal(x)
-        encoder_input = normal
-        if self.pre_bias:
-            encoder_input = normal - (self.b_dec.detach() if held else self.b_dec)
         goal = normal
         if target is not None:
             if target.shape[:-1] != x.shape[:-1]:
@@ -174,6 +172,10 @@ class SparseAutoencoder(Parameters):
             goal = self.norm.normalize(self._checked(target, self.d_out, "target").reshape(-1, self.d_out), stats)
         elif self.d_out != self.d_in:
             raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target= of shape (*batch, d_out)")
+        self.settle_pre_bias_(target is not None)
+        encoder_input = normal
+        if self.pre_bias:
+            encoder_input = normal - (self.b_dec.detach() if held else self.b_dec)
         return Inputs(normal, encoder_input, goal, stats)
 
     def encode_options(self, screen: Screen | None = None, *, held: bool = False) -> EncodeOptions:
@@ -262,6 +264,8 @@ class SparseAutoencoder(Parameters):
         rule, ledger = self.rule, self._ledger()
         held = ledger is not None
         ready = self.inputs(x, target, held=held)
+        if ledger is not None:
+            ledger.pre_bias = self.pre_bias  # a first target may have switched it off
         n = ready.target.shape[0]
         denominator = losses.loss_denominator(self.loss, ready.target)
         centred = self.pre_bias and target is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +14,21 @@ from fastsae.model.rules import Activation
 
 DECODER_NORMS = ("unit", "free")
 GHOSTS = (None, "residual", "pull")
+MAY_DIFFER = ("aux_k", "aux_coef", "dead_after", "ghost", "ghost_coef", "init_norm", "rule_dtype")
+"""Settings of training alone: the same weights mean the same under other ones."""
+
+
+class Config(dict[str, Any]):
+    """The settings of an SAE: a dict, and with what Hugging Face's Trainer expects of `model.config`.
+
+    The Trainer writes attributes of its own into it (use_cache), which a dict alone has no room for.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self, indent=2)
 
 
 def check_settings(sae: Any) -> None:
@@ -35,7 +52,7 @@ def check_settings(sae: Any) -> None:
         if sae.tied:
             raise ValueError(f"tied weights need one width, got {sizes}; pass tied=False")
         if sae.pre_bias:
-            raise ValueError(f"the pre-bias subtracts b_dec from x, got {sizes}; pass pre_bias=False")
+            raise ValueError(f"the pre-bias subtracts b_dec from x, got {sizes}; leave pre_bias, or pass False")
         if sae.ghost == "pull":
             raise ValueError(f"ghost='pull' turns encoder and decoder towards the same inputs, got {sizes}")
     if sae.d_out % sae.layers or sae.d_in % sae.layers:
@@ -57,8 +74,37 @@ def check_settings(sae: Any) -> None:
 def check_rule_dtype(rule: Activation, dtype: torch.dtype) -> None:
     """Raises ValueError for a rule's parameters in less than float32: their steps are smaller than it can hold."""
     if dtype not in (torch.float32, torch.float64):
-        what = "a threshold" if rule.kind == "jumprelu" else "a rule's own parameter"
         raise ValueError(
-            f"rule_dtype is {dtype}, expected torch.float32 or torch.float64: {what} moves by steps that {dtype} "
-            "cannot hold; leave rule_dtype, the weights may be narrower"
+            f"rule_dtype is {dtype}, expected torch.float32 or torch.float64: the parameters of {type(rule).__name__} "
+            f"move by steps that {dtype} cannot hold; leave rule_dtype, the weights may be narrower"
         )
+
+
+def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ValueError naming each setting in which a state's config differs from the module's, MAY_DIFFER apart.
+
+    A pre_bias that either of them leaves open fits. A setting that the state does not know is not compared.
+    """
+    theirs, ours = (_flat(json.loads(json.dumps(config))) for config in (got, expected))
+    names = [name for name in ours.keys() | theirs.keys() if name.partition(".")[0] in {*got} - {*MAY_DIFFER}]
+    if None in (got.get("pre_bias"), expected.get("pre_bias")):
+        names = [name for name in names if name != "pre_bias"]
+    none = "no such setting"
+    differing = [
+        f"{name} (got {theirs.get(name, none)!r}, expected {ours.get(name, none)!r})"
+        for name in sorted(names)
+        if theirs.get(name, none) != ours.get(name, none)
+    ]
+    if differing:
+        raise ValueError(
+            f"the state is of an SAE with other settings: {', '.join(differing)}. Build the SAE with these settings "
+            "(SparseAutoencoder.from_config), or pass allow_other_config=True to load the tensors all the same"
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"activation.k": 32, ...}: the settings of the rule, and of the rule in it, by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -17,7 +17,7 @@ from fastsae.atomic import replace_file
 from fastsae.data.shards import ShardSource
 from fastsae.report.contexts import LatentCard, latent_cards
 from fastsae.report.plots import all_plots
-from fastsae.report.runlog import Record, RunLog, read_run
+from fastsae.report.runlog import Record, RunLog, read_run, whole
 from fastsae.report.timing import StepTiming, time_step
 from fastsae.runs.checkpoint import CheckpointError
 from fastsae.runs.opening import OpenedRun, open_run, rows_of_run, version
@@ -61,23 +61,22 @@ def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming
 
 def total_steps(config: Record) -> int | None:
     """The updates that the settings ask for, or None where they do not say."""
-    train, source = config.get("train"), config.get("source")
-    if not isinstance(train, dict):
-        return None
-    tokens = train.get("tokens") or (source.get("n_tokens") if isinstance(source, dict) else None)
-    size = train.get("batch_size")
-    return train.get("steps") or (math.ceil(tokens / size) if tokens and size else None)
+    tokens, size = (
+        whole(config, "train", "tokens") or whole(config, "source", "n_tokens"),
+        whole(config, "train", "batch_size"),
+    )
+    return whole(config, "train", "steps") or (math.ceil(tokens / size) if tokens and size else None)
 
 
 def _subtitle(log: RunLog) -> str:
     parts = []
-    sae = log.config.get("sae")
-    if isinstance(sae, dict) and "d_sae" in sae:
+    sae, d_sae = log.config.get("sae"), whole(log.config, "sae", "d_sae")
+    if isinstance(sae, dict) and d_sae is not None:
         rule = sae.get("activation")
         if isinstance(rule, dict):
             rest = ", ".join(f"{name} {value}" for name, value in rule.items() if name != "kind")
             parts.append(f"{rule.get('kind', '')} ({rest})")
-        parts.append(f"{sae.get('d_in', '?')} inputs, {sae['d_sae']:,} latents")
+        parts.append(f"{sae.get('d_in', '?')} inputs, {d_sae:,} latents")
     step, total = log.last("step"), total_steps(log.config)
     if step is not None:
         if total is None or step >= total:
@@ -109,7 +108,7 @@ def _tiles(log: RunLog) -> list[Tile]:
         ("MSE", "mse", "{:.4g}", source),
         ("L0", "l0", "{:.1f}", "active latents per token"),
         ("Cosine", "cosine", "{:.4f}", "of a row and its reconstruction"),
-        ("Dead", "dead_share", "{:.2%}", f"never active on {evaluated.get('n_tokens', 0):,} held-out rows"),
+        ("Dead share", "dead_share", "{:.2%}", f"never active on {whole(evaluated, 'n_tokens') or 0:,} held-out rows"),
     ):
         value = best(key)
         if value is not None:
@@ -198,8 +197,9 @@ def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, 
         if options.latents and isinstance(source, ShardSource) and source.manifest.vocabulary is not None:
             section = latent_section(run, source, options)
         train = log.config.get("train")
-        if options.time_step and isinstance(train, dict) and train.get("fused") and train.get("batch_size"):
-            timing = time_step(run.sae, source.next_batch(train["batch_size"]), options.backend)
+        size = whole(log.config, "train", "batch_size")
+        if options.time_step and isinstance(train, dict) and train.get("fused") is True and size:
+            timing = time_step(run.sae, source.next_batch(size), options.backend)
     except (OSError, ValueError, CheckpointError) as error:
         log.notes.append(f"Weights or activations could not be read, so latents or timings are missing: {error}")
     return section, timing

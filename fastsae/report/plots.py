@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from fastsae.report.drawing import C1, C2, C3, Curve, Plot, bar_plot, histogram_plot, line_plot
-from fastsae.report.runlog import RunLog
+from fastsae.report.runlog import RunLog, histogram
 from fastsae.report.timing import StepTiming
+
+PARTS = ("data", "step", "resample", "eval", "checkpoint")
+"""What fastsae.runs.trainer times."""
 
 
 def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
@@ -18,7 +21,7 @@ def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
             curves.append(Curve("dense reference", *log.series(key, of="dense"), C2, dashed=True))
         return curves
 
-    held = log.evals[-1].get("density_histogram") if log.evals else None
+    held = histogram(log.evals[-1]) if log.evals else None
     plots = [
         line_plot("loss", "Loss", "Training loss, dead-latent term included.", [Curve("loss", *log.series("loss"))],
                   log=True),
@@ -33,7 +36,7 @@ def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
         line_plot("l0", "L0", "Active latents per token.", pair("l0"), from_zero=True),
         line_plot("dead", "Dead latents", "Latents that have not been active for a set number of tokens.",
                   [Curve("dead", *log.series("dead"))], from_zero=True),
-        histogram_plot(held["edges"], held["counts"], held.get("never", 0)) if isinstance(held, dict) else None,
+        None if held is None else histogram_plot(*held),
         line_plot("lr", "Learning rate", "With warm-up and decay.", [Curve("lr", *log.series("lr"))], from_zero=True),
         line_plot("grad", "Gradient norm", "Over all parameters, before any projection.",
                   [Curve("norm", *log.series("grad_norm"))], log=True),
@@ -64,8 +67,8 @@ def update_plot(timing: StepTiming) -> Plot | None:
 
 
 def loop_parts(log: RunLog) -> dict[str, float]:
-    """{part: mean ms per step}: every numeric column whose name begins with ms_."""
-    names = sorted({key for record in log.metrics for key in record if key.startswith("ms_")})
+    """{part: mean ms per step} of the parts of the training loop that have a column ms_PART."""
+    names = [f"ms_{part}" for part in PARTS if log.series(f"ms_{part}")[0]]
     # A line without evaluation lacks ms_eval: over all lines, not over those that have it.
     return {name.removeprefix("ms_").replace("_", " "): sum(log.series(name)[1]) / len(log.metrics) for name in names}
 

@@ -1,13 +1,20 @@
-"""What a run folder says: settings, metrics, evaluations and the dense reference's curve, complete or not."""
+"""What a run folder says: settings, metrics, evaluations and the dense reference's curve, complete or not.
+
+Only what fastsae writes is read, by name and type: a value of another type is as good as missing, and a key that is not
+known is shown as text among the settings or not at all.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fastsae.model.files import WEIGHTS
 from fastsae.runs.opening import EVALUATION, run_config
 from fastsae.runs.rundir import CONFIG
 
@@ -57,7 +64,27 @@ def column(records: list[Record], key: str, x: str = "step") -> tuple[list[float
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # JSON's whole numbers have no limit; one that no float can hold is no measurement.
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+        return False
+    return math.isfinite(value)
+
+
+def whole(record: object, *names: str) -> int | None:
+    """The whole number at record[name][...]; None where there is none of at least 1."""
+    for name in names:
+        record = record.get(name) if isinstance(record, dict) else None
+    return record if isinstance(record, int) and not isinstance(record, bool) and record >= 1 else None
+
+
+def histogram(record: Record) -> tuple[list[float], list[int], int] | None:
+    """An evaluation's density_histogram as (edges, counts, never); None where it is not there or is none."""
+    held = record.get("density_histogram")
+    edges, counts, never = ((held if isinstance(held, dict) else {}).get(name) for name in ("edges", "counts", "never"))
+    if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1 or not counts:
+        return None
+    good = all(map(_is_number, [*edges, *counts, never])) and all(a < b for a, b in pairwise(edges))
+    return (edges, [int(n) for n in counts], int(never)) if good else None  # type: ignore[arg-type]
 
 
 def read_jsonl(path: Path, notes: list[str]) -> list[Record]:
@@ -75,7 +102,7 @@ def read_jsonl(path: Path, notes: list[str]) -> list[Record]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             skipped += 1
             continue
         if isinstance(record, dict):
@@ -92,11 +119,19 @@ def read_run(run_dir: str | Path) -> RunLog:
     """Reads a run folder.
 
     Raises FileNotFoundError where the folder, or both its config.json and its metrics.jsonl, are not there;
-    ValueError where config.json is not a JSON object.
+    ValueError where config.json is none of `fastsae train`, or the folder is a checkpoint or a saved SAE.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder at {folder}; `fastsae train --run-dir {folder} ...` makes one")
+    if (folder / WEIGHTS).is_file():
+        # Its config.json is the SAE's own; and a page in a checkpoint would be a file that its manifest lacks.
+        run = folder.resolve().parent.parent
+        where = f"; give the run's folder, {run}" if folder.resolve().parent.name == "checkpoints" else ""
+        raise ValueError(
+            f"{folder} holds an SAE ({WEIGHTS}) and no run: a report is of a folder with config.json and metrics.jsonl"
+            + (where or "; `fastsae eval` measures a saved SAE")
+        )
     metrics_path = folder / "metrics.jsonl"
     if not (folder / CONFIG).exists() and not metrics_path.exists():
         raise FileNotFoundError(f"{folder} is not a run folder: it has neither config.json nor metrics.jsonl")
@@ -104,6 +139,11 @@ def read_run(run_dir: str | Path) -> RunLog:
     config = run_config(folder)
     if not config:
         notes.append("config.json is missing: the settings are not shown.")
+    elif not all(isinstance(config.get(section), dict) for section in ("train", "sae")):
+        raise ValueError(
+            f"{folder / CONFIG} was not written by `fastsae train`: it lacks the sections train and sae; "
+            "give the folder of a run"
+        )
     log = RunLog(
         folder=folder,
         config=config,
@@ -114,17 +154,25 @@ def read_run(run_dir: str | Path) -> RunLog:
         notes=notes,
     )
     if not log.metrics:
-        notes.append("No training metrics yet.")
+        notes.append(f"{_state_of(metrics_path)}: no training metrics yet.")
     if not log.evals:
-        notes.append("No evaluation on held-out rows yet; `fastsae eval` makes one.")
+        notes.append(
+            f"{_state_of(folder / 'eval.jsonl')}: no evaluation on held-out rows yet; `fastsae eval` makes one."
+        )
     return log
+
+
+def _state_of(path: Path) -> str:
+    return f"{path.name} {'has no usable line' if path.exists() else 'is missing'}"
 
 
 def _evaluations(folder: Path, notes: list[str]) -> list[Record]:
     """The run's own evaluations, and the one that `fastsae eval` wrote where it is of the same step or a later one."""
     evals = read_jsonl(folder / "eval.jsonl", notes)
     record = _read_object(folder / EVALUATION, notes)
-    if record and (not evals or record.get("step", -1) >= evals[-1].get("step", 0)):
+    steps, _ = column(evals, "step")
+    step = record.get("step")
+    if record and (not evals or (_is_number(step) and float(step) >= (steps[-1] if steps else 0))):  # type: ignore[arg-type]
         evals = [*(e for e in evals if e.get("step") != record.get("step")), record]
     return evals
 
@@ -140,7 +188,7 @@ def _read_object(path: Path, notes: list[str]) -> Record:
         return {}
     try:
         record = json.loads(path.read_text(errors="replace"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         record = None
     if isinstance(record, dict):
         return record

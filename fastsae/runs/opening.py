@@ -133,9 +133,13 @@ def rows_of_run(config: dict[str, Any]) -> ShardSource | TensorSource | None:
     data = notes.get("data") if isinstance(notes, dict) else None
     if not isinstance(data, dict) or not isinstance(data.get("path"), str):
         return None
-    return open_rows(
-        data["path"], tensor=data.get("tensor"), holdout=data.get("holdout"), seed=int(data.get("seed") or 0)
-    )
+    tensor, holdout, seed = data.get("tensor"), data.get("holdout"), data.get("seed") or 0
+    if not (isinstance(tensor, str | None) and isinstance(holdout, int | None) and isinstance(seed, int)):
+        raise ValueError(
+            f"the run's record of its data has tensor = {tensor!r}, holdout = {holdout!r}, seed = {seed!r}, expected a "
+            "name, a number of rows and a number; was config.json edited? Give the data by name"
+        )
+    return open_rows(data["path"], tensor=tensor, holdout=holdout, seed=seed)
 
 
 def version() -> str:

@@ -77,6 +77,7 @@ class Trainer:
             raise ValueError(f"the source has rows of {source.d_in} numbers, the SAE wants d_in = {sae.d_in}")
         if sae.d_out != sae.d_in:
             raise ValueError(f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}; a source has no such targets")
+        sae.train().settle_pre_bias_(target_given=False)  # so that config.json says what is trained
         self.sae, self.source, self.config, self.resume = sae, source, config, resume
         self.run_dir, self.notes = Path(run_dir), dict(notes or {})
         self.checkpoints = self.run_dir / "checkpoints"

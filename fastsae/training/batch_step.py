@@ -25,8 +25,8 @@ class BatchTrainStep:
 
     lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. Elementwise, so no SAE has an influence on
     another. schedule: multiplier of lr from the number of updates done.
-    measure: also return fvu, l0 and dead. closed_form: write the gradients out where the rule allows; False: autograd
-    throughout.
+    measure: also return mse, fvu, l0 and dead. closed_form: write the gradients out where the rule allows; False:
+    autograd throughout.
     Raises ValueError for another optimizer, and for a weight decay of adam.
     """
 
@@ -56,7 +56,8 @@ class BatchTrainStep:
     def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """One update on x (N, d_in), the same for all, or (B, N, d_in).
 
-        Returns (B,) tensors: "loss" and its parts, with `measure` "fvu", "l0", "dead" (a share), of before the update.
+        Returns (B,) tensors, of before the update: "loss" and its parts, and with `measure` "mse", "fvu", "l0" (mean
+        active latents) and "dead" (latents), which mean what they mean in FusedTrainStep's metrics.
         """
         batch = self.batch
         if self.schedule is not None:
@@ -86,13 +87,14 @@ class BatchTrainStep:
             goal = x.expand(len(batch), *x.shape[-2:]) if target is None else target.expand_as(out.recon)
             metrics = {name: value.detach() for name, value in out.losses.items()}
             if self.measure:
-                fvu = (out.recon - goal).square().sum((-2, -1)) / _variance(goal)
-                metrics |= self._measured(fvu, out.A != 0)
+                squared = (out.recon - goal).square().sum((-2, -1))
+                metrics |= self._measured(squared, _variance(goal), out.A != 0)
             return metrics
 
-    def _measured(self, fvu: Tensor, active: Tensor) -> dict[str, Tensor]:
-        l0 = active.sum((-2, -1), dtype=fvu.dtype) / max(active.shape[-2], 1)
-        return {"fvu": fvu, "l0": l0, "dead": self.batch.dead.sum(-1) / self.batch.d_sae}
+    def _measured(self, squared: Tensor, variance: Tensor, active: Tensor) -> dict[str, Tensor]:
+        n = max(active.shape[-2], 1)
+        l0 = active.sum((-2, -1), dtype=squared.dtype) / n
+        return {"mse": squared / n, "fvu": squared / variance, "l0": l0, "dead": self.batch.dead.sum(-1)}
 
     def _written_out(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """What autograd would leave in .grad, for A = relu(pre) at the latents that the rule keeps.
@@ -138,7 +140,7 @@ class BatchTrainStep:
         if batch.ghost is not None:
             metrics["ghost"] = self._add_ghosts(inputs, error)
             metrics["loss"] = loss + batch.ghost_coef * metrics["ghost"]
-        return metrics if variance is None or not self.measure else metrics | self._measured(squared / variance, active)
+        return metrics if variance is None or not self.measure else metrics | self._measured(squared, variance, active)
 
     def _acts(self, pre: Tensor) -> Tensor:
         rule = self.batch.rule

@@ -327,7 +327,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
             "unit_norm": (d.decoder_norm if member.sae is None else member.sae.decoder_norm) == "unit",
-            "pre_bias": d.pre_bias,
+            "pre_bias": member.ledger.pre_bias,
             "clip_rows": self.clip_rows,
             "seed": self.seed,
             "screen": member.screen.screen,

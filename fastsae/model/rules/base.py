@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -21,6 +21,9 @@ from fastsae.codes import Screen, SparseCodes
 
 RuleState = Mapping[str, Tensor]
 """A rule's parameters and buffers by name, and b_enc."""
+
+ACTIVATIONS: dict[str, type[Activation]] = {}
+"""Every rule by its `kind`. A rule enters itself when its class is made."""
 
 ROOM = 256
 """Activations per token that a threshold has room for at first; encoded again with more where they are not enough."""
@@ -54,10 +57,26 @@ class Activation(ABC):
     """The base class. `kind` is the name in saved files; `shaped`: acts are not pre-acts, or something is penalised.
 
     coef: the penalty's weight in the loss. Methods that a rule leaves as they are here say: nothing of the kind.
+    A subclass with a `kind` is registered under it. Raises TypeError where another rule has that kind.
     """
 
     kind: ClassVar[str]
     shaped: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "kind" not in cls.__dict__:
+            return
+        other = ACTIVATIONS.get(cls.kind, cls)
+        # The same class again is a module that was reloaded, or a notebook's cell that was run again.
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__qualname__} has kind = {cls.kind!r}, which {other.__qualname__} has; take another")
+        ACTIVATIONS[cls.kind] = cls
+
+    @classmethod
+    def variants(cls) -> dict[str, dict[str, type[Activation]]]:
+        """The rule's names on the command line; for each, which rule those of its fields hold that are rules."""
+        return {cls.kind: {}}
 
     @property
     def coef(self) -> float:
@@ -164,7 +183,10 @@ class Activation(ABC):
 
     def config(self) -> dict[str, Any]:
         """The settings as JSON, with `kind`; `activation_from_config` reads it back."""
-        return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {"kind": self.kind} | {
+            name: value.config() if isinstance(value, Activation) else value for name, value in values.items()
+        }
 
 
 def whole_number(rule: str, name: str, value: object) -> None:

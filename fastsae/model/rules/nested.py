@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,26 +27,33 @@ def _check_weights(rule: str, weights: tuple[float, ...] | None, count: int) -> 
 class Matryoshka(Activation):
     """Nested prefixes of the dictionary, each of which must reconstruct: L = Σ_g weight_g · error of m_g latents.
 
-    inner    TopK or BatchTopK: which latents are active.
-    groups   sizes of the groups, which sum to d_sae: the prefixes end after each. Or
-    sampled  so many prefixes, drawn anew for every batch, the last one the whole dictionary; log-uniform in length from
-             `shortest` on, a function of the count of batches and `seed`.
-    weights  one per prefix; None: all equal, with sum 1.
+    The prefixes end after each of `groups`; or they are `sampled`, the last one the whole dictionary, log-uniform in
+    length, a function of the count of batches and `seed`.
     Source: Bussmann et al. 2025 (arXiv 2503.17547), eq. 3; sampled prefixes: Nabeshima 2024.
     """
 
     inner: TopK | BatchTopK
+    """Which latents are active."""
     groups: tuple[int, ...] = ()
+    """Sizes of the groups, with sum d_sae."""
     sampled: int | None = None
+    """Instead of groups: so many prefixes, drawn anew for every batch."""
     weights: tuple[float, ...] | None = None
+    """Weight of each prefix's error. Left out: all equal, with sum 1."""
     shortest: int = 64
+    """Latents of the shortest prefix that is drawn."""
     seed: int = 0
+    """Seeds the draw of prefixes."""
     kind: ClassVar[str] = "matryoshka"
+
+    @classmethod
+    def variants(cls) -> dict[str, dict[str, type[Activation]]]:
+        return {"matryoshka": {"inner": TopK}, "matryoshka_batch": {"inner": BatchTopK}}
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, (TopK, BatchTopK)):
             raise ValueError(f"Matryoshka has inner = {self.inner!r}, expected TopK or BatchTopK")
-        for name in ("groups", "weights"):  # JSON has lists
+        for name in ("groups", "weights"):  # a list serves too
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if bool(self.groups) == (self.sampled is not None):
@@ -82,7 +89,7 @@ class Matryoshka(Activation):
         if self.groups and sum(self.groups) != d_sae:
             raise ValueError(f"Matryoshka has groups that sum to {sum(self.groups)}, expected d_sae = {d_sae}")
         if self.sampled is not None and self.shortest > d_sae:
-            raise ValueError(f"Matryoshka has shortest = {self.shortest}, expected at most d_sae = {d_sae}")
+            raise ValueError(f"Matryoshka has shortest = {self.shortest}, expected at most d_sae = {d_sae}; lower it")
 
     def new_buffers(self) -> dict[str, Tensor]:
         drawn = {} if self.groups else {"batches": torch.zeros((), dtype=torch.int64, device="cpu")}
@@ -129,24 +136,23 @@ class Matryoshka(Activation):
         part = torch.searchsorted(self.ends(A.shape[-1], rule_state, A.device), latents, right=True)
         return [(torch.where(part == g, A, 0), weight) for g, weight in enumerate(self.each_weight)]
 
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self), "inner": self.inner.config()}
-
 
 @dataclass(frozen=True)
 class HierarchicalTopK(Activation):
     """One SAE for many k: the ks[j] strongest latents of a token must reconstruct, for every j, with weights[j].
 
-    ks ascends; the code is that of TopK(ks[-1]), and any smaller k is a choice of whoever uses the SAE afterwards.
+    The code is that of TopK(ks[-1]), and any smaller k can be chosen afterwards.
     Source: Balagansky et al. 2025 (arXiv 2505.24473), eq. 4; multi-TopK of Gao et al. 2024 (arXiv 2406.04093), A.2.
     """
 
     ks: tuple[int, ...]
+    """The numbers of latents that must reconstruct, ascending."""
     weights: tuple[float, ...] | None = None
+    """Weight of each reconstruction's error. Left out: all equal, with sum 1."""
     kind: ClassVar[str] = "hierarchical_topk"
 
     def __post_init__(self) -> None:
-        for name in ("ks", "weights"):  # JSON has lists
+        for name in ("ks", "weights"):  # a list serves too
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for k in self.ks:

@@ -67,7 +67,9 @@ class ReLU(_WithL1):
     """
 
     l1: float = 5.0
+    """Weight of the L1 penalty."""
     weighted: bool = True
+    """Whether the penalty weights each act by the norm of its decoder's row."""
     kind: ClassVar[str] = "relu"
 
     def activate(self, pre: Tensor, rows: RuleState) -> Tensor:
@@ -81,21 +83,28 @@ class ReLU(_WithL1):
 class JumpReLU(_Threshold):
     """acts = pre where pre > θ, else 0, with θ = exp(log_threshold) per latent, learnt through a kernel of `bandwidth`.
 
-    penalty  "l0": l0 · mean L0, whose gradient reaches θ alone. "tanh": l0 · mean of Σ tanh(tanh_scale·acts·‖W_dec‖),
-             which trains encoder and decoder too. "target": l0 · (mean L0 / target_l0 - 1)².
-    threshold: θ at the start, the same for all latents. log_threshold and its gradient are float32 at least, whatever
-    the weights are: the steps of an optimizer are smaller than bfloat16's spacing. Pre-acts have the weights'
-    dtype: with narrow weights take a bandwidth of several of its steps at the threshold, or the kernel sees steps only.
+    penalty_kind  "l0": l0 · mean L0, whose gradient reaches θ alone. "tanh": l0 · mean of
+                  Σ tanh(tanh_scale·acts·‖W_dec‖), which trains encoder and decoder too.
+                  "target": l0 · (mean L0 / target_l0 - 1)².
+    log_threshold and its gradient are float32 at least, whatever the weights are: the steps of an optimizer are smaller
+    than bfloat16's spacing. Pre-acts have the weights' dtype: with narrow weights take a bandwidth of several of its
+    steps at the threshold, or the kernel sees steps only.
     Source: Rajamanoharan et al. 2024 (arXiv 2407.14435); tanh: Conerly et al. 2025 (Transformer Circuits, January
     update), Lieberum et al. 2024 for θ's start; target: the trainer of dictionary_learning.
     """
 
     l0: float = 1e-3
+    """Weight of the L0 penalty."""
     threshold: float = 1e-3
+    """Threshold at the start, the same for all latents."""
     bandwidth: float = 1e-3
+    """Width of the kernel through which the threshold learns."""
     penalty_kind: Literal["l0", "tanh", "target"] = "l0"
+    """L0 itself, a tanh that trains the weights too, or the squared distance from a target."""
     target_l0: float | None = None
+    """The target of penalty_kind target: active latents per token."""
     tanh_scale: float = 4.0
+    """How steep the tanh of penalty_kind tanh is."""
     kind: ClassVar[str] = "jumprelu"
 
     def __post_init__(self) -> None:
@@ -174,7 +183,9 @@ class Gated(_WithL1):
     """
 
     l1: float = 1.0
+    """Weight of the L1 penalty on the gate."""
     weighted: bool = False
+    """Whether the penalty weights each act by the norm of its decoder's row."""
     kind: ClassVar[str] = "gated"
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:

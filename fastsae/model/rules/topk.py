@@ -29,7 +29,8 @@ class TopK(Activation):
     Source: Makhzani & Frey 2013 (arXiv 1312.5663); Gao et al. 2024 (arXiv 2406.04093), eq. 3.
     """
 
-    k: int
+    k: int = 32
+    """Active latents per token."""
     kind: ClassVar[str] = "topk"
 
     def __post_init__(self) -> None:
@@ -70,8 +71,10 @@ class BatchTopK(Activation):
     Source: Bussmann, Leask & Nanda 2024 (arXiv 2412.06410), eq. 4 and 5.
     """
 
-    k: int
+    k: int = 32
+    """Active latents per token, on average over a batch."""
     decay: float = 0.999
+    """Share of the threshold for inference that stays in every update."""
     kind: ClassVar[str] = "batch_topk"
 
     def __post_init__(self) -> None:
@@ -133,7 +136,8 @@ class GroupMax(Activation):
     Ties go to the lower index. Source: the "groupmax" activation of EleutherAI's sparsify.
     """
 
-    k: int
+    k: int = 32
+    """Groups of latents, one of which is active."""
     kind: ClassVar[str] = "group_max"
 
     def __post_init__(self) -> None:

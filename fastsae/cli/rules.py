@@ -1,0 +1,139 @@
+"""The options of `fastsae train` that choose an activation rule, made from the fields of every rule that is registered.
+
+Rules share names (k, weights), so that each name is one option, whose help says which rules have it, what it means to
+each, and the default there. Left out, it is None, and the rule's own default holds: so a setting that is given for a
+rule without it can be refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Collection
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from fastsae.model.rules import ACTIVATIONS, Activation
+
+DEFAULT = "topk"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """The rule that picks latents. Each of its settings is for the rules that are named there."""
+
+    activation: str = DEFAULT
+    settings: ClassVar[dict[str, str]] = {}
+    """The rules' field behind each option."""
+
+    def rule(self) -> Activation:
+        """The activation rule. Raises ValueError for a setting that is missing, of another rule, or not possible."""
+        rule, parts = _variants()[self.activation]
+        owners = _owners(rule, parts)
+        given: dict[type[Activation], dict[str, Any]] = {owner: {} for owner in (rule, *parts.values())}
+        for option, setting in self.settings.items():
+            value = getattr(self, option)
+            if value is not None and setting not in owners:
+                raise ValueError(f"{option} is {value}, which {self.activation} does not have; leave it")
+            if value is not None:
+                given[owners[setting].owner][setting] = value
+        for option, setting in self.settings.items():
+            if setting in owners and owners[setting].required and setting not in given[owners[setting].owner]:
+                raise ValueError(f"{self.activation} needs --{option.replace('_', '-')}")
+        return rule(**{name: part(**given[part]) for name, part in parts.items()}, **given[rule])
+
+
+def rule_options(taken: Collection[str]) -> type[RuleOptions]:
+    """RuleOptions with an option for each setting of each rule there is now.
+
+    taken: the other options' names. A setting that has one of them is called activation_NAME.
+    """
+    owned = {variant: _owners(*found) for variant, found in _variants().items()}
+    names = list(dict.fromkeys(name for settings in owned.values() for name in settings))
+    options: list[tuple[str, Any, Any]] = [
+        ("activation", Annotated[Literal[*owned], tyro.conf.arg(help="The rule.")], dataclasses.field(default=DEFAULT))
+    ]
+    settings = {}
+    for name in names:
+        having = {variant: found[name] for variant, found in owned.items() if name in found}
+        option = f"activation_{name}" if name in taken or name == "activation" else name
+        settings[option] = name
+        kinds = tuple(dict.fromkeys(setting.type for setting in having.values()))
+        described = tyro.conf.arg(help=_help(having), help_behavior_hint=f"(default: {_defaults(having)})")
+        options.append((option, Annotated[typing.Union[*kinds, None], described], dataclasses.field(default=None)))
+    return dataclasses.make_dataclass(
+        "RuleOptions", options, bases=(RuleOptions,), namespace={"settings": settings, "__doc__": RuleOptions.__doc__},
+        frozen=True, kw_only=True,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """A field of a rule's class: its type, its docstring, and its default if it has one."""
+
+    owner: type[Activation]
+    type: Any
+    help: str
+    required: bool
+    default: Any
+
+
+def _variants() -> dict[str, tuple[type[Activation], dict[str, type[Activation]]]]:
+    """What --activation can be: the rule's class, and the classes of those of its fields that are rules."""
+    return {name: (rule, parts) for rule in ACTIVATIONS.values() for name, parts in rule.variants().items()}
+
+
+def _owners(rule: type[Activation], parts: dict[str, type[Activation]]) -> dict[str, _Setting]:
+    """The settings of a variant by name: those of its parts, and over them the rule's own."""
+    found: dict[str, _Setting] = {}
+    for owner in (*parts.values(), rule):
+        hints, docs = typing.get_type_hints(owner), _docstrings(owner)
+        for field in dataclasses.fields(owner):  # type: ignore[arg-type]
+            if owner is rule and field.name in parts:
+                continue
+            made = field.default_factory
+            default = field.default if made is dataclasses.MISSING else made()
+            required = default is dataclasses.MISSING
+            found[field.name] = _Setting(owner, hints[field.name], docs.get(field.name, ""), required, default)
+    return found
+
+
+def _docstrings(owner: type) -> dict[str, str]:
+    """The docstring under each field of a class and its bases; none where the source is not there to be read."""
+    found: dict[str, str] = {}
+    for cls in reversed(owner.__mro__[:-1]):
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        except (OSError, TypeError):
+            continue
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return found
+
+
+def _help(having: dict[str, _Setting]) -> str:
+    """ "topk, matryoshka: Active latents per token. group_max: Groups ...": each text once, after its rules."""
+    return " ".join(f"{', '.join(kinds)}: {text}" for text, kinds in _grouped(having, lambda s: s.help).items())
+
+
+def _defaults(having: dict[str, _Setting]) -> str:
+    """ "32", or "5.0 of relu, 1.0 of gated"."""
+    groups = _grouped(having, lambda s: "must be given" if s.required else _shown(s.default))
+    return next(iter(groups)) if len(groups) == 1 else ", ".join(f"{v} of {', '.join(k)}" for v, k in groups.items())
+
+
+def _shown(default: Any) -> str:
+    return "none" if default is None or default == () else str(default)
+
+
+def _grouped(having: dict[str, _Setting], key: Callable[[_Setting], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for variant, setting in having.items():
+        groups.setdefault(key(setting), []).append(variant)
+    return groups
