@@ -8,7 +8,7 @@ import torch
 from fastsae import UpdateTerm, ops, reference
 from fastsae.backends.gpu import pieces
 from fastsae.backends.gpu.by_latent import by_latent
-from fastsae.ops.raw_checks import check_indices
+from fastsae.ops import checks
 from tests import truth, update_case
 from tests.cases import BY_NAME, Case
 
@@ -115,7 +115,7 @@ def test_terms_of_a_narrower_dtype_than_the_weights() -> None:
         [p.codes.acts for p in parts], [p.codes.indices for p in parts],
         [torch.empty(0, dtype=torch.int64) if p.codes.offsets is None else p.codes.offsets for p in parts],
         [torch.empty(0)] * 2, [p.x for p in parts], [p.grad for p in parts], [p.has_bias for p in parts],
-        None, None, [], torch.tensor(problem.lr, dtype=torch.float64), torch.tensor(problem.step), None,
+        None, None, [], torch.tensor(problem.lr, dtype=torch.float64), torch.tensor(problem.step), None, None,
         "adam", *update_case.BETAS, update_case.EPS, 0.0, None, True, True, False, None, "triton",
     )  # fmt: skip
     for name, p in problem.params.items():
@@ -165,7 +165,7 @@ def test_slots_outside_the_dictionary_are_left_out_and_the_end_is_marked() -> No
     top = 2**31 - 1
     indices = torch.tensor([[0, 5, 9], [-1, 2, top], [1, 2, 3], [-top - 1, 4, 4]], dtype=torch.int32)
     with pytest.raises(IndexError):
-        check_indices(indices, None, 5)
+        checks.code_inside(indices, None, 5)
     offsets, tokens, slots = by_latent(steps, torch.ones(4, 3), indices, None, 5)
     assert offsets.tolist() == [0, 1, 2, 4, 5, 7]
     assert slots.tolist() == [0, 6, 4, 7, 8, 10, 11] + [-1] * 5

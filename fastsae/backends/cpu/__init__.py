@@ -81,10 +81,7 @@ def active_outer(
     acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, by_latent: list[Tensor] | None
 ) -> Tensor:
     code = codes(acts, indices, offsets, d_sae)
-    if by_latent is None:
-        order = sort(code, acts.numel(), d_sae)
-    else:
-        order = _checked_order(by_latent, acts.numel(), x.shape[0], d_sae)
+    order = sort(code, acts.numel(), d_sae) if by_latent is None else by_latent
     out = x.new_empty(d_sae, x.shape[1])
     _cpu.active_outer(code, latent_order(*order), matrix(x), matrix(out), torch.get_num_threads())
     return out
@@ -92,25 +89,6 @@ def active_outer(
 
 def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     return sort(codes(acts, indices, offsets, d_sae), acts.numel(), d_sae)
-
-
-def _checked_order(order: list[Tensor], capacity: int, tokens: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tensors. Raises ValueError where they are not an order of this code: C++ takes them as addresses."""
-    offsets, of_token, slots = order
-    dtypes = [t.dtype for t in order]
-    if dtypes != [torch.int64, torch.int32, torch.int64] or offsets.shape != (d_sae + 1,):
-        raise ValueError(
-            f"by_latent is {dtypes} with {offsets.numel() - 1} latents, expected int64, int32, int64 with {d_sae}"
-        )
-    end = int(offsets[-1])
-    inside = int(offsets[0]) == 0 and end <= min(of_token.numel(), slots.numel()) and bool((offsets.diff() >= 0).all())
-    for places, count in ((of_token, tokens), (slots, capacity)):
-        if inside and end:
-            low, high = torch.aminmax(places[:end])
-            inside = int(low) >= 0 and int(high) < count
-    if not inside:
-        raise ValueError("by_latent points outside the code; it was made of another one: use ops.by_latent(codes)")
-    return offsets, of_token, slots
 
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae import _cpu
-from fastsae.backends.contract import UpdateCall
+from fastsae.backends.contract import UpdateArguments
 from fastsae.backends.cpu import screen as cpu_screen
 from fastsae.backends.cpu.memory import DTYPES, address, codes, latent_order, matrix, sort
 from fastsae.reference import EightBit, Moment, wide
@@ -17,8 +17,9 @@ from fastsae.reference import EightBit, Moment, wide
 STORED = {torch.bfloat16: _cpu.Stored.bf16, torch.float8_e4m3fn: _cpu.Stored.fp8}
 
 
-def update_latents_(*arguments: Any) -> Tensor:
-    call = UpdateCall(*arguments)
+def update_latents_(call: UpdateArguments) -> Tensor:
+    if call.skip is not None and not call.norms_only and bool(call.skip):
+        return torch.full((4,), torch.nan, dtype=torch.float64)
     (latents, d_out), d_in = call.W_dec.shape, call.encoder.shape[1]
     moments = call.stored_moments()
     parameters = [
@@ -67,7 +68,7 @@ def _parameter(p: Tensor | None, moments: tuple[Moment, ...], stream: int) -> _c
     return _cpu.Parameter(address(p), *places, *scales, stored, stream)
 
 
-def _optimizer(call: UpdateCall) -> _cpu.OptimizerArgs:
+def _optimizer(call: UpdateArguments) -> _cpu.OptimizerArgs:
     lr, t = float(call.lr), int(call.step)
     return _cpu.OptimizerArgs(
         kind=getattr(_cpu.OptimizerKind, call.optimizer),
@@ -81,7 +82,7 @@ def _optimizer(call: UpdateCall) -> _cpu.OptimizerArgs:
     )
 
 
-def _terms(call: UpdateCall, held: list[Any]) -> list[_cpu.UpdateTerm]:
+def _terms(call: UpdateArguments, held: list[Any]) -> list[_cpu.UpdateTerm]:
     terms = []
     for t in call.terms():
         acts, x, grad = t.acts.to(call.W_dec.dtype), wide(t.x).contiguous(), wide(t.grad).contiguous()
@@ -95,7 +96,7 @@ def _terms(call: UpdateCall, held: list[Any]) -> list[_cpu.UpdateTerm]:
     return terms
 
 
-def _parts(call: UpdateCall, held: list[Any]) -> _cpu.UpdateParts:
+def _parts(call: UpdateArguments, held: list[Any]) -> _cpu.UpdateParts:
     parts = call.parts()
     given = [parts.decoder_pull, parts.db_enc, parts.W_enc, parts.W_dec, parts.pre]
     pull, *others = [None if t is None else wide(t.detach()).contiguous() for t in given]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.backends.contract import RawTerm, UpdateCall
+from fastsae.backends.contract import RawTerm, UpdateArguments
 from fastsae.backends.gpu.entries import Entries
 from fastsae.backends.gpu.pieces import cut
 from fastsae.backends.gpu.sizes import cdiv
@@ -67,7 +67,7 @@ def programs_of(d_sae: int, tokens: int) -> int:
     return max(1, min(cdiv(d_sae, 4), 4096, max(1024, tokens // 2)))
 
 
-def update_latents(steps: LatentSteps, call: UpdateCall) -> Tensor:
+def update_latents(steps: LatentSteps, call: UpdateArguments) -> Tensor:
     """One step of a plain call, in place. Returns the squared gradient norms before projection, (4,) float64."""
     W_enc, W_dec, b_enc, b_dec = call.W_enc, call.W_dec, call.b_enc, call.b_dec
     moments, terms, tied, encoder = call.moments, call.terms(), call.tied, call.encoder
