@@ -13,7 +13,6 @@ from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
 from fastsae.model.rules import BatchTopK, Gated, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
 from fastsae.model.sae import ForwardResult, SparseAutoencoder
-from fastsae.ops import backward as autograd
 from fastsae.runs.schedules import Schedule
 from fastsae.training.batch import SAEBatch
 from fastsae.training.batch_step import BatchTrainStep
@@ -41,7 +40,6 @@ __all__ = [
     "SparseCodes",
     "TopK",
     "UpdateTerm",
-    "autograd",
     "backends",
     "load",
     "ops",

@@ -285,17 +285,6 @@ def test_an_act_of_0_in_a_ragged_code_is_an_entry(dtype: torch.dtype) -> None:
     assert ops.active_dot(x, codes, W, backend="cpu").tolist() == [D] * 3
 
 
-def test_an_order_of_another_code_is_refused() -> None:
-    codes, x = fixed(torch.float32), rows(N, torch.float32, 3)
-    order = ops.by_latent(codes, backend="cpu")
-    few = SparseCodes(codes.acts[:5], codes.indices[:5], M)
-    with pytest.raises(ValueError, match="made of another code"):
-        ops.active_outer(few, x[:5], by_latent=order, backend="cpu")
-    wider = SparseCodes(codes.acts, codes.indices, M + 1)
-    with pytest.raises(ValueError, match=f"expected int64, int32, int64 for {M + 1} latents"):
-        ops.active_outer(wider, x, by_latent=order, backend="cpu")
-
-
 def test_what_it_has_no_kernel_for() -> None:
     codes, W = fixed(torch.float32), rows(M, torch.float32, 4)
     with pytest.raises(BackendError, match=r"cpu: .*torch\.float16"):

@@ -1,4 +1,4 @@
-"""What is refused before a backend sees it, and how: ops.checks in words, ops.raw_checks for raw ops."""
+"""What is refused before a backend sees it, and how, by the public functions and by raw ops."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def test_codes_of_another_dictionary_are_refused() -> None:
         ops.active_outer(codes, x, 9)
     with pytest.raises(ValueError, match=r"x has shape \(5, 8\), expected \(\*batch, D\) with the codes' batch \(6,\)"):
         ops.active_outer(codes, x[1:])
-    with pytest.raises(TypeError, match=r"codes.acts has dtype torch.float64 but W has torch.float32"):
+    with pytest.raises(TypeError, match=r"acts has dtype torch.float64 but W has torch.float32"):
         ops.decode(codes.to(torch.float64), W)
     long = SparseCodes(codes.acts, codes.indices.long(), M)
-    with pytest.raises(TypeError, match=r"codes.indices have dtype torch.int64, expected torch.int32"):
+    with pytest.raises(TypeError, match=r"indices have dtype torch.int64, expected torch.int32; use .int\(\)"):
         ops.decode(long, W)
 
 
@@ -101,18 +101,61 @@ def test_the_raw_ops_check_what_a_backend_would_read_by(backend: str) -> None:
     def topk(x: Tensor, W: Tensor, b: Tensor) -> Any:
         return raw.encode_topk(x, W, b, K, None, None, 0, None, "exact", backend)
 
-    with pytest.raises(TypeError, match=r"got x torch.bfloat16, W torch.float32, b torch.float32, expected one dtype"):
+    with pytest.raises(TypeError, match=r"x has dtype torch.bfloat16 but W has torch.float32; cast with x.to\("):
         topk(x.bfloat16(), W, b)
-    with pytest.raises(ValueError, match=r"x has shape \(6, 7\), expected \(6, 8\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(6, 7\) and W \(16, 8\), expected .* \(7 != 8\)"):
         topk(x[:, 1:], W, b)
     with pytest.raises(ValueError, match=r"b has shape \(15,\), expected \(16,\)"):
         topk(x, W, b[1:])
     with pytest.raises(ValueError, match="x has 5 rows and the code 6 tokens"):
         raw.active_outer(acts, indices, None, x[1:], M, None, backend)
-    with pytest.raises(TypeError, match=r"indices are torch.int64, expected torch.int32"):
+    with pytest.raises(TypeError, match=r"indices have dtype torch.int64, expected torch.int32"):
         raw.decode(acts, indices.long(), None, W, backend)
-    with pytest.raises(ValueError, match=r"indices has shape \(5, 4\), expected \(6, 4\)"):
+    with pytest.raises(ValueError, match=r"acts has shape \(6, 4\) and indices has shape \(5, 4\), expected the same"):
         raw.decode(acts, indices[1:], None, W, backend)
+
+
+@every_backend
+def test_a_code_and_its_dictionary_fit_together(backend: str) -> None:
+    x, W, _ = inputs()
+    acts, indices = encode().acts, encode().indices
+    ragged = both_codes()[1]
+    assert ragged.offsets is not None
+    with pytest.raises(ValueError, match=r"acts has shape \(24,\) and indices has shape \(24,\), expected .* \(N, K\)"):
+        raw.decode(acts.flatten(), indices.flatten(), None, W, backend)
+    with pytest.raises(TypeError, match=r"offsets are torch.int32 of shape \(7,\), expected torch.int64 of shape"):
+        raw.decode(ragged.acts, ragged.indices, ragged.offsets.int(), W, backend)
+    with pytest.raises(ValueError, match="indices is on meta but acts is on cpu"):
+        raw.by_latent(acts, indices.to("meta"), None, M, backend)
+    with pytest.raises(ValueError, match=r"bias has shape \(7,\), expected \(8,\), the width of W"):
+        raw.decode_error(acts, indices, None, W, x, W[0, 1:], backend)
+    with pytest.raises(ValueError, match="target has 5 rows and the code 6 tokens"):
+        raw.decode_error(acts, indices, None, W, x[1:], None, backend)
+
+
+@every_backend
+def test_an_order_of_another_code_is_refused(backend: str) -> None:
+    x, codes = inputs()[0], encode()
+    order = ops.by_latent(codes, backend=backend)
+    few = SparseCodes(codes.acts[:5], codes.indices[:5], M)
+    with pytest.raises(ValueError, match=r"torch.int32 of shape \(24,\), .* expected .*\(20,\).* made of another code"):
+        ops.active_outer(few, x[:5], by_latent=order, backend=backend)
+    wider = SparseCodes(codes.acts, codes.indices, M + 1)
+    with pytest.raises(ValueError, match=r"by_latent is torch.int64 of shape \(17,\), .* expected .*\(18,\)"):
+        ops.active_outer(wider, x, by_latent=order, backend=backend)
+    # As many slots of half as many tokens: the order names tokens that are not there.
+    wide = SparseCodes(codes.acts.view(N // 2, -1), codes.indices.view(N // 2, -1), M)
+    with pytest.raises(ValueError, match="by_latent points outside the code"):
+        ops.active_outer(wide, x[: N // 2], by_latent=order, backend=backend)
+
+
+def test_a_compiled_graph_meets_a_wrong_shape_when_it_is_traced() -> None:
+    x, W, b = inputs()
+    short = W[1:]
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (x, short, b)]
+        with pytest.raises(ValueError, match=r"b has shape \(16,\), expected \(15,\)"):
+            ops.encode_topk(*fakes, K)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +212,12 @@ def test_moments_are_of_one_dtype_wide_or_bf16(backend: str) -> None:
         ({"moments": [torch.zeros(1)] * 8}, ValueError, r"moment m of W_enc has shape \(1,\)"),
         ({"step": torch.tensor(0)}, ValueError, "step counts this one, expected >= 1"),
         ({"W_dec": torch.ones(D, M).mT}, ValueError, "W_dec is not contiguous"),
-        ({"xs": [torch.ones(N, D - 1)]}, ValueError, r"xs\[0\] has shape \(6, 7\), expected \(N, 8\)"),
-        ({"grads": [torch.ones(N - 1, D)]}, ValueError, r"grads\[0\] has 5 rows and the code 6 tokens"),
+        ({"xs": [torch.ones(N, D - 1)]}, ValueError, r"terms\[0\].x has shape \(6, 7\), expected \(6, 8\)"),
+        ({"grads": [torch.ones(N - 1, D)]}, ValueError, r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)"),
         ({"grads": []}, ValueError, "0 grads, 1 has_bias, expected as many of each"),
-        ({"xs": [torch.ones(N, D).double()]}, TypeError, r"xs\[0\] are torch.float64 but W_dec has torch.float32"),
-        ({"acts": [torch.ones(N, 1)]}, ValueError, r"acts\[0\] has shape \(6, 1\) and indices\[0\] \(6, 4\)"),
-        ({"indices": [torch.zeros(N, K).long()]}, TypeError, "indices are torch.int64, expected torch.int32"),
+        ({"xs": [torch.ones(N, D).double()]}, TypeError, r"terms\[0\].x has dtype torch.float64 but terms"),
+        ({"acts": [torch.ones(N, 1)]}, ValueError, r"codes.acts has shape \(6, 1\) and .*indices has shape \(6, 4\)"),
+        ({"indices": [torch.zeros(N, K).long()]}, TypeError, r"terms\[0\].codes.indices have dtype torch.int64"),
         ({"indices": [torch.full((N, K), M).int()]}, IndexError, "codes point at latents 16 to 16"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

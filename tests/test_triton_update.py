@@ -8,7 +8,7 @@ import torch
 from fastsae import UpdateTerm, ops, reference
 from fastsae.backends.gpu import pieces
 from fastsae.backends.gpu.by_latent import by_latent
-from fastsae.ops.raw_checks import check_indices
+from fastsae.ops import checks
 from tests import truth, update_case
 from tests.cases import BY_NAME, Case
 
@@ -165,7 +165,7 @@ def test_slots_outside_the_dictionary_are_left_out_and_the_end_is_marked() -> No
     top = 2**31 - 1
     indices = torch.tensor([[0, 5, 9], [-1, 2, top], [1, 2, 3], [-top - 1, 4, 4]], dtype=torch.int32)
     with pytest.raises(IndexError):
-        check_indices(indices, None, 5)
+        checks.code_inside(indices, None, 5)
     offsets, tokens, slots = by_latent(stages, torch.ones(4, 3), indices, None, 5)
     assert offsets.tolist() == [0, 1, 2, 4, 5, 7]
     assert slots.tolist() == [0, 6, 4, 7, 8, 10, 11] + [-1] * 5

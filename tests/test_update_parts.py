@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import SparseCodes, UpdateTerm, ops, reference
+from fastsae import Screen, SparseCodes, UpdateTerm, ops, reference
 from tests import truth
 from tests.cases import BY_NAME, Case
 from tests.update_case import BETAS, EPS, Problem, check, gradient_truth, make_problem, most_backends
@@ -190,6 +190,69 @@ def test_rows_are_clipped_to_a_norm_and_short_ones_left_alone(backend: str) -> N
     problem.run(backend, clip_rows=most)
     taken = ((problem.moments[0] - BETAS[0] * old) / (1 - BETAS[0])).norm(dim=-1)
     torch.testing.assert_close(taken, norms.clamp(max=most), rtol=1e-10, atol=1e-12)
+
+
+# -- skip -------------------------------------------------------------------------------------------------------------
+
+STORED = {"wide": None, "bf16": torch.bfloat16, "8 bit": torch.float8_e4m3fn}
+"""How moments are stored: of `8 bit` the dictionaries' only."""
+
+
+def stored_as(problem: Problem, optimizer: str, storage: str) -> Problem:
+    """The problem with an optimizer's moments, in one of the ways to store them."""
+    kept = len(reference.MOMENTS_OF[optimizer])
+    moments = [m for i, m in enumerate(problem.moments) if i % 2 < kept]
+    problem.settings |= {"optimizer": optimizer, "seed": 7}
+    if storage == "8 bit":
+        made = [reference.round_to_fp8(m, 7, torch.tensor(2), i, False) for i, m in enumerate(moments) if m.ndim == 2]
+        problem.settings["scales"] = [m.scales for m in made]
+        moments = [m.codes for m in made] + [m for m in moments if m.ndim == 1]
+    elif storage == "bf16":
+        moments = [m.bfloat16() for m in moments]
+    problem.moments = moments
+    return problem
+
+
+def bits(problem: Problem, screen: Screen | None) -> list[Tensor]:
+    """Everything that an update may write, copied, and as bytes, so that NaN equals NaN and 8 bits can be compared."""
+    held = [*problem.params.values(), *problem.moments, *problem.settings.get("scales", ())]
+    held += [] if screen is None else screen.tensors
+    return [t.clone().contiguous().reshape(-1).view(torch.uint8) for t in held]
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
+@pytest.mark.parametrize(
+    ("optimizer", "storage"),
+    [(kind, storage) for kind, kept in reference.MOMENTS_OF.items() for storage in STORED
+     if (kept or storage == "wide") and (kept == "mv" or storage != "8 bit")],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", truth.BACKENDS)
+def test_a_skipped_update_changes_nothing(backend: str, optimizer: str, storage: str, ragged: bool) -> None:
+    """As after a loss that is not finite; where skip is False, every bit is that of a call without it."""
+    plain, kept = (
+        stored_as(make_problem(NARROW_CASE, torch.float32, ragged=ragged), optimizer, storage) for _ in range(2)
+    )
+    W, b = kept.params["W_enc"], kept.params["b_enc"]
+    screen = ops.prepare_screen(W, b, backend=backend)
+    before = bits(kept, screen)
+    good = kept.terms
+    kept.terms = [replace(t, grad=torch.full_like(t.grad, torch.nan)) for t in good]
+    stats = kept.run(backend, skip=torch.tensor(True), screen=screen)
+    assert stats.shape == (4,)
+    assert stats.dtype == torch.float64
+    assert all(map(torch.equal, bits(kept, screen), before))
+
+    kept.terms = good
+    norms = kept.run(backend, skip=torch.tensor(True), norms_only=True)
+    assert bool(norms.isfinite().all())
+    assert torch.equal(norms, plain.run(backend, norms_only=True)), "norms_only writes nothing that could be skipped"
+
+    fresh = ops.prepare_screen(plain.params["W_enc"], plain.params["b_enc"], backend=backend)
+    plain.run(backend, screen=fresh)
+    kept.run(backend, skip=torch.tensor(False), screen=screen)
+    after = bits(kept, screen)
+    assert not torch.equal(after[0], before[0])
+    assert all(map(torch.equal, after, bits(plain, fresh)))
 
 
 # -- order and threads ------------------------------------------------------------------------------------------------

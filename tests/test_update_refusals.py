@@ -54,6 +54,8 @@ def kept(letters: int) -> list[torch.Tensor]:
         ({"clip_rows": 0.0}, "clip_rows is 0.0, expected a norm > 0, or None"),
         ({"clip_rows": float("nan")}, "clip_rows is nan, expected a norm > 0"),
         ({"grad_scale": torch.ones(1)}, r"grad_scale is torch.float32 of shape \(1,\), expected a 0-d torch.float64"),
+        ({"skip": torch.zeros((), dtype=torch.uint8)}, r"skip is torch.uint8 of shape \(\), expected a 0-d torch.bool"),
+        ({"skip": torch.tensor([True])}, r"skip is torch.bool of shape \(1,\), expected a 0-d torch.bool tensor"),
         ({"scales": [torch.zeros(M, 1)]}, "got 1 scales, expected 0: one for each moment of torch.float8_e4m3fn"),
         ({**eight_bit(), "scales": []}, "got 0 scales, expected 4"),
         (
@@ -114,16 +116,17 @@ def test_dacts_are_like_acts() -> None:
     ("changes", "error", "message"),
     [
         ({"dacts": []}, ValueError, "1 acts, 1 indices, 1 offsets, 0 dacts, 1 xs, .* expected as many of each"),
-        ({"dacts": [torch.ones(N, 1)]}, ValueError, r"dacts\[0\] has shape \(6, 1\), expected \(6, 4\), that of acts"),
+        ({"dacts": [torch.ones(N, 1)]}, ValueError, r"terms\[0\].dacts has shape \(6, 1\), expected \(6, 4\), that of"),
         (
             {"dacts": [torch.ones(N, K).double()]},
             TypeError,
-            r"dacts\[0\] are torch.float64 but W_dec has torch.float32",
+            r"terms\[0\].dacts is torch.float64 but W_dec has torch.float32",
         ),
         ({"decoder_pull": torch.ones(M, 3)}, ValueError, "decoder_pull has shape"),
         ({"db_enc": torch.ones(M - 1)}, ValueError, "db_enc has shape"),
         ({"added": [torch.ones(M, D)]}, ValueError, "got 1 tensors in added"),
         ({"grad_scale": torch.tensor(1.0)}, ValueError, "grad_scale is torch.float32"),
+        ({"skip": torch.tensor(1)}, ValueError, "skip is torch.int64 of shape .*, expected a 0-d torch.bool"),
         ({"optimizer": "sgd"}, ValueError, "optimizer is 'sgd'"),
         ({"optimizer": "signsgd"}, ValueError, "got 8 moments, expected 0"),
         ({"beta1": 1.0}, ValueError, "expected 0 <= beta < 1"),
@@ -141,15 +144,8 @@ def test_the_raw_update_checks_its_parts(changes: dict, error: type[Exception], 
         **{"scales": [], "screen": [], "acts": [term.codes.acts], "indices": [term.codes.indices]},
         **{"offsets": [torch.empty(0, dtype=torch.int64)], "dacts": [torch.empty(0)], "xs": [term.x]},
         **{"grads": [term.grad], "has_bias": [True], "decoder_pull": None, "db_enc": None, "added": []},
-        **{
-            "lr": given["lr"],
-            "step": given["step"],
-            "grad_scale": None,
-            "skip": None,
-            "optimizer": "adam",
-            "beta1": 0.9,
-        },
-        **{"beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_rows": None},
+        **{"lr": given["lr"], "step": given["step"], "grad_scale": None, "skip": None, "optimizer": "adam"},
+        **{"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_rows": None},
     }
     with pytest.raises(error, match=message):
         raw.update_latents_(*{**arguments, **changes}.values(), True, True, False, None, backend)

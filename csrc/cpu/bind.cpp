@@ -1,7 +1,7 @@
 // The Python face of the CPU ops: memory comes as integers (torch's data_ptr()), so no torch header is needed.
 // fastsae/backends/cpu/memory.py is where they are made: each address has the dtype and the size that its struct says. What
 // an op is told by several structs must fit together, and that is checked here, so that no kernel reads or writes past one
-// of them. Not checked: the latents in a code, the rows of a screen, an order of latents (fastsae/ops/raw_checks.py).
+// of them. Not checked: the latents in a code, the rows of a screen, an order of latents (fastsae/ops/checks.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

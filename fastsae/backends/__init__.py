@@ -1,6 +1,7 @@
 """Who computes an op: the registry of backends and the choice among them.
 
-A backend is a module with one function per raw op (same name, same arguments without `backend`), and
+A backend is a module with one function per raw op (same name, same arguments without `backend`; update_latents_ takes
+them as one fastsae.backends.contract.UpdateArguments), and
     available() -> str | None               the reason why it cannot run here, or None
     detail() -> dict                        what `fastsae info` prints about it
     supports(op, *tensors, **info) -> str | None    the reason against serving this call, or None; tensors are the

@@ -1,4 +1,4 @@
-"""UpdateCall: the arguments of one raw `update_latents_`, by name, and what backends ask of them."""
+"""UpdateArguments: the arguments of one raw `update_latents_`, by name, and what backends ask of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.reference import EightBit, Moment, Optimizer, Parts
+from fastsae.reference import EightBit, Moment, Moments, Optimizer, Params, Parts, store
+
+WRITTEN = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "scales", "screen")
+"""The arguments of `update_latents_` that it writes; the others it only reads."""
 
 
 class RawTerm(NamedTuple):
@@ -24,8 +27,8 @@ class RawTerm(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class UpdateCall:
-    """In the order of the raw op's schema (fastsae.ops.register), without the backend; meanings: fastsae.ops.
+class UpdateArguments:
+    """In the order of the raw op's schema, without the backend; both and their meanings: fastsae.ops.update.
 
     Of offsets and dacts an empty tensor stands for none; screen, scales and added are empty where there are none.
     """
@@ -84,6 +87,14 @@ class UpdateCall:
         stored = [EightBit(m, next(scales)) if m.dtype == torch.float8_e4m3fn else m for m in self.moments]
         kept = len(self.rule().moments)
         return {name: tuple(stored[i * kept : (i + 1) * kept]) for i, name in enumerate(self.parameters())}
+
+    def write(self, params: Params, moments: Moments) -> None:
+        """Stores what a step made of the parameters and moments; where skip is True, what was there stays."""
+        old = self.stored_moments()
+        for name, p in self.parameters().items():
+            store(p, params[name], self.skip)
+            for place, moment in zip(old[name], moments[name], strict=True):
+                store(place, moment, self.skip)
 
     def terms(self) -> list[RawTerm]:
         columns = (self.acts, self.indices, self.offsets, self.dacts, self.xs, self.grads, self.has_bias)

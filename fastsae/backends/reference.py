@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae import reference
-from fastsae.backends.contract import RawTerm, UpdateCall
+from fastsae.backends.contract import RawTerm, UpdateArguments
 from fastsae.codes import Screen, SparseCodes
 from fastsae.reference import wide
 
@@ -148,10 +148,8 @@ def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), tokens, slots
 
 
-def update_latents_(*arguments: Any) -> Tensor:
-    call = UpdateCall(*arguments)
-    weights = call.parameters()
-    params = {name: wide(weight) for name, weight in weights.items()}
+def update_latents_(call: UpdateArguments) -> Tensor:
+    params = {name: wide(weight) for name, weight in call.parameters().items()}
     terms = [_dense_term(term, call.W_dec.shape[0]) for term in call.terms()]
     raw = reference.gradients(params, terms, call.pre_bias, call.parts())
     grads = reference.shape_gradients(params, raw, call.unit_norm, call.clip_rows)
@@ -159,14 +157,8 @@ def update_latents_(*arguments: Any) -> Tensor:
         return reference.squared_norms(grads)
     if call.grad_scale is not None:
         grads = {name: grad * call.grad_scale for name, grad in grads.items()}
-    old = call.stored_moments()
-    new_params, new_moments = reference.update(
-        params, grads, old, call.lr, call.step, call.rule(), call.unit_norm, call.seed
-    )
-    for name, value in new_params.items():
-        weights[name].copy_(value)
-        for stored, fresh in zip(old[name], new_moments[name], strict=True):
-            reference.store(stored, fresh)
+    old, rule = call.stored_moments(), call.rule()
+    call.write(*reference.update(params, grads, old, call.lr, call.step, rule, call.unit_norm, call.seed))
     return reference.squared_norms(raw)
 
 

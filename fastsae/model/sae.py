@@ -24,7 +24,7 @@ from fastsae.model.norm import TokenStats
 from fastsae.model.parameters import Parameters
 from fastsae.model.rules import EncodeOptions, Selected
 from fastsae.ops import ledger as ledgers
-from fastsae.ops.backward import per_latent
+from fastsae.ops.products import per_latent
 from fastsae.ops.reconstruction import squared_errors
 from fastsae.ops.sums import fixed_sum
 from fastsae.reference import wide

@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastsae import reference
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
+from fastsae.ops.gradients import encoder_gradients, latent_sums
 from fastsae.reference import wide
 
 _raw = torch.ops.fastsae
@@ -374,8 +375,7 @@ class Ledger:
             order = _raw.by_latent(acts, *code, W_dec.shape[0], None)
             sums["W_dec"] += _raw.active_outer(acts, *code, term.grad, W_dec.shape[0], order, None)
             encoder += _raw.active_outer(dacts, *code, term.x.contiguous(), W_dec.shape[0], order, None)
-            ones = term.x.new_ones(term.x.shape[0], 1)
-            db = _raw.active_outer(dacts, *code, ones, W_dec.shape[0], order, None).squeeze(1)
+            db = latent_sums(dacts, *code, W_dec.shape[0], order, None)
             sums["b_enc"] += db
             if term.has_bias:
                 sums["b_dec"] += term.grad.sum(0)
@@ -484,8 +484,11 @@ class _Encode(torch.autograd.Function):
         if grad is not None and offsets is None:
             grad = torch.where(acts != 0, grad, 0)
         if not ledger.accumulates("W_enc", "b_enc", *(["b_dec"] if ctx.centred else [])):
-            dense = (None,) * 4 if grad is None else _dense_encoder(ctx, grad, x, W, acts, indices, offsets)
-            return *dense, *rest
+            if grad is None:
+                return (None,) * 8
+            needs = (ctx.needs_input_grad[0], True, True)
+            dx, dW, db = encoder_gradients(needs, grad, x, W, acts, indices, offsets, ctx.backend)
+            return dx, dW, db, -(db @ W) if ctx.centred else None, *rest
         for term in ctx.record.waiting:
             ledger.add(replace(term, x=x))
         ctx.record.waiting.clear()
@@ -493,7 +496,7 @@ class _Encode(torch.autograd.Function):
             return (None,) * 8
         if ledger.pre_bias and not ctx.centred:
             # The update takes every x for one less b_dec; this one's gradient of b_dec goes by autograd, or is none.
-            ledger.add_dense("b_dec", _sums(grad, indices, offsets, W.shape[0], ctx.backend) @ W)
+            ledger.add_dense("b_dec", latent_sums(grad, indices, offsets, W.shape[0], None, ctx.backend) @ W)
         other = ledger.decoded_with(indices, offsets)
         if other is None:
             ledger.add(_encoder_only(ledger, x, grad, indices, offsets))
@@ -501,28 +504,6 @@ class _Encode(torch.autograd.Function):
             ledger.add(replace(other, x=x, dacts=grad[: other.codes.acts.shape[0]]))
         dx = _raw.decode(grad, indices, offsets, W, ctx.backend) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, *rest
-
-
-def _dense_encoder(
-    ctx: Any, grad: Tensor, x: Tensor, W: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """dx, dW, db and the pre-bias' gradient as ordinary tensors."""
-    latents, backend = W.shape[0], ctx.backend
-    order = _raw.by_latent(acts, indices, offsets, latents, backend)
-    db = _sums(grad, indices, offsets, latents, backend)
-    dx = _raw.decode(grad, indices, offsets, W, backend) if ctx.needs_input_grad[0] else None
-    return (
-        dx,
-        _raw.active_outer(grad, indices, offsets, x, latents, order, backend),
-        db,
-        -(db @ W) if ctx.centred else None,
-    )
-
-
-def _sums(grad: Tensor, indices: Tensor, offsets: Tensor | None, latents: int, backend: str | None) -> Tensor:
-    """Σₙ of each latent's slots: (M,)."""
-    n = grad.shape[0] if offsets is None else offsets.shape[0] - 1
-    return _raw.active_outer(grad, indices, offsets, grad.new_ones(n, 1), latents, None, backend).squeeze(1)
 
 
 def _encoder_only(ledger: Ledger, x: Tensor, grad: Tensor, indices: Tensor, offsets: Tensor | None) -> UpdateTerm:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.ops import ledger as ledgers
+from fastsae.ops.products import decode, decode_error
 from fastsae.ops.sums import sum_of_squares, total
 from fastsae.reference import wide
 
@@ -75,7 +75,7 @@ def _composed(
     error = start
     sums = []
     for codes, _ in parts:
-        recon = ops.decode(codes.flatten(), W, backend=backend)
+        recon = decode(codes.flatten(), W, backend=backend)
         if error is None:
             assert goal is not None
             recon = recon if bias is None or centred else recon + bias
@@ -177,10 +177,10 @@ def _errors(
             if before is None:
                 assert goal is not None
                 added = None if bias is None or plan.centred else bias.detach()
-                error, rows = ops.decode_error(part, W.detach(), goal, added, backend=plan.backend)
+                error, rows = decode_error(part, W.detach(), goal, added, backend=plan.backend)
                 sums.append(total(rows))
             else:
-                error = ops.decode(part, W.detach(), backend=plan.backend).add_(before)
+                error = decode(part, W.detach(), backend=plan.backend).add_(before)
                 sums.append(sum_of_squares(error))
             errors.append(error)
     return errors, sums

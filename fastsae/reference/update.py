@@ -51,15 +51,19 @@ def widened(moment: Moment) -> Tensor:
     return moment.widened() if isinstance(moment, EightBit) else wide(moment)
 
 
-def store(place: Moment, moment: Moment) -> None:
-    """Copies a moment into the memory of one that is stored alike."""
-    if isinstance(place, EightBit) and isinstance(moment, EightBit):
-        place.codes.view(torch.uint8).copy_(moment.codes.view(torch.uint8))
-        place.scales.copy_(moment.scales)
+def store(place: Moment, fresh: Moment, skip: Tensor | None = None) -> None:
+    """Copies a parameter or a moment into the memory of one that is stored alike.
+
+    Where skip, 0-d bool, is True, the old one stays; that is decided on the device, without a host sync.
+    """
+    if isinstance(place, EightBit) and isinstance(fresh, EightBit):
+        # As bytes: torch has no arithmetic in 8-bit floats.
+        store(place.codes.view(torch.uint8), fresh.codes.view(torch.uint8), skip)
+        store(place.scales, fresh.scales, skip)
         return
     assert isinstance(place, Tensor)
-    assert isinstance(moment, Tensor)
-    place.copy_(moment)
+    assert isinstance(fresh, Tensor)
+    place.copy_(fresh if skip is None else torch.where(skip, place, fresh.to(place.dtype)))
 
 
 def _stored(like: Moment, t: Tensor, seed: int | None, step: Tensor, stream: int, which: str) -> Moment:

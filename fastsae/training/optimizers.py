@@ -335,10 +335,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         }
 
     def _update(self, index: int, given: dict[str, Any], **more: Any) -> Tensor:
-        skip = more.pop("skip", None)  # TEMPORARY
-        if skip is not None and bool(skip):
-            more.pop("grad_scale", None)
-            more["norms_only"] = True
         d = self._members[index].dictionaries
         return ops.update_latents_(d.W_enc, d.W_dec, d.b_enc, d.b_dec, **given, **more)
 

@@ -83,7 +83,7 @@ def active_outer(
     acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, by_latent: list[Tensor] | None
 ) -> Tensor:
     code = codes(acts, indices, offsets, d_sae)
-    order = sort(code) if by_latent is None else _checked_order(by_latent, acts.numel(), x.shape[0], d_sae)
+    order = sort(code) if by_latent is None else by_latent
     out = buffers.empty((d_sae, x.shape[1]), x.dtype, CPU)
     _cpu.active_outer(code, latent_order(code, *order), matrix("x", x), matrix("out", out), torch.get_num_threads())
     return out
@@ -91,26 +91,6 @@ def active_outer(
 
 def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     return sort(codes(acts, indices, offsets, d_sae))
-
-
-def _checked_order(order: list[Tensor], capacity: int, tokens: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tensors. Raises ValueError where they are not an order of this code: C++ takes them as addresses."""
-    offsets, of_token, slots = order
-    dtypes, shapes = [t.dtype for t in order], [tuple(t.shape) for t in order]
-    if dtypes != [torch.int64, torch.int32, torch.int64] or shapes != [(d_sae + 1,), (capacity,), (capacity,)]:
-        raise ValueError(
-            f"by_latent is {dtypes} of shapes {shapes}, expected int64, int32, int64 for {d_sae} latents and "
-            f"{capacity} slots; it was made of another code: use ops.by_latent(codes)"
-        )
-    end = int(offsets[-1])
-    inside = int(offsets[0]) == 0 and end <= capacity and bool((offsets.diff() >= 0).all())
-    for places, count in ((of_token, tokens), (slots, capacity)):
-        if inside and end:
-            low, high = torch.aminmax(places[:end])
-            inside = int(low) >= 0 and int(high) < count
-    if not inside:
-        raise ValueError("by_latent points outside the code; it was made of another one: use ops.by_latent(codes)")
-    return offsets, of_token, slots
 
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 Every address that C++ gets is made here, and only here: from a tensor on the CPU, of the dtype that C++ will take it
 for, whose storage holds every number that C++ will read or write there. csrc/cpu/bind.cpp checks that the sizes which
-it is told fit together. What it follows as an index (codes, rows) fastsae.ops.raw_checks looks at.
+it is told fit together. What it follows as an index (codes, rows) the raw op looks at (fastsae.ops).
 
 The caller keeps the tensors alive during the call. torch is imported before the extension, so that both use one OpenMP
 runtime.

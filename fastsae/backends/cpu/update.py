@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsae import _cpu
 from fastsae.backends import buffers
-from fastsae.backends.contract import UpdateCall
+from fastsae.backends.contract import UpdateArguments
 from fastsae.backends.cpu import screen as cpu_screen
 from fastsae.backends.cpu.memory import CPU, DTYPES, address, codes, latent_order, matrix, sort
 from fastsae.reference import EightBit, Moment, scales_shape, wide
@@ -18,8 +18,9 @@ from fastsae.reference import EightBit, Moment, scales_shape, wide
 STORED = {torch.bfloat16: _cpu.Stored.bf16, torch.float8_e4m3fn: _cpu.Stored.fp8}
 
 
-def update_latents_(*arguments: Any) -> Tensor:
-    call = UpdateCall(*arguments)
+def update_latents_(call: UpdateArguments) -> Tensor:
+    if call.skip is not None and not call.norms_only and bool(call.skip):
+        return torch.full((4,), torch.nan, dtype=torch.float64)
     (latents, d_out), d_in = call.W_dec.shape, call.encoder.shape[1]
     moments = call.stored_moments()
     parameters = [
@@ -57,7 +58,7 @@ def update_latents_(*arguments: Any) -> Tensor:
     return stats
 
 
-def _parameter(call: UpdateCall, name: str, p: Tensor, moments: tuple[Moment, ...], stream: int) -> _cpu.Parameter:
+def _parameter(call: UpdateArguments, name: str, p: Tensor, moments: tuple[Moment, ...], stream: int) -> _cpu.Parameter:
     """p and its moments, which are stored alike, in the memory that C++ updates."""
     (latents, d_out), d_in, kinds = call.W_dec.shape, call.encoder.shape[1], call.rule().moments
     shape = {"W_enc": (latents, d_in), "W_dec": (latents, d_out), "b_enc": (latents,), "b_dec": (d_out,)}[name]
@@ -74,7 +75,7 @@ def _parameter(call: UpdateCall, name: str, p: Tensor, moments: tuple[Moment, ..
     return _cpu.Parameter(place, *places, *scales, STORED.get(stored, _cpu.Stored.wide), stream)
 
 
-def _optimizer(call: UpdateCall) -> _cpu.OptimizerArgs:
+def _optimizer(call: UpdateArguments) -> _cpu.OptimizerArgs:
     lr, t = float(call.lr), int(call.step)
     return _cpu.OptimizerArgs(
         kind=getattr(_cpu.OptimizerKind, call.optimizer),
@@ -88,7 +89,7 @@ def _optimizer(call: UpdateCall) -> _cpu.OptimizerArgs:
     )
 
 
-def _terms(call: UpdateCall, held: list[Any]) -> list[_cpu.UpdateTerm]:
+def _terms(call: UpdateArguments, held: list[Any]) -> list[_cpu.UpdateTerm]:
     terms = []
     for t in call.terms():
         acts, x, grad = t.acts.to(call.W_dec.dtype), wide(t.x).contiguous(), wide(t.grad).contiguous()
@@ -105,7 +106,7 @@ def _terms(call: UpdateCall, held: list[Any]) -> list[_cpu.UpdateTerm]:
     return terms
 
 
-def _parts(call: UpdateCall, held: list[Any]) -> _cpu.UpdateParts:
+def _parts(call: UpdateArguments, held: list[Any]) -> _cpu.UpdateParts:
     parts, (latents, d_out), dtype = call.parts(), call.W_dec.shape, wide(call.W_dec).dtype
     segments = 1 if parts.decoder_pull is None else parts.decoder_pull.shape[1]
     given = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.backends.contract import UpdateCall
+from fastsae.backends.contract import UpdateArguments
 from fastsae.backends.gpu.active_outer import active_outer
 from fastsae.backends.gpu.by_latent import by_latent
 from fastsae.backends.gpu.encode_above import encode_above
@@ -148,8 +148,7 @@ class RawOps:
         with on_device(acts):
             return by_latent(self.stages, acts, indices, offsets, d_sae)
 
-    def update_latents_(self, *arguments: Any) -> Tensor:
-        call = UpdateCall(*arguments)
+    def update_latents_(self, call: UpdateArguments) -> Tensor:
         with on_device(call.W_dec):
             _kept(call.screen, call.encoder)
             stats = (update_latents if call.is_plain else update_storing_gradients)(self.stages, call)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae.backends import buffers
-from fastsae.backends.contract import RawTerm, UpdateCall
+from fastsae.backends.contract import RawTerm, UpdateArguments
 from fastsae.backends.gpu.active_outer import active_outer
 from fastsae.backends.gpu.by_latent import by_latent
 from fastsae.backends.gpu.stages import Stages
 from fastsae.reference import Params
 
 
-def update_storing_gradients(stages: Stages, call: UpdateCall) -> Tensor:
+def update_storing_gradients(stages: Stages, call: UpdateArguments) -> Tensor:
     """One step, in place, or with norms_only nothing but the norms. Returns squared norms, (4,) float64."""
     params = {name: p.float() for name, p in call.parameters().items()}
     sums, parts = _sums(stages, call, params), call.parts()
@@ -38,16 +38,12 @@ def update_storing_gradients(stages: Stages, call: UpdateCall) -> Tensor:
     del raw
     if call.grad_scale is not None:
         grads = {name: grad * call.grad_scale for name, grad in grads.items()}
-    old = call.stored_moments()
-    fresh, moments = reference.update(params, grads, old, call.lr, call.step, call.rule(), call.unit_norm, call.seed)
-    for name, p in call.parameters().items():
-        p.copy_(fresh[name])
-        for place, moment in zip(old[name], moments[name], strict=True):
-            reference.store(place, moment)
+    old, rule = call.stored_moments(), call.rule()
+    call.write(*reference.update(params, grads, old, call.lr, call.step, rule, call.unit_norm, call.seed))
     return stats
 
 
-def _sums(stages: Stages, call: UpdateCall, params: Params) -> Params:
+def _sums(stages: Stages, call: UpdateArguments, params: Params) -> Params:
     """Over the terms: Aᵀ grad, dAᵀ x, Σₙ dA and Σₙ grad, float32."""
     sums = {name: torch.zeros_like(p) for name, p in params.items()}
     sums.setdefault("W_enc", torch.zeros_like(params["W_dec"]))

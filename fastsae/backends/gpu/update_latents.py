@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import buffers
-from fastsae.backends.contract import RawTerm, UpdateCall
+from fastsae.backends.contract import RawTerm, UpdateArguments
 from fastsae.backends.gpu.pieces import cut
 from fastsae.backends.gpu.plan import cdiv
 from fastsae.backends.gpu.stages import Entries, LatentStages
@@ -68,7 +68,7 @@ def programs_of(d_sae: int, tokens: int) -> int:
     return max(1, min(cdiv(d_sae, 4), 4096, max(1024, tokens // 2)))
 
 
-def update_latents(stages: LatentStages, call: UpdateCall) -> Tensor:
+def update_latents(stages: LatentStages, call: UpdateArguments) -> Tensor:
     """One step of a plain call, in place. Returns the squared gradient norms before projection, (4,) float64.
 
     Where call.skip is True nothing changes, and the norms are NaN. That is decided on the device, by one number next to
