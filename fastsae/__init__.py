@@ -15,8 +15,7 @@ from fastsae.model.rules import BatchTopK, Gated, GroupMax, HierarchicalTopK, Ju
 from fastsae.model.sae import ForwardResult, SparseAutoencoder
 from fastsae.ops import backward as autograd
 from fastsae.runs.schedules import Schedule
-from fastsae.training.batch import SAEBatch
-from fastsae.training.batch_step import BatchTrainStep
+from fastsae.training.batch import BatchTrainStep, SAEBatch
 from fastsae.training.step import FusedTrainStep
 
 __version__ = "0.1.0"
