@@ -23,8 +23,7 @@ from bench.plot import table
 from bench.results import RESULTS
 from bench.timing import Sample
 from fastsae.atomic import write_json
-from fastsae.training.batch import SAEBatch
-from fastsae.training.batch_step import BatchTrainStep
+from fastsae.training.batch import BatchTrainStep, SAEBatch
 from fastsae.training.step import PlainTrainStep
 
 CLUSTERING = {"B": 10, "N": 100, "D": 100, "M": 18, "K": 1}

@@ -130,10 +130,8 @@ def dense_curve(settings: Settings) -> list[dict[str, float]]:
     schedule = settings.train_config().schedule(settings.steps)
     curve, seconds = [], 0.0
     for step in tqdm(range(1, settings.dense_steps + 1), desc="dense", unit="step", disable=not settings.progress):
-        for group in dense.optimizer.param_groups:
-            group["lr"] = settings.lr * schedule(step - 1)
         begun = time.perf_counter()
-        mse = float(dense.step(x))
+        mse = float(dense.step(x, lr_scale=schedule(step - 1)))
         took = time.perf_counter() - begun
         seconds += took
         if step % settings.log_every == 0:

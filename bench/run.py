@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import subprocess
 import sys
 import time
@@ -76,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
 
 def rotating(inputs: Inputs, act: Callable[[torch.Tensor], object]) -> Callable[[], object]:
     """act on the next batch at every call."""
-    turn = iter(range(sys.maxsize))
-    return lambda: act(inputs.batches[next(turn) % len(inputs.batches)])
+    turn = itertools.cycle(inputs.batches)
+    return lambda: act(next(turn))
 
 
 def split(step: Callable[[torch.Tensor, Mark], object], watch: Stopwatch) -> Callable[[torch.Tensor], object]:

@@ -14,8 +14,7 @@ from fastsae.model.resample import resample_
 from fastsae.model.rules import BatchTopK, Gated, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
 from fastsae.model.sae import ForwardResult, SparseAutoencoder
 from fastsae.runs.schedules import Schedule
-from fastsae.training.batch import SAEBatch
-from fastsae.training.batch_step import BatchTrainStep
+from fastsae.training.batch import BatchTrainStep, SAEBatch
 from fastsae.training.step import FusedTrainStep
 
 __version__ = "0.1.0"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fastsae
+from bench.dense import Dense
 from bench.family import draw, quality, speed
 from bench.family.__main__ import main
-from bench.family.dense import DenseFamily
 from bench.family.store import Store, read
 from bench.machine import ROOT
 from bench.plot import with_numbers
@@ -29,7 +29,7 @@ def test_a_dense_version_is_the_reference(name: str) -> None:
     sae = fastsae.SparseAutoencoder(D, M, RULES[name], dtype=torch.float64, seed=0)
     with torch.no_grad():
         sae.b_enc.normal_(generator=torch.Generator().manual_seed(0))
-    dense = DenseFamily(sae, lr=1e-3)
+    dense = Dense.of_sae(sae, lr=1e-3)
     truth = reference.forward(dict(sae.named_parameters()), tokens(), sae.activation, sae.rule_state, penalty_scale=0.5)
     found = dense.forward(tokens(), penalty_scale=0.5)
     torch.testing.assert_close(found.loss, truth.losses["loss"], rtol=1e-10, atol=1e-12)
@@ -39,9 +39,10 @@ def test_a_dense_version_is_the_reference(name: str) -> None:
 @pytest.mark.parametrize("name", ["batch_topk", "jumprelu", "gated", "matryoshka-sampled", "hierarchical_topk"])
 def test_its_curve_is_the_fused_steps(name: str) -> None:
     sae = fastsae.SparseAutoencoder(D, M, RULES[name], dtype=torch.float64, seed=0)
-    dense, step = DenseFamily(sae, lr=1e-3), fastsae.FusedTrainStep(sae, lr=1e-3)
+    dense, step = Dense.of_sae(sae, lr=1e-3), fastsae.FusedTrainStep(sae, lr=1e-3)
     for i in range(6):
-        mine, theirs = step(tokens(seed=i)), dense.step(tokens(seed=i), count=True)
+        mine, theirs = step(tokens(seed=i)), dense.metrics(tokens(seed=i))
+        assert float(dense.step(tokens(seed=i))) == float(theirs["loss"])
         for key in ("loss", "mse", "fvu"):
             assert float(mine[key]) == pytest.approx(float(theirs[key]), rel=1e-8), (i, key)
         assert float(mine["l0"]) == pytest.approx(float(theirs["l0"]))
@@ -49,7 +50,7 @@ def test_its_curve_is_the_fused_steps(name: str) -> None:
 
 def test_a_dense_version_refuses_what_it_does_not_have() -> None:
     with pytest.raises(ValueError, match="the dense version has no tied=True"):
-        DenseFamily(fastsae.SparseAutoencoder(D, M, RULES["topk"], tied=True), lr=1e-3)
+        Dense.of_sae(fastsae.SparseAutoencoder(D, M, RULES["topk"], tied=True), lr=1e-3)
 
 
 def test_both_parts_run_go_on_and_draw(tmp_path: Path) -> None:
@@ -80,8 +81,8 @@ def test_both_parts_run_go_on_and_draw(tmp_path: Path) -> None:
 
 
 def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = DenseFamily.step
-    monkeypatch.setattr(DenseFamily, "step", lambda *a, **k: {n: 2 * v for n, v in real(*a, **k).items()})
+    real = Dense.metrics
+    monkeypatch.setattr(Dense, "metrics", lambda *a, **k: {n: 2 * v for n, v in real(*a, **k).items()})
     said: list[str] = []
     assert speed.run(Store(tmp_path, "speed"), speed.quick(speed.Settings()), ("TopK",), said.append) == ["TopK"]
     assert "wrong, not timed" in said[0]

@@ -125,14 +125,16 @@ def test_aux_k_trains_every_parameter_as_dense_autograd_does(loss, tied, pre_bia
 
 
 def test_aux_k_formula_is_the_reference():
-    """One dead latent in reach of every slot: weight 1, against fastsae.reference's own statement of the loss."""
+    """One dead latent in reach of every slot: weight 1, against the same in terms of fastsae.reference."""
     sae = sae_for_test(pre_bias=True)
     x = tokens(20, 10)
     dead = torch.arange(30) % 3 == 0
     params = {name: p.detach() for name, p in sae.named_parameters()}
-    aux = reference.AuxK(dead, k=5, coef=0.5)
-    _, truth = reference.terms_of(params, x, 4, target=None, pre_bias=True, loss="mse", aux=aux)
+    pre = reference.pre_acts(x - params["b_dec"], params["W_enc"], params["b_enc"])
+    A = reference.keep_top_k(torch.where(dead, pre, 0), 5)
+    missed = x - reference.forward(params, x, sae.activation).recon
+    truth, _ = reference.squared_error(reference.decode(A, params["W_dec"]), missed, torch.tensor(20.0))
     codes = losses.encode_dead(x - sae.b_dec, sae.W_enc, sae.b_enc, dead, 5)
     error = sae(x).recon - x
     got = losses.aux_k(codes, sae.W_dec, error, losses.aux_weight(dead, 5), 20)
-    torch.testing.assert_close(got.detach(), truth["aux"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(got.detach(), truth, rtol=1e-10, atol=0)

@@ -15,16 +15,7 @@ from bench import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-FOLDERS = (
-    "fastsae",
-    "fastsae/activations",
-    "fastsae/gpu",
-    "fastsae/systems",
-    "fastsae/reference",
-    "kernels",
-    "bench",
-    "tests",
-)
+FOLDERS = ("fastsae", "kernels", "csrc", "bench", "tests")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

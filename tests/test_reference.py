@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from fastsae import reference
-from fastsae.reference import AuxK, Params
+from fastsae.model.rules import TopK
+from fastsae.reference import Moments, Optimizer, Params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")
@@ -16,6 +19,11 @@ NAN = float("nan")
 
 def tensor(*rows) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def zeros_like(params: Params) -> Moments:
+    """Adam's moments at the start."""
+    return {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}
 
 
 # -- by hand ----------------------------------------------------------------------------------------------------------
@@ -107,10 +115,14 @@ def test_a_whole_step_by_hand() -> None:
     """
     eye = torch.eye(2, dtype=torch.float64)
     params = {"W_enc": eye, "W_dec": eye, "b_enc": tensor(0, 0), "b_dec": tensor(0, 0)}
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}
-    lr = torch.tensor(0.1, dtype=torch.float64)
-    new, _, losses = reference.train_step(params, moments, tensor([3, 1]), 1, lr=lr, step=torch.tensor(1), eps=1e-300)
-    assert float(losses["loss"]) == 1.0
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    loss = reference.forward(leaves, tensor([3, 1]), TopK(1)).losses["loss"]
+    grads = dict(zip(params, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    shaped = reference.shape_gradients(params, grads, unit_norm=True)
+    moments, lr = zeros_like(params), torch.tensor(0.1, dtype=torch.float64)
+    adam = Optimizer("adam", (0.9, 0.999), 1e-300)
+    new, _ = reference.update(params, shaped, moments, lr, torch.tensor(1), adam, unit_norm=True)
+    assert float(loss.detach()) == 1.0
     assert torch.equal(new["W_enc"], eye)
     assert new["b_enc"].tolist() == [0, 0]
     torch.testing.assert_close(new["W_dec"], tensor([1 / 1.01**0.5, 0.1 / 1.01**0.5], [0, 1]))
@@ -136,6 +148,15 @@ def over(settings: list[dict]):
 
 
 every_setting = over(SETTINGS)
+
+
+@dataclass(frozen=True)
+class AuxK:
+    """The auxiliary loss: the k most active of the dead latents, bool (M,), fit the residual, which is a constant."""
+
+    dead: Tensor
+    k: int
+    coef: float
 
 
 def make_problem(setting: dict) -> tuple[Params, Tensor, dict]:
@@ -179,16 +200,36 @@ def loss_of(params: Params, x: Tensor, *, k: int, target, pre_bias: bool, loss: 
     return total
 
 
+def terms_of(
+    params: Params, x: Tensor, *, k: int, target: Tensor | None, pre_bias: bool, loss: str, aux: AuxK | None
+) -> tuple[list[reference.Term], Tensor]:
+    """The terms whose closed-form gradients train the SAE, and the loss: that of `loss_of`."""
+    target = x if target is None else target
+    inputs = x - params["b_dec"] if pre_bias else x
+    pre = reference.pre_acts(inputs, params.get("W_enc", params["W_dec"]), params["b_enc"])
+    A = reference.keep_top_k(pre, k)
+    recon = reference.decode(A, params["W_dec"]) + params["b_dec"]
+    unit = reference.loss_denominator(target, loss)
+    total, grad = reference.squared_error(recon, target, unit)
+    terms = [reference.Term(A, inputs, grad)]
+    if aux is not None:
+        A_aux = reference.keep_top_k(torch.where(aux.dead, pre, 0), aux.k)
+        missed, grad_aux = reference.squared_error(reference.decode(A_aux, params["W_dec"]), target - recon, unit)
+        terms.append(reference.Term(A_aux, inputs, aux.coef * grad_aux, has_bias=False))
+        total = total + aux.coef * missed
+    return terms, total
+
+
 class ClosedForm(torch.autograd.Function):
     """The reference's loss forward, and its closed-form gradients backward, for gradcheck."""
 
     @staticmethod
     def forward(ctx, x, options, names, *values):
         params = dict(zip(names, values, strict=True))
-        terms, losses = reference.terms_of(params, x, **options)
+        terms, loss = terms_of(params, x, **options)
         grads = reference.gradients(params, terms, options["pre_bias"])
         ctx.save_for_backward(*grads.values())
-        return losses["loss"]
+        return loss
 
     @staticmethod
     def backward(ctx, grad):
@@ -208,11 +249,26 @@ def test_closed_form_gradients_are_those_of_autograd(setting: dict) -> None:
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     loss = loss_of(leaves, x, **options)
     loss.backward()
-    terms, losses = reference.terms_of(params, x, **options)
+    terms, closed = terms_of(params, x, **options)
     grads = reference.gradients(params, terms, options["pre_bias"])
-    torch.testing.assert_close(losses["loss"], loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(closed, loss.detach(), rtol=1e-12, atol=0)
     for name, leaf in leaves.items():
         torch.testing.assert_close(grads[name], leaf.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@over([setting for setting in SETTINGS if "aux" not in setting])  # `forward` has no auxiliary loss
+def test_forward_is_the_loss_as_a_user_writes_it(setting: dict) -> None:
+    params, x, options = make_problem(setting)
+    found = []
+    for way in ("forward", "by hand"):
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        if way == "by hand":
+            loss = loss_of(leaves, x, **options)
+        else:
+            others = {name: value for name, value in options.items() if name not in ("k", "aux")}
+            loss = reference.forward(leaves, x, TopK(options["k"]), **others).losses["loss"]
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
 
 
 @every_setting
@@ -225,7 +281,7 @@ def test_train_steps_are_those_of_autograd_and_torch_adam(setting: dict, dtype: 
     unit_norm = setting.get("unit_norm", True)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=3e-3, betas=(0.8, 0.99), eps=1e-8)
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}
+    moments, adam = zeros_like(params), Optimizer("adam", (0.8, 0.99), 1e-8)
     lr = torch.tensor(3e-3, dtype=torch.float64)
     for step in range(1, 5):
         optimizer.zero_grad()
@@ -237,9 +293,9 @@ def test_train_steps_are_those_of_autograd_and_torch_adam(setting: dict, dtype: 
             optimizer.step()
             if unit_norm:
                 W /= W.norm(dim=1, keepdim=True)
-        params, moments, _ = reference.train_step(
-            params, moments, x, lr=lr, step=torch.tensor(step), betas=(0.8, 0.99), unit_norm=unit_norm, **options
-        )
+        grads = reference.gradients(params, terms_of(params, x, **options)[0], options["pre_bias"])
+        shaped = reference.shape_gradients(params, grads, unit_norm)
+        params, moments = reference.update(params, shaped, moments, lr, torch.tensor(step), adam, unit_norm)
     tight = dtype == torch.float64
     for name, leaf in leaves.items():
         assert params[name].dtype == dtype

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from fastsae.training.plain import PlainTrainStep
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 import fastsae
 from fastsae.model.parameters import EXTRA_STATE
 from fastsae.runs.evaluate import evaluate
+from fastsae.training.step import PlainTrainStep
 from tests.dense_sae import tokens
 
 D, M = 10, 30

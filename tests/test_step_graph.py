@@ -80,7 +80,7 @@ def test_what_a_graph_holds_fast_is_captured_anew(change: str, graphed: FusedTra
     elif change == "schedule":
         graphed.schedule = Schedule(total=10, warmup=4)
     else:
-        graphed.sae.W_enc = torch.nn.Parameter(graphed.sae.W_enc.detach().clone())
+        graphed.sae.W_enc.data = graphed.sae.W_enc.detach().clone()
     for seed in range(GRAPH_WARMUP):
         graphed(batch(seed))
         assert StandIn.captured == 1
@@ -91,7 +91,7 @@ def test_what_a_graph_holds_fast_is_captured_anew(change: str, graphed: FusedTra
 def test_edited_weights_refill_the_screen_in_its_place(graphed: FusedTrainStep) -> None:
     for seed in range(GRAPH_WARMUP + 1):
         graphed(batch(seed))
-    screen = graphed._kept.screen
+    screen = graphed.optimizer.screen_of(graphed.sae).screen
     assert screen is not None, "the case needs a backend that screens"
     places = [t.data_ptr() for t in screen.tensors]
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_edited_weights_refill_the_screen_in_its_place(graphed: FusedTrainStep) 
     plain = FusedTrainStep(copy.deepcopy(graphed.sae), lr=1e-3)
     plain.load_state_dict(copy.deepcopy(graphed.state_dict()))
     assert float(graphed(batch(5))["loss"]) == float(plain(batch(5))["loss"])
-    assert [t.data_ptr() for t in graphed._kept.screen.tensors] == places
+    assert [t.data_ptr() for t in graphed.optimizer.screen_of(graphed.sae).screen.tensors] == places
     assert StandIn.captured == 1
 
 

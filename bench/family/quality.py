@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import fastsae
 from bench import real
-from bench.family.dense import DenseFamily
+from bench.dense import Dense
 from bench.family.rules import groups
 from bench.family.store import Store
 from bench.timing import Sample
@@ -115,7 +115,7 @@ def train(rule: Activation, settings: Settings, data: Data, label: str, beside: 
     schedule = fastsae.Schedule(settings.steps, settings.warmup, "linear", 0.2)
     penalty = fastsae.Schedule(settings.warmup, settings.warmup)
     step = fastsae.FusedTrainStep(sae, lr=settings.lr, schedule=schedule, penalty_schedule=penalty)
-    dense = DenseFamily(sae, settings.lr) if beside else None
+    dense = Dense.of_sae(sae, settings.lr) if beside else None
     curves: dict[str, list[float]] = {"fastsae": [], "dense fp32": []}
     seconds: dict[str, list[float]] = {"fastsae": [], "dense fp32": []}
     both = settings.dense_steps if beside else 0
@@ -129,7 +129,7 @@ def train(rule: Activation, settings: Settings, data: Data, label: str, beside: 
         all_seconds += took
         if dense is not None and i < both:
             started = time.perf_counter()
-            theirs = float(dense.step(x, lr_scale=schedule(i), penalty_scale=penalty(i))["loss"])
+            theirs = float(dense.step(x, lr_scale=schedule(i), penalty_scale=penalty(i)))
             seconds["dense fp32"].append(time.perf_counter() - started)
             seconds["fastsae"].append(took)
             if i % CHECK_EVERY == CHECK_EVERY - 1 or i == both - 1:

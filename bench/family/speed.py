@@ -20,10 +20,10 @@ import fastsae
 from bench import cases, real
 from bench.cases import Case, Inputs
 from bench.check import WrongResult
-from bench.dense import LR
-from bench.family.dense import DenseFamily
+from bench.dense import LR, Dense
 from bench.family.rules import TIMED, Timed, quantile, sae_of
 from bench.family.store import Others, Store, wait_for_quiet
+from bench.run import rotating
 from bench.timing import interleaved
 
 CASE = Case("family")
@@ -54,11 +54,6 @@ def quick(settings: Settings) -> Settings:
     return replace(settings, case=cases.quick(settings.case), rounds=1, turn=0.0)
 
 
-def rotating(inputs: Inputs, step: Callable[[Tensor], object]) -> Callable[[], object]:
-    turn = itertools.cycle(inputs.batches)
-    return lambda: step(next(turn))
-
-
 def check(name: str, ours: dict[str, Tensor], theirs: dict[str, Tensor], allowed: float) -> dict[str, float]:
     """The relative differences of loss and L0 of one step from the same weights. Raises WrongResult."""
     off = {key: abs(float(ours[key]) / float(theirs[key]) - 1) for key in ("loss", "l0")}
@@ -75,11 +70,10 @@ def time_rule(name: str, timed: Timed, inputs: Inputs, settings: Settings) -> di
     case = settings.case
     rule, bias = timed.make(case), timed.bias(case)
     fused = fastsae.FusedTrainStep(sae_of(inputs, rule, bias), lr=LR)
-    dense = {"dense fp32": DenseFamily(fused.sae, LR), "dense bf16": DenseFamily(fused.sae, LR, autocast=True)}
+    dense = {"dense fp32": Dense.of_sae(fused.sae, LR), "dense bf16": Dense.of_sae(fused.sae, LR, autocast=True)}
     ours = fused(inputs.x)
     differences = {
-        other: check(f"{name}, {other}", ours, step.step(inputs.x, count=True), LOSS_OFF[other])
-        for other, step in dense.items()
+        other: check(f"{name}, {other}", ours, step.metrics(inputs.x), LOSS_OFF[other]) for other, step in dense.items()
     }
     calls = {"fastsae": rotating(inputs, fused)}
     if name == "Matryoshka":

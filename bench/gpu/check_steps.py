@@ -50,8 +50,22 @@ def batches(toy: bool, device: str) -> list[Tensor]:
     return [torch.randn(16 if toy else 192, 24 if toy else 96, generator=g).to(device) for _ in range(STEPS)]
 
 
+def dense_loss(params: reference.Params, x: Tensor, module: fastsae.SparseAutoencoder, dead: Tensor) -> Tensor:
+    """The loss of `module` with these parameters, by `reference.forward`, and AuxK's where the module has it."""
+    rule: Any = module.activation
+    out = reference.forward(params, x, rule, loss=module.loss, pre_bias=module.pre_bias)
+    if module.aux_k is None:
+        return out.losses["loss"]
+    inputs = x - params["b_dec"] if module.pre_bias else x
+    pre = reference.pre_acts(inputs, params.get("W_enc", params["W_dec"]), params["b_enc"])
+    A = reference.keep_top_k(torch.where(dead, pre, 0), module.aux_k)
+    unit = reference.loss_denominator(x, module.loss)
+    missed, _ = reference.squared_error(reference.decode(A, params["W_dec"]), (x - out.recon).detach(), unit)
+    return out.losses["loss"] + module.aux_coef * min(int(dead.sum()) / module.aux_k, 1.0) * missed
+
+
 def fused_step(name: str, toy: bool, device: str, backend: str) -> float:
-    """A few steps; losses and moves against reference.train_step in float64 on the CPU."""
+    """A few steps; losses and moves against dense steps through autograd, in float64 on the CPU."""
     settings = dict(SETTINGS[name])
     narrow = settings.pop("moments", "fp32")
     module = sae(toy, device, backend, **settings)
@@ -60,23 +74,20 @@ def fused_step(name: str, toy: bool, device: str, backend: str) -> float:
     moments: reference.Moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}
     step = fastsae.FusedTrainStep(module, lr=LR, moments=narrow, backend=backend)
     loss_off, move_off = (LOSS_OFF, MOVE_OFF) if narrow == "fp32" else (LOSS_OFF_BF16, MOVE_OFF_BF16)
+    lr, unit_norm, adam = torch.tensor(LR, dtype=torch.float64), module.decoder_norm == "unit", reference.Optimizer()
     worst = 0.0
     for i, x in enumerate(batches(toy, device)):
         metrics = step(x)
-        aux = None
-        if module.aux_k is not None:
-            dead = module.dead.cpu()
-            weight = min(int(dead.sum()) / module.aux_k, 1.0)
-            aux = reference.AuxK(dead, module.aux_k, module.aux_coef * weight)
-        params, moments, losses = reference.train_step(
-            params, moments, x.cpu().double(), module.activation.k,  # type: ignore[attr-defined]
-            lr=torch.tensor(LR, dtype=torch.float64), step=torch.tensor(i + 1), loss=module.loss, aux=aux,
-            pre_bias=module.pre_bias, unit_norm=module.decoder_norm == "unit",
-        )  # fmt: skip
-        off = abs(float(metrics["loss"]) / float(losses["loss"]) - 1) / loss_off
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        loss = dense_loss(leaves, x.cpu().double(), module, module.dead.cpu())
+        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        shaped = reference.shape_gradients(params, grads, unit_norm)
+        params, moments = reference.update(params, shaped, moments, lr, torch.tensor(i + 1), adam, unit_norm)
+        expected = float(loss.detach())
+        off = abs(float(metrics["loss"]) / expected - 1) / loss_off
         worst = max(worst, off)
         if not off <= 1:
-            raise AssertionError(f"step {i + 1}: loss {float(metrics['loss'])!r}, expected {float(losses['loss'])!r}")
+            raise AssertionError(f"step {i + 1}: loss {float(metrics['loss'])!r}, expected {expected!r}")
     for key, p in params.items():
         got = getattr(module, key).detach().cpu().double()
         off = float((got - p).norm() / (p - start[key]).norm()) / move_off

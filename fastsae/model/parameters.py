@@ -211,7 +211,8 @@ class Parameters(nn.Module):
     def get_extra_state(self) -> Tensor:
         """`config` as JSON, padded with blanks: uint8 on the CPU, for torch.save, safetensors and DCP alike."""
         text = json.dumps(self.config).encode()
-        return torch.frombuffer(bytearray(text.ljust(-len(text) % EXTRA_BYTES + len(text))), dtype=torch.uint8)
+        padded = text.ljust(-len(text) % EXTRA_BYTES + len(text))
+        return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over the one setting that this SAE may have left open, pre_bias; `load_state_dict` checks the others.

@@ -1,7 +1,8 @@
-"""The mathematics of every op, every rule and a whole training step: dense, any floating dtype, torch only.
+"""The mathematics of every op and every rule: dense, any floating dtype, torch only.
 
-This is the single source of truth: nothing here is fast and everything here is short. Every function is pure. Gradients
-are in closed form, so the tests can hold them against torch's autograd, and the sparse engine against them.
+This is the single source of truth: nothing here is fast and everything here is short. Every function is pure. A whole
+training step is `forward`, torch's autograd, `shape_gradients`, `update`. The gradients of a reconstruction stand in
+closed form as well, so the tests can hold them against autograd, and the sparse engine against them.
 
 Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A (N, M). Both dictionaries keep one
 latent per row.
@@ -26,7 +27,6 @@ from fastsae.reference.ops import (
 from fastsae.reference.optimizers import MOMENTS_OF, Optimizer, adam, lion
 from fastsae.reference.rounding import BLOCK, EightBit, mixed, round_to_bf16, round_to_fp8, scales_shape
 from fastsae.reference.rules import gated, heaviside, in_band, jump_relu
-from fastsae.reference.step import AuxK, terms_of, train_step
 from fastsae.reference.update import (
     Moment,
     Moments,
@@ -42,7 +42,6 @@ from fastsae.reference.update import (
 __all__ = [
     "BLOCK",
     "MOMENTS_OF",
-    "AuxK",
     "EightBit",
     "Forward",
     "Moment",
@@ -81,9 +80,7 @@ __all__ = [
     "squared_error",
     "squared_norms",
     "store",
-    "terms_of",
     "top_k",
-    "train_step",
     "update",
     "wide",
     "widened",

@@ -1,14 +1,14 @@
-"""SAEBatch: B independent SAEs of one shape trained at once, for seeds, sparsities and SAEs that are tiny.
+"""SAEBatch: B independent SAEs of one shape, and BatchTrainStep, which trains all of them at once.
 
-One dense product serves all of them: x (N, D) or (B, N, D), pre-acts (B, N, M), by `fastsae.reference.forward`. That is
-right where a step alone is all overhead. It stores B·N·M numbers and multiplies all of them: from `BATCH_WORTH` on,
-fused steps of single SAEs in turn are faster. batch_step.py trains it.
+For seeds, sparsities and SAEs that are tiny, where a step alone is all overhead. One dense product serves all: x (N, D)
+or (B, N, D), pre-acts (B, N, M). It stores B·N·M numbers and multiplies all of them: from `BATCH_WORTH` on, fused steps
+of single SAEs in turn are faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastsae import reference
 from fastsae.model import losses
-from fastsae.model.rules import Activation, BatchTopK, Matryoshka, TopK
-from fastsae.model.rules.base import RuleState
+from fastsae.model.parameters import normalize_rows_, project_rows_
+from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.reference import Forward
 
@@ -49,6 +49,7 @@ class SAEBatch(nn.Module):
     tokens_since_fired: Tensor
     penalty_scale: Tensor
     ks: Tensor
+    threshold: Tensor
 
     def __init__(
         self,
@@ -127,11 +128,6 @@ class SAEBatch(nn.Module):
             getattr(sae, name).copy_(t)
         return sae
 
-    @property
-    def rule(self) -> Any:
-        """The rule of all, which reads the members' k where they differ."""
-        return self.activation if self.ks.numel() == 0 else _ManyKs(self.activation, self.ks)
-
     def weights(self) -> dict[str, Tensor]:
         """W_enc (unless tied), W_dec, b_enc and b_dec as the forward pass reads them."""
         named: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if name not in self._rule_names}
@@ -161,43 +157,91 @@ class SAEBatch(nn.Module):
         x = self.checked(x, self.d_in, "x")
         goal = x if target is None else self.checked(target, self.d_out, "target")
         weights = self.weights()
-        rule_state = {name: getattr(self, name) for name in self._rule_names}
-        out = reference.forward(
-            weights, x, self.rule, rule_state, target=goal, pre_bias=self.pre_bias, loss=self.loss,
-            penalty_scale=self.penalty_scale, training=self.training,
-        )  # fmt: skip
+        if isinstance(self.activation, (TopK, BatchTopK, GroupMax)):
+            out = self._kept_forward(weights, x, goal)
+        else:
+            rule_state = {name: getattr(self, name) for name in self._rule_names}
+            rule: Any = self.activation  # a frozen dataclass, where the protocol has a plain attribute
+            out = reference.forward(
+                weights, x, rule, rule_state, target=goal, pre_bias=self.pre_bias, loss=self.loss,
+                penalty_scale=self.penalty_scale, training=self.training,
+            )  # fmt: skip
         if not self.training:
             return out
         self.observe_(out.A.detach())
         if self.ghost is None:
             return out
-        inputs = x - weights["b_dec"][:, None] if self.pre_bias else x
-        ghost = self.ghost_loss(inputs.detach(), (goal - out.recon).detach())
+        ghost = self.ghost_loss(x, goal, out.recon.detach())
         return replace(out, losses={**out.losses, "ghost": ghost, "loss": out.losses["loss"] + self.ghost_coef * ghost})
 
-    @torch.no_grad()
-    def observe_(self, A: Tensor, active: Tensor | None = None) -> None:
-        """Counts which latents are active in A (B, N, M), and moves a BatchTopK's threshold, as `observe` does of one.
+    def _kept_forward(self, weights: dict[str, Tensor], x: Tensor, goal: Tensor) -> Forward:
+        """`reference.forward` of a rule that keeps some of relu(pre) as it is, in as few nodes of autograd as can be.
 
-        active: A != 0, if known.
+        (x - b_dec) W_encᵀ is taken apart, so that no (B, N, D) gradient of the encoder's input is made for b_dec alone.
         """
-        fired = (A != 0 if active is None else active).any(-2)
-        self.tokens_since_fired.add_(A.shape[-2]).masked_fill_(fired, 0)
+        W_dec, b_dec, b_enc = weights["W_dec"], weights["b_dec"][:, None], weights["b_enc"][:, None]
+        W_enc = weights.get("W_enc", W_dec)
+        if self.pre_bias:
+            b_enc = torch.baddbmm(b_enc, b_dec, W_enc.mT, alpha=-1)
+        pre = torch.baddbmm(b_enc, x, W_enc.mT)
+        A = torch.where(self._kept(pre.detach()), pre, 0)
+        recon = torch.baddbmm(b_dec, A, W_dec)
+        squared = F.mse_loss(recon, goal, reduction="none").sum((-2, -1))  # its gradient is one pass over the error
+        loss = squared / (_variance(goal) if self.loss == "fvu" else max(x.shape[1], 1))
+        return Forward(A, recon, {self.loss: loss, "loss": loss})
+
+    def _kept(self, pre: Tensor) -> Tensor:
+        """Where the rule keeps relu(pre), if that is not 0: bool (B, N, M). NaN counts as the largest."""
+        rule = self.activation
+        by_threshold = isinstance(rule, BatchTopK) and not self.training and not bool((self.threshold < 0).any())
+        if self.ks.numel() and not by_threshold:
+            return self._kept_of_each(pre)
+        if rule == TopK(1):  # one pass; the first of equal ones, as the stable sort has it
+            best = torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, pre.argmax(-1, keepdim=True), True)
+            return best.logical_and_(reference.is_above(pre, pre.new_zeros(())))
+        if isinstance(rule, TopK) and pre.device.type == "cpu":
+            bar = pre.topk(rule.k).values[..., -1:].clamp_min(torch.finfo(pre.dtype).tiny)
+            kept = (pre < bar).logical_not_()
+            if bool((kept.sum(-1) <= rule.k).all()):  # else equal ones, among which the slower stable sort decides
+                return kept
+        return rule.dense(pre, {}, {name: getattr(self, name) for name in self._rule_names}, self.training) != 0
+
+    def _kept_of_each(self, pre: Tensor) -> Tensor:
+        """`_kept` of a TopK or BatchTopK whose k, `ks` (B,), differs from SAE to SAE."""
+        by_token = isinstance(self.activation, TopK)
+        flat, ks = (pre, self.ks[:, None]) if by_token else (pre.flatten(1), self.ks * pre.shape[1])
+        _, places = reference.top_k(torch.relu(flat), flat.shape[-1])
+        first = torch.arange(flat.shape[-1], dtype=torch.int64, device=pre.device) < ks[..., None]
+        kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, places, first.expand_as(flat))
+        return kept.view_as(pre).logical_and_(reference.is_above(pre, pre.new_zeros(())))
+
+    @torch.no_grad()
+    def observe_(self, A: Tensor) -> None:
+        """Counts which latents are active in A (B, N, M), and moves a BatchTopK's threshold, as `observe` does."""
+        self.tokens_since_fired.add_(A.shape[-2]).masked_fill_((A != 0).any(-2), 0)
         rule = getattr(self.activation, "inner", self.activation)
         if isinstance(rule, BatchTopK):
-            rule.move_(self.get_buffer("threshold"), torch.where(A > 0, A, torch.inf).amin((-2, -1)).float())
+            rule.move_(self.threshold, torch.where(A > 0, A, torch.inf).amin((-2, -1)).float())
 
-    def ghost_loss(self, inputs: Tensor, error: Tensor) -> Tensor:
+    def ghost_loss(self, x: Tensor, target: Tensor, recon: Tensor) -> Tensor:
         """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩) of each SAE, (B,): `losses.ghost_pull` with an axis.
 
-        u, w: means of inputs (B, N, d_in) and error (B, N, d_out), each token weighted by its squared error. The rows
-        are the parameters, not what norm "forward" makes of them: a row that is turned grows along, and turns slower.
+        u, w: means of the encoder's input and of target - recon, each token weighted by its squared error, held fixed.
+        The rows are the parameters, not what norm "forward" makes of them: a row that is turned grows along, and turns
+        slower.
         """
-        u, w = losses.error_weighted_means(inputs, error)
-        W_dec = self.get_parameter("W_dec")
-        W_enc = self.W_enc if "W_enc" in self._parameters else W_dec
-        pull = F.softplus(-torch.einsum("bmd,bd->bm", W_enc, u)) + F.softplus(-torch.einsum("bmd,bd->bm", W_dec, w))
-        return torch.where(self.dead, pull, 0).sum(-1)
+        dead = self.dead
+        if dead.device.type == "cpu" and not bool(dead.any()):  # on a GPU the question would be a host sync
+            return recon.new_zeros(len(self))
+        named = dict(self.named_parameters())
+        W_dec = named["W_dec"]
+        W_enc = named.get("W_enc", W_dec)
+        with torch.no_grad():
+            u, w = losses.error_weighted_means(x, target - recon)
+            if self.pre_bias:  # the mean of x - b_dec, and x is the larger tensor by far
+                u -= named["b_dec"]
+        pull = F.softplus(-torch.bmm(W_enc, u[..., None])) + F.softplus(-torch.bmm(W_dec, w[..., None]))
+        return torch.where(dead, pull[..., 0], 0).sum(-1)
 
     def extra_repr(self) -> str:
         kept = {name: value for name, value in self.settings.items() if name not in ("decoder_norm", "dtype")}
@@ -207,28 +251,78 @@ class SAEBatch(nn.Module):
         )
 
 
-@dataclass(frozen=True)
-class _ManyKs:
-    """A TopK or BatchTopK whose k, `ks` (B,), differs from SAE to SAE; all else is the rule's own."""
+OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
-    inner: Activation
-    ks: Tensor
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+class BatchTrainStep:
+    """`metrics = step(x)`: gradient, projection of a unit decoder's, Adam or AdamW, renormalization, for all at once.
 
-    def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
-        """reference.keep_top_k or batch_top_k of each SAE with its k."""
-        if isinstance(self.inner, BatchTopK):
-            threshold = rule_state["threshold"]
-            if not training and not bool((threshold < 0).any()):
-                return self.inner.dense(pre, rows, rule_state, training)
-            flat, ks = torch.relu(pre).flatten(-2), (self.ks * pre.shape[-2])[:, None]
-        else:
-            flat, ks = torch.relu(pre), self.ks[:, None, None]
-        values, places = reference.top_k(flat, flat.shape[-1])
-        kept = torch.arange(flat.shape[-1], device=flat.device) < ks
-        return torch.zeros_like(flat).scatter(-1, places, torch.where(kept, values, 0)).view_as(pre)
+    lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. Elementwise, so no SAE has an influence on
+    another. schedule: multiplier of lr from the number of updates done.
+    measure: also return mse, fvu, l0 and dead (latents).
+    Raises ValueError for another optimizer, and for a weight decay of adam.
+    """
+
+    def __init__(
+        self,
+        batch: SAEBatch,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        optimizer: str = "adam",
+        schedule: Callable[[int], float] | None = None,
+        measure: bool = True,
+    ):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {optimizer!r}, a batch's step has {', '.join(OPTIMIZERS)}")
+        if optimizer == "adam" and weight_decay:
+            raise ValueError(f"adam has no weight_decay, got {weight_decay}; take optimizer='adamw'")
+        self.batch, self.lr, self.schedule, self.measure, self.step = batch, lr, schedule, measure, 0
+        self.optimizer = OPTIMIZERS[optimizer](
+            batch.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+        )
+
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """One update on x (N, d_in), the same for all, or (B, N, d_in).
+
+        Returns (B,) tensors: "loss" and its parts, with `measure` "mse", "fvu", "l0", "dead", of before the update.
+        """
+        batch = self.batch
+        if self.schedule is not None:
+            self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        out = batch(x, target)
+        out.losses["loss"].sum().backward()
+        metrics = {name: value.detach() for name, value in out.losses.items()}
+        with torch.no_grad():
+            if self.measure:
+                goal = x if target is None else target
+                squares = (out.recon - goal).square().sum((-2, -1))
+                metrics |= {
+                    "mse": squares / max(x.shape[-2], 1),
+                    "fvu": squares / _variance(goal),
+                    "l0": (out.A != 0).sum((-2, -1), dtype=out.A.dtype) / max(x.shape[-2], 1),
+                    "dead": batch.dead.sum(-1),
+                }
+            W = batch.get_parameter("W_dec")
+            if batch.decoder_norm == "unit":
+                assert W.grad is not None
+                project_rows_(W.grad, W)
+            self.optimizer.step()
+            if batch.decoder_norm == "unit":
+                normalize_rows_(W)
+        self.step += 1
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"step", "optimizer"}: with the batch's own state, all that training goes on from."""
+        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` returned."""
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, Tensor]:
@@ -241,7 +335,8 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
         raise ValueError(f"activation has {len(rules)} rules, expected one for each of {n} SAEs, all of one kind")
     if isinstance(first, Matryoshka) and first.sampled is not None:
         raise ValueError("a batch cannot draw prefixes anew for each SAE; give Matryoshka fixed groups")
-    scale, ks = torch.ones(n, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    scale = torch.ones(n, dtype=torch.float64, device="cpu")
+    ks = torch.empty(0, dtype=torch.int64, device="cpu")
     if all(rule == first for rule in rules):
         return first, scale, ks
     name = COEFFICIENT.get(first.kind, "k" if isinstance(first, (TopK, BatchTopK)) else "")
@@ -253,5 +348,10 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
     values = [getattr(rule, name) for rule in rules]
     most = rules[values.index(max(values))]
     if name == "k":
-        return most, scale, torch.tensor(values)
-    return most, torch.tensor(values, dtype=torch.float64) / max(values), ks
+        return most, scale, torch.tensor(values, dtype=torch.int64, device="cpu")
+    return most, torch.tensor(values, dtype=torch.float64, device="cpu") / max(values), ks
+
+
+def _variance(target: Tensor) -> Tensor:
+    """Σ_n ‖target_n - mean‖², (B,)."""
+    return (target - target.mean(-2, keepdim=True)).square().sum((-2, -1))

@@ -20,7 +20,7 @@ STORED = {torch.bfloat16: _cpu.Stored.bf16, torch.float8_e4m3fn: _cpu.Stored.fp8
 
 def update_latents_(call: UpdateArguments) -> Tensor:
     if call.skip is not None and not call.norms_only and bool(call.skip):
-        return torch.full((4,), torch.nan, dtype=torch.float64)
+        return buffers.full((4,), torch.nan, torch.float64, CPU)
     (latents, d_out), d_in = call.W_dec.shape, call.encoder.shape[1]
     moments = call.stored_moments()
     parameters = [

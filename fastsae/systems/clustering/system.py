@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fastsae.model.rules import TopK
 from fastsae.systems.clustering import points
-from fastsae.training.batch import SAEBatch
-from fastsae.training.batch_step import BatchTrainStep
+from fastsae.training.batch import BatchTrainStep, SAEBatch
 
 ANCHORS, TRAIN, TEST = 1, 2, 3
 """Seeds of the points; a run's own seed draws class weights, layout and the SAE's weights."""
