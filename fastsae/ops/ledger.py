@@ -400,30 +400,27 @@ def open_ledger(*tensors: Tensor) -> Ledger | None:
 def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], like: Tensor) -> Tensor:
     """Whether the norms of all gradients are finite for certain: 0-d bool on like's device; NaN and infinity are not.
 
-    With a, g, x the largest magnitudes in acts, grad and x, D and N the sizes, and decoder rows of norm 1:
-    ‖dW_dec_i‖ ≤ N a g √D and ‖dW_enc_i‖ ≤ N max(g √D, dacts) x √D. Both are held against the square root of the largest
-    number, since norms and second moments square them, and decoder rows may be longer by 10³.
+    With ‖·‖ the norm of a whole matrix and decoder rows of norm 1, ‖dW_dec_i‖ ≤ ‖acts‖ ‖grad‖, ‖dW_enc_i‖ ≤
+    max(‖grad‖, ‖dacts‖) ‖x‖ and ‖db_dec‖ ≤ √N ‖grad‖. They are held against the square root of the largest number,
+    since norms and second moments square them; decoder rows may be longer by 10³.
     """
     worst = []
     for term in terms:
-        if term.grad.shape[0] == 0:
-            continue
-        n, root = term.grad.shape[0], max(term.grad.shape[1], term.x.shape[1]) ** 0.5
-        g = _largest(term.grad)
-        worst.append(n * root * g)
+        grad = _norm(term.grad)
+        worst.append(term.grad.shape[0] ** 0.5 * grad)
         if term.codes.acts.numel():
-            slope = g * root if term.dacts is None else torch.maximum(g * root, _largest(term.dacts))
-            worst.append(n * root * torch.maximum(_largest(term.codes.acts) * g, slope * _largest(term.x)))
-    worst += [t.numel() ** 0.5 * _largest(t) for t in dense if t.numel()]
+            slope = grad if term.dacts is None else torch.maximum(grad, _norm(term.dacts))
+            worst.append(torch.maximum(_norm(term.codes.acts) * grad, slope * _norm(term.x)))
+    worst += map(_norm, dense)
     if not worst:
         return torch.ones((), dtype=torch.bool, device=like.device)
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     return (torch.stack(worst) <= torch.finfo(wide).max ** 0.5 * 1e-3).all()
 
 
-def _largest(t: Tensor) -> Tensor:
-    """The largest magnitude, 0-d float64; NaN where there is one."""
-    return torch.linalg.vector_norm(t, float("inf")).double()
+def _norm(t: Tensor) -> Tensor:
+    """The norm of all numbers, 0-d float64: torch's fastest pass over them. Infinite where a square overflows."""
+    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double()
 
 
 # -- the ops while a ledger is open -----------------------------------------------------------------------------------
