@@ -60,7 +60,9 @@ class Fused:
 
     def state_bytes(self) -> int:
         """Weights and moments; the screening copy belongs to the step and is not counted."""
-        return bytes_of([*self.sae.parameters(), *self.train_step.state_dict()["state"].values()])
+        states = self.train_step.optimizer.state.values()
+        moments = [t for state in states for key, t in state.items() if key != "step"]
+        return bytes_of([*self.sae.parameters(), *moments])
 
 
 class FusedByPart:

@@ -108,8 +108,8 @@ def run(toy: bool, device: str, backend: str, graph: bool, **settings: Any) -> l
         if i == STEPS:
             step.lr.fill_(LR / 2)
         seen += [value.clone() for value in step(x).values()]
-    state = step.state_dict()["state"]
-    return [*seen, *(p.detach() for p in module.parameters()), *module.buffers(), *state.values()]
+    moments = [t for state in step.optimizer.state.values() for t in state.values()]
+    return [*seen, *(p.detach() for p in module.parameters()), *module.buffers(), *moments]
 
 
 def graph_is_the_step(name: str, toy: bool, device: str, backend: str) -> float:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsae import reference
 from fastsae.model.parameters import Parameters
+from fastsae.ops.gradients import weighted_rows
 from fastsae.ops.sums import fixed_sum, sum_of_squares
 from fastsae.reference import wide
 
@@ -128,7 +129,7 @@ class _Pass:
             self.dW_dec += (pull[..., None] * segments).flatten(1)
         b_dec = error_grad.sum(0)
         if sae.pre_bias:
-            b_dec = b_dec - self.dpre @ self.W_enc
+            b_dec = b_dec - weighted_rows(self.dpre, self.W_enc)
         if sae.tied:
             self.dW_dec += self.dW_enc
         by_rule = self.grads.pop("b_enc")

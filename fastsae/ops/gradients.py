@@ -16,6 +16,13 @@ def latent_sums(
     return _raw.active_outer(values, indices, offsets, values.new_ones(n, 1), d_sae, order, backend).squeeze(1)
 
 
+def weighted_rows(weights: Tensor, rows: Tensor, backend: str | None = None) -> Tensor:
+    """Σᵢ weightsᵢ rowsᵢ: (D,) of weights (M,) and rows (M, D), in an order that threads do not change."""
+    latent = torch.zeros(rows.shape[0], 1, dtype=torch.int32, device=rows.device)
+    weights = weights.to(rows.dtype)[:, None].contiguous()
+    return _raw.active_outer(weights, latent, None, rows, 1, None, backend)[0]
+
+
 def encoder_gradients(
     needs: tuple[bool, bool, bool],
     grad: Tensor,

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastsae import reference
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
-from fastsae.ops.gradients import encoder_gradients, latent_sums
+from fastsae.ops.gradients import encoder_gradients, latent_sums, weighted_rows
 from fastsae.reference import wide
 
 _raw = torch.ops.fastsae
@@ -154,7 +154,7 @@ class Ledger:
         self._factors: dict[str, list[Any]] = {}
         self._norms: Tensor | None = None
         self._versions: tuple[int, ...] | None = None
-        self._nodes = {name: get_gradient_edge(p).node for name, p in self.parameters.items()}
+        self._nodes: dict[str, Any] = {}
         for p in self.parameters.values():
             _owners[p] = weakref.ref(self)
 
@@ -177,6 +177,8 @@ class Ledger:
         """Whether the backward pass that runs now ends in the .grad of these parameters, which are in its graph."""
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             return False
+        if not self._nodes:  # not at the start, which may be in inference mode
+            self._nodes = {name: get_gradient_edge(p).node for name, p in self.parameters.items()}
         nodes = [self._nodes.get(name, self._nodes["W_dec"]) for name in names]
         try:
             return all(torch._C._will_engine_execute_node(node) for node in nodes)
@@ -380,7 +382,7 @@ class Ledger:
             if term.has_bias:
                 sums["b_dec"] += term.grad.sum(0)
             if self.pre_bias:
-                sums["b_dec"] -= db @ W_enc
+                sums["b_dec"] -= weighted_rows(db, W_enc)
         return sums
 
 
@@ -485,7 +487,8 @@ class _Encode(torch.autograd.Function):
                 return (None,) * 8
             needs = (ctx.needs_input_grad[0], True, True)
             dx, dW, db = encoder_gradients(needs, grad, x, W, acts, indices, offsets, ctx.backend)
-            return dx, dW, db, -(db @ W) if ctx.centred else None, *rest
+            assert db is not None
+            return dx, dW, db, -weighted_rows(db, W, ctx.backend) if ctx.centred else None, *rest
         for term in ctx.record.waiting:
             ledger.add(replace(term, x=x))
         ctx.record.waiting.clear()
@@ -493,7 +496,8 @@ class _Encode(torch.autograd.Function):
             return (None,) * 8
         if ledger.pre_bias and not ctx.centred:
             # The update takes every x for one less b_dec; this one's gradient of b_dec goes by autograd, or is none.
-            ledger.add_dense("b_dec", latent_sums(grad, indices, offsets, W.shape[0], None, ctx.backend) @ W)
+            db = latent_sums(grad, indices, offsets, W.shape[0], None, ctx.backend)
+            ledger.add_dense("b_dec", weighted_rows(db, W, ctx.backend))
         other = ledger.decoded_with(indices, offsets)
         if other is None:
             ledger.add(_encoder_only(ledger, x, grad, indices, offsets))
