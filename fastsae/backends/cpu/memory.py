@@ -69,7 +69,7 @@ def matrix(name: str, t: Tensor) -> _cpu.Matrix:
     if t.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(t.shape)} where C++ expects a matrix")
     (rows, cols), (apart, step) = t.shape, t.stride()
-    if cols > 1 and step != 1:
+    if rows and cols > 1 and step != 1:
         raise ValueError(f"{name} has strides {t.stride()}, expected contiguous rows; pass .contiguous()")
     span = (rows - 1) * apart + cols if t.numel() else 0
     return _cpu.Matrix(_place(name, t, t.dtype, span), rows, cols, apart, DTYPES[t.dtype])
