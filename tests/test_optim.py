@@ -213,10 +213,10 @@ def test_going_through_a_graph_twice_adds_twice() -> None:
     assert int(ours.fired_over) == N  # and yet the tokens were the same
 
 
-@pytest.mark.parametrize("rule", ["topk", "relu", "gated"])
+@pytest.mark.parametrize("rule", ["topk", "relu", "gated", "matryoshka"])
 def test_the_fused_steps_objective_can_be_gone_through_twice(rule: str) -> None:
     """There the error is overwritten, and a dense pass hands its gradients on: both are computed again."""
-    ours, theirs = both(rule)
+    ours, theirs = both(rule, aux_k=3)
     ours.dense_above = 0.0
     optimizer, truth = adam(ours), torch_adam(theirs)
     loss = ours.objective(tokens(), for_step=True).loss

@@ -119,7 +119,8 @@ def aux_k(
     codes: from `encode_dead`; missed (N, D_out) = recon - target = -e, held fixed (no gradient flows into it).
     overwrite: as of `squared_errors`. float64. Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
     """
-    missed = missed.detach()
+    # Another backward pass overwrites `missed`, and this one may have to compute its error again.
+    missed = missed.detach().clone() if overwrite else missed.detach()
     left_over = squared_errors([(codes, 1.0)], W_dec, start=missed, overwrite=overwrite, backend=backend).weighted
     return weight * left_over / loss_denominator
 

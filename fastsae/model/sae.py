@@ -257,9 +257,8 @@ class SparseAutoencoder(Parameters):
     def objective(self, x: Tensor, target: Tensor | None = None, *, for_step: bool = False) -> Objective:
         """The loss of x (*batch, d_in), where it stands: every training step and every caller's loop has it from here.
 
-        for_step: the caller reads no codes, reads the error only before the backward pass, and counts the batch itself.
-        A threshold rule may then look at all latents densely, where many are active (`dense_above`), and the error
-        becomes its own gradient in place.
+        for_step: the caller reads no codes and counts the batch itself. A threshold rule may then look at all latents
+        densely, where many are active (`dense_above`). While a ledger is open, the backward pass overwrites the error.
         """
         rule, ledger = self.rule, self._ledger()
         held = ledger is not None
@@ -286,7 +285,7 @@ class SparseAutoencoder(Parameters):
         codes, penalty = self._activated(pre)
         bias = None if centred and not held else self.b_dec
         parts = rule.parts(codes, self.rule_state)
-        how: dict[str, Any] = {"overwrite": for_step, "backend": self.backend}
+        how: dict[str, Any] = {"overwrite": held, "backend": self.backend}
         errors = squared_errors(parts, self.W_dec, goal, bias, centred=centred, **how)
         loss = errors.weighted / denominator
         found = {self.loss: errors.last / denominator}
@@ -309,7 +308,7 @@ class SparseAutoencoder(Parameters):
         counts, tokens = over_replicas(self.counts_of(codes), n)
         dead = torch.where(counts > 0, 0, self.tokens_since_fired + tokens) >= self.dead_after
         if self.training:
-            more, dead_losses = self.dead_latent_loss(ready, errors.error, dead, denominator, options, for_step)
+            more, dead_losses = self.dead_latent_loss(ready, errors.error, dead, denominator, options, held)
             found |= dead_losses
             loss = loss if more is None else loss + more
         count = self._counter(loss, codes, counts, tokens)

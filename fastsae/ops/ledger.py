@@ -407,20 +407,28 @@ def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], 
     since norms and second moments square them; decoder rows may be longer by 10³.
     """
     worst = []
+    norms: dict[int, Tensor] = {}  # terms share their inputs
+
+    def norm(t: Tensor) -> Tensor:
+        if id(t) not in norms:
+            norms[id(t)] = whole_norm(t)
+        return norms[id(t)]
+
+    terms = list(terms)
     for term in terms:
-        grad = _norm(term.grad)
+        grad = norm(term.grad)
         worst.append(term.grad.shape[0] ** 0.5 * grad)
         if term.codes.acts.numel():
-            slope = grad if term.dacts is None else torch.maximum(grad, _norm(term.dacts))
-            worst.append(torch.maximum(_norm(term.codes.acts) * grad, slope * _norm(term.x)))
-    worst += map(_norm, dense)
+            slope = grad if term.dacts is None else torch.maximum(grad, norm(term.dacts))
+            worst.append(torch.maximum(norm(term.codes.acts) * grad, slope * norm(term.x)))
+    worst += map(whole_norm, dense)
     if not worst:
         return torch.ones((), dtype=torch.bool, device=like.device)
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     return (torch.stack(worst) <= torch.finfo(wide).max ** 0.5 * 1e-3).all()
 
 
-def _norm(t: Tensor) -> Tensor:
+def whole_norm(t: Tensor) -> Tensor:
     """The norm of all numbers, 0-d float64: torch's fastest pass over them. Infinite where a square overflows."""
     return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double()
 

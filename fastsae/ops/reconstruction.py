@@ -52,7 +52,8 @@ def squared_errors(
     Differentiable in acts, W, goal, bias and start; the plain way any number of times.
     """
     ledger = ledgers.open_ledger(W)
-    if ledger is None:
+    frozen = not W.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if ledger is None and not frozen:
         return _composed(parts, W, goal, bias, centred, start, backend)
     flat = [part.flatten() for part, _ in parts]
     plan = _Plan(
