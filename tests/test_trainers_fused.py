@@ -72,7 +72,7 @@ def test_a_plain_loop_is_torchs() -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lightning_fabric(precision: str, tmp_path: Path) -> None:
-    """Resumed in the middle from a saved state. Mixed precision narrows the inputs; the ops run in the weights' dtype."""
+    """Resumed in the middle from a saved state. Mixed precision narrows the inputs, and no op."""
     fabric_module = pytest.importorskip("lightning_fabric")
     fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision=precision)
 
