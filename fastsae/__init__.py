@@ -19,6 +19,28 @@ from fastsae.training.step import FusedTrainStep
 
 __version__ = "0.1.0"
 
+_REPLACED = {
+    "SAEOutput": "ForwardResult, whose first field is loss",
+    "autograd": "fastsae.ops: each op has its backward pass beside it",
+    "activations": "fastsae.model.rules",
+    "sae": "fastsae.model.sae",
+    "losses": "fastsae.model.losses",
+    "latents": "fastsae.resample_ (fastsae.model.resample)",
+    "serialize": "fastsae.save and fastsae.load (fastsae.model.files)",
+    "plain_step": "fastsae.training.step",
+    "train": "fastsae.runs.trainer",
+    "evaluate": "fastsae.runs.evaluate",
+    "schedules": "fastsae.runs.schedules",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Says what replaced a name that was here before."""
+    if name in _REPLACED:
+        raise AttributeError(f"fastsae.{name} is gone; it is replaced by {_REPLACED[name]}")
+    raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
+
+
 __all__ = [
     "BackendError",
     "BatchTopK",

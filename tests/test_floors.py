@@ -250,3 +250,12 @@ def test_the_rules_catch_what_they_forbid() -> None:
     source = "def f():\n    print(1)\nif __name__ == '__main__':\n    print(2)\nclass A:\n    print(3)"
     calls = [n.lineno for n in import_time(ast.parse(source).body) if isinstance(n, ast.Call)]
     assert calls == [6]
+
+
+def test_names_that_were_replaced_say_by_what() -> None:
+    import fastsae
+
+    with pytest.raises(AttributeError, match=r"fastsae.SAEOutput is gone; it is replaced by ForwardResult"):
+        _ = fastsae.SAEOutput
+    with pytest.raises(AttributeError, match="has no attribute 'surprise'"):
+        _ = fastsae.surprise
