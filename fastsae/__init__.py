@@ -6,6 +6,8 @@
 `fastsae.ops` is the functional face of the engine, `fastsae.backends()` says who computes it on this machine.
 """
 
+from typing import Any
+
 from fastsae import ops, optim
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
@@ -34,7 +36,7 @@ _REPLACED = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Says what replaced a name that was here before."""
     if name in _REPLACED:
         raise AttributeError(f"fastsae.{name} is gone; it is replaced by {_REPLACED[name]}")
