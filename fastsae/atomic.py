@@ -35,7 +35,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Makes `path` anew: write(temporary name beside it), fsync, rename.
 
     Raises OSError naming `path`: it is then as it was, or whole and new where only the folder's fsync failed. A process
-    killed in here leaves the temporary file behind, which goes when somebody locks the folder (see `lock_folder`).
+    killed in here leaves the temporary file behind, which the next lock of the folder removes (see `lock_folder`).
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -70,8 +70,8 @@ def is_partial(path: Path) -> bool:
 def lock_folder(folder: Path) -> int:
     """Locks folder/LOCK, making both, and removes what killed writers left half-written; closing the result unlocks.
 
-    The lock is the kernel's (flock) and dies with the process: a file left by `kill -9` blocks nobody. The pid inside
-    is for the message only.
+    The lock is the kernel's (flock) and dies with the process: a file left by `kill -9` blocks no other process.
+    The pid inside is for the message only.
     Raises BlockingIOError whose strerror names the process that holds it, as "pid 12 on host"; OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,5 +101,5 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        pass  # somebody else's, or no number that a process can have: not ours to clear
+        pass  # of another user, or no valid pid: not ours to clear
     return True

@@ -129,7 +129,7 @@ class SparseCodes:
         )
 
     def detach(self) -> SparseCodes:
-        """The same code apart from its graph, and from the encoder that made it."""
+        """The same code without its graph, and without the record of its encoder."""
         return replace(self, acts=self.acts.detach(), made_by=None)
 
     def __getitem__(self, key: Any) -> SparseCodes:
@@ -184,7 +184,7 @@ class SparseCodes:
             acts, indices = self.acts.flatten().index_select(0, slots), self.indices.flatten().index_select(0, slots)
         else:
             size = kept.numel()
-            place = torch.where(kept, before[:-1], size)  # whoever is left out goes to one slot that is cut off
+            place = torch.where(kept, before[:-1], size)  # the other slots go to one place that is cut off
             acts = self.acts.new_zeros(size + 1).scatter(0, place, self.acts.flatten())[:size]
             indices = self.indices.new_zeros(size + 1).scatter(0, place, self.indices.flatten())[:size]
         return self._same_acts(SparseCodes(acts, indices, self.d_sae, offsets, self.batch_shape, self.redone))
@@ -208,7 +208,7 @@ class SparseCodes:
         """A (*batch, d_sae), dtype of acts. A latent stored twice for one token counts twice."""
         acts = torch.where(self.occupied(), self.acts, 0).flatten()
         tokens = self.token_ids().clamp(max=max(self.n_tokens - 1, 0))
-        # Slots that nobody owns may hold any index; they add 0 somewhere harmless.
+        # Slots past the end may hold any index; they add 0 at latent 0.
         indices = torch.where(self.occupied(), self.indices, 0).flatten()
         flat = acts.new_zeros(self.n_tokens * self.d_sae)
         if self.n_tokens == 0:

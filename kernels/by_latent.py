@@ -52,7 +52,7 @@ def _list_slots_kernel(
         row = slot // K
     else:
         row = count_up_to(offsets_ptr, N + 1, slot, BITS) - 1
-        occupied &= row < N  # N + 1 offsets start no later than a slot that nobody owns
+        occupied &= row < N  # N + 1 offsets start no later than a slot past the end
     if offsets_ptr is None or values_ptr is not None:
         act = tl.load(acts_ptr + slot, mask=inside, other=0.0).to(tl.float32)
         occupied &= act != 0.0

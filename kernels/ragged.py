@@ -2,7 +2,7 @@
 
 Two passes with a prefix sum between them: count, then emit. One program takes one token. A token's scores come from its
 list of exactly scored survivors; where that list was too short, every latent is scored again, in both passes, because
-nobody but the device knows which tokens those are. Entries ascend by latent because lists and walks do.
+only the device knows which tokens those are. Entries ascend by latent because lists and walks do.
 
 Bytes: 8 a listed score in each pass, 8 an entry written; M·D·sizeof(W) in each for a token whose list was too short.
 Flops: 2·M·D in each pass for such a token.

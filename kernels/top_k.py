@@ -24,7 +24,7 @@ def _top_k_kernel(
     latents_ptr, scores_ptr, counts_ptr, certified_ptr, acts_ptr, indices_ptr, K, candidates, index_offset, last,
     BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Shapes: tokens that are not certified are somebody else's.
+    # Shapes: another kernel redoes tokens that are not certified.
     n = tl.program_id(0).to(tl.int64)
     if tl.load(certified_ptr + n) == 0:
         return

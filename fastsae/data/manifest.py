@@ -105,7 +105,7 @@ class Manifest:
 
 def _entry(content: dict[str, Any]) -> FileEntry:
     entry = FileEntry(**content)
-    # A manifest may come from somebody else: it must not make us read outside its folder.
+    # A manifest may come from another program: it must not lead to a read outside its folder.
     if Path(entry.file).name != entry.file:
         raise ShardError(f"the manifest lists {entry.file!r}: expected the name of a file in its own folder")
     return entry

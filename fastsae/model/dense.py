@@ -2,7 +2,7 @@
 
 Gathering rows for a code costs more than a product then. One pass computes the loss and, for the weights that the parts
 have in it, all gradients, so that no pre-act is computed twice; it stores both dictionaries' gradients. A gradient of
-the error from elsewhere (a loss behind the reconstruction) takes a second pass.
+the error from another loss (one on the reconstruction, say) takes a second pass.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _whole_pass(
         selected += rule.considered(z.detach(), rows).sum()
     task.squares, task.selected = squares, selected
     total = squares / over
-    if rule.penalises:
+    if rule.penalizes:
         task.losses["sparsity"] = rule.penalty(sparse)
         total = total + task.weight * task.losses["sparsity"]
     if gate_grad is not None:

@@ -95,7 +95,7 @@ class Parameters(nn.Module):
         check_rule_dtype(activation, rule_dtype)
         self.rule_dtype = rule_dtype
         self.backend: str | None = None
-        self.annealed_k: int | None = None  # set by whoever trains, not saved
+        self.annealed_k: int | None = None  # set by a training step, not saved
         self.precision = "exact"
         self.dense_above = DENSE_ABOVE
         self.active_share: float | None = None  # of the last step of a threshold rule

@@ -33,7 +33,7 @@ from fastsae.reference import wide
 class ForwardResult(NamedTuple):
     """What `sae(x)` returns.
 
-    loss: 0-d, what to minimise; recon (*batch, d_out) in the units of the target; codes: the active latents; losses:
+    loss: 0-d, what to minimize; recon (*batch, d_out) in the units of the target; codes: the active latents; losses:
     the loss's parts before their coefficients: "mse" or "fvu"; of a rule with several reconstructions "nested", their
     weighted sum; of one with a penalty "sparsity"; of Gated "gate"; and in training "aux" or "ghost" where the module
     has them.

@@ -1,7 +1,7 @@
 """The words in which several ops refuse their arguments: what was got, what was expected, what to do.
 
 A public function checks what its raw op cannot see: leading batch dimensions, whose codes they are, whose screen. The
-raw op checks the rest, whoever calls it, before a backend uses a size or an index as an address. No check costs a host
+raw op checks the rest, for every caller, before a backend uses a size or an index as an address. No check costs a host
 sync unless its docstring says so.
 """
 

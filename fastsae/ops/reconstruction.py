@@ -48,7 +48,7 @@ def squared_errors(
     W (M, D), goal (N, D), bias (D,). centred: goal has bias subtracted already (without a gradient of it), so that
     nothing is added. start (N, D): what stands for bias - goal, which are then left out.
     While a ledger is open for W, the gradient is kept as terms. overwrite: the error may be overwritten in the backward
-    pass, which saves (N, D) numbers; whoever asks for that reads `error` before it.
+    pass, which saves (N, D) numbers; the caller then reads `error` before it.
     Differentiable in acts, W, goal, bias and start; the plain way any number of times.
     """
     ledger = ledgers.open_ledger(W)

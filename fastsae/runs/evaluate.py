@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastsae.codes import SparseCodes
 from fastsae.atomic import write_json
+from fastsae.codes import SparseCodes
 
 if TYPE_CHECKING:
     from fastsae.model.sae import SparseAutoencoder

@@ -13,18 +13,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastsae.runs.checkpoint import CheckpointError, newest_valid, step_of
 from fastsae.data.manifest import MANIFEST
 from fastsae.data.shards import ShardSource
 from fastsae.data.tensor import TensorSource
-from fastsae.runs.rundir import CONFIG
-from fastsae.model.sae import SparseAutoencoder
 from fastsae.model.files import WEIGHTS, load
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.runs.checkpoint import CheckpointError, newest_valid, step_of
+from fastsae.runs.rundir import CONFIG
 
 EVALUATION = "evaluation.json"
 """What `fastsae eval` writes into the run folder, and the report reads."""
 HOLDOUT = 2048
-"""Rows of a tensor file that are held out when nobody says how many (at most a tenth of them)."""
+"""Rows of a tensor file that are held out by default (at most a tenth of them)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def open_rows(
 def _read_tensor(path: Path, name: str | None) -> Tensor:
     if path.suffix == ".npy":
         try:
-            # "c": mapped, and copied page by page only where somebody writes; never unpickled.
+            # "c": mapped, and copied page by page only where it is written; never unpickled.
             array = np.load(path, mmap_mode="c", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path} is truncated or no .npy file of numbers: {error}") from error

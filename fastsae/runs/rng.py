@@ -15,7 +15,7 @@ def rng_state() -> dict[str, Any]:
     The engine's own randomness is counter-based and not in here: it needs a seed and a step only.
     """
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (somebody else may draw from it)
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (other code may draw from it)
     return {
         "torch": torch.get_rng_state(),
         "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else [],

@@ -20,20 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.data.source import ActivationSource
+from fastsae.model.files import load, save
+from fastsae.model.resample import resample_
+from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs import checkpoint
 from fastsae.runs.checkpoint import CheckpointError
-from fastsae.data.source import ActivationSource
+from fastsae.runs.config import TrainConfig
 from fastsae.runs.evaluate import density_histogram, evaluate
-from fastsae.model.resample import resample_
 from fastsae.runs.logs import PartTimer, RunLogs, numbers
-from fastsae.training.step import FusedTrainStep
-from fastsae.training.step import PlainTrainStep
 from fastsae.runs.rng import restore_rng_state, rng_state
 from fastsae.runs.rundir import RunDirError, RunLock, claim
-from fastsae.model.sae import SparseAutoencoder
-from fastsae.model.files import load, save
 from fastsae.runs.stopping import FiniteGuard, StopSignals, TrainingInterrupted
-from fastsae.runs.config import TrainConfig
+from fastsae.training.step import FusedTrainStep, PlainTrainStep
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer"]
 
@@ -57,7 +56,7 @@ class TrainResult:
 class Trainer:
     """`Trainer(sae, source, config, run_dir).run()` trains `sae` in place, or goes on with what run_dir holds.
 
-    notes   JSON-able facts for config.json that are nobody's settings, e.g. which model the activations come from.
+    notes   JSON-able facts for config.json that are no settings, e.g. which model the activations come from.
     resume  False: refuse a directory that has a checkpoint already.
 
     Raises ValueError when the module, the source and the settings do not fit together.
@@ -138,7 +137,7 @@ class Trainer:
         c = self.config
         if c.penalty_warmup and not self.sae.activation.coef:
             raise ValueError(
-                f"penalty_warmup is {c.penalty_warmup}, but {self.sae.activation} penalises nothing; leave it"
+                f"penalty_warmup is {c.penalty_warmup}, but {self.sae.activation} penalizes nothing; leave it"
             )
         common: dict[str, Any] = {
             "lr": c.rate(self.sae.d_sae), "betas": c.betas, "eps": c.eps, "schedule": self.schedule,
@@ -199,7 +198,7 @@ class Trainer:
                 x = self.source.next_batch(c.batch_size).to(self.device, self.sae.W_dec.dtype, non_blocking=True)
                 self.guard.look_at_input(x, self.step + 1)
                 if self.step == 0:
-                    self._initialise(x)
+                    self._initialize(x)
             with self.timer("step"):
                 metrics = self.update(x)
                 self.step += 1
@@ -232,7 +231,7 @@ class Trainer:
             self.stop.requested,
         )
 
-    def _initialise(self, x: Tensor) -> None:
+    def _initialize(self, x: Tensor) -> None:
         """What the module estimates from data, from the first batch; that batch is then trained on as any other."""
         if not self.sae.norm.calibrated:
             self.sae.calibrate_(x)

@@ -575,7 +575,7 @@ class Adam(FusedOptimizer):
 
 
 class AdamW(FusedOptimizer):
-    """torch.optim.AdamW's formula: decay apart from the gradient (Loshchilov & Hutter 2019)."""
+    """torch.optim.AdamW's formula: decay separate from the gradient (Loshchilov & Hutter 2019)."""
 
     kind = "adamw"
 

@@ -1,4 +1,4 @@
-"""KeptScreen: the low-precision copy of an encoder between steps, made anew when somebody else wrote the weights."""
+"""KeptScreen: the low-precision copy of an encoder between steps, made anew after other code wrote the weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HasEncoder(Protocol):
 class KeptScreen:
     """`update_latents_` maintains the copy; this decides when that is not enough.
 
-    Somebody else's write is seen by address and version, and on a CPU also by a sample of one weight in every row,
+    A write by other code is seen by address and version, and on a CPU also by a sample of one weight in every row,
     because a write through `.data` changes neither: such a write on a GPU, or one that spares those samples, cannot be
     seen. `screen` is None where the backend or the rule uses none.
 

@@ -119,8 +119,8 @@ class FusedTrainStep(_TrainStep):
                      latents was active in the step before (or, at first, on a sample), or turns out to be.
 
     `step.optimizer` is the fastsae optimizer behind it; torch's learning-rate schedulers may drive that one, where
-    `schedule` is None. Its low-precision copy of the encoder is maintained by the update, and made anew when somebody
-    else wrote the weights: call `refresh()` after writes that torch cannot see.
+    `schedule` is None. Its low-precision copy of the encoder is maintained by the update, and made anew
+    after other code wrote the weights: call `refresh()` after writes that torch cannot see.
 
     Raises ValueError for bad settings and for parameters that do not require a gradient.
     """
@@ -210,7 +210,7 @@ class FusedTrainStep(_TrainStep):
 
         outer: a further loss of the reconstruction (*batch, d_out), in the caller's units, that is added. Where x
         requires a gradient, that of the whole loss flows into it, as by any backward().
-        Returns 0-d tensors: loss (what was minimised), mse, fvu and the other parts of `ForwardResult.losses` (all in
+        Returns 0-d tensors: loss (what was minimized), mse, fvu and the other parts of `ForwardResult.losses` (all in
         normalized units), l0 (mean active latents), redone (tokens whose selection was repeated), dead (latents),
         grad_norm (before projection), lr, skipped (steps so far that changed nothing, since a gradient was not finite),
         outer. Counts are int64, and float64 where a CUDA graph gives them.

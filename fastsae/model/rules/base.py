@@ -1,7 +1,7 @@
 """The interface of an activation rule, and what the rules share.
 
 A rule is a small frozen dataclass whose fields are its settings. It says which latents are considered (`select`,
-sparse, and `dense`, for the reference), how strong they are (`activate`, elementwise), what is penalised (`sparsity`,
+sparse, and `dense`, for the reference), how strong they are (`activate`, elementwise), what is penalized (`sparsity`,
 elementwise, and `penalty`), and which parts of a code must reconstruct on their own (`parts`). The elementwise methods
 see the slots of a code and the dense (N, M) alike, so a rule's mathematics is written once; autograd, the fused step
 and the dense reference all read it from here.
@@ -54,7 +54,7 @@ class EncodeOptions:
 
 
 class Activation(ABC):
-    """The base class. `kind` is the name in saved files; `shaped`: acts are not pre-acts, or something is penalised.
+    """The base class. `kind` is the name in saved files; `shaped`: acts are not pre-acts, or something is penalized.
 
     coef: the penalty's weight in the loss. Methods that a rule leaves as they are here say: nothing of the kind.
     A subclass with a `kind` is registered under it. Raises TypeError where another rule has that kind.
@@ -88,7 +88,7 @@ class Activation(ABC):
         return False
 
     @property
-    def penalises(self) -> bool:
+    def penalizes(self) -> bool:
         """Whether `sparsity` gives anything."""
         return type(self).sparsity is not Activation.sparsity
 

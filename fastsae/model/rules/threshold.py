@@ -16,7 +16,7 @@ from fastsae.reference import wide
 
 @dataclass(frozen=True)
 class _Threshold(Activation):
-    """What the rules of this file share: every pre-act has its say, and the elementwise activation decides."""
+    """What the rules of this file share: the elementwise activation decides on each pre-act alone."""
 
     shaped: ClassVar[bool] = True
 

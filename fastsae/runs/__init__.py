@@ -1,0 +1,1 @@
+"""Whole training runs: the trainer, its settings, checkpoints, logs and evaluation."""
