@@ -1,14 +1,14 @@
-"""Who computes an op: the registry of backends and the choice among them.
+"""Which backend computes an op: the registry of backends, and the choice among them.
 
 A backend is a module with one function per raw op (same name, same arguments without `backend`; update_latents_ takes
 them as one fastsae.backends.contract.UpdateArguments), and
     available() -> str | None               the reason why it cannot run here, or None
     detail() -> dict                        what `fastsae info` prints about it
-    supports(op, *tensors, **info) -> str | None    the reason against serving this call, or None; tensors are the
+    supports(op, *tensors, **info) -> str | None    the reason why it cannot serve this call, or None; tensors are the
                                             op's tensors in schema order (absent ones left out, lists flattened),
                                             info its other arguments by name
-    by_name_only() -> bool                  whether it serves only callers who name it, as an interpreter does
-    prepare_screen(W, b, x, k) -> Screen | None    its low-precision copy of an encoder, or None where it uses none
+    by_name_only() -> bool                  whether it serves only calls with backend=<its name>, as an interpreter does
+    prepare_screen(W, b, x, k) -> Screen | None    its low-precision copy of an encoder, or None if it uses none
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _built_cuda() -> ModuleType | str:
     return cuda
 
 
-# Fastest first, but for what fastsae.backends.choice says of the first two. A string instead of a module is the reason
+# Fastest first, except that fastsae.backends.choice orders the first two. A string instead of a module is the reason
 # why the backend is absent.
 _REGISTRY: tuple[tuple[str, ModuleType | str], ...] = (
     ("cuda", _built_cuda()),
@@ -78,9 +78,9 @@ def check_name(backend: str | None) -> None:
 
 
 def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> ModuleType:
-    """The module that serves this call: the named backend, or the fastest that has nothing against it.
+    """The module that serves this call: the named backend, or the fastest that can serve it.
 
-    Raises ValueError for an unknown name and BackendError, with the reason, where the named backend cannot serve.
+    Raises ValueError for an unknown name and BackendError, with the reason, if the named backend cannot serve it.
     """
     backend = backend or env.default_backend()
     check_name(backend)
@@ -93,11 +93,11 @@ def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> Modul
         if isinstance(module, str):
             reason = module
         else:
-            # Of a backend that nobody named, first whether the tensors are its own: CPU tensors wake no driver.
+            # With backend=None check the tensors first, so that CPU tensors do not initialize the CUDA driver.
             reason = module.supports(op, *tensors, **info) if backend is None else module.available()
             reason = reason or (module.available() if backend is None else module.supports(op, *tensors, **info))
             if reason is None and backend is None and module.by_name_only():
-                reason = f"it is there for those who name it: backend={name!r}"
+                reason = f"it serves only calls with backend={name!r}"
             if reason is None:
                 return module
         reasons.append(f"{name}: {reason}")

@@ -1,9 +1,9 @@
-"""Which of the two GPU backends goes first where both can serve: a table, choices.json, and how it is read.
+"""Which of the two GPU backends serves a call that both can serve: a table, choices.json, and how it is read.
 
 `python -m bench.gpu.choices` writes the table: from the timings of bench.gpu where there are some, else from the bytes
-that each backend's kernels move, and "source" says which. A line is one kind of call of an op and what it costs on
-either backend, in the table's "unit" or in its own; the cheaper one goes first, and of equals cuda: its
-launches should cost the host less, which bench.gpu measures too.
+that each backend's kernels move; "source" says which. A line is one kind of call of an op and its cost on each backend,
+in the table's "unit" or in its own. The cheaper backend goes first. At equal cost cuda does: its launches should cost
+the host less, which bench.gpu also measures.
 """
 
 from __future__ import annotations
@@ -31,6 +31,6 @@ def kind_of(op: str, tensors: tuple[Tensor, ...]) -> str:
 
 
 def first(op: str, tensors: tuple[Tensor, ...]) -> str:
-    """The GPU backend to ask first, "cuda" or "triton"."""
+    """The GPU backend to try first, "cuda" or "triton"."""
     cost = COSTS.get((op, kind_of(op, tensors)))
     return "triton" if cost is not None and cost["triton"] < cost["cuda"] else "cuda"

@@ -1,4 +1,4 @@
-"""UpdateArguments: the arguments of one raw `update_latents_`, by name, and what backends ask of them."""
+"""UpdateArguments: the arguments of one raw `update_latents_`, by name, and what backends derive from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RawTerm(NamedTuple):
 class UpdateArguments:
     """In the order of the raw op's schema, without the backend; both and their meanings: fastsae.ops.update.
 
-    Of offsets and dacts an empty tensor stands for none; screen, scales and added are empty where there are none.
+    An empty tensor in offsets or dacts stands for none; screen, scales and added are empty if there are none.
     """
 
     W_enc: Tensor | None
@@ -89,7 +89,7 @@ class UpdateArguments:
         return {name: tuple(stored[i * kept : (i + 1) * kept]) for i, name in enumerate(self.parameters())}
 
     def write(self, params: Params, moments: Moments) -> None:
-        """Stores what a step made of the parameters and moments; where skip is True, what was there stays."""
+        """Stores the parameters and moments of a step; if skip is True, the old values stay."""
         old = self.stored_moments()
         for name, p in self.parameters().items():
             store(p, params[name], self.skip)
@@ -106,7 +106,7 @@ class UpdateArguments:
         ]
 
     def parts(self) -> Parts:
-        """Tied dictionaries' gradients come as one."""
+        """What adds to the gradients of the terms; tied dictionaries have one gradient for both."""
         if not self.added:
             return Parts(self.decoder_pull, self.db_enc)
         *encoder, decoder, pre = self.added
@@ -114,7 +114,7 @@ class UpdateArguments:
 
     @property
     def is_plain(self) -> bool:
-        """Adam on gradients of terms alone, each act's gradient computed inside."""
+        """Whether this is Adam on the gradients of the terms alone, with each act's gradient computed inside."""
         given = (self.decoder_pull, self.db_enc, self.clip_rows, self.grad_scale)
         return (
             self.optimizer == "adam"

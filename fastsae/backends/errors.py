@@ -1,7 +1,7 @@
-"""What a backend says when it cannot."""
+"""The error of a backend that cannot serve a call."""
 
 from __future__ import annotations
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot serve the call, or was refused by the device; the message says why."""
+    """No backend can serve the call, or the device refused it; the message says why."""

@@ -2,7 +2,7 @@
 
 It computes in float32 at least (bfloat16 and float16 are promoted, the result is cast once at the end) and in float64
 when given float64. It ignores screens: its product is in full precision, so it redoes no token.
-A zero of the dense A times a NaN is NaN: where inputs are not finite it spreads NaN further than a sparse backend.
+A zero of the dense A times a NaN is NaN, so inputs that are not finite spread NaN further than in a sparse backend.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def update_latents_(call: UpdateArguments) -> Tensor:
 
 
 def _dense_term(term: RawTerm, d_sae: int) -> reference.Term:
-    """In a fixed code a slot whose act is 0 is empty, whatever its dact."""
+    """In a fixed code a slot whose act is 0 is empty, even if its dact is not 0."""
     A = _dense(term.acts, term.indices, term.offsets, d_sae)
     dA = None
     if term.dacts is not None:

@@ -1,7 +1,7 @@
 """The Triton backend: kernels/ behind the raw-op signatures, on CUDA (or ROCm) tensors; backends.gpu orders them.
 
 With Triton's interpreter on (TRITON_INTERPRET=1 before the first import) it computes on CPU tensors instead, slowly,
-for tests, and only for those who name it.
+for tests, and only for calls with backend="triton".
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def squared_errors(
     Differentiable in acts, W, goal, bias and start; the plain way any number of times.
     """
     ledger = ledgers.open_ledger(W)
-    frozen = not W.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    frozen = not W.requires_grad and any(part.acts.requires_grad for part, _ in parts)
+    frozen = frozen and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if ledger is None and not frozen:
         return _composed(parts, W, goal, bias, centred, start, backend)
     flat = [part.flatten() for part, _ in parts]

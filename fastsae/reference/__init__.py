@@ -1,8 +1,8 @@
 """The mathematics of every op and every rule: dense, any floating dtype, torch only.
 
 This is the single source of truth: nothing here is fast and everything here is short. Every function is pure. A whole
-training step is `forward`, torch's autograd, `shape_gradients`, `update`. The gradients of a reconstruction stand in
-closed form as well, so the tests can hold them against autograd, and the sparse engine against them.
+training step is `forward`, torch's autograd, `shape_gradients`, `update`. The gradients of a reconstruction are here in
+closed form as well, so the tests can compare them with autograd, and the sparse engine with them.
 
 Shapes: x (N, D), W_enc (M, D), W_dec (M, D_out), b_enc (M,), b_dec (D_out,), A (N, M). Both dictionaries keep one
 latent per row.

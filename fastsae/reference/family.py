@@ -1,4 +1,4 @@
-"""One forward pass and loss of any member of the family, dense, for autograd: what every sparse path is held against.
+"""One forward pass and loss of any member of the family, dense, for autograd: the truth for every sparse path.
 
 Leading axes before N and M are independent SAEs: x (*B, N, D), W_enc and W_dec (*B, M, D), b_enc (*B, M),
 b_dec (*B, D_out), and losses (*B,).
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 class Rule(Protocol):
-    """What a forward pass asks of an activation rule; fastsae.model.rules has them.
+    """What a forward pass calls on an activation rule; fastsae.model.rules has them.
 
-    rule_state: the rule's parameters and buffers, and b_enc. rows: what `per_latent` made of them, for pre.
+    rule_state: the rule's parameters and buffers, and b_enc. rows: what `per_latent` computes from them, for pre.
     """
 
     coef: float

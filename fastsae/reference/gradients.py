@@ -1,4 +1,4 @@
-"""Gradients of a reconstruction in closed form, so that the tests can hold them against torch's autograd."""
+"""Gradients of a reconstruction in closed form, so that the tests can compare them with torch's autograd."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Parts:
-    """What adds to the gradients and comes from no term.
+    """What adds to the gradients beside the terms.
 
     decoder_pull (M, L): dW_decᵢ gains decoder_pull[i, l] · W_decᵢ in the l-th of L equal segments of the row, the
     gradient of a penalty Σ c[i, l] ‖W_dec[i, segment l]‖ being c / ‖W_dec[i, segment l]‖ times that segment.
-    db_enc (M,): a gradient of b_enc's alone, of a rule that uses b_enc beside the pre-acts.
+    db_enc (M,): a gradient of b_enc alone, from a rule that also uses b_enc outside the pre-acts.
     W_enc, W_dec, pre (M,): gradients of both dictionaries and Σₙ of that of the pre-acts, from a dense path; tied:
     W_enc is None and W_dec is the sum of both.
     """
@@ -51,7 +51,7 @@ NO_PARTS = Parts()
 def gradients(params: Params, terms: Sequence[Term], pre_bias: bool, parts: Parts = NO_PARTS) -> Params:
     """dL/d parameter, summed over the terms and parts.
 
-    dA = grad W_decᵀ where A is not 0 (an inactive latent has no gradient), unless the term brings its own; then
+    dA = grad W_decᵀ where A is not 0 (an inactive latent has no gradient), unless the term has its own dA; then
     dW_dec = Aᵀ grad, dW_enc = dAᵀ x, db_enc = Σₙ dA, db_dec = Σₙ grad;
     with pre_bias the encoder sees x - b_dec, so db_dec loses Σₙ dA W_enc = Σᵢ db_encᵢ W_encᵢ.
     Tied dictionaries (no W_enc): both gradients belong to W_dec.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 MOMENTS_OF = {"adam": "mv", "adamw": "mv", "lion": "m", "signsgd": ""}
-"""The optimizers by name, and the moments that each keeps of a parameter, in order."""
+"""The optimizers by name, and the moments that each keeps for a parameter, in order."""
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Which one, and its numbers. signsgd reads neither betas nor eps, lion no eps; adam has no weight_decay."""
+    """An optimizer and its settings. signsgd reads neither betas nor eps, lion no eps; adam has no weight_decay."""
 
     kind: str = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -25,13 +25,13 @@ class Optimizer:
 
     @property
     def moments(self) -> str:
-        """The moments that it keeps of a parameter, a letter each."""
+        """The moments that it keeps for a parameter, one letter each."""
         return MOMENTS_OF[self.kind]
 
     def stepped(
         self, p: Tensor, g: Tensor, moments: tuple[Tensor, ...], lr: Tensor, step: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The new p and its new moments. It decays first, apart from the gradient: p = p (1 - lr · weight_decay)."""
+        """The new p and its new moments. Decoupled decay comes first: p = p (1 - lr · weight_decay)."""
         if self.kind != "adam":
             p = p * (1 - lr * self.weight_decay)
         if self.kind in ("adam", "adamw"):

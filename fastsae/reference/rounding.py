@@ -1,8 +1,8 @@
 """Narrow storage of moments: bfloat16, and 8 bits under a scale for each block; both rounded at random.
 
 Rounding to nearest would stall: with β₂ = 0.999 a step moves v by at most a thousandth of itself towards g², far below
-half a unit in the last place of bfloat16 (2⁻⁹ of the number) or of 3 mantissa bits (2⁻⁵), so v would stay where it is
-for ever. Rounded up or down at random with the mean kept, it moves a whole unit now and then and is right on average.
+half a unit in the last place of bfloat16 (2⁻⁹ of the number) or of 3 mantissa bits (2⁻⁵), so v would never
+change. Rounded up or down at random with the mean kept, it moves a whole unit now and then and is right on average.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _spread(scales: Tensor, width: int) -> Tensor:
 
 
 def _mix(h: Tensor) -> Tensor:
-    """A permutation of 32-bit integers held in int64 that scatters neighbours (lowbias32 by C. Wellons)."""
+    """A permutation of 32-bit integers held in int64 that scatters neighboring values (lowbias32 by C. Wellons)."""
     h = h ^ (h >> 16)
     h = (h * 0x7FEB352D) & 0xFFFFFFFF
     h = h ^ (h >> 15)
@@ -101,7 +101,7 @@ def round_to_fp8(t: Tensor, seed: int, step: Tensor, stream: int, keep_positive:
     width = t.shape[1]
     blocks = torch.nn.functional.pad(t, (0, -width % BLOCK)).view(t.shape[0], -1, BLOCK)
     largest = blocks.abs().amax(-1)
-    scales = largest / torch.full_like(largest, LARGEST)  # CUDA multiplies by 1/448 where that is a number
+    scales = largest / torch.full_like(largest, LARGEST)  # with a Python number CUDA multiplies by 1/448 instead
     by = _spread(scales, width)
     usable = (by > 0) & by.isfinite()
     q = torch.where(usable, t / torch.where(usable, by, 1), 0)

@@ -69,7 +69,7 @@ def heaviside(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 def gated(gate: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
     """relu(exp(r_mag)·(gate - b_gate) + b_mag) where gate > 0, else 0; gate = x W_encᵀ + b_gate.
 
-    The choice has no gradient: the gate learns from its own losses. Source: Rajamanoharan et al. 2024
+    The selection has no gradient: the gate is trained by its own losses. Source: Rajamanoharan et al. 2024
     (arXiv 2404.16014), eq. 5 to 8.
     """
     magnitude = torch.relu(torch.exp(r_mag) * (gate - b_gate) + b_mag)

@@ -54,7 +54,7 @@ def widened(moment: Moment) -> Tensor:
 def store(place: Moment, fresh: Moment, skip: Tensor | None = None) -> None:
     """Copies a parameter or a moment into the memory of one that is stored alike.
 
-    Where skip, 0-d bool, is True, the old one stays; that is decided on the device, without a host sync.
+    If skip, 0-d bool, is True, the old one stays; the device decides that, without a host sync.
     """
     if isinstance(place, EightBit) and isinstance(fresh, EightBit):
         # As bytes: torch has no arithmetic in 8-bit floats.

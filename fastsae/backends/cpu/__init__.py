@@ -1,6 +1,6 @@
 """The CPU backend: csrc/cpu behind the raw-op signatures, on torch.get_num_threads() threads.
 
-The screened encoders and the update stand in files of their own.
+The screened encoders and the update have their own files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:
         if t.device.type != "cpu":
             return f"it computes on the CPU, and a tensor is on {t.device}"
     floating = [t.dtype for t in tensors if t.is_floating_point()]
-    # The screened encoders' exact score is fp32 by definition; float64 callers want more.
+    # The screened encoders' exact score is fp32 by definition, too little for float64 inputs.
     served = tuple(DTYPES)[:2] if op.startswith(("encode", "prepare")) else tuple(DTYPES)
     if op != "update_latents_":
         odd = [dtype for dtype in floating if dtype not in served]

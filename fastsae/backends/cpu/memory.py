@@ -1,8 +1,8 @@
-"""How tensors are shown to the C++ extension: addresses, shapes and dtypes, nothing copied.
+"""How tensors are passed to the C++ extension: addresses, shapes and dtypes, nothing copied.
 
-Every address that C++ gets is made here, and only here: from a tensor on the CPU, of the dtype that C++ will take it
-for, whose storage holds every number that C++ will read or write there. csrc/cpu/bind.cpp checks that the sizes which
-it is told fit together. What it follows as an index (codes, rows) the raw op looks at (fastsae.ops).
+Every address that C++ gets is made here, and only here: from a tensor on the CPU, of the dtype that C++ expects, whose
+storage holds every number that C++ will read or write there. csrc/cpu/bind.cpp checks that the sizes of a call fit
+together. The raw op (fastsae.ops) checks the values that C++ uses as indices (codes, rows).
 
 The caller keeps the tensors alive during the call. torch is imported before the extension, so that both use one OpenMP
 runtime.
@@ -24,7 +24,7 @@ DTYPES = {float32: _cpu.Dtype.f32, bf16: _cpu.Dtype.bf16, float64: _cpu.Dtype.f6
 def _place(name: str, t: Tensor, dtype: torch.dtype, span: int) -> int:
     """The address of `span` numbers of dtype, the first of t and those after it. A few microseconds.
 
-    Raises TypeError for another dtype, ValueError where they do not lie in t's memory, or not on the CPU.
+    Raises TypeError for another dtype, ValueError if they do not lie in t's memory, or not on the CPU.
     """
     if t.dtype != dtype:
         raise TypeError(f"{name} is {t.dtype} where C++ expects {dtype}; cast with .to({dtype})")
@@ -46,9 +46,9 @@ def _place(name: str, t: Tensor, dtype: torch.dtype, span: int) -> int:
 
 
 def address(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Where the numbers of a contiguous tensor of this shape lie; 0 stands for a tensor that is not there.
+    """The address of the numbers of a contiguous tensor of this shape; 0 for None.
 
-    Raises TypeError for another dtype, ValueError for another shape, or what is not contiguous in the CPU's memory.
+    Raises TypeError for another dtype, ValueError for another shape or a tensor not contiguous in the CPU's memory.
     """
     if t is None:
         return 0
@@ -60,9 +60,9 @@ def address(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, .
 
 
 def matrix(name: str, t: Tensor) -> _cpu.Matrix:
-    """A (rows, cols) tensor whose rows are contiguous, however far apart they lie.
+    """A (rows, cols) tensor whose rows are contiguous, at any distance from each other.
 
-    Raises TypeError for a dtype that C++ has no kernel for, ValueError for another layout, or outside the CPU's memory.
+    Raises TypeError for a dtype that C++ has no kernel for, ValueError for another layout or device.
     """
     if t.dtype not in DTYPES:
         raise TypeError(f"{name} is {t.dtype}, expected one of {', '.join(map(str, DTYPES))}")
@@ -102,7 +102,7 @@ def latent_order(code: _cpu.Codes, offsets: Tensor, tokens: Tensor, slots: Tenso
 
 
 def sort(code: _cpu.Codes) -> tuple[Tensor, Tensor, Tensor]:
-    """A code's latent order (offsets, tokens, slots); -1 past the last entry, so that reading on is noticed."""
+    """A code's latent order (offsets, tokens, slots); -1 past the last entry, so that a read past it shows."""
     order = (
         buffers.empty((code.d_sae + 1,), int64, CPU),
         buffers.full((code.slots,), -1, int32, CPU),

@@ -18,7 +18,7 @@ _Tensors = list[Tensor]
 def allocate(latents: int, d: int, fmt: _cpu.Format) -> _Tensors:
     """[words int32, tables fp32 (3, positions), format int32 ()]: the memory of one narrow copy, not filled.
 
-    None of them is an inference tensor: a copy made under torch.inference_mode may be kept, and maintained in training.
+    None of them is an inference tensor: training may update a copy that was made under torch.inference_mode.
     """
     words, positions = _sizes(latents, d, fmt)
     with torch.inference_mode(False):
@@ -70,8 +70,8 @@ def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None)
     return Screen(tensors, f"cpu/{fmt.name}")
 
 
-# 8 bits have twice the product rate of bf16 and a bound several times wider. Where the bound lets in more rivals than
-# this share of the latents, scoring them costs more than the product saves (Zen 5: 22 us a token at M = 24576, 40 ns a
+# 8 bits have twice the product rate of bf16 and a bound several times wider. If the bound lets in more rivals than this
+# share of the latents, scoring them costs more than the product saves (Zen 5: 22 us a token at M = 24576, 40 ns a
 # rival).
 RIVALS_WORTH = 0.02
 REDONE_WORTH = 0.01
@@ -131,7 +131,7 @@ def arguments(
     screen: _Tensors | None,
     precision: str,
 ) -> tuple[_cpu.EncodeArgs, list[Any]]:
-    """What every encoder hands to C++, and the tensors that must live as long."""
+    """What every encoder passes to C++, and the tensors that must live as long."""
     bias = b.float().contiguous()
     gain = None if scale is None else scale.float().contiguous()
     considered = None if rows is None else rows[rows >= 0].contiguous()

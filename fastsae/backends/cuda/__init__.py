@@ -1,7 +1,7 @@
 """The CUDA backend: csrc/cuda behind the raw-op signatures, on CUDA tensors; fastsae.backends.gpu orders its stages.
 
-With FASTSAE_CUDA_EMULATION it runs the same kernels on the CPU instead (library.py), slowly, for tests, and only
-for those who name it.
+With FASTSAE_CUDA_EMULATION it runs the same kernels on the CPU instead (library.py), slowly, for tests, and only for
+calls with backend="cuda".
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fastsae.backends.gpu.raw_ops import RawOps, refusal
 from fastsae.codes import Screen
 
 LEAST_CAPABILITY = (8, 0)
-"""What the kernels need of a device: asynchronous copies and bfloat16 arithmetic came with 8.0."""
+"""What the kernels need: devices have asynchronous copies and bfloat16 arithmetic since 8.0."""
 MOST_K = 8192
-"""Of a token: top_k sorts what it chose in shared memory, 8 bytes each, and any of these devices has 64 KiB."""
+"""Per token: top_k sorts the chosen latents in shared memory, 8 bytes each, and all these devices have 64 KiB."""
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def _version(number: int) -> str:
 
 
 def _op(name: str) -> Callable[..., Any]:
-    """The raw op of this name; what CUDA refuses becomes a BackendError that names it."""
+    """The raw op of this name; a CUDA error becomes a BackendError that names the op."""
     run = getattr(_raw, name)
 
     def named(*args: Any) -> Any:

@@ -14,7 +14,7 @@ from fastsae.backends.gpu.bounds import roundoff
 from fastsae.backends.gpu.plan import Plan, sample_step
 
 SLOTS = 64
-"""Tokens that are scored exhaustively side by side: rows of scores that are held for them."""
+"""Tokens that are scored exhaustively at the same time: the rows of scores in scratch memory."""
 
 
 def narrow_rows(t: Tensor, low: Tensor, scale: Tensor, norm: Tensor, residual: Tensor) -> None:
@@ -23,10 +23,10 @@ def narrow_rows(t: Tensor, low: Tensor, scale: Tensor, norm: Tensor, residual: T
 
 @contextlib.contextmanager
 def ieee_products() -> Iterator[None]:
-    """cuBLAS multiplies fp32 by fp32, and not by the 10 bits of TF32: no bound here allows for those.
+    """cuBLAS multiplies in fp32, not with the 10 bits of TF32, which no bound here allows for.
 
-    torch has an old and a new setting for it, and raises RuntimeError, also from a product, where they contradict each
-    other. So whichever made it TF32 is taken back, and put back as it was.
+    torch has an old and a new setting for it, and raises RuntimeError, in a product too, if they contradict each other.
+    So this resets the one that chose TF32, and restores it afterwards.
     """
     settings = torch.backends.cuda.matmul
     if settings.fp32_precision != "tf32":
@@ -52,7 +52,7 @@ def ieee_products() -> Iterator[None]:
 
 
 def product(x: Tensor, W: Tensor, rows: Tensor | None, count: Tensor, out: Tensor, chunk: int, stride: int) -> None:
-    """A library's, of a copy of the chunk's rows. Columns past count get something too: nobody looks at them."""
+    """cuBLAS on a copy of the chunk's rows. It also writes columns past count, which no stage reads."""
     if rows is None:
         part = W[chunk::stride][: out.shape[1]]
     else:

@@ -1,7 +1,7 @@
 """The compiled CUDA extension, and where its ops run.
 
-csrc/cuda is built as fastsae._cuda where there was an nvcc. For tests the same sources are also built for the CPU,
-where fibers stand for a GPU's threads (tests/emulation); FASTSAE_CUDA_EMULATION names that build, which is then taken.
+csrc/cuda is built as fastsae._cuda if there is an nvcc. For tests the same sources are also built for the CPU, where
+fibers stand for a GPU's threads (tests/emulation). FASTSAE_CUDA_EMULATION selects that build.
 """
 
 from __future__ import annotations

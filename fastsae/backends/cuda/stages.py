@@ -1,6 +1,6 @@
 """The CUDA kernels under the names of fastsae.backends.gpu.stages: what this backend computes itself.
 
-The encoders' and the latent-major stages stand in files of their own.
+The encoders' and the latent-major stages have their own files.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def update_rows(
     bias_moments: Moments, entries: Entries, pre_bias: Tensor | None, stats: Tensor, numbers: Tensor, keys: Tensor,
     eps: float, betas: tuple[float, float, float, float], unit_norm: bool, stochastic: bool, programs: int,
 ) -> None:  # fmt: skip
-    """Also sees to it that `update_bias` can be launched afterwards, before anything is changed."""
+    """Before it changes anything, it also checks that `update_bias` can be launched afterwards."""
     at, pieces = where(W_dec), entries.pieces
     d_out, d_in = W_dec.shape[1], (W_dec if W_enc is None else W_enc).shape[1]
     sources = _in_one_dtype([entries.x, entries.more_x, entries.grad, entries.more_grad], W_dec.dtype)
@@ -88,7 +88,7 @@ def update_rows(
 
 
 def _in_one_dtype(matrices: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """As they are where all have the weights' dtype; else in float32, which every narrower number has a place in."""
+    """Unchanged if all have the weights' dtype; else in float32, which holds every narrower number exactly."""
     if all(t is None or t.dtype == dtype for t in matrices):
         return matrices
     return [None if t is None else t.float() for t in matrices]

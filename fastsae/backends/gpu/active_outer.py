@@ -1,6 +1,6 @@
 """active_outer: out[i] = Σ_e acts[e] · x[token of e] over the entries e of latent i: Aᵀ x, a dictionary's gradient.
 
-The code is put in latent order, unless the caller has that already; latents with many entries are cut into pieces.
+The code is put in latent order, unless the caller passes that order; latents with many entries are cut into pieces.
 Every sum has one order, so there are no atomics and the bits never change.
 """
 

@@ -5,7 +5,7 @@ A screened score v of the exact score s obeys |v - s| <= e with
     A_i = |g_i| ‖ŵ_i‖,  B_i = |g_i| ‖w_i - ŵ_i‖,  p_n = ‖x_n - x̂_n‖ + c ‖x_n‖,  q_n = ‖x_n‖
 where g is the gate of a latent (1 without), c bounds the accumulation in fp32 of both scores, whatever the order, r the
 rounding of ŝ to its storage and of the last operations, and t_n keeps underflow from hiding a positive score. t_n is
-left out where A_i = B_i = 0, so that nothing of a latent of zeros survives a bar of 0.
+left out where A_i = B_i = 0, so that a latent of zeros never survives a bar of 0.
 """
 
 from __future__ import annotations

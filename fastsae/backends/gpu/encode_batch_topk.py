@@ -1,10 +1,10 @@
 """The N·K largest of relu(x Wᵀ + b) over the whole batch, as a ragged code; nothing of size (N, M) is stored or sorted.
 
 A sample of tokens and latents gives a bar τ that about 1.25 N·K scores exceed; `encode_above` finds those, exactly, and
-a stable sort of at most 3 N·K numbers keeps the largest. It is certain to be right where at least N·K were above τ (or
-τ = 0) and all of them fit. Where not, two histograms over every score give the N·K-th largest key, and two walks over
-all latents count and emit. That is many times slower than a product, since W is read anew for each token or for a few,
-but no host is asked and any input is served.
+a stable sort of at most 3 N·K numbers keeps the largest. The result is certainly right if at least N·K were above τ (or
+τ = 0) and all of them fit. If not, two histograms over every score give the N·K-th largest key, and two walks over all
+latents count and emit. That is many times slower than a product, since W is read again for each token or for a few, but
+it needs no host sync and works for any input.
 
 Bytes: (N + M)·D·2 a chunk's product and 4·N·M through L2; 1.25 N·K·D·sizeof(W) to score; about 150·N·K to sort.
 Flops: 2·N·M·D on tensor cores.

@@ -9,12 +9,12 @@ The stages, in order:
     rescore           their exact fp32 scores
     top_k             the K largest of them
     exhaustive_top_k  tokens without a certificate, from every latent
-Nothing is read back by the host: all sizes depend on shapes, so the whole can be captured in a CUDA graph.
+The host reads nothing back: all sizes depend on shapes, so a CUDA graph can capture the whole op.
 
-Why a library's product and a pass over its result, and not one fused kernel: at N=8192 D=4096 M=131072 the product is
+Why a cuBLAS product and a pass over its result, and not one fused kernel: at N=8192 D=4096 M=131072 the product is
 8.8 TFLOP, 11.1 ms at the 790 TFLOP/s that cuBLAS reaches on an H200; a chunk of scores is written to and read from L2
 at a few TB/s, 2.1 GB in all: 0.8 ms. A fused product would have to reach 93 % of cuBLAS to break even. At D=768 the
-same pass weighs more (0.15 of 0.55 ms), and a fused one may win there: to be measured where there is a GPU.
+same pass weighs more (0.15 of 0.55 ms), and a fused kernel may win there; it has not been measured.
 
 Bytes: (N + M)·D·2 a chunk's product and 4·N·M through L2; 1.03-1.25·N·K·D·sizeof(W) to rescore.
 Flops: 2·N·M·D on tensor cores, about 12·N·M beside them.

@@ -14,7 +14,7 @@ from fastsae.backends.gpu.stages import EncodeStages
 WIDEST = 65504
 """Most columns of a row: products of two narrow rows are below that in magnitude, so they fit fp16."""
 ALIGNMENT = 16
-"""Columns of a narrow copy are padded with zeros to a multiple of this: products want rows of whole 32-byte sectors."""
+"""Columns of a narrow copy are padded with zeros to a multiple of this: products are fast on whole 32-byte sectors."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def padded_width(D: int) -> int:
 def allocate(t: Tensor, dtype: torch.dtype = torch.float16) -> Narrow:
     """Memory for a narrow copy of t (rows, D), not filled.
 
-    None of it is an inference tensor: a copy made under torch.inference_mode may be kept, and maintained in training.
+    None of it is an inference tensor: training may update a copy that was made under torch.inference_mode.
     """
     rows, D = t.shape
     with torch.inference_mode(False):

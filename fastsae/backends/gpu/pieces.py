@@ -1,8 +1,8 @@
 """Long latents cut into pieces of equal length, so that no program has much more to add up than another.
 
 A latent with more than `length` entries is summed by pieces: one program adds the entries of one piece into a row of a
-workspace, and whoever owns the latent adds those rows in order. Short latents have no piece. How many pieces there are
-is known on the device only, so the launch grid is the most there can be, and a program past the last one returns:
+workspace, and the latent's own program adds those rows in order. Short latents have no piece. Only the device knows the
+number of pieces, so the launch grid is the most there can be, and a program past the last piece returns:
 
     Σ over long latents of ceil(count/length) <= nnz/length + (long latents) <= nnz/length + nnz/(length + 1)
 """
@@ -21,7 +21,7 @@ SHORTEST = 64
 def cut(stages: LatentStages, starts: Tensor, slots: int, tokens: int) -> Pieces:
     """The pieces of a code in latent order: starts (M+1,) int64, over at most `slots` entries of `tokens` tokens.
 
-    The length is eight tokens' worth of slots: then a quarter as many workspace rows as tokens always suffice (1.03 at
+    The length is eight tokens' worth of slots. Then a quarter as many workspace rows as tokens always suffice (1.03 at
     SHORTEST), and at N = 8192 a piece is a hundredth of what each of a hundred multiprocessors has to add.
     """
     length = max(SHORTEST, 8 * cdiv(slots, max(tokens, 1)))

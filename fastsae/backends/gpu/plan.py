@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 
 CHUNK_BYTES = 32 << 20
-"""Scores of one chunk: what is written must be read again before it leaves an L2 of 40-50 MB."""
+"""Scores of one chunk: the next pass must read them before they leave an L2 of 40-50 MB."""
 SAMPLE = 8192
 """Largest sample of a token, in positions: 64 keys to a thread."""
 SAMPLE_SHARE = 16
@@ -23,7 +23,7 @@ LIST_BYTES = 128 << 20
 
 
 def cdiv(n: int, size: int) -> int:
-    """How many blocks of `size` cover n."""
+    """The number of blocks of `size` that cover n."""
     return (n + size - 1) // size
 
 
@@ -86,5 +86,5 @@ def _plan(tokens: int, positions: int, k: int, element_size: int) -> Plan:
 
 
 def sample_step(columns: int, samples: int) -> int:
-    """Every which of the sampled columns is looked at; a power of two of samples seldom divides them."""
+    """The step between the sampled columns that are used; a power of two of samples seldom divides them."""
     return cdiv(columns, samples)

@@ -1,4 +1,4 @@
-"""One chunk of the screening product: a library's, or the backend's own over a list of rows."""
+"""One chunk of the screening product: by cuBLAS, or by the backend's own kernel over a list of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastsae.backends.gpu.stages import EncodeStages
 
 @contextlib.contextmanager
 def fp32_sums() -> Iterator[None]:
-    """cuBLAS adds an fp16 product up in fp32: in fp16, which torch can let it do in two ways, no bound holds."""
+    """cuBLAS sums an fp16 product in fp32. torch has two settings that allow fp16 sums, for which no bound holds."""
     settings = torch.backends.cuda.matmul
     before = settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction
     if not any(before):

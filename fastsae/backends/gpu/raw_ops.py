@@ -1,6 +1,6 @@
-"""The raw ops of a GPU backend, made of its stages: each call on its tensors' device, nothing else in between.
+"""The raw ops of a GPU backend, made of its stages: each call runs on its tensors' device.
 
-Nothing here looks at a value on the device.
+Nothing here reads a value from the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refusal(op: str, tensors: Iterable[Tensor], device: str) -> str | None:
-    """The reason against an op on these tensors by stages that compute on `device` ("cuda", "cpu"), or None."""
+    """The reason why stages that compute on `device` ("cuda", "cpu") cannot run an op on these tensors, or None."""
     for t in tensors:
         if t.device.type != device:
             return f"it computes on {device} tensors here, and a tensor is on {t.device}"
@@ -46,7 +46,7 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _kept(screen: list[Tensor] | None, W: Tensor) -> Narrow | None:
-    """The copy that was kept. Raises ValueError for what is not one of W's: kernels take it as addresses."""
+    """The kept copy. Raises ValueError if it is not a copy of W: kernels get it as addresses."""
     if not screen:
         return None
     rows = (W.shape[0],)
@@ -72,8 +72,8 @@ class RawOps:
             return narrowed(self.stages, W.contiguous()).tensors()
 
     def _refresh(self, screen: list[Tensor], W: Tensor) -> None:
-        """Makes the kept copy one of the new W. Where that fails it must not pass for one: then its residual norms are
-        infinite, so that no bound holds anybody back, and every token is scored from W itself."""
+        """Makes the kept copy one of the new W. If that fails, the stale copy must not be trusted: its residual norms
+        become infinite, so that no bound excludes a latent, and every token is scored from W itself."""
         made = False
         try:
             self.stages.narrow_rows(W, *screen)

@@ -1,8 +1,8 @@
-"""What a GPU backend computes itself: every stage of every op, as protocols that a module of functions fulfils.
+"""What a GPU backend computes itself: every stage of every op, as protocols that a module of functions implements.
 
-A stage is a part of an op: a few launches on the current stream. No stage reads a number back, and what a stage does
-not return, its caller has allocated. Grids, workspaces and sizes follow from shapes, so that a captured graph can
-replay them. Matrices are contiguous, (N, D) and (M, D), in float32, bfloat16 or float16, unless it is said otherwise.
+A stage is a part of an op: a few launches on the current stream. No stage reads a number back. A stage
+allocates what it returns, and its caller the rest. Grids, workspaces and sizes follow from shapes, so a captured graph
+can replay them. Matrices are contiguous, (N, D) and (M, D), in float32, bfloat16 or float16, unless stated otherwise.
 Sums are fp32, each in one fixed order: equal inputs give equal bits. "Exact scores" are those of `rescore`, the same
 bits from every stage of a backend, and the dots in them are its `active_dot`'s. NaN ranks above every number; ties go
 to the lower index.
@@ -57,7 +57,7 @@ class Entries:
 
 
 class ScreenStages(Protocol):
-    """Screening, and the K best of what it leaves."""
+    """Screening, and the K largest of what it leaves."""
 
     def narrow_rows(self, t: Tensor, low: Tensor, scale: Tensor, norm: Tensor, residual: Tensor) -> None:
         """Fills the four from t (rows, D): low (rows, padded D) = t · 2ᵉ rounded, 0 past D; the others (rows,) fp32.
@@ -221,11 +221,11 @@ class LatentStages(Protocol):
         (M, D_out), b_enc (M,) and their moments. W_enc None: tied, and enc_moments is (None, None).
 
         Program p of `programs` owns the latents p, p + programs, ..., and fills pre_bias[p] (D_in,) float32 with their
-        Σ db_enc_i · W_enc_i, W_enc before its step (None: not asked for), and stats[p] (4,) float64 with the squared
+        Σ db_enc_i · W_enc_i, W_enc before its step (None: not needed), and stats[p] (4,) float64 with the squared
         gradient norms of W_enc (0 where tied), W_dec before projection, b_enc, and 0; stats may have more rows. keys:
         streams 0, 1 are W_enc's, then W_dec's and b_enc's; tied, W_dec's come first. betas: β₁, 1-β₁, β₂, 1-β₂.
         stochastic: moments are bfloat16 and rounded at random. Workspaces are allocated here. Where numbers[2] is 0 it
-        is as if there were no latents: no parameter and no moment changes, and pre_bias and stats[:programs] are 0.
+        acts as if there were no latents: no parameter and no moment changes, and pre_bias and stats[:programs] are 0.
         """
 
     def update_bias(
@@ -236,7 +236,7 @@ class LatentStages(Protocol):
         """Adam step of b (D,) in place, with the gradient Σ of the rows of grads, (N, D) each, - Σ of pre_bias (R, D)
         float32. stats (bias_programs(D), 4) float64: (0, 0, 0, its squared norm) in parts. keys: m's stream, then v's.
         workspace (Σ bias_parts, D) float32, for grads and pre_bias in turn: the caller allocates it before it lets
-        update_rows change anything, since memory may be out. Where numbers[2] is 0, b, m and v stay as they are and
+        update_rows change anything, since the allocation may fail. If numbers[2] is 0, b, m and v stay as they are and
         stats are NaN, unknown.
         """
 

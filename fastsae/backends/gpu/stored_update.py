@@ -1,10 +1,10 @@
-"""update_latents_ for calls that the fused kernels do not know: given gradients of pre-acts, parts beside the terms,
+"""update_latents_ for calls that the fused kernels do not cover: given gradients of pre-acts, parts beside the terms,
 clipping, norms_only, and every optimizer and storage of moments but plain Adam's.
 
 Here the dictionaries' gradients are stored: 4·M·(D_in + D_out) bytes, and as much again while they are projected,
 clipped and stepped. active_dot and active_outer make them term by term; the reference's elementwise formulas do the
-rest. Deterministic: every sum is active_outer's, or one of torch's reductions over a dimension. Nothing is read back by
-the host. Everything is computed in float32.
+rest. Deterministic: every sum is active_outer's, or one of torch's reductions over a dimension. The host reads
+nothing back. Everything is computed in float32.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@
     db_dec = Σ_n grad_n - Σ_i db_enc_i · W_enc_i (pre_bias);  then project, Adam, renormalize: reference.update
 
 The entries of all terms are listed latent by latent once, long latents are cut (pieces.py), and then a program holds
-one latent's rows and does everything to them (stages.update_rows). Every sum has one order: nothing is atomic and the
-bits never change. The launches depend on shapes only, and no number is read back.
+one latent's rows from gradient to step (stages.update_rows). Every sum has one order: nothing is atomic and the bits
+never change. The launches depend on shapes only, and no number is read back.
 
 Bytes: nnz·(D_in·sizeof(x) + D_out·sizeof(grad)) + M·(D_in + D_out)·(2·sizeof(W) + 4·sizeof(moment)) + N·D_out.
 Flops: 6·nnz·D + 15·M·(D_in + D_out).
 Workspace: 44 bytes a slot; pieces, at most 2·ΣN·(D_in + D_out) / 2 bytes (N/4 rows of float32); pre_bias, at most 4096
 and N/2 rows of D float32 (1024 at least); wide rows, 4096 and N/2 rows more. At N = 8192: 4·N·D bytes in all.
-Of more than two terms, the second to the last are joined in one more copy of their x and grad.
+With more than two terms, the second to the last are joined in one more copy of their x and grad.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastsae.backends.gpu.stages import Entries, LatentStages
 
 
 def list_entries(stages: LatentStages, terms: list[RawTerm], d_sae: int, x_like: Tensor, grad_like: Tensor) -> Entries:
-    """x_like, grad_like: what stands for x and grad where there is no term; nothing is read from them."""
+    """x_like, grad_like: placeholders for x and grad if there is no term; nothing is read from them."""
     slots, tokens = sum(t.acts.numel() for t in terms), sum(t.grad.shape[0] for t in terms)
     buffers.count_int32("the slots of the terms", slots), buffers.count_int32("the tokens of the terms", tokens)
     keys, rows = (buffers.empty((slots,), torch.int32, grad_like.device) for _ in range(2))
@@ -71,8 +71,8 @@ def programs_of(d_sae: int, tokens: int) -> int:
 def update_latents(stages: LatentStages, call: UpdateArguments) -> Tensor:
     """One step of a plain call, in place. Returns the squared gradient norms before projection, (4,) float64.
 
-    Where call.skip is True nothing changes, and the norms are NaN. That is decided on the device, by one number next to
-    the step size: the kernels that write then find no latents to go over, and the others have done their work in vain.
+    If call.skip is True nothing changes, and the norms are NaN. A number next to the step size, on the device, decides
+    it: the kernels that write then find no latents, and the work of the others is wasted.
     """
     W_enc, W_dec, b_enc, b_dec = call.W_enc, call.W_dec, call.b_enc, call.b_dec
     moments, terms, tied, encoder = call.moments, call.terms(), call.tied, call.encoder
@@ -89,7 +89,7 @@ def update_latents(stages: LatentStages, call: UpdateArguments) -> Tensor:
     stats = buffers.empty((programs + stages.bias_programs(d_out), 4), torch.float64, W_dec.device)
     partial = buffers.empty((programs, d_in), torch.float32, W_dec.device) if pre_bias else None
 
-    # Whatever memory is needed is there before a parameter changes.
+    # All memory is allocated before a parameter changes.
     grads = [t.grad for t in terms if t.has_bias]
     parts = sum(stages.bias_parts(t.shape[0]) for t in (*grads, partial) if t is not None)
     workspace = buffers.empty((parts, d_out), torch.float32, W_dec.device)
