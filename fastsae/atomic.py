@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process writes: replacement in one step, checksums, locks."""
+"""Files that are whole or absent, and folders that one process writes: replacement in one step, checksums, locks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sha256_of(path: Path) -> str:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes `path` anew: write(temporary name beside it), fsync, rename.
+    """Replaces `path`: write(temporary name beside it), fsync, rename.
 
     Raises OSError naming `path`: it is then as it was, or whole and new where only the folder's fsync failed. A process
     killed in here leaves the temporary file behind, which the next lock of the folder removes (see `lock_folder`).
@@ -68,7 +68,7 @@ def is_partial(path: Path) -> bool:
 
 
 def lock_folder(folder: Path) -> int:
-    """Locks folder/LOCK, making both, and removes what killed writers left half-written; closing the result unlocks.
+    """Locks folder/LOCK, creating both, and removes partial files of killed writers; closing the result unlocks.
 
     The lock is the kernel's (flock) and dies with the process: a file left by `kill -9` blocks no other process.
     The pid inside is for the message only.

@@ -28,7 +28,7 @@ class SparseCodes:
     acts (*batch, K) floating, or (capacity,) when ragged; indices int32, same shape, in [0, d_sae);
     offsets int64 (N+1,) when ragged, else None; batch_shape: the leading dimensions, N = their product, never ();
     redone: 0-d int64, tokens whose selection the encoder had to repeat (a metric), or None.
-    made_by: the encoder's record and the acts that it made; `encoded` says whether the acts are still those.
+    made_by: the encoder's record and the acts that it made; `encoded` checks that the acts are still the same.
     """
 
     acts: Tensor
@@ -64,7 +64,7 @@ class SparseCodes:
 
     @property
     def k(self) -> int:
-        """Slots per token. Raises ValueError on a ragged code, which has no such number."""
+        """Slots per token. Raises ValueError on a ragged code, which has no fixed number."""
         if self.is_ragged:
             raise ValueError("a ragged code has no k; use .l0 for the active latents of each token")
         return self.acts.shape[-1]
@@ -81,7 +81,7 @@ class SparseCodes:
         """Stored activations in all: 0-d int64, on the device."""
         return self.l0.sum()
 
-    # -- shapes and places ------------------------------------------------------------------------------------------
+    # -- shapes and devices -----------------------------------------------------------------------------------------
 
     def flatten(self) -> SparseCodes:
         """The same code with one batch dimension: acts (N, K), or ragged with batch_shape (N,)."""
@@ -100,7 +100,7 @@ class SparseCodes:
 
     @property
     def encoded(self) -> Any:
-        """The record of the encoder that made these acts, or None where they went through anything since."""
+        """The record of the encoder that made these acts, or None if an op has changed them since."""
         return self.made_by[0] if self.made_by is not None and self.made_by[1] is self.acts else None
 
     def _same_acts(self, other: SparseCodes) -> SparseCodes:
@@ -135,7 +135,7 @@ class SparseCodes:
     def __getitem__(self, key: Any) -> SparseCodes:
         """Some of the tokens: any index that the batch dimensions take (codes[3:7], codes[mask], codes[0]).
 
-        Of a ragged code the result has capacity nnz, which costs a host sync.
+        For a ragged code the result has capacity nnz, which costs a host sync.
         """
         if self.offsets is None:
             acts, indices = self.acts[key], self.indices[key]
@@ -336,8 +336,8 @@ class UpdateTerm:
 
     codes: flattened, N tokens; x (N, D): the encoder's input after pre-bias and normalization;
     grad (N, D_out): dLoss/d recon. dacts, shape of codes.acts: dLoss/d pre-act at the slots; None: it is that of
-    grad alone, ⟨grad_n, W_dec_i⟩ where the act is not 0. In a ragged code a slot whose act is 0 may have one; in a
-    fixed-K code it is empty and has none, whatever dacts holds there.
+    grad alone, ⟨grad_n, W_dec_i⟩ where the act is not 0. In a ragged code a slot whose act is 0 may have one. In a
+    fixed-K code it is empty, and dacts is ignored there.
     """
 
     codes: SparseCodes

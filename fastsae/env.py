@@ -1,9 +1,9 @@
 """The only place that reads environment variables.
 
-FASTSAE_BACKEND   the backend that backend=None takes ("reference", "cpu", ...); it fails loudly where it cannot serve
+FASTSAE_BACKEND   the backend that backend=None takes ("reference", "cpu", ...); a call that it cannot serve raises
 FASTSAE_CPU_ISA   the widest instruction set that the cpu backend may use, in its own names (see `fastsae info`)
-FASTSAE_CUDA_EMULATION  a build of the CUDA kernels for the CPU, which is for tests (tests/emulation)
-TRITON_INTERPRET  Triton's own: "1" runs its kernels in an interpreter on the CPU, which is for tests
+FASTSAE_CUDA_EMULATION  a build of the CUDA kernels for the CPU, for tests (tests/emulation)
+TRITON_INTERPRET  Triton's own: "1" runs its kernels in an interpreter on the CPU, for tests
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ def cuda_emulation() -> str | None:
 
 
 def triton_is_interpreted() -> bool:
-    """Whether Triton's interpreter is on; it has to be before the first kernel is imported."""
+    """Whether Triton's interpreter is on; it must be set before the first kernel is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

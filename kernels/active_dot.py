@@ -32,7 +32,7 @@ def _active_dot_kernel(
         count = K
 
     for start in range(0, count, BLOCK_L):
-        # Load: in a fixed code an act of 0 is an empty slot; in a ragged one, whatever the offsets hold is there.
+        # Load: in a fixed code an act of 0 is an empty slot; in a ragged one every slot below offsets[N] is occupied.
         slot = start + tl.arange(0, BLOCK_L)
         stored = slot < count
         live = stored

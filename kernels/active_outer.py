@@ -34,7 +34,7 @@ class Config:
 
 
 def choose(D: int) -> Config:
-    """8 columns a thread; 4 entries at once of a wide tile and 8 of a narrow one, whose loads are shorter."""
+    """8 columns a thread; 4 entries at once in a wide tile and 8 in a narrow one, whose loads are shorter."""
     width = tile_of(D)
     return Config(BLOCK_D=width, BLOCK_E=4 if width == 1024 else 8, num_warps=max(1, width // 256))
 

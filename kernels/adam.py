@@ -5,8 +5,8 @@
 Moments are computed in float32. In bfloat16 they are stored rounded at random under a seed (rounding.py), else to
 nearest; p is stepped with the moments before they are rounded. Source: Adam, arXiv:1412.6980 algorithm 1.
 
-`_step_numbers_kernel` is one program that reads lr (float64), the step (int64) and whether to skip it (bool) where they
-are, on the device, and leaves what every row needs: no host sync, and a captured graph follows all three.
+`_step_numbers_kernel` is one program. It reads lr (float64), the step (int64) and whether to skip it (bool) on the
+device, and writes what every row needs: no host sync, and a captured graph follows all three.
 
 Bytes: 17 read, 44 written.
 Flops: 4·log2(step), in float64.
@@ -72,7 +72,7 @@ def _step_numbers_kernel(
 
 @triton.jit
 def latents_to_update(numbers_ptr, M):
-    """M, or 0 where the step is skipped: a kernel that goes over the latents then has nothing to write."""
+    """M, or 0 if the step is skipped: a kernel that goes over the latents then writes nothing."""
     return tl.where(tl.load(numbers_ptr + 2) == 0, 0, M)
 
 
@@ -91,7 +91,7 @@ def adam(p, g, m, v, numbers, betas):
 @triton.jit
 def load_moments(m_ptr, v_ptr, at, mask):
     """m and v of the places `at` (int64), in float32."""
-    # Each is read and written once a step: out of L2 first, where gathered rows are worth more.
+    # Each is read and written once a step, so L2 evicts it first: gathered rows are reused.
     m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     return m, v

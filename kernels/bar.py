@@ -1,7 +1,7 @@
 """τ[n] = the rank-th largest screened score of token n's sample, or 0: a guess of a bar that a few K latents clear.
 
-One program takes one token: its sample in registers, as keys, and one count for each of 23 bits. The guess costs
-nothing when it is wrong: what the encoder returns is certified, and only speed depends on τ.
+One program takes one token: its sample in registers, as keys, and one count for each of 23 bits. A wrong
+guess costs speed only: the encoder certifies what it returns.
 
 Bytes: N·samples·2.
 Flops: 23·2·N·samples, integer.

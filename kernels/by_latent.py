@@ -1,4 +1,4 @@
-"""The slots of a code listed, and put in the order of their latents: the two stages of fastsae.backends.gpu.by_latent.
+"""Lists the slots of a code and sorts them by latent: the two stages of fastsae.backends.gpu.by_latent.
 
 The sort is torch's (a radix sort without atomics on data, which a CUDA graph can capture); the kernels around it are
 one program for each BLOCK slots or latents. A counting sort of our own would have to be stable too, which takes a

@@ -1,9 +1,9 @@
 """From a token's survivors those that can be among its K largest, and whether it is certain that they all are there.
 
 One program takes one token. With L the K-th largest lower end v - e of the survivors, K latents score at least L; so
-only v + e >= L can belong to the K largest. Who did not survive scores at most the bar τ: where L > τ nobody was left
-out, and where τ = 0 nobody who could be (an act of 0 is an empty slot). Such a token is certified, unless a list was
-too short.
+only v + e >= L can belong to the K largest. A latent that did not survive scores at most the bar τ. So if L > τ no
+latent is missing, and if τ = 0 only latents whose act would be 0, an empty slot. Such a token is certified, unless a
+list was too short.
 
 Bytes: 24 a survivor, 8 a candidate.
 Flops: 31·2 a survivor, integer.
@@ -106,7 +106,7 @@ def select(
 
 
 def warps_of(block: int) -> int:
-    """Eight survivors to a thread; of the longest lists 32, for which half the warps have twice the registers."""
+    """Eight survivors to a thread; 32 in the longest lists, where half the warps have twice the registers."""
     return max(1, min(8, block // 256))
 
 

@@ -1,10 +1,10 @@
 """The K largest of a few tokens by scoring every latent: for tokens that no screen could certify, listed on the device.
 
-How many there are is not known to the host, so the launches are fixed and return at once where there is nothing to
-do: first the list's first SLOTS tokens, whose scores all programs compute together into rows of scratch memory and
-one program a token selects from; then whatever is left, one program a token. Scores are those of `rescore`, bit for
-bit. A score's key is found bit by bit over the whole row, then the row is walked through in order: ties go to the
-lower index.
+The host does not know how many there are, so the launches are fixed and return at once if there is nothing to do.
+First come the list's first SLOTS tokens: all programs compute their scores together into rows of scratch memory, and
+one program per token selects from its row. Then come the others, one program per token. Scores are those of `rescore`,
+bit for bit. The K-th key is found bit by bit over the whole row, then the row is walked through in order: ties go to
+the lower index.
 
 Bytes: M·D·sizeof(W) for each token of the list (from L2 where that fits), 32·M·4 to select.
 Flops: 2·M·D a token.

@@ -1,7 +1,7 @@
 """Floats as integers that order the same way, and the k-th largest of them bit by bit: device code for every selection.
 
-A key is float32's bits with negative numbers flipped, so that integers compare as the floats do; NaN gets the largest
-key of all. Only positive floats are ever selected here, so a search starts from key 0, the float +0.
+A key is the bits of a float32, flipped for negative numbers, so that integers compare as the floats do. NaN gets the
+largest key. Only positive floats are ever selected here, so a search starts from key 0, the float +0.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch import Tensor
 
 @triton.jit
 def power_of_two(largest):
-    """2ᵉ that brings `largest` > 0 into [1/2, 1), and 2⁻ᵉ; of 0, inf and NaN something finite that does not matter."""
+    """2ᵉ that brings `largest` > 0 into [1/2, 1), and 2⁻ᵉ; for 0, inf and NaN any finite numbers."""
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF, 1), 252)
     up = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
     down = ((exponent + 1) << 23).to(tl.float32, bitcast=True)

@@ -1,10 +1,10 @@
 """The pieces of long latents (backends.gpu.pieces) on the device: where each latent's begin, and what a piece covers.
 
-One program counts the pieces of BLOCK latents; a prefix sum of torch's gives the first of each. A program that is given
-a piece finds its latent by a search in those.
+One program counts the pieces of BLOCK latents; torch's prefix sum gives the first piece of each. A piece's
+program finds its latent by a search in those.
 
 Bytes: 28·M.
-Flops: none to speak of.
+Flops: negligible.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """S[n, c] = ⟨x̂[n], Ŵ[row of column c]⟩: one chunk of the screening product, over a list of rows of unknown length.
 
-One program computes BLOCK_N tokens × BLOCK_C columns on the tensor cores; the rows are gathered while they are loaded,
-so a subset of a dictionary costs no copy, and programs past the end of the list, whose length is on the device, return
-at once. Where all latents are considered, the chunk is a strided view and cuBLAS computes it instead.
+One program computes BLOCK_N tokens × BLOCK_C columns on the tensor cores. It gathers the rows as it loads them, so a
+subset of a dictionary costs no copy. Programs past the end of the list, whose length is on the device, return at once.
+If all latents are considered, the chunk is a strided view and cuBLAS computes it instead.
 
 Bytes: N·D·2 + columns·D·2 + N·columns·2 a chunk.
 Flops: 2·N·columns·D a chunk.

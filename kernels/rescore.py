@@ -18,7 +18,7 @@ from torch import Tensor
 
 @triton.jit
 def exact_scores(x_row, w_ptr, b_ptr, gate_ptr, latent, live, D, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK_L,) fp32: the exact scores of one row of x (D,) for the latents of a block; of no use where not live."""
+    """(BLOCK_L,) fp32: the exact scores of one row of x (D,) for the latents of a block; meaningless where not live."""
     score = row_dots(x_row, w_ptr, latent, live, D, BLOCK_L, BLOCK_D)
     score += tl.load(b_ptr + latent, mask=live, other=0.0).to(tl.float32)
     if gate_ptr is not None:

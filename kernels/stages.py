@@ -37,7 +37,7 @@ def update_rows(
     bias_moments: Moments, entries: Entries, pre_bias: Tensor | None, stats: Tensor, numbers: Tensor, keys: Tensor,
     eps: float, betas: tuple[float, float, float, float], unit_norm: bool, stochastic: bool, programs: int,
 ) -> None:  # fmt: skip
-    """In registers as far as they reach, in tiles beyond."""
+    """In registers if the rows fit there, else in tiles."""
     d_in, d_out = (W_dec if W_enc is None else W_enc).shape[1], W_dec.shape[1]
     rows = in_registers if max(d_in, d_out) <= in_registers.ROW_LIMIT else in_tiles
     rows.update(

@@ -1,8 +1,8 @@
 """The K largest positive scores of a token's candidates as a fixed code: indices ascending, ties to the lower index.
 
-One program takes one token, its candidates in registers. The K-th largest key is found bit by bit, and where several
-share it, the largest index still taken likewise; then each chosen latent counts the chosen ones below it, which is its
-slot. No sort: 62 counts of a list that is in registers, and one pass over its square, which at 256 candidates is less
+One program takes one token, its candidates in registers. The K-th largest key is found bit by bit. If several share
+it, the largest index still taken is found the same way. Then each chosen latent counts the chosen ones below it, which
+is its slot. No sort: 62 counts of a list in registers, and one pass over its square, which at 256 candidates costs less
 than half of a bitonic sort.
 
 Bytes: 8 a candidate, N·K·(4 + sizeof(acts)).
@@ -46,7 +46,7 @@ def _top_k_kernel(
     act = score.to(acts_ptr.dtype.element_ty)
     chosen = (chosen | ties) & (act.to(tl.float32) != 0)  # a narrow dtype can round a score to 0
 
-    # Slots: how many chosen latents lie below. The list is shown to all threads through memory.
+    # Slots: how many chosen latents lie below. All threads read the list through memory.
     tl.store(latents_ptr + n * candidates + i, tl.where(chosen, latent, 0x7FFFFFFF), mask=live)
     tl.debug_barrier()
     slot = tl.zeros((BLOCK,), dtype=tl.int32)

@@ -24,7 +24,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Config:
     BLOCK_N: int  # rows added by one program
-    STEP_N: int  # of which so many at once
+    STEP_N: int  # rows added at once
     BLOCK_D: int
     num_warps: int
 

@@ -3,10 +3,10 @@
     dact_e = ⟨grad_n, W_dec_i⟩    dW_dec_i = Σ act_e · grad_n    dW_enc_i = Σ dact_e · x_n    db_enc_i = Σ dact_e
     then W_dec's gradient loses its part along W_dec_i, Adam, and W_dec_i is divided by its norm (unit_norm)
 
-over the entries e = (token n, act_e) of latent i. One program takes every R-th latent: neighbours, which are often
-alike in how much they are used, fall to different programs, and it adds the pre-bias term Σ db_enc_i · W_enc_i of its
-latents in registers, so that W_enc is read once. A piece of a long latent (pieces.py) is added up by a program of
-`_row_pieces_kernel`. For rows of at most ROW_LIMIT columns; wider ones: update_wide.py.
+over the entries e = (token n, act_e) of latent i. One program takes every R-th latent: neighbours, which
+often have similar numbers of entries, go to different programs. It adds the pre-bias term Σ db_enc_i · W_enc_i of its
+latents in registers, so that W_enc is read once. A program of `_row_pieces_kernel` sums a piece of a long latent
+(pieces.py). For rows of at most ROW_LIMIT columns; wider ones: update_wide.py.
 
 Bytes: nnz·(D_in·sizeof(x) + D_out·sizeof(grad)) gathered; M·(D_in + D_out)·(2·sizeof(W) + 4·sizeof(moment)).
 Flops: 6·nnz·D + 15·M·(D_in + D_out).
@@ -43,11 +43,11 @@ class Config:
 
 
 def choose(d_in: int, d_out: int) -> Config:
-    """8 columns of a row to a thread, and of 4096 columns 16. Four rows stay in registers (W_dec's, both gradients, the
+    """8 columns of a row to a thread, 16 for 4096 columns. Four rows stay in registers (W_dec's, both gradients, the
     pre-bias sum); the rows of BLOCK_E entries, and later two moments, pass through.
 
-    Entries at once and registers are a bargain: 4 and 168, three programs of four warps on a multiprocessor; for 2048
-    columns 2 and 128, or there would be one program of eight warps; 4096 columns are one at any rate. Odd widths load
+    Entries at once trade against registers. 4 and 168: three programs of four warps on a multiprocessor. 2048 columns
+    take 2 and 128, or only one program of eight warps would fit; with 4096 columns only one ever fits. Odd widths load
     number by number and pay for their addresses in registers.
     """
     block_in, block_out = (max(16, triton.next_power_of_2(d)) for d in (d_in, d_out))
@@ -155,7 +155,7 @@ def _update_rows_kernel(
                 enc += tl.load(sums + D_OUT + c_in, mask=in_enc, other=0.0)
                 bias += tl.load(bias_sums_ptr + j)
 
-        # The decoder's row, while w_dec is still the one before the step. A row of 0 keeps its gradient and its norm.
+        # The decoder's row, with w_dec as before the step. A row of 0 keeps its gradient and its norm.
         if TIED:
             dec += enc
             if pre_bias_ptr is not None:
@@ -170,7 +170,7 @@ def _update_rows_kernel(
             w_dec *= 1.0 / tl.where(norm > 0, norm, 1.0)
         tl.store(W_dec_ptr + at_dec, w_dec.to(W_dec_ptr.dtype.element_ty), mask=in_dec)
 
-        # The encoder's row, where it is another one.
+        # The encoder's row, unless tied.
         if not TIED:
             at_enc = tl.cast(i, tl.int64) * D_IN + c_in
             w_enc = tl.load(W_enc_ptr + at_enc, mask=in_enc, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -249,7 +249,7 @@ def variant(
     kernel: Any, name: str, dtypes: tuple[torch.dtype, torch.dtype], widths: tuple[int, int],
     absent: tuple[str, ...], constants: dict[str, Any], num_warps: int, maxnreg: int,
 ) -> Variant:  # fmt: skip
-    """A compilation of one of the update kernels, which name their arguments alike. dtypes: of weights and moments."""
+    """A compilation of one of the update kernels, which share argument names. dtypes: of weights and moments."""
     weight, moment = dtypes
     types = SCALARS | WORKSPACES | dict.fromkeys(WEIGHTS, POINTERS[weight]) | dict.fromkeys(MOMENTS, POINTERS[moment])
     used = [argument for argument in kernel.arg_names if argument in types]
@@ -272,7 +272,7 @@ DTYPES = tuple((w, m) for w in (torch.float32, torch.bfloat16) for m in (torch.f
 
 
 def variants() -> list[Variant]:
-    """Rows of every class in all dtypes; where weights and moments are alike also with each option."""
+    """Rows of every class in all dtypes; with each option too if weights and moments have one dtype."""
     found = []
     for dtypes in DTYPES:
         for widths in ((768, 768), (2048, 2048), (4096, 4096), (577, 577), (768, 4096)):

@@ -41,7 +41,7 @@ class Config:
 
 
 def choose() -> Config:
-    """8 columns a thread and 4 entries at once, as update_rows has it for 1024 columns; aligned rows take 40 to 72
+    """8 columns a thread and 4 entries at once, as in update_rows for 1024 columns; aligned rows take 40 to 72
     registers of the 128.
     """
     return Config(BLOCK_D=1024, BLOCK_E=4, num_warps=4, max_registers=128)
@@ -200,7 +200,7 @@ def _update_wide_kernel(
                     g += tl.load(sums_ptr + tl.cast(j, tl.int64) * D + columns, mask=inside, other=0.0)
             squares += tl.sum(g * g, axis=0).to(tl.float64)
 
-            # Step. The partial row of the pre-bias term is this program's alone, each column the same thread's.
+            # Step. Only this program writes its partial row of the pre-bias term, and one thread each column.
             w = tl.load(W_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
             if pre_bias_ptr is not None:
                 at = pre_bias_ptr + p * D + columns
@@ -214,7 +214,7 @@ def _update_wide_kernel(
             else:
                 tl.store(W_ptr + row + columns, w.to(W_ptr.dtype.element_ty), mask=inside)
 
-        # Norm. Each number is read back by the thread that wrote it or, layouts being the compiler's, by another one.
+        # Norm. The compiler chooses layouts, so another thread than the one that wrote a number may read it back.
         if scratch_ptr is not None:
             norm = tl.sqrt(new_square)
             tl.debug_barrier()
@@ -286,7 +286,7 @@ def update(
 
 
 def variants() -> list[Variant]:
-    """Each kernel in the fullest form that a free and that a tied dictionary give it."""
+    """Each kernel with all options, for untied and for tied dictionaries."""
     found, c = [], choose()
     blocks = {"BLOCK_D": c.BLOCK_D, "BLOCK_E": c.BLOCK_E}
     encoder = ("weights2_ptr", "source2_ptr", "more_source2_ptr", "more_source_ptr", "alongs_ptr", "scratch_ptr")

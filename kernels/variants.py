@@ -1,4 +1,4 @@
-"""What each kernel is compiled for: the list behind the compile checks, and how a kernel file states its part of it.
+"""What each kernel is compiled for: the list for the compile checks, and how a kernel file states its part of it.
 
 A kernel file that holds kernels has `variants() -> list[Variant]`: every kernel × every class of shapes that its
 `choose` tells apart, with the configuration that `choose` gives. The checks compile them all without a GPU.
@@ -26,7 +26,7 @@ class Variant:
     constants: the value of every constexpr argument, and of every argument that is None.
     aligned: integer arguments that are divisible by 16 in this class; pointers always are.
     product: whether tensor-core instructions are meant.
-    maxnreg: the most registers a thread may have on NVIDIA's GPUs, where the launcher says so.
+    maxnreg: the most registers a thread may have on NVIDIA GPUs, if the launcher sets a limit.
     """
 
     kernel: Any

@@ -1,10 +1,10 @@
 """The encoders: which latents are active for each token, and how strongly.
 
-With P = (x Wᵀ + b)·s the pre-acts, s a scale of 1 but for encode_topk, and A the dense (N, M) view of the code:
+P = (x Wᵀ + b)·s are the pre-acts, with s = 1 except in encode_topk, and A is the dense (N, M) view of the code:
 
     A = P|active    dx = (dA·s) W,  dW = (dA·s)ᵀ x,  db = Σₙ dA·s,  ds = Σₙ dA·P
 
-The choice of the active latents has no gradient, and neither has an empty slot.
+The selection of the active latents has no gradient, and an empty slot has none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PRECISIONS = ("exact", "screened", "fp32")
 
 
 def screen_tensors(screen: Screen | None, backend: str | None) -> list[Tensor] | None:
-    """A screen's tensors. Raises ValueError where it is not one of the backend that is asked for."""
+    """A screen's tensors. Raises ValueError if another backend than the given one made it."""
     check_name(backend)
     if screen is None:
         return None
@@ -71,9 +71,9 @@ def encode_by(
     pre_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> SparseCodes:
-    """run(x, W, b): a code whose acts are x Wᵀ + b at its slots, chosen in any way by differentiable ops; x (N, D).
+    """run(x, W, b): a code whose acts are x Wᵀ + b at its slots, selected in any way by differentiable ops; x (N, D).
 
-    While a ledger is open for W and b, its gradient is kept as a term, and run is called without autograd.
+    While a ledger is open for W and b, it keeps the gradient as a term, and run is called without autograd.
     """
     ledger = ledgers.open_ledger(W, b)
     return run(x, W, b) if ledger is None else ledgers.encode(run, x, W, b, pre_bias, ledger, backend)
@@ -82,11 +82,11 @@ def encode_by(
 def prepare_screen(
     W: Tensor, b: Tensor | None = None, *, x: Tensor | None = None, k: int | None = None, backend: str | None = None
 ) -> Screen | None:
-    """The low-precision copy of an encoder that the chosen backend screens with, or None where it needs none.
+    """The low-precision copy of an encoder that the chosen backend screens with, or None if it needs none.
 
     It goes stale when W changes: only `update_latents_` maintains it. Without it an encoder makes its own, every call.
-    x (*batch, D) and k: what it will encode, for a backend that chooses its format by how well that is told apart;
-    speed depends on the choice, and results do with precision="screened" only, which trusts that format.
+    x (*batch, D) and k: a sample of what it will encode, by which a backend may choose its format. Speed depends on
+    that choice; results do only with precision="screened", which trusts the format.
     """
     check_that.dictionary("W", W)
     if b is not None:
@@ -121,8 +121,8 @@ def encode_topk(
 
     x (*batch, D), W (M, D), b (M,). Fixed codes, acts in x's dtype. Ties go to the lower index; NaN ranks highest, and
     with check=True raises ValueError instead. scale (M,): gates by decoder norm, acts are the scaled ones.
-    rows int32 (capacity,): the latents to consider, ascending, negative entries absent (so the number of them can live
-    on the device); k <= capacity then. index_offset is added to the indices returned: W is a shard that starts there,
+    rows int32 (capacity,): the latents to consider, ascending; negative entries are ignored (so their number can live
+    on the device); then k <= capacity. index_offset is added to the indices returned: W is a shard that starts there,
     and d_sae of the codes is index_offset + M, at most 2³¹ - 1. Raises ValueError where k is not in 1..M (or
     1..capacity), and on the CPU IndexError for a row past M and ValueError for rows that do not ascend.
     """
@@ -132,7 +132,7 @@ def encode_topk(
         acts, indices, redone = _raw.encode_topk(x, W, b, k, rows, scale, index_offset, kept, precision, backend)
         return SparseCodes(acts, indices, index_offset + W.shape[0], redone=redone)
 
-    # The ledger's terms are of whole dictionaries and of pre-acts without a factor.
+    # The ledger's terms cover whole dictionaries and pre-acts without a scale.
     plain = scale is not None or index_offset
     codes = run(flat, W, b) if plain else encode_by(run, flat, W, b, pre_bias=pre_bias, backend=backend)
     return codes.with_batch(tuple(x.shape[:-1]))
@@ -162,7 +162,7 @@ def _check_topk(
 
 
 def _check_rows_inside(x: Tensor, W: Tensor, b: Tensor, k: int, rows: Tensor | None, *_: Any) -> None:
-    """On the CPU: raises IndexError for a row past the dictionary, ValueError where those that are not negative do not
+    """On the CPU: raises IndexError for a row past the dictionary, ValueError if those that are not negative do not
     ascend."""
     if rows is None or rows.device.type != "cpu":
         return

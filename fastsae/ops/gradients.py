@@ -1,4 +1,4 @@
-"""The gradients of an encoder from raw ops: for the formulas of autograd, and for a ledger that takes the plain way."""
+"""The gradients of an encoder from raw ops: for autograd's formulas, and for a ledger that keeps no terms."""
 
 from __future__ import annotations
 

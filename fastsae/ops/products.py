@@ -8,7 +8,7 @@ A is the dense (N, M) view of a code and · stands for its occupied slots only:
 
 Every formula is made of differentiable ops, so second derivatives follow, with one exception: a slot where the
 *gradient* is exactly 0 counts as empty in the second backward (see SparseCodes), so differentiating a gradient at an
-all-zero cotangent gives 0. A backward runs on the backend that was asked for in forward.
+all-zero cotangent gives 0. The backward pass runs on the backend that the forward call named.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def decode_error(
 ) -> tuple[Tensor, Tensor]:
     """A W (+ bias) - target: (*batch, D) in W's dtype, and Σ_d of its squares: float64 (*batch).
 
-    target (*batch, D), bias (D,). What a loss needs of a decode, in one pass where a backend can; not differentiable.
+    target (*batch, D), bias (D,). What a loss needs from a decode, in one pass if the backend can; not differentiable.
     """
     check_name(backend)
     check_that.dictionary("W", W)
@@ -192,7 +192,7 @@ def active_outer(
     by_latent: LatentOrder | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Aᵀ x: (d_sae, D), in x's dtype. x (*batch, D); by_latent: the regrouped code, where it is at hand already."""
+    """Aᵀ x: (d_sae, D), in x's dtype. x (*batch, D); by_latent: the regrouped code, if it exists already."""
     check_name(backend)
     rows = check_that.flat_rows("x", x, x.shape[-1] if x.ndim else 0)
     check_that.tokens("x", x, codes)
@@ -249,7 +249,7 @@ def _check_active_outer_inside(
 
 
 def _check_order_inside(order: list[Tensor], capacity: int, tokens: int) -> None:
-    """Raises ValueError where an order names tokens or slots that a code has not. Reads it."""
+    """Raises ValueError if an order names tokens or slots that the code does not have. Reads it."""
     offsets, of_token, slots = order
     inside = check_that.rises(offsets, capacity)
     for places, count in ((of_token, tokens), (slots, capacity)):
@@ -291,7 +291,7 @@ define(
 
 
 def by_latent(codes: SparseCodes, *, backend: str | None = None) -> LatentOrder:
-    """The code regrouped latent by latent: a counting sort, computed once and handed to both dictionary gradients.
+    """The code regrouped latent by latent: a counting sort, computed once for both dictionary gradients.
 
     Tokens ascend within a latent; empty slots of a fixed code are left out.
     """

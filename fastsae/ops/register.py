@@ -4,13 +4,13 @@
 fastsae.backends.choose picks at run time, so a compiled graph holds one opaque call. Everything is flat: x (N, D),
 fixed codes (N, K), ragged codes (capacity,) with offsets (N+1,).
 
-The check of an op is the one that keeps a backend inside its memory, so it runs for every call, in the fake kernel too:
-torch.compile meets a wrong shape when it traces. Values are looked at in real tensors on the CPU only, because to look
-at one on a GPU is a host sync.
+The check of an op keeps a backend inside its memory, so it runs for every call, in the fake kernel too: torch.compile
+raises for a wrong shape when it traces. Values are checked in real tensors on the CPU only, because reading one on a
+GPU is a host sync.
 
 Autocast: the ops run in the weights' dtype. x and acts are cast to W's dtype (x to that of acts where there is no W),
-weights never. Backends see contiguous tensors only: arguments of other strides are copied first, and the op refuses
-those that it writes.
+weights never. Backends get contiguous tensors only: other arguments are copied first, except those that the op writes,
+which must be contiguous.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def define(
     def run(*args: Any) -> Any:
         *given, backend = args
         named = dict(zip(names, given, strict=True))
-        # Before anything is copied: a view of a size that does not fit has no copy.
+        # Before anything is copied: an expanded view may be too large to copy.
         check(*bound(named))
         named = {n: v if n in mutates else _contiguous(v) for n, v in named.items()}
         arguments = bound(named)

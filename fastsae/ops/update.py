@@ -48,9 +48,9 @@ def update_latents_(
     screen: Screen | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The fused backward and optimizer step of an SAE, in place: no backend that can do without stores a gradient.
+    """The fused backward and optimizer step of an SAE, in place. A backend stores a gradient only if it must.
 
-    W_enc (M, D), or None where it is tied to W_dec (M, D_out); b_enc (M,), b_dec (D_out,). lr: 0-d float64, step: 0-d
+    W_enc (M, D), or None if it is tied to W_dec (M, D_out); b_enc (M,), b_dec (D_out,). lr: 0-d float64, step: 0-d
     int64, the count including this step, both on the device. pre_bias: the encoder's input had b_dec subtracted.
     Order: accumulate terms and parts, norms, project (unit_norm), clip_rows, grad_scale, optimizer, renormalize
     (unit_norm), refresh the screen. Formulas: fastsae.reference.gradients, .optimizers and .update.
@@ -61,19 +61,19 @@ def update_latents_(
     v for lion, none for signsgd; shaped like their parameter. All in the weights' dtype (float32 at least); or all
     bfloat16; or, of adam and adamw, the dictionaries' in float8_e4m3fn, each with its own of `scales` in the same
     order, float32 (M, ceil(D / 128)), and the biases' wide. bfloat16 and 8 bits need a seed for their stochastic
-    rounding: to nearest v would never move, since a step changes it by less than half a unit (reference.rounding).
+    rounding: rounded to nearest, v would never move, since a step changes it by less than half a unit.
 
     What adds to the gradients of the terms:
     decoder_pull (M, L), L dividing D_out: dW_dec_i gains decoder_pull[i, l] · W_dec_i in the l-th of L equal segments.
-    db_enc (M,): added to b_enc's gradient alone, not to what pre_bias hands on to b_dec.
+    db_enc (M,): added to b_enc's gradient alone, not to what pre_bias passes on to b_dec.
     added: [dW_enc (M, D), dW_dec (M, D_out), dpre (M,)] of a dense path, dpre being Σ_n of the pre-acts' gradient;
     tied: [dW_dec, dpre], dW_dec the sum of both dictionaries'. Only read.
 
     clip_rows: each latent's row of each dictionary's gradient is scaled by min(1, clip_rows / its norm).
     grad_scale: 0-d float64 on the device, multiplies all gradients; with norms_only, which changes nothing and returns
     the squared norms after projection and clip_rows (grad_scale is not in them), it makes a global clip in two calls.
-    skip: 0-d bool on the device: where it is True the call changes nothing at all, as after a loss that is not finite.
-    No value is read back for it off the CPU. With norms_only, which changes nothing either, it has no effect.
+    skip: 0-d bool on the device: if True, the call changes nothing, as after a loss that is not finite. A GPU
+    reads no value back for it. With norms_only, which changes nothing either, it has no effect.
 
     Returns float64 (4,): [Σ dW_enc², Σ dW_dec², Σ db_enc², Σ db_dec²] before projection; tied: the first is 0, the
     second that of the summed gradient. Skipped: the same where the backend computes them anyway, else NaN (the CPU
@@ -113,7 +113,7 @@ def update_latents_(
 
 
 def _columns(terms: Sequence[UpdateTerm], W_dec: Tensor) -> dict[str, Any]:
-    """The terms as the raw op takes them, a list for each of their fields. An empty tensor stands for none."""
+    """The terms as the raw op takes them, one list per field. An empty tensor stands for none."""
     for i, term in enumerate(terms):
         check_that.latents_of(term.codes, W_dec.shape[0])
         if term.dacts is not None:
@@ -255,7 +255,7 @@ def _check_parts(call: UpdateArguments) -> None:
 
 
 def _check_gradient(name: str, t: Tensor, W_dec: Tensor) -> None:
-    """Narrower numbers than the weights' are widened before they are read, those of autocast for instance."""
+    """A dtype narrower than the weights', as from autocast, is widened before it is read."""
     check_that.same_device(name, t, "W_dec", W_dec)
     if not t.is_floating_point() or torch.promote_types(t.dtype, torch.float32) != torch.promote_types(
         W_dec.dtype, torch.float32

@@ -43,7 +43,7 @@ def _spread(scales: Tensor, width: int) -> Tensor:
 
 
 def _mix(h: Tensor) -> Tensor:
-    """A permutation of 32-bit integers held in int64 that scatters neighboring values (lowbias32 by C. Wellons)."""
+    """A permutation of 32-bit integers held in int64 that scatters neighbours (lowbias32 by C. Wellons)."""
     h = h ^ (h >> 16)
     h = (h * 0x7FEB352D) & 0xFFFFFFFF
     h = h ^ (h >> 15)

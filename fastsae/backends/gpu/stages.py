@@ -1,8 +1,8 @@
 """What a GPU backend computes itself: every stage of every op, as protocols that a module of functions implements.
 
-A stage is a part of an op: a few launches on the current stream. No stage reads a number back. A stage
-allocates what it returns, and its caller the rest. Grids, workspaces and sizes follow from shapes, so a captured graph
-can replay them. Matrices are contiguous, (N, D) and (M, D), in float32, bfloat16 or float16, unless stated otherwise.
+A stage is a part of an op: a few launches on the current stream. No stage reads a number back. A stage allocates what
+it returns, and its caller the rest. Grids, workspaces and sizes follow from shapes, so a captured graph can replay
+them. Matrices are contiguous, (N, D) and (M, D), in float32, bfloat16 or float16, unless stated otherwise.
 Sums are fp32, each in one fixed order: equal inputs give equal bits. "Exact scores" are those of `rescore`, the same
 bits from every stage of a backend, and the dots in them are its `active_dot`'s. NaN ranks above every number; ties go
 to the lower index.
@@ -224,8 +224,8 @@ class LatentStages(Protocol):
         Σ db_enc_i · W_enc_i, W_enc before its step (None: not needed), and stats[p] (4,) float64 with the squared
         gradient norms of W_enc (0 where tied), W_dec before projection, b_enc, and 0; stats may have more rows. keys:
         streams 0, 1 are W_enc's, then W_dec's and b_enc's; tied, W_dec's come first. betas: β₁, 1-β₁, β₂, 1-β₂.
-        stochastic: moments are bfloat16 and rounded at random. Workspaces are allocated here. Where numbers[2] is 0 it
-        acts as if there were no latents: no parameter and no moment changes, and pre_bias and stats[:programs] are 0.
+        stochastic: moments are bfloat16 and rounded at random. Workspaces are allocated here. If numbers[2] is 0
+        there are no latents for it: no parameter and no moment changes, and pre_bias and stats[:programs] are 0.
         """
 
     def update_bias(
