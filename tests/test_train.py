@@ -96,13 +96,13 @@ def test_the_centre_of_the_first_batch_is_where_b_dec_starts(tmp_path: Path) -> 
     seen: dict[str, torch.Tensor] = {}
 
     def note(name: str, run: Trainer) -> None:
-        original = run._initialise
+        original = run._initialize
 
         def initialise(x: torch.Tensor) -> None:
             original(x)
             seen[name] = run.sae.b_dec.detach().clone()
 
-        run._initialise = initialise  # type: ignore[method-assign]
+        run._initialize = initialise  # type: ignore[method-assign]
         run.run()
 
     for name in ("mean", "geometric_median", "zero"):
@@ -273,8 +273,8 @@ def test_threads_and_backend_are_the_run_s_only(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     run = trainer(tmp_path, steps=1, threads=1, backend="reference")
     inside: list[Any] = []
-    original = run._initialise
-    run._initialise = lambda x: (inside.append((torch.get_num_threads(), run.sae.backend)), original(x))[1]  # type: ignore
+    original = run._initialize
+    run._initialize = lambda x: (inside.append((torch.get_num_threads(), run.sae.backend)), original(x))[1]  # type: ignore
     run.run()
     assert inside == [(1, "reference")]
     assert (torch.get_num_threads(), run.sae.backend) == (threads, None)
