@@ -216,7 +216,7 @@ def test_ties_go_to_the_lower_latent(k: int) -> None:
         ({"decoder_norm": "half"}, "decoder_norm is 'half', expected one of unit, forward, free"),
         ({"encoder_norm": "unit"}, "encoder_norm is 'unit', expected one of forward, free"),
         ({"ghost": "residual"}, "ghost is 'residual', expected one of None, pull"),
-        ({"tied": True, "encoder_norm": "forward"}, "leave encoder_norm"),
+        ({"tied": True, "encoder_norm": "forward"}, "drop encoder_norm"),
         ({"activation": [TopK(1)]}, "activation has 1 rules, expected one for each of 3 SAEs, all of one kind"),
         ({"activation": [TopK(1), ReLU(1.0), TopK(1)]}, "all of one kind"),
         ({"activation": [ReLU(1.0), ReLU(2.0, weighted=False), ReLU(1.0)]}, "can differ in l1 alone"),

@@ -106,7 +106,7 @@ def test_a_wrong_hook_is_explained() -> None:
         (4, "has 3 layers: hook must be 0 to 3, got 4"),
         ("layers.7", "no module 'layers.7'; near names: layers.2, layers.1, layers.0"),
         ("layers.1:middle", "comes 'input' or 'output', got 'layers.1:middle'"),
-        ("unused", "never comes to unused"),
+        ("unused", "never reaches unused"),
     ]:
         with pytest.raises(ValueError, match=message):
             HookedModel(model, hook)(ids)

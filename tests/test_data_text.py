@@ -90,7 +90,7 @@ def test_text_inside_a_package_is_found_without_importing_it(tmp_path: Path, mon
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.jsonl after byte 0 is not JSON lines: .*'\{\"text\": '"),
         ("bad.jsonl", b'{"txt": "a"}\n', r"expected an object with a string in 'text', got '\{\"txt\": \"a\"\}'"),
         ("bad.jsonl", b'["text"]\n', r"expected an object with a string in 'text'"),
-        ("bad.txt.gz", b"no gzip", r"bad\.txt\.gz is no whole gzip file"),
+        ("bad.txt.gz", b"no gzip", r"bad\.txt\.gz is not a complete gzip file"),
     ],
 )
 def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

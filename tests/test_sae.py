@@ -280,7 +280,7 @@ def test_repr_names_the_settings():
         ({"activation": 4}, "expected a rule such as"),
         ({"d_in": 0}, "d_in is 0"),
         ({"d_sae": 2.5}, "d_sae is 2.5"),
-        ({"d_out": 7, "pre_bias": True}, "leave pre_bias, or pass False"),
+        ({"d_out": 7, "pre_bias": True}, "leave pre_bias out, or pass False"),
         ({"pre_bias": 1}, "pre_bias is 1, expected True or False"),
         ({"d_out": 7, "tied": True}, "tied weights need one width"),
         ({"tied": 1}, "tied is 1, expected True or False"),

@@ -114,7 +114,7 @@ BROKEN = {
         r"config\.json has architecture 'sae_lens.TopK', expected 'fastsae",
     ),
     "another version": (lambda d: reconfigure(d, version=2), r"config\.json has version 2, expected 1"),
-    "two saves": (lambda d: reconfigure(d, loss="fvu"), "different saves: they disagree on loss.*delete config.json"),
+    "two saves": (lambda d: reconfigure(d, loss="fvu"), "different saves: they differ in loss.*delete config.json"),
     "a missing tensor": (lambda d: rewrite(d, drop=["b_enc"]), r"sae\.safetensors lacks b_enc; expected W_dec, W_enc"),
     "a strange tensor": (lambda d: rewrite(d, extra=torch.zeros(2)), r"sae\.safetensors also holds extra"),
     "another shape": (

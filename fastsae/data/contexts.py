@@ -1,4 +1,4 @@
-"""The text around a stored row, for people to read: token strings from the folder itself, no model needed."""
+"""The text around a stored row, as token strings that the folder itself stores: no model needed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def context_of(shard: ShardContext, local: int, first_row: int, width: int, stri
     window, position = int(shard.window[local]), int(shard.position[local])
     start = max(position - width, 0)
     ids = shard.token_ids[window, start : position + width + 1].tolist()
-    # The rows of a window lie together, in order: find them by bisection, then by their places in the window.
+    # The rows of a window are contiguous and ordered: find them by bisection, then by position in the window.
     wanted = torch.tensor([window, window + 1], dtype=shard.window.dtype, device="cpu")
     low, high = torch.searchsorted(shard.window, wanted).tolist()
     row_at = {int(place): first_row + low + i for i, place in enumerate(shard.position[low:high])}
@@ -47,9 +47,9 @@ def context_of(shard: ShardContext, local: int, first_row: int, width: int, stri
 
 
 def token_strings(tokenizer: Any) -> list[str]:
-    """The text of every token id of a Hugging Face tokenizer, with the space that a token begins with.
+    """The text of every token id of a Hugging Face tokenizer, including a token's leading space.
 
-    A token that is only a part of a character shows as U+FFFD.
+    A token that is only a part of a character becomes U+FFFD.
     """
     pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     if any(piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") for piece in pieces):
@@ -57,7 +57,7 @@ def token_strings(tokenizer: Any) -> list[str]:
         return [piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for piece in pieces]
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is not None and type(fast.model).__name__ == "WordPiece":
-        # A token begins a word unless it says that it continues one. (Other vocabularies hold "##" for headings.)
+        # A token begins a word unless "##" marks it as a continuation. (In other vocabularies "##" is a heading.)
         return [piece[2:] if piece.startswith("##") else " " + piece for piece in pieces]
     return tokenizer.batch_decode([[i] for i in range(len(pieces))], clean_up_tokenization_spaces=False)
 
@@ -67,7 +67,7 @@ def vocabulary_bytes(strings: list[str]) -> bytes:
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """Raises ShardError where the file is no JSON list of strings."""
+    """Raises ShardError if the file is not a JSON list of strings."""
     try:
         strings = json.loads(path.read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

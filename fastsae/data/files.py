@@ -1,4 +1,4 @@
-"""Stored activations as files: how one is written, and the error that a damaged one raises."""
+"""Files of stored activations: how they are written, and the error for damaged ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastsae.atomic import replace_file
 
 
 class ShardError(ValueError):
-    """A stored file is missing, truncated, altered or not what the manifest says; the message names it."""
+    """A stored file is missing, truncated, altered or does not match the manifest; the message names it."""
 
 
 def write_atomically(path: Path, data: bytes) -> str:
     """Writes `data` so that `path` holds all of it or is left as it was, even if the machine stops; returns its sha256.
 
-    Raises: OSError (same errno) saying what could not be written, how much room there is and what to do; everything
-    written before stays.
+    Raises: OSError (same errno) saying what could not be written, how much space is free and what to do. Earlier files
+    are not touched.
     """
     try:
         replace_file(path, lambda partial: partial.write_bytes(data))

@@ -1,4 +1,4 @@
-"""Which rows of a window are worth training on, and how many were not, counted by reason."""
+"""Which rows of a window to train on, and how many were dropped, by reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NonFinite = Literal["raise", "drop"]
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows that passed, with their places: row r is token `position[r]` of `token_ids[window[r]]`."""
+    """Rows that passed the filter, with their places: row r is token `position[r]` of `token_ids[window[r]]`."""
 
     activations: Tensor  # (rows, d_in) in the model's dtype
     token_ids: Tensor  # (windows, window) int64, on the CPU like the two below
@@ -28,12 +28,12 @@ class Rows:
 
 
 class RowFilter:
-    """Keeps the rows that are no special token, no first position, finite, and of norm <= norm_factor x median norm.
+    """Drops special tokens, first positions, rows that are not finite, and rows of norm > norm_factor x median norm.
 
-    The first position of a window is an attention sink in most language models: in SmolLM2 its norm is some 150 times
-    the median, and a few other rows are like it; left in, they are most of the variance and flatter any SAE. The
-    median is that of the first batch's other rows (`calibrate`), then fixed, so that every row meets the same limit
-    and the order of reading does not matter. Norms in float32.
+    The first position of a window is an attention sink in most language models: in SmolLM2 its norm is about 150 times
+    the median, and a few other rows are like it. If kept, they are most of the variance and flatter any SAE. The median
+    is that of the first batch's other rows (`calibrate`), then fixed, so that the same limit applies to every row and
+    the order of reading does not matter. Norms in float32.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class RowFilter:
 
     @property
     def limit(self) -> float | None:
-        """The largest norm that passes, or None where no norm is too large."""
+        """The largest norm that passes, or None for no limit."""
         return None if self.norm_factor is None or self.median is None else self.norm_factor * self.median
 
     def twin(self) -> RowFilter:
@@ -78,9 +78,9 @@ class RowFilter:
         return twin
 
     def calibrate(self, activations: Tensor, token_ids: Tensor) -> None:
-        """Take the median norm from a first batch; arguments as for `__call__`. Counts nothing.
+        """Set the median norm from a first batch; arguments as for `__call__`. Counts nothing.
 
-        Raises: ValueError where the median is 0, as it is where most rows are: no multiple of it tells anything.
+        Raises: ValueError if the median is 0 (most rows are 0): no multiple of it is a useful limit.
         """
         rows, _, _ = self._finite(activations, token_ids)
         norms = rows.float().norm(dim=1)
@@ -95,7 +95,7 @@ class RowFilter:
     def __call__(self, activations: Tensor, token_ids: Tensor) -> Rows:
         """activations (windows, window, d_in), token_ids (windows, window) on the CPU -> the rows that pass.
 
-        Raises: ValueError for NaN or inf, naming the place, unless such rows are to be dropped.
+        Raises: ValueError for NaN or inf, naming the place, unless nonfinite is 'drop'.
         """
         rows, places, bad = self._finite(activations, token_ids)
         norms = rows.float().norm(dim=1)
@@ -113,7 +113,7 @@ class RowFilter:
         return Rows(rows, token_ids, places // width, places % width)
 
     def _finite(self, activations: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The finite rows in the positions kept, their places in the flattened windows, and how many were not."""
+        """The finite rows in the positions kept, their places in the flattened windows, and the count of the rest."""
         windows, width = token_ids.shape
         places = torch.arange(windows * width, dtype=torch.int64, device="cpu").view(windows, width)
         inside = slice(self._first, width - self._n_suffix)

@@ -1,4 +1,4 @@
-"""Taking a language model's activations over a text to a folder of shards that survives whatever stops it."""
+"""Harvest: stores a language model's activations over a text in a folder of shards; it can stop at any time."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def harvest(
 ) -> Manifest:
     """Store at least `rows` training rows (whole batches) and config.holdout held-out ones in `folder`.
 
-    model, text: spec strings (see `load_model`, `load_text`) or the things themselves; a model given by its spec is
-    loaded in bfloat16, and only if rows are missing. dtype: of the rows as stored. Beside the rows lie the windows of
+    model, text: spec strings (see `load_model`, `load_text`) or the objects themselves; a model given by its spec is
+    loaded in bfloat16, and only if rows are missing. dtype: of the stored rows. The folder also stores the windows of
     token ids, each row's place in them and the tokenizer's strings, so that a row's text can be shown without the
-    model. Text is read once: where it ends first, there are fewer rows, with a warning.
+    model. The text is read once: if it ends early, there are fewer rows and a warning.
 
-    Stopped by Ctrl-C, kill -9, an error or a full disk, it goes on after the last finished shard when it is called
-    again with the same arguments; `rows` may then be more than before. A folder made with other settings is refused.
-    Raises: ValueError for other settings (naming them) or NaN and inf (naming the place); OSError where a shard could
-    not be written; BlockingIOError where another process is writing to the folder.
+    After Ctrl-C, kill -9, an error or a full disk, call it again with the same arguments: it continues after the last
+    finished shard. `rows` may then be larger than before.
+    Raises: ValueError for a folder made with other settings (naming them) or for NaN and inf (naming the place);
+    OSError if a shard cannot be written; BlockingIOError if another process is writing to the folder.
     """
     if rows < 1 or rows_per_shard < 1:
         raise ValueError(f"rows and rows_per_shard must be at least 1, got {rows} and {rows_per_shard}")
@@ -58,7 +58,7 @@ def harvest(
     }
     done = _finished(Path(folder), settings, rows)
     if done is not None:
-        log.info("%s holds %d rows already", folder, done.rows)
+        log.info("%s already holds %d rows", folder, done.rows)
         return done
     language_model = load_model(model) if isinstance(model, str) else model
     stream = ActivationStream(language_model, corpus, config, repeat=False)
@@ -82,7 +82,7 @@ def harvest(
                     writer.append(shard.activations, _context(shard))
                     have += len(shard)
                 if len(shard) < wanted:
-                    log.warning("the text ended after %d rows, %d were asked for", have, rows)
+                    log.warning("the text ended after %d of %d rows", have, rows)
                     writer.manifest.text_ended = True
                     break
         writer.manifest.complete = True
@@ -91,7 +91,7 @@ def harvest(
 
 
 def _finished(folder: Path, settings: dict[str, Any], rows: int) -> Manifest | None:
-    """The manifest of a folder that holds these rows already, so that no model needs to be loaded."""
+    """The manifest of a folder that already holds these rows, so that no model needs to be loaded."""
     if not (folder / MANIFEST).exists():
         return None
     manifest = Manifest.read(folder)
@@ -104,7 +104,7 @@ def _finished(folder: Path, settings: dict[str, Any], rows: int) -> Manifest | N
 
 
 def _describe_or_compare(writer: ShardWriter, language_model: LanguageModel, stream: ActivationStream) -> None:
-    """Say in the manifest whose activations these are; in a folder begun earlier, insist that it is the same model."""
+    """Record the model in the manifest; in a folder from an earlier call, check that it is the same model."""
     described = language_model.describe()
     if writer.manifest.provenance:
         check_settings(writer.folder, {"model": described}, {"model": writer.manifest.provenance["model"]})
@@ -114,7 +114,7 @@ def _describe_or_compare(writer: ShardWriter, language_model: LanguageModel, str
 
 
 def _read(stream: ActivationStream, wanted: int, bar: tqdm) -> Rows:
-    """The next batches of the stream until they hold `wanted` rows, or all that are left."""
+    """The next batches of the stream until there are `wanted` rows, or all remaining ones."""
     parts: list[Rows] = []
     have = 0
     while have < wanted and (part := stream.next()) is not None:
@@ -126,7 +126,7 @@ def _read(stream: ActivationStream, wanted: int, bar: tqdm) -> Rows:
 
 
 def _context(rows: Rows) -> dict[str, Tensor]:
-    """The tensors of a shard that place its rows in their text."""
+    """The tensors of a shard that locate its rows in the text."""
     return {
         "token_ids": rows.token_ids.to(torch.int32),
         "window": rows.window.to(torch.int32),

@@ -1,4 +1,4 @@
-"""The activations at one place of a model, without running what comes after it."""
+"""The activations at one hook of a model, without running the layers after it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class _Reached(Exception):
-    """Ends a forward pass once the hooked tensor is there; never leaves this file."""
+    """Ends a forward pass once the hook has its tensor; never leaves this file."""
 
 
 class HookedModel:
@@ -23,10 +23,10 @@ class HookedModel:
     output, as "model.layers.14", or for its input, as "model.layers.14.mlp:input". Names may be given with or without
     the model's own prefix.
 
-    The forward pass is ended by an exception that the hook raises: the layers after it cost nothing, the model is
-    left whole, and it works for any module of any architecture. The hook is there only during a call. The model is
-    put into eval mode, because dropout would change the activations.
-    Raises: ValueError for a name or number that the model does not have, naming near ones.
+    The hook ends the forward pass by an exception: the layers after it cost nothing, the model stays unchanged, and it
+    works for any module of any architecture. The hook exists only during a call. The model is put into eval mode,
+    because dropout would change the activations.
+    Raises: ValueError for a name or number that the model does not have, naming similar ones.
     """
 
     def __init__(self, model: nn.Module, hook: int | str):
@@ -34,7 +34,7 @@ class HookedModel:
         self.name, self._module, self._takes_input = _resolve(model, hook)
         parameters = inspect.signature(model.forward).parameters
         self._arguments = {"use_cache": False} if "use_cache" in parameters else {}
-        self._lock = threading.Lock()  # a second thread's pass would trip over this one's hook
+        self._lock = threading.Lock()  # a second thread's pass would run into this one's hook
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +59,7 @@ class HookedModel:
             with handle, contextlib.suppress(_Reached):
                 self.model(input_ids=token_ids.to(self.device), **self._arguments)
         if not seen:
-            raise ValueError(f"the model's forward pass never comes to {self.name}; hook another module")
+            raise ValueError(f"the model's forward pass never reaches {self.name}; hook another module")
         found = seen[0]
         if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[:2] != token_ids.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -69,9 +69,9 @@ class HookedModel:
 
 
 def _resolve(model: nn.Module, hook: int | str) -> tuple[str, nn.Module, bool]:
-    """(name for people, module, whether its input is meant)."""
+    """(name for messages, module, whether to take its input)."""
     if isinstance(hook, str) and hook.isdigit():
-        hook = int(hook)  # as a command line gives it
+        hook = int(hook)  # from a command line
     if isinstance(hook, int):
         layers_name, layers = _layers(model)
         if not 0 <= hook <= len(layers):
@@ -91,7 +91,7 @@ def _resolve(model: nn.Module, hook: int | str) -> tuple[str, nn.Module, bool]:
 
 
 def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The model's stack of layers: the ModuleList as long as its configuration says, nearest to the top."""
+    """The model's stack of layers: the outermost ModuleList of the length that its configuration says."""
     count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     found = [(name, m) for name, m in lists if len(m) == count]

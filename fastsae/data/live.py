@@ -1,4 +1,4 @@
-"""Activations straight from a running language model as a source of training rows, mixed in a buffer."""
+"""Training rows straight from a running language model, shuffled in a buffer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HALVES, _MIX = 0, 1  # which of a block's permutations a key belongs to
 
 @dataclasses.dataclass
 class _Block:
-    """The rows of a fixed number of windows, and where the stream stood before and after them."""
+    """The rows of a fixed number of windows, the stream's position before them and its stats after them."""
 
     number: int
     rows: Tensor
@@ -30,18 +30,18 @@ class _Block:
 
 
 class LiveSource:
-    """Endless training rows from a model as it reads text; wraps over the text's epochs.
+    """Endless training rows: a model's activations over a text, epoch after epoch.
 
-    Mixing: the stream is cut into blocks of buffer_rows / 2 rows. Each block is split at random in two; generation g
-    serves, in a random order, one half of block g and the half of block g - 1 that was kept back. So every row is
-    served once per epoch, a batch mixes two blocks' text, and, unlike with a buffer whose leftovers live on without
-    end, the buffer's content is a function of two blocks: a saved position is a place in the text and a few numbers,
-    and loading it runs the model over those two blocks again. Bit-exact on the same machine and thread count.
+    Shuffling: the stream is cut into blocks of buffer_rows / 2 rows. Each block is split at random in two; generation g
+    returns, in a random order, one half of block g and the held-back half of block g - 1. So every row is returned once
+    per epoch, and a batch mixes the text of two blocks. Unlike a buffer that keeps some rows indefinitely, this one
+    depends on two blocks only: a saved position is a place in the text and a few numbers, and loading it runs the model
+    over those two blocks again. Bit-exact on the same machine and thread count.
 
-    model, text: spec strings (see `load_model`, `load_text`) or the things themselves.
-    buffer_rows: rows held at most, about, in the model's dtype. dtype: of the rows returned; None keeps the model's.
-    prefetch: compute the next block on a thread while this one is served: for a model on a device of its own; it
-    changes no batch. Rows stay on the model's device.
+    model, text: spec strings (see `load_model`, `load_text`) or the objects themselves.
+    buffer_rows: rows in memory, roughly, in the model's dtype. dtype: of the returned rows; None keeps the model's.
+    prefetch: compute the next block on a thread while this one is used, for a model on a device of its own; batches
+    stay the same. Rows stay on the model's device.
     """
 
     n_tokens: int | None = None
@@ -78,7 +78,7 @@ class LiveSource:
 
     def next_batch(self, n: int) -> Tensor:
         if n < 1:
-            raise ValueError(f"next_batch wants n >= 1 rows, got {n}")
+            raise ValueError(f"next_batch needs n >= 1 rows, got {n}")
         parts = []
         while n > 0:
             if self._cursor == len(self._pool):
@@ -98,13 +98,13 @@ class LiveSource:
         return self._held
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able. `replay` is the place in the text from which the buffer can be filled again."""
+        """JSON-able. `replay` is the position in the text from which the buffer is refilled."""
         blocks = [block for block in (self._previous, self._block) if block is not None]
         replay = blocks[0].before if blocks else self._stream.state_dict()
         return {**self._identity(), "generation": self._generation, "cursor": self._cursor, "replay": replay}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position; runs the model over up to two blocks of text to fill the buffer again."""
+        """Go to a saved position; runs the model over up to two blocks of text to refill the buffer."""
         check_state(state, self._identity())
         self._wait()
         self._stream.load_state_dict(state["replay"])
@@ -119,7 +119,7 @@ class LiveSource:
         self._cursor = state["cursor"]
 
     def close(self) -> None:
-        """End the prefetching thread; it finishes the block it is at."""
+        """End the prefetching thread, after its current block."""
         if self._worker is not None:
             self._worker.shutdown(wait=True, cancel_futures=True)
 
@@ -133,8 +133,8 @@ class LiveSource:
         }
 
     def _reset(self, first: int) -> None:
-        """Empty the buffer; the stream stands before block `first`."""
-        self._generation = first - 1  # the one being served, -1 before the first
+        """Empty the buffer; the stream is at the start of block `first`."""
+        self._generation = first - 1  # the current one, -1 before the first
         self._previous: _Block | None = None
         self._block: _Block | None = None
         self._kept = self._pool = torch.zeros(0, self.d_in, dtype=torch.float32, device="cpu")
@@ -142,7 +142,7 @@ class LiveSource:
         self._coming: Future[_Block] | None = None
 
     def _wait(self) -> None:
-        """Let the thread finish: the stream and the tokenizer are used by one at a time."""
+        """Wait for the thread: only one thread may use the stream and the tokenizer."""
         if self._coming is not None:
             wait([self._coming])
 

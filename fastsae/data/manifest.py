@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class FileEntry:
-    """One file of the folder: its name (no folder part), rows (0 where it holds none), bytes and sha256."""
+    """One file of the folder: its name (no folder part), rows (0 if it has none), bytes and sha256."""
 
     file: str
     rows: int
@@ -29,7 +29,7 @@ class FileEntry:
     sha256: str
 
     def check_size(self, folder: Path) -> None:
-        """Raise ShardError where the file is missing or has another length than the manifest says."""
+        """Raise ShardError if the file is missing or its length differs from the manifest's."""
         path = folder / self.file
         if not path.is_file():
             raise ShardError(f"{path} is missing, {MANIFEST} lists it; restore the file or harvest again")
@@ -41,7 +41,7 @@ class FileEntry:
             )
 
     def check_content(self, folder: Path) -> None:
-        """Raise ShardError where the file's sha256 is not the manifest's."""
+        """Raise ShardError if the file's sha256 is not the manifest's."""
         self.check_size(folder)
         got = sha256_of(folder / self.file)
         if got != self.sha256:
@@ -53,7 +53,7 @@ class FileEntry:
 
 @dataclasses.dataclass
 class Manifest:
-    """What manifest.json says. `settings` decide whether a harvest may go on in this folder; `provenance` tells."""
+    """The content of manifest.json. A harvest may continue only with equal `settings`; `provenance` is a record."""
 
     d_in: int
     dtype: str
@@ -62,9 +62,9 @@ class Manifest:
     shards: list[FileEntry] = dataclasses.field(default_factory=list)
     held_out: FileEntry | None = None
     vocabulary: FileEntry | None = None
-    position: dict[str, Any] | None = None  # where the stream of text stood after the last shard
+    position: dict[str, Any] | None = None  # the stream's position after the last shard
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
-    complete: bool = False  # all rows asked for are there, or all that the text gives
+    complete: bool = False  # all requested rows are stored, or the text has ended
     text_ended: bool = False
 
     @property
@@ -81,7 +81,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises ShardError where there is no manifest, or one that this version cannot read."""
+        """Raises ShardError if there is no manifest, or one that this version cannot read."""
         path = folder / MANIFEST
         if not path.is_file():
             raise ShardError(f"{folder} holds no activations (no {MANIFEST}); make them with: fastsae harvest")
@@ -112,7 +112,7 @@ def _entry(content: dict[str, Any]) -> FileEntry:
 
 
 def differences(expected: Mapping[str, Any], got: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Sentences naming every setting that differs, nested ones by dotted names; empty where all agree."""
+    """Sentences naming every setting that differs, nested ones by dotted names; empty if all are equal."""
     found = []
     for name in sorted({*expected, *got}):
         here, there = expected.get(name), got.get(name)

@@ -18,7 +18,7 @@ from fastsae.data.text import package_folder
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A model with its tokenizer. `tokenizer` may be None where the corpus is token ids already."""
+    """A model with its tokenizer. `tokenizer` may be None if the corpus is already token ids."""
 
     model: nn.Module
     tokenizer: Any
@@ -27,7 +27,7 @@ class LanguageModel:
     def describe(self) -> dict[str, Any]:
         """Provenance, JSON-able: class, number of parameters, dtype, and a digest of the configuration and weights.
 
-        The digest takes the first 64 numbers of every parameter: enough to tell two models apart, at no cost.
+        The digest covers the first 64 numbers of every parameter: cheap, and enough to tell two models apart.
         """
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
@@ -56,7 +56,7 @@ def load_model(
     - anything else: a name on the Hugging Face hub, as "HuggingFaceTB/SmolLM2-135M"
 
     `head` also loads the language-model head (AutoModelForCausalLM), which activations do not need.
-    GGUF weights are unpacked to `dtype`. bf16 is the fastest where the CPU or GPU has it; on an AVX2-only CPU take
+    GGUF weights are unpacked to `dtype`. bf16 is fastest if the CPU or GPU supports it; on an AVX2-only CPU use
     float32. Only safetensors and GGUF are read, and no code from a model's repository runs.
     Raises: ValueError where the model cannot be found or read; ImportError where transformers is not installed.
     """
@@ -74,7 +74,7 @@ def load_model(
             arguments["use_safetensors"] = True  # never a pickle
         model = maker.from_pretrained(where, dtype=dtype, trust_remote_code=False, **arguments)
     except (OSError, ValueError, LookupError, RuntimeError, struct.error, SafetensorError) as error:
-        # What from_pretrained raises for damaged files: the readers of GGUF and safetensors each have their own way.
+        # What from_pretrained raises for damaged files: the readers of GGUF and safetensors raise different errors.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"cannot load the model {spec!r}: {reason[0]}") from error
     return LanguageModel(model.eval().requires_grad_(False).to(device), tokenizer, spec)
@@ -111,5 +111,5 @@ def _model_in(folder: Path) -> Path:
 
 
 def _is_model(config: Path) -> bool:
-    # Other folders of a model package also hold a config.json (a pooling layer, say); only a model names its type.
+    # Other folders of a model package may also hold a config.json (a pooling layer's); only a model's has model_type.
     return "model_type" in json.loads(config.read_bytes())

@@ -18,7 +18,7 @@ Verify = Literal["lazy", "eager", "size"]
 
 @dataclasses.dataclass(frozen=True)
 class ShardContext:
-    """Where the rows of one file come from: row r is token `position[r]` of the window `token_ids[window[r]]`."""
+    """The text of one file: row r is token `position[r]` of the window `token_ids[window[r]]`."""
 
     token_ids: Tensor  # (windows, window) int32
     window: Tensor  # (rows,) int32, ascending
@@ -26,7 +26,7 @@ class ShardContext:
 
 
 class ShardReader:
-    """One safetensors file of a folder, opened at its first use and never read into memory as a whole."""
+    """One safetensors file of a folder, opened at first use and never read into memory as a whole."""
 
     def __init__(self, folder: Path, entry: FileEntry, manifest: Manifest, verify: Verify):
         self.path = folder / entry.file
@@ -42,13 +42,13 @@ class ShardReader:
     def verify(self) -> None:
         """Compare the file's sha256 with the manifest's. Raises ShardError."""
         self._entry.check_content(self._folder)
-        self._verify = "size"  # not a second time
+        self._verify = "size"  # verify once only
 
     @property
     def activations(self) -> Tensor:
-        """(rows, d_in) in the stored dtype, a view of the mapped file: read from it, never write to it.
+        """(rows, d_in) in the stored dtype, a view of the mapped file: never write to it.
 
-        Raises: ShardError where the file is not what the manifest says.
+        Raises: ShardError if the file does not match the manifest.
         """
         if self._activations is None:
             if self._verify == "lazy":
@@ -63,7 +63,7 @@ class ShardReader:
         return self._activations
 
     def context(self) -> ShardContext:
-        """The text behind the rows. Raises ValueError where the rows were stored without it."""
+        """The text of the rows. Raises ValueError if they were stored without it."""
         rows = len(self.activations)  # verifies the file
         context = ShardContext(*self._tensors("token_ids", "window", "position"))
         if len(context.window) != rows or len(context.position) != rows:
@@ -77,7 +77,7 @@ class ShardReader:
                 if "activations" in missing:
                     raise ShardError(f"{self.path} holds no tensor 'activations', only {sorted(file.keys())}")
                 if missing:
-                    raise ValueError(f"{self.path} was stored without the text behind its rows: no {sorted(missing)}")
+                    raise ValueError(f"{self.path} was stored without the text of its rows: no {sorted(missing)}")
                 return [file.get_tensor(name) for name in names]
         except SafetensorError as error:
             raise ShardError(f"{self.path} is no readable safetensors file ({error})") from error

@@ -22,18 +22,17 @@ _CHUNKS, _ROWS = 0, 1  # which of an epoch's permutations a key belongs to
 
 
 class ShardSource(EpochSource):
-    """Rows of a folder that `harvest` or `save_rows` made, memory-mapped.
+    """Rows of a folder that `harvest` or `save_rows` wrote, memory-mapped.
 
-    An epoch's order: chunks of 256 neighbouring rows are permuted over all shards, taken together into pools of
-    `buffer_rows`, and the rows of each pool are permuted. Memory: one pool, in the stored dtype. A folder that fits
-    into one pool is shuffled perfectly. The order depends on the seed and on `buffer_rows`, not on what was read
-    before, so a position is two integers.
+    An epoch's order: chunks of 256 adjacent rows are permuted over all shards and grouped into pools of `buffer_rows`;
+    then the rows of each pool are permuted. Memory: one pool, in the stored dtype. A folder that fits into one pool is
+    shuffled perfectly. The order depends only on the seed and `buffer_rows`, so a position is two integers.
 
-    holdout: None takes the held-out rows of the folder, if it has any; a number takes the first so many of them, or,
-    where the folder has none, sets its last rows apart.
-    verify: "lazy" compares a shard's checksum when it is first read, "eager" all of them now, with a progress bar,
-    "size" only the files' lengths, which are always compared.
-    dtype: of the rows returned; None leaves them as stored.
+    holdout: None uses the folder's held-out rows, if any. A number uses that many of them, the first ones; a folder
+    without any holds out that many of its last rows.
+    verify: "lazy" checks a shard's checksum when it is first read, "eager" checks all of them now, with a progress bar,
+    "size" only checks the files' lengths, as the others also do.
+    dtype: of the returned rows; None leaves them as stored.
     Row ids: training rows 0 .. n_tokens - 1 in the order of the files, then the held-out rows.
     Raises: ShardError naming a file that is missing, truncated or altered; ValueError for wrong arguments.
     """
@@ -86,11 +85,11 @@ class ShardSource(EpochSource):
         return self.rows(self._held)
 
     def held_out_ids(self) -> range:
-        """The ids of the held-out rows, as `rows` and `contexts` take them."""
+        """The ids of the held-out rows, for `rows` and `contexts`."""
         return self._held
 
     def rows(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """The rows (len(ids), d_in) with these ids, in this order. Raises IndexError for an id that is not there."""
+        """The rows (len(ids), d_in) with these ids, in this order. Raises IndexError for an unknown id."""
         places = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
         dtype = self.dtype or getattr(torch, self.manifest.dtype)
         out = torch.empty(len(places), self.d_in, dtype=dtype, device="cpu")
@@ -101,7 +100,7 @@ class ShardSource(EpochSource):
         return out
 
     def iterate(self, batch_size: int, ids: range | None = None) -> Iterator[tuple[range, Tensor]]:
-        """(ids, rows) in the order of the files, every training row once, or those of `ids`; nothing is shuffled."""
+        """(ids, rows) in the order of the files, every training row once, or those of `ids`; unshuffled."""
         wanted = range(self._rows_per_epoch) if ids is None else ids
         for start in range(0, len(wanted), batch_size):
             piece = wanted[start : start + batch_size]
@@ -110,7 +109,7 @@ class ShardSource(EpochSource):
     def contexts(self, ids: Sequence[int] | Tensor, width: int = 16) -> list[Context]:
         """The text around these rows, up to `width` tokens to either side, within the row's window.
 
-        Raises: ValueError where the folder was stored without text; IndexError for an id that is not there.
+        Raises: ValueError if the folder was stored without text; IndexError for an unknown id.
         """
         if self._strings is None and self.manifest.vocabulary is not None:
             self.manifest.vocabulary.check_content(self.folder)
@@ -126,10 +125,10 @@ class ShardSource(EpochSource):
         return found
 
     def _split(self, holdout: int | None) -> tuple[int, range]:
-        """How many rows are trained on, and the ids of those held out."""
+        """The number of training rows, and the ids of the held-out ones."""
         total = self.manifest.rows
         if total == 0:
-            raise ShardError(f"{self.folder} holds no rows yet: its harvest was stopped early; run it again to go on")
+            raise ShardError(f"{self.folder} holds no rows yet: its harvest stopped early; run it again to continue")
         stored = self.manifest.held_out
         if stored is None:
             kept = 0 if holdout is None else holdout
@@ -142,7 +141,7 @@ class ShardSource(EpochSource):
         return total, range(total, total + kept)
 
     def _owner(self, places: Tensor) -> Tensor:
-        """Which file each row id lies in."""
+        """The number of each row id's file."""
         if len(places) and not 0 <= int(places.min()) <= int(places.max()) < self._starts[-1]:
             raise IndexError(f"row ids run from 0 to {self._starts[-1] - 1}, got {places.min()} to {places.max()}")
         ends = torch.tensor(self._starts[1:], dtype=torch.int64, device="cpu")
@@ -157,7 +156,7 @@ class ShardSource(EpochSource):
         return torch.tensor(table, dtype=torch.int64, device="cpu")
 
     def _identity(self) -> dict[str, Any]:
-        # The shards' checksums say which rows these are, wherever the folder has been moved to.
+        # The shards' checksums identify the rows, even if the folder was moved.
         return {
             "source": "shards",
             "seed": self.seed,
@@ -171,14 +170,14 @@ class ShardSource(EpochSource):
         if self._epoch_chunks is None or self._epoch_chunks[0] != epoch:
             chunks = self._chunks[permutation(len(self._chunks), self.seed, epoch, _CHUNKS)]
             ends = chunks[:, 2].cumsum(0)
-            # A pool ends before the chunk that would carry the count over a multiple of buffer_rows.
+            # A pool ends before the chunk that would take the count past a multiple of buffer_rows.
             last = (ends // self.buffer_rows).diff(append=ends.new_tensor([-1])).nonzero()[:, 0]
             self._epoch_chunks = (epoch, chunks, last + 1)
         _, chunks, bounds = self._epoch_chunks
         ends = chunks[:, 2].cumsum(0)[bounds - 1]
         pool = int(torch.searchsorted(ends, start, right=True))
         if self._pool is None or self._pool[:2] != (epoch, pool):
-            self._pool = None  # the old pool's memory goes before the new one comes
+            self._pool = None  # free the old pool before allocating the new one
             first = int(bounds[pool - 1]) if pool else 0
             self._pool = (epoch, pool, self._gather(epoch, pool, chunks[first : int(bounds[pool])]))
         begin = start - (int(ends[pool - 1]) if pool else 0)

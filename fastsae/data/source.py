@@ -1,4 +1,4 @@
-"""What a trainer asks of its data: shuffled rows without end, rows that are never trained on, a position to resume."""
+"""The interface of training data: endless shuffled rows, held-out rows, and a position to resume from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """Rows of activations (n, d_in) for training, in an order that the seed fixes."""
+    """Rows of activations (n, d_in) for training, in an order that depends on the seed."""
 
     @property
     def d_in(self) -> int:
@@ -20,7 +20,7 @@ class ActivationSource(Protocol):
 
     @property
     def n_tokens(self) -> int | None:
-        """Training rows in one epoch, or None for a stream whose length is not known."""
+        """Training rows in one epoch, or None for a stream of unknown length."""
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -30,17 +30,17 @@ class ActivationSource(Protocol):
         """The next n training rows (n, d_in), shuffled; wraps over epochs. Raises ValueError for n < 1."""
 
     def held_out(self) -> Tensor:
-        """The rows (holdout, d_in) that `next_batch` never returns; the same ones at every call."""
+        """The rows (holdout, d_in) that `next_batch` never returns; the same at every call."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, JSON-able: a source made the same way that loads it gives bit-identical batches."""
+        """The position, JSON-able: an equal source that loads it returns bit-identical batches."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position. Raises ValueError where it belongs to another source, naming the difference."""
+        """Go to a saved position. Raises ValueError if it belongs to another source, naming the difference."""
 
 
 def permutation(n: int, *key: int) -> Tensor:
-    """A random order of n things (int64) that depends on the key (non-negative integers) and on nothing else.
+    """A random permutation of n (int64) that depends only on the key (non-negative integers).
 
     Counter-based: a position in the data is a few integers, and no generator state has to be saved.
     """
@@ -48,7 +48,7 @@ def permutation(n: int, *key: int) -> Tensor:
 
 
 def nonfinite_rows(x: Tensor) -> Tensor:
-    """Bool (n,): rows of x (n, d_in) that hold a NaN or an infinity; in pieces, because the mask is as large as x."""
+    """Bool (n,): rows of x (n, d_in) that contain NaN or infinity; in pieces, because the mask is as large as x."""
     return torch.cat([~torch.isfinite(piece).all(dim=1) for piece in x.split(65_536)])
 
 
@@ -66,14 +66,14 @@ def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         if state[name] != here:
             raise ValueError(
                 f"the saved position belongs to another source: {name} is {state[name]!r} in it and {here!r} here; "
-                "resume with the data and the settings that the run was started with"
+                "resume with the data and settings of the original run"
             )
 
 
 class EpochSource:
-    """Rows of known number served epoch after epoch; a subclass says how one epoch's shuffled order is read.
+    """A known number of rows, epoch after epoch; a subclass reads one epoch's shuffled order.
 
-    `n_tokens` training rows; the position is (epoch, rows served in it).
+    `n_tokens` training rows; the position is (epoch, rows returned in it).
     """
 
     def __init__(self, n_tokens: int, d_in: int, seed: int):
@@ -85,16 +85,16 @@ class EpochSource:
         self._cursor = 0
 
     def _identity(self) -> dict[str, Any]:
-        """What a saved position must agree with: JSON-able, with at least the entry `source`."""
+        """Settings that a saved position must match: JSON-able, with at least the entry `source`."""
         raise NotImplementedError
 
     def _take(self, epoch: int, start: int, n: int) -> Tensor:
-        """Between 1 and n rows of the epoch's order, from place `start` on."""
+        """Between 1 and n rows of the epoch's order, from index `start` on."""
         raise NotImplementedError
 
     def next_batch(self, n: int) -> Tensor:
         if n < 1:
-            raise ValueError(f"next_batch wants n >= 1 rows, got {n}")
+            raise ValueError(f"next_batch needs n >= 1 rows, got {n}")
         parts = []
         while n > 0:
             rows = self._take(self._epoch, self._cursor, min(n, self._rows_per_epoch - self._cursor))

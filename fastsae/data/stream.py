@@ -1,4 +1,4 @@
-"""Text through a model to rows of activations, batch by batch: what both the live source and the harvest read."""
+"""From text to rows of activations, batch by batch; the live source and the harvest both use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastsae.data.windows import WindowStream
 
 log = logging.getLogger(__name__)
 
-MARGIN = 1.25  # held-out text set apart, as a multiple of what its rows would need if no row were dropped
+MARGIN = 1.25  # reserve this multiple of the text that the held-out rows need if no row is dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,11 @@ class StreamConfig:
     nonfinite: NonFinite = "raise"
     """Rows with NaN or inf: stop with an error, or drop and count them."""
     holdout: int = 4096
-    """Rows held out for evaluation, from text of their own at the end of the corpus."""
+    """Rows held out for evaluation, from separate text at the end of the corpus."""
     shuffle_text: bool = True
     """Read the pieces of the corpus (4 to 64 kB each) in a random order."""
     seed: int = 0
-    """Fixes the order of the text."""
+    """Seed of the order of the text."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -61,7 +61,7 @@ class StreamConfig:
 class ActivationStream:
     """The rows of a corpus at one hook of a model, in the order of the text; a position is a few numbers.
 
-    The last pieces of the corpus, as many as the held-out rows need, are never part of the stream.
+    The stream skips the last pieces of the corpus, as many as the held-out rows need.
     Deterministic: the same model, text, settings, thread count and machine give bit-identical rows.
     """
 
@@ -96,8 +96,8 @@ class ActivationStream:
         return self._rows(self.filter, token_ids) if len(token_ids) else None
 
     def held_out(self) -> Rows:
-        """The first `holdout` rows of the text set apart, through the same filter; fewer where it drops very many."""
-        held_filter = self.filter.twin()  # with counts of its own: these rows are no part of the stream
+        """The first `holdout` rows of the held-out text, through the same filter; fewer if it drops very many."""
+        held_filter = self.filter.twin()  # separate counts: these rows are not part of the stream
         stream = self._open(range(self._n_train, len(self.corpus)), repeat=False)
         parts, have = [], 0
         while have < self.config.holdout:
@@ -120,11 +120,11 @@ class ActivationStream:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         here, saved = self.filter.median or 0.0, float(state["median"])
-        # Not to the last bit: another machine rounds otherwise. The saved median goes on, so the limit does not move.
+        # Not to the last bit: other machines round differently. The saved median is used, so the limit does not change.
         if state["pieces"] != self._n_train or not math.isclose(here, saved, rel_tol=0.01):
             raise ValueError(
                 f"the saved position is from a text of {state['pieces']} pieces with a median norm of {saved}, "
-                f"here they are {self._n_train} and {here}: resume with the same model and text"
+                f"but here they are {self._n_train} and {here}: resume with the same model and text"
             )
         self._windows.load_state_dict(state["text"])
         self.filter.median = saved
@@ -147,11 +147,11 @@ class ActivationStream:
     def _rows_per_window(self, windows: WindowStream) -> int:
         rows = windows.content - int(self.config.drop_first and not windows.prefix)
         if rows < 1:
-            raise ValueError(f"a window of {self.config.window} tokens leaves no row beside the positions dropped")
+            raise ValueError(f"a window of {self.config.window} tokens leaves no row beside the dropped positions")
         return rows
 
     def _split(self) -> int:
-        """How many pieces are for training: the ones before those that the held-out rows need."""
+        """The number of training pieces: those before the ones that the held-out rows need."""
         probe = self._open(range(1), repeat=False)
         needed = math.ceil(MARGIN * math.ceil(self.config.holdout / self._rows_per_window(probe))) * probe.content
         have, first = 0, len(self.corpus)
@@ -176,7 +176,7 @@ class ActivationStream:
 
 
 def join_rows(parts: Sequence[Rows], d_in: int, window: int, most: int | None = None) -> Rows:
-    """Several batches as one, their windows numbered on; at most the first `most` rows."""
+    """Several batches as one, with windows renumbered; at most the first `most` rows."""
     if not parts:
         nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
         rows = torch.zeros(0, d_in, dtype=torch.float32, device="cpu")

@@ -1,4 +1,4 @@
-"""A tensor that is already in memory, as a source of shuffled training rows."""
+"""Shuffled training rows from a tensor in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TensorSource(EpochSource):
     """Rows of `x` (rows, d_in), any float dtype and device, in a new random order every epoch.
 
     The last `holdout` rows are held out: activations come in windows of text, so a random choice would leave
-    neighbours of nearly every held-out row in training. `x` is used as it is, without a copy.
+    neighbours of nearly every held-out row in training. `x` is not copied.
     Raises: ValueError for a wrong shape or dtype, NaN or inf (naming the first row), or a holdout that leaves no row.
     """
 

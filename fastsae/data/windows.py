@@ -26,11 +26,11 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 class WindowStream:
-    """Windows of `window` tokens each: the pieces' tokens end to end, a separator after each piece.
+    """Windows of `window` tokens each: the tokens of all pieces in turn, with a separator after each piece.
 
-    Every window begins and ends with the special tokens of the tokenizer. Pieces come in a random order of the seed,
-    a new one each epoch, or in their own order where `shuffle` is off. With `repeat` off the stream ends after one
-    epoch; tokens that fill no window are left out there.
+    Every window begins and ends with the special tokens of the tokenizer. Pieces come in a random order, a new one
+    each epoch, or in corpus order if `shuffle` is off. With `repeat` off the stream ends after one epoch and drops the
+    last tokens if they do not fill a window.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class WindowStream:
         self.prefix, self.suffix = special_tokens(tokenizer)
         self.content = window - len(self.prefix) - len(self.suffix)
         if self.content < 1:
-            raise ValueError(f"a window of {window} tokens leaves no room for text beside the special tokens")
+            raise ValueError(f"a window of {window} tokens leaves no room for text between the special tokens")
         separator = None if tokenizer is None else tokenizer.eos_token_id
         self._separator = np.array([] if separator is None else [separator], dtype=np.int64)
         self.epoch = 0
@@ -63,7 +63,7 @@ class WindowStream:
         self._tokens: tuple[int, np.ndarray] | None = None
 
     def next(self, n: int) -> Tensor:
-        """The next n windows (n, window) int64; fewer, or none, only at the end of a stream that does not repeat."""
+        """The next n windows (n, window) int64; fewer or none at the end of a stream that does not repeat."""
         wanted = n * self.content
         parts: list[np.ndarray] = []
         have = 0

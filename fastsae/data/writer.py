@@ -1,4 +1,4 @@
-"""Writing a folder of activations shard by shard, so that a kill, a full disk or a second writer loses nothing."""
+"""Writes a folder of activations shard by shard; a kill, a full disk or a second writer loses no finished shard."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastsae.data.source import nonfinite_rows
 
 
 class ShardWriter:
-    """A context manager that opens (or makes) a folder of activations for one writer and appends shards to it.
+    """A context manager that opens (or creates) a folder of activations for one writer and appends shards to it.
 
     A shard is one safetensors file: `activations` (rows, d_in) and, where the rows come from text, `token_ids`
-    (windows, window) int32, `window` (rows,) int32 and `position` (rows,) int32. Order of events for each: shard
-    written, fsync, renamed, manifest likewise; a kill in between leaves a file that the manifest does not list, which
-    the next writer overwrites.
-    Raises: ValueError where the folder was made with other settings (naming them), or is no folder of activations;
-    BlockingIOError where another process is writing to it.
+    (windows, window) int32, `window` (rows,) int32 and `position` (rows,) int32. Each shard is written,
+    fsync'ed and renamed, then the manifest in the same way. A kill in between leaves a file that the manifest does not
+    list; the next writer overwrites it.
+    Raises: ValueError if the folder was made with other settings (naming them) or is not a folder of activations;
+    BlockingIOError if another process is writing to it.
     """
 
     def __init__(self, folder: str | os.PathLike, d_in: int, dtype: torch.dtype, settings: dict[str, Any]):
@@ -104,7 +104,7 @@ def save_rows(
 ) -> None:
     """Store x (rows, d_in) as a folder of activations, the last `holdout` rows as the held-out ones.
 
-    The way in for activations that were taken elsewhere. Raises: ValueError where the folder already holds rows.
+    Use it for activations from elsewhere. Raises: ValueError if the folder already holds rows.
     """
     if not 0 <= holdout < len(x):
         raise ValueError(f"holdout must be 0 or more and leave rows to train on: got {holdout} of {len(x)} rows")
@@ -121,7 +121,7 @@ def save_rows(
 
 
 def check_settings(folder: Path, wanted: dict[str, Any], made: dict[str, Any]) -> None:
-    """Raise ValueError, naming every difference, where a folder was made with other settings than are wanted."""
+    """Raise ValueError, naming every difference, if a folder was made with other settings than `wanted`."""
     found = differences(wanted, made)
     if found:
         raise ValueError(
@@ -140,7 +140,7 @@ def _lock(folder: Path) -> int:
 
 
 def _refuse_strangers(folder: Path) -> None:
-    """A folder without a manifest must be empty, or hold only what a first shard cut short may have left."""
+    """A folder without a manifest must be empty, or hold only what an unfinished first shard may have left."""
     known = {LOCK, VOCABULARY, HELD_OUT, "shard_00000.safetensors"}
     strange = sorted(p.name for p in folder.iterdir() if p.name not in known and not is_partial(p))
     if strange:

@@ -1,8 +1,8 @@
-"""A threshold rule's objective over all of (N, M), in pieces of tokens: for while most latents are active.
+"""A threshold rule's loss over all of (N, M), in pieces of tokens: for steps in which many latents are active.
 
-Gathering rows for a code costs more than a product then. One pass computes the loss and, for the weights that the parts
-have in it, all gradients, so that no pre-act is computed twice; it stores both dictionaries' gradients. A gradient of
-the error from another loss (one on the reconstruction, say) takes a second pass.
+A dense product is then faster than gathering rows for a code. One pass computes the loss and all gradients, given the
+weight of each part in the loss, so that no pre-act is computed twice; it stores both dictionaries' gradients. A
+gradient of the error from another loss (one on the reconstruction, say) takes a second pass.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fastsae.ops.sums import fixed_sum, sum_of_squares
 from fastsae.reference import wide
 
 PIECE = 2**23
-"""Numbers of (N, M) that are held at a time, in each of some five buffers."""
+"""Entries of (N, M) in one piece; about five buffers of this size exist at a time."""
 SAMPLED_TOKENS = 64
-"""Tokens on which a first step looks at the share of active latents."""
+"""Tokens on which the first step estimates the share of active latents."""
 
 
 @dataclass(eq=False)
 class DenseObjective:
-    """total: 0-d float64, differentiable, as error (N, D_out) is; squares: of the error; losses by name; counts (M,)
-    int64: on how many tokens each latent was active; selected: the pre-acts that the rule looks at."""
+    """total (0-d float64) and error (N, D_out) are differentiable; squares: sum of the squared errors; losses by name;
+    counts (M,) int64: on how many tokens each latent was active; selected: how many pre-acts the rule considers."""
 
     total: Tensor
     error: Tensor
@@ -43,10 +43,10 @@ class DenseObjective:
 def objective(
     sae: Parameters, x: Tensor, goal: Tensor, gate_goal: Tensor, centred: bool, denominator: Any, weight: Tensor
 ) -> DenseObjective:
-    """The loss of x (N, D_in), the encoder's input, towards goal (N, D_out), and the gate's towards gate_goal.
+    """The loss of reconstructing goal (N, D_out) from the encoder's input x (N, D_in), and gate_goal from the gate.
 
-    centred: x and the goals have b_dec subtracted without a gradient of it, and nothing is added to A W_dec.
-    weight: the penalty's in the loss, 0-d.
+    centred: b_dec was subtracted from x and the goals, without a gradient to it, and is not added to A W_dec.
+    weight: the penalty's weight in the loss, 0-d.
     """
     names = list(sae.rule_parameters)
     task = _Task(sae, centred, weight.detach(), names)
@@ -60,7 +60,7 @@ def objective(
 
 @dataclass(eq=False)
 class _Task:
-    """What a pass needs besides tensors, and what it finds besides gradients."""
+    """A pass's inputs that are not tensors, and its results that are not gradients."""
 
     sae: Parameters
     centred: bool
@@ -73,7 +73,7 @@ class _Task:
 
 
 class _Pass:
-    """One way through all pieces; `grads`: what it adds up, by name."""
+    """One pass over all pieces; `grads`: the accumulated gradients, by name."""
 
     def __init__(self, task: _Task, x: Tensor, wants_x: bool):
         sae = task.sae
@@ -105,7 +105,7 @@ class _Pass:
         return missed if self.bias is None else missed.add_(self.bias)
 
     def backward(self, here: slice, z: Tensor, acts: Tensor, g: Tensor, more: list[tuple[Tensor, Tensor]]) -> None:
-        """Adds the gradients of a piece: g = dL/d recon of the acts, more: other ends and their gradients."""
+        """Adds the gradients of a piece. g = dL/d recon; more: (output, dL/d output) of everything else in the loss."""
         ends, slopes = zip((acts, g.to(acts.dtype) @ self.W_dec.mT), *more, strict=True)
         wanted = {"z": z, **self.leaves}
         found = torch.autograd.grad(ends, list(wanted.values()), slopes, allow_unused=True)
@@ -120,7 +120,7 @@ class _Pass:
             self.dx[here] = dz @ self.W_enc
 
     def finish(self, error_grad: Tensor) -> dict[str, Tensor | None]:
-        """All gradients by parameter; error_grad (N, D_out): dL/d recon, which b_dec has."""
+        """All gradients by parameter; error_grad (N, D_out): dL/d recon, whose sum is b_dec's."""
         sae, norms = self.task.sae, self.grads.pop("norms")
         if self.rule.needs_norms:
             segments = self.W_dec.unflatten(1, (sae.layers, -1))
@@ -154,7 +154,7 @@ class _Found:
 def _whole_pass(
     task: _Task, x: Tensor, goal: Tensor, gate_goal: Tensor, over: Tensor, wants_x: bool
 ) -> _Found:  # fmt: skip
-    """The loss and all of its gradients; what else it finds goes to the task."""
+    """The loss and all of its gradients; the other results are stored in the task."""
     run = _Pass(task, x, wants_x)
     rule, n = run.rule, x.shape[0]
     error = torch.empty_like(goal)
@@ -206,7 +206,7 @@ class _Dense(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         found = _whole_pass(task, x, goal, gate_goal, over, ctx.needs_input_grad[0])
         ctx.set_materialize_grads(False)
-        # The weights are saved so that torch notices when they were written before the backward pass.
+        # The weights are saved so that torch detects a write to them before the backward pass.
         ctx.save_for_backward(x, goal, gate_goal, over, found.error, found.gate_grad, W_dec, W_enc)
         ctx.task, ctx.squares, ctx.grads = task, found.squares, found.grads
         return found.total, found.error
@@ -221,7 +221,7 @@ class _Dense(torch.autograd.Function):
         found: dict[str, Tensor | None] = dict.fromkeys(names)
         dgoal = dgate = dover = None
         if of_total is not None:
-            # The gradients are handed on, not copied: a second backward pass computes them again.
+            # The gradients are returned without a copy; a second backward pass computes them again.
             found = ctx.grads or _whole_pass(task, x, goal, gate_goal, over, needs[0]).grads
             ctx.grads = None
             if of_total.device.type != "cpu" or float(of_total) != 1:
@@ -254,7 +254,7 @@ def _of_error(task: _Task, x: Tensor, grad: Tensor, wants_x: bool) -> dict[str, 
 
 
 def _penalty_slope(run: _Pass) -> Tensor | float:
-    """d penalty / d mean, at the mean of this batch; that takes a product of its own where it is not 1."""
+    """d penalty / d mean, at the mean of this batch. Where it is not always 1, the mean takes an extra encoder pass."""
     if run.rule.penalty_is_mean:
         return 1.0
     mean = torch.zeros((), dtype=torch.float64, device=run.x.device)
@@ -271,7 +271,7 @@ def _penalty_slope(run: _Pass) -> Tensor | float:
 
 @torch.no_grad()
 def sampled_share(sae: Parameters, x: Tensor) -> float:
-    """The share of pre-acts that the rule looks at, on some of the tokens x (N, D), spread over them; a host sync."""
+    """The share of pre-acts that the rule considers, on SAMPLED_TOKENS tokens spread over x (N, D); a host sync."""
     some = x[:: max(1, x.shape[0] // SAMPLED_TOKENS)][:SAMPLED_TOKENS]
     z = torch.addmm(wide(sae.b_enc), wide(some), wide(sae.encoder_weight).mT)
     rows = {name: t.unsqueeze(0) for name, t in sae.rule.per_latent(sae.rule_state).items()}

@@ -1,7 +1,7 @@
 """An SAE on disk: config.json (what it is) and sae.safetensors (its state), in one directory.
 
-The header of sae.safetensors carries the same configuration, so that the two files can be told apart when they are not
-of one save. Each file is written under a temporary name, fsync'ed and renamed, so an interrupted save leaves the old
+The header of sae.safetensors holds the same configuration, so that `load` detects files of two different
+saves. Each file is written under a temporary name, fsync'ed and renamed, so an interrupted save leaves the old
 file or the new one, never half of one. Nothing is pickled.
 """
 
@@ -26,14 +26,14 @@ _HEADER = "fastsae"
 
 
 class SavedModuleError(ValueError):
-    """A saved SAE that cannot be written, or that is not what it says; the message names the file."""
+    """An SAE that cannot be saved, or a saved one that cannot be loaded; the message names the file."""
 
 
 def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
-    """Writes `sae` into `directory` (made if it is not there) and returns that path.
+    """Writes `sae` into `directory` (created if missing) and returns that path.
 
-    Raises SavedModuleError naming the file that could not be written, a full disk included; a file that was there
-    before is then untouched.
+    Raises SavedModuleError naming the file that could not be written, for instance because the disk is full; an older
+    file of that name is then unchanged.
     """
     root = Path(directory)
     config = {"architecture": ARCHITECTURE, "version": VERSION, "dtype": _dtype_name(sae.W_dec.dtype), **sae.config}
@@ -47,30 +47,30 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
         target = root / CONFIG
         replace_file(target, lambda path: _write_text(path, text + "\n"))
     except (OSError, SafetensorError) as error:
-        raise SavedModuleError(f"cannot write {target}: {error}; what was there before is untouched") from error
+        raise SavedModuleError(f"cannot write {target}: {error}; an older file of that name is unchanged") from error
     return root
 
 
 def load(directory: str | os.PathLike[str], device: torch.device | str | None = None) -> SparseAutoencoder:
     """The SAE that `save` wrote into `directory`, in its dtype, on `device` (None: the CPU), in eval mode.
 
-    Call `.train()` to go on training: it counts dead latents then, and has the losses on them.
+    Call `.train()` to continue training: only training mode counts dead latents and adds the losses on them.
     Raises SavedModuleError naming the file when one is missing, truncated or damaged, of another architecture or
-    version, or when its tensors are not those that the configuration describes.
+    version, or when its tensors do not match the configuration.
     """
     root = Path(directory)
     header, shapes = _read_header(root / WEIGHTS)
     config = _read_config(root / CONFIG, header, root / WEIGHTS)
     settings = {name: value for name, value in config.items() if name not in ("architecture", "version", "dtype")}
     try:
-        # On the meta device: nothing of the size that the file claims is allocated before its tensors are checked.
+        # On the meta device, so that nothing is allocated before the tensors of the file are checked.
         sae = SparseAutoencoder.from_config(settings, device="meta", dtype=_dtype(config.get("dtype")))
     except ValueError as error:
         raise SavedModuleError(f"{root / CONFIG} does not describe an SAE: {error}") from error
     expected = {name: (tuple(t.shape), t.dtype) for name, t in _tensors(sae).items()}
     _compare(root / WEIGHTS, expected, shapes)
     with safe_open(root / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
-        # Cloned out of the mapped file: into memory that is aligned, and that stays when the file is replaced.
+        # Cloned out of the mapped file: the copy is aligned, and replacing the file does not change it.
         tensors = {name: file.get_tensor(name).clone() for name in expected}
     sae.load_state_dict({**tensors, EXTRA_STATE: sae.get_extra_state()}, assign=True)
     sae.begin_counts_(device or "cpu")
@@ -128,7 +128,7 @@ def _described(tensor: Any) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def _read_config(path: Path, header: dict[str, Any] | None, weights: Path) -> dict[str, Any]:
-    """config.json, or the header's copy where there is no such file. Both must be the same where both are there."""
+    """config.json, or the header's copy if that file is missing. If both exist, they must be equal."""
     if path.is_file():
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -148,8 +148,8 @@ def _read_config(path: Path, header: dict[str, Any] | None, weights: Path) -> di
     if header is not None and header != config:
         names = sorted(name for name in {*header, *config} if header.get(name) != config.get(name))
         raise SavedModuleError(
-            f"{path} and {weights} are of different saves: they disagree on {', '.join(names)}. "
-            f"{weights.name} carries its own configuration: delete {path.name} to go by that"
+            f"{path} and {weights} come from different saves: they differ in {', '.join(names)}. "
+            f"{weights.name} holds its own configuration: delete {path.name} to use that"
         )
     return config
 

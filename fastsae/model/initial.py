@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def unit_rows(rows: int, width: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Random directions (rows, width), uniform on the sphere; on the CPU, so a seed means the same on every device."""
+    """Random directions (rows, width), uniform on the sphere; drawn on the CPU, so that every device gets the same."""
     wider = torch.promote_types(dtype, torch.float32)
     drawn = torch.randn(rows, width, dtype=wider, device="cpu", generator=generator)
     return drawn.div_(torch.linalg.vector_norm(drawn, dim=1, keepdim=True)).to(dtype)

@@ -19,7 +19,7 @@ from fastsae.reference import wide
 
 LOSSES = ("mse", "fvu")
 GHOST_PIECE = 2**24
-"""Numbers of (N, dead) that ghost gradients hold at a time."""
+"""Entries of (N, dead) that ghost gradients compute at a time."""
 
 
 def n_tokens(x: Tensor) -> int:
@@ -28,7 +28,7 @@ def n_tokens(x: Tensor) -> int:
 
 
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:
-    """Σ_n ‖recon_n - target_n‖², in float32 at least: a sum of N·D squares has no meaning in 8 or 11 bits."""
+    """Σ_n ‖recon_n - target_n‖², in float32 at least: 8 or 11 bits are too few for a sum of N·D squares."""
     return F.mse_loss(wide(recon), wide(target), reduction="sum")
 
 
@@ -36,10 +36,10 @@ def total_variance(target: Tensor) -> Tensor:
     """Σ_n ‖target_n - mean‖², the mean taken over this batch."""
     flat = wide(target).reshape(-1, target.shape[-1])
     if flat.is_cuda and flat.shape[0]:
-        # One kernel by columns instead of hundreds by pieces.
+        # One kernel over columns instead of hundreds over pieces.
         return (torch.var(flat, dim=0, correction=0).double().sum() * flat.shape[0]).to(flat.dtype)
     mean = flat.mean(0)
-    # By pieces, so that no second (N, D) tensor is made; in a compiled graph the compiler fuses instead.
+    # In pieces, so that no second (N, D) tensor is made; a compiler fuses the two steps anyway.
     pieces = (flat,) if torch.compiler.is_compiling() else flat.split(512)
     return torch.stack([sum_of_squares(piece - mean) for piece in pieces]).sum().to(flat.dtype)
 
@@ -77,10 +77,10 @@ def fvu(recon: Tensor, target: Tensor) -> Tensor:
 def dead_rows(dead: Tensor) -> Tensor:
     """The ids of the dead latents, ascending, then -1: int32 (M,) from a bool mask (M,).
 
-    The length is M whatever the mask holds, so nothing is read back from the device.
+    The length is always M, so nothing is read back from the device.
     """
     m = dead.shape[0]
-    # Living latents are all written to slot m, which is cut off.
+    # All live latents are written to slot m, which is cut off.
     place = torch.where(dead, dead.cumsum(0) - 1, m)
     rows = torch.full((m + 1,), -1, dtype=torch.int32, device=dead.device)
     return rows.scatter(0, place, torch.arange(m, dtype=torch.int32, device=dead.device))[:m]
@@ -91,8 +91,8 @@ def encode_dead(
 ) -> SparseCodes | None:
     """The k largest acts of each token among the dead latents: `encode_topk` on their rows.
 
-    x (*batch, D): the encoder's input; dead (M,) bool. None where it is known at no cost that no latent is dead, which
-    is in eager mode on a CPU: on a GPU the question would be a host sync, under torch.compile a graph break.
+    x (*batch, D): the encoder's input; dead (M,) bool. None if no latent is dead; only eager
+    mode on a CPU checks this, because the check is a host sync on a GPU and a graph break under torch.compile.
     """
     if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
         return None
@@ -100,7 +100,7 @@ def encode_dead(
 
 
 def aux_weight(dead: Tensor, k: int) -> Tensor:
-    """min(number of dead latents / k, 1), float64 0-d: the term grows in as latents die, and is 0 when none is dead."""
+    """min(number of dead latents / k, 1), float64 0-d: the term grows as latents die, and is 0 while none is dead."""
     return (dead.sum().double() / k).clamp(max=1.0)
 
 
@@ -114,12 +114,12 @@ def aux_k(
     overwrite: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """weight · Σ_n ‖e_n - ê_n‖² / loss_denominator,  ê = A_dead W_dec: dead latents model what the live ones left over.
+    """weight · Σ_n ‖e_n - ê_n‖² / loss_denominator,  ê = A_dead W_dec: dead latents model the error of the live ones.
 
     codes: from `encode_dead`; missed (N, D_out) = recon - target = -e, held fixed (no gradient flows into it).
     overwrite: as of `squared_errors`. float64. Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
     """
-    # Another backward pass overwrites `missed`, and this one may have to compute its error again.
+    # Another backward pass overwrites `missed`, and this one may need it to recompute its error.
     missed = missed.detach().clone() if overwrite else missed.detach()
     left_over = squared_errors([(codes, 1.0)], W_dec, start=missed, overwrite=overwrite, backend=backend).weighted
     return weight * left_over / loss_denominator
@@ -128,11 +128,11 @@ def aux_k(
 def ghost_residual(
     x: Tensor, error: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, loss_denominator: Tensor | int
 ) -> Tensor:
-    """Σ_n r_n ‖s_n·g_n - e_n‖² / loss_denominator,  g = exp(x W_encᵀ + b_enc) W_dec: dead ones model what is left over.
+    """Σ_n r_n ‖s_n·g_n - e_n‖² / loss_denominator,  g = exp(x W_encᵀ + b_enc) W_dec: dead latents model the error.
 
     s_n makes ‖s_n g_n‖ half of ‖e_n‖ and r_n makes the term as large as the error of its token; both, and e, are held
     fixed. W_enc, W_dec (dead, D), b_enc (dead,): the rows of the dead latents; x (N, D_in); error (N, D_out): target -
-    recon. 0 where none is dead. Dense in N x dead, piece by piece. Source: Jermyn & Templeton 2024 (Ghost Grads,
+    recon. 0 if none is dead. Dense in (N, dead), computed in pieces. Source: Jermyn & Templeton 2024 (Ghost Grads,
     Circuits Updates January 2024).
     """
     if W_enc.shape[0] == 0 or x.shape[0] == 0:
@@ -141,7 +141,7 @@ def ghost_residual(
     size = max(1, GHOST_PIECE // W_enc.shape[0])
     for inputs, left_over in zip(x.split(size), error.detach().split(size), strict=True):
         pre = inputs @ W_enc.mT + b_enc
-        # The output is scaled to the error's size: a common factor of a token falls out, and nothing overflows.
+        # The output is rescaled to the error's size below, so a token's factor cancels: subtract to avoid overflow.
         ghost = torch.exp(pre - pre.detach().amax(-1, keepdim=True)) @ W_dec
         norms = torch.linalg.vector_norm(left_over, dim=-1, keepdim=True)
         ghost = ghost * (norms / (2 * torch.linalg.vector_norm(ghost, dim=-1, keepdim=True) + 1e-6)).detach()
@@ -151,7 +151,7 @@ def ghost_residual(
 
 
 def ghost_pull(x: Tensor, error: Tensor, W_enc: Tensor, W_dec: Tensor) -> Tensor:
-    """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩): dead rows turn towards where the error is large.
+    """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩): dead rows turn towards tokens of large error.
 
     u, w: means of x (N, D) and of error (N, D) = target - recon, each token weighted by its squared error; both held
     fixed. W_enc, W_dec (dead, D). Source: the point_cloud_sae experiments (R. Huben), with rows for columns.

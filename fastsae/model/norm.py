@@ -1,4 +1,4 @@
-"""Input normalization: what an SAE sees instead of x, and the way back for its reconstruction."""
+"""Input normalization: it maps x to the SAE's input, and the reconstruction back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class InputNorm(nn.Module):
 
     none: x itself. constant: shift 0 and one scale for the whole data set, such that the mean of ‖x_normalized‖² is D;
     `calibrate_` estimates it, the buffer `scale` keeps it. layer_norm: mean and sqrt(variance + 1e-5) of each token.
-    Statistics of the input also serve a transcoder's target, whose own are not known at inference.
+    A transcoder's target is normalized by the input's statistics: its own are not known at inference.
     Source of the constant form: Anthropic, "Scaling Monosemanticity" (2024), methods.
     """
 
@@ -35,7 +35,7 @@ class InputNorm(nn.Module):
         if mode not in MODES:
             raise ValueError(f"normalize is {mode!r}, expected one of {', '.join(MODES)}")
         self.mode = mode
-        # On the host, so that asking does not sync.
+        # A host flag, so that reading it does not sync.
         self.calibrated = mode != "constant"
         if mode == "constant":
             self.register_buffer("scale", torch.full((), math.nan, dtype=dtype, device=device))
@@ -58,7 +58,7 @@ class InputNorm(nn.Module):
         self.calibrated = True
 
     def statistics(self, x: Tensor) -> TokenStats | None:
-        """The shift and scale of x (*batch, D); None where there is nothing to do.
+        """The shift and scale of x (*batch, D); None in mode none.
 
         Raises RuntimeError when the constant scale was never set.
         """

@@ -1,4 +1,4 @@
-"""Parameters: what a SparseAutoencoder consists of, how it starts, what a file records; sae.py has its forward."""
+"""Parameters: the tensors of a SparseAutoencoder, their initial values, its saved settings; sae.py has the forward."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SETTINGS = (
 EXTRA_STATE = "_extra_state"
 """torch's name in a state dict for what `get_extra_state` returns."""
 EXTRA_BYTES = 4096
-"""The extra state is padded to a multiple of this: DCP loads in place, into a tensor of the saved one's size."""
+"""The extra state is padded to a multiple of this: DCP loads in place, which needs a tensor of the saved size."""
 
 
 DENSE_ABOVE = 0.04
-"""Share of latents active per token from which a threshold rule's training step looks at all of them densely."""
+"""A threshold rule's training step is dense where more than this share of the latents is active."""
 
 
 def project_rows_(grad: Tensor, W: Tensor) -> None:
@@ -84,7 +84,7 @@ class Parameters(nn.Module):
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
         self.activation = activation
         self.pre_bias = self.d_out == d_in if pre_bias is None else pre_bias
-        # Open: neither the user nor training has decided. Only targets of another width decide at once.
+        # Open: not decided yet, neither by the user nor by training. A target of another width decides at once.
         self._pre_bias_open = pre_bias is None and self.d_out == d_in
         self._pre_bias_asked = not self._pre_bias_open
         self.decoder_norm, self.tied, self.skip = decoder_norm, tied, skip
@@ -95,7 +95,7 @@ class Parameters(nn.Module):
         check_rule_dtype(activation, rule_dtype)
         self.rule_dtype = rule_dtype
         self.backend: str | None = None
-        self.annealed_k: int | None = None  # set by a training step, not saved
+        self.annealed_k: int | None = None  # set by the training step, not saved
         self.precision = "exact"
         self.dense_above = DENSE_ABOVE
         self.active_share: float | None = None  # of the last step of a threshold rule
@@ -117,9 +117,9 @@ class Parameters(nn.Module):
         self.reset_parameters(seed)
 
     def begin_counts_(self, device: torch.device | str | None = None) -> None:
-        """Makes what a file does not hold: the counters of `density`, and the penalty's multiplier.
+        """Creates the buffers that are not saved: the counters of `density`, and the penalty's multiplier.
 
-        The latter is a schedule's, for the length of a step; otherwise it is 1.
+        A schedule sets the multiplier during a step; otherwise it is 1.
         """
         fired = torch.zeros(self.d_sae, dtype=torch.int64, device=device)
         over, one = torch.zeros_like(fired[0]), torch.ones((), dtype=torch.float64, device=device)
@@ -127,8 +127,8 @@ class Parameters(nn.Module):
             self.register_buffer(name, t, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`.to(...)` and its like. What the rule learns has `rule_dtype`, or the weights' where that is wider; what it
-        remembers keeps its own.
+        """`.to(...)` and similar. The rule's parameters get `rule_dtype`, or the weights' dtype if that is wider; its
+        buffers keep theirs.
         """
         learnt, remembered = self._rule_names
         kept = {name: getattr(self, name).detach() for name in (*learnt, *remembered, "penalty_scale")}
@@ -145,9 +145,9 @@ class Parameters(nn.Module):
     def reset_parameters(self, seed: int | None = None) -> None:
         """W_dec: random directions; W_enc: the same rows (its own where the widths differ); biases and W_skip 0.
 
-        Their norms: `init_norm`, and 1 for a decoder of unit norm. The rule's parameters and buffers at their start.
+        Row norms: `init_norm`, or 1 for a decoder of unit norm. The rule's parameters and buffers get initial values.
 
-        Drawn on the CPU, so that a seed means the same weights on every device. Source: Gao et al. 2024, section 2.4.
+        Drawn on the CPU, so that a seed gives the same weights on every device. Source: Gao et al. 2024, section 2.4.
         """
         nn.init.zeros_(self.b_enc)
         nn.init.zeros_(self.b_dec)
@@ -174,12 +174,12 @@ class Parameters(nn.Module):
     def settle_pre_bias_(self, target_given: bool) -> None:
         """Decides a pre_bias that was left None: the first target turns it off, training without one keeps it on.
 
-        Called with every batch, before anything is computed from `pre_bias`. Warns where it turns pre_bias off, and
-        once where a target comes too late, after training without one.
+        Called with every batch, before anything is computed from `pre_bias`. Warns when it turns pre_bias off, and
+        once when the first target comes too late, after training without one.
         """
         if not target_given:
             if self.training:
-                self._pre_bias_open = False  # not read here: torch.compile would compile anew after the first batch
+                self._pre_bias_open = False  # not read here: torch.compile would recompile after the first batch
             return
         if self._pre_bias_asked:
             return
@@ -199,14 +199,14 @@ class Parameters(nn.Module):
     def config(self) -> Config:
         """The settings as JSON: what `from_config` needs to build an SAE that `state_dict()` fits.
 
-        "pre_bias" is null as long as it was left None and neither a target nor training has decided it.
+        "pre_bias" is null if it was left None and neither a target nor training has decided it yet.
         """
         settings = {name: getattr(self, name) for name in _SETTINGS}
         settings["pre_bias"] = None if self._pre_bias_open else self.pre_bias
         rule_state = {"activation": self.activation.config(), "normalize": self.norm.mode}
         return Config(settings | rule_state | {"rule_dtype": str(self.rule_dtype).removeprefix("torch.")})
 
-    # -- the state says of which SAE it is ----------------------------------------------------------------------------
+    # -- the state dict records the settings --------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """`config` as JSON, padded with blanks: uint8 on the CPU, for torch.save, safetensors and DCP alike."""
@@ -215,7 +215,7 @@ class Parameters(nn.Module):
         return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes over the one setting that this SAE may have left open, pre_bias; `load_state_dict` checks the others.
+        """Takes pre_bias from the state if this SAE left it open; `load_state_dict` checks the other settings.
 
         Raises ValueError for what `get_extra_state` did not write.
         """
@@ -226,11 +226,11 @@ class Parameters(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False, allow_other_config: bool = False
     ) -> Any:
-        """As torch's. A state of an SAE with other settings is refused, before anything is changed.
+        """As torch's, but it refuses the state of an SAE with other settings, before it changes anything.
 
         Settings that do not change what the weights mean may differ, see fastsae.model.settings.MAY_DIFFER.
-        allow_other_config: load the tensors whatever the state says of their settings. A state without settings, as
-        plain tensors by name are, is not compared.
+        allow_other_config: load the tensors without comparing settings. A state without settings, such as plain tensors
+        by name, is never compared.
         Raises ValueError naming each setting that differs, with what was got and expected.
         """
         if allow_other_config:
@@ -241,12 +241,12 @@ class Parameters(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
-        # Here, so that it also holds where the SAE is a part of a larger module; and before torch copies a tensor.
+        # Checked here, so that it also works inside a larger module, and before torch copies a tensor.
         key = prefix + EXTRA_STATE
         if key in state_dict:
             check_state_config(_config_of(state_dict[key]), self.config)
         else:
-            self._pre_bias_open = False  # weights of before there was an open one
+            self._pre_bias_open = False  # saved before pre_bias could be open
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if key in missing:
             missing.remove(key)
@@ -271,7 +271,7 @@ class Parameters(nn.Module):
 
     @property
     def rule(self) -> Activation:
-        """`activation`, in training with the k of an annealing (`annealed_k`)."""
+        """`activation`; in training with k = `annealed_k`, if that is set."""
         annealed = self.annealed_k if self.training else None
         return self.activation if annealed is None else self.activation.with_k(annealed)
 
@@ -282,7 +282,7 @@ class Parameters(nn.Module):
 
     @property
     def rule_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of the rule's own that are trained, by name."""
+        """The rule's trained parameters, by name."""
         return {name: getattr(self, name) for name in self._rule_names[0]}
 
     @torch.no_grad()

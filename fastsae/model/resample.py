@@ -1,4 +1,4 @@
-"""Care of dead latents from outside a step: resampling them at inputs that the SAE reconstructs badly."""
+"""Resampling dead latents, between steps, at inputs that the SAE reconstructs badly."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastsae.model.sae import SparseAutoencoder
 
 
 class HasRows(Protocol):
-    """A training step whose optimizer keeps something for each latent."""
+    """A training step whose optimizer keeps state for each latent."""
 
     def forget_rows_(self, latents: Tensor) -> None:
-        """Sets what it keeps of these latents (int64) to zero."""
+        """Sets the optimizer's state of these latents (int64) to zero."""
 
 
 @torch.no_grad()
@@ -29,16 +29,17 @@ def resample_(
     batch_size: int = 4096,
     seed: int = 0,
 ) -> int:
-    """Gives every dead latent a new direction, that of an input which is reconstructed badly; returns how many.
+    """Turns every dead latent to the direction of a badly reconstructed input; returns how many there were.
 
     Inputs are drawn from `rows` (n, d_in), or blocks of them, each with probability ∝ (its squared error)², without
-    replacement while they last. The decoder's row becomes the drawn input less b_dec, at norm 1 (free norms: at the
-    mean norm of live rows), the encoder's row the same direction at `encoder_norm` times the mean norm of live
-    encoder rows, b_enc 0, the rule's own parameters their start; `step`'s optimizer forgets these rows, and the
-    counters begin anew. dead: bool (M,), None: `sae.dead`. The draw is a function of the seed and the inputs.
+    replacement until all are used. The decoder's row becomes the drawn input less b_dec, at norm 1 (free norms: at the
+    mean norm of live rows). The encoder's row gets the same direction at `encoder_norm` times the mean norm of live
+    encoder rows. b_enc becomes 0, the rule's own parameters get their initial values, the state of these rows in
+    `step`'s optimizer becomes 0, and their dead-latent counters restart. dead: bool (M,), None: `sae.dead`. The draw
+    depends on the seed and the inputs only.
 
-    A host sync. Raises ValueError where no input was given or none has a finite error, and for d_out != d_in, whose
-    decoder has no input to take. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
+    A host sync. Raises ValueError if no input is given or none has a finite error above 0, and for d_out != d_in, where
+    an input cannot become a decoder row. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
     """
     if sae.d_out != sae.d_in:
         raise ValueError(f"resampling turns both dictionaries to one input, got d_in = {sae.d_in}, d_out = {sae.d_out}")

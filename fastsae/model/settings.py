@@ -1,4 +1,4 @@
-"""Which settings of a SparseAutoencoder fit together; the refusals say what was got, what is expected, what to do."""
+"""Checks that the settings of a SparseAutoencoder fit together; errors say what was got, expected, and what to do."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastsae.model.rules import Activation
 DECODER_NORMS = ("unit", "free")
 GHOSTS = (None, "residual", "pull")
 MAY_DIFFER = ("aux_k", "aux_coef", "dead_after", "ghost", "ghost_coef", "init_norm", "rule_dtype")
-"""Settings of training alone: the same weights mean the same under other ones."""
+"""Settings that only training uses: they do not change what the weights mean."""
 
 
 class Config(dict[str, Any]):
-    """The settings of an SAE: a dict, and with what Hugging Face's Trainer expects of `model.config`.
+    """The settings of an SAE: a dict with the methods that Hugging Face's Trainer calls on `model.config`.
 
-    The Trainer writes attributes of its own into it (use_cache), which a dict alone has no room for.
+    The Trainer also sets attributes on it (use_cache), which a plain dict does not allow.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def check_settings(sae: Any) -> None:
         if sae.tied:
             raise ValueError(f"tied weights need one width, got {sizes}; pass tied=False")
         if sae.pre_bias:
-            raise ValueError(f"the pre-bias subtracts b_dec from x, got {sizes}; leave pre_bias, or pass False")
+            raise ValueError(f"the pre-bias subtracts b_dec from x, got {sizes}; leave pre_bias out, or pass False")
         if sae.ghost == "pull":
             raise ValueError(f"ghost='pull' turns encoder and decoder towards the same inputs, got {sizes}")
     if sae.d_out % sae.layers or sae.d_in % sae.layers:
@@ -60,7 +60,7 @@ def check_settings(sae: Any) -> None:
     if not (math.isfinite(sae.init_norm) and sae.init_norm > 0):
         raise ValueError(f"init_norm is {sae.init_norm}, expected a number above 0")
     if sae.tied and sae.decoder_norm == "unit" and sae.init_norm != 1:
-        raise ValueError(f"init_norm is {sae.init_norm}, but tied rows of unit norm start at 1; leave it, or free them")
+        raise ValueError(f"init_norm is {sae.init_norm}, but tied unit rows start at 1; leave it out, or free them")
     if sae.aux_k is not None and not 1 <= sae.aux_k <= sae.d_sae:
         raise ValueError(f"aux_k is {sae.aux_k}, expected 1 <= aux_k <= d_sae = {sae.d_sae}, or None")
     if sae.aux_k is not None and sae.ghost is not None:
@@ -72,18 +72,18 @@ def check_settings(sae: Any) -> None:
 
 
 def check_rule_dtype(rule: Activation, dtype: torch.dtype) -> None:
-    """Raises ValueError for a rule's parameters in less than float32: their steps are smaller than it can hold."""
+    """Raises ValueError for a rule's parameters below float32: rounding would swallow their steps."""
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"rule_dtype is {dtype}, expected torch.float32 or torch.float64: the parameters of {type(rule).__name__} "
-            f"move by steps that {dtype} cannot hold; leave rule_dtype, the weights may be narrower"
+            f"move by steps that {dtype} cannot hold; leave rule_dtype out, only the weights may be narrower"
         )
 
 
 def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises ValueError naming each setting in which a state's config differs from the module's, MAY_DIFFER apart.
+    """Raises ValueError naming each setting in which a state's config differs from the module's, except MAY_DIFFER.
 
-    A pre_bias that either of them leaves open fits. A setting that the state does not know is not compared.
+    A pre_bias that either leaves open fits any other. A setting that the state lacks is not compared.
     """
     theirs, ours = (_flat(json.loads(json.dumps(config))) for config in (got, expected))
     names = [name for name in ours.keys() | theirs.keys() if name.partition(".")[0] in {*got} - {*MAY_DIFFER}]
@@ -98,7 +98,7 @@ def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any]) -> N
     if differing:
         raise ValueError(
             f"the state is of an SAE with other settings: {', '.join(differing)}. Build the SAE with these settings "
-            "(SparseAutoencoder.from_config), or pass allow_other_config=True to load the tensors all the same"
+            "(SparseAutoencoder.from_config), or pass allow_other_config=True to load the tensors anyway"
         )
 
 

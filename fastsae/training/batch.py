@@ -1,8 +1,8 @@
 """SAEBatch: B independent SAEs of one shape, and BatchTrainStep, which trains all of them at once.
 
-For seeds, sparsities and SAEs that are tiny, where a step alone is all overhead. One dense product serves all: x (N, D)
-or (B, N, D), pre-acts (B, N, M). It stores B·N·M numbers and multiplies all of them: from `BATCH_WORTH` on, fused steps
-of single SAEs in turn are faster.
+For sweeps of seeds or sparsities over SAEs so small that overhead dominates a single step. One dense product computes
+all pre-acts (B, N, M) of x (N, D) or (B, N, D). All B·N·M numbers are computed and stored: above `BATCH_WORTH`, fused
+steps of single SAEs in turn are faster.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastsae.model.sae import SparseAutoencoder
 from fastsae.reference import Forward
 
 BATCH_WORTH = 2**18
-"""N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures where."""
+"""N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures it."""
 NORMS = ("unit", "forward", "free")
 COEFFICIENT = {"relu": "l1", "gated": "l1", "jumprelu": "l0"}
 
@@ -32,14 +32,14 @@ class SAEBatch(nn.Module):
     """B SAEs that differ in their seeds and, where `activation` is a list, in their rule's coefficient or k.
 
     n             B, the number of SAEs.
-    activation    the rule of all, or a list of B rules of one kind that differ in l1 (ReLU, Gated), l0 (JumpReLU) or k
-                  (TopK, BatchTopK) alone.
+    activation    one rule for all, or a list of B rules of one kind that differ only in l1 (ReLU, Gated), l0 (JumpReLU)
+                  or k (TopK, BatchTopK).
     d_out, pre_bias, tied, loss, ghost, ghost_coef, dead_after: as SparseAutoencoder's; ghost is None or "pull".
     decoder_norm  "unit" and "free" as SparseAutoencoder's. "forward": rows are divided by their norm whenever they are
                   read; the parameters' own norms, free to grow, then only set how fast the rows turn.
     encoder_norm  "free", or "forward" in the same way.
     init_norm     norm of the encoder's rows at the start, and of a decoder's that is not "unit".
-    seeds         one for each SAE, 0 to B - 1 by default: its weights are those of SparseAutoencoder(seed=...).
+    seeds         one for each SAE, 0 to B - 1 by default: initial weights as of SparseAutoencoder(seed=...).
 
     Parameters: W_enc (B, M, d_in; none when tied), W_dec (B, M, d_out), b_enc (B, M), b_dec (B, d_out), the rule's own
     (B, M). Buffers: tokens_since_fired (B, M) int64, penalty_scale (B,), the rule's own (B,).
@@ -85,7 +85,7 @@ class SAEBatch(nn.Module):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}")
         if tied and encoder_norm != "free":
-            raise ValueError("a tied encoder is the decoder's rows, which decoder_norm normalizes; leave encoder_norm")
+            raise ValueError("a tied encoder is the decoder's rows, which decoder_norm normalizes; drop encoder_norm")
         self.rules = (activation,) * n if isinstance(activation, Activation) else tuple(activation)
         self.activation, scale, ks = _common(self.rules, n)
         self.settings: dict[str, Any] = {
@@ -116,7 +116,7 @@ class SAEBatch(nn.Module):
         return len(self.seeds)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        """The i-th SAE's parameters and rule's buffers by name, as the forward pass reads them: views where it can."""
+        """The i-th SAE's parameters and rule's buffers by name, as the forward pass reads them; views if possible."""
         named = {**self.weights(), **{name: getattr(self, name) for name in self._rule_names}}
         return {name: t[i].detach() for name, t in named.items()}
 
@@ -142,7 +142,7 @@ class SAEBatch(nn.Module):
         return self.tokens_since_fired >= self.dead_after
 
     def checked(self, x: Tensor, width: int, name: str) -> Tensor:
-        """x (B, N, width) from that or from (N, width), which is for all alike. Raises ValueError for another shape."""
+        """x (B, N, width) from that or from (N, width), shared by all. Raises ValueError for another shape."""
         if x.ndim not in (2, 3) or x.shape[-1] != width or (x.ndim == 3 and x.shape[0] != len(self)):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (N, {width}) or ({len(self)}, N, {width})")
         return x.expand(len(self), *x.shape[-2:])
@@ -150,7 +150,7 @@ class SAEBatch(nn.Module):
     def forward(self, x: Tensor, target: Tensor | None = None) -> Forward:
         """A (B, N, M), recon (B, N, d_out), losses by name (B,), of x (N, d_in) or (B, N, d_in).
 
-        In training mode it counts which latents fired, and "loss" has the ghosts' too.
+        In training mode it counts which latents fired, and "loss" includes the ghost loss.
         """
         if target is None and self.d_out != self.d_in:
             raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target=")
@@ -175,9 +175,9 @@ class SAEBatch(nn.Module):
         return replace(out, losses={**out.losses, "ghost": ghost, "loss": out.losses["loss"] + self.ghost_coef * ghost})
 
     def _kept_forward(self, weights: dict[str, Tensor], x: Tensor, goal: Tensor) -> Forward:
-        """`reference.forward` of a rule that keeps some of relu(pre) as it is, in as few nodes of autograd as can be.
+        """`reference.forward` of a rule that keeps some of relu(pre) as it is, with as few autograd nodes as possible.
 
-        (x - b_dec) W_encᵀ is taken apart, so that no (B, N, D) gradient of the encoder's input is made for b_dec alone.
+        (x - b_dec) W_encᵀ is two terms, so that no (B, N, D) gradient of the encoder's input is made for b_dec alone.
         """
         W_dec, b_dec, b_enc = weights["W_dec"], weights["b_dec"][:, None], weights["b_enc"][:, None]
         W_enc = weights.get("W_enc", W_dec)
@@ -191,18 +191,18 @@ class SAEBatch(nn.Module):
         return Forward(A, recon, {self.loss: loss, "loss": loss})
 
     def _kept(self, pre: Tensor) -> Tensor:
-        """Where the rule keeps relu(pre), if that is not 0: bool (B, N, M). NaN counts as the largest."""
+        """Where the rule keeps relu(pre) and it is not 0: bool (B, N, M). NaN counts as the largest."""
         rule = self.activation
         by_threshold = isinstance(rule, BatchTopK) and not self.training and not bool((self.threshold < 0).any())
         if self.ks.numel() and not by_threshold:
             return self._kept_of_each(pre)
-        if rule == TopK(1):  # one pass; the first of equal ones, as the stable sort has it
+        if rule == TopK(1):  # one pass; ties go to the first, as in the stable sort
             best = torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, pre.argmax(-1, keepdim=True), True)
             return best.logical_and_(reference.is_above(pre, pre.new_zeros(())))
         if isinstance(rule, TopK) and pre.device.type == "cpu":
             bar = pre.topk(rule.k).values[..., -1:].clamp_min(torch.finfo(pre.dtype).tiny)
             kept = (pre < bar).logical_not_()
-            if bool((kept.sum(-1) <= rule.k).all()):  # else equal ones, among which the slower stable sort decides
+            if bool((kept.sum(-1) <= rule.k).all()):  # else there are ties: use the slower stable sort
                 return kept
         return rule.dense(pre, {}, {name: getattr(self, name) for name in self._rule_names}, self.training) != 0
 
@@ -217,7 +217,7 @@ class SAEBatch(nn.Module):
 
     @torch.no_grad()
     def observe_(self, A: Tensor) -> None:
-        """Counts which latents are active in A (B, N, M), and moves a BatchTopK's threshold, as `observe` does."""
+        """Counts which latents are active in A (B, N, M), and updates a BatchTopK's threshold, as `observe` does."""
         self.tokens_since_fired.add_(A.shape[-2]).masked_fill_((A != 0).any(-2), 0)
         rule = getattr(self.activation, "inner", self.activation)
         if isinstance(rule, BatchTopK):
@@ -227,18 +227,17 @@ class SAEBatch(nn.Module):
         """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩) of each SAE, (B,): `losses.ghost_pull` with an axis.
 
         u, w: means of the encoder's input and of target - recon, each token weighted by its squared error, held fixed.
-        The rows are the parameters, not what norm "forward" makes of them: a row that is turned grows along, and turns
-        slower.
+        The rows are the raw parameters, also for norm "forward": a row that turns also grows, and turns more slowly.
         """
         dead = self.dead
-        if dead.device.type == "cpu" and not bool(dead.any()):  # on a GPU the question would be a host sync
+        if dead.device.type == "cpu" and not bool(dead.any()):  # on a GPU this check would be a host sync
             return recon.new_zeros(len(self))
         named = dict(self.named_parameters())
         W_dec = named["W_dec"]
         W_enc = named.get("W_enc", W_dec)
         with torch.no_grad():
             u, w = losses.error_weighted_means(x, target - recon)
-            if self.pre_bias:  # the mean of x - b_dec, and x is the larger tensor by far
+            if self.pre_bias:  # on the mean, because x is a far larger tensor
                 u -= named["b_dec"]
         pull = F.softplus(-torch.bmm(W_enc, u[..., None])) + F.softplus(-torch.bmm(W_dec, w[..., None]))
         return torch.where(dead, pull[..., 0], 0).sum(-1)
@@ -257,8 +256,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adam
 class BatchTrainStep:
     """`metrics = step(x)`: gradient, projection of a unit decoder's, Adam or AdamW, renormalization, for all at once.
 
-    lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. Elementwise, so no SAE has an influence on
-    another. schedule: multiplier of lr from the number of updates done.
+    lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. They are elementwise, so the SAEs do not
+    affect each other. schedule: multiplier of lr from the number of updates done.
     measure: also return mse, fvu, l0 and dead (latents).
     Raises ValueError for another optimizer, and for a weight decay of adam.
     """
@@ -286,7 +285,7 @@ class BatchTrainStep:
     def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """One update on x (N, d_in), the same for all, or (B, N, d_in).
 
-        Returns (B,) tensors: "loss" and its parts, with `measure` "mse", "fvu", "l0", "dead", of before the update.
+        Returns (B,) tensors: "loss" and its parts, with `measure` "mse", "fvu", "l0", "dead", from before the update.
         """
         batch = self.batch
         if self.schedule is not None:
@@ -316,7 +315,7 @@ class BatchTrainStep:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """{"step", "optimizer"}: with the batch's own state, all that training goes on from."""
+        """{"step", "optimizer"}: resuming needs this and the batch's own state."""
         return {"step": self.step, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -326,7 +325,7 @@ class BatchTrainStep:
 
 
 def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, Tensor]:
-    """One rule for all, each SAE's multiplier of its penalty (n,), and the ks where they differ, else none.
+    """One rule for all, each SAE's multiplier of its penalty (n,), and the ks if they differ (else empty).
 
     Raises ValueError for rules that differ in more than a coefficient or k.
     """

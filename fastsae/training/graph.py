@@ -13,40 +13,40 @@ Metrics = dict[str, Tensor]
 
 
 def check_graph(sae: SparseAutoencoder, check: bool, anneals: bool) -> None:
-    """Raises ValueError for a step that cannot be captured: off a GPU, or one that asks the device for sizes."""
+    """Raises ValueError for a step that cannot be captured: off a GPU, or one that reads sizes from the device."""
     device = sae.W_dec.device
     if device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs the SAE on a CUDA device, it is on {device}; move it there first")
     if check:
-        raise ValueError("check=True asks the device at every step, which a CUDA graph cannot; leave one of them")
+        raise ValueError("check=True reads from the device at every step, which a CUDA graph cannot; drop one of them")
     if sae.activation.shaped or sae.ghost is not None:
         what = f"activation {sae.activation.kind}" if sae.activation.shaped else "ghost"
-        raise ValueError(f"{what} asks the device for sizes at every step, which a CUDA graph cannot; leave one")
+        raise ValueError(f"{what} reads sizes from the device at every step, which a CUDA graph cannot; drop one")
     if anneals:
-        raise ValueError("k_schedule changes the shape of a step, which a CUDA graph holds fast; leave one of them")
+        raise ValueError("k_schedule changes the shape of a step, which a CUDA graph fixes; drop one of them")
 
 
 class StepGraph:
-    """run(x, target) as a CUDA graph. Everything that run reads or writes besides its inputs must stay where it is.
+    """run(x, target) as a CUDA graph. Every other tensor that run reads or writes must keep its address.
 
-    Capturing runs nothing on the device; every call of the object does the whole step once.
+    Capturing runs nothing on the device; every call of the object runs the whole step once.
     """
 
     def __init__(self, run: Callable[[Tensor, Tensor | None], Metrics], x: Tensor, target: Tensor | None):
         self._x, self._target = x.clone(), None if target is None else target.clone()
         self._graph = torch.cuda.CUDAGraph()
-        # A stream of x's own device: torch's default for captures belongs to whichever device was current first.
-        # thread_local: another thread that allocates, a prefetching source for instance, does not spoil the capture.
+        # A stream of x's own device: torch's default one belongs to the device of the first capture.
+        # thread_local: another thread that allocates, such as a prefetching source's, does not break the capture.
         with torch.cuda.device(x.device):
             stream = torch.cuda.Stream(x.device)
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 metrics = run(self._x, self._target)
                 self._names = list(metrics)
-                # One tensor, so that handing out a copy is one launch too. float64 holds every count below 2⁵³.
+                # One tensor, so that copying the metrics is one launch. float64 holds every count below 2⁵³.
                 self._values = torch.stack([value.double() for value in metrics.values()])
 
     def __call__(self, x: Tensor, target: Tensor | None) -> Metrics:
-        """One step. The metrics are this call's own; counts come as float64."""
+        """One step. The metrics are a copy; counts are float64."""
         with torch.cuda.device(self._x.device):
             self._x.copy_(x)
             if self._target is not None and target is not None:

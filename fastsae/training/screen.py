@@ -1,4 +1,4 @@
-"""KeptScreen: the low-precision copy of an encoder between steps, made anew after other code wrote the weights."""
+"""KeptScreen: the low-precision copy of an encoder between steps, rebuilt after other code wrote the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.codes import Screen
 
-# Steps after which the screen is made anew, at the latest; and at the earliest, if more tokens than this are redone.
+# The screen is rebuilt after SCREEN_LIFE steps, or after SCREEN_TRIAL if more than REDONE_LIMIT of tokens are redone.
 SCREEN_LIFE = 64
 SCREEN_TRIAL = 2
 REDONE_LIMIT = 0.01
@@ -34,19 +34,19 @@ class HasEncoder(Protocol):
 
 
 class KeptScreen:
-    """`update_latents_` maintains the copy; this decides when that is not enough.
+    """`update_latents_` maintains the copy; this class decides when to rebuild it.
 
-    A write by other code is seen by address and version, and on a CPU also by a sample of one weight in every row,
-    because a write through `.data` changes neither: such a write on a GPU, or one that spares those samples, cannot be
-    seen. `screen` is None where the backend or the rule uses none.
+    It detects other writes by address and version, and on a CPU also by a sample of one weight in every row, because a
+    write through `.data` changes neither. Such a write goes undetected on a GPU, or where it misses those samples.
+    `screen` is None where the backend or the rule uses none.
 
-    Its format is chosen by the inputs at hand: speed depends on it, and with precision="screened" the selection too, so
-    that such a step repeats itself only from its start, not from a state loaded in the middle.
+    The current inputs determine the format. Speed depends on it, and with precision="screened" the selection too: such
+    a run is reproducible only from its start, not from a state loaded in the middle.
     """
 
     def __init__(self, owner: HasEncoder, backend: str | None):
         self.owner, self.backend = owner, backend
-        self.in_place = False  # a CUDA graph looks for it where it was
+        self.in_place = False  # a CUDA graph needs it at the same address
         self.screen: Screen | None = None
         self.redone: Tensor | None = None  # share of tokens, in the last step
         self._seen: tuple[Any, ...] | None = None
@@ -54,7 +54,7 @@ class KeptScreen:
         self._sample: Tensor | None = None
 
     def make(self, encoder_input: Tensor | None) -> None:
-        """Makes it anew."""
+        """Rebuilds the copy."""
         fresh = None
         if self.owner.screened:
             fresh = ops.prepare_screen(
@@ -70,7 +70,7 @@ class KeptScreen:
 
     @torch.no_grad()
     def current(self, encoder_input: Tensor) -> Screen | None:
-        """The copy for a step that encodes this."""
+        """The copy for a step that encodes `encoder_input`, rebuilt if needed."""
         written = self.written()
         if written or self._outgrown() or (
             self._sample is not None and not torch.equal(self._sample, self._fingerprint())
@@ -84,7 +84,7 @@ class KeptScreen:
         return self._seen != self._signature()
 
     def remember(self) -> None:
-        """The weights as they are now are those of the copy."""
+        """Records that the copy matches the current weights."""
         self._seen = self._signature()
         # Comparing is a host sync, so on a GPU there is no sample.
         sampled = self.screen is not None and self.owner.encoder_weight.device.type == "cpu"
@@ -93,7 +93,7 @@ class KeptScreen:
     def _outgrown(self) -> bool:
         """Whether the screen's format should be chosen again: training changes how well it tells latents apart."""
         if self.screen is None or self.redone is None or self.redone.device.type != "cpu":
-            return False  # a GPU is never asked
+            return False  # reading it on a GPU would be a host sync
         return self._age >= SCREEN_LIFE or (self._age >= SCREEN_TRIAL and float(self.redone) > REDONE_LIMIT)
 
     def _signature(self) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ def activation_from_config(config: dict[str, Any]) -> Activation:
 
 
 def _from_json(value: Any) -> Any:
-    """A rule's setting: the rule within it, and a tuple where JSON has a list."""
+    """A rule's setting from JSON: a rule from an object, a tuple from a list."""
     if isinstance(value, dict):
         return activation_from_config(value)
     return tuple(value) if isinstance(value, list) else value

@@ -3,8 +3,8 @@
 A rule is a small frozen dataclass whose fields are its settings. It says which latents are considered (`select`,
 sparse, and `dense`, for the reference), how strong they are (`activate`, elementwise), what is penalized (`sparsity`,
 elementwise, and `penalty`), and which parts of a code must reconstruct on their own (`parts`). The elementwise methods
-see the slots of a code and the dense (N, M) alike, so a rule's mathematics is written once; autograd, the fused step
-and the dense reference all read it from here.
+work on the slots of a code and on the dense (N, M), so a rule's mathematics is written once: autograd, the fused step
+and the dense reference all use it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ RuleState = Mapping[str, Tensor]
 """A rule's parameters and buffers by name, and b_enc."""
 
 ACTIVATIONS: dict[str, type[Activation]] = {}
-"""Every rule by its `kind`. A rule enters itself when its class is made."""
+"""Every rule by its `kind`. A rule is registered when its class is defined."""
 
 ROOM = 256
-"""Activations per token that a threshold has room for at first; encoded again with more where they are not enough."""
+"""Initial capacity of a threshold's code, in activations per token; if it is too small, encoding repeats with more."""
 
 
 class Selected(NamedTuple):
-    """codes: the pre-acts of the latents considered; overflow: 0-d bool, for a capacity that may be short."""
+    """codes: the pre-acts of the latents considered; overflow: 0-d bool, whether a given capacity was too small."""
 
     codes: SparseCodes
     overflow: Tensor | None = None
@@ -38,9 +38,9 @@ class Selected(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How an encoder computes, as the encoders of fastsae.ops take it: no setting of a rule, and not saved.
+    """How an encoder computes: arguments of the encoders of fastsae.ops. Not settings of a rule, and not saved.
 
-    pre_bias (D,): b_dec, where x is x₀ - b_dec and its gradient is left to the encoder.
+    pre_bias (D,): b_dec, where x is x₀ - b_dec and the encoder computes b_dec's gradient.
     """
 
     screen: Screen | None = None
@@ -54,9 +54,9 @@ class EncodeOptions:
 
 
 class Activation(ABC):
-    """The base class. `kind` is the name in saved files; `shaped`: acts are not pre-acts, or something is penalized.
+    """The base class. `kind` is the name in saved files; `shaped`: acts are not pre-acts, or there is a penalty.
 
-    coef: the penalty's weight in the loss. Methods that a rule leaves as they are here say: nothing of the kind.
+    coef: the penalty's weight in the loss. The methods' defaults are those of a rule without that feature.
     A subclass with a `kind` is registered under it. Raises TypeError where another rule has that kind.
     """
 
@@ -68,14 +68,14 @@ class Activation(ABC):
         if "kind" not in cls.__dict__:
             return
         other = ACTIVATIONS.get(cls.kind, cls)
-        # The same class again is a module that was reloaded, or a notebook's cell that was run again.
+        # Reloading a module or rerunning a notebook cell defines the same class again.
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.__qualname__} has kind = {cls.kind!r}, which {other.__qualname__} has; take another")
         ACTIVATIONS[cls.kind] = cls
 
     @classmethod
     def variants(cls) -> dict[str, dict[str, type[Activation]]]:
-        """The rule's names on the command line; for each, which rule those of its fields hold that are rules."""
+        """The rule's names on the command line; for each, the class of every field that holds a rule."""
         return {cls.kind: {}}
 
     @property
@@ -89,7 +89,7 @@ class Activation(ABC):
 
     @property
     def penalizes(self) -> bool:
-        """Whether `sparsity` gives anything."""
+        """Whether the rule defines `sparsity`."""
         return type(self).sparsity is not Activation.sparsity
 
     @property
@@ -99,7 +99,7 @@ class Activation(ABC):
 
     @property
     def screened(self) -> bool:
-        """Whether `select` uses a screen that is given."""
+        """Whether `select` uses the screen in its options."""
         return True
 
     @property
@@ -108,23 +108,23 @@ class Activation(ABC):
         return None
 
     def considered(self, pre: Tensor, rows: RuleState) -> Tensor:
-        """Of all pre-acts those that `select` returns in training, for a threshold rule: bool."""
+        """Which pre-acts `select` returns in training, for a threshold rule: bool."""
         return pre > 0
 
     @abstractmethod
     def check(self, d_sae: int) -> None:
-        """Raises ValueError when the rule cannot serve `d_sae` latents."""
+        """Raises ValueError when the rule does not fit `d_sae` latents."""
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
         """The rule's own parameters at the start, by name: float32 (d_sae,)."""
         return {}
 
     def new_buffers(self) -> dict[str, Tensor]:
-        """What the rule remembers besides, by name: 0-d."""
+        """The rule's buffers at the start, by name: 0-d."""
         return {}
 
     def with_k(self, k: int) -> Activation:
-        """The same rule with another number of active latents, for annealing. Raises ValueError without one."""
+        """The same rule with another number of active latents, for annealing. Raises ValueError if it has no k."""
         raise ValueError(f"{type(self).__name__} has no k to anneal: TopK, BatchTopK and Matryoshka have")
 
     @abstractmethod
@@ -140,11 +140,11 @@ class Activation(ABC):
     ) -> Selected:
         """The pre-acts that matter in forward or backward, for x (N, D), W (M, D), b (M,); differentiable in all three.
 
-        capacity: slots of a threshold's ragged code; None: as many as it takes, which looks at the device.
+        capacity: slots of a threshold's ragged code; None: as many as needed, which is a host sync.
         """
 
     def per_latent(self, rule_state: RuleState) -> dict[str, Tensor]:
-        """What `activate` and `sparsity` need to know of each latent: (M,) each."""
+        """The per-latent inputs of `activate` and `sparsity`: (M,) each."""
         return {}
 
     def activate(self, pre: Tensor, rows: RuleState) -> Tensor:
@@ -164,13 +164,13 @@ class Activation(ABC):
         return None
 
     def parts(self, codes: SparseCodes, rule_state: RuleState) -> list[tuple[SparseCodes, float]]:
-        """Disjoint parts of a code; after each is added to those before, the error counts with that weight."""
+        """Disjoint parts of a code, each with the weight of the error of it and all parts before it together."""
         return [(codes, 1.0)]
 
-    def observe(self, codes: SparseCodes, rule_state: RuleState, made: Tensor) -> None:  # noqa: B027 (most remember nothing)
-        """What the rule remembers of a training batch, in place, after its step; no gradient, no host sync.
+    def observe(self, codes: SparseCodes, rule_state: RuleState, made: Tensor) -> None:  # noqa: B027 (most have none)
+        """Updates the rule's buffers in place after the step of a training batch; no gradient, no host sync.
 
-        made: 0-d bool on the device, whether the step was made; if not, the rule remembers nothing of it.
+        made: 0-d bool on the device, whether the step was made; if not, the buffers do not change.
         """
 
     @abstractmethod
@@ -196,7 +196,7 @@ def whole_number(rule: str, name: str, value: object) -> None:
 
 
 def number(rule: str, name: str, value: float, *, positive: bool = False) -> None:
-    """Raises ValueError unless value is a finite number of at least 0, or above it."""
+    """Raises ValueError unless value is a finite number of at least 0, or above 0 if positive."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
     if not good or (positive and value == 0):
         raise ValueError(f"{rule} has {name} = {value!r}, expected a number {'above' if positive else 'of at least'} 0")
@@ -211,7 +211,7 @@ def fits(rule: str, name: str, k: int, d_sae: int) -> None:
 def select_above(
     x: Tensor, W: Tensor, b: Tensor, threshold: Tensor | float, options: EncodeOptions, capacity: int | None
 ) -> Selected:
-    """`ops.encode_above` with room for all that are above, or with `capacity` slots and a flag."""
+    """`ops.encode_above` with room for everything above, or with `capacity` slots and an overflow flag."""
     if capacity is not None:
         return Selected(*ops.encode_above(x, W, b, threshold, capacity, **options.arguments()))
     most = x.shape[0] * W.shape[0]

@@ -1,4 +1,4 @@
-"""Rules whose parts reconstruct on their own: prefixes of the dictionary (Matryoshka), the k strongest for many k."""
+"""Rules whose parts reconstruct on their own: prefixes of the dictionary, or a token's k strongest for several k."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _check_weights(rule: str, weights: tuple[float, ...] | None, count: int) -> 
 class Matryoshka(Activation):
     """Nested prefixes of the dictionary, each of which must reconstruct: L = Σ_g weight_g · error of m_g latents.
 
-    The prefixes end after each of `groups`; or they are `sampled`, the last one the whole dictionary, log-uniform in
-    length, a function of the count of batches and `seed`.
+    A prefix ends after each of `groups`. Or there are `sampled` prefixes of log-uniform length, drawn from the count of
+    batches and `seed`; the last one is the whole dictionary.
     Source: Bussmann et al. 2025 (arXiv 2503.17547), eq. 3; sampled prefixes: Nabeshima 2024.
     """
 
@@ -37,13 +37,13 @@ class Matryoshka(Activation):
     groups: tuple[int, ...] = ()
     """Sizes of the groups, with sum d_sae."""
     sampled: int | None = None
-    """Instead of groups: so many prefixes, drawn anew for every batch."""
+    """Instead of groups: the number of prefixes, drawn anew for every batch."""
     weights: tuple[float, ...] | None = None
     """Weight of each prefix's error. Left out: all equal, with sum 1."""
     shortest: int = 64
-    """Latents of the shortest prefix that is drawn."""
+    """Latents of the shortest prefix that can be drawn."""
     seed: int = 0
-    """Seeds the draw of prefixes."""
+    """Seed of the sampled prefixes."""
     kind: ClassVar[str] = "matryoshka"
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Rules by which every latent above a bar is active: ReLU, JumpReLU, Gated, and their penalties."""
+"""Rules that activate every latent above a threshold: ReLU, JumpReLU, Gated, and their penalties."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastsae.reference import wide
 
 @dataclass(frozen=True)
 class _Threshold(Activation):
-    """What the rules of this file share: the elementwise activation decides on each pre-act alone."""
+    """What the rules of this file share: `activate` decides elementwise, on every pre-act, which latents are active."""
 
     shaped: ClassVar[bool] = True
 
@@ -29,7 +29,7 @@ class _Threshold(Activation):
 
 @dataclass(frozen=True)
 class _WithL1(_Threshold):
-    """What ReLU and Gated share: the bar is 0; l1 weighs a sum of acts, each times its decoder's norm if weighted."""
+    """What ReLU and Gated share: the threshold is 0; l1 weighs Σ acts, each times its row's norm if weighted."""
 
     l1: float = 1.0
     weighted: bool = False
@@ -87,8 +87,8 @@ class JumpReLU(_Threshold):
                   Σ tanh(tanh_scale·acts·‖W_dec‖), which trains encoder and decoder too.
                   "target": l0 · (mean L0 / target_l0 - 1)².
     log_threshold and its gradient are float32 at least, whatever the weights are: the steps of an optimizer are smaller
-    than bfloat16's spacing. Pre-acts have the weights' dtype: with narrow weights take a bandwidth of several of its
-    steps at the threshold, or the kernel sees steps only.
+    than bfloat16's spacing. Pre-acts have the weights' dtype: with narrow weights choose a bandwidth of several
+    spacings of that dtype at the threshold, or the kernel sees only rounding.
     Source: Rajamanoharan et al. 2024 (arXiv 2407.14435); tanh: Conerly et al. 2025 (Transformer Circuits, January
     update), Lieberum et al. 2024 for θ's start; target: the trainer of dictionary_learning.
     """
@@ -150,7 +150,7 @@ class JumpReLU(_Threshold):
         options: EncodeOptions,
         capacity: int | None = None,
     ) -> Selected:
-        # In training the band below the threshold too: its latents are off, but they move θ.
+        # In training also the band below the threshold: its latents are inactive, but θ's gradient needs them.
         bar = rule_state["log_threshold"].detach().exp() - (self.bandwidth / 2 if training else 0.0)
         return select_above(x, W, b, bar, options, capacity)
 

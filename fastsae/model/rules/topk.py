@@ -66,22 +66,22 @@ class TopK(Activation):
 class BatchTopK(Activation):
     """In training relu(x Wᵀ + b) at the N·k largest entries of the batch; at inference where it is above `threshold`.
 
-    The threshold is a running mean of each batch's smallest act: t = decay·t + (1 - decay)·min, from the first batch's
-    own on, kept in float32 and saved with the module. Before any training it is -1, and inference selects by batch.
+    The threshold is a running mean of each batch's smallest act: t = decay·t + (1 - decay)·min, starting at the first
+    batch's, kept in float32 and saved with the module. Before any training it is -1, and inference selects by batch.
     Source: Bussmann, Leask & Nanda 2024 (arXiv 2412.06410), eq. 4 and 5.
     """
 
     k: int = 32
     """Active latents per token, on average over a batch."""
     decay: float = 0.999
-    """Share of the threshold for inference that stays in every update."""
+    """Decay of the running threshold for inference, per update."""
     kind: ClassVar[str] = "batch_topk"
 
     def __post_init__(self) -> None:
         whole_number("BatchTopK", "k", self.k)
         number("BatchTopK", "decay", self.decay)
         if self.decay >= 1:
-            raise ValueError(f"BatchTopK has decay = {self.decay}, expected less than 1; at 1 it would never learn")
+            raise ValueError(f"BatchTopK has decay = {self.decay}, expected less than 1; at 1 it would never change")
 
     @property
     def screen_k(self) -> int:
@@ -118,7 +118,7 @@ class BatchTopK(Activation):
         self.move_(rule_state["threshold"], acts.amin())
 
     def move_(self, threshold: Tensor, least: Tensor) -> None:
-        """Moves the running threshold, in place, by the smallest act of a batch: infinite where none was above 0."""
+        """Moves the running threshold, in place, by a batch's smallest act (infinite if none is above 0)."""
         moved = torch.where(threshold < 0, least, torch.lerp(least, threshold, self.decay))
         threshold.copy_(torch.where(torch.isfinite(least), moved, threshold))
 
@@ -137,7 +137,7 @@ class GroupMax(Activation):
     """
 
     k: int = 32
-    """Groups of latents, one of which is active."""
+    """Number of groups; one latent of each is active."""
     kind: ClassVar[str] = "group_max"
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class GroupMax(Activation):
         capacity: int | None = None,
     ) -> Selected:
         def chosen(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
-            # Each group is a shard of the dictionary with an encoder of its own, which makes its own narrow copy.
+            # Each group is encoded as a separate shard of the dictionary, with its own low-precision copy.
             size = W.shape[0] // self.k
             own: dict[str, Any] = {"precision": options.precision, "backend": options.backend}
             found = [
