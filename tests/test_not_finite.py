@@ -1,22 +1,32 @@
-"""Numbers that are not finite: a run stops before they reach a parameter or a checkpoint, naming step and rows."""
+"""Numbers that are not finite: a fused run skips such a batch, another stops, and neither saves a bad parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastsae.runs.stopping import FiniteGuard, NonFiniteError
-from tests.test_faults import Hook, saved_steps
-from tests.train_case import lines, trainer
+from fastsae.report import ReportOptions, write_report
+from fastsae.runs.checkpoint import read_state
+from fastsae.runs.stopping import SKIPS_IN_A_ROW, FiniteGuard, NonFiniteError, SkipGuard, TrainingInterrupted, bad_rows
+from fastsae.runs.trainer import Trainer
+from tests.test_faults import Hook, at, saved_steps
+from tests.train_case import config, curve, lines, module, saved_bytes, source, trainer
+
+NAN = float("nan")
 
 
-def spoil(n: int, rows: list[int], value: float) -> Hook:
+def spoil(batches: int | Sequence[int], rows: list[int], value: float) -> Hook:
+    spoilt = [batches] if isinstance(batches, int) else batches
+
     def hook(calls: int, batch: Tensor) -> Tensor | None:
-        if calls != n:
+        if calls not in spoilt:
             return None
         batch = batch.clone()
         batch[rows, 3] = value
@@ -25,10 +35,149 @@ def spoil(n: int, rows: list[int], value: float) -> Hook:
     return hook
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("fused", [True, False])
-def test_bad_rows_stop_a_run_before_they_touch_a_parameter(tmp_path: Path, value: float, fused: bool) -> None:
-    run = trainer(tmp_path / "run", spoil(10, [5, 6, 40], value), fused=fused)
+def without(left_out: Sequence[int], **settings: Any) -> Any:
+    """A source that hands out no batch of these numbers (from 1)."""
+    data = source()
+    draw, calls = data.next_batch, 0
+
+    def next_batch(n: int) -> Tensor:
+        nonlocal calls
+        while (calls := calls + 1) in left_out:
+            draw(n)
+        return draw(n)
+
+    data.next_batch = next_batch
+    return data
+
+
+def told(seen: list[warnings.WarningMessage]) -> list[str]:
+    """What the run itself said of skipped steps; the optimizer warns beside it, of no step by number."""
+    return [str(w.message) for w in seen if str(w.message).startswith("step ")]
+
+
+# -- a fused step skips -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("bad", "value"),
+    [([10], NAN), ([10], float("inf")), ([10], 3e38), ([1], NAN), ([1], -float("inf")), ([14, 15, 16, 17, 20], NAN)],
+)
+def test_a_bad_batch_is_a_batch_left_out(tmp_path: Path, bad: list[int], value: float, moments: str) -> None:
+    settings = {"decay": "constant", "moments": moments}
+    run = trainer(tmp_path / "run", spoil(bad, [5, 6, 40], value), **settings)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        result = run.run()
+    assert result.step == 30
+    assert all(bool(torch.isfinite(p).all()) for p in run.sae.parameters())
+    other = Trainer(module(), without(bad), config(steps=30 - len(bad), **settings), tmp_path / "other").run()
+    assert saved_bytes(result.checkpoint) == saved_bytes(other.checkpoint)
+
+    rows = "the loss or a gradient is not finite although the rows are"
+    if value != 3e38:
+        rows = "3 of 48 rows of activations hold NaN or infinity, the first is row 5 of the batch"
+    assert [text[: text.index(". The")] for text in told(seen)] == [f"step {bad[0]}: {rows}"]
+    written = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["skipped"] for line in written] == [sum(b <= step for b in bad) for step in range(1, 31)]
+    assert [line["step"] for line in written if line["loss"] is None or line["loss"] > 1e30] == bad
+    assert {line["redone_share"] for line in written} == {0}
+    assert saved_steps(tmp_path / "run") == [21, 28, 30]
+
+
+def test_what_was_skipped_is_remembered_and_shown(tmp_path: Path) -> None:
+    """Stopped and gone on with: the same bits and lines as in one go, the number of skipped steps included."""
+    bad = spoil([4, 9, 20], [7], NAN)
+    settings = {"tensorboard": True, "k_start": 12, "k_anneal": 25}
+    with pytest.warns(RuntimeWarning, match="step 4: 1 of 48 rows"):
+        whole = trainer(tmp_path / "whole", bad, **settings).run()
+
+    def stop_at_12(calls: int, batch: Tensor) -> Tensor | None:
+        at(12, lambda: signal.raise_signal(signal.SIGTERM))(calls, batch)
+        return bad(calls, batch)
+
+    with pytest.warns(RuntimeWarning, match="step 4: 1 of 48 rows"), pytest.raises(TrainingInterrupted):
+        trainer(tmp_path / "run", stop_at_12, **settings).run()
+    assert read_state(tmp_path / "run/checkpoints/step_00000012")["optimizer"]["skipped"] == 2
+    with pytest.warns(RuntimeWarning, match="step 20: 1 of 48 rows"):
+        resumed = trainer(tmp_path / "run", lambda calls, x: bad(calls + 12, x), **settings).run()
+    assert saved_bytes(resumed.checkpoint) == saved_bytes(whole.checkpoint)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    for run in ("run", "whole"):
+        assert [line["skipped"] for line in lines(tmp_path / run / "metrics.jsonl")][3:20:4] == [1, 1, 2, 2, 3]
+    page = write_report(tmp_path / "run", options=ReportOptions(latents=0, time_step=False)).read_text()
+    assert "steps that changed nothing" in page
+
+
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_ten_in_a_row_end_a_run_and_nothing_is_lost(tmp_path: Path, log_every: int) -> None:
+    n = SKIPS_IN_A_ROW
+    assert n == 10
+    run = trainer(tmp_path / "run", spoil(range(10, 30), [5, 40], NAN), log_every=log_every)
+    with pytest.warns(RuntimeWarning), pytest.raises(NonFiniteError) as caught:
+        run.run()
+    assert caught.value.step == 10
+    assert str(caught.value).startswith(
+        "step 10: 2 of 48 rows of activations hold NaN or infinity, the first is row 5 of the batch. "
+        "From there to step 19, 10 steps in a row changed nothing"
+    )
+    assert saved_steps(tmp_path / "run") == [7, 14, 19]
+    kept = tmp_path / "run/checkpoints"
+    assert saved_bytes(kept / "step_00000014") == saved_bytes(kept / "step_00000019")
+    assert all(bool(torch.isfinite(p).all()) for p in run.sae.parameters())
+    assert [line["step"] for line in lines(tmp_path / "run/metrics.jsonl")] == list(range(log_every, 20, log_every))
+    with pytest.warns(RuntimeWarning, match="step 20: the loss or a gradient"):
+        again = trainer(tmp_path / "run", spoil(range(1, n), [0], 3e38), log_every=log_every).run()  # nine are not ten
+    assert again.step == 30
+    assert again.metrics["skipped"] == 19
+
+
+def test_a_run_that_begins_with_bad_batches_only_ends_before_its_first_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path, spoil(range(1, 30), [5], NAN))
+    with pytest.raises(NonFiniteError, match=r"step 1: 1 of 48 rows .*, the first is row 5 of the batch, and each of"):
+        run.run()
+    assert saved_steps(tmp_path) == []
+    assert not run.sae.b_dec.any()
+
+
+def test_off_the_cpu_skips_are_noted_and_told_where_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of another device, run on CPU tensors."""
+
+    def step(x: Tensor, number: int) -> None:
+        nonlocal skipped
+        skipped += int(not bool(torch.isfinite(x).all()))
+        guard.look_at_input(x, number)
+        guard.look_at_metrics({"skipped": torch.tensor(skipped)}, number)
+
+    good, bad = torch.ones(6, 4), torch.ones(6, 4)
+    bad[1, 2], bad[4, 0] = NAN, float("inf")
+    guard, skipped = SkipGuard(torch.device("meta"), 3), 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number, x in enumerate([good, *[bad] * 9, good, *[bad] * 12, good], start=1):
+            step(x, number)
+        assert guard.ended is None
+    with pytest.warns(RuntimeWarning, match="step 2: 2 of 6 rows of activations .* row 1 of the batch") as seen:
+        guard.read()
+    assert len(seen) == 1
+    assert guard.ended is not None
+    assert guard.ended.step == 12
+    assert "From there to step 21, 10 steps in a row" in str(guard.ended)
+
+    monkeypatch.setattr("fastsae.runs.stopping.READ_AFTER", 4)
+    guard = SkipGuard(torch.device("meta"), skipped)
+    for number, x in enumerate([good, bad, good], start=1):
+        step(x, number)
+    with pytest.warns(RuntimeWarning, match="step 2: 2 of 6"):
+        step(good, 4)
+
+
+# -- torch's optimizers would write it: stop --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+def test_without_a_fused_step_bad_rows_stop_a_run_before_they_touch_a_parameter(tmp_path: Path, value: float) -> None:
+    run = trainer(tmp_path / "run", spoil(10, [5, 6, 40], value), fused=False)
     with pytest.raises(NonFiniteError) as caught:
         run.run()
     assert caught.value.step == 10
@@ -40,7 +189,7 @@ def test_bad_rows_stop_a_run_before_they_touch_a_parameter(tmp_path: Path, value
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_second_run_after_bad_rows_ahead_of_the_first_checkpoint_is_refused(tmp_path: Path, batch: int) -> None:
-    run = trainer(tmp_path, spoil(batch, [5], float("nan")))
+    run = trainer(tmp_path, spoil(batch, [5], NAN), fused=False)
     with pytest.raises(NonFiniteError):
         run.run()
     with pytest.raises(RuntimeError, match=f"stopped at step {batch - 1} before a checkpoint; make a new Trainer"):
@@ -50,19 +199,47 @@ def test_a_second_run_after_bad_rows_ahead_of_the_first_checkpoint_is_refused(tm
 def test_rows_whose_sum_overflows_are_not_bad_rows() -> None:
     big = torch.full((4, 8), 1e38)
     assert not torch.isfinite(big.sum())
-    FiniteGuard(torch.device("cpu")).look_at_input(big, 1)
+    assert [int(value) for value in bad_rows(big)] == [0, 0]
 
 
-def test_a_loss_that_overflows_stops_a_run(tmp_path: Path) -> None:
-    run = trainer(tmp_path, spoil(10, [0], 3e38))
+def test_without_a_fused_step_a_loss_that_overflows_stops_a_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path, spoil(10, [0], 3e38), fused=False)
     with pytest.raises(NonFiniteError, match="step 10: the loss is not finite although the activations are"):
         run.run()
     assert saved_steps(tmp_path) == [7]
 
 
+def test_off_the_cpu_bad_numbers_are_noted_and_raised_where_numbers_are_read() -> None:
+    """The path of a device without a cheap answer, run on CPU tensors: the first bad step is the one that is named."""
+    guard = FiniteGuard(torch.device("cpu"))
+    guard._immediate = False
+    good, bad = torch.ones(6, 4), torch.ones(6, 4)
+    bad[1, 2], bad[4, 0] = NAN, float("inf")
+    fine, broken = {"loss": torch.tensor(1.0)}, {"loss": torch.tensor(NAN)}
+    guard.look_at_input(good, 1)
+    guard.look_at_metrics(fine, 1)
+    guard.read()
+    guard.look_at_input(bad, 2)
+    guard.look_at_metrics(broken, 2)
+    guard.look_at_input(bad[1:2], 3)
+    guard.look_at_metrics(broken, 3)
+    with pytest.raises(NonFiniteError, match=r"step 2: 2 of 6 rows of activations .* the first is row 1") as caught:
+        guard.read()
+    assert caught.value.step == 2
+
+    guard = FiniteGuard(torch.device("cpu"))
+    guard._immediate = False
+    guard.look_at_metrics(broken, 5)
+    guard.look_at_input(bad, 6)
+    with pytest.raises(NonFiniteError, match="step 5: the loss is not finite"):
+        guard.read()
+
+
+# -- nothing bad is saved or measured ---------------------------------------------------------------------------------
+
+
 def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     run = trainer(tmp_path)
-    run.guard = None  # type: ignore[assignment]
 
     def spoil_after_the_update(x: Tensor) -> dict[str, Tensor]:
         metrics = update(x)
@@ -86,32 +263,6 @@ def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     ):
         run.run()
     assert saved_steps(tmp_path) == [7]
-
-
-def test_off_the_cpu_bad_numbers_are_noted_and_raised_where_numbers_are_read() -> None:
-    """The path of a device without a cheap answer, run on CPU tensors: the first bad step is the one that is named."""
-    guard = FiniteGuard(torch.device("cpu"))
-    guard._immediate = False
-    good, bad = torch.ones(6, 4), torch.ones(6, 4)
-    bad[1, 2], bad[4, 0] = float("nan"), float("inf")
-    fine, broken = torch.tensor(1.0), torch.tensor(float("nan"))
-    guard.look_at_input(good, 1)
-    guard.look_at_loss(fine, 1)
-    guard.raise_noted()
-    guard.look_at_input(bad, 2)
-    guard.look_at_loss(broken, 2)
-    guard.look_at_input(bad[1:2], 3)
-    guard.look_at_loss(broken, 3)
-    with pytest.raises(NonFiniteError, match="step 2: 2 rows of activations hold NaN or infinity") as caught:
-        guard.raise_noted()
-    assert caught.value.step == 2
-
-    guard = FiniteGuard(torch.device("cpu"))
-    guard._immediate = False
-    guard.look_at_loss(broken, 5)
-    guard.look_at_input(bad, 6)
-    with pytest.raises(NonFiniteError, match="step 5: the loss is not finite"):
-        guard.raise_noted()
 
 
 def test_nan_in_the_held_out_rows_is_named(tmp_path: Path) -> None:

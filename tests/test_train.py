@@ -98,11 +98,11 @@ def test_the_centre_of_the_first_batch_is_where_b_dec_starts(tmp_path: Path) -> 
     def note(name: str, run: Trainer) -> None:
         original = run._initialize
 
-        def initialise(x: torch.Tensor) -> None:
+        def initialize(x: torch.Tensor) -> None:
             original(x)
             seen[name] = run.sae.b_dec.detach().clone()
 
-        run._initialize = initialise  # type: ignore[method-assign]
+        run._initialize = initialize  # type: ignore[method-assign]
         run.run()
 
     for name in ("mean", "geometric_median", "zero"):

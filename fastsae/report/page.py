@@ -116,6 +116,8 @@ def _tiles(log: RunLog) -> list[Tile]:
     tokens, speed = log.last("tokens"), log.median("tokens_per_s")
     if tokens is not None:
         tiles.append(Tile("Tokens", f"{tokens:,.0f}", f"in {log.last('step') or 0:,.0f} steps"))
+    if skipped := log.last("skipped"):
+        tiles.append(Tile("Skipped", f"{skipped:,.0f}", "steps that changed nothing: numbers were not finite"))
     if speed is not None:
         tiles.append(Tile("Tokens/s", f"{speed:,.0f}", "median over the run"))
     return [*tiles, *_speed_up(log)]

@@ -165,12 +165,12 @@ class TensorBoardLog:
                 raise LogWriteError(f"cannot write TensorBoard events to {directory}: {error}") from error
 
     def add(self, prefix: str, record: Mapping[str, Any], step: int) -> None:
-        """Adds every number of a record as prefix/key, "step" apart."""
+        """Adds every finite number of a record as prefix/key, "step" apart."""
         if self._writer is None:
             return
         try:
             for key, value in record.items():
-                if isinstance(value, int | float) and key != "step":
+                if isinstance(value, int | float) and math.isfinite(value) and key != "step":
                     self._writer.add_scalar(f"{prefix}/{key}", value, step)
         except OSError as error:
             raise LogWriteError(f"cannot write TensorBoard events: {error}; checkpoints are intact") from error

@@ -31,7 +31,16 @@ from fastsae.runs.evaluate import density_histogram, evaluate
 from fastsae.runs.logs import PartTimer, RunLogs, numbers
 from fastsae.runs.rng import restore_rng_state, rng_state
 from fastsae.runs.rundir import RunDirError, RunLock, claim
-from fastsae.runs.stopping import FiniteGuard, StopSignals, TrainingInterrupted
+from fastsae.runs.stopping import (
+    SKIPS_IN_A_ROW,
+    FiniteGuard,
+    SkipGuard,
+    StopSignals,
+    TrainingInterrupted,
+    bad_rows,
+    look_at_parameters,
+    never_begun,
+)
 from fastsae.training.step import FusedTrainStep, PlainTrainStep
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer"]
@@ -42,7 +51,7 @@ REDONE_LIMIT = 0.01
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: after `step` updates on `tokens` tokens, saved in `checkpoint`."""
+    """How a run ended: after `step` steps on `tokens` tokens (skipped ones included), saved in `checkpoint`."""
 
     step: int
     tokens: int
@@ -95,6 +104,10 @@ class Trainer:
         The first Ctrl-C or SIGTERM ends the step that runs, writes a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt). Raises RunDirError (directory in use, or of another run), CheckpointError and LogWriteError
         (disk full), NonFiniteError (bad numbers), RuntimeError (a second call, none saved); each says what is saved.
+
+        A fused step makes no update of a batch whose loss or gradients are not finite. The run warns at the first and
+        goes on; metrics.jsonl counts them as "skipped", the number so far, resumed runs included. NonFiniteError comes
+        after SKIPS_IN_A_ROW in a row, and with fused=False at the first bad row or loss.
         """
         if self._begun and self._saved is None:
             raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
@@ -188,7 +201,12 @@ class Trainer:
         if c.eval_every and self.step < self.total and len(self.source.held_out()) == 0:
             raise ValueError("the source holds out no rows to evaluate on; set its holdout, or eval_every to 0")
         self.sae.train()
-        self.guard, self.timer = FiniteGuard(self.device), PartTimer()
+        skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.guard: FiniteGuard | SkipGuard = FiniteGuard(self.device)
+        if isinstance(self.update, FusedTrainStep):
+            skipped = self.update.skipped.clone()
+            self.guard = SkipGuard(self.device, int(skipped))
+        self.timer = PartTimer()
         self._window = self._resampled = 0
         self._redone = torch.zeros((), dtype=torch.int64, device=self.device)
         self._started = time.perf_counter() - self.seconds
@@ -202,8 +220,10 @@ class Trainer:
             with self.timer("step"):
                 metrics = self.update(x)
                 self.step += 1
-                self.guard.look_at_loss(metrics["loss"], self.step)
-                self._redone += metrics.pop("redone", 0)
+                self.guard.look_at_metrics(metrics, self.step)
+                # A bad row is always encoded twice, which says nothing about the fast path: skipped steps do not count.
+                before, skipped = skipped, metrics.get("skipped", skipped)
+                self._redone += torch.where(skipped == before, metrics.pop("redone", 0), 0)
                 self._window += 1
                 at_end = self.step == self.total
                 values = numbers(metrics) if at_end or self.step % c.log_every == 0 else None
@@ -215,9 +235,11 @@ class Trainer:
                     self._evaluate()
             if values is not None:
                 self._log(values)
-            if at_end or self.step % c.checkpoint_every == 0:
+            if at_end or self.step % c.checkpoint_every == 0 or self.guard.ended:
                 self._checkpoint()
             self.logs.advance()
+            if self.guard.ended:
+                raise self.guard.ended
 
     def _raise_if_stopped(self) -> None:
         if self.stop.requested is None:
@@ -232,11 +254,29 @@ class Trainer:
         )
 
     def _initialize(self, x: Tensor) -> None:
-        """What the module estimates from data, from the first batch; that batch is then trained on as any other."""
+        """What the module estimates from data, from the first finite batch; x itself is then a batch as any other."""
+        centre = self.config.init_b_dec != "zero" and not bool(self.sae.b_dec.any())
+        if centre or not self.sae.norm.calibrated:
+            x = self._first_finite(x)
         if not self.sae.norm.calibrated:
             self.sae.calibrate_(x)
-        if self.config.init_b_dec != "zero" and not bool(self.sae.b_dec.any()):
+        if centre:
             self.sae.init_from_(x, how=self.config.init_b_dec)
+
+    def _first_finite(self, x: Tensor) -> Tensor:
+        """x, or the first batch after it without a bad row; the data's position stays where it is.
+
+        Raises NonFiniteError where there is none among as many as a run may skip.
+        """
+        position, batch = self.source.state_dict(), x
+        try:
+            for _ in range(SKIPS_IN_A_ROW):
+                if not int(bad_rows(batch)[0]):
+                    return batch
+                batch = self.source.next_batch(self.config.batch_size).to(x.device, x.dtype)
+        finally:
+            self.source.load_state_dict(position)
+        raise never_begun(x)
 
     def _resample(self) -> None:
         """Dead latents go to coming rows that are reconstructed badly; the data's position stays where it is."""
@@ -251,7 +291,7 @@ class Trainer:
         self.logs.say(f"step {self.step}: resampled {count:,} dead latents of {self.sae.d_sae:,}")
 
     def _evaluate(self) -> None:
-        self.guard.raise_noted()
+        self.guard.read()
         result = evaluate(self.sae, self.source.held_out(), batch_size=self.config.batch_size)
         record = {"step": self.step, "tokens": self._tokens, **result.to_json(), "source": self.source.stats}
         if int(self.sae.fired_over):
@@ -263,7 +303,7 @@ class Trainer:
         self.last["evaluation"] = record
 
     def _log(self, values: dict[str, float]) -> None:
-        self.guard.raise_noted()
+        self.guard.read()
         share = int(self._redone) / (self._window * self.config.batch_size)
         parts = self.timer.take()
         # What the update costs and what it waits for; evaluations and checkpoints are as rare as one makes them.
@@ -295,8 +335,8 @@ class Trainer:
         if self._saved is not None and checkpoint.step_of(self._saved) == self.step:
             return
         with self.timer("checkpoint"):
-            self.guard.raise_noted()
-            self.guard.look_at_parameters(self.sae, self.step)
+            self.guard.read()
+            look_at_parameters(self.sae, self.step)
             # The log first: a checkpoint must not be newer than the lines up to its step.
             self.logs.sync()
             self.seconds = time.perf_counter() - self._started

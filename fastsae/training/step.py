@@ -114,7 +114,7 @@ class FusedTrainStep(_TrainStep):
                      the device; a schedule must be made of tensor ops.
     optimizer        "adam", "adamw", "lion", "signsgd".
     penalty_schedule multiplier of the rule's penalty from the count, as `schedule`: a warm-up of L1, for instance.
-    k_schedule       the rule's k from the count as an int, for annealing; None: the rule's own.
+    k_schedule       the rule's k from the calls so far, an int, for annealing; None: the rule's own.
     dense_above      sets `sae.dense_above`: a threshold rule's step is made densely where more than this share of the
                      latents was active in the step before (or, at first, on a sample), or turns out to be.
 
@@ -169,7 +169,7 @@ class FusedTrainStep(_TrainStep):
         self._graph: StepGraph | None = None
         self._graph_of: tuple[Any, ...] | None = None
         self._warm = 0
-        self._steps = 0  # count, on the host
+        self._steps = 0  # calls so far, those that were skipped included: k is chosen on the host
 
     # -- settings that may change between steps -----------------------------------------------------------------------
 
@@ -328,6 +328,7 @@ class FusedTrainStep(_TrainStep):
             "lr": float(self._lr),
             "seed": self.optimizer.seed,
             "active_share": self.sae.active_share,
+            "skipped": int(self.skipped),
             "optimizer": named_state(self.sae, self.optimizer),
         }
 
@@ -346,7 +347,8 @@ class FusedTrainStep(_TrainStep):
         self._lr.fill_(state["lr"])
         self.optimizer.seed = state["seed"]
         self.sae.active_share = state["active_share"]
-        self._steps = int(self.count)
+        self.skipped.fill_(state["skipped"])
+        self._steps = int(self.count) + state["skipped"]
 
 
 class PlainTrainStep(_TrainStep):
