@@ -179,7 +179,7 @@ def test_a_manifest_cannot_point_elsewhere(tmp_path: Path) -> None:
 def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     before = (path / "manifest.json").read_bytes()
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         write(tmp_path, 3)
     assert (path / "manifest.json").read_bytes() == before
 

@@ -127,7 +127,7 @@ def test_eval_on_other_rows(place, capsys):
     assert "--all-rows needs --data" in fails(capsys, ["eval", str(place / "run"), "--all-rows"])
     np.save(place / "narrow.npy", np.zeros((30, 5), np.float32))
     message = fails(capsys, ["eval", str(place / "run"), "--data", str(place / "narrow.npy")])
-    assert "the rows have 5 numbers, the autoencoder wants d_in = 16" in message
+    assert "the rows have 5 numbers, the autoencoder expects d_in = 16" in message
 
 
 def test_info_in_words_and_as_json(capsys):
@@ -197,9 +197,9 @@ def test_errors_name_the_thing(place, capsys, tmp_path):
         ("missing.npy", "missing.npy is not there"),
         ("empty", "holds no activations: expected a manifest.json"),
         ("text.txt", "neither a folder nor a .safetensors or .npy file"),
-        ("broken.npy", "broken.npy is truncated or no .npy file"),
-        ("pickled.npy", "pickled.npy is truncated or no .npy file of numbers"),
-        ("cut.safetensors", "cut.safetensors is truncated or no .safetensors file"),
+        ("broken.npy", "broken.npy is truncated or not a .npy file"),
+        ("pickled.npy", "pickled.npy is truncated or not a .npy file of numbers"),
+        ("cut.safetensors", "cut.safetensors is truncated or not a .safetensors file"),
         ("whole.npy", "holds int64 of shape (40, 3)"),
         ("cube.npy", "shape (4, 3, 2), expected rows (n, d_in)"),
         ("nan.npy", "40 of 40 rows hold NaN or inf"),

@@ -218,7 +218,7 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, capsys, monkeypatch)
     changed = replace(found, perform=lambda experiment, *arguments: (done.append(experiment.title), perform(experiment, *arguments))[1])  # fmt: skip  # noqa: E501
     assert main(reproduce(out, *only)) == 0
     captured = capsys.readouterr()
-    assert "2 of 3 experiments are in" in captured.err
+    assert "2 of 3 experiments are already in" in captured.err
     assert done == ["basic blobs", "basic blobs, embedding ×2", "basic blobs, 4 latents"]
     second = json.loads((out / "results.json").read_text())["experiments"]
     assert {name: second[name] for name in first} == first
@@ -243,10 +243,10 @@ def test_the_same_run_has_the_same_figures(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["othello"], "no system 'othello'; there are clustering"),
+        (["othello"], "no system 'othello'; expected one of clustering"),
         (
             ["clustering", "--quick", "--experiments", "moons"],
-            "no experiment 'moons'; there are basic_blobs, blob_grid",
+            "no experiment 'moons'; expected basic_blobs, blob_grid",
         ),
         (["clustering", "--quick", "--seeds", "0"], "seeds is 0 and threads 1, expected at least 1 of each"),
     ],
@@ -260,7 +260,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(arguments: list[str], messag
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys) -> None:
     for text, message in (
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ('{"format": 1, "system": "othello"}', "holds no results of clustering"),
     ):
         (tmp_path / "results.json").write_text(text)

@@ -336,7 +336,7 @@ def test_a_saved_module_or_a_checkpoint_is_no_run_and_stays_as_it_is(run, tmp_pa
     saved = save(SparseAutoencoder(D, M, TopK(K)), tmp_path / "sae")
     checkpoint = list_checkpoints(run / "checkpoints")[-1]
     for folder, message in (
-        (saved, r"sae holds an SAE \(sae\.safetensors\) and no run: .*; `fastsae eval` measures a saved SAE"),
+        (saved, r"sae holds an SAE \(sae\.safetensors\), not a run: .*; `fastsae eval` measures a saved SAE"),
         (checkpoint, f"step_00000012 holds an SAE .*; give the run's folder, {run}$"),
     ):
         before = sorted(path.name for path in folder.iterdir())

@@ -1,1 +1,1 @@
-"""The command line: main.py dispatches, options.py says what each command takes, commands.py what it does."""
+"""The command line: main.py dispatches, options.py defines each command's options, commands.py runs it."""

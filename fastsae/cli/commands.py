@@ -1,4 +1,4 @@
-"""What each subcommand does: opens what the options name, calls the library, prints the outcome."""
+"""Runs each subcommand: opens the inputs that the options name, calls the library, prints the result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_harvest(options: Harvest) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     plain = options.device == "cpu" and options.model_dtype == "bfloat16"
-    # By its name the model is loaded only if rows are missing: a second run of the same command is instant.
+    # Pass the name: `harvest` loads the model only if rows are missing, so a second run is instant.
     model = options.model if plain else load_model(
         options.model, dtype=torch_dtype(options.model_dtype), device=str(checked_device(options.device))
     )  # fmt: skip
@@ -70,7 +70,7 @@ def run_harvest(options: Harvest) -> int:
 
 
 def open_source(options: Train) -> tuple[ActivationSource, dict[str, Any]]:
-    """The data that `fastsae train` names, and what the run's notes say of it."""
+    """The data of `fastsae train`, and its description for the run's notes."""
     if options.data == LIVE:
         return options.live.open(), {LIVE: dataclasses.asdict(options.live)}
     source = open_rows(options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed)
@@ -86,7 +86,7 @@ def run_train(options: Train) -> int:
     """fastsae train"""
     source, notes = open_source(options)
     if options.train.eval_every and len(source.held_out()) == 0:
-        raise ValueError("no rows are held out to evaluate on; set --holdout, or --eval-every 0 to go without")
+        raise ValueError("no rows are held out to evaluate on; set --holdout, or --eval-every 0 for no evaluation")
     sae = options.sae.build(source.d_in)
     trainer = Trainer(
         sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()}
@@ -115,7 +115,7 @@ def run_train(options: Train) -> int:
 
 
 def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, str]:
-    """What `fastsae eval` measures on, and in words which rows these are."""
+    """The rows that `fastsae eval` measures on, and their description."""
     if options.data is not None:
         source = open_rows(options.data, tensor=options.tensor, holdout=0 if options.all_rows else None)
         if not options.all_rows:
@@ -132,7 +132,7 @@ def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, str]:
     live = ((run.config.get("notes") or {}).get("data") or {}).get(LIVE)
     if live:
         return LiveOptions.from_notes(live).open().held_out(), "held-out text of the run's live stream"
-    raise ValueError(f"{run.path} does not say which activations it was trained on; name some with --data")
+    raise ValueError(f"{run.path} does not record its training data; name activations with --data")
 
 
 def run_eval(options: Eval) -> int:
@@ -143,7 +143,7 @@ def run_eval(options: Eval) -> int:
     if len(rows) == 0:
         raise ValueError("no rows are held out; give others with --data, and --all-rows to measure on all of them")
     if rows.shape[1] != run.sae.d_in:
-        raise ValueError(f"the rows have {rows.shape[1]} numbers, the autoencoder wants d_in = {run.sae.d_in}")
+        raise ValueError(f"the rows have {rows.shape[1]} numbers, the autoencoder expects d_in = {run.sae.d_in}")
     result = evaluate(run.sae, rows, batch_size=options.batch_size)
     out = options.out or options.run / EVALUATION
     extra = {"step": run.step, "weights": str(run.path), "rows": where}
@@ -198,7 +198,7 @@ def run_reproduce(options: Reproduce) -> int:
 
 
 def info() -> dict[str, Any]:
-    """What `fastsae info` says, JSON-able."""
+    """The facts that `fastsae info` prints, JSON-able."""
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "fastsae": version(),

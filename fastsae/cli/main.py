@@ -1,6 +1,6 @@
 """The command line: fastsae harvest | train | eval | report | reproduce | info | bench.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that is said in one line, 2 wrong
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong
 usage, 130 Ctrl-C (143 SIGTERM).
 """
 
@@ -22,7 +22,7 @@ COMMANDS = {
     "eval": "measure a run on held-out rows",
     "report": "write a run's curves and latents into one HTML page",
     "reproduce": "run a published system and print its figures beside the published ones",
-    "info": "say what is installed and which backends work here",
+    "info": "show what is installed and which backends work here",
     "bench": "time a whole training step against dense PyTorch (needs the source repository)",
 }
 
@@ -48,7 +48,7 @@ class UsageError(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; errors that a user can mend are one line on stderr."""
+    """Runs one command and returns its exit code; errors that a user can fix are one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     name = f"fastsae {arguments[0]}" if arguments and arguments[0] in COMMANDS else "fastsae"
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {one_line(stop) or 'interrupted'}", file=sys.stderr)
         return 128 + signum
     except BrokenPipeError:
-        # The reader (`| head`) is gone: nothing more can be said there, and Python's flush at exit must not try.
+        # The reader (`| head`) has closed the pipe: Python's flush at exit must not write to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
@@ -71,16 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def expected(error: BaseException) -> bool:
-    """Whether an error is about the user's input or machine, not a fault of the program.
+    """Whether an error is about the user's input or machine, not a bug in the program.
 
-    Of the RuntimeErrors only our own are, known by where they are defined: torch raises it for its own faults.
+    Of RuntimeErrors, only those defined in this package count, because torch raises RuntimeError for its own faults.
     """
     ours = type(error).__module__.split(".")[0] == "fastsae"
     return ours or not isinstance(error, RuntimeError)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; for a system error the file and what is wrong with it."""
+    """An error's message without line breaks; for a system error the file and the reason."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
@@ -110,7 +110,7 @@ def run(arguments: list[str]) -> int:
 
 
 def parse(options: type, command: str, arguments: list[str]) -> Any:
-    """The options as their dataclass, or None after --help. Raises UsageError in one line for what does not parse."""
+    """The parsed options, or None after --help. Raises UsageError, in one line, for options that do not parse."""
     import tyro
 
     from fastsae.cli.options import REPLACED
@@ -130,7 +130,7 @@ def parse(options: type, command: str, arguments: list[str]) -> Any:
 
 
 def _flattened(box: str, command: str) -> str:
-    """tyro's framed complaint as one line: what is wrong, and its suggestion where it makes one."""
+    """tyro's boxed error as one line: what is wrong, and a suggestion if tyro makes one."""
     parts: list[list[str]] = [[]]
     for line in box.splitlines()[1:-1]:
         text = line.strip("│|")
@@ -144,7 +144,7 @@ def _flattened(box: str, command: str) -> str:
 
 @contextlib.contextmanager
 def _plain_messages(debug: bool) -> Iterator[None]:
-    """Warnings and log lines of ours as single lines on stderr while a command runs."""
+    """Prints warnings and this package's log lines as single lines on stderr while a command runs."""
     logger, handler = logging.getLogger("fastsae"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("fastsae: %(message)s"))
     level = logger.level

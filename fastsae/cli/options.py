@@ -1,4 +1,4 @@
-"""The command line as typed dataclasses: one for each subcommand, a field for each option, its docstring the help."""
+"""The command line as typed dataclasses: one for each subcommand, a field for each option, with its help."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ REPLACED = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch type of one of our option's names."""
+    """The torch dtype for the value of an option."""
     return getattr(torch, name)
 
 
 def _rule_options() -> type[RuleOptions]:
-    """Called whenever options are parsed, so that a rule that was registered just now has its options."""
+    """Called whenever options are parsed, so that newly registered rules have their options."""
     others = {field.name for options in (Train, SaeOptions, TrainConfig) for field in dataclasses.fields(options)}
     return rule_options(others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
-    """What every subcommand takes."""
+    """Options of every subcommand."""
 
     debug: Switch = False
     """Show the whole traceback of an error."""
@@ -59,36 +59,36 @@ class SaeOptions:
     decoder_norm: Literal["unit", "free"] = "unit"
     """Keep the decoder's rows at norm 1, or leave them free."""
     normalize: Literal["none", "constant", "layer_norm"] = "none"
-    """Scale the input: not, by one factor estimated from the first batch, or each token by its own mean and spread."""
+    """Scale the input: not at all, by one factor from the first batch, or each token by its own mean and spread."""
     tied: Switch = False
     """One dictionary for encoder and decoder."""
     skip: Switch = False
     """A linear path beside the latents."""
     layers: int = 1
-    """A row is that many activations of equal width side by side: a crosscoder."""
+    """For a crosscoder: how many activations of equal width a row concatenates."""
     init_norm: float = 1.0
-    """Norm of the encoder's rows at the start, and of the decoder's where it is free."""
+    """Initial norm of the encoder's rows, and of the decoder's if its norm is free."""
     aux_k: int | None = None
     """Dead latents per token in the AuxK loss that revives them. Left out: no such loss."""
     aux_coef: float = 1 / 32
     """Weight of the AuxK loss."""
     ghost: Literal["residual", "pull"] | None = None
-    """Ghost gradients for dead latents: model the residual, or turn to where the error is large. Left out: none."""
+    """Ghost gradients for dead latents: model the residual, or turn towards tokens of large error. Left out: none."""
     ghost_coef: float = 1.0
     """Weight of the ghost gradients."""
     dead_after: int = 10_000_000
     """Tokens without firing after which a latent counts as dead."""
     loss: Literal["mse", "fvu"] = "mse"
-    """Mean squared error, or the same over the variance of the batch."""
+    """Squared error per token, or squared error over the variance of the batch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     device: str = "cpu"
-    """Where the autoencoder lives: cpu, cuda, cuda:1."""
+    """Device of the autoencoder: cpu, cuda, cuda:1."""
     init_seed: int = 0
-    """Seeds the initial weights."""
+    """Seed of the initial weights."""
     precision: Literal["exact", "screened", "fp32"] = "exact"
     """How latents are selected: screened in a narrow format and certified (exact), screened only, or in fp32.
-    "screened" alone depends on which format is chosen, anew on every start, and does not resume bit for bit."""
+    "screened" depends on the format, which every start chooses again: it does not resume bit for bit."""
 
     def build(self, d_in: int) -> SparseAutoencoder:
         """The autoencoder for rows of d_in numbers. Raises ValueError for settings that do not fit together."""
@@ -111,7 +111,7 @@ class SaeOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiveOptions:
-    """Training straight from a running language model; used where DATA is `live`."""
+    """Training straight from a running language model; used if DATA is `live`."""
 
     model: str = ""
     """The language model: a folder, a .gguf file, package:NAME for one in an installed package, or a hub name."""
@@ -123,14 +123,14 @@ class LiveOptions:
     buffer_rows: int = 65_536
     """Rows of the shuffle buffer."""
     model_device: str = "cpu"
-    """Where the language model runs."""
+    """Device of the language model."""
     model_dtype: FloatType = "bfloat16"
     """Type in which the language model runs."""
     prefetch: Switch = False
-    """Run the model on a thread of its own while the autoencoder trains: for a model on a device of its own."""
+    """Run the model on a separate thread while the autoencoder trains; for a model on another device."""
 
     def open(self) -> LiveSource:
-        """Loads the model and starts the stream. Raises ValueError for what is missing or not found."""
+        """Loads the model and starts the stream. Raises ValueError for anything missing or not found."""
         for name, value in (("model", self.model), ("text", self.text), ("hook", self.stream.hook)):
             if value == "":
                 raise ValueError(f"training live needs --live.{name}")
@@ -141,7 +141,7 @@ class LiveOptions:
 
     @classmethod
     def from_notes(cls, notes: dict[str, Any]) -> LiveOptions:
-        """The options that a run's config.json recorded. Raises ValueError where they are not those of this version."""
+        """The options that a run's config.json recorded. Raises ValueError if they do not fit this version."""
         try:
             return cls(**{**notes, "stream": StreamConfig(**notes["stream"])})
         except (KeyError, TypeError) as error:
@@ -152,7 +152,7 @@ class LiveOptions:
 class Harvest(Common):
     """Stores a language model's activations over a text as shards on disk.
 
-    Run it again with the same options and it goes on where it was stopped.
+    If it was stopped, run it again with the same options to continue.
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
@@ -169,11 +169,11 @@ class Harvest(Common):
     dtype: FloatType = "bfloat16"
     """Type of the stored rows."""
     device: str = "cpu"
-    """Where the language model runs: cpu, cuda, cuda:1."""
+    """Device of the language model: cpu, cuda, cuda:1."""
     model_dtype: FloatType = "bfloat16"
-    """Type in which the language model runs; float32 is faster on a CPU that has AVX2 only."""
+    """Type in which the language model runs; float32 is faster on a CPU with only AVX2."""
     threads: int | None = None
-    """CPU threads. Left out: as torch has it."""
+    """CPU threads. Left out: torch's default."""
     progress: bool = True
     """Show a progress bar on stderr."""
 
@@ -187,13 +187,13 @@ class Train(Common):
     run_dir: Path
     """Folder of the run: config.json, metrics.jsonl, eval.jsonl, checkpoints/, tensorboard/."""
     resume: Switch = False
-    """Go on from the newest checkpoint in the run folder; without it, a folder with checkpoints is refused."""
+    """Continue from the newest checkpoint in the run folder. Without this, a folder with checkpoints is an error."""
     tensor: str | None = None
     """Name of the tensor in a .safetensors file. Left out: "activations", or the only one."""
     holdout: int | None = None
-    """Rows held out for evaluation, the last ones. Left out: those of the folder; of a file 2,048, at most a tenth."""
+    """Rows held out for evaluation, at the end. Left out: the folder's own; for a file 2,048, at most a tenth."""
     data_seed: int = 0
-    """Seeds the order of the rows."""
+    """Seed of the order of the rows."""
     sae: Annotated[SaeOptions, tyro.conf.OmitArgPrefixes]
     train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How to train.")] = dataclasses.field(
         default_factory=TrainConfig
@@ -208,21 +208,21 @@ class Eval(Common):
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder, one of its checkpoints, or the folder of a saved autoencoder."""
     data: Path | None = None
-    """Other activations than the run's own: a folder of `fastsae harvest`, .safetensors or .npy."""
+    """Activations to use instead of the run's own: a folder of `fastsae harvest`, .safetensors or .npy."""
     tensor: str | None = None
     """Name of the tensor in a .safetensors file given as --data."""
     all_rows: Switch = False
-    """Measure on every row of --data, not on its held-out rows alone."""
+    """Measure on every row of --data, not only on its held-out rows."""
     batch_size: int = 4096
     """Tokens per batch."""
     out: Path | None = None
-    """Where the JSON goes. Left out: evaluation.json in the folder of the run or autoencoder."""
+    """File for the JSON. Left out: evaluation.json in the folder of the run or autoencoder."""
     density: Switch = False
     """Also write the density of every latent."""
     backend: str | None = None
-    """Who computes, see `fastsae info`. Left out: the fastest that can."""
+    """Backend of the ops, see `fastsae info`. Left out: the fastest that supports them."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1."""
+    """Device: cpu, cuda, cuda:1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,40 +230,40 @@ class Report(Common):
     """Writes a run's curves, settings and, for a language model, its latents' texts into one HTML page."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run folder; the run may still be going on."""
+    """The run folder; the run may still be in progress."""
     out: Path | None = None
-    """Where the page goes. Left out: report.html in the run folder."""
+    """File for the page. Left out: report.html in the run folder."""
     latents: int = 24
     """Latents shown with their texts, drawn at random over all densities. 0: none."""
     passages: int = 8
     """Passages of text per latent."""
     seed: int = 0
-    """Seeds the draw of the latents."""
+    """Seed of the draw of latents."""
     max_rows: int = 131_072
-    """Rows looked through for the passages at most."""
+    """At most this many rows are searched for passages."""
     time_step: bool = True
-    """Time the parts of one update on the run's data; takes a few updates' time and Adam's memory."""
+    """Time the parts of one update on the run's data; this takes the time of a few updates and Adam's memory."""
     backend: str | None = None
-    """Who computes, see `fastsae info`. Left out: the fastest that can."""
+    """Backend of the ops, see `fastsae info`. Left out: the fastest that supports them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reproduce(Common):
     """Runs a published system, writes its figures and pictures, and prints its table beside the published one.
 
-    Run it again with the same options and it goes on where it was stopped.
+    If it was stopped, run it again with the same options to continue.
     """
 
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
-    """Which one: clustering."""
+    """Name of the system: clustering."""
     out: Path | None = None
     """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
     seeds: int = 10
     """Runs of every experiment."""
     quick: Switch = False
-    """So little of everything that it takes seconds, and figures that mean nothing."""
+    """A tiny version that takes seconds; its figures mean nothing."""
     experiments: tuple[str, ...] = ()
-    """Only these, by name. Left out: all."""
+    """Names of the experiments to run. Left out: all."""
     threads: int = 1
     """CPU threads; SAEs this small are slower with more than one."""
     progress: bool = True
@@ -272,14 +272,14 @@ class Reproduce(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info(Common):
-    """Says what is installed, which backends work here and why others do not."""
+    """Shows what is installed, which backends work here and why others do not."""
 
     json: Switch = False
-    """As JSON."""
+    """Print JSON."""
 
 
 def checked_device(name: str) -> torch.device:
-    """The torch device of that name. Raises ValueError where there is no such device here."""
+    """The torch device of that name. Raises ValueError if this machine has no such device."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

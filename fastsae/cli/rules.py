@@ -1,8 +1,8 @@
-"""The options of `fastsae train` that choose an activation rule, made from the fields of every rule that is registered.
+"""The options of `fastsae train` that choose an activation rule, made from the fields of every registered rule.
 
-Rules share names (k, weights), so that each name is one option, whose help says which rules have it, what it means to
-each, and the default there. Left out, it is None, and the rule's own default holds: so a setting that is given for a
-rule without it can be refused.
+Rules share names (k, weights). Each name is one option; its help says which rules have it, its meaning for each, and
+its defaults. An option that is left out is None, and the rule's own default applies. So an option that the chosen rule
+does not have is detected and refused.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ DEFAULT = "topk"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuleOptions:
-    """The rule that picks latents. Each of its settings is for the rules that are named there."""
+    """The rule that selects latents. The help of each setting names its rules."""
 
     activation: str = DEFAULT
     settings: ClassVar[dict[str, str]] = {}
-    """The rules' field behind each option."""
+    """The rules' field of each option."""
 
     def rule(self) -> Activation:
-        """The activation rule. Raises ValueError for a setting that is missing, of another rule, or not possible."""
+        """The activation rule. Raises ValueError for a setting that is missing, invalid, or of another rule."""
         rule, parts = _variants()[self.activation]
         owners = _owners(rule, parts)
         given: dict[type[Activation], dict[str, Any]] = {owner: {} for owner in (rule, *parts.values())}
         for option, setting in self.settings.items():
             value = getattr(self, option)
             if value is not None and setting not in owners:
-                raise ValueError(f"{option} is {value}, which {self.activation} does not have; leave it")
+                raise ValueError(f"{option} is {value}, which {self.activation} does not have; leave it out")
             if value is not None:
                 given[owners[setting].owner][setting] = value
         for option, setting in self.settings.items():
@@ -49,9 +49,9 @@ class RuleOptions:
 
 
 def rule_options(taken: Collection[str]) -> type[RuleOptions]:
-    """RuleOptions with an option for each setting of each rule there is now.
+    """RuleOptions with an option for each setting of each registered rule.
 
-    taken: the other options' names. A setting that has one of them is called activation_NAME.
+    taken: the names of other options. A setting with one of these names becomes activation_NAME.
     """
     owned = {variant: _owners(*found) for variant, found in _variants().items()}
     names = list(dict.fromkeys(name for settings in owned.values() for name in settings))
@@ -84,12 +84,12 @@ class _Setting:
 
 
 def _variants() -> dict[str, tuple[type[Activation], dict[str, type[Activation]]]]:
-    """What --activation can be: the rule's class, and the classes of those of its fields that are rules."""
+    """The values of --activation: the rule's class, and the class of every field that holds a rule."""
     return {name: (rule, parts) for rule in ACTIVATIONS.values() for name, parts in rule.variants().items()}
 
 
 def _owners(rule: type[Activation], parts: dict[str, type[Activation]]) -> dict[str, _Setting]:
-    """The settings of a variant by name: those of its parts, and over them the rule's own."""
+    """The settings of a variant by name: those of its parts, overridden by the rule's own."""
     found: dict[str, _Setting] = {}
     for owner in (*parts.values(), rule):
         hints, docs = typing.get_type_hints(owner), _docstrings(owner)
@@ -104,7 +104,7 @@ def _owners(rule: type[Activation], parts: dict[str, type[Activation]]) -> dict[
 
 
 def _docstrings(owner: type) -> dict[str, str]:
-    """The docstring under each field of a class and its bases; none where the source is not there to be read."""
+    """The docstring under each field of a class and its bases; none if the source is not available."""
     found: dict[str, str] = {}
     for cls in reversed(owner.__mro__[:-1]):
         try:

@@ -1,7 +1,7 @@
 """The texts that activate a latent most: which latents, which passages, and how strongly at each token.
 
-One pass of the encoder over the rows, then one over the passages that are shown. Nothing is chosen by hand: latents are
-drawn at random within equal strata of density rank, passages are the strongest that do not overlap.
+It encodes the rows once, then the passages that are shown. Nothing is chosen by hand: latents are drawn at random from
+equal strata of density rank, passages are the strongest that do not overlap.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from fastsae.model.sae import SparseAutoencoder
 
 RUN_ROWS = 4096
-"""Rows read from one place where only a part of the rows is scanned: whole windows of text, mostly."""
+"""Contiguous rows per read when only a part of the rows is scanned: mostly whole windows of text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A piece of text of equal shade."""
+    """A piece of text of one shade."""
 
     text: str
     act: float | None
-    """The latent's activation; None where the token's row was not stored (first position, norm filter)."""
+    """The latent's activation; None if the token's row was not stored (first position, norm filter)."""
     share: float = 0.0
     """act over the latent's maximum, 0 to 1."""
 
@@ -49,7 +49,7 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class LatentCard:
-    """What the page shows of one latent."""
+    """One latent on the page."""
 
     index: int
     density: float
@@ -70,7 +70,7 @@ class LatentCard:
 def pick_spread(density: Tensor, count: int, seed: int = 0) -> list[int]:
     """`count` latents, densest first: one drawn uniformly from each of `count` equal strata of density rank.
 
-    Latents that never fired are left out; fewer than `count` are all returned. Deterministic in (density, seed).
+    Latents that never fired are left out; if fewer than `count` fired, these are all. Deterministic in (density, seed).
     """
     ranked = torch.argsort(density, descending=True, stable=True)
     ranked = ranked[density[ranked] > 0]
@@ -108,8 +108,8 @@ def latent_cards(
     """Cards of a spread sample of latents, densest first, and the number of rows that were scanned.
 
     width     tokens shown on either side of the strongest one.
-    max_rows  rows scanned at most (the held-out ones count as the last); memory is 12 bytes for each active latent.
-    Raises ValueError where the rows were stored without their text.
+    max_rows  rows scanned at most (held-out ones come last); memory is 12 bytes for each active latent.
+    Raises ValueError if the rows were stored without their text.
     """
     n_rows = (source.n_tokens or 0) + len(source.held_out_ids())
     runs = spread_rows(n_rows, max_rows)
@@ -121,7 +121,7 @@ def latent_cards(
     chosen = pick_spread(density, latents, seed)
     strongest = scan.columns(chosen, sae.d_sae)  # (rows, len(chosen)): a handful of latents, not M
 
-    # Neighbours of a strong token are often strong too, so more candidates than passages are looked at.
+    # Neighbours of a strong token are often strong too, so consider more candidates than passages.
     best = torch.topk(strongest, min(8 * passages, scan.n_rows), dim=0)
     candidates = source.contexts(ids[best.indices.T.flatten()], width)
     each = best.values.shape[0]
@@ -129,7 +129,7 @@ def latent_cards(
         distinct(candidates[i * each : (i + 1) * each], best.values[:, i].tolist(), passages)
         for i in range(len(chosen))
     ]
-    # Tokens of a passage may lie outside the scanned rows: the passages are encoded for themselves.
+    # Tokens of a passage may lie outside the scanned rows, so encode the passages separately.
     wanted = torch.tensor(sorted({row for contexts in shown for c in contexts for row in c.rows if row >= 0}))
     acts = _encode(sae, [source.rows(wanted)]).columns(chosen, sae.d_sae)
     place = {row: i for i, row in enumerate(wanted.tolist())}
@@ -145,9 +145,9 @@ def latent_cards(
 
 
 def distinct(contexts: Sequence[TokenContext], acts: Sequence[float], most: int) -> list[TokenContext]:
-    """The first contexts with act > 0 that neither overlap with nor repeat one before.
+    """The first contexts with act > 0 that neither overlap nor repeat an earlier one.
 
-    A repeat has the same tokens around its own (4 on either side): licences and headers come again in every file.
+    A repeat has the same tokens around its own (4 on either side): licences and headers recur in every file.
     """
     kept: list[TokenContext] = []
     covered: set[int] = set()
@@ -169,20 +169,20 @@ def passage(context: TokenContext, acts: Sequence[float | None], strongest: floa
     for token, act in zip(context.tokens, acts, strict=True):
         text = visible(token)
         if act is not None and act > 0:
-            # A share that rounds to nothing would hide that the latent is active at all.
+            # A share that rounds to 0 would hide that the latent is active.
             spans.append(Span(text, act, min(1.0, max(0.01, act / strongest))))
         elif spans and spans[-1].act == act:
             spans[-1] = Span(spans[-1].text + text, act)
         else:
             spans.append(Span(text, act))
     if spans:
-        # The space that a first word begins with would only indent the passage.
+        # A leading space would only indent the passage.
         spans[0] = dataclasses.replace(spans[0], text=spans[0].text.lstrip(" "))
     return Passage(float(acts[context.center] or 0.0), spans)
 
 
 def visible(text: str) -> str:
-    """Text with line breaks and control characters as signs, so that a passage stays one paragraph."""
+    """Text with visible symbols for line breaks and control characters, so that a passage is one paragraph."""
     text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() or c == " " else "·" for c in text)
 

@@ -1,7 +1,7 @@
 """Line, bar and histogram plots by matplotlib, as inline SVG that follows the page's colours.
 
-matplotlib knows no CSS variables, so a figure is drawn in marker colours that occur nowhere else (`_INKS`), and these
-are replaced by `var(--...)` in the text of the SVG. Letters stay text (fonttype none): small, selectable, searchable.
+matplotlib has no CSS variables, so a figure is drawn in marker colours that occur nowhere else (`_INKS`), then these
+are replaced by `var(--...)` in the SVG. Text stays text (fonttype none): small, selectable, searchable.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _INKS = {
     "#010106": "--c3",
 }
 LABEL = 24
-"""Letters of a bar's name at most, so that its bar has room too; the description has all of it."""
+"""Characters of a bar's name at most, to leave room for the bar; the description has the full name."""
 INK, MUTED, GRID, C1, C2, C3 = _INKS
 
 _STYLE: dict[Any, Any] = {
@@ -67,7 +67,7 @@ class Plot:
     title: str
     caption: str
     svg: str
-    """Safe to embed as it is: all text in it was escaped."""
+    """Safe to embed: all its text is escaped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def thinned(x: Sequence[float], y: Sequence[float], most: int = 300) -> tuple[li
 
 
 def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """The figure as an <svg> element for inlining: page colours, own id prefix, title and description for readers."""
+    """The figure as an <svg> element for inlining: page colours, own ids, title and description for screen readers."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
@@ -133,7 +133,7 @@ def line_plot(
     log: bool = False,
     from_zero: bool = False,
 ) -> Plot | None:
-    """The curves that have points, or None where none has. `log` is ignored where a value is not positive."""
+    """The curves that have points, or None if none has. `log` is ignored if a value is not positive."""
     curves = [c for c in curves if len(c.x)]
     if not curves:
         return None
@@ -169,7 +169,7 @@ def line_plot(
 
 
 def histogram_plot(edges: Sequence[float], counts: Sequence[int], never: int) -> Plot | None:
-    """Latents by log10 density; the ones that never fired have a bar of their own at the left."""
+    """Latents by log10 density; those that never fired are a separate bar on the left."""
     if not counts or not (sum(counts) or never):
         return None
     with matplotlib.rc_context(_STYLE):
@@ -196,7 +196,7 @@ def histogram_plot(edges: Sequence[float], counts: Sequence[int], never: int) ->
 
 
 def bar_plot(name: str, title: str, caption: str, bars: dict[str, float], *, shares: bool = False) -> Plot | None:
-    """Milliseconds by name, the longest on top; None where there are none."""
+    """Milliseconds by name, the longest on top; None if there are none."""
     bars = {label: ms for label, ms in bars.items() if ms > 0}
     if not bars:
         return None

@@ -60,7 +60,7 @@ def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming
 
 
 def total_steps(config: Record) -> int | None:
-    """The updates that the settings ask for, or None where they do not say."""
+    """The updates that the settings ask for, or None if they do not say."""
     tokens, size = (
         whole(config, "train", "tokens") or whole(config, "source", "n_tokens"),
         whole(config, "train", "batch_size"),
@@ -124,7 +124,7 @@ def _tiles(log: RunLog) -> list[Tile]:
 
 
 def _speed_up(log: RunLog) -> list[Tile]:
-    """Against the fastest reference that was timed side by side, or else against the dense curve of the run."""
+    """Relative to the fastest reference timed side by side, or else to the run's dense curve."""
     ours = log.step_times.get("fastsae")
     others = {name: times["ms"] for name, times in log.step_times.items() if name != "fastsae"}
     if ours and others:
@@ -163,10 +163,10 @@ def _rows(section: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class ReportOptions:
-    """What a report holds besides what the run folder says.
+    """What a report adds to the content of the run folder.
 
-    latents: how many are shown with their texts; 0: none. passages: of each. seed: of the draw. max_rows: looked
-    through for the texts at most. time_step: time the parts of an update on the run's data. backend: of the ops.
+    latents: number shown with their texts; 0: none. passages: per latent. seed: of the draw. max_rows: rows searched
+    for the texts at most. time_step: time the parts of an update on the run's data. backend: of the ops.
     """
 
     latents: int = 24
@@ -183,9 +183,9 @@ class ReportOptions:
 
 
 def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, StepTiming | None]:
-    """What needs the weights and the activations: the latents' texts and the parts of an update, where there can be.
+    """The latents' texts and the timing of an update, which need the weights and activations; None if not available.
 
-    A report is also for a run that is broken or has moved: what cannot be read is said on the page, not raised.
+    A report also serves a run that is broken or was moved: the page says what cannot be read, nothing is raised.
     """
     if not options.latents and not options.time_step:
         return None, None
@@ -208,7 +208,7 @@ def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, 
 
 
 def latent_section(run: OpenedRun, source: ShardSource, options: ReportOptions) -> LatentSection | None:
-    """The latents and their texts; None where none fired. Raises as `latent_cards`."""
+    """The latents and their texts; None if none fired. Raises as `latent_cards`."""
     cards, scanned = latent_cards(
         run.sae, source, latents=options.latents, passages=options.passages, seed=options.seed,
         max_rows=options.max_rows,
@@ -227,8 +227,8 @@ def latent_section(run: OpenedRun, source: ShardSource, options: ReportOptions) 
 def write_report(run_dir: str | Path, *, out: str | Path | None = None, options: ReportOptions | None = None) -> Path:
     """Writes the report of a run folder, finished or not, and returns its path (`out`, or run_dir/report.html).
 
-    The page is replaced in one step. Raises FileNotFoundError or ValueError where run_dir is no run or `out` no
-    name for a file; OSError where the page cannot be written.
+    The page is replaced atomically. Raises FileNotFoundError or ValueError if run_dir is not a run or `out` is not
+    a possible file; OSError if the page cannot be written.
     """
     log = read_run(run_dir)
     path = log.folder / "report.html" if out is None else Path(out)

@@ -1,4 +1,4 @@
-"""Which figures a report shows, and what of the run is in each."""
+"""The figures of a report, and the columns that each one shows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastsae.report.runlog import RunLog, histogram
 from fastsae.report.timing import StepTiming
 
 PARTS = ("data", "step", "resample", "eval", "checkpoint")
-"""What fastsae.runs.trainer times."""
+"""The parts that fastsae.runs.trainer times."""
 
 
 def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
@@ -23,7 +23,7 @@ def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
 
     held = histogram(log.evals[-1]) if log.evals else None
     plots = [
-        line_plot("loss", "Loss", "Training loss, dead-latent term included.", [Curve("loss", *log.series("loss"))],
+        line_plot("loss", "Loss", "Training loss with the dead-latent term.", [Curve("loss", *log.series("loss"))],
                   log=True),
         line_plot("fvu", "Fraction of variance unexplained",
                   "0 is perfect; 1 is no better than always answering the mean row.", pair("fvu", dense=True),
@@ -43,12 +43,12 @@ def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
         line_plot("redone", "Tokens encoded twice",
                   "Share of tokens whose fast selection had no certificate and was repeated; above 1 % costs speed.",
                   [Curve("share", *log.series("redone_share"))], from_zero=True),
-        line_plot("speed", "Throughput", "Tokens per second of data and updates; evaluations and checkpoints apart.",
+        line_plot("speed", "Throughput", "Tokens per second of data and updates, without evaluations and checkpoints.",
                   [Curve("fastsae", *log.series("tokens_per_s")),
                    Curve("dense reference", *log.series("tokens_per_s", of="dense"), C2, dashed=True)],
                   from_zero=True),
         bar_plot("loop", "Time of the training loop by part",
-                 "Means over the run; evaluations and checkpoints are shared out over all steps.", loop_parts(log),
+                 "Means over the run; evaluations and checkpoints are averaged over all steps.", loop_parts(log),
                  shares=True),
         None if timing is None else update_plot(timing),
         bar_plot("against", "A whole step, side by side", "Timed in turns on one batch with the trained weights.",
@@ -69,7 +69,7 @@ def update_plot(timing: StepTiming) -> Plot | None:
 def loop_parts(log: RunLog) -> dict[str, float]:
     """{part: mean ms per step} of the parts of the training loop that have a column ms_PART."""
     names = [f"ms_{part}" for part in PARTS if log.series(f"ms_{part}")[0]]
-    # A line without evaluation lacks ms_eval: over all lines, not over those that have it.
+    # A line without evaluation has no ms_eval: average over all lines, not only over those that have it.
     return {name.removeprefix("ms_").replace("_", " "): sum(log.series(name)[1]) / len(log.metrics) for name in names}
 
 

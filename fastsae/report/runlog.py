@@ -1,7 +1,7 @@
-"""What a run folder says: settings, metrics, evaluations and the dense reference's curve, complete or not.
+"""The content of a run folder: settings, metrics, evaluations and the dense reference's curve, complete or not.
 
-Only what fastsae writes is read, by name and type: a value of another type is as good as missing, and a key that is not
-known is shown as text among the settings or not at all.
+It reads only what fastsae writes, by name and type: a value of another type counts as missing, and an unknown key
+appears as text among the settings or not at all.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class RunLog:
     dense: list[Record]
     """Learning curve of the dense reference on the same batches, from dense_metrics.jsonl."""
     step_times: dict[str, Record]
-    """A whole step's {"ms": median, ...} by who computes it, from step_times.json: "fastsae" and references."""
+    """A whole step's {"ms": median, ...} by implementation, "fastsae" and references, from step_times.json."""
     notes: list[str]
-    """What was missing or unreadable, in words for the page."""
+    """Sentences for the page on what was missing or unreadable."""
 
     def series(self, key: str, *, of: str = "metrics", x: str = "step") -> tuple[list[float], list[float]]:
-        """(x, values) of the finite entries of one column; two empty lists where no record has it."""
+        """(x, values) of the finite entries of one column; two empty lists if no record has it."""
         return column(getattr(self, of), key, x)
 
     def last(self, key: str, *, of: str = "metrics") -> float | None:
@@ -46,7 +46,7 @@ class RunLog:
         return values[-1] if values else None
 
     def median(self, key: str, *, of: str = "metrics") -> float | None:
-        """The median of a column, the first tenth (warm-up) left out, or None."""
+        """The median of a column without its first tenth (warm-up), or None."""
         values = self.series(key, of=of, x=key)[1]
         values = sorted(values[len(values) // 10 :])
         return values[len(values) // 2] if values else None
@@ -64,21 +64,21 @@ def column(records: list[Record], key: str, x: str = "step") -> tuple[list[float
 
 
 def _is_number(value: object) -> bool:
-    # JSON's whole numbers have no limit; one that no float can hold is no measurement.
+    # JSON integers have no limit; one too large for a float is not a measurement.
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
         return False
     return math.isfinite(value)
 
 
 def whole(record: object, *names: str) -> int | None:
-    """The whole number at record[name][...]; None where there is none of at least 1."""
+    """The whole number at record[name][...]; None if there is none of at least 1."""
     for name in names:
         record = record.get(name) if isinstance(record, dict) else None
     return record if isinstance(record, int) and not isinstance(record, bool) and record >= 1 else None
 
 
 def histogram(record: Record) -> tuple[list[float], list[int], int] | None:
-    """An evaluation's density_histogram as (edges, counts, never); None where it is not there or is none."""
+    """An evaluation's density_histogram as (edges, counts, never); None if it is missing or invalid."""
     held = record.get("density_histogram")
     edges, counts, never = ((held if isinstance(held, dict) else {}).get(name) for name in ("edges", "counts", "never"))
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1 or not counts:
@@ -88,10 +88,10 @@ def histogram(record: Record) -> tuple[list[float], list[int], int] | None:
 
 
 def read_jsonl(path: Path, notes: list[str]) -> list[Record]:
-    """The records of a JSON-lines file, sorted by step, the last of those with equal steps.
+    """The records of a JSON-lines file, sorted by step; of equal steps, the last record.
 
-    A run killed while writing leaves half a line, and a resumed run repeats the steps after its checkpoint: half
-    lines are skipped with a note, repeated steps keep what was written last.
+    A run killed while writing leaves a partial line, which is skipped with a note. A resumed run repeats the steps
+    after its checkpoint; the record written last counts.
     """
     if not path.exists():
         return []
@@ -118,18 +118,18 @@ def read_jsonl(path: Path, notes: list[str]) -> list[Record]:
 def read_run(run_dir: str | Path) -> RunLog:
     """Reads a run folder.
 
-    Raises FileNotFoundError where the folder, or both its config.json and its metrics.jsonl, are not there;
-    ValueError where config.json is none of `fastsae train`, or the folder is a checkpoint or a saved SAE.
+    Raises FileNotFoundError if the folder, or both its config.json and its metrics.jsonl, are missing;
+    ValueError if `fastsae train` did not write config.json, or the folder is a checkpoint or a saved SAE.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder at {folder}; `fastsae train --run-dir {folder} ...` makes one")
     if (folder / WEIGHTS).is_file():
-        # Its config.json is the SAE's own; and a page in a checkpoint would be a file that its manifest lacks.
+        # Its config.json is the SAE's own, and a page in a checkpoint would be a file outside its manifest.
         run = folder.resolve().parent.parent
         where = f"; give the run's folder, {run}" if folder.resolve().parent.name == "checkpoints" else ""
         raise ValueError(
-            f"{folder} holds an SAE ({WEIGHTS}) and no run: a report is of a folder with config.json and metrics.jsonl"
+            f"{folder} holds an SAE ({WEIGHTS}), not a run: a report needs config.json and metrics.jsonl"
             + (where or "; `fastsae eval` measures a saved SAE")
         )
     metrics_path = folder / "metrics.jsonl"
@@ -167,7 +167,7 @@ def _state_of(path: Path) -> str:
 
 
 def _evaluations(folder: Path, notes: list[str]) -> list[Record]:
-    """The run's own evaluations, and the one that `fastsae eval` wrote where it is of the same step or a later one."""
+    """The run's own evaluations, and the one of `fastsae eval` if it is of the last step or later."""
     evals = read_jsonl(folder / "eval.jsonl", notes)
     record = _read_object(folder / EVALUATION, notes)
     steps, _ = column(evals, "step")
@@ -183,7 +183,7 @@ def _step_times(folder: Path, notes: list[str]) -> dict[str, Record]:
 
 
 def _read_object(path: Path, notes: list[str]) -> Record:
-    """The JSON object in a file; empty, with a note unless the file is not there at all, where there is none."""
+    """The JSON object in a file; empty if there is none, with a note if the file exists."""
     if not path.exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Where the time of one fused update goes, op by op."""
+"""The time of one fused update, op by op."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WARM_UP, REPEATS = 2, 5
 
 @dataclasses.dataclass(frozen=True)
 class StepTiming:
-    """One update: its parts in milliseconds, the largest first; "other" is whatever is not an op of the engine."""
+    """One update: its parts in milliseconds, the largest first; "other" is everything outside the engine's ops."""
 
     parts: dict[str, float]
     n_tokens: int
@@ -32,7 +32,7 @@ class StepTiming:
 
 
 class _OpClock(TorchDispatchMode):
-    """Adds up the seconds of every op of the engine that is called while it is entered; on a CPU, ops do not queue."""
+    """Sums the seconds of each of the engine's ops while active. On a CPU, calls are synchronous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,10 +50,10 @@ class _OpClock(TorchDispatchMode):
 
 
 def time_step(sae: SparseAutoencoder, x: Tensor, backend: str | None = None) -> StepTiming:
-    """Times updates on x (n, d_in) on the CPU at learning rate 0; the dead-latent counters move on.
+    """Times updates on x (n, d_in) on the CPU at learning rate 0; the dead-latent counters advance.
 
-    The whole is the median of 5 updates, shared out as 5 more, watched op by op, were. Raises ValueError where the
-    fused step does not serve this module.
+    The total is the median of 5 updates, divided in proportion to the op times of 5 more. Raises ValueError if the
+    fused step does not support this module.
     """
     step = FusedTrainStep(sae, lr=0.0, backend=backend)
     x = x.to(sae.W_dec.device, sae.W_dec.dtype)

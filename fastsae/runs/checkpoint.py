@@ -1,4 +1,4 @@
-"""Checkpoints: a directory that is whole or not there, and says so itself.
+"""Checkpoints: directories that are complete or absent, and can be verified.
 
     checkpoints/step_00001200/
         sae.safetensors, config.json     the module, as `fastsae.save` writes it: the directory is also a saved SAE
@@ -6,8 +6,8 @@
         state.json                       everything of the training state that is not a tensor
         manifest.json                    bytes and sha256 of every other file; written last
 
-Written under a temporary name, each file and the directory fsync'ed, then renamed: a reader sees all of it or nothing,
-also after `kill -9` or a power cut. Nothing here is ever pickled.
+A checkpoint is written under a temporary name, each file and the directory are fsync'ed, then it is renamed: a reader
+sees all of it or nothing, even after `kill -9` or a power cut. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _log = logging.getLogger("fastsae")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or that is not what its manifest says."""
+    """A checkpoint that cannot be written, or that does not match its manifest."""
 
 
 class UnreadableError(CheckpointError):
-    """A checkpoint that may be whole, but that the disk or its permissions keep from being read."""
+    """A checkpoint that may be complete, but cannot be read because of the disk or permissions."""
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The path of a step's checkpoint."""
     return root / f"step_{step:08d}"
 
 
@@ -56,12 +56,12 @@ def step_of(path: Path) -> int:
     """The step in a checkpoint's name. Raises CheckpointError for another name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is no checkpoint: expected a directory called step_ and eight digits")
+        raise CheckpointError(f"{path} is not a checkpoint: expected a directory named step_ and eight digits")
     return int(match[1])
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The checkpoints under `root` by step, ascending; verified or not. Empty where there is no such directory."""
+    """The checkpoints under `root` by step, ascending; verified or not. Empty if `root` does not exist."""
     if not root.is_dir():
         return []
     return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
@@ -74,13 +74,13 @@ def write_checkpoint(
 
     state         sections (optimizer, source, ...) of nested dicts and lists of tensors, numbers, strings and None.
     save_module   writes the module's own files into the directory it is given.
-    Raises CheckpointError when the disk is full or the directory cannot be written; nothing half-written stays, and
-    earlier checkpoints are not touched.
+    Raises CheckpointError if the disk is full or the directory cannot be written; it leaves no partial checkpoint and
+    does not touch earlier ones.
     """
     final = checkpoint_path(root, step)
     partial = root / f"{_UNFINISHED}{final.name}"
     if final.exists():
-        raise CheckpointError(f"{final} is there already; a checkpoint is never overwritten")
+        raise CheckpointError(f"{final} already exists; a checkpoint is never overwritten")
     try:
         if partial.exists():
             shutil.rmtree(partial)
@@ -102,7 +102,7 @@ def write_checkpoint(
         last = f"the newest earlier checkpoint, {kept[-1]}, is intact" if kept else "there is no earlier checkpoint"
         raise CheckpointError(
             f"cannot write the checkpoint of step {step} to {root}: {error}; {last}. "
-            "Make room (or fix the directory) and start the same run again to go on from there."
+            "Make room (or fix the directory) and start the same run again to continue from there."
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,8 +111,8 @@ def write_checkpoint(
 
 
 def _seal(directory: Path, step: int) -> None:
-    """Makes every file durable and writes the manifest, last."""
-    # safetensors makes its files readable by the owner only; give them what the user's umask gave the directory.
+    """Fsyncs every file, then writes the manifest."""
+    # safetensors makes its files readable by the owner only; give them the directory's mode, from the user's umask.
     mode = directory.stat().st_mode & 0o666
     files = {}
     for path in sorted(directory.iterdir()):
@@ -123,9 +123,9 @@ def _seal(directory: Path, step: int) -> None:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raises CheckpointError naming the first file that is missing, truncated or changed; None when all is well.
+    """Raises CheckpointError naming the first file that is missing, truncated or changed.
 
-    Raises UnreadableError, which says nothing about the bytes, where a file that is there cannot be read.
+    Raises UnreadableError if a file exists but cannot be read; its content may still be right.
     """
     try:
         _verify(path)
@@ -163,7 +163,7 @@ def _verify(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The sections given to `write_checkpoint`, with "step" beside them. Tensors are on the CPU; tuples come as lists.
+    """The sections given to `write_checkpoint`, with "step" beside them. Tensors are on the CPU; tuples become lists.
 
     Call `verify_checkpoint` first. Raises CheckpointError for a file that cannot be read.
     """
@@ -197,7 +197,7 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
 def set_aside_newer(root: Path, step: int) -> list[Path]:
     """Renames every checkpoint after `step` to corrupt_step_..., so that training can write these steps again.
 
-    Nothing is deleted: the user may want to look. Returns the new paths.
+    Nothing is deleted, so that the user can inspect them. Returns the new paths.
     """
     moved = []
     for path in list_checkpoints(root):
@@ -214,11 +214,11 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints. Warns of one that cannot be deleted: nothing is lost by it."""
+    """Deletes all but the newest `keep` checkpoints. Only warns if one cannot be deleted."""
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     for path in list_checkpoints(root)[:-keep]:
-        # Renamed first: a kill in the middle of the deletion must not leave something that looks like a checkpoint.
+        # Rename first: a kill during the deletion must not leave something that looks like a checkpoint.
         doomed = root / f"{_UNFINISHED}{path.name}"
         try:
             if doomed.exists():
@@ -228,15 +228,15 @@ def prune(root: Path, keep: int) -> None:
         except OSError as error:
             warnings.warn(
                 f"cannot delete the old checkpoint {path}: {error}; training goes on, the newest are safe. "
-                "It takes room until it can be deleted",
+                "It uses disk space until you delete it",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
 
 def remove_unfinished(root: Path) -> None:
-    """Deletes what a killed process left half-written or half-deleted. Call it under the run's lock."""
+    """Deletes partial checkpoints that a killed process left. Call it under the run's lock."""
     if root.is_dir():
         for path in root.glob(f"{_UNFINISHED}*"):
-            _log.info("removing the unfinished checkpoint %s, left by a run that was killed", path)
+            _log.info("removing the unfinished checkpoint %s, left by a killed run", path)
             shutil.rmtree(path)

@@ -14,17 +14,17 @@ class TrainConfig:
     """How to train. Raises ValueError at construction for values that do not fit."""
 
     steps: int | None = None
-    """Updates to make. Left out: as many as `tokens` needs, or else one pass through the data."""
+    """Number of updates. Left out: as many as `tokens` needs, or else one pass over the data."""
     tokens: int | None = None
-    """Tokens to train on, rounded up to whole batches; the data is repeated when there is less of it."""
+    """Tokens to train on, rounded up to whole batches; the data repeats if it is shorter."""
     batch_size: int = 4096
     """Tokens per update."""
     lr: float = 2e-4
     """Peak learning rate."""
     lr_rule: Literal["fixed", "inverse_sqrt"] = "fixed"
-    """The rate as given, or times √(2¹⁴ / d_sae): one that suits 16,384 latents, carried to others."""
+    """Use the rate as given, or times √(2¹⁴ / d_sae): chosen for 16,384 latents, scaled to others."""
     optimizer: Literal["adam", "adamw", "lion", "signsgd"] = "adam"
-    """The optimizer. fused=False has the first two."""
+    """The optimizer. With fused off, only the first two."""
     betas: tuple[float, float] = (0.9, 0.999)
     """The two decay rates of Adam, AdamW or Lion."""
     eps: float = 1e-8
@@ -32,7 +32,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay, of every optimizer but adam."""
     clip_norm: float | None = None
-    """Largest norm of all gradients together; more is scaled down. Left out: none; costs a second backward pass."""
+    """Largest norm of all gradients together; costs a second backward pass. Left out: no clipping."""
     clip_rows: float | None = None
     """Largest norm of one latent's gradient in one dictionary. Left out: none."""
     penalty_warmup: int = 0
@@ -44,33 +44,33 @@ class TrainConfig:
     resample_at: tuple[int, ...] = ()
     """Updates after which dead latents are resampled at badly reconstructed inputs."""
     resample_rows: int = 65_536
-    """Coming rows of the data that are looked at for it; training meets them again."""
+    """Number of upcoming rows to choose from when resampling; training uses them again afterwards."""
     warmup: int = 0
     """Updates over which the learning rate rises linearly from 0."""
     decay: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls at the end. Only a "constant" run can be given more steps later."""
+    """How the learning rate falls at the end. Only a "constant" run can be extended later."""
     decay_fraction: float = 0.2
-    """Share of the updates, at the end, over which it falls to 0."""
+    """Share of the updates, at the end, over which the rate falls to 0."""
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"
     """The optimizer's moments: fp32, or with stochastic rounding bf16 (half the memory) or 8bit (a quarter)."""
     fused: bool = True
-    """One fused call per update. Off: autograd and torch.optim, slower, the same curve."""
+    """One fused call per update. Off: autograd and torch.optim, slower, with the same curve."""
     backend: str | None = None
-    """Who computes the ops, see `fastsae info`. Left out: the fastest that supports them."""
+    """Backend of the ops, see `fastsae info`. Left out: the fastest that supports them."""
     init_b_dec: Literal["mean", "geometric_median", "zero"] = "mean"
-    """Where b_dec starts: at the centre of the first batch, or at zero. A b_dec that is not zero is kept."""
+    """Initial b_dec: the centre of the first batch, or zero. A b_dec that is already not zero is kept."""
     seed: int = 0
-    """Seeds torch's generator and the stochastic rounding. The module and the source have seeds of their own."""
+    """Seed of torch's generator and the stochastic rounding. The module and the source have their own seeds."""
     threads: int | None = None
-    """CPU threads of torch and of the engine, whose results do not depend on it. Left out: as torch has it."""
+    """CPU threads of torch and of the engine, whose results do not depend on it. Left out: torch's default."""
     log_every: int = 10
     """Updates per line of metrics.jsonl."""
     eval_every: int = 500
-    """Updates per evaluation on the held-out rows; there is one at the end too. 0: never."""
+    """Updates per evaluation on the held-out rows; also one at the end. 0: never."""
     checkpoint_every: int = 500
-    """Updates per checkpoint; there is one at the end too."""
+    """Updates per checkpoint; also one at the end."""
     keep: int = 2
-    """Newest checkpoints that stay on the disk."""
+    """How many of the newest checkpoints to keep."""
     tensorboard: bool = True
     """Write TensorBoard events under tensorboard/."""
     progress: bool = True
@@ -109,7 +109,7 @@ class TrainConfig:
             raise ValueError(f"resample_at is {self.resample_at}, expected updates from 1 on")
 
     def total_steps(self, n_tokens: int | None) -> int:
-        """The updates of a whole run on a source of `n_tokens` rows (None: endless, and the length must be set)."""
+        """The updates of a whole run on a source of `n_tokens` rows (None: endless, so set steps or tokens)."""
         if self.steps is not None:
             return self.steps
         tokens = self.tokens or n_tokens
@@ -118,31 +118,31 @@ class TrainConfig:
         return math.ceil(tokens / self.batch_size)
 
     def schedule(self, total: int) -> Schedule:
-        """The learning rate's multiplier over `total` updates. Raises ValueError where the warm-up is longer."""
+        """The learning rate's multiplier over `total` updates. Raises ValueError if the warm-up is longer."""
         return Schedule(total, self.warmup, self.decay, self.decay_fraction)
 
     def penalty_schedule(self) -> Schedule | None:
-        """The penalty's multiplier, or None where it is 1 throughout."""
+        """The penalty's multiplier, or None if it is always 1."""
         return Schedule(self.penalty_warmup, self.penalty_warmup) if self.penalty_warmup else None
 
     def rate(self, d_sae: int) -> float:
-        """The peak learning rate for so many latents."""
+        """The peak learning rate for d_sae latents."""
         return self.lr if self.lr_rule == "fixed" else inverse_sqrt_lr(self.lr, d_sae)
 
     def k_schedule(self, k: int | None) -> AnnealK | None:
-        """K over the updates, down or up to k. Raises ValueError for a rule that has none."""
+        """K over the updates, down or up to k. Raises ValueError for a rule without K."""
         if self.k_start is None:
             return None
         if k is None:
-            raise ValueError(f"k_start is {self.k_start}, but the activation has no K to anneal; leave it")
+            raise ValueError(f"k_start is {self.k_start}, but the activation has no K to anneal; leave k_start out")
         return AnnealK(self.k_start, k, self.k_anneal)
 
     def free_settings(self) -> set[str]:
-        """Names that may change when a run goes on: the weights do not depend on them.
+        """Names of settings that may change when a run resumes: the weights do not depend on them.
 
-        (On the number of threads only torch's own products do, in the last bits: those of fused=False, of a threshold
-        rule's dense steps, of a skip connection, and of a model whose activations are taken live.)
+        (Only torch's own products depend on the number of threads, in the last bits: those of fused=False, of a
+        threshold rule's dense steps, of a skip connection, and of a live language model.)
         """
         free = {"threads", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "progress"}
-        # With a decay, the rate of every step so far may depend on where the end lies.
+        # With a decay, the rate of every step so far may depend on the total.
         return free | {"steps", "tokens"} if self.decay == "constant" else free

@@ -5,7 +5,7 @@
     l0   = mean_n #{i : latent i is active on n}
     density_i = share of the tokens on which latent i is active
 
-All in the units of the rows, also where the module normalizes its input (its training loss is then in other units).
+All are in the units of the rows, even if the module normalizes its input (its training loss is then in other units).
 One pass over the rows in batches; sums in float64; memory is one batch's codes and a few vectors of M: no (N, M).
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class DensityHistogram:
-    """Latents counted by log10 of their density; latents that never fired have no logarithm and are apart."""
+    """Latents counted by log10 of their density; latents that never fired are counted separately."""
 
     edges: tuple[float, ...]
     """log10 densities, ascending, one more than there are bins."""
@@ -52,7 +52,7 @@ class EvalResult:
     cosine: float
     """Mean over tokens of cos(x, x̂); a row of norm 0 counts as 0."""
     norm_ratio: float
-    """Mean over tokens of ‖x̂‖ / ‖x‖, tokens of norm 0 left out; below 1 is shrinkage."""
+    """Mean over tokens of ‖x̂‖ / ‖x‖, without tokens of norm 0; below 1 is shrinkage."""
     density: Tensor
     """(M,) float64 on the CPU."""
     density_histogram: DensityHistogram
@@ -63,7 +63,7 @@ class EvalResult:
         record["density_histogram"] = dataclasses.asdict(self.density_histogram)
         if with_density:
             record["density"] = self.density.tolist()
-        # JSON has no NaN or infinity: a value that does not exist (the fvu of equal rows) is null.
+        # JSON has no NaN or infinity: an undefined value (the fvu of equal rows) is null.
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
 
     def write(self, path: str | Path, *, with_density: bool = False, **extra: Any) -> None:
@@ -93,7 +93,7 @@ def density_histogram(density: Tensor, n_tokens: int, bins_per_decade: int = 4) 
     n_bins = decades * bins_per_decade
     edges = [-decades + i / bins_per_decade for i in range(n_bins + 1)]
     fired = density[density > 0]
-    # Half a rounding error must not push a density of exactly 10^-d into the bin below: nudge, then clamp.
+    # Rounding must not move a density of exactly 10^-d into the bin below: nudge, then clamp.
     bins = ((fired.double().log10() + decades) * bins_per_decade + 1e-9).floor().long().clamp(0, n_bins - 1)
     counts = torch.bincount(bins, minlength=n_bins).tolist()
     return DensityHistogram(tuple(edges), tuple(int(c) for c in counts), int(density.numel() - fired.numel()))
@@ -102,12 +102,12 @@ def density_histogram(density: Tensor, n_tokens: int, bins_per_decade: int = 4) 
 class _CenteredSum:
     """Σ_n ‖x_n - x̄‖² of a stream, float64, merging batches by Chan, Golub & LeVeque (1979).
 
-    Σ‖x‖² - N‖x̄‖² would cancel: residual streams have means far larger than their spread in a few dimensions.
+    Σ‖x‖² - N‖x̄‖² would cancel: in a few dimensions of a residual stream, the mean is far larger than the spread.
     """
 
     def __init__(self) -> None:
         self.n = 0
-        self.mean = torch.zeros((), dtype=torch.float64, device="cpu")  # of no row; `add` puts one in its place
+        self.mean = torch.zeros((), dtype=torch.float64, device="cpu")  # placeholder; the first `add` replaces it
         self.total = 0.0
 
     def add(self, x: Tensor) -> None:
@@ -143,8 +143,8 @@ def evaluate(
     """EvalResult of `sae` on rows (..., d_in), or on an iterable of such blocks (shards), streamed.
 
     rows        any float dtype, any device; moved to the module's device and dtype batch by batch.
-    targets     what should be reconstructed, (..., d_out) in step with rows; None: the rows themselves.
-    The module is put into eval mode (no dead-latent bookkeeping) and back. Runs without autograd.
+    targets     the reconstruction's targets (..., d_out), in the order of rows; None: the rows themselves.
+    Runs in eval mode (no dead-latent counts), then restores the mode; without autograd.
     Raises ValueError: no rows at all; a NaN or infinity in the rows (naming the row); targets that do not match.
     """
     if batch_size < 1:

@@ -1,4 +1,4 @@
-"""Opens what a user names: a file or folder of activations, a run folder, a saved SAE."""
+"""Opens paths that a user gives: a file or folder of activations, a run folder, a saved SAE."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from fastsae.runs.checkpoint import CheckpointError, newest_valid, step_of
 from fastsae.runs.rundir import CONFIG
 
 EVALUATION = "evaluation.json"
-"""What `fastsae eval` writes into the run folder, and the report reads."""
+"""The file that `fastsae eval` writes into the run folder and the report reads."""
 HOLDOUT = 2048
 """Rows of a tensor file that are held out by default (at most a tenth of them)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenedRun:
-    """An SAE from disk: `step` and `config` are None and empty where it is a saved SAE and no run."""
+    """An SAE from disk. For a saved SAE outside a run, `step` is None and `config` is empty."""
 
     sae: SparseAutoencoder
     path: Path
-    """The folder that the weights come from."""
+    """The folder of the weights."""
     step: int | None
     config: dict[str, Any]
     """The run's config.json."""
@@ -45,8 +45,8 @@ def open_rows(
     """The activations at `path`: a folder with a manifest, a .safetensors or a .npy file of rows (n, d_in).
 
     tensor   name inside a .safetensors file; None: "activations", or the only one there.
-    holdout  rows never trained on, the last ones; None: the folder's own, or of a file 2,048 but at most a tenth.
-    Raises FileNotFoundError, ShardError, or ValueError saying what was found and what is expected.
+    holdout  rows never trained on, at the end; None: the folder's own, or 2,048 but at most a tenth of a file.
+    Raises FileNotFoundError, ShardError, or ValueError with what was found and what was expected.
     """
     path = Path(path)
     if path.is_dir():
@@ -64,10 +64,10 @@ def open_rows(
 def _read_tensor(path: Path, name: str | None) -> Tensor:
     if path.suffix == ".npy":
         try:
-            # "c": mapped, and copied page by page only where it is written; never unpickled.
+            # "c": memory-mapped, copy-on-write; never unpickled.
             array = np.load(path, mmap_mode="c", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is truncated or no .npy file of numbers: {error}") from error
+            raise ValueError(f"{path} is truncated or not a .npy file of numbers: {error}") from error
         if array.dtype not in (np.float16, np.float32, np.float64):
             raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}, expected float rows (n, d_in)")
         return torch.from_numpy(array)
@@ -82,13 +82,13 @@ def _read_tensor(path: Path, name: str | None) -> Tensor:
                 raise ValueError(f"{path} holds {asked}: name one of {', '.join(names) or '(none)'}")
             return file.get_tensor(wanted)
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no .safetensors file: {error}") from error
+        raise ValueError(f"{path} is truncated or not a .safetensors file: {error}") from error
 
 
 def open_run(path: str | Path, *, device: str | None = None) -> OpenedRun:
-    """The newest whole checkpoint of a run folder, a checkpoint, or the folder of a saved SAE.
+    """The SAE of a run folder (its newest valid checkpoint), of a checkpoint, or of the folder of a saved SAE.
 
-    Raises FileNotFoundError where there is no such folder; CheckpointError where a run holds no usable checkpoint;
+    Raises FileNotFoundError if there is no such folder; CheckpointError if a run has no usable checkpoint;
     SavedModuleError for a damaged one.
     """
     path = Path(path)
@@ -106,7 +106,7 @@ def open_run(path: str | Path, *, device: str | None = None) -> OpenedRun:
 
 
 def run_config(run_dir: Path) -> dict[str, Any]:
-    """The settings in a run folder's config.json; empty where there is none. Raises ValueError where it is damaged."""
+    """The settings in a run folder's config.json; empty if there is none. Raises ValueError if it is damaged."""
     path = run_dir / CONFIG
     if not path.is_file():
         return {}
@@ -120,14 +120,14 @@ def run_config(run_dir: Path) -> dict[str, Any]:
 
 
 def describe_rows(path: str | Path, *, tensor: str | None, holdout: int | None, seed: int) -> dict[str, Any]:
-    """What a run's notes say of its data, so that `rows_of_run` can open it again."""
+    """The data's description in a run's notes, from which `rows_of_run` can open it again."""
     return {"path": str(Path(path).absolute()), "tensor": tensor, "holdout": holdout, "seed": seed}
 
 
 def rows_of_run(config: dict[str, Any]) -> ShardSource | TensorSource | None:
-    """The activations that a run was trained on, by its config.json; None where it came from no file or says nothing.
+    """The activations that a run was trained on, from its config.json; None if that names no file.
 
-    Raises as `open_rows` does, where the file has been moved or damaged.
+    Raises as `open_rows` does, if the file was moved or damaged.
     """
     notes = config.get("notes")
     data = notes.get("data") if isinstance(notes, dict) else None

@@ -1,4 +1,4 @@
-"""The state of every random generator that a training step might draw from, as numbers and tensors."""
+"""The state of every random generator that a training step may use, as numbers and tensors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """torch's CPU generator and, where CUDA is in use, its devices'; Python's and NumPy's global generators.
+    """torch's CPU generator and, if CUDA is in use, its devices'; Python's and NumPy's global generators.
 
-    The engine's own randomness is counter-based and not in here: it needs a seed and a step only.
+    The engine's own randomness is counter-based and has no state: it needs only a seed and a step.
     """
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (other code may draw from it)
@@ -31,7 +31,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` returned; CUDA devices as far as there are as many now."""
+    """Restores what `rng_state` returned; of CUDA devices, only those that exist now."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         for device, one in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):

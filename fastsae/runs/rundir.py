@@ -1,4 +1,4 @@
-"""A run's directory: one process at a time, and one set of settings for its whole life."""
+"""A run's directory: one process at a time, and one set of settings for the whole run."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ class RunLock:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        # The file stays: deleting it would let a third process lock a file that a second one still waits on.
+        # Keep the file: deleting it would let a third process lock a new file while a second waits on the old one.
         os.close(self._fd)
         self._fd = -1
 
 
 def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
-    """Writes config.json into a new run directory, or compares it with the one that is there.
+    """Writes config.json into a new run directory, or compares it with the existing one.
 
-    A run that has saved nothing yet is taken over, whatever its settings.
+    If the run has saved nothing yet, its settings are overwritten.
 
     config  JSON-able sections of settings.
     free    dotted names that may change from one start to the next, as "train.log_every"; they are updated.
     Raises RunDirError naming every other setting that differs, or a config.json that cannot be read.
     """
     path = run_dir / CONFIG
-    wanted = json.loads(json.dumps(config))  # as it will be read back: tuples are lists
+    wanted = json.loads(json.dumps(config))  # as read back: tuples become lists
     if not path.exists():
         held = [name for name in ("checkpoints", "metrics.jsonl") if (run_dir / name).exists()]
         if held:
@@ -79,14 +79,14 @@ def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> No
     if differing:
         raise RunDirError(
             f"{run_dir} holds a run with other settings: {'; '.join(differing)}. "
-            "Give these settings to go on with it, or another directory"
+            "Give these settings to continue it, or another directory"
         )
     if old != new:
         _write_config(path, wanted)
 
 
 def _has_begun(run_dir: Path) -> bool:
-    """Whether anything was saved: a start that failed before its first step must not bind the next one."""
+    """Whether anything was saved: a start that failed before its first step must not fix the settings."""
     kept = [run_dir / "checkpoints", run_dir / "metrics.jsonl"]
     return any(p.exists() and (any(p.iterdir()) if p.is_dir() else p.stat().st_size > 0) for p in kept)
 

@@ -2,7 +2,7 @@
 
 A schedule is a pure function of the step, so there is nothing to save. It takes the 0-d step tensor of a fused step and
 returns a 0-d tensor without a host sync; it takes an int and returns a float, as `torch.optim.lr_scheduler.LambdaLR`
-wants.
+expects.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DECAYS = ("constant", "linear", "cosine")
 class Schedule:
     """min(1, (t+1)/warmup) · (1 - (1 - floor)·shape(p)),  p = (t - start)/(total - start) clipped to [0, 1].
 
-    t counts the updates done before this one. `start` = total - decay_fraction·total is where the decay begins;
+    t counts the updates done before this one. The decay begins at `start` = total - decay_fraction·total;
     shape(p) is 0 (constant), p (linear) or (1 - cos πp)/2 (cosine). From t = total on the multiplier is `floor`, so the
     last of `total` updates still has a rate above it.
 
@@ -92,5 +92,5 @@ class AnnealK:
 
 
 def inverse_sqrt_lr(lr: float, d_sae: int, at: int = 2**14) -> float:
-    """lr · √(at / d_sae): a rate that suits `at` latents, carried to d_sae of them (Gao et al. 2024, section 2.4)."""
+    """lr · √(at / d_sae): a rate chosen for `at` latents, scaled to d_sae (Gao et al. 2024, section 2.4)."""
     return lr * math.sqrt(at / d_sae)

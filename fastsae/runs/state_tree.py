@@ -11,11 +11,11 @@ _TENSOR, _FLOAT = "$tensor", "$float"
 
 
 def split_state(tree: Any, path: str = "state") -> tuple[Any, dict[str, Tensor]]:
-    """(JSON-able tree, {name: tensor}) of nested dicts, lists and tuples; `join_state` puts them together again.
+    """(JSON-able tree, {name: tensor}) of nested dicts, lists and tuples; `join_state` is the inverse.
 
-    Tensors become {"$tensor": name} and are returned contiguous, on the CPU, none sharing memory with another in the
-    result. They may be the live ones: write them before anything changes them.
-    Integers of any size and all floats (NaN and infinities included) come back exactly; tuples come back as lists.
+    Tensors become {"$tensor": name} and are returned contiguous, on the CPU, with no memory shared within the result.
+    They may be the live tensors themselves: write them before anything changes them.
+    Integers of any size and all floats (NaN and infinities included) are restored exactly; tuples become lists.
     Raises TypeError naming the entry for anything else: a NumPy array, an object, a key that is not a string.
     """
     tensors: dict[str, Tensor] = {}
@@ -28,7 +28,7 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             path += "'"
         tensors[path] = _alone(value.detach().cpu(), tensors)
         return {_TENSOR: path}
-    # bool is an int; the exact types are asked for so that a NumPy scalar (a float subclass) is not taken silently.
+    # bool is an int. Exact types are compared, so that a NumPy scalar (a float subclass) is not accepted silently.
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -47,9 +47,9 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _alone(tensor: Tensor, others: dict[str, Tensor]) -> Tensor:
-    """The tensor, or a copy where safetensors would refuse it: a view, or one whose memory is listed already.
+    """The tensor, or a copy if safetensors would refuse it: a view, or one whose memory is already in `others`.
 
-    Moments are as large as the model, so copying all of them is avoided.
+    Moments are as large as the model, so this avoids copying all of them.
     """
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     seen = any(tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in others.values())
@@ -57,7 +57,7 @@ def _alone(tensor: Tensor, others: dict[str, Tensor]) -> Tensor:
 
 
 def join_state(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The state that `split_state` took apart. Raises KeyError for a tensor that is not there."""
+    """The state that `split_state` split. Raises KeyError for a missing tensor."""
     if isinstance(tree, dict):
         if set(tree) == {_TENSOR}:
             return tensors[tree[_TENSOR]]

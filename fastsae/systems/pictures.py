@@ -1,4 +1,4 @@
-"""What the pictures of all systems share: their style, panels, and files that are whole or not there."""
+"""Shared by the pictures of all systems: style, panels, and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DPI = 130
 
 
 def styled(draw: Callable[P, None]) -> Callable[P, None]:
-    """Draws in this style; matplotlib looks it up whenever something is added to a figure."""
+    """Draws in this style; matplotlib reads the style whenever something is added to a figure."""
 
     @functools.wraps(draw)
     def in_style(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -46,7 +46,7 @@ def panels(n: int, *, columns: int | None = None, size: tuple[float, float] = (2
 
 
 def plane(axes: Axes) -> Axes:
-    """Axes for points of a plane: equal scales, no numbers."""
+    """Axes for points in the plane: equal scales, no ticks."""
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -56,11 +56,11 @@ def plane(axes: Axes) -> Axes:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG in one step; the same figure gives the same bytes."""
+    """Writes a PNG atomically; the same figure gives the same bytes."""
     canvas = FigureCanvasAgg(figure)
     replace_file(path, lambda partial: canvas.print_png(partial, metadata={"Software": None}))
 
 
 def palette(n: int) -> Sequence[Any]:
-    """n colours that neighbours in number do not share."""
+    """n colours, different for consecutive numbers."""
     return [matplotlib.colormaps["tab20"]((i % 10) * 2 + i // 10) for i in range(n)]

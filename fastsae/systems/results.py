@@ -1,8 +1,8 @@
-"""Results of a system: one JSON, replaced whole after every experiment, and tables from it.
+"""Results of a system: one JSON file, replaced after every experiment, and tables made from it.
 
     {"format": 1, "system": ..., "made_with": {...}, "experiments": {name: {"settings": ..., "seconds": ..., ...}}}
 
-A second run finds there what is done already; an experiment whose settings have changed is done again.
+A second run skips the experiments that are stored there, unless their settings have changed.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Results:
         return self.data["experiments"]
 
     def has(self, name: str, settings: dict[str, Any]) -> bool:
-        """Whether that experiment is there, with these settings."""
-        # Through JSON, which makes lists of tuples.
+        """Whether that experiment is stored with these settings."""
+        # Through JSON, which turns tuples into lists.
         return self.experiments.get(name, {}).get("settings") == json.loads(json.dumps(settings))
 
     def put(self, name: str, settings: dict[str, Any], record: dict[str, Any], order: Sequence[str]) -> None:
-        """Stores a record, and the file; records stand in `order`. Raises OSError; the old file is then untouched."""
+        """Adds a record and writes the file, sorted by `order`. Raises OSError; the old file is then unchanged."""
         records = {**self.experiments, name: {"settings": settings, **record}}
         rank = {known: i for i, known in enumerate(order)}
         self.data["experiments"] = dict(sorted(records.items(), key=lambda item: rank.get(item[0], len(rank))))
@@ -51,18 +51,18 @@ class Results:
 
 
 def read(path: Path, system: str) -> dict[str, Any]:
-    """A results file's content. Raises ValueError where it is damaged, or of another system or version."""
+    """A results file's content. Raises ValueError if it is damaged, or of another system or version."""
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); move it away, or choose another --out") from error
+        raise ValueError(f"{path} is not JSON ({error}); move it away, or choose another --out") from error
     if not isinstance(data, dict) or (data.get("format"), data.get("system")) != (FORMAT, system):
         raise ValueError(f"{path} holds no results of {system} in format {FORMAT}; choose another --out")
     return data
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right, its columns aligned for reading as it is."""
+    """A Markdown table with aligned columns, numbers to the right."""
     cells = [list(header), *map(list, lines)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -77,11 +77,11 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def median(values: Sequence[float]) -> float:
-    """The median; of an even number the mean of the middle two."""
+    """The median; for an even count the mean of the middle two."""
     return float(statistics.median(values))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The second least and the second largest: they hold the median of all seeds in 98 of 100 cases of ten seeds."""
+    """The second smallest and second largest. For ten seeds, they enclose the true median in 98 of 100 cases."""
     ordered = sorted(values)
     return (ordered[1], ordered[-2]) if len(ordered) > 3 else (ordered[0], ordered[-1])

@@ -1,4 +1,4 @@
-"""How a system is run: its experiments in turn, each stored when done, then tables and pictures of what is stored."""
+"""Runs a system: its experiments in turn, each stored when done, then tables and pictures of all stored results."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TABLE = "table.md"
 
 @dataclass(frozen=True)
 class System:
-    """What `fastsae reproduce` needs of a system.
+    """A system's interface to `fastsae reproduce`.
 
-    experiments   every experiment by name, in order; True: so small that the whole takes seconds.
-    settings      what decides whether a stored record is still that of an experiment: JSON.
+    experiments   every experiment by name, in order; True: so small that all of them take seconds.
+    settings      an experiment's settings as JSON; if they change, its stored record is out of date.
     ticks         how often an experiment calls `advance`.
-    perform       runs one for these seeds: the record to store, and what its own pictures show.
-    draw_one      those pictures, from name, experiment, what is shown and the folder.
-    draw_all      pictures over all stored records.
+    perform       runs one for these seeds; returns the record to store, and the data of its own pictures.
+    draw_one      draws those pictures, from name, experiment, their data and the folder.
+    draw_all      draws pictures of all stored records.
     tables        Markdown from the stored records.
     """
 
@@ -46,15 +46,15 @@ def reproduce(
     name: str, system: System, folder: Path, *, seeds: int = 10, quick: bool = False, only: Sequence[str] = (),
     progress: bool = True, threads: int = 1,
 ) -> str:  # fmt: skip
-    """Runs what is not in `folder` yet and returns the tables; results.json, table.md and pictures lie there.
+    """Runs the experiments missing in `folder`, writes results.json, table.md and pictures there, returns the tables.
 
     only: these experiments, by name. threads: of the CPU; SAEs this small are slower with more than one.
-    Raises ValueError for an unknown experiment or fewer than one seed, and BlockingIOError while another process writes
-    there. KeyboardInterrupt loses the experiment under way and nothing else.
+    Raises ValueError for an unknown experiment or fewer than one seed, and BlockingIOError if another process is
+    writing there. KeyboardInterrupt loses only the current experiment.
     """
     experiments = system.experiments(quick)
     if unknown := [one for one in only if one not in experiments]:
-        raise ValueError(f"no experiment {', '.join(map(repr, unknown))}; there are {', '.join(experiments)}")
+        raise ValueError(f"no experiment {', '.join(map(repr, unknown))}; expected {', '.join(experiments)}")
     if seeds < 1 or threads < 1:
         raise ValueError(f"seeds is {seeds} and threads {threads}, expected at least 1 of each")
     chosen = list(dict.fromkeys(only)) or list(experiments)
@@ -66,7 +66,7 @@ def reproduce(
         settings = {one: {"seeds": seeds, **system.settings(experiments[one])} for one in chosen}
         missing = [one for one in chosen if not results.has(one, settings[one])]
         if len(missing) < len(chosen):
-            log.info("%d of %d experiments are in %s already", len(chosen) - len(missing), len(chosen), folder)
+            log.info("%d of %d experiments are already in %s", len(chosen) - len(missing), len(chosen), folder)
         with tqdm(
             total=sum(system.ticks(experiments[one]) for one in missing), disable=not progress, unit="epoch"
         ) as bar:
@@ -82,7 +82,7 @@ def reproduce(
         replace_file(folder / TABLE, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
         return text
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; what was done is in {folder}, and the same command goes on") from None
+        raise KeyboardInterrupt(f"interrupted; what was done is in {folder}; the same command continues") from None
     finally:
         torch.set_num_threads(before)
         os.close(lock)

@@ -41,7 +41,7 @@ def _published(given: Mapping[str, Any]) -> str:
 
 
 def tables(records: Mapping[str, Any]) -> str:
-    """The records as Markdown: entropies beside the published ones, test loss by latents, what each change gives."""
+    """The records as Markdown: entropies beside the published ones, test loss by latents, the effect of each change."""
     header = ["median entropy (below 0.1)", "published", "ours, faithful", "ours, better", "k-means, published",
               "k-means, ours"]  # fmt: skip
     lines = []
@@ -73,7 +73,7 @@ def _losses(records: Mapping[str, Any]) -> dict[int, float]:
 
 
 def _stages(records: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
-    """Datasets, and for each stage its entropies on them."""
+    """The datasets, and each stage's entropies on them."""
     datasets = [d for d in points.CLASSES if f"stage-restarts-{d}" in records and d in records]
     if not datasets:
         return None
@@ -91,7 +91,7 @@ def _stages(records: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | N
 
 
 def _middle(values: Tensor) -> int:
-    """The seed whose value is the middle one."""
+    """The seed of the median value."""
     return int(values.argsort()[len(values) // 2])
 
 
@@ -159,7 +159,7 @@ def _draw_clusters(name: str, shown: Shown, folder: Path) -> None:
 
 
 def _matched(clusters: Tensor, labels: Tensor, n: int) -> Tensor:
-    """Clusters renamed to the classes that they share most points with, each name once, so that colours agree."""
+    """Clusters renamed to the classes with which they share most points, each once, so that colours match."""
     counts = torch.zeros(n, n).index_put_((clusters, labels), torch.ones(len(labels)), accumulate=True)
     names = torch.full((n,), -1)
     for _ in range(n):

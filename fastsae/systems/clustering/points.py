@@ -21,9 +21,9 @@ CENTRES = {
 STICKS = (((-0.2, 0.2), (-10.0, -2.0)), ((7.0, 15.0), (-0.2, 0.2)))
 """The lollipops' sticks: (x from, to), (y from, to)."""
 APART = 8.0
-"""The least distance of two centres of random blobs."""
+"""The least distance between two centres of random blobs."""
 LIKELY = 4
-"""A class weighs 1 to so much."""
+"""The largest weight of a class; the smallest is 1."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def class_weights(classes: int, seed: int) -> list[int]:
 
 
 def shares(n: int, weights: list[int]) -> list[int]:
-    """n points dealt out by weight, rounded down; what is left over goes to the first class."""
+    """n points split by weight, rounded down; the first class gets the remainder."""
     counts = [n * weight // sum(weights) for weight in weights]
     counts[0] += n - sum(counts)
     return counts
@@ -63,7 +63,7 @@ def random_layout(classes: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(dataset: str, n: int, *, weights_seed: int, seed: int) -> Points:
-    """n points of a dataset: `seed` draws them, `weights_seed` the weights of the classes and random blobs' layout.
+    """n points of a dataset: `seed` for the points, `weights_seed` for the classes' weights and random blobs' layout.
 
     Raises ValueError for an unknown dataset or n < 1.
     """
@@ -90,10 +90,10 @@ def draw(dataset: str, n: int, *, weights_seed: int, seed: int) -> Points:
 
 
 def entropy(clusters: Tensor, labels: Tensor) -> Tensor:
-    """Σ_c (n_c / n)·H(class | cluster c), in nats: 0 where every cluster is of one class.
+    """Σ_c (n_c / n)·H(class | cluster c), in nats: 0 if every cluster has one class only.
 
     clusters (*B, n): any whole numbers of at least 0, with gaps or without; labels (*B, n). Returns float64 (*B,).
-    Raises ValueError where there is no point, or the shapes differ.
+    Raises ValueError if there is no point, or the shapes differ.
     """
     if clusters.shape != labels.shape or clusters.shape[-1] == 0:
         raise ValueError(
@@ -117,9 +117,9 @@ def nearest(xy: Tensor, centres: Tensor) -> Tensor:
 
 
 def seed_centres(xy: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k of the points xy (R, n, d), each drawn with a chance ∝ its squared distance to those drawn before: (R, k, d).
+    """k of the points xy (R, n, d), each with probability ∝ its squared distance to the earlier ones: (R, k, d).
 
-    Of 2 + ⌊ln k⌋ candidates the one that leaves the least distance is taken. Source: Arthur & Vassilvitskii 2007
+    Of 2 + ⌊ln k⌋ candidates, it takes the one that leaves the least distance. Source: Arthur & Vassilvitskii 2007
     (k-means++), with the greedy choice of its section 5.
     """
     runs, n, _ = xy.shape
@@ -140,10 +140,10 @@ def seed_centres(xy: Tensor, k: int, generator: torch.Generator) -> Tensor:
 def k_means(xy: Tensor, k: int, *, restarts: int = 10, iterations: int = 100, seed: int = 0) -> Tensor:
     """Centres (B, k, d) of point sets xy (B, n, d): Lloyd's iteration from k-means++, the best of `restarts`.
 
-    An empty cluster keeps its centre. Raises ValueError where there are fewer points than clusters.
+    An empty cluster keeps its centre. Raises ValueError if there are fewer points than clusters.
     """
     if xy.shape[-2] < k:
-        raise ValueError(f"k-means wants k = {k} clusters of {xy.shape[-2]} points; give at least as many points")
+        raise ValueError(f"k-means got k = {k} clusters of {xy.shape[-2]} points; give at least k points")
     sets, _, width = xy.shape
     runs = xy.repeat_interleave(restarts, 0)
     centres = seed_centres(runs, k, torch.Generator().manual_seed(seed))

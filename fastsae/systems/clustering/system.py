@@ -1,11 +1,11 @@
-"""SAEs that cluster points of the plane: one latent per class; a point's cluster is its active latent.
+"""SAEs that cluster points in the plane: one latent per class; a point's cluster is its active latent.
 
-A point becomes its similarities to anchors of the same distribution, e_j = exp(-‖p - a_j‖² / (2 (v + 1e-5) s²)), v the
+A point is embedded as similarities to anchors of its distribution, e_j = exp(-‖p - a_j‖² / (2 (v + 1e-5) s²)), v the
 anchors' variance summed over axes, s = 2 / classes; a top-1 SAE with unit rows reconstructs that.
 Source: the public code RobertHuben/point_cloud_sae. Two faults are not copied: encoder rows are normalized per latent,
-and the entropy is right when cluster ids have gaps.
+and the entropy is right even if cluster ids have gaps.
 
-`BETTER` is what of the recipe is changed to do better, without labels and without test points: see `spectral`.
+`BETTER` changes the recipe to do better, without using labels or test points: see `spectral`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Recipe:
     """Data, embedding, model, loss and schedule; the defaults are the published ones.
 
     embedding      "anchors", or "spectral" of the training points.
-    scale          of the anchors' embedding, times 2 / classes.
-    neighbours     how far the spectral embedding sees: so many nearest points, as a share of all.
-    more_features  latents beside one per class; may be negative.
-    trained_on     points, all epochs together.
-    start          rows "random", or "spread" over the training points.
+    scale          s of the anchors' embedding, as a multiple of 2 / classes.
+    neighbours     range of the spectral embedding: number of nearest points, as a share of all.
+    more_features  latents beyond one per class; may be negative.
+    trained_on     points over all epochs.
+    start          initial rows: "random", or "spread" over the training points.
     restarts       SAEs per seed; the one with the least loss on the training points is kept.
     """
 
@@ -79,7 +79,7 @@ STAGES = {
     "spread": "and rows spread over the points",
     "restarts": "and the best of ten by training loss",
 }
-"""What the better recipe changes, one after the other; the spectral embedding is the last."""
+"""The changes of the better recipe, in order; the spectral embedding is the last."""
 RATE: dict[str, Any] = {"lr": 1e-3, "cosine": True, "trained_on": 50_000}
 SPREAD: dict[str, Any] = {**RATE, "start": "spread"}
 RESTARTS: dict[str, Any] = {**SPREAD, "restarts": 10}
@@ -121,12 +121,13 @@ def embed(xy: Tensor, anchors: Tensor, s: float) -> Tensor:
 
 
 def spectral(train: Tensor, test: Tensor, dimensions: int, neighbours: float) -> tuple[Tensor, Tensor]:
-    """Both as unit vectors (S, n, dimensions) of the graph Laplacian's first eigenvectors on the training points.
+    """Training and test points as unit vectors (S, n, dimensions): the training graph Laplacian's first eigenvectors.
 
     Similarities to the training points, exp(-‖p - a‖² / 2h²), are divided by √degree of both points and projected on
-    the first eigenvectors of the training points' own; test points go the same way (Nyström). h: the median distance
-    to the `neighbours`·n-th nearest point. The points around one peak of the density become one direction, whatever
-    their shape, and directions are nearly orthogonal: that is what a top-1 SAE with unit rows can tell apart.
+    the first eigenvectors of the training points' own; test points are projected in the same way (Nyström). h: the
+    median distance to the `neighbours`·n-th nearest point. All points around one peak of the density get nearly the
+    same direction, whatever their shape, and different peaks are nearly orthogonal: a top-1 SAE with unit rows can
+    separate them.
     Source: Ng, Jordan & Weiss 2001 (On Spectral Clustering); Bengio et al. 2004 for new points.
     """
     n = train.shape[-2]
@@ -139,13 +140,13 @@ def spectral(train: Tensor, test: Tensor, dimensions: int, neighbours: float) ->
     out = []
     _, V = torch.linalg.eigh(own / (degrees.mT * degrees).sqrt())
     for similarity in (own, torch.exp(-squared_distances(test.double(), wide) / (2 * h2))):
-        # A row's own degree only sets its length, which goes with the last step.
+        # A row's own degree only scales it, which the last step undoes.
         out.append(F.normalize(similarity / degrees.sqrt() @ V[..., -dimensions:], dim=-1).float())
     return out[0], out[1]
 
 
 def embedded(recipe: Recipe, clouds: Clouds) -> tuple[Tensor, Tensor]:
-    """Training and test points as the SAEs see them."""
+    """The SAEs' inputs: training and test points, embedded."""
     if recipe.embedding == "spectral":
         return spectral(clouds.train, clouds.test, recipe.features, recipe.neighbours)
     s = 2 / points.CLASSES[recipe.dataset] * recipe.scale
@@ -206,9 +207,9 @@ class Trained:
 
 @torch.no_grad()
 def best(recipe: Recipe, saes: SAEBatch, x: Tensor, test: Tensor) -> Trained:
-    """What the SAE with the least loss on the training points makes of the test points, for each seed.
+    """For each seed, the clusters of the test points by the SAE with the least loss on the training points.
 
-    A point on which no latent is active counts to the first. Adjoint: the largest of ⟨e, W_dec_i⟩ instead.
+    A point without an active latent belongs to cluster 0. Adjoint: the cluster is the largest ⟨e, W_dec_i⟩ instead.
     """
     S, R = len(x), recipe.restarts
     losses = saes(x.repeat_interleave(R, 0)).losses["mse"]
@@ -234,7 +235,7 @@ def run(
         "test_loss": trained.test_loss,
         "dead": trained.dead,
     }
-    if recipe.embedding == "spectral":  # what of the gain is the embedding's
+    if recipe.embedding == "spectral":  # how much of the gain comes from the embedding
         centres = points.k_means(x, recipe.features)
         measured["k_means_on_embedding"] = points.entropy(points.nearest(test, centres), clouds.labels)
     return trained, {name: [round(v, 6) for v in value.tolist()] for name, value in measured.items()}
@@ -273,7 +274,7 @@ def _pair(recipe: Recipe) -> dict[str, Recipe]:
 
 @dataclass(frozen=True)
 class Shown:
-    """What the pictures of one experiment show: clouds, SAEs by recipe, k-means' clusters (S, n) or None."""
+    """The data of one experiment's pictures: clouds, SAEs by recipe, k-means' clusters (S, n) or None."""
 
     clouds: Clouds
     trained: dict[str, Trained]
@@ -283,7 +284,7 @@ class Shown:
 def perform(
     experiment: Experiment, seeds: Sequence[int], advance: Callable[[], object] = lambda: None
 ) -> tuple[dict[str, Any], Shown]:
-    """Runs every recipe of an experiment, and k-means; returns the record to store, and what there is to be seen."""
+    """Runs every recipe of an experiment, and k-means; returns the record to store, and the pictures' data."""
     recipe = next(iter(experiment.recipes.values()))
     clouds = draw(recipe, seeds)
     record: dict[str, Any] = {"title": experiment.title, "published": experiment.published}
@@ -297,7 +298,7 @@ def perform(
 
 
 def experiments(quick: bool = False) -> dict[str, Experiment]:
-    """Every experiment by name, in order. quick: the same on so few points and steps that figures mean nothing."""
+    """Every experiment by name, in order. quick: with so few points and steps that figures mean nothing."""
     basic, random_blobs = Recipe(), Recipe("random_blobs")
     published: dict[str, dict[str, Any]] = {
         "basic_blobs": {"median": 0.006, "share": 1.0, "k_means": 0.006},
