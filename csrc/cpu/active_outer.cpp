@@ -62,7 +62,7 @@ void active_outer_typed(const Codes& c, const LatentOrder& order, const Matrix& 
   const auto out_row = [&](int64_t i) { return static_cast<T*>(out.data) + i * out.stride; };
 #pragma omp parallel num_threads(team(threads, (last + M) * D))
   {
-    // The largest first; whoever finds none left goes on with the short ones.
+    // The largest first; a thread that finds none left goes on with the short ones.
 #pragma omp for schedule(dynamic, 1) nowait
     for (size_t p = 0; p < pieces.size(); ++p)
       sum_rows<T>(rows(pieces[p].begin, pieces[p].end), D, partial.get() + p * D);

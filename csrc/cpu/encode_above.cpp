@@ -1,6 +1,6 @@
 // The raw pre-acts x Wᵀ + b, sign kept, of every latent above its threshold, as ragged codes.
 //
-// Screened like encode_topk, but a threshold needs no certificate: whoever's upper bound stays below it is below it. What
+// Screened like encode_topk, but a threshold needs no certificate: a latent whose upper bound stays below it is below it. What
 // passes is scored in fp32 and compared again. NaN counts as above. Thresholds are per latent or per token.
 #include <algorithm>
 

@@ -1,6 +1,6 @@
 // The N·K largest of relu(x Wᵀ + b) over the whole batch, as ragged codes; ties go to the lower token, then the lower latent.
 //
-// One bar for the whole batch, guessed from a sample of tokens and latents; whoever scores above it is found as encode_above
+// One bar for the whole batch, guessed from a sample of tokens and latents; the latents above it are found as encode_above
 // does, and the N·K best of those are chosen. If they are fewer than N·K the batch is redone with a lower bar. No flat top-k
 // over N·M numbers.
 #include <cmath>
@@ -112,7 +112,7 @@ int64_t encode_batch_topk(const EncodeArgs& a, const RaggedCodes& out) {
     }
     const Scored all = score_above(a, bar);
     redone += all.scored_in_full;
-    // Whoever is left out scores no more than the bar: as many as wanted above it are the best.
+    // A latent left out scores no more than the bar: as many as wanted above it are the best.
     if (bar <= 0.f || (wanted && int64_t(all.scores.size()) >= wanted)) {
       write_best(all, wanted, out);
       break;

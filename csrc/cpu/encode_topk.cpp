@@ -1,11 +1,11 @@
 // acts, indices = the K largest of relu(scale · (x Wᵀ + b)) per token; (N, M) is never stored.
 //
 // A thread takes a panel of tokens: narrow it, guess a bar per token from a sample of the dictionary, screen the dictionary
-// tile by tile against the bars, score the K best bounds of each token in fp32. Whoever's bound reaches the K-th score found
-// is a rival; rivals of all tokens are scored latent by latent, so that the rows gathered are those of x, which stay in L3,
-// and not those of W, which do not. A token whose K-th score does not clear the guessed bar has no certificate; it is redone
-// with bar 0, under which nothing that counts is left out. What even then does not fit its list (masses of ties) or is not
-// finite is scored in fp32 in full.
+// tile by tile against the bars, score the K best bounds of each token in fp32. A latent whose bound reaches the K-th score
+// found is a rival; rivals of all tokens are scored latent by latent, so that the rows gathered are those of x, which stay in
+// L3, and not those of W, which do not. A token whose K-th score does not clear the guessed bar has no certificate; it is
+// redone with bar 0, under which nothing that counts is left out. What even then does not fit its list (masses of ties) or is
+// not finite is scored in fp32 in full.
 //
 // Flops 2·N·M·D narrow, about 8·N·K·D in fp32. Bytes: the packed copy once per panel from L3, N·K rows of W, some 3·N·K of x.
 // The result is the K best by (fp32 score, lower index), whatever the panel, the bar or the number of threads.

@@ -1,9 +1,9 @@
 // See ragged.h.
 //
-// A thread takes a group of tiles past all tokens, panel by panel, and scores in fp32 whoever's bound passed before it goes on:
-// the group's rows of W stay in L2 throughout, a token's row comes from L3 once a group, and candidates, several times as many
-// as survivors, are never stored. Where they are few that costs what gathering rows of x costs; where they are many, a
-// token meets several of the group's latents and its row is read once for four of them.
+// A thread takes a group of tiles past all tokens, panel by panel, and scores in fp32 the latents whose bound passed before it
+// goes on: the group's rows of W stay in L2 throughout, a token's row comes from L3 once a group, and candidates, several
+// times as many as survivors, are never stored. Where they are few that costs what gathering rows of x costs; where they are
+// many, a token meets several of the group's latents and its row is read once for four of them.
 //
 // Flops 2·N·M·D narrow, 2·D in fp32 a candidate. Bytes: W and its copy once; x, packed and as it is, from L3 once a group.
 #include "ragged.h"

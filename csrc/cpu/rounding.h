@@ -40,7 +40,7 @@ FASTSAE_INLINE bf16 round_at_random(float v, uint32_t key, uint32_t index) {
   return {uint16_t((u + noise) >> 16)};
 }
 
-// yes where `chosen`, else no, without a branch: GCC 12 vectorises no loop that would compute a float for one side only.
+// yes where `chosen`, else no, without a branch: GCC 12 vectorizes no loop that would compute a float for one side only.
 FASTSAE_INLINE uint32_t pick(bool chosen, uint32_t yes, uint32_t no) { return no ^ ((yes ^ no) & -uint32_t(chosen)); }
 
 template <class A> FASTSAE_INLINE void decode_block(const uint8_t* codes, float scale, int64_t n, A* out) {

@@ -42,7 +42,7 @@ struct Lists {
   void reset(int64_t count) { size.assign(count, 0), bar.assign(count, 0.f), spilled.assign(count, 0); }
 };
 
-// Where bars are given and nothing may be left out but by them: whoever passed, in (tile, token, position) order.
+// Where bars are given and only they may leave out latents: those that passed, in (tile, token, position) order.
 struct Sieve {
   const float* bar;      // [count] a latent is left out only if u <= bar
   int64_t first;         // packed position that counts as 0
@@ -82,7 +82,7 @@ struct ScreenKernel {
 };
 
 // Makes room in a full list of one token. At least `keep` latents are known to score no less than the keep-th largest lower
-// bound (or, guessing, the keep-th largest estimate): whoever's upper bound is not above it is out.
+// bound (or, guessing, the keep-th largest estimate): a latent whose upper bound is not above it is out.
 void prune(const ScreenCall& call, Lists& lists, int64_t token);
 
 extern const ScreenKernel screen_f32;

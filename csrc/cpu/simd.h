@@ -110,7 +110,7 @@ template <class T> FASTSAE_INLINE void store_reg(T* p, reg<acc_t<T>> v) {
 }
 
 // a * b + c with one rounding, where the instruction set has it. For scalar tails: left to itself the compiler makes two
-// versions of such a loop, one of them vectorised, and takes the one or the other by where the arrays happen to lie; only
+// versions of such a loop, one of them vectorized, and takes one or the other by where the arrays happen to lie; only
 // one of them fuses, and the last bit of a sum would depend on addresses.
 template <class A> FASTSAE_INLINE A multiply_add(A a, A b, A c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)

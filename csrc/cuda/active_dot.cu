@@ -1,6 +1,6 @@
 // out[n, k] = ⟨x[n], W[indices[n, k]]⟩ at the active latents only; 0 in empty slots (the gradient of the acts).
 //
-// A warp takes DOTS neighbouring slots, whoever's they are, so that tokens of any length are shared out evenly; a ragged
+// A warp takes DOTS neighbouring slots, of one token or several, so that tokens of any length are shared out evenly; a ragged
 // slot finds its token by search. The bits are those of the exact score (dots.h).
 // Bytes: nnz·D·sizeof(W) + nnz·D·sizeof(x), the latter from L1 + nnz·(4 + 2·sizeof(acts)). Flops: 2·nnz·D.
 #include "codes.h"

@@ -26,13 +26,13 @@ inline const char* name_of(Dtype t) {
   return names[static_cast<int>(t)];
 }
 
-// torch's dtypes, in the order of ours. They are never let go of: the interpreter may be gone first.
+// torch's dtypes, in the order of ours. They are never released: the interpreter may end first.
 inline std::vector<py::handle>& known_dtypes() {
   static std::vector<py::handle> known;
   return known;
 }
 
-// Once, when the module is made: an import under a lock of C++'s could wait for ever for a thread that wants the lock.
+// Once, when the module is made: an import under a lock of C++'s could wait forever for a thread that waits for that lock.
 inline void learn_dtypes() {
   const py::module_ torch = py::module_::import("torch");
   for (int i = 0; i <= static_cast<int>(Dtype::b8); ++i)

@@ -6,8 +6,8 @@
 // A thread has one slot, or one latent. A counting sort of our own would have to be stable too, which takes a histogram of
 // M for each block of slots: at M = 131072 more bytes than the radix sort's passes over the ceil(log2(M + 1)) bits of the
 // keys, 3 of 8 bits up to M = 2^24.
-// Bytes: slots·(4 + sizeof(act) + 12) for the keys, 3·16·slots and 4·slots in the sort, slots·(4 + 4 + 8 + 4 + 16) for the entries, 8·M.
-// Flops: none; log2(slots)·M + (ragged) log2(N)·slots comparisons. Workspace: 24 bytes a slot and CUB's.
+// Bytes: slots·(4 + sizeof(act) + 12) for the keys, 3·16·slots and 4·slots in the sort, slots·(4 + 4 + 8 + 4 + 16) for the
+// entries, 8·M. Flops: none; log2(slots)·M + (ragged) log2(N)·slots comparisons. Workspace: 24 bytes a slot and CUB's.
 #include "codes.h"
 #include "launch.h"
 #include "search.h"
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   bool occupied = codes.inside(slot);
 
   const int64_t row = codes.offsets ? count_up_to(codes.offsets, codes.n + 1, slot) - 1 : slot / codes.k;
-  occupied = occupied && row >= 0 && row < codes.n;  // a slot past the last offset is nobody's
+  occupied = occupied && row >= 0 && row < codes.n;  // a slot past the last offset has no token
   if (!codes.offsets || values) {
     const float act = widen(codes.acts[slot]);
     occupied = occupied && act != 0.f;

@@ -1,9 +1,9 @@
 // From a token's survivors those that can be among its K largest, and whether it is certain that they all are there.
 //
 // A team takes one token: a warp where lists are short, a block where they are long. With L the K-th largest lower end
-// v - e of the survivors, K latents score at least L; so only v + e >= L can belong to the K largest. Who did not survive
-// scores at most the bar τ: where L > τ nobody was left out, and where τ = 0 nobody who could be (an act of 0 is an empty
-// slot). Such a token is certified, unless a list was too short. Both ends of the first HELD survivors stay in shared
+// v - e of the survivors, K latents score at least L; so only v + e >= L can belong to the K largest. A latent that
+// did not survive scores at most the bar τ: if L > τ no latent is missing, and if τ = 0 only latents whose act would be 0
+// (an empty slot). Such a token is certified, unless a list was too short. Both ends of the first HELD survivors stay in shared
 // memory; those of a longer list are computed anew in each of the selection's rounds, from L1 and L2.
 // Bytes: 8 a survivor + three sectors of the table, from L2 mostly, 8 a candidate. Flops: about 30 a survivor.
 #include "encode.h"

@@ -1,5 +1,5 @@
 // A sparse code over n tokens, as kernels read it. Fixed K: offsets is null, k slots a token, and an act of 0 is an empty
-// slot. Ragged: token t owns slots offsets[t] .. offsets[t + 1]. Nobody looks at indices on a GPU before a kernel does, so
+// slot. Ragged: token t owns slots offsets[t] .. offsets[t + 1]. On a GPU nothing checks indices before a kernel reads them, so
 // a slot whose latent is outside the dictionary counts as empty, and offsets end where the slots do: nothing is read there.
 #pragma once
 #include "device.h"

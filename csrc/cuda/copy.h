@@ -108,7 +108,7 @@ class Stages {
     __syncthreads();
   }
 
-  // Every thread comes here, after a barrier behind which nobody reads what the stage held. none: nothing is left to copy,
+  // Every thread comes here, after a barrier behind which no thread reads the stage. none: nothing is left to copy,
   // but the stages go on being counted.
   template <int ROWS> __device__ void begin(int stage, const RowCopy (&rows)[ROWS], bool none) const {
     if (has_copy_engine()) {

@@ -13,7 +13,7 @@ std::tuple<int, std::string, int, int> status();
 // What the build has code for, in nvcc's names.
 std::string architectures();
 
-// Makes where.device current for as long as this lives.
+// Makes where.device current during its lifetime.
 class OnDevice {
  public:
   explicit OnDevice(const Where& where);

@@ -78,7 +78,7 @@ template <class T> Shape gather_shape(int64_t owners, int64_t D) {
   return {dim3(ceil_div(owners, down), ceil_div(D, across * V<T>)), dim3(across, down)};
 }
 
-// sums: (pieces.capacity, D) float, where anybody can be long.
+// sums: (pieces.capacity, D) float, where an owner can be long.
 template <bool ALIGNED, class T, class Entries, class Finish>
 void gather(const Where& where, const char* name, const Entries& entries, const Pieces& pieces, const T* matrix, float* sums,
             int64_t D, const Finish& finish) {

@@ -108,7 +108,7 @@ __device__ inline Kth kth_key(int count, int k, Bins& bins, const KeyAt& key_at)
     if (bins.digit < 0) return {0, 0, 0};
     found |= bins.digit << shift;
     result.free -= bins.above;
-    result.ties = bins.inside;  // nobody writes here again before the second of the next round's barriers
+    result.ties = bins.inside;  // no thread writes here again before the second of the next round's barriers
   }
   result.key = found;
   return result;

@@ -136,7 +136,8 @@ inline int64_t staged_bytes(int64_t weight, int64_t moment, bool tied, int64_t D
 
 constexpr int64_t STAGED_COLUMNS = 8192;  // the most of a row in registers
 
-// Both foresee before they launch. update_rows.cu: for rows of whole 16 bytes, at most STAGED_COLUMNS of them, that fit.
+// Both check the launch (foresee) before they change anything. update_rows.cu: for rows of whole 16 bytes, at most
+// STAGED_COLUMNS of them, that fit.
 template <class T, class Moment>
 void update_rows(const Where&, const LatentEntries<T>&, const Pieces&, const PieceSums&, const Update<T, Moment>&,
                  int64_t programs);

@@ -18,7 +18,7 @@ struct Shape {
 
 inline void check(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
-  (void)cudaGetLastError();  // what was reported here is not reported again to somebody else
+  (void)cudaGetLastError();  // clears the error, so that no later call reports it again
   throw Error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 

@@ -1,8 +1,8 @@
 // Owners of many entries (long tokens of a ragged code, latents in common use), cut into pieces of equal length, so that
 // no block has much more to add than another and the order of every sum stays fixed.
 //
-// Who has more than `length` entries is summed by pieces: a block adds one piece into a row of a workspace, and whoever
-// computes the owner adds those rows in order. first (owners + 1,) int32: the first piece of each owner, ascending;
+// An owner with more than `length` entries is summed by pieces: a block adds one piece into a row of a workspace, and the
+// owner's own block adds those rows in order. first (owners + 1,) int32: the first piece of each owner, ascending;
 // first[owners] is how many there are, which only the device knows, so as many blocks are launched as there can be.
 // fastsae/backends/gpu/pieces.py has the arithmetic.
 #pragma once
@@ -13,7 +13,7 @@
 namespace fastsae {
 
 struct Pieces {
-  const int32_t* first;  // null where nobody can be long
+  const int32_t* first;  // null where no owner can be long
   int64_t owners, length, capacity;
 
   __device__ bool cut(int64_t owner) const { return first && first[owner + 1] > first[owner]; }

@@ -2,7 +2,7 @@
 //
 // Two passes with a prefix sum between them: count, then emit. A token's scores come from its list of exactly scored
 // survivors, a warp to a token; where that list was too short every latent is scored again, in both passes, by a block,
-// because nobody but the device knows which tokens those are. Entries ascend by latent because lists and walks do. For the
+// because only the device knows which tokens those are. Entries ascend by latent because lists and walks do. For the
 // histogram a warp takes DOTS rows of W for a few tokens, from L1 where D is small enough.
 // Bytes: 8 a listed score in each pass, 8 an entry written; M·D·sizeof(W) in each for a token whose list was too short, and
 // N/TOKENS times that for a histogram, from L2 mostly. Flops: 2·M·D a token that is scored again.

@@ -1,9 +1,9 @@
 // The K largest positive scores of a token's candidates as a fixed code: indices ascending, ties to the lower index.
 //
-// A team takes one token: a warp where candidates are few, a block where they are many. The K-th largest key, and where
-// more share it than have a place, the largest index still taken likewise; then the chosen are gathered in shared memory
-// and sorted by latent, bitonically: 15 steps for K = 32, 66 for 2048, where counting the smaller ones would take 2048² of
-// them. Bytes: 8 a candidate (again from L1 in each round), N·K·(4 + sizeof(acts)). Flops: about 25 a candidate, integer,
+// A team takes one token: a warp where candidates are few, a block where they are many. It finds the K-th largest key and,
+// where more share it than have a place, the largest index still taken, the same way; then the chosen are gathered in shared
+// memory and sorted by latent, bitonically: 15 steps for K = 32, 66 for 2048, where counting the smaller ones would take 2048²
+// of them. Bytes: 8 a candidate (again from L1 in each round), N·K·(4 + sizeof(acts)). Flops: about 25 a candidate, integer,
 // and K·log²K.
 #include "encode.h"
 #include "keys.h"
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(WARPS* TEAMS* WARP, BLOCKS) top_k_kernel(Candi
   using Members = Team<WARPS>;
   const int team = WARPS == 1 ? warp() : 0;
   const int64_t n = int64_t{blockIdx.x} * TEAMS + team;
-  if (n >= s.N || !s.certified[n]) return;  // tokens that are not certified are somebody else's
+  if (n >= s.N || !s.certified[n]) return;  // exhaustive.cu does tokens that are not certified
   SHARED(Bins[TEAMS], bins);
   SHARED(int[WARPS], of_warp);
   uint64_t* chosen = dynamic_shared<uint64_t>() + team * s.places;  // latent above, score's bits below

@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
     }
 
-    // The barrier in add is also the one behind which nobody reads the staged rows. The next ones are begun where the
+    // The barrier in add is also the one behind which no thread reads the staged rows. The next ones are begun where the
     // fewest registers are in use.
     if (u.unit_norm) sums.add(square);
     else __syncthreads();

@@ -1,8 +1,8 @@
-"""The words in which several ops refuse their arguments: what was got, what was expected, what to do.
+"""The checks of arguments that several ops share. A message says what was got, what was expected, what to do.
 
-A public function checks what its raw op cannot see: leading batch dimensions, whose codes they are, whose screen. The
-raw op checks the rest, for every caller, before a backend uses a size or an index as an address. No check costs a host
-sync unless its docstring says so.
+A public function checks what its raw op cannot see: leading batch dimensions, the dictionary of its codes and of its
+screen. The raw op checks the rest, for every caller, before a backend uses a size or an index as an address. No check
+costs a host sync unless its docstring says so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def same_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def same_kind(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    """Same dtype and device. Where autocast is on it has cast by now."""
+    """Same dtype and device. Autocast, if it is on, has cast before."""
     if t.dtype != other.dtype:
         raise TypeError(
             f"{name} has dtype {t.dtype} but {other_name} has {other.dtype}; cast with {name}.to({other.dtype}), or "
@@ -139,8 +139,8 @@ def rows_of_code(name: str, x: Tensor, acts: Tensor, offsets: Tensor | None) -> 
 
 
 def code_inside(indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
-    """On the CPU, where values are at hand: raises IndexError for a code that points outside the dictionary, ValueError
-    for offsets past its end."""
+    """On the CPU, where reading values is free: raises IndexError for a code that points outside the dictionary,
+    ValueError for offsets past its end."""
     if indices.device.type != "cpu":
         return
     if offsets is not None:
@@ -176,8 +176,8 @@ def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: f
         raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0")
     if kind == "adam" and weight_decay:
         raise ValueError(
-            f"weight_decay is {weight_decay} and optimizer 'adam', which has none; pass optimizer='adamw' for decay "
-            "apart from the gradient"
+            f"weight_decay is {weight_decay} and optimizer 'adam', which has none; pass optimizer='adamw' for "
+            "decoupled decay"
         )
 
 
