@@ -14,7 +14,7 @@ class TrainConfig:
     """How to train. Raises ValueError at construction for values that do not fit."""
 
     steps: int | None = None
-    """Number of updates. Left out: as many as `tokens` needs, or else one pass over the data."""
+    """Number of updates, skipped ones included. Left out: as many as `tokens` needs, or else one pass over the data."""
     tokens: int | None = None
     """Tokens to train on, rounded up to whole batches; the data repeats if it is shorter."""
     batch_size: int = 4096
