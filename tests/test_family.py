@@ -221,7 +221,7 @@ def test_bad_rules_are_refused(make, message: str) -> None:
     (fastsae.TopK(2), {"tied": True, "d_out": D + 1, "pre_bias": False}, "tied weights need one width"),
     (fastsae.TopK(2), {"layers": 5}, "layers is 5, expected a divisor of d_in = 12"),
     (fastsae.TopK(2), {"init_norm": 0.0}, "init_norm is 0.0, expected a number above 0"),
-    (fastsae.TopK(2), {"init_norm": 0.1, "tied": True}, "tied rows of unit norm start at 1"),
+    (fastsae.TopK(2), {"init_norm": 0.1, "tied": True}, "tied unit rows start at 1"),
     (fastsae.TopK(2), {"ghost": "scary"}, "ghost is 'scary', expected one of None, residual, pull"),
     (fastsae.TopK(2), {"ghost": "pull", "aux_k": 2}, "both revive dead latents"),
     (fastsae.TopK(2), {"ghost": "pull", "d_out": 5, "pre_bias": False}, "ghost='pull' turns encoder and decoder"),
