@@ -37,7 +37,7 @@ class SparseCodes:
     offsets: Tensor | None = None
     batch_shape: tuple[int, ...] = ()
     redone: Tensor | None = None
-    made_by: tuple[Any, Tensor] | None = field(default=None, repr=False)
+    made_by: tuple[Any, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.batch_shape:
@@ -100,12 +100,22 @@ class SparseCodes:
 
     @property
     def encoded(self) -> Any:
-        """The record of the encoder that made these acts, or None if an op has changed them since."""
-        return self.made_by[0] if self.made_by is not None and self.made_by[1] is self.acts else None
+        """The record of the encoder that made these acts, or None if acts or slots have changed since."""
+        if self.made_by is None:
+            return None
+        record, acts, version, indices, offsets = self.made_by
+        same = acts is self.acts and indices is self.indices and offsets is self.offsets
+        return record if same and acts._version == version else None
+
+    def note_made_by(self, record: Any) -> None:
+        """Says that an encoder with this record made the code as it is now."""
+        self.made_by = (record, self.acts, self.acts._version, self.indices, self.offsets)
 
     def _same_acts(self, other: SparseCodes) -> SparseCodes:
         """other, whose acts are acts of this code, each of the same token."""
-        other.made_by = None if self.encoded is None else (self.encoded, other.acts)
+        record, other.made_by = self.encoded, None
+        if record is not None:
+            other.note_made_by(record)
         return other
 
     def to(

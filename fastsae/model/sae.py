@@ -209,7 +209,7 @@ class SparseAutoencoder(Parameters):
 
     def _decoder_norms(self) -> Tensor:
         """Σ_l ‖W_dec_i,l‖: (M,), float32 at least."""
-        ledger = ledgers.open_ledger(self.W_dec)
+        ledger = ledgers.open_ledger(W_dec=self.W_dec)
         if ledger is None:
             return reference.decoder_norms(wide(self.W_dec), self.layers)
         return ledgers.decoder_norms(self.W_dec, self.layers, ledger)
@@ -264,7 +264,7 @@ class SparseAutoencoder(Parameters):
         held = ledger is not None
         ready = self.inputs(x, target, held=held)
         if ledger is not None:
-            ledger.pre_bias = self.pre_bias  # a first target may have switched it off
+            ledger.set_pre_bias(self.pre_bias)  # a first target may have switched it off
         n = ready.target.shape[0]
         denominator = losses.loss_denominator(self.loss, ready.target)
         centred = self.pre_bias and target is None
@@ -317,7 +317,9 @@ class SparseAutoencoder(Parameters):
         return Objective(ready, loss, found, errors.error, codes, counts, dead, errors.last, codes.redone, count)
 
     def _ledger(self) -> ledgers.Ledger | None:
-        return ledgers.open_ledger(self.W_dec, self.encoder_weight, self.b_enc, self.b_dec)
+        return ledgers.open_ledger(
+            W_dec=self.W_dec, W_enc=self.encoder_weight, b_enc=self.b_enc, b_dec=self.b_dec
+        )  # fmt: skip
 
     def _gate_goal(self, ready: Inputs) -> Tensor:
         """The gate's target less what the latents have not to explain, differentiable in x alone."""

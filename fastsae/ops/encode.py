@@ -73,10 +73,18 @@ def encode_by(
 ) -> SparseCodes:
     """run(x, W, b): a code whose acts are x Wᵀ + b at its slots, selected in any way by differentiable ops; x (N, D).
 
-    While a ledger is open for W and b, it keeps the gradient as a term, and run is called without autograd.
+    pre_bias (D,): x is x₀ - pre_bias, computed without a gradient of it, which the encoder hands on. While a ledger is
+    open for W and b, it keeps the gradient as a term, and run is called without autograd.
     """
-    ledger = ledgers.open_ledger(W, b)
-    return run(x, W, b) if ledger is None else ledgers.encode(run, x, W, b, pre_bias, ledger, backend)
+    ledger = ledgers.open_ledger(W_enc=W, b_enc=b, **({} if pre_bias is None else {"b_dec": pre_bias}))
+    if ledger is None:
+        return run(_with_gradient_of(x, pre_bias), W, b)
+    return ledgers.encode(run, x, W, b, pre_bias, ledger, backend)
+
+
+def _with_gradient_of(x: Tensor, pre_bias: Tensor | None) -> Tensor:
+    """x as a function of pre_bias too: x - 0, with 0 = pre_bias - pre_bias, whose gradient is that of x₀ - pre_bias."""
+    return x if pre_bias is None else x - (pre_bias - pre_bias.detach())
 
 
 def prepare_screen(
@@ -134,7 +142,11 @@ def encode_topk(
 
     # The ledger's terms cover whole dictionaries and pre-acts without a scale.
     plain = scale is not None or index_offset
-    codes = run(flat, W, b) if plain else encode_by(run, flat, W, b, pre_bias=pre_bias, backend=backend)
+    codes = (
+        run(_with_gradient_of(flat, pre_bias), W, b)
+        if plain
+        else encode_by(run, flat, W, b, pre_bias=pre_bias, backend=backend)
+    )
     return codes.with_batch(tuple(x.shape[:-1]))
 
 

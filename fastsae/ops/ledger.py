@@ -41,18 +41,34 @@ NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 class LedgerGradient(torch.Tensor):
     """p.grad of a parameter whose gradient is kept as terms: shape, dtype and device of p, and no storage."""
 
-    ledger: Ledger
     parameter_name: str
+    _ledger: weakref.ref[Ledger]  # weak, or a parameter would keep itself alive by way of its gradient
 
     @staticmethod
     def __new__(cls, ledger: Ledger, name: str) -> LedgerGradient:
         p = ledger.parameters[name]
         made = torch.Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device, requires_grad=False)
-        made.ledger, made.parameter_name = ledger, name
+        made._ledger, made.parameter_name = weakref.ref(ledger), name
         return made
 
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger that keeps the terms. Raises RuntimeError where its optimizer is gone."""
+        ledger = self._ledger()
+        if ledger is None:
+            raise RuntimeError(
+                f"the gradient of {self.parameter_name} was kept as terms by an optimizer of fastsae.optim that is "
+                "gone; drop it (zero_grad) and go backward again"
+            )
+        return ledger
+
+    def is_of(self, ledger: Ledger) -> bool:
+        return self._ledger() is ledger
+
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"LedgerGradient({self.parameter_name}, {tuple(self.shape)}, {len(self.ledger.terms)} terms)"
+        ledger = self._ledger()
+        what = "its optimizer is gone" if ledger is None else f"{len(ledger.terms)} terms"
+        return f"LedgerGradient({self.parameter_name}, {tuple(self.shape)}, {what})"
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """The gradient as an ordinary tensor."""
@@ -154,6 +170,7 @@ class Ledger:
         self._factors: dict[str, list[Any]] = {}
         self._norms: Tensor | None = None
         self._versions: tuple[int, ...] | None = None
+        self._stamps: list[tuple[Tensor, int]] = []
         self._nodes: dict[str, Any] = {}
         for p in self.parameters.values():
             _owners[p] = weakref.ref(self)
@@ -189,6 +206,7 @@ class Ledger:
         """A term is complete."""
         self._begin()
         self.terms.append(term)
+        self._stamp(term)
         if self.held_bytes() > self.most_bytes:
             self._fold()
 
@@ -196,15 +214,40 @@ class Ledger:
         """The decoder's half of a term, whose acts went through other functions; the encoder's half comes later."""
         self._begin()
         self._decoded.append(term)
+        self._stamp(term)
 
     def decoded_with(self, indices: Tensor, offsets: Tensor | None) -> UpdateTerm | None:
         """Takes out the decoder's half that has these slots, if there is one."""
-        places = [None if t is None else t.data_ptr() for t in (indices, offsets)]
         for i, term in enumerate(self._decoded):
-            mine = [None if t is None else t.data_ptr() for t in (term.codes.indices, term.codes.offsets)]
-            if mine == places:
+            if _same_slots(term.codes, indices, offsets):
                 return self._decoded.pop(i)
         return None
+
+    def set_pre_bias(self, pre_bias: bool) -> None:
+        """Whether encoders get x - b_dec from now on; terms from before are spent as they were made."""
+        if pre_bias != self.pre_bias and self.terms:
+            self._begin()
+            self._fold()
+        self.pre_bias = pre_bias
+
+    def _stamp(self, term: UpdateTerm) -> None:
+        """Notes the state of the tensors of a term, which may be the caller's own."""
+        code = term.codes
+        held = (term.x, term.grad, term.dacts, code.acts, code.indices, code.offsets)
+        self._stamps += [(t, t._version) for t in held if t is not None]
+
+    def check(self) -> None:
+        """Raises RuntimeError for what a step could not spend: see `take`. Changes nothing."""
+        if any(isinstance(p.grad, LedgerGradient) and p.grad.is_of(self) for p in self.parameters.values()):
+            self._forget_discarded()
+            if self._versions is not None and self._versions != self._current_versions():
+                self._raise_written()
+            if any(t._version != version for t, version in self._stamps):
+                raise RuntimeError(
+                    "a tensor of a forward or backward pass (x, the code's acts or indices, or the gradient given to "
+                    "backward) was written before optimizer.step(), which still reads it; write a copy, or step first"
+                )
+            self._factor()
 
     def add_pull(self, pull: Tensor) -> None:
         """dW_dec_i gains pull[i, l] · W_dec_i in its l-th segment; pull (M, L)."""
@@ -225,8 +268,9 @@ class Ledger:
                 "gradients were added after they had been scaled or clipped; call optimizer.step() first"
             )
         for name, p in self.parameters.items():
-            if not isinstance(p.grad, LedgerGradient):
-                if p.grad is not None:
+            mine = isinstance(p.grad, LedgerGradient) and p.grad.is_of(self)
+            if not mine:
+                if p.grad is not None and not isinstance(p.grad, LedgerGradient):
                     self._dense[name] = p.grad
                 p.grad = LedgerGradient(self, name)
         self._norms = None
@@ -236,7 +280,7 @@ class Ledger:
         self._versions = versions
 
     def _forget_discarded(self) -> None:
-        kept = [isinstance(p.grad, LedgerGradient) and p.grad.ledger is self for p in self.parameters.values()]
+        kept = [isinstance(p.grad, LedgerGradient) and p.grad.is_of(self) for p in self.parameters.values()]
         if not any(kept):
             self.clear()
         elif not all(kept):
@@ -260,16 +304,13 @@ class Ledger:
     def clear(self) -> None:
         """Forgets everything that was not spent."""
         self.terms, self._decoded, self._dense, self._pull = [], [], {}, None
-        self._factors, self._norms, self._versions = {}, None, None
+        self._factors, self._norms, self._versions, self._stamps = {}, None, None, []
 
     def take(self) -> Taken | None:
         """Everything since the last step, which is forgotten here; None where there was no gradient at all."""
-        if any(isinstance(p.grad, LedgerGradient) for p in self.parameters.values()):
-            self._forget_discarded()
-        else:
+        if not any(isinstance(p.grad, LedgerGradient) and p.grad.is_of(self) for p in self.parameters.values()):
             self.clear()
-        if self._versions is not None and self._versions != self._current_versions():
-            self._raise_written()
+        self.check()
         terms = self._all_terms()
         dense = dict(self._dense)
         for name, p in self.parameters.items():
@@ -326,6 +367,7 @@ class Ledger:
 
     def peek(self) -> Taken:
         """What `take` would give, without the factor, and nothing is forgotten."""
+        self.check()
         return Taken(self._all_terms(), dict(self._dense), self._pull, None)
 
     def finite(self) -> Tensor:
@@ -346,13 +388,17 @@ class Ledger:
 
     def _fold(self) -> None:
         """Turns the complete terms into dense gradients: accumulation over any number of batches has a bound."""
+        self.check()
         folded = self._summed(self.terms)
-        self.terms = []
+        self.terms, self._stamps = [], []
+        for term in self._decoded:
+            self._stamp(term)
         for name, grad in folded.items():
             self.add_dense(name, grad)
 
     def dense_gradients(self) -> dict[str, Tensor]:
         """Every gradient as an ordinary tensor, by name; nothing is forgotten."""
+        self.check()
         sums = self._summed(self._all_terms())
         for name, grad in self._dense.items():
             sums[name] += grad
@@ -386,17 +432,33 @@ class Ledger:
         return sums
 
 
-def open_ledger(*tensors: Tensor) -> Ledger | None:
-    """The ledger that is open for all of these parameters, where a backward pass could use it; else None."""
+def open_ledger(**roles: Tensor) -> Ledger | None:
+    """The ledger that is open for these parameters, each in its role (W_dec=...), where a backward pass could use it;
+    else None.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    refs = [_owners.get(t) for t in tensors]
+    refs = [_owners.get(t) for t in roles.values()]
     ledger = refs[0]() if refs and refs[0] is not None else None
-    if ledger is None or any(ref is not refs[0] for ref in refs) or not ledger.is_open:
+    if ledger is None or not ledger.is_open:
+        return None
+    W_dec = ledger.parameters["W_dec"]
+    if any(ledger.parameters.get(role, W_dec) is not t for role, t in roles.items()):
         return None
     if torch._C._are_functorch_transforms_active() or not all(p.requires_grad for p in ledger.parameters.values()):
         return None
     return ledger
+
+
+def _same_slots(codes: SparseCodes, indices: Tensor, offsets: Tensor | None) -> bool:
+    """Whether a code has these very slots; a ragged one may be cut to fewer than its encoder had room for."""
+    mine = codes.indices
+    if mine.data_ptr() != indices.data_ptr() or (codes.offsets is None) != (offsets is None):
+        return False
+    if codes.offsets is None or offsets is None:
+        return mine.shape == indices.shape and mine.stride() == indices.stride()
+    same = codes.offsets.data_ptr() == offsets.data_ptr() and codes.offsets.shape == offsets.shape
+    return same and mine.numel() <= indices.numel()
 
 
 def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], like: Tensor) -> Tensor:
@@ -445,7 +507,10 @@ class Encoded:
 
     ledger: Ledger
     defers: bool
-    waiting: list[UpdateTerm] = field(default_factory=list)
+    names: tuple[str, ...]
+    """The parameters that its backward pass gives a gradient."""
+    waiting: list[tuple[int, UpdateTerm]] = field(default_factory=list)
+    """With the backward pass that they are of: those of one that failed are not spent."""
 
 
 def encode(
@@ -464,10 +529,11 @@ def encode(
     made: list[SparseCodes] = []
     acts = _Encode.apply(x, W, b, pre_bias, run, ledger, made, backend)
     centred = pre_bias is not None
-    record = Encoded(ledger, defers=not x.requires_grad and centred == ledger.pre_bias)
+    names = ("W_enc", "b_enc", "b_dec") if centred else ("W_enc", "b_enc")
+    record = Encoded(ledger, defers=not x.requires_grad and centred == ledger.pre_bias, names=names)
     acts.grad_fn.record = record
     codes = replace(made[0], acts=acts)
-    codes.made_by = (record, acts)
+    codes.note_made_by(record)
     return codes
 
 
@@ -490,15 +556,17 @@ class _Encode(torch.autograd.Function):
         x, W, acts, indices, offsets = ctx.saved_tensors
         if grad is not None and offsets is None:
             grad = torch.where(acts != 0, grad, 0)
-        if not ledger.accumulates("W_enc", "b_enc", *(["b_dec"] if ctx.centred else [])):
+        if not ledger.accumulates(*ctx.record.names):
             if grad is None:
                 return (None,) * 8
             needs = (ctx.needs_input_grad[0], True, True)
             dx, dW, db = encoder_gradients(needs, grad, x, W, acts, indices, offsets, ctx.backend)
             assert db is not None
             return dx, dW, db, -weighted_rows(db, W, ctx.backend) if ctx.centred else None, *rest
-        for term in ctx.record.waiting:
-            ledger.add(replace(term, x=x))
+        this_pass = torch._C._current_graph_task_id()
+        for of_pass, term in ctx.record.waiting:
+            if of_pass == this_pass:
+                ledger.add(replace(term, x=x))
         ctx.record.waiting.clear()
         if grad is None:
             return (None,) * 8
@@ -555,8 +623,9 @@ def keeps(ledger: Ledger | None, encoded: Iterable[Encoded | None], has_bias: bo
     if ledger is None:
         return False
     names = ["W_dec", "b_dec"] if has_bias else ["W_dec"]
-    if any(one is not None and one.ledger is ledger for one in encoded):
-        names += ["W_enc", "b_enc"]
+    for one in encoded:
+        if one is not None and one.ledger is ledger:
+            names += one.names
     return ledger.accumulates(*names)
 
 
@@ -577,7 +646,7 @@ def decoded_backward(
     # x is the encoder's to give.
     half = UpdateTerm(codes.detach(), grad, grad, has_bias)
     if ledger is not None and encoded is not None and encoded.ledger is ledger and encoded.defers:
-        encoded.waiting.append(half)
+        encoded.waiting.append((torch._C._current_graph_task_id(), half))
         return None
     if ledger is not None:
         ledger.add_decoded(half)

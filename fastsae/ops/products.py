@@ -37,7 +37,7 @@ def decode(codes: SparseCodes, W: Tensor, *, backend: str | None = None) -> Tens
     check_name(backend)
     check_that.dictionary("W", W)
     check_that.latents_of(codes, W.shape[0])
-    flat, ledger = codes.flatten(), ledgers.open_ledger(W)
+    flat, ledger = codes.flatten(), ledgers.open_ledger(W_dec=W)
     if ledger is None:
         out = _raw.decode(flat.acts, flat.indices, flat.offsets, W, backend)
     else:

@@ -51,7 +51,7 @@ def squared_errors(
     pass, which saves (N, D) numbers; the caller then reads `error` before it.
     Differentiable in acts, W, goal, bias and start; the plain way any number of times.
     """
-    ledger = ledgers.open_ledger(W)
+    ledger = ledgers.open_ledger(W_dec=W, **({} if bias is None else {"b_dec": bias}))
     frozen = not W.requires_grad and any(part.acts.requires_grad for part, _ in parts)
     frozen = frozen and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if ledger is None and not frozen:
@@ -191,7 +191,9 @@ def _errors(
 def _slopes(errors: list[Tensor], plan: _Plan, grads: tuple[Tensor | None, ...], in_place: bool) -> list[Tensor]:
     """G_j of every part: the gradient of all reconstructions that it is in."""
     of_weighted, of_last, of_error = grads
-    whole, slopes = of_error, []
+    # A copy, where it is the caller's tensor that would be kept.
+    alone = of_weighted is None and of_last is None
+    whole, slopes = of_error.clone() if alone and of_error is not None else of_error, []
     for j in reversed(range(len(errors))):
         scale: Tensor | float = 0.0 if of_weighted is None else 2 * plan.weights[j] * of_weighted
         if j == len(errors) - 1 and of_last is not None:

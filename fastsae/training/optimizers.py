@@ -259,6 +259,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._refuse_ranks()
         for member in self._members:
             self._check(member)
+            member.ledger.check()
 
     def screen_of(self, sae: SparseAutoencoder) -> KeptScreen:
         """What keeps the low-precision copy of an SAE's encoder."""
@@ -484,7 +485,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the parameters of an SAE made {sorted(steps)} steps, expected one number for all")
         for group in groups:
             betas = tuple(group.get("betas", (0.0, 0.0)))
-            checks.optimizer(self.kind, betas, group.get("eps", 0.0), 0.0)
+            checks.optimizer(self.kind, betas, group.get("eps", 0.0), group.get("weight_decay", 0.0))
+            wrong = [name for name in ("maximize", "amsgrad") if group.get(name)]
+            if wrong:
+                raise ValueError(f"the state is of an optimizer with {', '.join(wrong)}, which fastsae.optim has not")
+        if len(groups) not in (1, len(self.param_groups)):
+            raise ValueError(f"the state has {len(groups)} parameter groups, expected {len(self.param_groups)}")
         if len(groups) == len(self.param_groups):
             for group, theirs in zip(self.param_groups, groups, strict=True):
                 self._load_group(group, theirs)
@@ -510,7 +516,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group["lr"].fill_(float(value))
             elif key == "betas":
                 group["betas"] = tuple(value)
-            elif key != "params" and (key in group or not hasattr(torch.optim.Adam, key)):
+            elif key != "params" and (key in group or key == "initial_lr"):  # a scheduler adds that
                 group[key] = value
 
     def _fitting(self, number: int, p: Tensor, saved: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
