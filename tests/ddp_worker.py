@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastsae
@@ -15,38 +17,72 @@ RANKS, STEPS, N = 2, 3, 20
 
 
 def sae_of(rule: str) -> fastsae.SparseAutoencoder:
-    return family_sae(RULES[rule], aux_k=3, dead_after=50)
+    """A third of the latents hardly ever fires, others in one half of a batch alone; dead: silent for a batch."""
+    sae = family_sae(RULES[rule], aux_k=3, dead_after=N, dead=False)
+    with torch.no_grad():
+        sae.b_enc[::3] -= 3.0
+    return sae
 
 
-def train(rule: str, rank: int | None) -> dict[str, torch.Tensor]:
+def batch(i: int, rank: int | None) -> Tensor:
+    x = tokens(N, seed=i)
+    return x if rank is None else x[rank * N // RANKS :][: N // RANKS]
+
+
+def train(rule: str, rank: int | None) -> dict[str, Tensor]:
     """Three steps of torch's Adam on half of each batch, or, with rank None, on all of it in one process."""
     sae = sae_of(rule)
     model = sae if rank is None else DistributedDataParallel(sae, find_unused_parameters=True)
     adam = torch.optim.Adam(sae.parameters(), lr=1e-2, eps=1e-4)
+    dead = []
     for i in range(STEPS):
-        x = tokens(N, seed=i)
-        model(x if rank is None else x[rank * N // RANKS :][: N // RANKS]).loss.backward()
+        model(batch(i, rank)).loss.backward()
+        dead.append(sae.dead)
         adam.step()
         adam.zero_grad()
-    return {**sae.state_dict(), "fired": sae.fired, "fired_over": sae.fired_over}
+    return {**sae.state_dict(), "fired": sae.fired, "fired_over": sae.fired_over, "dead": torch.stack(dead)}
 
 
-def refusal() -> str:
+def train_alone(rank: int) -> dict[str, Tensor]:
+    """Each process an SAE of its own, on inputs of its own: fastsae.optim, then the fused step."""
+    sae, other = sae_of("topk"), sae_of("topk")
+    optimizer = fastsae.optim.Adam(sae, lr=1e-2, independent=True)
+    step = fastsae.FusedTrainStep(other, lr=1e-2, independent=True)
+    for i in range(STEPS):
+        x = tokens(N, seed=10 * rank + i)
+        sae(x).loss.backward()
+        optimizer.step()
+        step(x)
+    return {f"{how}.{k}": v for how, one in (("loop", sae), ("step", other)) for k, v in one.state_dict().items()}
+
+
+def by_optimizer(sae: fastsae.SparseAutoencoder) -> None:
+    optimizer = fastsae.optim.Adam(sae)
+    sae(tokens(N)).loss.backward()
+    optimizer.step()
+
+
+def by_step(sae: fastsae.SparseAutoencoder) -> None:
+    fastsae.FusedTrainStep(sae)(tokens(N))
+
+
+def refusal(attempt: Callable[[fastsae.SparseAutoencoder], None]) -> tuple[str, bool]:
+    """What was said, and whether the weights are still those of before."""
+    sae = sae_of("topk")
     try:
-        fastsae.FusedTrainStep(sae_of("topk"))(tokens(N))
+        attempt(sae)
     except RuntimeError as error:
-        return str(error)
-    return ""
+        before = sae_of("topk")
+        return str(error), all(torch.equal(p, before.get_parameter(name)) for name, p in sae.named_parameters())
+    return "", False
 
 
 def main(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     found = {rule: train(rule, rank) for rule in ("topk", "jumprelu")}
-    refused = refusal()
-    alone = fastsae.optim.Adam(sae_of("topk"), independent=True)
-    alone.step()
-    torch.save({"found": found, "refused": refused}, f"{out}/{rank}.pt")
+    refused = {attempt.__name__: refusal(attempt) for attempt in (by_optimizer, by_step)}
+    torch.save({"found": found, "refused": refused, "alone": train_alone(rank)}, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 

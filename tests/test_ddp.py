@@ -33,13 +33,30 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize("rule", ["topk", "jumprelu"])
 def test_two_processes_train_and_count_as_one(rule: str, ranks: list[dict]) -> None:
     expected = ddp_worker.train(rule, None)
+    few = expected["dead"].sum(1)
+    assert bool((few > 0).all()), "AuxK was to have dead latents in every step"
+    if rule == "topk":  # a threshold lets the same latents fire in each of these batches
+        assert not torch.equal(expected["dead"][0], expected["dead"][-1]), "some were to die or come back"
     for rank in ranks:
+        assert rank["found"][rule].keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(
-                rank["found"][rule][name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: n + m
+                rank["found"][rule][name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
-def test_a_fused_update_in_several_processes_is_refused(ranks: list[dict]) -> None:
+@pytest.mark.parametrize("attempt", ["by_optimizer", "by_step"])
+def test_a_fused_update_in_several_processes_is_refused(attempt: str, ranks: list[dict]) -> None:
     for rank in ranks:
-        assert "this is one of 2 processes" in rank["refused"]
+        message, unchanged = rank["refused"][attempt]
+        assert "this is one of 2 processes" in message
+        assert unchanged
+
+
+def test_independent_processes_train_saes_of_their_own(ranks: list[dict]) -> None:
+    for rank, got in enumerate(ranks):
+        for name, value in ddp_worker.train_alone(rank).items():
+            torch.testing.assert_close(
+                got["alone"][name], value, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    assert not torch.equal(*(got["alone"]["loop.W_dec"] for got in ranks))

@@ -106,7 +106,7 @@ class FusedTrainStep(_TrainStep):
 
     lr, betas, eps   of the optimizer. `step.lr` is a 0-d float64 tensor: `step.lr = 1e-4` and `step.lr.fill_(...)`.
     schedule         multiplier of lr from the 0-d count of updates done before this one, e.g. `Schedule(...)`; None: 1.
-    moments, seed    as fastsae.optim.Adam's, and clip_norm, clip_rows, weight_decay.
+    moments, seed    as fastsae.optim.Adam's, and clip_norm, clip_rows, weight_decay, independent.
     backend          of the ops, see `fastsae.backends()`; None takes the fastest.
     check            raise ValueError for NaN in x before anything changes; a host sync on a GPU.
     cuda_graph       capture the step in a CUDA graph after two ordinary ones and replay it from then on, as long as
@@ -142,6 +142,7 @@ class FusedTrainStep(_TrainStep):
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
         clip_rows: float | None = None,
+        independent: bool = False,
         penalty_schedule: Callable[[Tensor], Any] | None = None,
         k_schedule: Callable[[int], int] | None = None,
         dense_above: float = DENSE_ABOVE,
@@ -162,7 +163,7 @@ class FusedTrainStep(_TrainStep):
             given = {"betas": betas}
         self.optimizer: FusedOptimizer = OPTIMIZERS[optimizer](
             sae, lr=self._lr, weight_decay=weight_decay, moments=moments, clip_norm=clip_norm, clip_rows=clip_rows,
-            seed=seed, backend=backend, **given,
+            seed=seed, backend=backend, independent=independent, **given,
         )  # fmt: skip
         self.schedule, self.backend, self.check = schedule, backend, check
         self.cuda_graph = cuda_graph
