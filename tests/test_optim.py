@@ -181,7 +181,7 @@ def test_the_loop_gives_the_bits_of_the_fused_step(rule: str) -> None:
 @pytest.mark.parametrize("rule", ["topk", "relu", "matryoshka-sampled", "jumprelu-tanh"])
 @pytest.mark.parametrize("limit", [2**30, 1])
 def test_microbatches_add_up(rule: str, limit: int, monkeypatch) -> None:
-    """limit: bytes of terms from which on they are turned into dense gradients."""
+    """limit: bytes of terms from which on those of earlier passes are turned into dense gradients."""
     monkeypatch.setattr(fastsae.ops.ledger.Ledger, "most_bytes", limit)
     ours, theirs = both(rule, aux_k=3)
     optimizer, truth = adam(ours), torch_adam(theirs)
@@ -190,11 +190,39 @@ def test_microbatches_add_up(rule: str, limit: int, monkeypatch) -> None:
             x = tokens(n=9, seed=10 * i + part)
             for sae in (ours, theirs):
                 (sae(x).loss / 4).backward()
+            if part == 2:
+                earlier = list(optimizer._members[0].ledger.terms)
         ledger = optimizer._members[0].ledger
-        assert len(ledger.terms) == 0 if limit == 1 else len(ledger.terms) >= 4
+        kept = [term for term in earlier if any(term is other for other in ledger.terms)]
+        assert earlier and ledger.terms
+        assert kept == ([] if limit == 1 else earlier)
         optimizer.step()
         torch_step(theirs, truth)
         assert_same(ours, theirs)
+
+
+def test_decoders_alone_are_within_the_limit_of_memory(monkeypatch) -> None:
+    monkeypatch.setattr(fastsae.ops.ledger.Ledger, "most_bytes", 1)
+    ours, theirs = both("topk")
+    optimizer, truth = adam(ours), torch_adam(theirs)
+    for seed in range(3):
+        for sae in (ours, theirs):
+            codes = sae.encode(tokens(seed=seed)).detach()
+            sae.decode(codes).square().sum().backward()
+        assert optimizer._members[0].ledger.held_bytes() <= tokens().nbytes
+    optimizer.step()
+    torch_step(theirs, truth)
+    assert_same(ours, theirs)
+
+
+def test_one_batch_of_many_tokens_keeps_the_fused_step() -> None:
+    """More tokens than latents: the terms take more than dense gradients would, and yet cost nothing to keep."""
+    sae = fastsae.SparseAutoencoder(D, 32, fastsae.TopK(4), dtype=torch.float64, seed=0)
+    optimizer = adam(sae)
+    sae(torch.randn(100, D, dtype=torch.float64)).loss.backward()
+    ledger = optimizer._members[0].ledger
+    assert ledger.held_bytes() > ledger.most_bytes
+    assert len(ledger.terms) == 1 and not ledger._dense
 
 
 def test_going_through_a_graph_twice_adds_twice() -> None:

@@ -172,6 +172,7 @@ class Ledger:
         self._versions: tuple[int, ...] | None = None
         self._stamps: list[tuple[Tensor, int]] = []
         self._nodes: dict[str, Any] = {}
+        self._pass: int | None = None
         for p in self.parameters.values():
             _owners[p] = weakref.ref(self)
 
@@ -205,14 +206,14 @@ class Ledger:
     def add(self, term: UpdateTerm) -> None:
         """A term is complete."""
         self._begin()
+        self._make_room()
         self.terms.append(term)
         self._stamp(term)
-        if self.held_bytes() > self.most_bytes:
-            self._fold()
 
     def add_decoded(self, term: UpdateTerm) -> None:
         """The decoder's half of a term, whose acts went through other functions; the encoder's half comes later."""
         self._begin()
+        self._make_room()
         self._decoded.append(term)
         self._stamp(term)
 
@@ -378,21 +379,31 @@ class Ledger:
 
     @property
     def most_bytes(self) -> int:
-        """Dense gradients take this much: past it, terms are turned into them."""
+        """Dense gradients take this much: terms of earlier backward passes that take more are turned into them."""
         return sum(p.nbytes for p in self.parameters.values())
 
     def held_bytes(self) -> int:
         """Bytes of the inputs and gradients that the terms keep alive."""
-        held = {t.untyped_storage().data_ptr(): t.nbytes for term in self.terms for t in (term.x, term.grad)}
+        terms = (*self.terms, *self._decoded)
+        held = {t.untyped_storage().data_ptr(): t.nbytes for term in terms for t in (term.x, term.grad)}
         return sum(held.values())
 
+    def _make_room(self) -> None:
+        """At the first term of a backward pass: accumulation over any number of passes has a bound.
+
+        One pass alone is never folded, however many tokens it has: it keeps alive only what its graph held anyway.
+        """
+        this_pass = torch._C._current_graph_task_id()
+        if this_pass != self._pass:
+            self._pass = this_pass
+            if self.held_bytes() > self.most_bytes:
+                self._fold()
+
     def _fold(self) -> None:
-        """Turns the complete terms into dense gradients: accumulation over any number of batches has a bound."""
+        """Turns the terms into dense gradients."""
         self.check()
-        folded = self._summed(self.terms)
-        self.terms, self._stamps = [], []
-        for term in self._decoded:
-            self._stamp(term)
+        folded = self._summed(self._all_terms())
+        self.terms, self._decoded, self._stamps = [], [], []
         for name, grad in folded.items():
             self.add_dense(name, grad)
 
