@@ -288,3 +288,107 @@ def test_states_whose_settings_mean_something_else_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(other.state_dict())
     assert "maximize" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_see_the_gradient_and_may_change_it(register: str) -> None:
+    seen = []
+
+    def on_gradient(grad: Tensor) -> Tensor:
+        seen.append(grad.clone())
+        return grad / 2
+
+    def after_it(p: Tensor) -> None:
+        assert p.grad is not None
+        seen.append(p.grad.clone())
+        p.grad /= 2
+
+    def run(m: fastsae.SparseAutoencoder) -> None:
+        getattr(m.W_dec, register)(on_gradient if register == "register_hook" else after_it)
+        m(tokens()).loss.backward()
+
+    assert_as_torch(run)
+    assert float(seen[0].norm()) > 0
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-9, atol=1e-11)
+
+
+def test_a_dropped_optimizer_lets_go_at_once() -> None:
+    """Without the garbage collector: a torch optimizer made right after it finds ordinary gradients."""
+    sae = family_sae(RULES["topk"])
+    optimizer = fastsae.optim.Adam(sae)
+    sae(tokens()).loss.backward()
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+        sae(tokens()).loss.backward()
+        assert all(type(p.grad) is Tensor for p in sae.parameters())
+    finally:
+        gc.enable()
+
+
+def test_zero_grad_frees_the_inputs() -> None:
+    sae = family_sae(RULES["topk"])
+    optimizer = fastsae.optim.Adam(sae)
+    x = tokens().clone()
+    kept = weakref.ref(x)
+    sae(x).loss.backward()
+    optimizer.zero_grad()
+    del x
+    assert kept() is None
+
+
+def test_an_sae_that_is_refused_keeps_its_optimizer() -> None:
+    one, other = family_sae(RULES["topk"]), family_sae(RULES["relu"])
+    optimizer = fastsae.optim.Adam([one, other])
+    with pytest.raises(ValueError, match="W_enc, W_dec, b_enc, b_dec of params are in this optimizer already"):
+        optimizer.add_param_group({"params": other})
+    assert len(optimizer.param_groups) == 2
+    before = other.W_dec.detach().clone()
+    (one(tokens()).loss + other(tokens()).loss).backward()
+    optimizer.step()
+    assert not torch.equal(other.W_dec, before)
+
+
+def test_a_module_with_gradients_that_wait_is_neither_moved_nor_cast() -> None:
+    sae = family_sae(RULES["topk"])
+    optimizer = fastsae.optim.Adam(sae)
+    sae(tokens()).loss.backward()
+    with pytest.raises(RuntimeError, match=r"step\(\) or zero_grad\(\) first"):
+        sae.float()
+    assert all(p.dtype == torch.float64 for p in sae.parameters())
+    optimizer.zero_grad()
+    assert sae.float().W_dec.dtype == torch.float32
+
+
+def test_only_the_2_norm_of_terms_is_known() -> None:
+    sae = family_sae(RULES["topk"])
+    optimizer = fastsae.optim.Adam(sae)
+    sae(tokens()).loss.backward()
+    with pytest.raises(RuntimeError, match=r"the inf-norm of W_dec's gradient.*norm_type=2"):
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0, norm_type=torch.inf)
+    optimizer.step()
+
+
+def test_a_step_over_two_saes_reports_both() -> None:
+    alone, together = [], []
+    for rules in (["topk"], ["relu"], ["topk", "relu"]):
+        saes = [family_sae(RULES[rule]) for rule in rules]
+        optimizer = fastsae.optim.Adam(saes)
+        torch.stack([sae(tokens()).loss for sae in saes]).sum().backward()
+        optimizer.step()
+        (together if len(saes) == 2 else alone).append(optimizer.grad_norm)
+    torch.testing.assert_close(together[0], torch.stack(alone).square().sum().sqrt())
+
+    one, other = (family_sae(RULES["topk"]) for _ in range(2))
+    optimizer = fastsae.optim.Adam([one, other])
+    before = [sae.W_dec.detach().clone() for sae in (one, other)]
+    (one(tokens()).loss + other(tokens()).loss * torch.inf).backward()
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step()
+    assert not bool(optimizer.made)
+    assert int(optimizer.skipped) == 1
+    assert not torch.equal(one.W_dec, before[0])
+    assert torch.equal(other.W_dec, before[1])

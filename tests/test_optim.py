@@ -194,7 +194,8 @@ def test_microbatches_add_up(rule: str, limit: int, monkeypatch) -> None:
                 earlier = list(optimizer._members[0].ledger.terms)
         ledger = optimizer._members[0].ledger
         kept = [term for term in earlier if any(term is other for other in ledger.terms)]
-        assert earlier and ledger.terms
+        assert earlier
+        assert ledger.terms
         assert kept == ([] if limit == 1 else earlier)
         optimizer.step()
         torch_step(theirs, truth)
@@ -222,7 +223,8 @@ def test_one_batch_of_many_tokens_keeps_the_fused_step() -> None:
     sae(torch.randn(100, D, dtype=torch.float64)).loss.backward()
     ledger = optimizer._members[0].ledger
     assert ledger.held_bytes() > ledger.most_bytes
-    assert len(ledger.terms) == 1 and not ledger._dense
+    assert len(ledger.terms) == 1
+    assert not ledger._dense
 
 
 def test_going_through_a_graph_twice_adds_twice() -> None:

@@ -15,6 +15,7 @@ from fastsae.model.initial import unit_rows
 from fastsae.model.norm import InputNorm
 from fastsae.model.rules import Activation, activation_from_config
 from fastsae.model.settings import Config, check_rule_dtype, check_settings, check_state_config
+from fastsae.ops.ledger import LedgerGradient
 
 _SETTINGS = (
     "d_in", "d_sae", "d_out", "pre_bias", "decoder_norm", "tied", "skip", "layers", "init_norm", "aux_k", "aux_coef",
@@ -128,8 +129,13 @@ class Parameters(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to(...)` and similar. The rule's parameters get `rule_dtype`, or the weights' dtype if that is wider; its
-        buffers keep theirs.
+        buffers keep theirs. Raises RuntimeError, before anything changes, where gradients wait as terms for a step.
         """
+        if waiting := [name for name, p in self.named_parameters() if isinstance(p.grad, LedgerGradient)]:
+            raise RuntimeError(
+                f"gradients of {', '.join(waiting)} wait for an optimizer of fastsae.optim, and cannot be moved or "
+                "cast; call its step() or zero_grad() first"
+            )
         learnt, remembered = self._rule_names
         kept = {name: getattr(self, name).detach() for name in (*learnt, *remembered, "penalty_scale")}
         super()._apply(fn, recurse)

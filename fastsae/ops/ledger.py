@@ -93,7 +93,12 @@ class LedgerGradient(torch.Tensor):
             if op in (aten.mul_, aten.div_):
                 ledger.scale(name, args[1] if op is aten.mul_ else 1 / args[1])
                 return mine
-            if op is aten.linalg_vector_norm and (len(args) < 2 or args[1] == 2):
+            if op is aten.linalg_vector_norm:
+                if len(args) > 1 and args[1] != 2:
+                    raise RuntimeError(
+                        f"the {args[1]}-norm of {name}'s gradient, which is kept as terms, is not known, only its "
+                        "2-norm; clip with norm_type=2, or take .grad.to_dense()"
+                    )
                 return ledger.norm(name).to(mine.dtype)
         if op in (aten._amp_foreach_non_finite_check_and_unscale_, aten._foreach_mul_, aten._foreach_zero_):
             return _each(op, args)
@@ -152,16 +157,15 @@ class Ledger:
     """The gradient of W_enc (M, D_in; None: tied), W_dec (M, D_out), b_enc (M,) and b_dec (D_out,), as terms.
 
     pre_bias   encoders that are told of b_dec (`pre_bias=`) get x - b_dec, and the update adds b_dec's share.
-    Opening a ledger closes any that was open for one of the parameters; it closes by itself with its owner.
-    measure, kept   set by the owner: the squared norms (4,) of the gradients as its step would use them; who keeps the
-                    low-precision copy of the encoder that a forward pass may use.
+    measure, kept   set by the owner: the squared norms (4,) of the gradients as its step would use them, None where the
+                    owner is gone; and what keeps the low-precision copy of the encoder that a forward pass may use.
     """
 
     def __init__(self, W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, pre_bias: bool):
         named = zip(NAMES, (W_enc, W_dec, b_enc, b_dec), strict=True)
         self.parameters = {name: p for name, p in named if p is not None}
         self.pre_bias = pre_bias
-        self.measure: Callable[[], Tensor] | None = None
+        self.measure: Callable[[], Tensor | None] = lambda: None
         self.kept: KeepsScreen | None = None
         self.terms: list[UpdateTerm] = []
         self._decoded: list[UpdateTerm] = []
@@ -173,6 +177,9 @@ class Ledger:
         self._stamps: list[tuple[Tensor, int]] = []
         self._nodes: dict[str, Any] = {}
         self._pass: int | None = None
+
+    def open(self) -> None:
+        """From now on backward passes write here, until the owner is gone or a parameter gets another ledger."""
         for p in self.parameters.values():
             _owners[p] = weakref.ref(self)
 
@@ -192,9 +199,13 @@ class Ledger:
     # -- what backward passes ask and say ----------------------------------------------------------------------------
 
     def accumulates(self, *names: str) -> bool:
-        """Whether the backward pass that runs now ends in the .grad of these parameters, which are in its graph."""
+        """Whether the backward pass that runs now ends in the .grad of these parameters, which are in its graph, and
+        nothing but a step wants to see the gradients.
+        """
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             return False
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters.values()):
+            return False  # a hook is owed the gradient
         if not self._nodes:  # not at the start, which may be in inference mode
             self._nodes = {name: get_gradient_edge(p).node for name, p in self.parameters.items()}
         nodes = [self._nodes.get(name, self._nodes["W_dec"]) for name in names]
@@ -358,9 +369,10 @@ class Ledger:
     def norm(self, name: str) -> Tensor:
         """‖gradient‖ of one parameter as a step would use it (W_dec's projected, where rows keep norm 1), float64."""
         if self._norms is None:
-            if self.measure is None:
+            squares = self.measure()
+            if squares is None:
                 raise RuntimeError("the norm of gradients kept as terms is the optimizer's to measure, and it is gone")
-            self._norms = self.measure().sqrt()
+            self._norms = squares.sqrt()
         norm = self._norms[NAMES.index(name)]
         for factor in self._factors.get(name, []):
             norm = norm * factor

@@ -13,8 +13,10 @@ counted in `skipped`.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -93,24 +95,11 @@ class _Member:
                 "call .requires_grad_(), or use a torch optimizer on the others"
             )
         self.ledger = Ledger(d.W_enc, d.W_dec, d.b_enc, d.b_dec, d.pre_bias)
-        self.screen = KeptScreen(self, backend)
+        sae = self.sae  # a closure over self would keep a dropped optimizer, and its ledger, alive
+        self.screen = KeptScreen(
+            d.encoder_weight, d.b_enc, lambda: d.k if sae is None else sae.rule.screen_k, d.screened, backend
+        )
         self.ledger.kept = self.screen
-
-    @property
-    def encoder_weight(self) -> Tensor:
-        return self.dictionaries.encoder_weight
-
-    @property
-    def b_enc(self) -> Tensor:
-        return self.dictionaries.b_enc
-
-    @property
-    def k(self) -> int | None:
-        return self.dictionaries.k if self.sae is None else self.sae.rule.screen_k
-
-    @property
-    def screened(self) -> bool:
-        return self.dictionaries.screened
 
     def parameters(self) -> dict[str, Tensor]:
         return {**self.dictionaries.main, **self.dictionaries.others}
@@ -136,8 +125,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     independent   with several processes of torch.distributed: True says that each trains an SAE of its own. Without it
                   a step is refused, since nothing here sums gradients over processes.
 
-    skipped: 0-d int64, steps not made because a gradient was not finite; made: 0-d bool, whether the last one was;
-    grad_norm: 0-d float64, of the last step, before projection and clipping.
+    skipped: 0-d int64, steps not made because a gradient was not finite, counted for each SAE; made: 0-d bool, whether
+    the last step was made, of every SAE; grad_norm: 0-d float64, of all gradients of the last step, before projection
+    and clipping.
     """
 
     kind: ClassVar[str]
@@ -192,6 +182,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr {lr}: expected 0 or more")
         checks.optimizer(self.kind, settings["betas"], settings["eps"], settings["weight_decay"])
         member = _Member(given, self.backend)
+        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        if twice := [name for name, p in member.parameters().items() if id(p) in mine]:
+            raise ValueError(f"{', '.join(twice)} of params are in this optimizer already")
         undecayed = member.dictionaries.undecayed
         named = member.parameters()
         if member.sae is not None:  # in the order of sae.parameters(), as a torch optimizer's state has them
@@ -206,9 +199,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             where = (where[0], where[0] + 1)
         self._members.append(member)
         self._groups.append(where)
-        index = len(self._members) - 1
-        member.ledger.measure = lambda: self._measure(index)
+        me, index = weakref.ref(self), len(self._members) - 1
+        member.ledger.measure = lambda: None if (optimizer := me()) is None else optimizer._measure(index)
         self._begin_state(member)
+        member.ledger.open()
 
     def _begin_state(self, member: _Member) -> None:
         """Zeros. One count of steps for all parameters of an SAE."""
@@ -233,6 +227,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, and the tensors that were kept for them."""
+        super().zero_grad(set_to_none)
+        for member in self._members:
+            member.ledger.clear()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every SAE that has a gradient; spends the gradients. Returns the closure's loss, if any.
@@ -251,8 +251,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step_scheduled(self, factor: Tensor | float) -> None:
         """A step with every learning rate times a factor, which may be a 0-d tensor on the device."""
         self.refuse()
-        for i in range(len(self._members)):
-            self._step_member(i, factor)
+        steps = [step for i in range(len(self._members)) if (step := self._step_member(i, factor)) is not None]
+        if steps:
+            device = self.skipped.device
+            squares, made = ([t.to(device) for t in ts] for ts in zip(*steps, strict=True))
+            self.grad_norm = sum(squares[1:], squares[0]).sqrt()
+            self.made = functools.reduce(torch.logical_and, made)
 
     def refuse(self) -> None:
         """Raises RuntimeError where a step would: see `step`."""
@@ -265,13 +269,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What keeps the low-precision copy of an SAE's encoder."""
         return next(member.screen for member in self._members if member.sae is sae)
 
-    def _step_member(self, index: int, lr_factor: Tensor | float = 1.0) -> None:
+    def _step_member(self, index: int, lr_factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor] | None:
+        """The squared norm of its gradients, and whether the step was made; None where there was no gradient."""
         member, group = self._members[index], self.param_groups[self._groups[index][0]]
         d = member.dictionaries
         taken = member.ledger.take()
         others = {name: p.grad for name, p in d.others.items() if p.grad is not None}
         if taken is None and not others:
-            return
+            return None
         taken = taken or Taken([], {}, None, None)
         given = self._arguments(index, taken)
         count = self.state[d.W_dec]["step"] + 1
@@ -286,15 +291,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             others = {name: g * clip.to(g.dtype) for name, g in others.items()}
         made = self._finite(index, given, taken, others, scale, numbers)
         stats = self._update(index, given, grad_scale=scale, skip=~made, **numbers)
-        self.grad_norm = (stats.sum() * _square(taken.factor) + of_others).sqrt()
         self._step_others(index, others, lr_factor, count, made)
         self.state[d.W_dec]["step"].copy_(torch.where(made, count, count - 1))
         member.screen.remember()
         member.ledger.drop()
         for name in others:
             d.others[name].grad = None
-        self.made = made
         self._count_skipped(made)
+        return stats.sum() * _square(taken.factor) + of_others, made
 
     def _arguments(self, index: int, taken: Taken) -> dict[str, Any]:
         """What `update_latents_` takes of the gradients and settings, but for lr and step."""

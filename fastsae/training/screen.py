@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,23 +17,6 @@ SCREEN_TRIAL = 2
 REDONE_LIMIT = 0.01
 
 
-class HasEncoder(Protocol):
-    """encoder_weight (M, D_in), b_enc (M,); k: active latents per token, or None; screened: whether the encoder uses
-    a screen at all."""
-
-    @property
-    def encoder_weight(self) -> Tensor: ...
-
-    @property
-    def b_enc(self) -> Tensor: ...
-
-    @property
-    def k(self) -> int | None: ...
-
-    @property
-    def screened(self) -> bool: ...
-
-
 class KeptScreen:
     """`update_latents_` maintains the copy; this class decides when to rebuild it.
 
@@ -40,12 +24,15 @@ class KeptScreen:
     write through `.data` changes neither. Such a write goes undetected on a GPU, or where it misses those samples.
     `screen` is None where the backend or the rule uses none.
 
+    W (M, D_in), b (M,): the encoder. k: says how many latents are active per token, or None. used: whether the encoder
+    uses a screen at all.
+
     The current inputs determine the format. Speed depends on it, and with precision="screened" the selection too: such
     a run is reproducible only from its start, not from a state loaded in the middle.
     """
 
-    def __init__(self, owner: HasEncoder, backend: str | None):
-        self.owner, self.backend = owner, backend
+    def __init__(self, W: Tensor, b: Tensor, k: Callable[[], int | None], used: bool, backend: str | None):
+        self.W, self.b, self.k, self.used, self.backend = W, b, k, used, backend
         self.in_place = False  # a CUDA graph needs it at the same address
         self.screen: Screen | None = None
         self.redone: Tensor | None = None  # share of tokens, in the last step
@@ -56,10 +43,8 @@ class KeptScreen:
     def make(self, encoder_input: Tensor | None) -> None:
         """Rebuilds the copy."""
         fresh = None
-        if self.owner.screened:
-            fresh = ops.prepare_screen(
-                self.owner.encoder_weight, self.owner.b_enc, x=encoder_input, k=self.owner.k, backend=self.backend
-            )
+        if self.used:
+            fresh = ops.prepare_screen(self.W, self.b, x=encoder_input, k=self.k(), backend=self.backend)
         if self.in_place and self.screen is not None and fresh is not None:
             for place, made in zip(self.screen.tensors, fresh.tensors, strict=True):
                 place.copy_(made)
@@ -87,7 +72,7 @@ class KeptScreen:
         """Records that the copy matches the current weights."""
         self._seen = self._signature()
         # Comparing is a host sync, so on a GPU there is no sample.
-        sampled = self.screen is not None and self.owner.encoder_weight.device.type == "cpu"
+        sampled = self.screen is not None and self.W.device.type == "cpu"
         self._sample = self._fingerprint() if sampled else None
 
     def _outgrown(self) -> bool:
@@ -97,11 +82,10 @@ class KeptScreen:
         return self._age >= SCREEN_LIFE or (self._age >= SCREEN_TRIAL and float(self.redone) > REDONE_LIMIT)
 
     def _signature(self) -> tuple[Any, ...]:
-        W, b = self.owner.encoder_weight, self.owner.b_enc
-        return W.data_ptr(), W._version, b.data_ptr(), b._version
+        return self.W.data_ptr(), self.W._version, self.b.data_ptr(), self.b._version
 
     def _fingerprint(self) -> Tensor:
         """One weight of every row and every bias, as bits, so that NaN equals itself. 0.06 ms at M = 24576, D = 768."""
-        W, b = self.owner.encoder_weight.detach(), self.owner.b_enc.detach()
+        W, b = self.W.detach(), self.b.detach()
         rows = torch.arange(W.shape[0], dtype=torch.int64, device=W.device)
         return torch.cat([W.take(rows * W.shape[1] + rows * 7919 % W.shape[1]), b]).view(torch.uint8)
