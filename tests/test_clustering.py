@@ -243,7 +243,9 @@ def test_the_same_run_has_the_same_figures(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["othello"], "no system 'othello'; expected one of clustering"),
+        (["chess"], "no system 'chess'; expected one of clustering, othello"),
+        (["clustering", "--scale", "games=3"], "clustering has no size 'games'; its scale is fixed"),
+        (["clustering", "--scale", "games"], "scale is 'games', expected NAME=NUMBER, such as games=40000"),
         (
             ["clustering", "--quick", "--experiments", "moons"],
             "no experiment 'moons'; expected basic_blobs, blob_grid",

@@ -190,11 +190,22 @@ def run_reproduce(options: Reproduce) -> int:
     print(
         reproduce(
             options.system, found, out, seeds=options.seeds, quick=options.quick, only=options.experiments,
-            progress=options.progress, threads=options.threads,
+            scale=sizes(options.scale), progress=options.progress, threads=options.threads,
         )
     )  # fmt: skip
     print(f"\nwritten to {out}")
     return 0
+
+
+def sizes(given: Sequence[str]) -> dict[str, int]:
+    """{"games": 40000} from ["games=40000"]. Raises ValueError for anything else."""
+    found = {}
+    for one in given:
+        name, _, number = one.partition("=")
+        if not (name and number.isdecimal()):
+            raise ValueError(f"scale is {one!r}, expected NAME=NUMBER, such as games=40000")
+        found[name] = int(number)
+    return found
 
 
 def info() -> dict[str, Any]:

@@ -255,13 +255,15 @@ class Reproduce(Common):
     """
 
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
-    """Name of the system: clustering."""
+    """Name of the system: clustering, othello."""
     out: Path | None = None
     """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
-    seeds: int = 10
-    """Runs of every experiment."""
+    seeds: int | None = None
+    """Runs of every experiment. Left out: 10 of clustering, 3 of othello, whose grid of recipes has one."""
     quick: Switch = False
     """A tiny version that takes seconds; its figures mean nothing."""
+    scale: tuple[str, ...] = ()
+    """Sizes that differ from the system's own, such as games=40000; a wrong name lists those that there are."""
     experiments: tuple[str, ...] = ()
     """Names of the experiments to run. Left out: all."""
     threads: int = 1

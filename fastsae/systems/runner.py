@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +24,50 @@ TABLE = "table.md"
 class System:
     """A system's interface to `fastsae reproduce`.
 
-    experiments   every experiment by name, in order; True: so small that all of them take seconds.
+    experiments   every experiment by name, in order; True: so small that all of them take seconds. By keyword, what
+                  changes in `scale`.
     settings      an experiment's settings as JSON; if they change, its stored record is out of date.
-    ticks         how often an experiment calls `advance`.
-    perform       runs one for these seeds; returns the record to store, and the data of its own pictures.
+    ticks         how often an experiment calls `advance`, for so many seeds.
+    perform       runs one for these seeds; returns the record to store, and the data of its own pictures. It may keep
+                  files in the folder, in its subfolder "cache", for other experiments and runs.
     draw_one      draws those pictures, from name, experiment, their data and the folder.
     draw_all      draws pictures of all stored records.
     tables        Markdown from the stored records.
+    unit          what a call of `advance` stands for.
+    seeds         how many, where the user does not say.
+    scale         the sizes that a user may change, by name, and what they are otherwise.
+    seconds       what an experiment should take on one idle core, for so many seeds; None: not known.
     """
 
-    experiments: Callable[[bool], Mapping[str, Any]]
+    experiments: Callable[..., Mapping[str, Any]]
     settings: Callable[[Any], dict[str, Any]]
-    ticks: Callable[[Any], int]
-    perform: Callable[[Any, Sequence[int], Callable[[], object]], tuple[dict[str, Any], Any]]
+    ticks: Callable[[Any, int], int]
+    perform: Callable[[Any, Sequence[int], Callable[[], object], Path], tuple[dict[str, Any], Any]]
     draw_one: Callable[[str, Any, Any, Path], None]
     draw_all: Callable[[Mapping[str, Any], Path], None]
     tables: Callable[[Mapping[str, Any]], str]
+    unit: str = "epoch"
+    seeds: int = 10
+    scale: Mapping[str, int] = field(default_factory=dict)
+    seconds: Callable[[Any, int], float] | None = None
 
 
 def reproduce(
-    name: str, system: System, folder: Path, *, seeds: int = 10, quick: bool = False, only: Sequence[str] = (),
-    progress: bool = True, threads: int = 1,
+    name: str, system: System, folder: Path, *, seeds: int | None = None, quick: bool = False,
+    only: Sequence[str] = (), scale: Mapping[str, int] | None = None, progress: bool = True, threads: int = 1,
 ) -> str:  # fmt: skip
     """Runs the experiments missing in `folder`, writes results.json, table.md and pictures there, returns the tables.
 
-    only: these experiments, by name. threads: of the CPU; SAEs this small are slower with more than one.
-    Raises ValueError for an unknown experiment or fewer than one seed, and BlockingIOError if another process is
-    writing there. KeyboardInterrupt loses only the current experiment.
+    only: these experiments, by name. scale: changes of the system's `scale`. threads: of the CPU; SAEs this small are
+    slower with more than one.
+    Raises ValueError for an unknown experiment or size or fewer than one seed, and BlockingIOError if another process
+    is writing there. KeyboardInterrupt loses only the current experiment.
     """
-    experiments = system.experiments(quick)
+    if unknown := [one for one in scale or {} if one not in system.scale]:
+        known = f"expected {', '.join(system.scale)}" if system.scale else "its scale is fixed"
+        raise ValueError(f"{name} has no size {', '.join(map(repr, unknown))}; {known}")
+    experiments = system.experiments(quick, **(scale or {}))
+    seeds = system.seeds if seeds is None else seeds
     if unknown := [one for one in only if one not in experiments]:
         raise ValueError(f"no experiment {', '.join(map(repr, unknown))}; expected {', '.join(experiments)}")
     if seeds < 1 or threads < 1:
@@ -67,13 +82,15 @@ def reproduce(
         missing = [one for one in chosen if not results.has(one, settings[one])]
         if len(missing) < len(chosen):
             log.info("%d of %d experiments are already in %s", len(chosen) - len(missing), len(chosen), folder)
-        with tqdm(
-            total=sum(system.ticks(experiments[one]) for one in missing), disable=not progress, unit="epoch"
-        ) as bar:
+        if system.seconds is not None and missing:
+            expected = sum(system.seconds(experiments[one], seeds) for one in missing)
+            log.info("%d experiments, about %s on one idle core", len(missing), duration(expected))
+        total = sum(system.ticks(experiments[one], seeds) for one in missing)
+        with tqdm(total=total, disable=not progress, unit=system.unit) as bar:
             for one in missing:
                 bar.set_description(one)
                 start = time.perf_counter()
-                record, shown = system.perform(experiments[one], range(seeds), bar.update)
+                record, shown = system.perform(experiments[one], range(seeds), bar.update, folder)
                 system.draw_one(one, experiments[one], shown, folder)
                 record["seconds"] = round(time.perf_counter() - start, 1)
                 results.put(one, settings[one], record, list(experiments))
@@ -86,6 +103,14 @@ def reproduce(
     finally:
         torch.set_num_threads(before)
         os.close(lock)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that gives a number of one or two digits."""
+    for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _locked(folder: Path) -> int:

@@ -226,7 +226,7 @@ def _draw_entropies(axes: Axes, records: list[Mapping[str, Any]]) -> None:
 SYSTEM = System(
     experiments=clustering.experiments,
     settings=lambda experiment: experiment.settings,
-    ticks=lambda experiment: experiment.epochs,
+    ticks=lambda experiment, seeds: experiment.epochs,  # all seeds at once
     perform=clustering.perform,
     draw_one=draw_one,
     draw_all=draw_all,

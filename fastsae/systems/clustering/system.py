@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -282,9 +283,13 @@ class Shown:
 
 
 def perform(
-    experiment: Experiment, seeds: Sequence[int], advance: Callable[[], object] = lambda: None
-) -> tuple[dict[str, Any], Shown]:
-    """Runs every recipe of an experiment, and k-means; returns the record to store, and the pictures' data."""
+    experiment: Experiment, seeds: Sequence[int], advance: Callable[[], object] = lambda: None,
+    folder: Path | None = None,
+) -> tuple[dict[str, Any], Shown]:  # fmt: skip
+    """Runs every recipe of an experiment, and k-means; returns the record to store, and the pictures' data.
+
+    folder: where results go. Not used: nothing here is worth a cache.
+    """
     recipe = next(iter(experiment.recipes.values()))
     clouds = draw(recipe, seeds)
     record: dict[str, Any] = {"title": experiment.title, "published": experiment.published}
