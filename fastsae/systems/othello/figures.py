@@ -20,9 +20,9 @@ from fastsae.systems.runner import System
 
 PAIRS = len(game.CLASSES) * game.SQUARES
 PROBE = "probe"
-MAIN = ("faithful", "mended", "better")
+MAIN = ("faithful", "mended", "candidate")
 TITLES = {PROBE: "linear probe", "faithful": "published recipe", "mended": "the same, latents normalized",
-          "better": "better recipe"}  # fmt: skip
+          "candidate": "candidate recipe"}  # fmt: skip
 FIRST = "shares.png"
 
 Records = Mapping[str, Any]
@@ -165,7 +165,13 @@ def _draw_shares(records: Records, folder: Path) -> None:
         probe = records[f"{PROBE}-{layer}"]
         for row, key in enumerate(found):
             values = shares(records[f"{key}-{layer}"], probe)
-            axes.barh(row, median(values), height=0.7, color=COLOURS.get(key, FAINT), linewidth=0)
+            axes.barh(
+                row,
+                median(values),
+                height=0.7,
+                color=COLOURS["better"] if key == "candidate" else COLOURS.get(key, FAINT),
+                linewidth=0,
+            )
             if len(values) > 1:
                 axes.scatter(values, [row] * len(values), s=9, color=INK, zorder=3, linewidths=0)
         axes.axvline(PUBLISHED["untied"] / PUBLISHED["probes"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -182,7 +188,7 @@ def _draw_shares(records: Records, folder: Path) -> None:
 
 
 def _draw_areas(records: Records, folder: Path) -> None:
-    complete = [layer for layer in layers(records) if all(at(records, key, layer) for key in ("faithful", "better"))]
+    complete = [layer for layer in layers(records) if all(at(records, key, layer) for key in ("faithful", "candidate"))]
     if not complete:
         return
     main = records[f"{PROBE}-{complete[0]}"]["main_layer"]
