@@ -30,14 +30,14 @@ def test_games_are_those_of_plain_python() -> None:
 
 
 def test_first_moves_are_uniform_and_games_follow_their_seed() -> None:
-    tokens = game.random_games(4000, torch.Generator().manual_seed(0))
-    assert tokens.shape == (4000, 65)
+    tokens = game.random_games(1000, torch.Generator().manual_seed(0))
+    assert tokens.shape == (1000, 65)
     squares, n = tokens[:, 0].unique(return_counts=True)
     assert squares.tolist() == [19, 26, 37, 44]
-    assert (n / 1000 - 1).abs().max() < 0.1
-    assert torch.equal(tokens, game.random_games(4000, torch.Generator().manual_seed(0)))
-    parts = list(game.stream(5000, 0, 16))
-    assert [len(part) for part in parts[:-1]] == [16] * 312
+    assert (n / 250 - 1).abs().max() < 0.25
+    assert torch.equal(tokens, game.random_games(1000, torch.Generator().manual_seed(0)))
+    parts = list(game.stream(200, 0, 16))
+    assert [len(part) for part in parts[:-1]] == [16] * 12
     assert len(parts[-1]) == 8
 
 
@@ -241,7 +241,7 @@ def test_rules_of_the_engine_learn_and_are_measured_in_units_of_x(rule: str) -> 
     if rule == "topk":
         assert found["l0"] <= 16
     codes = trained.sae.encode((x - trained.whitening.mean) @ trained.whitening.forth)
-    recon = trained.sae.decode(codes) @ trained.whitening.back + trained.whitening.mean
+    recon = trained.sae.decode(codes).detach() @ trained.whitening.back + trained.whitening.mean
     assert found["fvu"] == pytest.approx(float((x - recon).square().sum() / (x - x.mean(0)).square().sum()), abs=1e-3)
 
 
@@ -262,7 +262,7 @@ def test_a_run_to_the_end_and_again(tmp_path: Path, capsys) -> None:
     arguments = ["reproduce", "othello", "--quick", "--no-progress", "--out", str(tmp_path), *SIZES]
     assert main(arguments) == 0
     captured = capsys.readouterr()
-    assert "14 experiments, about" in captured.err
+    assert "13 experiments, about" in captured.err
     assert "Scale: 1 blocks, d = 16" in captured.out
     assert "180 (layer 6 of 8)" in captured.out
     for name in ("shares.png", "areas.png"):
@@ -273,7 +273,7 @@ def test_a_run_to_the_end_and_again(tmp_path: Path, capsys) -> None:
     assert len(stored["topk-tied-1"]["areas"]) == 1
     text = json.dumps(stored)
     assert main(arguments) == 0
-    assert "14 of 14 experiments are already in" in capsys.readouterr().err
+    assert "13 of 13 experiments are already in" in capsys.readouterr().err
     assert json.dumps(read(tmp_path / "results.json", "othello")["experiments"]) == text
     # The same model in the cache, another SAE: that experiment alone is done again, with the same figures as before.
     assert main([*arguments, "--seeds", "2", "--experiments", "candidate-1"]) == 0

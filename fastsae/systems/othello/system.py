@@ -97,7 +97,8 @@ def boards(scale: Scale, layer: int, cache: Path) -> tuple[Boards, Boards]:
     path, activations = _cached(cache, "games", scale), _cached(cache, "activations", scale)
     if not (path.exists() and activations.exists()):
         model, _ = language.trained(scale.model, cache)
-        games, layers = {}, {}
+        games: dict[str, Tensor] = {}
+        layers: dict[str, Tensor] = {}
         for name, n, seed in (
             ("read", scale.read, language.READ_GAMES),
             ("scored", scale.scored, language.SCORED_GAMES),
@@ -150,7 +151,7 @@ class Experiment:
         return self.used(seeds) * recipe.epochs * -(-self.scale.read // recipe.batch)
 
     def seconds(self, seeds: int) -> float:
-        """Expected on one idle core: measured at d = 128, of which the model's share grows as blocks·d²."""
+        """Expected on one idle core. An estimate from steps timed at d = 128; the model's grow as blocks·d²."""
         scale, d = self.scale, self.scale.d / 128
         if self.kind == "model":
             return self.steps(seeds) * 0.022 * scale.blocks * max(d, d * d)
