@@ -139,7 +139,7 @@ def test_empty_slots_give_and_receive_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", truth.BACKENDS)
-def test_only_what_is_asked_for_is_computed(backend: str) -> None:
+def test_each_gradient_can_be_requested_alone(backend: str) -> None:
     case = BY_NAME["odd"]
     x, W, b = case.inputs(torch.float32)
     for wanted in (x, W, b):

@@ -179,7 +179,7 @@ def test_normalized_rows_are_what_a_member_has() -> None:
     torch.testing.assert_close(batch.W_enc[1].norm(dim=1), torch.full((M,), 0.1))
 
 
-def test_training_goes_on_from_its_state() -> None:
+def test_training_resumes_from_its_state() -> None:
     settings: dict[str, Any] = {"ghost": "pull", "dead_after": 60}
     whole, stopped = (SAEBatch(B, D, M, BatchTopK(2), **settings) for _ in "ab")
     step, half = BatchTrainStep(whole, 1e-2), BatchTrainStep(stopped, 1e-2)

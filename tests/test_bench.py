@@ -246,7 +246,7 @@ def test_readme_without_markers_is_refused() -> None:
         plot.with_numbers("no markers", "numbers")
 
 
-def test_demo_trains_compares_and_finds_everything_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_trains_compares_and_reuses_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(32, 24, generator=generator)
     save_rows(tmp_path / "rows", torch.rand(1200, 32, generator=generator).pow(4) @ basis, holdout=200)
@@ -307,7 +307,7 @@ def test_parts_choose_the_screen_again_as_the_step_does(monkeypatch: pytest.Monk
     assert len(prepared) == 2
 
 
-def test_redone_is_over_all_steps() -> None:
+def test_redone_covers_all_steps() -> None:
     inputs = tiny()
     fused = Fused(inputs, TINY.K)
     assert fused.redone() is None

@@ -57,7 +57,7 @@ def content_reason(out: Path) -> str:
 # -- the whole command -------------------------------------------------------------------------------------------------
 
 
-def test_a_toy_run_writes_everything_and_is_taken_up_again(tmp_path: Path) -> None:
+def test_a_toy_run_writes_everything_and_resumes(tmp_path: Path) -> None:
     items = ["decode", "fused step", "copy", "fp32 8192", "bf16 encoder", "fastsae", "fastsae graph", "fastsae by part",
              "dense bf16", "torch.topk", "update_latents_", "sweep-base", "sweep-N-8", "memcheck", "decode heavy",
              "active_dot ragged", "active_outer_regrouped hot"]  # fmt: skip
@@ -201,7 +201,7 @@ def test_a_broken_op_costs_one_item(fault: str, status: str, tmp_path: Path) -> 
     assert f"An op was broken on purpose: decode:{fault}" in summary
 
 
-def test_a_process_that_cannot_start_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_a_process_that_cannot_start_is_reported_with_its_error(tmp_path: Path) -> None:
     job = Job("ops-small", "no such kind", ("decode", "by_latent"), "small", "cpu")
     code, store = go(tmp_path, [job])
     assert code == 1
@@ -269,7 +269,7 @@ def test_the_checks_at_full_size_notice_a_wrong_op(op: str, monkeypatch: pytest.
         times(op)
 
 
-def test_what_holds_over_all_ops_is_checked_on_every_backend() -> None:
+def test_checks_across_ops_run_on_every_backend() -> None:
     for backend in ("cpu", "reference"):
         checks = Checks(Job("check", "check", plan.CHECKS, backend=backend), TOY)
         for item in ("exact is fp32", "run twice", "deterministic", "fused step"):
@@ -280,7 +280,7 @@ def test_what_holds_over_all_ops_is_checked_on_every_backend() -> None:
     assert graph["status"] == "missing"
 
 
-def test_a_step_that_moves_otherwise_is_noticed() -> None:
+def test_a_step_that_moves_differently_is_noticed() -> None:
     g = torch.Generator().manual_seed(0)
     before, theirs = torch.zeros(2000, 8), torch.randn(2000, 8, generator=g)
     swapped = theirs.clone()

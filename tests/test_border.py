@@ -47,7 +47,7 @@ def outcomes(setting: str, when: str = "start") -> dict[str, str]:
 
 
 @needs_cpu
-def test_nothing_is_refused_as_torch_is() -> None:
+def test_no_call_fails_under_torchs_defaults() -> None:
     wrong = {name: got for name, got in outcomes("as it is").items() if ":" in got}
     assert not wrong
 
@@ -87,7 +87,7 @@ def test_no_setting_of_torch_changes_a_bit_of_a_step(setting: str, when: str) ->
 
 
 @needs_cpu
-def test_malformed_calls_are_refused_before_C_sees_them() -> None:
+def test_malformed_calls_never_reach_cpp() -> None:
     got = outcomes("hostile")
     assert len(got) > 100
     wrong = {name: what for name, what in got.items() if what.split(":")[0] not in ("ValueError", "TypeError")}
@@ -110,7 +110,7 @@ def test_sizes_counted_in_int32() -> None:
             buffers.count_int32("slots", n)
 
 
-def test_buffers_are_what_they_are_asked_to_be() -> None:
+def test_buffers_have_the_requested_dtype_device_and_values() -> None:
     with torch.device("meta"):
         made = [
             buffers.empty((2, 3), torch.float32, CPU),
@@ -173,7 +173,7 @@ def _may_be_tensor(node: ast.expr) -> bool:
     )
 
 
-def test_every_new_tensor_says_its_dtype_and_its_device() -> None:
+def test_every_new_tensor_states_its_dtype_and_device() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)[:80]} does not say {what}"
         for path in source(set(COVERED) - NOT_YET)

@@ -94,7 +94,7 @@ def test_what_a_state_cannot_hold_is_named(value: Any, message: str) -> None:
         split_state({"x": value})
 
 
-def test_random_generators_go_on_where_they_were() -> None:
+def test_random_generators_resume_where_they_were() -> None:
     import random
 
     before = rng_state()
@@ -263,7 +263,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
     assert (tmp_path / "step_00000003").is_dir()
 
 
-def test_leftovers_of_a_killed_writer_go(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     kept = write(tmp_path, 1)
     (tmp_path / ".unfinished-step_00000002").mkdir()
     (tmp_path / ".unfinished-step_00000002" / "sae.safetensors").write_bytes(b"half")
@@ -272,7 +272,7 @@ def test_leftovers_of_a_killed_writer_go(tmp_path: Path) -> None:
     remove_unfinished(tmp_path / "nowhere")
 
 
-def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_byte_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsync of each file and of the directory come before the rename, and of the parent after it."""
     events: list[tuple[str, str]] = []
     real_fsync, real_rename, real_replace = os.fsync, os.rename, os.replace

@@ -134,7 +134,7 @@ def test_kinds_of_calls() -> None:
         assert (op, kind) in moved.KINDS
 
 
-def test_the_cheaper_goes_first_and_of_equals_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cheaper_backend_goes_first_and_cuda_wins_ties(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W, b, rows = torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(8), torch.zeros(3, dtype=torch.int32)
     costs = {("encode_topk", "fixed"): {"cuda": 1, "triton": 1}, ("encode_topk", "rows"): {"cuda": 2, "triton": 1}}
     monkeypatch.setattr(choice, "COSTS", costs)

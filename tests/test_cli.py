@@ -103,7 +103,7 @@ def test_live_options_survive_the_notes():
         LiveOptions.from_notes({"stream": {"hook": 1, "unheard_of": 2}})
 
 
-def test_resume_goes_on_and_is_asked_for(place, capsys):
+def test_resume_continues_and_must_be_requested(place, capsys):
     message = fails(capsys, train(place, "rows.npy", "run"))
     assert "holds a run with checkpoints" in message
     longer = train(place, "rows.npy", "longer", "--decay", "constant")
@@ -265,7 +265,7 @@ def test_bench_without_the_repository(monkeypatch, capsys):
     assert "in the source repository" in fails(capsys, ["bench"])
 
 
-def test_bench_hands_its_arguments_on(monkeypatch):
+def test_bench_passes_its_arguments_on(monkeypatch):
     called = {}
 
     def note(command, **keywords):

@@ -45,14 +45,14 @@ def test_sizes(make) -> None:
     assert int(codes.nnz) == 5
 
 
-def test_k_is_a_number_of_fixed_codes_only() -> None:
+def test_only_fixed_codes_have_k() -> None:
     assert fixed().k == 3
     with pytest.raises(ValueError, match="a ragged code has no k"):
         _ = ragged().k
 
 
 @both
-def test_dense_there_and_back(make) -> None:
+def test_conversion_to_dense_and_back(make) -> None:
     codes = make()
     assert torch.equal(codes.to_dense(), DENSE)
     assert torch.equal(codes.to_torch_sparse_csr().to_dense(), DENSE)

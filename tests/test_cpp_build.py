@@ -38,7 +38,7 @@ def functions(listing: str) -> dict[str, list[str]]:
     return found
 
 
-def test_nothing_is_built_for_the_machine_that_builds() -> None:
+def test_nothing_is_compiled_for_the_build_machine() -> None:
     for path in [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "csrc").rglob("*.*")]:
         flags = re.findall(r"^[^#/\n]*-m(?:arch|tune|cpu)=\S*", path.read_text(), re.MULTILINE)
         stated = [flag for flag in flags if "Never -march=native" not in flag]

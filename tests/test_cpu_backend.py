@@ -81,7 +81,7 @@ def restore() -> Iterator[None]:
     _cpu.use_isa(isa)
 
 
-def test_the_codes_are_what_they_should_be() -> None:
+def test_the_codes_meet_the_conditions_of_these_tests() -> None:
     """Otherwise the tests below would pass without meeting a hot latent, a heavy tail or a second thread."""
     for codes in (fixed(torch.float32), ragged(torch.float32)):
         uses = (codes.to_dense() != 0).sum(0)
@@ -285,7 +285,7 @@ def test_an_act_of_0_in_a_ragged_code_is_an_entry(dtype: torch.dtype) -> None:
     assert ops.active_dot(x, codes, W, backend="cpu").tolist() == [D] * 3
 
 
-def test_what_it_has_no_kernel_for() -> None:
+def test_unsupported_inputs_are_refused() -> None:
     codes, W = fixed(torch.float32), rows(M, torch.float32, 4)
     with pytest.raises(BackendError, match=r"cpu: .*torch\.float16"):
         torch.ops.fastsae.decode(codes.acts.half(), codes.indices, None, W.half(), "cpu")

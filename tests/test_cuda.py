@@ -64,7 +64,7 @@ def test_a_dtype_without_kernels_is_refused() -> None:
 
 
 @only_emulated
-def test_what_the_device_refuses_names_op_device_and_shapes() -> None:
+def test_a_failed_launch_names_op_device_and_shapes() -> None:
     acts, indices, W = _decode_arguments()
     library.emulate(refuse="decode")
     with pytest.raises(fastsae.BackendError) as caught:
@@ -92,7 +92,7 @@ def test_a_refused_launch_changes_no_parameter(name: str, kernel: str) -> None:
 
 
 @only_emulated
-def test_a_screen_that_could_not_be_made_anew_misleads_nobody() -> None:
+def test_a_screen_that_could_not_be_refilled_is_not_trusted() -> None:
     case = BY_NAME["random"]
     problem = make_problem(case, torch.float32)
     W, b = problem.params["W_enc"], problem.params["b_enc"]

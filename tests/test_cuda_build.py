@@ -57,7 +57,7 @@ def test_only_the_entry_is_exported() -> None:
 
 
 @needs_build
-def test_cudas_runtime_is_linked_in() -> None:
+def test_the_cuda_runtime_is_linked_statically() -> None:
     """torch brings a runtime of its own, and the driver is opened when the first op runs."""
     needed = re.findall(r"NEEDED\s+(\S+)", objdump("-p", str(EXTENSION)))
     assert "libc.so.6" in needed
@@ -186,7 +186,7 @@ def test_only_what_changed_is_compiled_again(tree: Tree) -> None:
     assert len(tree.build("require")) == 2
 
 
-def test_what_is_edited_while_it_compiles_is_compiled_again(tree: Tree) -> None:
+def test_a_source_edited_during_compilation_is_compiled_again(tree: Tree) -> None:
     tree.install_nvcc()
     (tree.cuda / "tiny.cu").write_text("edited meanwhile")
     assert len(tree.build("require")) == 2

@@ -136,7 +136,7 @@ def test_a_harvest_shows_the_text_around_its_rows(corpus: TextCorpus, tmp_path: 
     assert json.loads((tmp_path / "vocabulary.json").read_text()) == words
 
 
-def test_a_harvest_goes_on_where_it_was_interrupted_and_refuses_another_model(
+def test_a_harvest_resumes_where_it_was_interrupted_and_refuses_another_model(
     corpus: TextCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny(bert=False)

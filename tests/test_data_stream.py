@@ -142,7 +142,7 @@ def test_the_filter_counts_what_it_drops() -> None:
     assert row_filter.twin().stats["rows"] == 0
 
 
-def test_not_a_number_is_named_with_layer_and_place() -> None:
+def test_nan_is_reported_with_layer_and_place() -> None:
     row_filter = RowFilter("layer 3", n_prefix=0, n_suffix=0, drop_first=True, norm_factor=None, nonfinite="raise")
     x = torch.ones(4, 10, 3)
     row_filter(x, torch.arange(40).view(4, 10))

@@ -101,7 +101,7 @@ def run(program: Path, what: str, seed: int = 0) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("what", "right"), [("sum", 1), ("warps", 128), ("fresh", 128)])
-def test_what_is_right_runs_in_every_order(program: Path, what: str, right: int, seed: int) -> None:
+def test_correct_kernels_run_in_every_order(program: Path, what: str, right: int, seed: int) -> None:
     done = run(program, what, seed)
     assert done.stdout.split() == [str(right)], done.stdout + done.stderr
 
@@ -123,7 +123,7 @@ def test_a_missing_barrier_shows_once_threads_are_shuffled(program: Path) -> Non
         ("past dynamic", "use-after-poison"),
     ],
 )
-def test_what_no_gpu_would_forgive_is_an_error(program: Path, what: str, says: str) -> None:
+def test_a_fault_that_breaks_a_gpu_is_an_error(program: Path, what: str, says: str) -> None:
     done = run(program, what)
     assert done.returncode != 0
     assert says in done.stdout + done.stderr

@@ -26,7 +26,7 @@ def test_a_loaded_module_trains_moves_and_counts(tmp_path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_casts_keep_what_can_be_saved(tmp_path, name: str) -> None:
+def test_a_cast_module_can_be_saved_and_loaded(tmp_path, name: str) -> None:
     sae = family_sae(RULES[name], dtype=torch.float32).double()
     FusedTrainStep(sae, lr=1e-3)(tokens())
     assert all(p.dtype == torch.float64 for p in sae.parameters())

@@ -75,7 +75,7 @@ def test_a_fused_step_is_autograd_and_adam(name: str, settings: dict, backend: s
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", SHAPED)
-def test_so_is_a_dense_one(name: str, settings: dict, monkeypatch) -> None:
+def test_a_dense_fused_step_is_autograd_and_adam(name: str, settings: dict, monkeypatch) -> None:
     monkeypatch.setattr("fastsae.model.dense.PIECE", 10 * M)  # pieces of ten tokens, and a last one of seven
     sae = family_sae(RULES[name], **settings)
     assert_equal_training(sae, FusedTrainStep(sae, lr=1e-2, eps=1e-4, dense_above=0.0))
@@ -98,7 +98,7 @@ def test_gpu_backends_train_the_family(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPED)
-def test_narrow_weights_train_and_keep_what_is_wide(name: str, dtype: torch.dtype) -> None:
+def test_narrow_weights_train_and_rule_parameters_stay_float32(name: str, dtype: torch.dtype) -> None:
     sae = family_sae(RULES[name], dtype=dtype)
     step = FusedTrainStep(sae, lr=1e-2)
     first = float(step(tokens().to(dtype))["loss"])
@@ -111,7 +111,7 @@ def test_narrow_weights_train_and_keep_what_is_wide(name: str, dtype: torch.dtyp
 # -- the dense way and back -------------------------------------------------------------------------------------------
 
 
-def test_the_dense_way_takes_over_while_many_fire_and_gives_way_without_a_jump(monkeypatch) -> None:
+def test_the_dense_path_serves_dense_codes_and_switching_leaves_no_jump(monkeypatch) -> None:
     """An L1 run whose density falls from a half: the same curve whichever way each step goes."""
     ways: list[str] = []
     for name in ("_densely", "_activated"):
@@ -139,7 +139,7 @@ def test_the_dense_way_takes_over_while_many_fire_and_gives_way_without_a_jump(m
     torch.testing.assert_close(curves[2], curves[0], rtol=1e-8, atol=0)
 
 
-def test_a_code_that_outgrows_its_room_goes_the_dense_way_in_the_same_step() -> None:
+def test_a_code_that_outgrows_its_capacity_takes_the_dense_path_in_the_same_step() -> None:
     sae = family_sae(fastsae.ReLU(0.1), dead=False)
     with torch.no_grad():
         sae.b_enc.fill_(-3.0)
@@ -290,7 +290,7 @@ def test_bad_settings_of_a_step_are_refused(settings: dict, message: str) -> Non
         FusedTrainStep(family_sae(RULES["jumprelu"]), **settings)
 
 
-def test_outer_losses_that_are_none_are_refused() -> None:
+def test_invalid_outer_losses_are_refused() -> None:
     step = FusedTrainStep(family_sae(RULES["topk"]))
     with pytest.raises(ValueError, match=r"outer returned a tensor of shape \(37, 12\), expected one number"):
         step(tokens(), outer=lambda recon: recon)

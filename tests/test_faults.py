@@ -60,7 +60,7 @@ def assert_same_end(run_dir: Path, whole_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_saves_and_says_so(
+def test_a_signal_finishes_the_step_saves_and_says_so(
     tmp_path: Path, signum: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signum)
@@ -119,7 +119,7 @@ time.sleep(60)
 """
 
 
-def test_a_directory_in_use_is_refused_and_a_dead_holder_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_directory_in_use_is_refused_and_a_dead_holder_does_not_block_it(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "LOCK")], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None

@@ -252,7 +252,7 @@ def test_the_rules_catch_what_they_forbid() -> None:
     assert calls == [6]
 
 
-def test_names_that_were_replaced_say_by_what() -> None:
+def test_removed_names_point_to_their_replacement() -> None:
     import fastsae
 
     with pytest.raises(AttributeError, match=r"fastsae.SAEOutput is gone; it is replaced by ForwardResult"):

@@ -299,7 +299,7 @@ def test_edited_weights_are_seen(edit, backend):
     torch.testing.assert_close(step(x)["loss"].float(), DenseSAE(sae).losses(x)["loss"].detach(), rtol=0.1, atol=0)
 
 
-def test_the_screen_is_made_anew_exactly_when_the_weights_were_written(monkeypatch):
+def test_the_screen_is_rebuilt_exactly_when_the_weights_were_written(monkeypatch):
     made = []
 
     def prepare(W: Tensor, b: Tensor | None = None, *, x: Tensor, k: int, backend: str | None = None) -> Screen:

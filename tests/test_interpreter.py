@@ -135,7 +135,7 @@ def test_dot_accumulates_in_float32(dtype) -> None:
     assert ((dot(x, w).double() - x.double() @ w.double()).abs() <= bound).all()
 
 
-def test_tf32_shows() -> None:
+def test_tf32_rounding_shows() -> None:
     """A float32 dot is TF32 on a GPU unless told otherwise; a kernel that forgets has to fail here."""
     x = torch.full((N, N), 1 + 2**-12)
     assert torch.equal(dot(x, torch.eye(N)), x)
@@ -215,7 +215,7 @@ def _far_kernel(x_ptr, out_ptr, far, N: tl.constexpr):
     tl.store(out_ptr + i, tl.load(x_ptr + far.to(tl.int64) * 4 + (i - far * 4)))
 
 
-def test_pointers_move_by_elements_forth_and_back() -> None:
+def test_pointers_move_by_elements_back_and_forth() -> None:
     x = torch.randn(N)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int8):
         out = torch.empty(N, dtype=dtype)
@@ -343,7 +343,7 @@ def _argument_kernel(x_ptr, out_ptr, scale, flag, N: tl.constexpr):
     tl.store(out_ptr + i, tl.where(flag and not (i < 2), out, 0.0))
 
 
-def test_arguments_and_boolean_operators_are_the_compilers() -> None:
+def test_arguments_and_boolean_operators_work_as_when_compiled() -> None:
     x, out = torch.randn(N).to(torch.bfloat16), torch.empty(N)
     _argument_kernel[(1,)](x, out, 0.1, True, N=N, num_warps=2)
     expected = x.float() * torch.tensor(0.1)

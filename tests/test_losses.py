@@ -56,7 +56,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(sum_of):
         torch.set_num_threads(threads)
 
 
-def test_empty_and_lonely_batches():
+def test_batches_of_no_token_and_of_one():
     assert float(losses.mse(torch.zeros(0, 3), torch.zeros(0, 3))) == 0.0
     for n in (0, 1):
         with pytest.raises(ValueError, match=f"got {n} tokens, expected at least 2"):
@@ -74,7 +74,7 @@ def test_dead_rows_list_the_dead_then_minus_one(dead):
     assert rows.tolist() == dead + [-1] * (7 - len(dead))
 
 
-def test_aux_weight_grows_with_the_dead():
+def test_aux_weight_grows_with_the_number_of_dead_latents():
     mask = torch.zeros(10, dtype=torch.bool)
     seen = []
     for n in range(6):
@@ -95,7 +95,7 @@ def test_encode_dead_is_a_dense_top_k_of_the_dead(n_dead):
     codes.check()
 
 
-def test_nobody_dead_is_noticed_at_once_on_a_cpu():
+def test_encode_dead_returns_none_without_dead_latents_on_a_cpu():
     sae = sae_for_test()
     assert losses.encode_dead(tokens(4, 10), sae.W_enc, sae.b_enc, torch.zeros(30, dtype=torch.bool), 5) is None
 

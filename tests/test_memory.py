@@ -41,7 +41,7 @@ def test_nothing_is_read_back_from_the_device(normalize, loss):
     fastsae.BatchTopK(4), fastsae.Matryoshka(TopK(4), groups=(16, 48)), fastsae.HierarchicalTopK((2, 4)),
     fastsae.Matryoshka(fastsae.BatchTopK(4), sampled=3, shortest=8), fastsae.GroupMax(4),
 ], ids=lambda rule: rule.kind)  # fmt: skip
-def test_neither_do_the_other_rules_of_fixed_size(rule):
+def test_other_rules_of_fixed_size_read_nothing_back_either(rule):
     sae = SparseAutoencoder(16, 64, rule, aux_k=8, device="meta")
     x = torch.empty(32, 16, device="meta")
     sae(x).loss.backward()

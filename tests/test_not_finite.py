@@ -64,7 +64,7 @@ def told(seen: list[warnings.WarningMessage]) -> list[str]:
     # The last: nine in a row, a good batch, and more again; that is no ten in a row.
     [([10], NAN), ([10], float("inf")), ([10], 3e38), ([1], NAN), ([1], -float("inf")), ([*range(8, 17), 18, 19], NAN)],
 )
-def test_a_bad_batch_is_a_batch_left_out(tmp_path: Path, bad: list[int], value: float, moments: str) -> None:
+def test_a_bad_batch_acts_like_a_batch_left_out(tmp_path: Path, bad: list[int], value: float, moments: str) -> None:
     settings = {"decay": "constant", "moments": moments}
     run = trainer(tmp_path / "run", spoil(bad, [5, 6, 40], value), **settings)
     with warnings.catch_warnings(record=True) as seen:
@@ -86,7 +86,7 @@ def test_a_bad_batch_is_a_batch_left_out(tmp_path: Path, bad: list[int], value: 
     assert saved_steps(tmp_path / "run") == [21, 28, 30]
 
 
-def test_what_was_skipped_is_remembered_and_shown(tmp_path: Path) -> None:
+def test_skipped_steps_are_saved_and_reported(tmp_path: Path) -> None:
     """Stopped and gone on with: the same bits and lines as in one go, the number of skipped steps included."""
     bad = spoil([4, 9, 20], [7], NAN)
     settings = {"tensorboard": True, "k_start": 12, "k_anneal": 25}
@@ -141,7 +141,7 @@ def test_a_run_that_begins_with_bad_batches_only_ends_before_its_first_step(tmp_
     assert not run.sae.b_dec.any()
 
 
-def test_off_the_cpu_skips_are_noted_and_told_where_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_off_the_cpu_skips_are_recorded_and_reported_when_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of another device, run on CPU tensors."""
 
     def step(x: Tensor, number: int) -> None:
@@ -210,7 +210,7 @@ def test_without_a_fused_step_a_loss_that_overflows_stops_a_run(tmp_path: Path) 
     assert saved_steps(tmp_path) == [7]
 
 
-def test_off_the_cpu_bad_numbers_are_noted_and_raised_where_numbers_are_read() -> None:
+def test_off_the_cpu_bad_numbers_are_recorded_and_raised_when_numbers_are_read() -> None:
     """The path of a device without a cheap answer, run on CPU tensors: the first bad step is the one that is named."""
     guard = FiniteGuard(torch.device("cpu"))
     guard._immediate = False

@@ -87,7 +87,7 @@ def test_a_called_function_is_not_taken_for_a_kernel() -> None:
     assert called == {"_Z1gPfi": {"spill_bytes": 4, "stack_bytes": 8, "shared_bytes": 0}}
 
 
-def test_lines_of_two_targets_in_each_other_are_refused() -> None:
+def test_interleaved_lines_of_two_targets_are_refused() -> None:
     first, second = said(ADD, "sm_80").splitlines(), said(ADD, "sm_90a").splitlines()
     mixed = "\n".join([first[0], second[0], *first[1:], *second[1:]]) + "\n"
     with pytest.raises(ValueError, match="what it said of several targets is mixed"):
@@ -126,7 +126,7 @@ BOUNDS = ".maxntid 128, 1, 1\n.minnctapersm 4"
 
 
 @needs_filt
-def test_kernels_are_named_by_source_and_cubs_are_apart() -> None:
+def test_kernels_are_named_by_source_and_cubs_kernels_are_listed_apart() -> None:
     logs = {"adding": said(ADD, "sm_90a", 107) + said(CUB, "sm_90a", 4), "gather": said(TWIN, "sm_90a", 108)}
     logs["gather"] += "ptxas warning : Value of threads per SM for entry x is out of range\n"
     made = ptxas.report_of(

@@ -172,7 +172,7 @@ def test_partial_runs(run, tmp_path):
     assert "Fraction of variance" not in text
 
 
-def test_weights_or_rows_that_are_gone_are_said_and_do_not_stop_the_page(run, tmp_path):
+def test_missing_weights_or_rows_are_reported_and_do_not_stop_the_page(run, tmp_path):
     no_weights = copy_of(run, tmp_path / "a", "config.json", "metrics.jsonl", "eval.jsonl")
     assert "holds no checkpoint that can be used" in "".join(checked(write_report(no_weights)).text)
     moved = copy_of(run, tmp_path / "b", "config.json", "metrics.jsonl", "eval.jsonl")
@@ -205,7 +205,7 @@ def test_evaluation_by_hand_takes_the_place_of_an_older_one(run, tmp_path):
     assert "evaluation.json is unreadable and left out." in read_run(folder).notes
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run folder at"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
@@ -217,7 +217,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ReportOptions(passages=0)
 
 
-def test_a_place_that_cannot_hold_the_page_is_refused_first(run, tmp_path):
+def test_an_unusable_output_path_is_refused_first(run, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}, which is a folder"):
         write_report(run, out=tmp_path)
     with pytest.raises(ValueError, match=r"nowhere/page\.html, which lies in a folder that is not there"):
@@ -382,6 +382,6 @@ def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
     None, [], {}, {"edges": [0, 1], "counts": [1, 2], "never": 0}, {"edges": [1, 0], "counts": [1], "never": 0},
     {"edges": [0, 1], "counts": [True], "never": 0}, {"edges": [0, 1], "counts": [1]},
 ])  # fmt: skip
-def test_a_histogram_that_is_none(held):
+def test_a_malformed_histogram_is_left_out(held):
     assert histogram({"density_histogram": held}) is None
     assert histogram({"density_histogram": {"edges": [0, 1], "counts": [3], "never": 2}}) == ([0, 1], [3], 2)

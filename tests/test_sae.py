@@ -80,7 +80,7 @@ def test_leading_dimensions_come_back():
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_empty_and_lonely_batches(n):
+def test_batches_of_no_token_and_of_one(n):
     sae = sae_for_test(aux_k=3, dead_after=1)
     out = sae(tokens(n, 10))
     assert out.recon.shape == (n, 10)
@@ -300,7 +300,7 @@ def test_bad_settings_are_refused_at_construction(settings, message):
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, True, "4"])
-def test_top_k_refuses_what_is_no_count(k):
+def test_top_k_refuses_an_invalid_count(k):
     with pytest.raises(ValueError, match="expected a whole number of at least 1"):
         TopK(k)
 

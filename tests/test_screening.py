@@ -172,12 +172,12 @@ def test_bits_do_not_depend_on_threads_or_panels(case):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-def test_few_tokens_are_redone_where_the_sample_tells_the_truth(fmt):
+def test_few_tokens_are_redone_where_the_sample_is_representative(fmt):
     x, W, b, k = gaussian(N=2000, D=64, M=8192)
     assert encode(x, W, b, k, fmt)[2] <= 20
 
 
-def test_a_sample_that_lies_is_found_out():
+def test_a_misleading_sample_is_detected():
     """Hot latents that are all in the sample: the guessed bar is too high for every token, and all are redone."""
     x, W, b, k = gaussian(N=48)
     fmt = _cpu.fastest_format(W.shape[1])
@@ -248,7 +248,7 @@ def test_a_screen_of_another_type_never_reaches_cpp():
 
 
 @pytest.mark.skipif(not FORMATS or _cpu.fastest_format(96) == _cpu.tight_format(), reason="one format serves all here")
-def test_a_format_that_cannot_tell_the_latents_apart_is_given_up():
+def test_a_format_that_cannot_separate_the_latents_is_replaced():
     x, W, b, k = gaussian()
     blind = [5, 50]
     W = W.clone()

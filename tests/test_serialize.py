@@ -144,7 +144,7 @@ def test_a_broken_save_is_refused_by_name(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", UNBELIEVABLE)
-def test_settings_that_are_none_are_refused(tmp_path, case):
+def test_invalid_settings_are_refused(tmp_path, case):
     save(sae_for_test(), tmp_path)
     changes, message = UNBELIEVABLE[case]
     reconfigure(tmp_path, **changes)

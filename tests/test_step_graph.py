@@ -70,7 +70,7 @@ def test_another_shape_runs_without_the_graph_and_keeps_it(graphed: FusedTrainSt
 
 
 @pytest.mark.parametrize("change", ["betas", "loss", "parameter", "schedule"])
-def test_what_a_graph_holds_fast_is_captured_anew(change: str, graphed: FusedTrainStep) -> None:
+def test_a_change_in_what_a_graph_captured_leads_to_a_new_capture(change: str, graphed: FusedTrainStep) -> None:
     for seed in range(GRAPH_WARMUP + 1):
         graphed(batch(seed))
     if change == "betas":

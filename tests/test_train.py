@@ -79,7 +79,7 @@ def test_the_plain_step_gives_the_same_curve(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_every_second_line_is_every_second_line(tmp_path: Path, fused: bool) -> None:
+def test_logging_evaluating_and_saving_less_often_changes_nothing_else(tmp_path: Path, fused: bool) -> None:
     """How often a run logs, evaluates and saves changes nothing else."""
     result = trainer(tmp_path / "a", fused=fused, steps=12).run()
     other = trainer(
@@ -228,7 +228,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path / "file").run()
 
 
-def test_prune_that_was_missed_is_made_up(tmp_path: Path) -> None:
+def test_a_missed_prune_is_done_by_the_next_run(tmp_path: Path) -> None:
     trainer(tmp_path, keep=9, steps=21).run()
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
     trainer(tmp_path, keep=1, steps=21).run()
@@ -269,7 +269,7 @@ def test_a_warning_when_the_encoder_repeats_itself(tmp_path: Path, monkeypatch: 
     assert [line["redone_share"] for line in lines(tmp_path / "metrics.jsonl")] == [0.0625] * 3
 
 
-def test_threads_and_backend_are_the_run_s_only(tmp_path: Path) -> None:
+def test_threads_and_backend_are_set_for_the_run_only(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     run = trainer(tmp_path, steps=1, threads=1, backend="reference")
     inside: list[Any] = []

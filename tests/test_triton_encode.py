@@ -149,7 +149,7 @@ def test_encode_batch_topk_with_too_little_room(spread: float, monkeypatch: pyte
 # -- the certificate --------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misleading_sample_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hot latents that are all in the sample: the guessed bar is too high for every token."""
     x, W, b = _normal(6, 24, 1030)
     k = 24
@@ -164,7 +164,7 @@ def test_a_sample_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("short", ["survivors", "candidates"])
-def test_a_list_that_is_too_short_is_found_out(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_that_is_too_short_is_detected(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample is low, everything else clears its bar, and the best come last."""
     x, W, _ = _normal(5, 24, 1030)
     W *= 1e-4
@@ -192,7 +192,7 @@ def test_scores_that_fp16_cannot_tell_apart() -> None:
     _assert_same(ops.encode_topk(x, W, b, 16, backend="triton"), _best_of_every_score(x, W, b, 16))
 
 
-def test_loud_latents_that_are_misjudged() -> None:
+def test_latents_of_large_norm_with_wrong_screened_scores() -> None:
     """A few latents of a thousand times the norm, orthogonal to the tokens: their screened scores are off by more than
     what separates the others, and only their bound keeps them in the race."""
     x, W, b = _normal(8, 64, 600)

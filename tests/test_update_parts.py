@@ -126,7 +126,7 @@ def test_a_ragged_slot_counts_though_its_act_is_0(backend: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("backend", truth.BACKENDS)
-def test_the_gradient_that_is_computed_inside_can_be_given(backend: str) -> None:
+def test_given_dacts_replace_the_computed_ones(backend: str) -> None:
     inside, given = (make_problem(NARROW_CASE, torch.float32, ragged=True) for _ in range(2))
     term = given.terms[0]
     dacts = ops.active_dot(term.grad, term.codes, given.params["W_dec"], backend=backend)
@@ -159,7 +159,7 @@ def test_norms_only_gives_the_norms_and_changes_nothing(tied: bool, backend: str
 
 @double
 @pytest.mark.parametrize("unit_norm", [False, True], ids=["free", "unit"])
-def test_two_calls_are_a_global_clip_like_torchs(unit_norm: bool, backend: str) -> None:
+def test_two_calls_clip_the_global_norm_as_torch_does(unit_norm: bool, backend: str) -> None:
     problem = make_problem(NARROW_CASE, torch.float64, unit_norm=unit_norm)
     problem.moments = [torch.zeros_like(m) for m in problem.moments]
     problem.step = 1
