@@ -70,7 +70,7 @@ def test_gradcheck_of_a_gated_encoder() -> None:
 @pytest.mark.parametrize("ragged", [False, True])
 def test_gradcheck_of_decode_dot_and_outer(ragged: bool) -> None:
     codes, (x, W, _) = some_codes(ragged), leaves()
-    # Where nothing is stored a finite difference would store something: only the occupied slots are moved.
+    # A finite difference would fill an empty slot, so it perturbs the occupied slots only.
     slots = codes.occupied()
     acts = codes.acts[slots].requires_grad_()
 

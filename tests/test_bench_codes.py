@@ -1,4 +1,4 @@
-"""bench.gpu: ops on codes of every layout, torch.sparse beside them, and what a call costs the host."""
+"""bench.gpu: ops on codes of every layout, torch.sparse beside them, and the host's cost of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench.family: the dense versions are the reference's mathematics, and both parts run, go on and draw."""
+"""bench.family: the dense versions compute what the reference computes, and both parts run, resume and draw."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_readme_has_the_numbers_of_the_results() -> None:
-    """The tables stand between the markers as the result files give them."""
+    """The tables between the markers are those that the result files give."""
     readme = (ROOT / "README.md").read_text()
     assert with_numbers(readme, draw.section(RESULTS), draw.BEGIN, draw.END) == readme
 

@@ -1,4 +1,4 @@
-"""bench.gpu: costs, targets, the order of the plan, result files and what is made of them."""
+"""bench.gpu: costs, targets, the order of the plan, result files and the reports made from them."""
 
 from __future__ import annotations
 

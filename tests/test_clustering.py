@@ -1,4 +1,4 @@
-"""The `clustering` system: its data, embeddings and metric by hand, and `fastsae reproduce` from beginning to end."""
+"""The `clustering` system: its data, embeddings and metric by hand, and `fastsae reproduce` as a whole."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_the_embedding_is_its_formula() -> None:
 
 
 def test_the_spectral_embedding_separates_distant_clusters() -> None:
-    """Two far clumps: one direction each, at right angles; and training points map alike as test points."""
+    """Two distant clusters map to two orthogonal directions, and a point maps alike for training and for testing."""
     g = torch.Generator().manual_seed(0)
     xy = torch.cat([torch.randn(30, 2, generator=g), 50 + torch.randn(20, 2, generator=g)])[None]
     train, test = clustering.spectral(xy, xy, 2, 0.2)
@@ -227,7 +227,7 @@ def test_an_interrupted_run_resumes(tmp_path: Path, capsys, monkeypatch) -> None
     assert (out / "entropy.png").exists()
     assert (out / "elbow.png").exists()
 
-    # Other settings: done again.
+    # With other settings the experiment is done again.
     assert main([*reproduce(out, *only[:2]), "--seeds", "3"]) == 0
     assert done[3:] == ["basic blobs"]
     assert len(json.loads((out / "results.json").read_text())["experiments"]["basic_blobs"]["faithful"]["entropy"]) == 3
@@ -316,7 +316,7 @@ def test_the_readme_shows_the_stored_results() -> None:
 
 
 def test_the_goals_are_met() -> None:
-    """The published figures on the same data, and k-means' on the grid."""
+    """Better than the published numbers on the same data and, on the grid, than k-means."""
     stored = read(RESULTS / "clustering" / "results.json", "clustering")["experiments"]
     better = {name: median(stored[name]["better"]["entropy"]) for name in points.CLASSES}
     assert better["blob_grid"] < min(0.092, median(stored["blob_grid"]["k_means"]["entropy"]))

@@ -1,4 +1,4 @@
-"""The fibers that stand for a GPU's threads find what they are there to find: every planted fault here is one."""
+"""The fibers that emulate a GPU's threads detect the faults they are meant to detect: each fault here is planted."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_correct_kernels_run_in_every_order(program: Path, what: str, right: int
 
 
 def test_a_missing_barrier_shows_once_threads_are_shuffled(program: Path) -> None:
-    """In order the last thread comes last, so it takes a seed; NaN is what nobody has written yet."""
+    """In order, the thread that adds runs last and hides the fault. Shuffled, it reads unwritten memory: NaN."""
     assert run(program, "no barrier", 0).stdout.split() == ["1"]
     assert all(run(program, "no barrier", seed).stdout.split() == ["0"] for seed in range(1, 6))
 

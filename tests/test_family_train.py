@@ -34,7 +34,7 @@ RULES = {
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("name", RULES)
 def test_a_continued_run_equals_an_uninterrupted_one(tmp_path: Path, name: str, fused: bool) -> None:
-    """With penalty warm-up, resampling, clipping and decay on the way: everything that a checkpoint must hold."""
+    """The run has penalty warm-up, resampling, clipping and weight decay: everything that a checkpoint must hold."""
     settings = {
         "fused": fused, "optimizer": "adamw", "weight_decay": 0.01, "clip_norm": 0.5, "penalty_warmup": 8,
         "resample_at": (9, 20), "resample_rows": 100, "eval_every": 10, "decay": "constant",
@@ -193,7 +193,7 @@ def test_the_command_line_builds_the_rule(arguments: list[str], rule: fastsae.mo
 
 @pytest.fixture
 def fewer():
-    """A rule of this file: nothing but its class says that it is there."""
+    """A custom rule: defining the class is all it takes to register it."""
 
     @dataclass(frozen=True)
     class Fewer(fastsae.TopK):

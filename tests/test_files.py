@@ -1,4 +1,4 @@
-"""Replacing a file and locking a folder: what stays, what goes, and what an error names."""
+"""Replacing a file and locking a folder: what stays, what is removed, and what an error names."""
 
 from __future__ import annotations
 

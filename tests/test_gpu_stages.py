@@ -1,4 +1,4 @@
-"""A GPU backend has every stage of backends.gpu.stages, under the name and with the arguments written there."""
+"""A GPU backend has every stage of backends.gpu.stages, with the name and the arguments declared there."""
 
 from __future__ import annotations
 

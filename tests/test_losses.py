@@ -104,7 +104,7 @@ def test_encode_dead_returns_none_without_dead_latents_on_a_cpu():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pre_bias", [False, True])
 def test_aux_k_trains_every_parameter_as_dense_autograd_does(loss, tied, pre_bias):
-    """The encoder and, through the pre-bias, b_dec are trained by AuxK too; the error itself is held fixed."""
+    """AuxK also trains the encoder and, through the pre-bias, b_dec. The error is held constant."""
     sae = sae_for_test(aux_k=6, aux_coef=0.7, dead_after=1000, loss=loss, tied=tied, pre_bias=pre_bias, d_sae=60, k=3)
     sae.tokens_since_fired[::2] = 1000
     dense = DenseSAE(sae)
@@ -125,7 +125,7 @@ def test_aux_k_trains_every_parameter_as_dense_autograd_does(loss, tied, pre_bia
 
 
 def test_aux_k_formula_is_the_reference():
-    """One dead latent in reach of every slot: weight 1, against the same in terms of fastsae.reference."""
+    """More latents are dead than AuxK has slots, so its weight is 1. The truth is written with fastsae.reference."""
     sae = sae_for_test(pre_bias=True)
     x = tokens(20, 10)
     dead = torch.arange(30) % 3 == 0

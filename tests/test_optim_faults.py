@@ -1,4 +1,4 @@
-"""What an optimizer of fastsae.optim refuses, and what it survives."""
+"""What an optimizer of fastsae.optim refuses, and which faults it survives."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_large_gradients_that_are_finite_are_stepped() -> None:
     assert int(optimizer.skipped) == 0
 
 
-# -- bad use ----------------------------------------------------------------------------------------------------------
+# -- misuse -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_torch_optimizer_beside_it_is_refused_before_it_writes() -> None:
@@ -116,7 +116,7 @@ def test_the_newest_of_two_optimizers_owns_the_parameters() -> None:
     del new
     gc.collect()
     sae(tokens()).loss.backward()
-    assert not isinstance(sae.W_dec.grad, LedgerGradient), "nobody owns them any more"
+    assert not isinstance(sae.W_dec.grad, LedgerGradient), "the parameters still belong to an optimizer"
 
 
 def test_a_copied_module_has_no_optimizer_and_an_optimizer_cannot_be_copied() -> None:

@@ -1,4 +1,4 @@
-"""The check of the CUDA kernels' registers: its rules on made-up logs, and what it reads of this tree's extension."""
+"""The check of the CUDA kernels' registers: its rules on made-up logs, and a reading of this tree's extension."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CUB = "_ZN3cub26CUB_300001_SM_800_900_10006detail11EmptyKernelIvEEvv"
 
 
 def said(name: str, target: str, registers: int = 40, spill: int = 0, stack: int = 0, more: str = "") -> str:
-    """What ptxas says of one kernel."""
+    """What ptxas prints about one kernel."""
     return (
         f"ptxas info    : Compiling entry function '{name}' for '{target}'\n"
         f"ptxas info    : Function properties for {name}\n"
@@ -48,7 +48,7 @@ def usage(*kernels: tuple[str, str, int]) -> str:
 def report(
     blocks: int | None = 4, threads: int | None = 128, targets: tuple[str, ...] = ptxas.TARGETS, **changes: Any
 ) -> dict[str, Any]:
-    """A report of one kernel; changes are to what was said of it for sm_90a."""
+    """A report of one kernel. The changes apply to its record for sm_90a."""
     record = {"registers": 40, "spill_bytes": 0, "stack_bytes": 0, "shared_bytes": 0}
     records = {target: record | (changes if target == "sm_90a" else {}) for target in targets}
     for target in targets:
@@ -163,11 +163,11 @@ def test_logs_of_another_build_are_refused(stale: str) -> None:
     ("registers", "threads", "shared", "blocks", "resident"),
     [
         (128, 128, 0, 4, 512),
-        (129, 32, 0, 12, 384),  # 136 are given out: three warps in each of the four parts
+        (129, 32, 0, 12, 384),  # rounded up to 136: three warps in each of the four partitions
         (64, 256, 0, 4, 1024),
         (32, 32, 0, 64, 1024),  # no more than 32 blocks
         (20, 256, 0, 10, 2048),  # no more than 64 warps
-        (32, 256, 114 << 10, 8, 256),  # with what the system takes, two blocks of half the memory do not fit
+        (32, 256, 114 << 10, 8, 256),  # the system reserves some, so two blocks of half the shared memory do not fit
         (255, 33, 0, 4, 132),  # a block of 33 threads has two warps
     ],
 )

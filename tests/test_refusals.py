@@ -1,4 +1,4 @@
-"""What is refused before a backend sees it, and how, by the public functions and by raw ops."""
+"""What the public functions and the raw ops refuse before a backend runs, and with which message."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_an_order_of_another_code_is_refused(backend: str) -> None:
     wider = SparseCodes(codes.acts, codes.indices, M + 1)
     with pytest.raises(ValueError, match=r"by_latent is torch.int64 of shape \(17,\), .* expected .*\(18,\)"):
         ops.active_outer(wider, x, by_latent=order, backend=backend)
-    # As many slots of half as many tokens: the order names tokens that are not there.
+    # The same number of slots for half the tokens: the order names tokens that do not exist.
     wide = SparseCodes(codes.acts.view(N // 2, -1), codes.indices.view(N // 2, -1), M)
     with pytest.raises(ValueError, match="by_latent points outside the code"):
         ops.active_outer(wide, x[: N // 2], by_latent=order, backend=backend)

@@ -1,4 +1,4 @@
-"""The report: whole and partial runs, hostile text, nothing from outside, the right latents and passages."""
+"""The report: whole and partial runs, hostile text, no external resources, the right latents and passages."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def checked(path: Path) -> Page:
 
 
 def make_harvest(folder: Path, *, text: bool = True) -> Path:
-    """Rows that are their token's embedding; the first position of a window and every eleventh row are not stored."""
+    """Each row is the embedding of its token. The first position of a window and every eleventh row are not stored."""
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(len(WORDS), D, generator=generator)
     with ShardWriter(folder, D, torch.float32, {}) as writer:
@@ -141,10 +141,10 @@ def test_a_run_on_text(run):
                   "Learning rate", "Throughput", "Inside one update",
                   "Time of the training loop by part", "A whole step, side by side"):  # fmt: skip
         assert title in text
-    assert "25.0×" in text  # over the faster of the two references
+    assert "25.0×" in text  # relative to the faster of the two references
     assert page.count("details", "latent") == 6
     assert page.count("svg") == len([a for t, a in page.tags if t == "svg" and a.get("role") == "img"]) >= 12
-    assert HOSTILE in text  # said as text, in the settings and in the passages; checked() saw no such tag
+    assert HOSTILE in text  # shown as text in the settings and the passages; checked() found no such tag
     assert not list(run.glob("*.partial"))
 
 
@@ -350,7 +350,7 @@ def test_a_saved_module_or_a_checkpoint_is_no_run_and_stays_as_it_is(run, tmp_pa
 
 
 def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
-    """Known names with values of other types, unknown names, numbers beyond any float, JSON without an end."""
+    """Known names with values of other types, unknown names, numbers too large for a float, JSON that never ends."""
     folder = tmp_path / "run"
     folder.mkdir()
     config = json.loads((run / "config.json").read_text())
@@ -371,7 +371,7 @@ def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
     page = checked(write_report(folder))
     text = "".join(page.text)
     assert "metrics.jsonl: 2 unreadable lines left out." in text
-    assert "holdout = " in text  # the data's record is said to be no record
+    assert "holdout = " in text  # the page says that the record of the data is unusable
     assert "0.2500" in text
     assert "Time of the training loop by part" in text
     assert loop_parts(read_run(folder)).keys() == {"step"}

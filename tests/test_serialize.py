@@ -1,4 +1,4 @@
-"""save and load: what comes back, what survives a failed save, and what is refused, by file name."""
+"""save and load: what comes back, what survives a failed save, and what is refused (errors name the file)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 
 def rewrite(tmp_path, header=True, drop=(), **changes):
-    """sae.safetensors again with tensors changed or dropped."""
+    """Rewrites sae.safetensors with tensors changed or dropped."""
     path = tmp_path / "sae.safetensors"
     tensors = {name: t for name, t in load_file(path).items() if name not in drop} | changes
     metadata = {"fastsae": json.dumps(json.loads((tmp_path / "config.json").read_text()))} if header else None

@@ -1,4 +1,4 @@
-"""Settings that follow the data and the weights: an open pre_bias, and a state dict that says of which SAE it is."""
+"""Settings that follow the data and the weights: an open pre_bias, and a state dict that carries its SAE's settings."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_training_without_a_target_decides_pre_bias_and_inference_does_not() -> 
 
 
 def test_a_transcoder_with_the_default_pre_bias_learns_as_one_without() -> None:
-    """With b_dec subtracted from x, which is no mean of it, the same run ends where it can explain little."""
+    """With pre_bias on, b_dec, which is not the mean of x, is subtracted from x: the same run then explains less."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2048, 16, generator=generator).relu()
     y = x @ torch.randn(16, 16, generator=generator) + 8 * torch.randn(16, generator=generator)
@@ -225,7 +225,7 @@ def test_a_state_without_settings_loads_as_before() -> None:
     sae = fresh(seed=4)
     sae.load_state_dict(state)
     assert torch.equal(sae.W_enc, decided().W_enc)
-    assert sae.config["pre_bias"] is True  # as it was before it could be open
+    assert sae.config["pre_bias"] is True  # the default before pre_bias could be open
     state.pop("b_enc")
     with pytest.raises(RuntimeError, match="Missing key"):
         sae.load_state_dict(state)
@@ -266,6 +266,6 @@ def test_config_is_a_dict_and_what_transformers_reads() -> None:
     config = fresh().config
     assert json.loads(json.dumps(config)) == config == config.to_dict() == json.loads(config.to_json_string())
     assert type(config.to_dict()) is dict
-    config.use_cache = False  # as transformers' Trainer does
+    config.use_cache = False  # transformers' Trainer sets this
     assert config == fresh().config
     assert fastsae.SparseAutoencoder.from_config(config).config == config

@@ -1,7 +1,7 @@
-"""FusedTrainStep(cuda_graph=True): when it captures, when it replays, and what it does when something has changed.
+"""FusedTrainStep(cuda_graph=True): when it captures, when it replays, and how it reacts to a change.
 
-Without a GPU the graph itself is played by a stand-in that runs the step at every call, as a replay would; that a real
-graph gives the same numbers is checked by `python -m bench.gpu`, and here where there is a GPU.
+Without a GPU a stand-in replaces the graph: it runs the step at every call, as a replay would. `python -m bench.gpu`
+checks that a real graph gives the same numbers, and so does the last test here on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDTH, LATENTS = 10, 60
 
 
 class StandIn:
-    """Counts how often a step was captured and replayed; a capture itself runs nothing."""
+    """Counts captures and replays of a step. A capture runs nothing."""
 
     captured: int
     replayed: int
