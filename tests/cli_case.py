@@ -1,4 +1,4 @@
-"""A tiny language model on disk and a text for it, so that the command line is tested on what users give it."""
+"""A tiny language model on disk and a text for it: the command line is tested on the files that users pass."""
 
 from __future__ import annotations
 

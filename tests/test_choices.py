@@ -21,7 +21,7 @@ MACHINE = {"device": "NVIDIA H100", "source": "0" * 12, "torch": "2", "triton": 
 
 
 def measure(root: Path, folder: str, times: dict[str, dict[str, float]], **machine: Any) -> None:
-    """Results of a run, made up: {"ops-big-cuda": {"decode": ms}}."""
+    """Writes made-up results of a run: {"ops-big-cuda": {"decode": ms}}."""
     store = Store(root / folder / "gpu", MACHINE | machine)
     store.begin()
     for name, items in times.items():
@@ -37,7 +37,7 @@ def costs(table: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
 def test_the_committed_table_is_what_the_command_writes(tmp_path: Path) -> None:
     out = tmp_path / "choices.json"
     assert choices.main(["--out", str(out)]) == 0
-    assert out.read_text() == choices.TARGET.read_text(), "python -m bench.gpu.choices writes another one"
+    assert out.read_text() == choices.TARGET.read_text(), "the committed table is old: run python -m bench.gpu.choices"
     assert choices.table(RESULTS)["lines"] == json.loads(choices.TARGET.read_text())["lines"]
     assert tuple(json.loads(out.read_text())[key] for key in ("source", "unit")) == (choice.SOURCE, choice.UNIT)
 
@@ -87,7 +87,7 @@ def test_timings_flip_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["decode", "fixed"] == {"cuda": 2.0, "triton": 1.5}
     assert found["decode", "ragged"] == {"cuda": 5.0, "triton": 4.0}
     assert found["encode_topk", "rows"] == {"cuda": 9.0, "triton": 12.0}
-    assert found["by_latent", "fixed"] == {"cuda": 0.2, "triton": 0.3}, "the small case, where the big one has none"
+    assert found["by_latent", "fixed"] == {"cuda": 0.2, "triton": 0.3}, "the small case should count here"
     lines = {(line["op"], line["kind"]): line for line in table["lines"]}
     assert lines["active_dot", "fixed"]["unit"] == "GB", "only one backend was timed"
     assert "unit" not in lines["decode", "fixed"]
@@ -134,7 +134,7 @@ def test_kinds_of_calls() -> None:
         assert (op, kind) in moved.KINDS
 
 
-def test_the_cheaper_goes_first_and_of_equals_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cheaper_backend_goes_first_and_cuda_wins_ties(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W, b, rows = torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(8), torch.zeros(3, dtype=torch.int32)
     costs = {("encode_topk", "fixed"): {"cuda": 1, "triton": 1}, ("encode_topk", "rows"): {"cuda": 2, "triton": 1}}
     monkeypatch.setattr(choice, "COSTS", costs)

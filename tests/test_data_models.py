@@ -120,7 +120,7 @@ def test_a_harvest_shows_the_text_around_its_rows(corpus: TextCorpus, tmp_path: 
         assert context.rows[context.center] == row
         assert context.tokens == [words[i] for i in context.token_ids]
         assert 5 <= len(context.tokens) <= 9
-        # The window's tokens through the model once more give the stored row, and its neighbours' rows.
+        # A forward pass of the window's tokens gives the stored row and the rows of its neighbours.
         window = source.contexts([row], width=20)[0]
         assert len(window.token_ids) == 20
         assert window.rows[0] == -1, "the first position is not stored"
@@ -129,14 +129,14 @@ def test_a_harvest_shows_the_text_around_its_rows(corpus: TextCorpus, tmp_path: 
             if neighbour >= 0:
                 stored = source.rows([neighbour])[0]
                 torch.testing.assert_close(stored, again[place].bfloat16(), rtol=0.01, atol=0.01)
-    # Pieces of words join, words begin with their space.
+    # A word begins with its space; a piece of a word does not.
     assert words[0:3] == [" [UNK]", " <end>", " the"]
     assert words[-1] == "s"
-    # Contexts need no model and no tokenizer: their strings lie in the folder.
+    # Contexts need no model and no tokenizer: the folder holds the strings.
     assert json.loads((tmp_path / "vocabulary.json").read_text()) == words
 
 
-def test_a_harvest_goes_on_where_it_was_interrupted_and_refuses_another_model(
+def test_a_harvest_resumes_where_it_was_interrupted_and_refuses_another_model(
     corpus: TextCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny(bert=False)
@@ -166,7 +166,7 @@ def test_a_harvest_goes_on_where_it_was_interrupted_and_refuses_another_model(
         next(other.model.parameters()).mul_(1.001)
     with pytest.raises(ValueError, match=r"different settings: model.digest is"):
         harvest(other, corpus, tmp_path / "cut", config(), **{**arguments, "rows": 2000})
-    # A finished harvest is found without the model: its spec need not even exist any more.
+    # A finished harvest is found without loading the model: its spec need not exist any more.
     named = dataclasses.replace(model, name="gone/with-the-wind")
     small = harvest(named, corpus, tmp_path / "named", config(), **arguments)
     assert harvest("gone/with-the-wind", corpus, tmp_path / "named", config(), **arguments) == small
@@ -218,7 +218,7 @@ def test_models_that_cannot_be_loaded(packaged: Path, tmp_path: Path) -> None:
     os.truncate(weights, weights.stat().st_size - 100)
     with pytest.raises(ValueError, match="cannot load the model 'package:carrier_of_a_model'"):
         load_model("package:carrier_of_a_model")
-    # A pickle is refused even where it is all there is.
+    # A pickle is refused even if there is no other file.
     weights.rename(packaged / "weights" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot load the model"):
         load_model("package:carrier_of_a_model")
@@ -269,7 +269,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         ids = loaded.tokenizer("the cat", return_tensors="pt")["input_ids"]
         strings = token_strings(loaded.tokenizer)
         assert strings[ids[0, 0]] == "the"
-        assert strings[29:34] == [" ", "\n", "th", "the", "##"]  # bytes decoded; a heading is no WordPiece
+        assert strings[29:34] == [" ", "\n", "th", "the", "##"]  # bytes are decoded; a heading is not a WordPiece
         assert torch.equal(HookedModel(loaded.model, 0)(ids), embeddings[ids])
         assert HookedModel(loaded.model, 2)(ids).shape == (1, ids.shape[1], 32)
     size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Tensor and shard sources: every row once an epoch, held-out rows apart, positions that resume bit-exactly."""
+"""Tensor and shard sources: each row once per epoch, held-out rows apart, positions that resume bit-exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastsae.data.source import permutation
 
 
 def numbered(rows: int, d_in: int = 4) -> torch.Tensor:
-    """Rows that say which they are: exact in bf16's 8 bits too, one digit of base 200 in each column."""
+    """Rows that encode their number, one base-200 digit in each column: exact in bf16's 8 bits too."""
     ids = torch.arange(rows)
     return torch.stack([ids // 200**i % 200 for i in range(d_in)], dim=1).float()
 
@@ -87,7 +87,7 @@ def test_shards_are_shuffled_across_each_other_in_bounded_memory(tmp_path: Path)
     assert len(source._pool[2]) <= 2000 + 256
     counts = torch.bincount(first // 5000, minlength=4)
     assert (counts > 0).all(), f"the first pool should take rows of every shard, it took {counts.tolist()}"
-    # Within a pool neighbours are apart: by chance alone about one pair in 2,000 follows its neighbour.
+    # A pool is shuffled: by chance alone about one pair in 2,000 stays in order.
     assert int((first.diff() == 1).sum()) < 20
     assert len(source.held_out()) == 0
 

@@ -1,4 +1,4 @@
-"""evaluate against the dense arithmetic, its streaming, and what it says of bad rows."""
+"""evaluate against dense arithmetic, in blocks, and on bad rows."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What may go wrong around the family: files, casts, autocast, torch.compile, overflow, steps that fail half way."""
+"""What may go wrong with the rules: files, casts, autocast, torch.compile, overflow, steps that fail halfway."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_loaded_module_trains_moves_and_counts(tmp_path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_casts_keep_what_can_be_saved(tmp_path, name: str) -> None:
+def test_a_cast_module_can_be_saved_and_loaded(tmp_path, name: str) -> None:
     sae = family_sae(RULES[name], dtype=torch.float32).double()
     FusedTrainStep(sae, lr=1e-3)(tokens())
     assert all(p.dtype == torch.float64 for p in sae.parameters())
@@ -39,7 +39,7 @@ def test_casts_keep_what_can_be_saved(tmp_path, name: str) -> None:
 
 @pytest.mark.parametrize("name", SHAPED)
 def test_a_compiled_threshold_rule_drops_nothing(name: str) -> None:
-    """More latents fire than there is room for at first."""
+    """More latents fire than the initial capacity holds."""
     sae = fastsae.SparseAutoencoder(D, 1024, RULES[name], seed=0)
     x = tokens(8).float()
     expected = sae(x)
@@ -113,7 +113,7 @@ def test_autocast_changes_no_bit_of_a_fused_step(name: str, dense_above: float) 
 
 
 def test_a_wide_band_does_not_encode_twice(monkeypatch) -> None:
-    """Most pre-acts are looked at, few are active: what counts is what is looked at."""
+    """Many latents clear the lower end of the band and few are active: the first number decides the path."""
     rule = fastsae.JumpReLU(0.1, threshold=1.5, bandwidth=2.5)
     step = FusedTrainStep(family_sae(rule, dead=False), dense_above=0.3)
     calls = []

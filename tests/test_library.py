@@ -1,4 +1,4 @@
-"""The ops as citizens of torch: opcheck, compile, autocast, batch dimensions, backends."""
+"""The ops within torch: opcheck, compile, autocast, batch dimensions, backends."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_opcheck_of_update_latents_with_everything(kind: str, backend: str) -> N
             *(given["lr"], given["step"], torch.tensor(0.5, dtype=torch.float64), torch.tensor(False)),
             *("adamw", 0.9, 0.999, 1e-8, 0.1, 1.0, True, True, kind == "norms", 7, backend),
         ),
-        # The other checks compare tensors by arithmetic that torch does not have in 8 bits.
+        # The other checks compare tensors with arithmetic that torch lacks in 8 bits.
         test_utils=("test_autograd_registration", "test_faketensor") if kind == "8 bit" else "ALL",
     )
 
@@ -104,7 +104,7 @@ def test_compile_forward_and_backward(backend: str) -> None:
         return (recon - x).square().sum() + gate
 
     eager = torch.autograd.grad(loss(x, W, b), (x, W, b))
-    # Inductor's own share, code for the few pointwise operations between the ops, is compiled in the next test.
+    # Inductor would only compile the few pointwise operations between the ops; the next test covers it.
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, W, b), (x, W, b))
     for a, e in zip(compiled, eager, strict=True):
         torch.testing.assert_close(a, e)

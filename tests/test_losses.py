@@ -56,7 +56,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(sum_of):
         torch.set_num_threads(threads)
 
 
-def test_empty_and_lonely_batches():
+def test_batches_of_no_token_and_of_one():
     assert float(losses.mse(torch.zeros(0, 3), torch.zeros(0, 3))) == 0.0
     for n in (0, 1):
         with pytest.raises(ValueError, match=f"got {n} tokens, expected at least 2"):
@@ -74,7 +74,7 @@ def test_dead_rows_list_the_dead_then_minus_one(dead):
     assert rows.tolist() == dead + [-1] * (7 - len(dead))
 
 
-def test_aux_weight_grows_with_the_dead():
+def test_aux_weight_grows_with_the_number_of_dead_latents():
     mask = torch.zeros(10, dtype=torch.bool)
     seen = []
     for n in range(6):
@@ -95,7 +95,7 @@ def test_encode_dead_is_a_dense_top_k_of_the_dead(n_dead):
     codes.check()
 
 
-def test_nobody_dead_is_noticed_at_once_on_a_cpu():
+def test_encode_dead_returns_none_without_dead_latents_on_a_cpu():
     sae = sae_for_test()
     assert losses.encode_dead(tokens(4, 10), sae.W_enc, sae.b_enc, torch.zeros(30, dtype=torch.bool), 5) is None
 
@@ -104,7 +104,7 @@ def test_nobody_dead_is_noticed_at_once_on_a_cpu():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pre_bias", [False, True])
 def test_aux_k_trains_every_parameter_as_dense_autograd_does(loss, tied, pre_bias):
-    """The encoder and, through the pre-bias, b_dec are trained by AuxK too; the error itself is held fixed."""
+    """AuxK also trains the encoder and, through the pre-bias, b_dec. The error is held constant."""
     sae = sae_for_test(aux_k=6, aux_coef=0.7, dead_after=1000, loss=loss, tied=tied, pre_bias=pre_bias, d_sae=60, k=3)
     sae.tokens_since_fired[::2] = 1000
     dense = DenseSAE(sae)
@@ -125,7 +125,7 @@ def test_aux_k_trains_every_parameter_as_dense_autograd_does(loss, tied, pre_bia
 
 
 def test_aux_k_formula_is_the_reference():
-    """One dead latent in reach of every slot: weight 1, against the same in terms of fastsae.reference."""
+    """More latents are dead than AuxK has slots, so its weight is 1. The truth is written with fastsae.reference."""
     sae = sae_for_test(pre_bias=True)
     x = tokens(20, 10)
     dead = torch.arange(30) % 3 == 0

@@ -47,7 +47,7 @@ def test_keep_top_k_by_hand() -> None:
 
 
 def test_batch_top_k_by_hand() -> None:
-    """Two a token over the batch: the first token is allowed three, ties go to the lower token, then latent."""
+    """K = 2 on average over the batch: the first token may have three. Ties go to the lower token, then latent."""
     pre = tensor([9, 8, 4, -1], [4, 1, -2, 4])
     assert reference.batch_top_k(pre, 2).tolist() == [[9, 8, 4, 0], [4, 0, 0, 0]]
 
@@ -110,8 +110,8 @@ def test_adam_by_hand() -> None:
 def test_a_whole_step_by_hand() -> None:
     """D = M = 2, K = 1: x = (3, 1) activates latent 0 with 3; recon (3, 0); the error is (0, -1).
 
-    L = 1, dL/d recon = (0, -2). dA = ⟨(0, -2), (1, 0)⟩ = 0, so the encoder rests. dW_dec[0] = 3·(0, -2) is orthogonal
-    to the row already; Adam's first step moves the row by lr to (1, 0.1), which is then normalized. b_dec moves by lr.
+    L = 1, dL/d recon = (0, -2). dA = ⟨(0, -2), (1, 0)⟩ = 0, so the encoder stays. dW_dec[0] = 3·(0, -2) is already
+    orthogonal to the row; Adam's first step moves the row by lr to (1, 0.1), which is normalized. b_dec moves by lr.
     """
     eye = torch.eye(2, dtype=torch.float64)
     params = {"W_enc": eye, "W_dec": eye, "b_enc": tensor(0, 0), "b_dec": tensor(0, 0)}
@@ -236,7 +236,7 @@ class ClosedForm(torch.autograd.Function):
         return None, None, None, *(grad * g for g in ctx.saved_tensors)
 
 
-@over([setting for setting in SETTINGS if "aux" not in setting])  # its residual is a constant, which differences move
+@over([setting for setting in SETTINGS if "aux" not in setting])  # finite differences move its constant residual
 def test_closed_form_gradients_pass_gradcheck(setting: dict) -> None:
     params, x, options = make_problem(setting)
     values = [p.clone().requires_grad_() for p in params.values()]

@@ -1,4 +1,4 @@
-"""The report: whole and partial runs, hostile text, nothing from outside, the right latents and passages."""
+"""The report: whole and partial runs, hostile text, no external resources, the right latents and passages."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def checked(path: Path) -> Page:
 
 
 def make_harvest(folder: Path, *, text: bool = True) -> Path:
-    """Rows that are their token's embedding; the first position of a window and every eleventh row are not stored."""
+    """Each row is the embedding of its token. The first position of a window and every eleventh row are not stored."""
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(len(WORDS), D, generator=generator)
     with ShardWriter(folder, D, torch.float32, {}) as writer:
@@ -141,10 +141,10 @@ def test_a_run_on_text(run):
                   "Learning rate", "Throughput", "Inside one update",
                   "Time of the training loop by part", "A whole step, side by side"):  # fmt: skip
         assert title in text
-    assert "25.0×" in text  # over the faster of the two references
+    assert "25.0×" in text  # relative to the faster of the two references
     assert page.count("details", "latent") == 6
     assert page.count("svg") == len([a for t, a in page.tags if t == "svg" and a.get("role") == "img"]) >= 12
-    assert HOSTILE in text  # said as text, in the settings and in the passages; checked() saw no such tag
+    assert HOSTILE in text  # shown as text in the settings and the passages; checked() found no such tag
     assert not list(run.glob("*.partial"))
 
 
@@ -172,7 +172,7 @@ def test_partial_runs(run, tmp_path):
     assert "Fraction of variance" not in text
 
 
-def test_weights_or_rows_that_are_gone_are_said_and_do_not_stop_the_page(run, tmp_path):
+def test_missing_weights_or_rows_are_reported_and_do_not_stop_the_page(run, tmp_path):
     no_weights = copy_of(run, tmp_path / "a", "config.json", "metrics.jsonl", "eval.jsonl")
     assert "holds no checkpoint that can be used" in "".join(checked(write_report(no_weights)).text)
     moved = copy_of(run, tmp_path / "b", "config.json", "metrics.jsonl", "eval.jsonl")
@@ -205,7 +205,7 @@ def test_evaluation_by_hand_takes_the_place_of_an_older_one(run, tmp_path):
     assert "evaluation.json is unreadable and left out." in read_run(folder).notes
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run folder at"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
@@ -217,7 +217,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ReportOptions(passages=0)
 
 
-def test_a_place_that_cannot_hold_the_page_is_refused_first(run, tmp_path):
+def test_an_unusable_output_path_is_refused_first(run, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}, which is a folder"):
         write_report(run, out=tmp_path)
     with pytest.raises(ValueError, match=r"nowhere/page\.html, which lies in a folder that is not there"):
@@ -350,7 +350,7 @@ def test_a_saved_module_or_a_checkpoint_is_no_run_and_stays_as_it_is(run, tmp_pa
 
 
 def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
-    """Known names with values of other types, unknown names, numbers beyond any float, JSON without an end."""
+    """Known names with values of other types, unknown names, numbers too large for a float, JSON that never ends."""
     folder = tmp_path / "run"
     folder.mkdir()
     config = json.loads((run / "config.json").read_text())
@@ -371,7 +371,7 @@ def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
     page = checked(write_report(folder))
     text = "".join(page.text)
     assert "metrics.jsonl: 2 unreadable lines left out." in text
-    assert "holdout = " in text  # the data's record is said to be no record
+    assert "holdout = " in text  # the page says that the record of the data is unusable
     assert "0.2500" in text
     assert "Time of the training loop by part" in text
     assert loop_parts(read_run(folder)).keys() == {"step"}
@@ -382,6 +382,6 @@ def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
     None, [], {}, {"edges": [0, 1], "counts": [1, 2], "never": 0}, {"edges": [1, 0], "counts": [1], "never": 0},
     {"edges": [0, 1], "counts": [True], "never": 0}, {"edges": [0, 1], "counts": [1]},
 ])  # fmt: skip
-def test_a_histogram_that_is_none(held):
+def test_a_malformed_histogram_is_left_out(held):
     assert histogram({"density_histogram": held}) is None
     assert histogram({"density_histogram": {"edges": [0, 1], "counts": [3], "never": 2}}) == ([0, 1], [3], 2)

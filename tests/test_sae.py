@@ -1,4 +1,4 @@
-"""SparseAutoencoder against a dense module, its bookkeeping, its life as an nn.Module, and what it refuses."""
+"""SparseAutoencoder: against a dense module, its bookkeeping, its behaviour as an nn.Module, and what it refuses."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_leading_dimensions_come_back():
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_empty_and_lonely_batches(n):
+def test_batches_of_no_token_and_of_one(n):
     sae = sae_for_test(aux_k=3, dead_after=1)
     out = sae(tokens(n, 10))
     assert out.recon.shape == (n, 10)
@@ -125,7 +125,7 @@ def test_dead_latents_are_counted_in_tokens_by_hand():
     assert sae.dead.tolist() == [False, False, True, False, True, True]
 
 
-# -- the decoder's norm, the input's, and where to start --------------------------------------------------------------
+# -- norms of the decoder and the input, initial values --------------------------------------------------------------
 
 
 def test_initial_weights():
@@ -208,7 +208,7 @@ def test_b_dec_starts_at_the_centre():
     x = tokens(400, 10)
     sae = sae_for_test()
     torch.testing.assert_close(sae.init_from_(x).b_dec.detach(), x.mean(0))
-    # A cross around 2, and one point far away: the mean follows it, the geometric median hardly.
+    # A cross around 2 and one point far away: the mean follows the outlier, the geometric median hardly moves.
     cross = torch.cat([2 + torch.eye(10), 2 - torch.eye(10)]).double().repeat(20, 1)
     outlier = torch.cat([cross, torch.full((1, 10), 1e6, dtype=torch.float64)])
     median = sae.init_from_(outlier, how="geometric_median").b_dec.detach()
@@ -300,7 +300,7 @@ def test_bad_settings_are_refused_at_construction(settings, message):
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, True, "4"])
-def test_top_k_refuses_what_is_no_count(k):
+def test_top_k_refuses_an_invalid_count(k):
     with pytest.raises(ValueError, match="expected a whole number of at least 1"):
         TopK(k)
 

@@ -1,4 +1,4 @@
-"""What only the Triton update has: rows too wide for registers, joined terms, latents in pieces."""
+"""What only the Triton update has: rows too wide for registers, joined terms, latents cut into pieces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ both_dtypes = pytest.mark.parametrize("dtype", truth.NARROW, ids=str)
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows over 16 columns go tile by tile, 32 columns at once."""
+    """Rows of more than 16 columns are processed in tiles of 32 columns."""
     monkeypatch.setattr(update_rows, "ROW_LIMIT", 16)
     monkeypatch.setattr(update_wide, "choose", lambda: update_wide.Config(32, 4, 1, 128))
 
@@ -72,7 +72,7 @@ def test_a_latent_in_pieces(options: dict) -> None:
     slots = sum(term.codes.acts.numel() for term in problem.terms)
     order = ops.by_latent(problem.terms[0].codes, backend="triton")
     cut = pieces.cut(stages, order.offsets, slots, case.N * len(problem.terms))
-    assert int(order.offsets.diff().max()) > cut.length, "nothing is long here"
+    assert int(order.offsets.diff().max()) > cut.length, "no latent is long enough to be cut"
     update_case.check(problem, "triton")
 
 
@@ -161,7 +161,7 @@ def test_a_late_step_a_row_of_zeros_and_no_first_moment(monkeypatch: pytest.Monk
 
 
 def test_slots_outside_the_dictionary_are_left_out_and_the_end_is_marked() -> None:
-    """On a GPU nobody looks at the values of indices before a kernel does."""
+    """On a GPU the host does not check the values of indices before a kernel runs."""
     top = 2**31 - 1
     indices = torch.tensor([[0, 5, 9], [-1, 2, top], [1, 2, 3], [-top - 1, 4, 4]], dtype=torch.int32)
     with pytest.raises(IndexError):
