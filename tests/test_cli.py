@@ -208,7 +208,7 @@ def test_errors_name_the_thing(place, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
     rows = str(place / "rows.npy")
     more = ["--run-dir", str(tmp_path / "run"), "--steps", "2", *QUIET]
-    assert "k" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "9"])
+    assert "k = 9, expected at most d_sae = 8" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "9"])
     assert "CUDA devices" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "2", "--device", "cuda:77"])
     assert "no rows are held out" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "2", "--holdout", "0"])
     assert "no run or saved SAE" in fails(capsys, ["eval", str(tmp_path / "nowhere")])

