@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: checks and times the engine on a GPU, unattended, within a budget, a crash costing one case.
+"""`python -m bench.gpu`: checks and times the engine on a GPU, unattended and within a budget; a crash costs one case.
 
 parent.py   goes through the plan, every job in a child process; no CUDA in here; its options: options.py
 plan.py     the jobs, most important first, and their sizes

@@ -1,8 +1,8 @@
-"""`python -m bench.gpu.choices`: writes fastsae/backends/choices.json, which says what GPU backend an op asks first.
+"""`python -m bench.gpu.choices`: writes fastsae/backends/choices.json, which says which GPU backend an op tries first.
 
-From the timings of `python -m bench.gpu` on this or another machine, where both backends have them: of the newest run
-under bench/results/<device>/gpu, the big case before the small one. A line that it does not have, and every line while
-there is no run, holds the bytes that each backend's kernels move (moved.py). "source" says which.
+The timings come from the newest run of `python -m bench.gpu` under bench/results/<device>/gpu, on this or another
+machine, where it has both backends; the big case goes before the small one. A line that the run does not have, and
+every line while there is no run, holds the bytes that each backend's kernels move (moved.py). "source" says which.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bytes that each GPU backend's kernels move for one call: what stands for a time where none has been measured.
+"""The bytes that each GPU backend's kernels move for one call, in place of a time where none has been measured.
 
 Counted from the kernels' headers (kernels/*.py, csrc/cuda/*.cu) for fp32 tensors (w = 4 bytes). A row that an
 activation names is counted each time it is gathered; scores of a chunk, tables and whatever else stays in L2 by design
