@@ -318,6 +318,7 @@ def test_bad_inputs_are_refused_by_name():
         (tokens(4, 9), ValueError, r"x has shape \(4, 9\), expected \(\*batch, 10\)"),
         (tokens(4, 10)[0], ValueError, r"pass its row as a batch, x\[None\]"),
         (torch.ones(4, 10, dtype=torch.int64), TypeError, "x has dtype torch.int64, expected a floating-point one"),
+        (torch.ones(4, 10).numpy(), TypeError, r"x is a ndarray, expected a tensor: torch.as_tensor\(x\)"),
     ]
     for x, error, message in cases:
         for call in (sae, sae.encode):

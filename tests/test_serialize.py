@@ -39,6 +39,13 @@ def test_a_saved_module_comes_back_whole(tmp_path, settings, dtype):
     assert torch.equal(again(tokens(8, 10), target=y).loss, sae(tokens(8, 10), target=y).loss)
 
 
+def test_a_file_in_the_folders_place_is_refused(tmp_path):
+    (tmp_path / "sae").write_text("mine")
+    with pytest.raises(SavedModuleError, match="is a file, expected a folder"):
+        save(sae_for_test(), tmp_path / "sae")
+    assert (tmp_path / "sae").read_text() == "mine"
+
+
 def test_the_files_are_open_formats_with_ordinary_permissions(tmp_path):
     sae = sae_for_test()
     save(sae, tmp_path)

@@ -144,6 +144,8 @@ class SparseAutoencoder(Parameters):
 
     def _checked(self, x: Tensor, width: int, name: str) -> Tensor:
         """x in the weights' dtype. Raises ValueError or TypeError when its shape, dtype or device does not fit."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor({name})")
         if x.ndim < 2 or x.shape[-1] != width:
             hint = "; for one token pass its row as a batch, x[None]" if x.ndim == 1 else ""
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (*batch, {width}){hint}")
