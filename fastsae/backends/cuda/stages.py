@@ -26,6 +26,7 @@ from fastsae.backends.cuda.encode import (
 )
 from fastsae.backends.cuda.library import library, where
 from fastsae.backends.cuda.update import (
+    ROW_LIMIT,
     bias_parts,
     bias_programs,
     list_slots,
@@ -39,9 +40,10 @@ from fastsae.backends.cuda.update import (
 from fastsae.backends.gpu.pieces import cut
 
 __all__ = [
-    "active_dot", "append", "bars", "bias_parts", "bias_programs", "count_listed", "decode", "decode_error",
-    "emit_listed", "every_latent", "exhaustive_top_k", "histogram", "list_slots", "narrow_rows", "outer",
-    "piece_starts", "product", "rescore", "select", "sort_slots", "step_numbers", "top_k", "update_bias", "update_rows",
+    "ROW_LIMIT", "active_dot", "append", "bars", "bias_parts", "bias_programs", "count_listed", "decode",
+    "decode_error", "emit_listed", "every_latent", "exhaustive_top_k", "histogram", "list_slots", "narrow_rows",
+    "outer", "piece_starts", "product", "rescore", "select", "sort_slots", "step_numbers", "top_k", "update_bias",
+    "update_rows",
 ]  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from fastsae.backends import buffers
 from fastsae.backends.cuda.library import library, where
 from fastsae.backends.gpu.stages import Entries, Moments, Pieces
 
+ROW_LIMIT = None
+"""update_rows takes rows of any width (csrc/cuda/update_wide.cu)."""
 STREAMS = 8
 """Streams of random bits in a step: 2i is the i-th parameter's m, 2i + 1 its v."""
 

@@ -151,7 +151,9 @@ class RawOps:
     def update_latents_(self, call: UpdateArguments) -> Tensor:
         with on_device(call.W_dec):
             _kept(call.screen, call.encoder)
-            stats = (update_latents if call.is_plain else update_storing_gradients)(self.stages, call)
+            widest, limit = max(call.W_dec.shape[1], call.encoder.shape[1]), self.stages.ROW_LIMIT
+            is_fused = call.is_plain and (limit is None or widest <= limit)
+            stats = (update_latents if is_fused else update_storing_gradients)(self.stages, call)
             if call.screen and not call.norms_only:
                 self._refresh(call.screen, call.encoder)
         return stats
