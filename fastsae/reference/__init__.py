@@ -18,9 +18,7 @@ from fastsae.reference.ops import (
     is_above,
     keep_group_max,
     keep_top_k,
-    loss_denominator,
     pre_acts,
-    squared_error,
     top_k,
     wide,
 )
@@ -43,6 +41,6 @@ __all__ = [
     "BLOCK", "MOMENTS_OF", "EightBit", "Forward", "Moment", "Moments", "Optimizer", "Params", "Parts", "Rule", "Term",
     "active_dot", "active_outer", "adam", "batch_top_k", "clip_rows", "decode", "decoder_norms", "forward", "gated",
     "gradients", "heaviside", "in_band", "is_above", "jump_relu", "keep_group_max", "keep_top_k", "lion",
-    "loss_denominator", "mixed", "normalize", "pre_acts", "project", "round_to_bf16", "round_to_fp8", "scales_shape",
-    "shape_gradients", "squared_error", "squared_norms", "store", "top_k", "update", "wide", "widened", "with_parts",
+    "mixed", "normalize", "pre_acts", "project", "round_to_bf16", "round_to_fp8", "scales_shape",
+    "shape_gradients", "squared_norms", "store", "top_k", "update", "wide", "widened", "with_parts",
 ]  # fmt: skip
