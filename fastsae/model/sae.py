@@ -443,11 +443,6 @@ class SparseAutoencoder(Parameters):
         if node is not None:
             node.register_prehook(at_backward)
 
-    @torch.no_grad()
-    def note_fired_(self, codes: SparseCodes) -> None:
-        """tokens_since_fired += N, then 0 for every latent that is active in `codes`; counts them for `density`."""
-        self.count_fired_(self.counts_of(codes), codes.n_tokens)
-
     def counts_of(self, codes: SparseCodes) -> Tensor:
         """On how many tokens each latent is active in `codes`: int64 (M,)."""
         # Empty slots all point one past the last latent, which is cut off. Whole numbers add up in any order.
@@ -459,9 +454,10 @@ class SparseAutoencoder(Parameters):
 
     @torch.no_grad()
     def count_fired_(self, counts: Tensor, n_tokens: int | Tensor, made: Tensor | None = None) -> None:
-        """The same from how often each latent was active, int64 (M,), in so many tokens.
+        """tokens_since_fired += n_tokens, then 0 for every latent that was active; counts them for `density`.
 
-        made: 0-d bool, whether these tokens count at all; None: they do.
+        counts: int64 (M,), on how many of these tokens each latent was active. made: 0-d bool, whether these tokens
+        count at all; None: they do.
         """
         since = torch.where(counts > 0, 0, self.tokens_since_fired + n_tokens)
         if made is not None:
