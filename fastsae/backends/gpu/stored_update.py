@@ -36,10 +36,7 @@ def update_storing_gradients(stages: Stages, call: UpdateArguments) -> Tensor:
         return reference.squared_norms(grads)
     stats = reference.squared_norms(raw)
     del raw
-    if call.grad_scale is not None:
-        grads = {name: grad * call.grad_scale for name, grad in grads.items()}
-    old, rule = call.stored_moments(), call.rule()
-    call.write(*reference.update(params, grads, old, call.lr, call.step, rule, call.unit_norm, call.seed))
+    call.write_step(params, grads)
     return stats
 
 
