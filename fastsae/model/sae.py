@@ -387,17 +387,17 @@ class SparseAutoencoder(Parameters):
         gate_goal = goal.detach()
         if ready.target.requires_grad:
             gate_goal = self._gate_goal(ready) - self.b_dec.detach() if centred else self._gate_goal(ready)
-        found = dense.objective(self, ready.encoder_input, goal, gate_goal, centred, denominator, weight)
+        total, error, found = dense.objective(self, ready.encoder_input, goal, gate_goal, centred, denominator, weight)
         n = ready.target.shape[0]
         self.active_share = float(found.selected) / (n * self.d_sae)
         counts, tokens = over_replicas(found.counts, n)
         dead = torch.where(counts > 0, 0, self.tokens_since_fired + tokens) >= self.dead_after
         options = self.encode_options(held=True)
-        more, dead_losses = self.dead_latent_loss(ready, found.error, dead, denominator, options)
-        loss = found.total if more is None else found.total + more
+        more, dead_losses = self.dead_latent_loss(ready, error, dead, denominator, options)
+        loss = total if more is None else total + more
         count = self._counter(loss, None, counts, tokens)
         by_name = {self.loss: found.squares / denominator, **found.losses, **dead_losses}
-        return Objective(ready, loss, by_name, found.error, None, counts, dead, found.squares, None, count)
+        return Objective(ready, loss, by_name, error, None, counts, dead, found.squares, None, count)
 
     # -- dead latents, densities and the decoder's norm ---------------------------------------------------------------
 
