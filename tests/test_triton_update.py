@@ -56,7 +56,7 @@ def test_a_latent_in_pieces(options: dict) -> None:
     problem = update_case.make_problem(case, torch.float32, **options)
     slots = sum(term.codes.acts.numel() for term in problem.terms)
     order = ops.by_latent(problem.terms[0].codes, backend="triton")
-    cut = pieces.cut(stages, order.offsets, slots, case.N * len(problem.terms))
+    cut = pieces.cut(stages.piece_starts, order.offsets, slots, case.N * len(problem.terms))
     assert int(order.offsets.diff().max()) > cut.length, "nothing is long here"
     update_case.check(problem, "triton")
 
@@ -66,7 +66,7 @@ def test_pieces_cover_every_long_latent_and_fit_their_capacity() -> None:
     for tokens, latents in ((1000, 50), (300, 7), (2000, 30), (5000, 2), (100, 1)):
         counts = torch.randint(0, tokens, (latents,), generator=g)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        cut = pieces.cut(stages, starts, int(starts[-1]), tokens * latents)
+        cut = pieces.cut(stages.piece_starts, starts, int(starts[-1]), tokens * latents)
         wanted = torch.where(counts > cut.length, (counts + cut.length - 1) // cut.length, 0)
         if cut.first is None:
             assert not wanted.any()

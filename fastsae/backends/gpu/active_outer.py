@@ -28,5 +28,5 @@ def active_outer(
     n, D = x.shape
     out = buffers.empty((d_sae, D), x.dtype, x.device)
     if out.numel():
-        stages.outer(starts, tokens, slots, acts, x, cut(stages, starts, acts.numel(), n), out)
+        stages.outer(starts, tokens, slots, acts, x, cut(stages.piece_starts, starts, acts.numel(), n), out)
     return out
