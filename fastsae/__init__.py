@@ -44,29 +44,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "BackendError",
-    "BatchTopK",
-    "BatchTrainStep",
-    "ForwardResult",
-    "FusedTrainStep",
-    "Gated",
-    "GroupMax",
-    "HierarchicalTopK",
-    "JumpReLU",
-    "LatentOrder",
-    "Matryoshka",
-    "ReLU",
-    "SAEBatch",
-    "Schedule",
-    "Screen",
-    "SparseAutoencoder",
-    "SparseCodes",
-    "TopK",
-    "UpdateTerm",
-    "backends",
-    "load",
-    "ops",
-    "optim",
-    "resample_",
-    "save",
-]
+    "BackendError", "BatchTopK", "BatchTrainStep", "ForwardResult", "FusedTrainStep", "Gated", "GroupMax",
+    "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU", "SAEBatch", "Schedule", "Screen",
+    "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "backends", "load", "ops", "optim", "resample_", "save",
+]  # fmt: skip

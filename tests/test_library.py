@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -234,6 +237,31 @@ def test_an_absent_backend_fails_loudly_with_its_reason(backend: str) -> None:
         encode(backend=backend)
     assert reason in str(caught.value)
     assert f"no backend can serve fastsae.encode_topk here ({backend}:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "refused", "chosen"),
+    [
+        ({}, (), "cuda"),
+        ({}, ("cuda",), "triton"),
+        ({"rows": True}, (), "triton"),
+        ({"rows": True}, ("triton",), "cuda"),
+        ({"scale": True}, (), "cuda"),
+    ],
+)
+def test_cuda_goes_first_except_for_rows(
+    options: dict, refused: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def module(name: str) -> SimpleNamespace:
+        reason = "it does not want to" if name in refused else None
+        return SimpleNamespace(name=name, supports=lambda *_, **__: reason, available=lambda: None, by_name_only=bool)
+
+    backends = importlib.import_module("fastsae.backends")  # fastsae.backends is its function
+    monkeypatch.setattr(backends, "_REGISTRY", tuple((name, module(name)) for name in ("cuda", "triton", "cpu")))
+    W = torch.zeros(M, D)
+    given = {"rows": torch.zeros(3, dtype=torch.int32), "scale": torch.zeros(M)}
+    tensors = [W, W, torch.zeros(M), *(t for name, t in given.items() if name in options)]
+    assert backends.choose("encode_topk", None, *tensors, k=K).name == chosen
 
 
 def test_the_environment_names_the_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:

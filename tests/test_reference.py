@@ -59,18 +59,6 @@ def test_above_is_strict_and_takes_nan() -> None:
     assert reference.is_above(pre, tensor([0], [-2])).tolist() == [[True, True, True], [True, True, True]]
 
 
-def test_losses_by_hand() -> None:
-    target, recon = tensor([1, 0], [3, 4]), tensor([1, 1], [3, 2])
-    loss, grad = reference.squared_error(recon, target, reference.loss_denominator(target, "mse"))
-    assert float(loss) == 2.5  # (1 + 4) / 2 tokens
-    assert grad.tolist() == [[0, 1], [0, -2]]
-    unit = reference.loss_denominator(target, "fvu")
-    assert float(unit) == 10  # the mean is (2, 2): 1 + 4 + 1 + 4
-    assert float(reference.squared_error(recon, target, unit)[0]) == 0.5
-    with pytest.raises(ValueError, match="loss is 'l1', expected 'mse' or 'fvu'"):
-        reference.loss_denominator(target, "l1")
-
-
 def test_gradients_by_hand() -> None:
     """One token, one active latent: every gradient is a product of two numbers."""
     params = {"W_enc": tensor([1, 0], [0, 1]), "W_dec": tensor([3, 4], [1, 1]), "b_enc": tensor(0, 0)}
@@ -200,6 +188,12 @@ def loss_of(params: Params, x: Tensor, *, k: int, target, pre_bias: bool, loss: 
     return total
 
 
+def squared_error(recon: Tensor, target: Tensor, unit: Tensor | int) -> tuple[Tensor, Tensor]:
+    """L = Σ(recon - target)² / unit, and dL/d recon = 2 (recon - target) / unit."""
+    error = recon - target
+    return error.square().sum() / unit, 2 * error / unit
+
+
 def terms_of(
     params: Params, x: Tensor, *, k: int, target: Tensor | None, pre_bias: bool, loss: str, aux: AuxK | None
 ) -> tuple[list[reference.Term], Tensor]:
@@ -209,12 +203,12 @@ def terms_of(
     pre = reference.pre_acts(inputs, params.get("W_enc", params["W_dec"]), params["b_enc"])
     A = reference.keep_top_k(pre, k)
     recon = reference.decode(A, params["W_dec"]) + params["b_dec"]
-    unit = reference.loss_denominator(target, loss)
-    total, grad = reference.squared_error(recon, target, unit)
+    unit = len(x) if loss == "mse" else (target - target.mean(0)).square().sum()
+    total, grad = squared_error(recon, target, unit)
     terms = [reference.Term(A, inputs, grad)]
     if aux is not None:
         A_aux = reference.keep_top_k(torch.where(aux.dead, pre, 0), aux.k)
-        missed, grad_aux = reference.squared_error(reference.decode(A_aux, params["W_dec"]), target - recon, unit)
+        missed, grad_aux = squared_error(reference.decode(A_aux, params["W_dec"]), target - recon, unit)
         terms.append(reference.Term(A_aux, inputs, aux.coef * grad_aux, has_bias=False))
         total = total + aux.coef * missed
     return terms, total

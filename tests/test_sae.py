@@ -117,10 +117,10 @@ def test_eval_mode_has_no_aux_and_counts_nothing():
 def test_dead_latents_are_counted_in_tokens_by_hand():
     sae = sae_for_test(d_sae=6, k=2, dead_after=5)
     fires = SparseCodes(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[1, 3], [3, 5]], dtype=torch.int32), 6)
-    sae.note_fired_(fires)  # latent 5 only fills an empty slot
+    sae.count_fired_(sae.counts_of(fires), 2)  # latent 5 only fills an empty slot
     assert sae.tokens_since_fired.tolist() == [2, 0, 2, 0, 2, 2]
     again = SparseCodes(torch.tensor([[0.5, 0.0]] * 3), torch.tensor([[0, 5]] * 3, dtype=torch.int32), 6)
-    sae.note_fired_(again)
+    sae.count_fired_(sae.counts_of(again), 3)
     assert sae.tokens_since_fired.tolist() == [0, 3, 5, 3, 5, 5]
     assert sae.dead.tolist() == [False, False, True, False, True, True]
 

@@ -8,5 +8,4 @@ op_times.py ops, checked and then timed, on the inputs of a case and on codes of
             the same by torch.sparse; timings.py: whole steps; spot.py checks at full size; cost.py: bytes and flops
 overhead.py what a call costs the host
 report.py   the outputs: CSV and Markdown (sections.py); draw.py: the plots
-choices.py  which GPU backend goes first, from the timings or, without any, from the bytes that each moves (moved.py)
 """

@@ -13,7 +13,6 @@ from bench import cases, real
 from bench.cases import Case, Inputs
 from bench.gpu import layouts, spot
 from bench.gpu.clock import measure
-from bench.gpu.moved import DEAD
 from bench.gpu.plan import Job, Settings
 from bench.gpu.spot import Spots
 from bench.run import rotating
@@ -21,6 +20,8 @@ from fastsae import LatentOrder, SparseCodes, UpdateTerm, ops
 
 SECONDS, TOY_SECONDS = 0.6, 0.01
 """How long the timed runs of one call last."""
+DEAD = 8
+"""One latent in so many is listed in the rows of an encode."""
 Timed = tuple[float, Callable[[], object], int]
 """The largest error in units of the bound, what to time, and how many activations are stored."""
 

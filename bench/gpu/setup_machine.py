@@ -25,7 +25,7 @@ BUILDS = (
 BUILD_SECONDS = 150.0
 CUDA_BUILD_SECONDS = 300.0
 MEASURED = ("fastsae", "kernels", "csrc", "bench")
-NOT_MEASURED = ("report.py", "sections.py", "draw.py", "choices.py", "plot.py", "demo.py")
+NOT_MEASURED = ("report.py", "sections.py", "draw.py", "plot.py", "demo.py")
 
 
 def missing(parts: tuple[str, ...]) -> list[str]:

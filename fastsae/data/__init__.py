@@ -16,22 +16,7 @@ from fastsae.data.text import Corpus, TextCorpus, TokenCorpus, load_text
 from fastsae.data.writer import ShardWriter, save_rows
 
 __all__ = [
-    "ActivationSource",
-    "ActivationStream",
-    "Context",
-    "Corpus",
-    "LanguageModel",
-    "LiveSource",
-    "Manifest",
-    "ShardError",
-    "ShardSource",
-    "ShardWriter",
-    "StreamConfig",
-    "TensorSource",
-    "TextCorpus",
-    "TokenCorpus",
-    "harvest",
-    "load_model",
-    "load_text",
-    "save_rows",
-]
+    "ActivationSource", "ActivationStream", "Context", "Corpus", "LanguageModel", "LiveSource", "Manifest",
+    "ShardError", "ShardSource", "ShardWriter", "StreamConfig", "TensorSource", "TextCorpus", "TokenCorpus", "harvest",
+    "load_model", "load_text", "save_rows",
+]  # fmt: skip
