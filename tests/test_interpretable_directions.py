@@ -13,11 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench.systems import BEGIN, END, RESULTS
 from fastsae.cli.main import main
+from fastsae.systems import system
 from fastsae.systems.interpretable_directions import metrics, toy
+from fastsae.systems.interpretable_directions.figures import tables
 from fastsae.systems.interpretable_directions.toy import Features, Recipe
 from fastsae.systems.results import read
 
+ROOT = Path(__file__).resolve().parent.parent
 NAME = "interpretable_directions"
 SMALL = Recipe(d=32, features=48, d_sae=64, batch_size=256, steps=20, measured=2048, every=5)
 
@@ -212,7 +216,7 @@ def test_a_run_stores_every_cell_and_goes_on(tmp_path: Path, capsys) -> None:
 
 def test_the_same_run_has_the_same_figures(tmp_path: Path) -> None:
     for name in "ab":
-        only = ["steps-five-batch_topk", "five-a1-m16"]
+        only = ["steps-five-topk", "five-a1-m16"]
         assert main(reproduce(tmp_path / name, "--experiments", *only)) == 0
     a, b = (read(tmp_path / name / "results.json", NAME)["experiments"] for name in "ab")
     for name in a:
@@ -224,3 +228,17 @@ def test_steps_are_refused_where_there_are_none(tmp_path: Path, capsys) -> None:
     assert "steps is 5, expected none: they are fixed" in capsys.readouterr().err
     assert main(reproduce(tmp_path, "--steps", "0")) == 1
     assert "steps is 0, expected at least 1" in capsys.readouterr().err
+
+
+# -- the README -------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_the_stored_results() -> None:
+    stored = read(RESULTS / NAME / "results.json", NAME)["experiments"]
+    _, _, after = (ROOT / "README.md").read_text().partition(BEGIN.format(NAME))
+    assert after.partition(END)[0].strip() == tables(stored).strip(), "run python -m bench.systems"
+    experiments = toy.experiments()
+    for name, record in stored.items():
+        expected = toy.shortened(experiments[name], record["settings"]["steps"])
+        settings = {"seeds": system(NAME).seeds, **json.loads(json.dumps(expected.settings))}
+        assert record["settings"] == settings, name

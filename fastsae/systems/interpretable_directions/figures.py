@@ -135,6 +135,7 @@ def draw_all(records: Mapping[str, Any], folder: Path) -> None:
                              label=RULES[rule] if i == 0 else None)  # fmt: skip
             one.axhline(FOUND, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
             one.set_xscale("log")
+            one.xaxis.set_major_formatter("{x:g}")
             one.set_ylim(0, 1.02)
             one.set_xlabel("batches")
             one.set_ylabel("MMCS of the true features")

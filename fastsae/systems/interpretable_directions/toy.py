@@ -46,6 +46,8 @@ published 512·2^k, k = -2…5."""
 WEIGHTS = 1_000_000
 """Added to a run's seed for its SAE's weights. From the same seed as the features they would *be* the features: both
 begin with normal numbers of the same stream."""
+POOL = 8
+"""Batches that a round of resampling looks at."""
 TICK = 10
 """Steps between two calls of `advance`."""
 
@@ -57,7 +59,8 @@ class Recipe:
     active       mean number of features of a sample; None: as coded.
     rule         "published" (ReLU with L1), "topk", "batch_topk", "gated".
     coefficient  α of "published", k of "topk" and "batch_topk", the gate's l1 of "gated".
-    resample     steps between two rounds of resampling, in the first `resample_until` of all steps; 0: none.
+    resample     steps between two rounds of resampling at what the reconstruction lacks; 0: none.
+    resample_until  share of the steps with such rounds.
     dead_steps   steps without firing after which a latent is resampled.
     decay        share of the steps over which the rate falls to 0, by a cosine; 0: constant.
     every        steps between two measurements of MMCS.
@@ -167,7 +170,10 @@ def train(
             # There is no decoder bias. A fused step trains every parameter, but this one is 0 whenever it is read.
             sae.b_dec.zero_()
         if recipe.resample and i % recipe.resample == 0 and i <= recipe.resample_until * recipe.steps:
-            resample_(sae, features.samples(4 * recipe.batch_size), step, encoder_norm=0.5, seed=i)
+            x = features.samples(POOL * recipe.batch_size)
+            with torch.no_grad():
+                rest = x - sae(x).recon
+            resample_(sae, rest, step, encoder_norm=1.0, seed=i)
         if i % recipe.every == 0 or i == recipe.steps:
             curve[i] = float(max_cosines(features.directions, sae.W_dec.detach()).mean())
         if i % TICK == 0:
@@ -274,19 +280,12 @@ def _larger(recipe: Recipe) -> Recipe:
 
 
 _FAST: dict[str, Any] = {
-    "d_sae": 1024, "lr": 5e-3, "steps": 200, "decay": 0.5, "resample": 25, "resample_until": 0.5, "every": 5,
+    "rule": "topk", "lr": 5e-3, "decay": 0.5, "steps": 240, "resample": 20, "resample_until": 0.7, "dead_steps": 20,
+    "every": 10,
 }  # fmt: skip
 SOONER: dict[str, dict[str, dict[str, Any]]] = {
-    "coded": {
-        "published": {"coefficient": 0.316},
-        "topk": {**_FAST, "coefficient": 2},
-        "batch_topk": {**_FAST, "coefficient": 1},
-    },
-    "five": {
-        "published": {"coefficient": 0.316},
-        "topk": {**_FAST, "coefficient": 8},
-        "batch_topk": {**_FAST, "coefficient": 5},
-    },
+    "coded": {"published": {"coefficient": 0.316}, "topk": {**_FAST, "coefficient": 2}},
+    "five": {"published": {"coefficient": 0.316}, "topk": {**_FAST, "coefficient": 8}},
 }
 """For each variant, the recipes whose steps are counted, by rule; all with 1,024 latents."""
 RULES = {"published": "published recipe", "topk": "TopK", "batch_topk": "BatchTopK", "gated": "Gated"}
@@ -300,7 +299,7 @@ def experiments(quick: bool = False) -> dict[str, Experiment]:
     found = {}
     for variant, active in VARIANTS.items():
         for rule, changes in SOONER[variant].items():
-            recipe = replace(Recipe(active=active, d_sae=1024, rule=rule), **changes)
+            recipe = replace(Recipe(active=active, d_sae=1024), **changes)
             found[f"steps-{variant}-{rule}"] = Experiment(f"{variant}, {RULES[rule]}", variant, recipe, False)
     alphas, sizes = (ALPHAS[3:5], SIZES[:2]) if quick else (ALPHAS, SIZES)
     for variant, active in VARIANTS.items():
