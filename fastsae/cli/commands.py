@@ -189,8 +189,8 @@ def run_reproduce(options: Reproduce) -> int:
     out = options.out or Path("runs") / (options.system + ("-quick" if options.quick else ""))
     print(
         reproduce(
-            options.system, found, out, seeds=options.seeds, quick=options.quick, only=options.experiments,
-            progress=options.progress, threads=options.threads,
+            options.system, found, out, seeds=options.seeds, steps=options.steps, quick=options.quick,
+            only=options.experiments, progress=options.progress, threads=options.threads,
         )
     )  # fmt: skip
     print(f"\nwritten to {out}")

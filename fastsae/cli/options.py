@@ -255,11 +255,13 @@ class Reproduce(Common):
     """
 
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
-    """Name of the system: clustering."""
+    """Name of the system: clustering or interpretable_directions."""
     out: Path | None = None
     """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
-    seeds: int = 10
-    """Runs of every experiment."""
+    seeds: int | None = None
+    """Runs of every experiment. Left out: 10 of clustering, 3 of interpretable_directions."""
+    steps: int | None = None
+    """At most so many training steps in every experiment of interpretable_directions. Left out: all."""
     quick: Switch = False
     """A tiny version that takes seconds; its figures mean nothing."""
     experiments: tuple[str, ...] = ()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
-SYSTEMS = {"clustering": "fastsae.systems.clustering.figures"}
+SYSTEMS = {
+    "clustering": "fastsae.systems.clustering.figures",
+    "interpretable_directions": "fastsae.systems.interpretable_directions.figures",
+}
 """Each system's name and the module that defines its SYSTEM."""
 
 

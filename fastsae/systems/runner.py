@@ -31,6 +31,11 @@ class System:
     draw_one      draws those pictures, from name, experiment, their data and the folder.
     draw_all      draws pictures of all stored records.
     tables        Markdown from the stored records.
+    seeds         how many, where the user does not say.
+    shortened     an experiment with at most so many steps; None: the system has no steps to choose.
+    expected_seconds  about how long these experiments take with so many seeds, which is said before they start.
+    finish        for a system that keeps files beside the results: called after `perform` with name, experiment, the
+                  pictures' data and the folder; returns more for the record.
     """
 
     experiments: Callable[[bool], Mapping[str, Any]]
@@ -40,23 +45,33 @@ class System:
     draw_one: Callable[[str, Any, Any, Path], None]
     draw_all: Callable[[Mapping[str, Any], Path], None]
     tables: Callable[[Mapping[str, Any]], str]
+    seeds: int = 10
+    shortened: Callable[[Any, int], Any] | None = None
+    expected_seconds: Callable[[Sequence[Any], int], float] | None = None
+    finish: Callable[[str, Any, Any, Path], dict[str, Any]] | None = None
 
 
 def reproduce(
-    name: str, system: System, folder: Path, *, seeds: int = 10, quick: bool = False, only: Sequence[str] = (),
-    progress: bool = True, threads: int = 1,
+    name: str, system: System, folder: Path, *, seeds: int | None = None, steps: int | None = None, quick: bool = False,
+    only: Sequence[str] = (), progress: bool = True, threads: int = 1,
 ) -> str:  # fmt: skip
     """Runs the experiments missing in `folder`, writes results.json, table.md and pictures there, returns the tables.
 
+    seeds: None for the system's own number. steps: at most so many in every experiment, where the system has steps.
     only: these experiments, by name. threads: of the CPU; SAEs this small are slower with more than one.
-    Raises ValueError for an unknown experiment or fewer than one seed, and BlockingIOError if another process is
-    writing there. KeyboardInterrupt loses only the current experiment.
+    Raises ValueError for an unknown experiment, fewer than one seed, or steps of a system without them, and
+    BlockingIOError if another process is writing there. KeyboardInterrupt loses only the current experiment.
     """
     experiments = system.experiments(quick)
     if unknown := [one for one in only if one not in experiments]:
         raise ValueError(f"no experiment {', '.join(map(repr, unknown))}; expected {', '.join(experiments)}")
+    seeds = system.seeds if seeds is None else seeds
     if seeds < 1 or threads < 1:
         raise ValueError(f"seeds is {seeds} and threads {threads}, expected at least 1 of each")
+    if steps is not None:
+        if system.shortened is None or steps < 1:
+            raise ValueError(f"steps is {steps}, expected {'none: they are fixed' if steps >= 1 else 'at least 1'}")
+        experiments = {one: system.shortened(experiment, steps) for one, experiment in experiments.items()}
     chosen = list(dict.fromkeys(only)) or list(experiments)
     before = torch.get_num_threads()
     lock = _locked(folder)
@@ -67,6 +82,11 @@ def reproduce(
         missing = [one for one in chosen if not results.has(one, settings[one])]
         if len(missing) < len(chosen):
             log.info("%d of %d experiments are already in %s", len(chosen) - len(missing), len(chosen), folder)
+        if missing and system.expected_seconds is not None:
+            minutes = system.expected_seconds([experiments[one] for one in missing], seeds) / 60
+            log.info(
+                "%d experiments to do, about %.0f minutes at the speed this machine has now", len(missing), minutes
+            )
         with tqdm(
             total=sum(system.ticks(experiments[one]) for one in missing), disable=not progress, unit="epoch"
         ) as bar:
@@ -75,6 +95,8 @@ def reproduce(
                 start = time.perf_counter()
                 record, shown = system.perform(experiments[one], range(seeds), bar.update)
                 system.draw_one(one, experiments[one], shown, folder)
+                if system.finish is not None:
+                    record |= system.finish(one, experiments[one], shown, folder)
                 record["seconds"] = round(time.perf_counter() - start, 1)
                 results.put(one, settings[one], record, list(experiments))
         system.draw_all(results.experiments, folder)
