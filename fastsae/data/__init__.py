@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastsae.data.contexts import Context
 from fastsae.data.files import ShardError
+from fastsae.data.filters import Ordinary
 from fastsae.data.harvest import harvest
 from fastsae.data.live import LiveSource
 from fastsae.data.manifest import Manifest
@@ -23,6 +24,7 @@ __all__ = [
     "LanguageModel",
     "LiveSource",
     "Manifest",
+    "Ordinary",
     "ShardError",
     "ShardSource",
     "ShardWriter",

@@ -24,6 +24,12 @@ class LanguageModel:
     tokenizer: Any
     name: str
 
+    @property
+    def base(self) -> LanguageModel:
+        """The same without its language-model head, as it is loaded for a harvest; itself if there is no head."""
+        inner = getattr(self.model, getattr(self.model, "base_model_prefix", "") or "base_model", None)
+        return dataclasses.replace(self, model=inner) if isinstance(inner, nn.Module) else self
+
     def describe(self) -> dict[str, Any]:
         """Provenance, JSON-able: class, number of parameters, dtype, and a digest of the configuration and weights.
 
