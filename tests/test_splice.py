@@ -514,6 +514,18 @@ def test_several_hooks_and_a_transcoder_in_the_loss(model: Tiny, ids: Tensor) ->
         assert alone.ce_zero == pytest.approx(dense_losses(model(ids), model(ids), ids)[0], rel=1e-6)
 
 
+def test_the_tokens_are_chosen_once_by_the_untouched_model(model: Tiny, ids: Tensor) -> None:
+    """An earlier hook's zeros or reconstructions change the norms at a later one, but not which tokens are replaced."""
+    middle = HookedModel(model, 2)(ids)
+    limit = float(middle[:, 1:].norm(dim=-1).flatten().quantile(0.6))
+    chosen = Ordinary(max_norm=limit)(middle)
+    result = spliced_loss(model, {1: nothing(), 2: nothing()}, ids, where={2: Ordinary(max_norm=limit)})
+    assert result.replaced_share == pytest.approx((ids.numel() + int(chosen.sum())) / (2 * ids.numel()))
+    with torch.no_grad(), splice(model, {1: nothing(), 2: nothing()}, where={2: lambda x: chosen}):
+        ce, _ = dense_losses(model(ids), model(ids), ids)
+    assert result.ce_zero == result.ce_spliced == pytest.approx(ce, rel=1e-6)
+
+
 def test_modes_come_back_and_the_model_is_whole(model: Tiny, ids: Tensor) -> None:
     model.train()
     model.dropout.eval()

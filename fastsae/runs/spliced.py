@@ -6,7 +6,8 @@
 
 Two ablations: the activations are replaced by 0, or by their mean. The mean is the fairer one where activations lie far
 from 0: zeroing a residual stream breaks the model altogether, and almost any SAE recovers nearly all of that. Both
-change the tokens that the splice changes and no others. Every token of a window but the last predicts the next one.
+change the tokens that the splice changes and no others, chosen by the untouched model's activations. Every token of a
+window but the last predicts the next one.
 
 Four passes of the model over every window; logits of one batch of windows twice, log-probabilities in float64 of a few
 tokens at a time.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,18 +109,22 @@ def spliced_loss(
     with evaluating(module, *hooks.values()), torch.no_grad():
         if means is None:
             means = {site: _mean(module, site, batches, where_of(where, site)) for site in hooks}
-        replaced = _Counted(module, hooks, where)
+        chosen: dict[Site, Tensor] = {}  # the tokens of a batch that are replaced, as the untouched model has them
+        fixed = {site: _taken(chosen, site) for site in hooks}
         contexts: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
-            "spliced": lambda: splice(module, hooks, where=where),
-            "zero": lambda: replaced.by(None),
-            "mean": lambda: replaced.by(means),
+            "spliced": lambda: splice(module, hooks, where=fixed),
+            "zero": lambda: _ablated(module, fixed, None),
+            "mean": lambda: _ablated(module, fixed, means),
         }
+        replaced = 0
         ce = dict.fromkeys(("untouched", *contexts), 0.0)
         kl = dict.fromkeys(contexts, 0.0)
         with tqdm(desc="eval", total=len(token_ids), unit="window", disable=None if progress else True) as bar:
             for batch in batches:
                 target = batch[:, 1:].flatten().to(device_of(module))
-                clean = _logits(module, batch)
+                with _noted(module, hooks, where, chosen):
+                    clean = _logits(module, batch)
+                replaced += sum(int(mask.sum()) for mask in chosen.values())
                 ce["untouched"] += _sums(clean, clean, target)[0]
                 for name, context in contexts.items():
                     with context():
@@ -132,7 +137,6 @@ def spliced_loss(
     n = token_ids.shape[0] * (token_ids.shape[1] - 1)
     ce = {name: total / n for name, total in ce.items()}
     kl = {name: total / n for name, total in kl.items()}
-    share = replaced.n / (2 * len(hooks) * token_ids.numel())  # counted in two ablations
     if special is None:
         special = "the tokens that `where` leaves out keep the model's own activation" if where else "none"
     return SplicedLoss(
@@ -140,7 +144,7 @@ def spliced_loss(
         n_windows=token_ids.shape[0],
         window=token_ids.shape[1],
         n_predictions=n,
-        replaced_share=share,
+        replaced_share=replaced / (len(hooks) * token_ids.numel()),
         special=special,
         mean_of=mean_of,
         **{f"ce_{name}": value for name, value in ce.items()},
@@ -184,33 +188,49 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-class _Counted:
-    """Ablations at every hook, and a count of the activations that they replace."""
+@contextlib.contextmanager
+def _noted(
+    model: nn.Module,
+    hooks: Iterable[Site],
+    where: Where | Mapping[Site, Where] | None,
+    chosen: dict[Site, Tensor],
+) -> Iterator[None]:
+    """Writes the tokens that `where` chooses at every hook into `chosen`, and changes nothing.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        hooks: Mapping[Site, SparseAutoencoder],
-        where: Where | Mapping[Site, Where] | None,
-    ):
-        self._model, self._hooks, self._where = model, hooks, where
-        self.n = 0
+    Every splice and ablation then replaces these, whatever norms an earlier one of several hooks leaves behind.
+    """
 
-    @contextlib.contextmanager
-    def by(self, means: Mapping[Site, Tensor] | None) -> Iterator[None]:
-        """Activations are 0, or their mean."""
-        with contextlib.ExitStack() as stack:
-            for site in self._hooks:
-                edit = self._edit(None if means is None else means[site])
-                stack.enter_context(edited(self._model, site, edit, where_of(self._where, site)))
-            yield
+    def note(site: Site) -> Where:
+        choose = where_of(where, site)
 
-    def _edit(self, value: Tensor | None) -> Edit:
-        def edit(x: Tensor, y: Tensor) -> Tensor:
-            self.n += len(y)
-            return torch.zeros_like(y) if value is None else value.to(y).expand_as(y)
+        def choose_none(x: Tensor) -> Tensor:
+            every = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+            chosen[site] = every if choose is None else choose(x)
+            return ~every
 
-        return edit
+        return choose_none
+
+    with contextlib.ExitStack() as stack:
+        for site in hooks:
+            stack.enter_context(edited(model, site, lambda x, y: y, note(site)))
+        yield
+
+
+def _taken(chosen: Mapping[Site, Tensor], site: Site) -> Where:
+    return lambda x: chosen[site]
+
+
+@contextlib.contextmanager
+def _ablated(model: nn.Module, where: Mapping[Site, Where], means: Mapping[Site, Tensor] | None) -> Iterator[None]:
+    """Activations are 0, or their mean, at every hook."""
+
+    def constant(value: Tensor | None) -> Edit:
+        return lambda x, y: torch.zeros_like(y) if value is None else value.to(y).expand_as(y)
+
+    with contextlib.ExitStack() as stack:
+        for site, choose in where.items():
+            stack.enter_context(edited(model, site, constant(None if means is None else means[site]), choose))
+        yield
 
 
 def _read(
