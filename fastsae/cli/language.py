@@ -52,7 +52,7 @@ class InModel:
 def asks_for_language(options: Eval) -> bool:
     """Whether any option of `fastsae eval` needs a language model. Raises ValueError beside one for stored rows."""
     names = ("spliced", "model", "any_model", "text", "hook", "output_hook", "window", "tokens", "also")
-    given = [name for name in names if getattr(options, name)]
+    given = [name for name in names if getattr(options, name) != Eval.__dataclass_fields__[name].default]
     if given and (options.data is not None or options.all_rows):
         stored = "--data" if options.data is not None else "--all-rows"
         raise ValueError(
