@@ -28,7 +28,7 @@ def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_there_are_blocks_to_run() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     assert len(BLOCKS[0].strip().splitlines()) <= 12
 
 

@@ -19,6 +19,7 @@ from fastsae.model.sae import SparseAutoencoder
 from fastsae.report import ReportOptions, write_report
 from fastsae.report.contexts import distinct, latent_cards, passage, pick_spread, spread_rows, visible
 from fastsae.report.drawing import thinned
+from fastsae.report.page import spliced_section
 from fastsae.report.plots import loop_parts
 from fastsae.report.runlog import histogram, read_jsonl, read_run
 from fastsae.report.timing import time_step
@@ -192,6 +193,34 @@ def test_a_run_without_text_has_timings_but_no_latents(run, tmp_path):
     assert page.count("details", "latent") == 0
     assert "Inside one update" in "".join(page.text)
     assert page.count("ul", "notes") == 0
+
+
+def test_what_the_language_model_loses_is_a_table(run, tmp_path):
+    folder = copy_of(run, tmp_path / "spliced", "config.json", "metrics.jsonl", "eval.jsonl")
+    assert spliced_section(read_run(folder)) is None
+    spliced = {
+        "hooks": ["layers.1", HOSTILE], "n_predictions": 4080, "replaced_share": 0.996, "special": HOSTILE,
+        "mean_of": "these",
+        "ce_untouched": 3.25, "ce_spliced": 3.5, "ce_zero": 9.125, "ce_mean": 6.0, "kl_spliced": 0.125,
+        "kl_zero": 5.5, "kl_mean": None, "recovered_over_zero": 0.957, "recovered_over_mean": 0.909,
+    }  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps({"step": 12, "fvu": 0.1, "spliced": spliced}))
+    section = spliced_section(read_run(folder))
+    assert section.rows == [
+        ("untouched", "3.2500", "", ""),
+        ("spliced", "3.5000", "0.1250", ""),
+        ("zero ablation", "9.1250", "5.5000", "0.9570"),
+        ("mean ablation", "6.0000", "–", "0.9090"),
+    ]
+    text = "".join(checked(write_report(folder, options=ReportOptions(latents=0, time_step=False))).text)
+    assert "In the language model" in text
+    assert "99.60% of the tokens" in text
+    assert HOSTILE in text
+    for odd in ({}, {"hooks": HOSTILE, "ce_zero": [1], "n_predictions": HOSTILE, "special": [HOSTILE]}):
+        (folder / "evaluation.json").write_text(json.dumps({"step": 12, "spliced": odd}))
+        checked(write_report(folder, options=ReportOptions(latents=0, time_step=False)))
+    (folder / "evaluation.json").write_text(json.dumps({"step": 12, "spliced": HOSTILE}))
+    assert spliced_section(read_run(folder)) is None
 
 
 def test_evaluation_by_hand_takes_the_place_of_an_older_one(run, tmp_path):
