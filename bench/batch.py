@@ -1,8 +1,8 @@
 """`python -m bench.batch`: B small SAEs trained at once against the same ones in turn.
 
 Contestants: a BatchTrainStep over all; B of them with one SAE each; B FusedTrainSteps; B PlainTrainSteps. All make the
-same updates, which is checked before they are timed, in turns, at the size of the `clustering` system, and then over
-sizes, to see from where on steps in turn are faster. Writes bench/results/<device>/batch/batch.json.
+same updates, which is checked first. Then they are timed in turns, at the size of the `clustering` system and over
+other sizes, to find from which size on steps in turn are faster. Writes bench/results/<device>/batch/batch.json.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def inputs(case: dict[str, int]) -> Tensor:
 
 
 def measure(case: dict[str, int], seconds: float) -> dict[str, Any]:
-    """Times every contestant in turns for about so long. Raises ValueError where their losses differ."""
+    """Times every contestant in turns, for some `seconds` in all. Raises ValueError where their losses differ."""
     x, steps = inputs(case), contestants(case)
     for _ in range(3):
         losses = {name: torch.stack(step(x)) for name, step in steps.items()}
@@ -72,7 +72,7 @@ def measure(case: dict[str, int], seconds: float) -> dict[str, Any]:
     begin = time.perf_counter()
     while len(times["all at once"]) < 5 or time.perf_counter() - begin < seconds:
         for name, step in steps.items():
-            step(x)  # caches as in a run of its own
+            step(x)  # untimed: warms the caches as in a run without the other contestants
             start = time.perf_counter()
             step(x)
             times[name].append(time.perf_counter() - start)

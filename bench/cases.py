@@ -1,7 +1,7 @@
 """The cases: sizes, how inputs are distributed, and which weights; named once, frozen, the same for every contestant.
 
 random   x and the dictionaries are Gaussian: the flattest scores, so the hardest for a certificate.
-zipf     x is built from decoder rows drawn by Zipf(1): a few latents take part in most tokens, most in none.
+zipf     x is built from decoder rows drawn by Zipf(1): a few latents are active in most tokens, most in none.
 hot      random, and one latent whose bias puts it on for every token.
 real     residual-stream activations of a language model (bench/real.py), mean removed by b_dec as training does.
 Weights are random, or those of a TopK SAE trained on the same activations: correlated rows, heavy tails, dead latents.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 Distribution = Literal["random", "zipf", "hot", "real"]
 N_BATCHES = 4
-"""Input batches that timed steps rotate through, so that no step meets the tokens of the step before."""
+"""Input batches that timed steps rotate through, so that no step gets the tokens of the step before."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a case hands to every contestant, fp32: batches of x (N, D); W_enc, W_dec (M, D); b_enc (M); b_dec (D)."""
+    """What a case gives to every contestant, fp32: batches of x (N, D); W_enc, W_dec (M, D); b_enc (M); b_dec (D)."""
 
     batches: tuple[Tensor, ...]
     W_enc: Tensor

@@ -1,4 +1,4 @@
-"""Correct first: what a contestant computes is compared before it is timed, and a wrong one is not timed."""
+"""Correctness first: each contestant's results are compared before it is timed, and a wrong one is not timed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NARROW = (("bf16", 0.2), ("tf32", 0.1))
 
 
 class WrongResult(AssertionError):
-    """A contestant computed something else than the dense reference."""
+    """A contestant computed something other than the dense reference."""
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -41,8 +41,8 @@ def truth(inputs: Inputs, k: int) -> tuple[Tensor, Tensor]:
 def check_forward(contestant: Any, inputs: Inputs, recon: Tensor) -> None:
     """The reconstruction of the first tokens: rms error 1e-4 of its norm in fp32.
 
-    A contestant whose product is narrower may pick other latents where scores lie close together: 0.2 of bf16's, 0.1
-    of tf32's.
+    A contestant with a narrower product may pick other latents where scores lie close together: 0.2 in bf16, 0.1 in
+    tf32.
     """
     bound = next((bound for narrow, bound in NARROW if narrow in contestant.name), 1e-4)
     off = relative(contestant.reconstruct(inputs.x[:TOKENS]), recon)

@@ -1,11 +1,11 @@
 """`python -m bench.compiled`: compile every kernel for every target without a GPU, and write down what came out.
 
-Every module of fastsae.kernels with `variants()` is compiled ahead of time for sm_80, sm_90, sm_100 and gfx942. What is
-recorded costs speed on a GPU and shows without one: registers, spilled bytes, shared memory, tensor-core instructions.
-The table lies in bench/results/compiled/triton-<minor version>/, since these numbers differ between versions; `--check`
-compiles again and exits with 1 where a kernel fails outright or got worse than the table.
+Every module of fastsae.kernels with `variants()` is compiled ahead of time for sm_80, sm_90, sm_100 and gfx942. The
+record holds what decides speed on a GPU and can be seen without one: registers, spilled bytes, shared memory,
+tensor-core instructions. The table is in bench/results/compiled/triton-<minor version>/, since these numbers differ
+between versions; `--check` compiles again and exits with 1 if a kernel fails outright or is worse than in the table.
 
-Triton's own cache keeps what was compiled, and these records beside it, so a second run takes seconds.
+Triton's own cache keeps the compiled kernels, with these records beside them, so a second run takes seconds.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def compile_one(module: str, name: str, target: str) -> dict[str, Any]:
         cache = get_cache_manager(kernel.hash)
         if (known := cache.get_file(RECORD)) is not None:
             return json.loads(Path(known).read_text())
-        if "ptx" in kernel.asm and "Used" not in log.getvalue():  # somebody else compiled it: ptxas has to speak again
+        if "ptx" in kernel.asm and "Used" not in log.getvalue():  # already cached: ptxas has to run again for its log
             triton.knobs.compilation.always_compile = True
             kernel = triton.compile(source_of(variant), target=TARGETS[target].gpu, options=options)
     record = measured(dict(kernel.asm), log.getvalue(), TARGETS[target])
@@ -143,7 +143,7 @@ def measured(asm: dict[str, Any], ptxas_log: str, target: Target) -> dict[str, A
 
 
 def one_number(pattern: str, text: str) -> int:
-    """The largest of the numbers found. Raises ValueError where there is none: then the tools speak differently."""
+    """The largest of the numbers found. Raises ValueError where there is none: the tools' output has changed then."""
     found = [int(number) for number in re.findall(pattern, text)]
     if not found:
         raise ValueError(f"no {pattern!r} in {text[-300:]!r}")
@@ -200,8 +200,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"# Kernels as Triton {report['triton']} compiles them",
         "",
         "Written by `make kernels-report`. Registers (r) of a thread, shared memory of a block, how many tensor-core",
-        "instructions the code has; what spills says so. sm_80 is an A100, sm_90 an H100 or H200, sm_100 a B200,",
-        "gfx942 an MI300X.",
+        "instructions the code has; spills are shown where there are any. sm_80 is an A100, sm_90 an H100 or H200,",
+        "sm_100 a B200, gfx942 an MI300X.",
         "",
     ]
     targets = list(next(iter(report["kernels"].values()))["targets"])
@@ -238,7 +238,7 @@ def dumped(report: dict[str, Any]) -> str:
 
 
 def write_table(folder: Path, report: dict[str, Any], page: str) -> Path:
-    """The report for machines and its page for people; returns the folder."""
+    """Writes the report as JSON and as a page in Markdown; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "kernels.json", lambda partial: partial.write_text(dumped(report)))
     replace_file(folder / "kernels.md", lambda partial: partial.write_text(page))
@@ -253,7 +253,7 @@ def write(report: dict[str, Any]) -> Path:
 
 
 def faults(report: dict[str, Any]) -> list[str]:
-    """What no table excuses."""
+    """The faults that no table excuses."""
     found = []
     for name, kernel in report["kernels"].items():
         for target, record in kernel["targets"].items():

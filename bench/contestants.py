@@ -1,4 +1,4 @@
-"""Who takes part: every contestant by name, made from the same inputs."""
+"""Every contestant by name, made from the same inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make demo`: a TopK SAE on real activations, beside the dense PyTorch way, start to finish in a few minutes.
+"""`make demo`: a TopK SAE on real activations, beside dense PyTorch, start to finish in a few minutes.
 
     1. harvest   the residual stream of SmolLM2-135M after layer 15, over Shakespeare
     2. train     a TopK SAE with the fused step, through the Trainer
@@ -6,7 +6,7 @@
     4. time      both, and the dense step under bf16 autocast, in turns on the same batch
     5. report    one HTML page
 
-Every stage keeps what it made: a second run finds it, and one that was stopped goes on. `--fresh` starts anew.
+Every stage keeps its results: a second run reuses them, and a stopped run continues. `--fresh` starts anew.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Settings:
 
 
 class StageFailed(RuntimeError):
-    """A stage did not end well; the message says what to do."""
+    """A stage failed; the message says what to do."""
 
 
 EXPECTED = (OSError, ValueError, ImportError, CheckpointError, LogWriteError, RunDirError, NonFiniteError)
@@ -159,7 +159,7 @@ def step_times(settings: Settings, checkpoint: Path) -> dict[str, dict[str, floa
 
 
 def report(settings: Settings) -> Path:
-    """The report, written anew only if something that it shows is younger."""
+    """The report, written anew only if something that it shows is newer."""
     path = settings.run_dir / "report.html"
     shows = [settings.run_dir / name for name in ("metrics.jsonl", "eval.jsonl", "dense_metrics.jsonl")]
     if path.exists() and path.stat().st_mtime > max(part.stat().st_mtime for part in shows):
@@ -189,7 +189,7 @@ def worst_gap(fused: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]]) 
 
 
 def shown(path: Path) -> str:
-    """The path as seen from where the user stands, if it lies there."""
+    """The path relative to the working directory, if it lies inside."""
     return str(path.relative_to(Path.cwd())) if Path.cwd() in path.parents else str(path)
 
 

@@ -1,9 +1,9 @@
 """The two references in plain torch: the dense step as a good PyTorch user writes it, and the sparse-eager one.
 
-Both train W_enc (M, D), b_enc (M), W_dec (M, D), b_dec (D), and what a rule learns beside, on mse = mean over tokens of
-the squared error plus the rule's own losses, with the decoder's gradient projected, Adam(fused=True), and the decoder's
-rows renormalized: the same step as fastsae's. The mathematics is that of fastsae.reference, whose stable sort is
-replaced by torch.topk, which is faster and promises no order among ties.
+Both train W_enc (M, D), b_enc (M), W_dec (M, D), b_dec (D) and the parameters of the rule. The loss is mse, the mean
+over tokens of the squared error, plus the rule's own losses. The step projects the decoder's gradient, calls
+Adam(fused=True) and renormalizes the decoder's rows: the same step as fastsae's. The mathematics is that of
+fastsae.reference, with torch.topk in place of the stable sort: it is faster and promises no order among ties.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastsae.model.rules import Activation, BatchTopK, GroupMax, HierarchicalTop
 from fastsae.reference import wide
 
 LR = 1e-6
-"""For timing: every contestant takes the same step, small enough that a case keeps its weights while it is timed."""
+"""For timing: every contestant takes the same step, so small that the case's weights barely change meanwhile."""
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -38,7 +38,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 @contextlib.contextmanager
 def fp32_products(precision: str) -> Iterator[None]:
-    """How fp32 products are computed meanwhile: "highest" in fp32, "high" in TF32 on a GPU that has it."""
+    """Sets how fp32 products are computed inside: "highest" in fp32, "high" in TF32 on a GPU that has it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -93,7 +93,7 @@ def keep_group_max(pre: Tensor, k: int) -> Tensor:
 class Dense:
     """F.linear, the rule, scatter, matmul, mse, backward, fused Adam: (N, M) throughout.
 
-    rule: or the k of a TopK. rule_state: what the rule learns and remembers, to start from, if not as a new SAE's.
+    rule: or the k of a TopK. rule_state: the rule's parameters and buffers to start from; None: a new SAE's.
     autocast: in bfloat16, weights kept in fp32. tf32: fp32 products on the tensor cores, with TF32's ten bits.
     """
 
@@ -175,7 +175,7 @@ class Dense:
         return Code(pre, rule.activate(pre, rule.per_latent(self.rule_state)))
 
     def recons(self, code: Code) -> list[tuple[Tensor, float]]:
-        """Each reconstruction that counts, with its weight; each of a nested rule from the one before."""
+        """Each reconstruction in the loss, with its weight; a nested rule makes each from the one before."""
         rule, W = self.rule, self.W_dec
         recon: Tensor = self.b_dec
         out: list[tuple[Tensor, float]] = []
@@ -284,7 +284,7 @@ class Compiled(Dense):
     def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, tf32: bool = False, lr: float = LR) -> None:
         super().__init__(inputs, k, autocast=autocast, tf32=tf32, lr=lr)
         self.name += " compiled"
-        # The same function objects live as long as this does, so that a second step meets what the first compiled.
+        # The function objects live as long as this object, so that a second step reuses what the first compiled.
         self.compiled_loss = torch.compile(super().loss, dynamic=False)
         self.code = torch.compile(self.code, dynamic=False)  # type: ignore[method-assign]
         self.project = torch.compile(Dense.project, dynamic=False)  # type: ignore[method-assign]
@@ -300,12 +300,12 @@ class Compiled(Dense):
 class SparseEager(Dense):
     """The step with torch's own sparse ops: dense top-k, embedding_bag decode, index_add dictionary gradients.
 
-    The gradients are written out, chunk by chunk of tokens, so that N·K·D is never materialised: autograd would.
-    autocast: the encoder's product and top-k in bfloat16, all else in fp32, where it is not slower.
+    The gradients are written out, chunk by chunk of tokens, so that N·K·D is never materialized; autograd would do so.
+    autocast: the encoder's product and top-k in bfloat16, all else in fp32, which is no slower there.
     """
 
     GPU_CHUNK = 2**29
-    """Bytes that a chunk of gathered rows may take on a GPU, which many small launches slow; else it is 256 tokens."""
+    """Bytes that a chunk of gathered rows may take on a GPU, where many small launches cost time; else 256 tokens."""
 
     def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, lr: float = LR) -> None:
         super().__init__(inputs, k, autocast=autocast, lr=lr)

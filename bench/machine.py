@@ -66,7 +66,7 @@ def measure_floors(rounds: int = 5, scale: int = 1) -> Floors:
 
 @dataclass(frozen=True)
 class StepFloor:
-    """What an exact step costs at least on this machine, in seconds, by part."""
+    """The least time of an exact step on this machine, in seconds, by part."""
 
     encode: float
     decode: float

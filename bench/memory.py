@@ -23,7 +23,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class CannotMeasure(RuntimeError):
-    """This system does not tell a process's peak memory in the way needed here."""
+    """This system does not report a process's peak memory in the way needed here."""
 
 
 def resident(field: str) -> int:

@@ -52,7 +52,7 @@ class Fused:
         return self.sae.decode(self.sae.encode(x))
 
     def redone(self) -> tuple[float, float] | None:
-        """Mean and largest share of tokens that the encoder had to do again, over all steps; None for no screen."""
+        """Mean and largest share of tokens that had to be encoded again, over all steps; None for no screen."""
         if not self._redone:
             return None
         shares = torch.stack(self._redone)
@@ -88,8 +88,8 @@ class FusedByPart:
     @torch.no_grad()
     def step(self, x: Tensor, mark: Mark = unmarked) -> Tensor:
         centred = x - self.b_dec
-        # Chosen again as often as FusedTrainStep does, so that the parts and the whole step are of one format: on a GPU
-        # never.
+        # Chosen again as often as in FusedTrainStep, so that the parts and the whole step use one format; never on a
+        # GPU.
         if self._age == SCREEN_LIFE and x.device.type == "cpu":
             self.screen = self._prepare(centred)
             self._age = 0

@@ -110,7 +110,7 @@ def cases_table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def engine(result: dict[str, Any]) -> dict[str, Any]:
-    """What the cpu backend said of itself: its instruction set and its screening format."""
+    """What the cpu backend reported: its instruction set and its screening format."""
     detail = result["machine"]["backends"].get("cpu", {}).get("detail", {})
     return {"isa": "-", "screening": "-"} | detail
 

@@ -1,11 +1,12 @@
-"""`python -m bench.ptxas`: what nvcc's assembler, ptxas, said of every CUDA kernel, as a table.
+"""`python -m bench.ptxas`: what nvcc's assembler, ptxas, reported of every CUDA kernel, as a table.
 
-What costs speed on a GPU and shows without one: registers, spilled bytes, stack frames, shared memory, and how many
-threads that leaves a multiprocessor. Three sources, which have to be of one build: the logs that setup.py keeps beside
-the objects, and of the extension itself its PTX (launch bounds) and its machine code (which kernels and registers).
+The table holds what decides speed on a GPU and can be seen without one: registers, spilled bytes, stack frames, shared
+memory, and how many threads these leave a multiprocessor. Three sources, which must be of one build: the logs that
+setup.py keeps beside the objects, the extension's PTX (launch bounds) and its machine code (which kernels and
+registers).
 
-The table lies in bench/results/compiled/cuda-<version of nvcc>/; `--check` exits with 1 where something is wrong
-outright or worse than the table. CUB's kernels are listed, not judged. Dynamic shared memory is not known here: its
+The table is in bench/results/compiled/cuda-<version of nvcc>/; `--check` exits with 1 if something is wrong outright or
+worse than in the table. CUB's kernels are listed, not judged. Dynamic shared memory is not known here: its
 size comes with a launch.
 """
 
@@ -31,7 +32,7 @@ SHARED = {"sm_80": 164 << 10, "sm_90a": 228 << 10, "sm_100a": 228 << 10}
 """Bytes of shared memory of a multiprocessor, of which each block takes another RESERVED for the system."""
 RESERVED = 1 << 10
 # The same for all three: threads of a warp, warps and blocks of a multiprocessor, its four parts, and the registers of
-# one of them, which a warp gets by 256.
+# one part, which a warp gets in units of 256.
 WARP, WARPS, BLOCKS, PARTS, PART_REGISTERS, REGISTERS_AT_ONCE = 32, 64, 32, 4, 1 << 14, 256
 
 
@@ -81,7 +82,7 @@ def report_of(version: str, logs: dict[str, str], ptx: str, usage: str) -> dict[
             record |= fits(record, target, threads)
             if target in kernel["targets"] and not is_cub:
                 raise ValueError(f"two kernels of {source}.cu are called {name}")
-            old = kernel["targets"].get(target, record)  # of CUB's kernels of one name, the largest
+            old = kernel["targets"].get(target, record)  # where CUB has several kernels of one name, the largest
             kernel["targets"][target] = max(old, record, key=lambda r: (r["spill_bytes"], r["registers"]))
         report["called"] |= {f"{source}/{short_name(names[name])}": record for name, record in called.items()}
         report["warnings"] += [f"{source}.cu: {line}" for line in logs[source].splitlines() if "warning" in line]
@@ -120,8 +121,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "Written by `make cuda-report`. Threads of a block at most, and the blocks on a multiprocessor that the launch",
         "bounds state. For each target: registers of a thread (r), the blocks that these allow on a multiprocessor,",
-        "the threads that fit with everything but dynamic shared memory, static shared memory of a block; what spills",
-        "or has a stack frame says so. sm_80 is an A100, sm_90a an H100 or H200, sm_100a a B200.",
+        "the threads that fit with everything but dynamic shared memory, static shared memory of a block; spills and",
+        "stack frames are shown where there are any. sm_80 is an A100, sm_90a an H100 or H200, sm_100a a B200.",
         "",
     ]
     for title, kernels in ((None, report["kernels"]), ("CUB's, which are listed and not judged", report["cub"])):
@@ -161,7 +162,7 @@ def write(report: dict[str, Any]) -> Path:
 
 
 def faults(report: dict[str, Any]) -> list[str]:
-    """What no table excuses."""
+    """The faults that no table excuses."""
     found = list(report["warnings"])
     every = [(f"{name} (called)", record) for name, record in report["called"].items()]
     for name, kernel in report["kernels"].items():

@@ -1,4 +1,4 @@
-"""What nvcc's assembler and cuobjdump say of compiled kernels, read: for bench.ptxas."""
+"""Reads what nvcc's assembler and cuobjdump report of compiled kernels, for bench.ptxas."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_log(text: str) -> tuple[Found, dict[str, dict[str, Any]]]:
         for entry in ENTRY.finditer(text)
     }
     if len(kernels) != text.count("Compiling entry function"):
-        raise ValueError("ptxas speaks differently, or what it said of several targets is mixed: build again")
+        raise ValueError("ptxas's output has changed, or what it said of several targets is mixed: build again")
     names = {name for name, _ in kernels}
     return kernels, {f["name"]: sizes(f["said"]) for f in CALLED.finditer(text) if f["name"] not in names}
 

@@ -30,11 +30,11 @@ FIXTURE_ROWS = 2048
 
 
 class NoActivations(RuntimeError):
-    """A case wants real activations that are not to be had on this machine."""
+    """A case needs real activations that this machine does not have."""
 
 
 def harvest(folder: Path = ACTIVATIONS, rows: int = ROWS, *, progress: bool = True) -> Manifest:
-    """The activations, harvested now or found from before. Raises as fastsae.data.harvest does."""
+    """The activations, harvested now or earlier. Raises as fastsae.data.harvest does."""
     complete = (folder / "manifest.json").exists() and Manifest.read(folder).complete
     # Without bf16 instructions torch emulates them, and fp32 is several times as fast.
     in_bf16 = complete or {"avx512_bf16", "amx_bf16"} & set(cpu_flags())
@@ -48,7 +48,7 @@ def is_small(case: Case) -> bool:
 
 
 def rows(case: Case, n: int) -> Tensor:
-    """(n, D) activations in fp32, shuffled, harvested first if need be. Raises NoActivations where that cannot be."""
+    """(n, D) activations in fp32, shuffled, harvested first if need be. Raises NoActivations where that fails."""
     if is_small(case):
         x = load_file(FIXTURE)["activations"].float()[:n]
     else:
@@ -58,7 +58,7 @@ def rows(case: Case, n: int) -> Tensor:
             raise NoActivations(f"no activations: {error}. `make demo` installs model and text") from error
         x = ShardSource(ACTIVATIONS, seed=case.seed, progress=False).next_batch(n)
     if x.shape != (n, case.D):
-        raise NoActivations(f"case {case.name} wants {n} rows of {case.D}, got {tuple(x.shape)}")
+        raise NoActivations(f"case {case.name} needs {n} rows of {case.D}, got {tuple(x.shape)}")
     return x
 
 

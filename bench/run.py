@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         default=list(contestants.NAMES),
         choices=contestants.NAMES,
         metavar="NAME",
-        help=f"who takes part, of: {', '.join(contestants.NAMES)} (default: all)",
+        help=f"which contestants take part, of: {', '.join(contestants.NAMES)} (default: all)",
     )
     p.add_argument("--sweep", action="store_true", help="fastsae alone over growing N, D, M and K instead of --cases")
     p.add_argument("--threads", type=int, default=2, help="torch's thread count (default: 2)")
@@ -76,13 +76,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def rotating(inputs: Inputs, act: Callable[[torch.Tensor], object]) -> Callable[[], object]:
-    """act on the next batch at every call."""
+    """Calls act on the next batch each time."""
     turn = itertools.cycle(inputs.batches)
     return lambda: act(next(turn))
 
 
 def split(step: Callable[[torch.Tensor, Mark], object], watch: Stopwatch) -> Callable[[torch.Tensor], object]:
-    """The step with its parts written to the watch."""
+    """The step, with the times of its parts recorded by the watch."""
 
     def run(x: torch.Tensor) -> None:
         watch.start()
@@ -92,7 +92,7 @@ def split(step: Callable[[torch.Tensor, Mark], object], watch: Stopwatch) -> Cal
 
 
 def checked(case: Case, inputs: Inputs, names: Sequence[str]) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """The contestants whose results are right, ready to be timed; and who is left out, with the reason."""
+    """The contestants with right results, ready to be timed; and those left out, each with its reason."""
     taking_part: dict[str, Contestant] = {}
     left_out = {name: reason for name in names if (reason := contestants.unavailable(name))}
     _, recon = check.truth(inputs, case.K)
@@ -113,7 +113,7 @@ def checked(case: Case, inputs: Inputs, names: Sequence[str]) -> tuple[dict[str,
 
 
 def time_case(inputs: Inputs, k: int, taking_part: dict[str, Contestant], rounds: int, turn: float) -> dict[str, Any]:
-    """{contestant: {"parts": {part: times}, ...}}: step, encode, and where a contestant tells its parts, those."""
+    """{contestant: {"parts": {part: times}, ...}}: step, encode, and the parts of a step where they are known."""
     watches: dict[str, Stopwatch] = {}
     calls: dict[str, Callable[[], object]] = {}
     for name, contestant in taking_part.items():
@@ -141,7 +141,7 @@ def time_case(inputs: Inputs, k: int, taking_part: dict[str, Contestant], rounds
 
 
 def add_memory(timed: dict[str, Any], case_name: str, threads: int, is_quick: bool) -> None:
-    """Peak memory: everybody's in the primary case, fastsae's alone in the others."""
+    """Peak memory: of every contestant in the primary case, of fastsae alone in the others."""
     for name, entry in timed.items():
         if case_name != cases.PRIMARY.name and name != "fastsae":
             continue

@@ -16,7 +16,7 @@ Mark = Callable[[str], None]
 
 
 def unmarked(part: str) -> None:
-    """The mark of a step that nobody splits."""
+    """The mark of a step that is not split into parts."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def interleaved(
     warmup: int = 1,
     on_round: Callable[[int], None] = lambda r: None,
 ) -> dict[str, Sample]:
-    """Each call's time. In every round each gets its turn of min_seconds, but at least one run; every run counts once.
+    """Each call's time. In every round each call gets a turn of min_seconds, at least one run; every run counts once.
 
     warmup: untimed runs of each call before the first round. rounds >= 1.
     """

@@ -6,7 +6,8 @@
 `fastsae.ops` is the functional face of the engine, `fastsae.backends()` says who computes it on this machine.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fastsae import ops, optim
 from fastsae.backends import BackendError, backends
@@ -19,7 +20,20 @@ from fastsae.runs.schedules import Schedule
 from fastsae.training.batch import BatchTrainStep, SAEBatch
 from fastsae.training.step import FusedTrainStep
 
+if TYPE_CHECKING:
+    from fastsae.data.splice import splice, steer
+    from fastsae.runs.evaluate import evaluate
+    from fastsae.runs.spliced import spliced_loss
+
 __version__ = "0.1.0"
+
+_LATER = {
+    "evaluate": "fastsae.runs.evaluate",
+    "splice": "fastsae.data.splice",
+    "spliced_loss": "fastsae.runs.spliced",
+    "steer": "fastsae.data.splice",
+}
+"""Names that are imported when they are first used: training alone should not pay for what reads text and models."""
 
 _REPLACED = {
     "SAEOutput": "ForwardResult, whose first field is loss",
@@ -31,42 +45,23 @@ _REPLACED = {
     "serialize": "fastsae.save and fastsae.load (fastsae.model.files)",
     "plain_step": "fastsae.training.step",
     "train": "fastsae.runs.trainer",
-    "evaluate": "fastsae.runs.evaluate",
     "schedules": "fastsae.runs.schedules",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Says what replaced a name that was here before."""
+    """Imports a name of `_LATER`, or says what replaced a name that was here before."""
+    if name in _LATER:
+        found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+        return found
     if name in _REPLACED:
         raise AttributeError(f"fastsae.{name} is gone; it is replaced by {_REPLACED[name]}")
     raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
 
 
 __all__ = [
-    "BackendError",
-    "BatchTopK",
-    "BatchTrainStep",
-    "ForwardResult",
-    "FusedTrainStep",
-    "Gated",
-    "GroupMax",
-    "HierarchicalTopK",
-    "JumpReLU",
-    "LatentOrder",
-    "Matryoshka",
-    "ReLU",
-    "SAEBatch",
-    "Schedule",
-    "Screen",
-    "SparseAutoencoder",
-    "SparseCodes",
-    "TopK",
-    "UpdateTerm",
-    "backends",
-    "load",
-    "ops",
-    "optim",
-    "resample_",
-    "save",
-]
+    "BackendError", "BatchTopK", "BatchTrainStep", "ForwardResult", "FusedTrainStep", "Gated", "GroupMax",
+    "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU", "SAEBatch", "Schedule", "Screen",
+    "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "backends", "evaluate", "load", "ops", "optim",
+    "resample_", "save", "splice", "spliced_loss", "steer",
+]  # fmt: skip

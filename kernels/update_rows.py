@@ -6,7 +6,7 @@
 over the entries e = (token n, act_e) of latent i. One program takes every R-th latent: neighbours, which
 often have similar numbers of entries, go to different programs. It adds the pre-bias term Σ db_enc_i · W_enc_i of its
 latents in registers, so that W_enc is read once. A program of `_row_pieces_kernel` sums a piece of a long latent
-(pieces.py). For rows of at most ROW_LIMIT columns; wider ones: update_wide.py.
+(pieces.py).
 
 Bytes: nnz·(D_in·sizeof(x) + D_out·sizeof(grad)) gathered; M·(D_in + D_out)·(2·sizeof(W) + 4·sizeof(moment)).
 Flops: 6·nnz·D + 15·M·(D_in + D_out).
@@ -31,6 +31,7 @@ from fastsae.backends import buffers
 from fastsae.backends.gpu.stages import Entries, Moments
 
 ROW_LIMIT = 4096
+"""Columns that fit in registers. Rows beyond it have no kernel here: their gradients are stored."""
 
 
 @dataclass(frozen=True)
@@ -197,13 +198,7 @@ def _update_rows_kernel(
     tl.store(stats_ptr + 4 * p + 3, 0.0)
 
 
-def arguments(entries: Entries) -> tuple[Tensor | int | None, ...]:
-    """Entries as the kernels take them."""
-    e = entries
-    return e.starts, e.rows, e.acts, e.x, e.more_x, e.grad, e.more_grad, e.split
-
-
-def update(
+def update_rows(
     W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, enc_moments: Moments, dec_moments: Moments,
     bias_moments: Moments, entries: Entries, pre_bias: Tensor | None, stats: Tensor, numbers: Tensor, keys: Tensor,
     eps: float, betas: tuple[float, float, float, float], unit_norm: bool, stochastic: bool, programs: int,
@@ -213,7 +208,8 @@ def update(
     c = choose(d_in, d_out)
     blocks = dict(BLOCK_IN=c.BLOCK_IN, BLOCK_OUT=c.BLOCK_OUT, BLOCK_E=c.BLOCK_E, num_warps=c.num_warps)
     blocks |= register_limit(c.max_registers)
-    listed, pieces = arguments(entries), entries.pieces
+    e, pieces = entries, entries.pieces
+    listed = (e.starts, e.rows, e.acts, e.x, e.more_x, e.grad, e.more_grad, e.split)
     sums = bias_sums = None
     if pieces.first is not None:
         sums = buffers.empty((pieces.capacity, d_out + d_in), torch.float32, W_dec.device)
@@ -230,30 +226,25 @@ def update(
 
 
 SCALARS = dict.fromkeys(("eps", "beta1", "rest1", "beta2", "rest2"), "fp32") | dict.fromkeys(
-    ("M", "D", "D_IN", "D_OUT", "split", "length"), "i32"
+    ("M", "D_IN", "D_OUT", "split", "length"), "i32"
 )
 WORKSPACES = {
-    "starts_ptr": "*i64", "rows_ptr": "*i32", "acts_ptr": "*fp32", "dacts_ptr": "*fp32", "pieces_ptr": "*i32",
-    "sums_ptr": "*fp32", "bias_sums_ptr": "*fp32", "scratch_ptr": "*fp32", "pre_bias_ptr": "*fp32",
-    "stats_ptr": "*fp64", "numbers_ptr": "*fp32", "keys_ptr": "*i32",
-    "biases_ptr": "*fp32", "alongs_ptr": "*fp32", "weights_ptr": "*fp32", "weights2_ptr": "*fp32",
+    "starts_ptr": "*i64", "rows_ptr": "*i32", "acts_ptr": "*fp32", "pieces_ptr": "*i32", "sums_ptr": "*fp32",
+    "bias_sums_ptr": "*fp32", "pre_bias_ptr": "*fp32", "stats_ptr": "*fp64", "numbers_ptr": "*fp32", "keys_ptr": "*i32",
 }  # fmt: skip
-WEIGHTS = (
-    "W_ptr", "W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "x_ptr", "more_x_ptr", "grad_ptr", "more_grad_ptr",
-    "source_ptr", "more_source_ptr", "source2_ptr", "more_source2_ptr",
-)  # fmt: skip
-MOMENTS = ("m_ptr", "v_ptr", "m_enc_ptr", "v_enc_ptr", "m_dec_ptr", "v_dec_ptr", "m_bias_ptr", "v_bias_ptr")
+WEIGHTS = ("W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "x_ptr", "more_x_ptr", "grad_ptr", "more_grad_ptr")
+MOMENTS = ("m_enc_ptr", "v_enc_ptr", "m_dec_ptr", "v_dec_ptr", "m_bias_ptr", "v_bias_ptr")
 
 
 def variant(
     kernel: Any, name: str, dtypes: tuple[torch.dtype, torch.dtype], widths: tuple[int, int],
     absent: tuple[str, ...], constants: dict[str, Any], num_warps: int, maxnreg: int,
 ) -> Variant:  # fmt: skip
-    """A compilation of one of the update kernels, which share argument names. dtypes: of weights and moments."""
+    """A compilation of one of the two kernels, which share argument names. dtypes: of weights and moments."""
     weight, moment = dtypes
     types = SCALARS | WORKSPACES | dict.fromkeys(WEIGHTS, POINTERS[weight]) | dict.fromkeys(MOMENTS, POINTERS[moment])
     used = [argument for argument in kernel.arg_names if argument in types]
-    sizes = {"D_IN": widths[0], "D_OUT": widths[1], "D": widths[1]}
+    sizes = {"D_IN": widths[0], "D_OUT": widths[1]}
     return Variant(
         kernel,
         f"{name}/{POINTERS[weight][1:]}-{POINTERS[moment][1:]}/D={widths[0]}x{widths[1]}",

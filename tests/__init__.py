@@ -1,1 +1,1 @@
-"""The test suite. It mirrors fastsae/; cases.py and truth.py are shared by all of it, and cases.py by bench."""
+"""The test suite. It mirrors fastsae/. All tests share cases.py and truth.py; bench shares cases.py too."""

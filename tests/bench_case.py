@@ -1,4 +1,4 @@
-"""What the tests of bench.gpu share: its settings at toy size, and a machine that is made up."""
+"""What the tests of bench.gpu share: its settings at toy size, and a made-up machine."""
 
 from bench.gpu.plan import Settings
 

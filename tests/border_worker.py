@@ -1,11 +1,11 @@
 """Every op and a step under another setting of torch: `python -m tests.border_worker SETTING WHEN`.
 
-WHEN is "start", before anything is made, or "midway": weights, a kept screen, moments and a trainer are made and used
-once before the setting changes, and others like them after it. Prints one line of JSON: the SHA-256 of all that each
-call returned and wrote in the second case, by the name of the call, or what it raised. `hostile` as SETTING: what each
-malformed call raised instead (HOSTILE).
+WHEN is "start": the setting changes before any tensor exists. Or it is "midway": weights, a kept screen, moments and a
+trainer exist and have been used once when the setting changes, and a second set of them is used after it. The worker
+prints one line of JSON. For each call it holds the SHA-256 of everything that the call returned and wrote under the
+setting, or the error that it raised. With `hostile` as SETTING it holds what each malformed call raised.
 
-A process of its own, because what is wrong here writes past the end of buffers: a crash is then a failed test.
+The worker is a process of its own, because a fault here writes past the end of a buffer. A crash is then a failed test.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 
 
 class Problem:
-    """Weights of a dictionary, what is kept beside them, and SAEs that train on the same inputs."""
+    """Weights of a dictionary, the tensors kept beside them, and SAEs that train on the same inputs."""
 
     def __init__(self, dtype: torch.dtype, backend: str):
         self.dtype, self.backend = dtype, backend
@@ -87,7 +87,7 @@ class Problem:
         self.saes = {} if dtype != torch.float32 or backend != "cpu" else dict(self._saes())
 
     def _update(self, kind: str, stored: str) -> dict[str, Any]:
-        """The arguments of update_latents_ for tensors of its own."""
+        """The arguments of update_latents_, with parameters of their own."""
         parameters = [t.clone() for t in (self.W, self.W_dec, self.b, self.b_dec)]
         moments, scales = [], []
         for p in parameters:
@@ -161,7 +161,7 @@ class Problem:
 
 
 def _leaves(value: Any) -> list[Tensor]:
-    """Every tensor in it, in one order."""
+    """Every tensor inside value, in a fixed order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, torch.nn.Module):
@@ -176,7 +176,7 @@ def _leaves(value: Any) -> list[Tensor]:
 
 
 def digest(value: Any) -> str:
-    """Of dtypes, shapes and bits; what is on another device has no bits, and raises."""
+    """A hash of dtypes, shapes and bits. A tensor on another device raises."""
     found = hashlib.sha256()
     for t in _leaves(value):
         found.update(f"{t.dtype} {tuple(t.shape)} {t.device}".encode())
@@ -185,7 +185,7 @@ def digest(value: Any) -> str:
 
 
 def outcome(call: Callable[[], Any]) -> str:
-    """The digest of what it returns, or the error."""
+    """The digest of what the call returns, or its error."""
     try:
         return digest(call())
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
@@ -220,7 +220,7 @@ def main(setting: str, when: str) -> None:
 
 
 def _emptied(t: Tensor) -> Tensor:
-    """t without its memory, as a sharded parameter is between its uses."""
+    """t without its memory, as a sharded parameter is between two uses."""
     t = t.clone()
     t.untyped_storage().resize_(0)
     return t
@@ -234,14 +234,14 @@ def _halved(t: Tensor) -> Tensor:
 
 
 def _misaligned(t: Tensor) -> Tensor:
-    """t's numbers, from an odd address on."""
+    """A copy of t at an odd address."""
     memory = bytearray(1 + t.numel() * t.itemsize)
     memory[1:] = bytes(t.view(-1).view(torch.uint8).numpy())
     return torch.frombuffer(memory, dtype=t.dtype, offset=1).view(t.shape)
 
 
 def screens(p: Problem) -> dict[str, list[Tensor]]:
-    """Screens that are not W's."""
+    """Screens that do not belong to W."""
     words, tables, code = p.screen.tensors
     other = torch.randn(M, D + 64, dtype=torch.float32, device=CPU)
     return {
@@ -264,7 +264,7 @@ def screens(p: Problem) -> dict[str, list[Tensor]]:
 
 
 def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls that C++ must never get to see, each by its name. All on copies."""
+    """Calls that must never reach C++, by name. All of them work on copies."""
     from fastsae import _cpu
     from fastsae.backends.cpu import memory
 
@@ -275,7 +275,7 @@ def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
         given = {**p.updates["update adam wide"], "screen": kept}
         yield f"update_latents_, screen {name}", lambda g=given: ops.update_latents_(**g)
         if name in ("words apart", "tables transposed"):
-            continue  # what is only read is copied first, and is then a good screen
+            continue  # the encoders copy what they only read, and the copy is a valid screen
         yield f"encode_topk, screen {name}", lambda s=kept: ops.encode_topk(x, W, b, K, screen=s)
         yield f"encode_above, screen {name}", lambda s=kept: ops.encode_above(x, W, b, 1.5, N * K, screen=s)
         yield f"encode_batch_topk, screen {name}", lambda s=kept: ops.encode_batch_topk(x, W, b, K, screen=s)
@@ -296,7 +296,7 @@ def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
         for i in range(8):
             moments = list(p.updates["update adam 8bit"]["moments"])
             if moments[i].itemsize == 1 and spoil is _misaligned:
-                continue  # bytes lie anywhere
+                continue  # single bytes need no alignment
             moments[i] = spoil(moments[i])
             given = {**p.updates["update adam 8bit"], "moments": moments}
             yield f"update_latents_, moment {i} {name}", lambda g=given: ops.update_latents_(**g)
@@ -315,7 +315,7 @@ def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "encode_above, no room", lambda: ops.encode_above(x, W, b, 1.5, 2**62, backend="cpu")
     yield "encode_above, past int64", lambda: ops.encode_above(x, W, b, 1.5, 2**63 - 1, backend="cpu")
 
-    # What Python's callers get wrong, C++ refuses: structs that do not fit each other.
+    # Structs that do not fit each other: a caller in Python may pass them, and C++ refuses them.
     A, small = memory.matrix("W", W), memory.matrix("W", W[: M // 2])
     code = memory.codes(codes.acts, codes.indices, None, M)
     yield "decode, a dictionary of half the latents", lambda: _cpu.decode(code, small, memory.matrix("x", x), 1)

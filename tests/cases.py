@@ -1,8 +1,8 @@
-"""The named cases that every op is tested on: sizes and inputs chosen to go wrong.
+"""The named cases that every op is tested on: sizes and inputs chosen to expose faults.
 
-A case gives (x, W, b, k) in any dtype: inputs are made in float32 from the case's own seed, rounded to that dtype, and
-whoever needs a truth computes it in float64 from the rounded ones. `exact` cases hold small integers, so that every
-order of summation gives the same scores in every dtype, and the indices can be compared too.
+A case gives (x, W, b, k) in any dtype: inputs are made in float32 from the case's own seed and rounded to that dtype.
+A test computes its truth in float64 from the rounded inputs. `exact` cases hold small integers, so that every order of
+summation gives the same scores in every dtype, and the indices can be compared too.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _ties(case: Case, g: torch.Generator) -> Inputs:
 
 
 def _equal(case: Case, g: torch.Generator) -> Inputs:
-    """Every latent scores the same: nothing but the tie rule decides."""
+    """Every latent scores the same: only the tie rule decides."""
     x, W, _ = _ties(case, g)
     return x.abs() + 1, torch.ones_like(W), torch.zeros(case.M)
 
@@ -79,7 +79,7 @@ def _duplicates(case: Case, g: torch.Generator) -> Inputs:
 
 
 def _sorted(case: Case, g: torch.Generator) -> Inputs:
-    """The best latents of every token are the last ones: the first ones say nothing about the rest."""
+    """The best latents of every token come last: the first ones do not predict the rest."""
     x, W, _ = _random(case, g)
     return x, 0.2 * W, torch.linspace(-2, 2, case.M)
 
@@ -121,7 +121,7 @@ def _massive(case: Case, g: torch.Generator) -> Inputs:
 
 
 def _strided_input(case: Case, g: torch.Generator) -> Inputs:
-    """Nothing is contiguous."""
+    """No tensor is contiguous."""
     x, W, b = _random(case, g)
     wide = torch.empty(case.D, 2 * case.N).mT
     wide[::2] = x

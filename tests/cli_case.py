@@ -1,4 +1,4 @@
-"""A tiny language model on disk and a text for it, so that the command line is tested on what users give it."""
+"""A tiny language model on disk and a text for it: the command line is tested on the files that users pass."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ SPECIAL = ["<unk>", "<s>"]
 WORDS = [*SPECIAL, "the", "sea", "king", "of", "<b>bold</b>", "&", '"quoted"', "##", *(f"w{i}" for i in range(54))]
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_model(folder: Path, *, head: bool = False, seed: int = 0) -> Path:
     """A random two-layer Llama of width 16 with a word tokenizer, in the files that transformers reads."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<s>").save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaModel(LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, **shape)).save_pretrained(folder)
+    config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, **shape)
+    (LlamaForCausalLM if head else LlamaModel)(config).save_pretrained(folder)
     return folder
 
 

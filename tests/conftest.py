@@ -1,6 +1,6 @@
 """Fixtures for the whole suite, and Triton's interpreter where there is no GPU.
 
-With FASTSAE_CUDA_EMULATION the CUDA kernels run on the CPU (tests/emulation), each test in another order of threads.
+With FASTSAE_CUDA_EMULATION the CUDA kernels run on the CPU (tests/emulation), with another thread order in each test.
 
 TRITON_INTERPRET has to be set before anything imports Triton, and processes that tests start inherit it.
 """
@@ -22,8 +22,8 @@ if not torch.cuda.is_available():
 
         interpreter.mend()
 
-# Interpreted kernels run a thousand times slower than compiled ones. So all their cases run in float32, one bar and one
-# precision each, and only these also in the other dtypes, bars and precisions. On a GPU everything runs.
+# Interpreted kernels run a thousand times slower than compiled ones. So every case runs in float32 with one threshold
+# and one precision, and only these cases run with all dtypes, thresholds and precisions. On a GPU everything runs.
 IN_FULL = ("odd", "norms", "nan", "no-tokens", "one-token", "strided")
 OTHER = {"dtype": torch.float32, "precision": "exact", "kind": "one", "biased": True, "regrouped": False}
 
@@ -50,8 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def shuffled_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The emulated threads and blocks of the CUDA kernels in an order of this test's own, the same in every run."""
-    from fastsae import env  # not before Triton's interpreter is on
+    """Shuffles the emulated threads and blocks of the CUDA kernels: each test has its own order, the same every run."""
+    from fastsae import env  # imported late: Triton's interpreter has to be on first
 
     if env.cuda_emulation() is None:
         yield
@@ -65,8 +65,8 @@ def shuffled_threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """One thread for a test of many tiny ops: threads that wait for each other cost it ten times its work on a busy
-    machine. What threads change, nothing, has tests of its own.
+    """One thread for a test of many tiny ops: on a busy machine, threads that wait for each other make it ten times
+    slower. Other tests check that the number of threads changes no result.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from fastsae.data import LanguageModel, StreamConfig, TokenCorpus
 
 VOCABULARY = 50
 D_IN = 8
-HUGE_TOKEN = 7  # its activations are enormous, as a few tokens' are in a real model
+HUGE_TOKEN = 7  # its activations are enormous, as those of a few tokens in a real model are
 
 
 class ToyLayer(nn.Module):

@@ -17,7 +17,7 @@ RANKS, STEPS, N = 2, 3, 20
 
 
 def sae_of(rule: str) -> fastsae.SparseAutoencoder:
-    """A third of the latents hardly ever fires, others in one half of a batch alone; dead: silent for a batch."""
+    """A third of the latents hardly ever fire; some fire in one half of a batch only. Dead means silent for a batch."""
     sae = family_sae(RULES[rule], aux_k=3, dead_after=N, dead=False)
     with torch.no_grad():
         sae.b_enc[::3] -= 3.0
@@ -44,7 +44,7 @@ def train(rule: str, rank: int | None) -> dict[str, Tensor]:
 
 
 def train_alone(rank: int) -> dict[str, Tensor]:
-    """Each process an SAE of its own, on inputs of its own: fastsae.optim, then the fused step."""
+    """Each process trains its own SAE on its own inputs: with fastsae.optim and with the fused step."""
     sae, other = sae_of("topk"), sae_of("topk")
     optimizer = fastsae.optim.Adam(sae, lr=1e-2, independent=True)
     step = fastsae.FusedTrainStep(other, lr=1e-2, independent=True)
@@ -67,7 +67,7 @@ def by_step(sae: fastsae.SparseAutoencoder) -> None:
 
 
 def refusal(attempt: Callable[[fastsae.SparseAutoencoder], None]) -> tuple[str, bool]:
-    """What was said, and whether the weights are still those of before."""
+    """The error message, and whether the weights are unchanged."""
     sae = sae_of("topk")
     try:
         attempt(sae)

@@ -1,6 +1,6 @@
-"""The dense truth that modules and training steps are held against: plain torch, autograd, torch.optim.Adam.
+"""The dense truth for modules and training steps: plain torch, autograd, torch.optim.Adam.
 
-Written from the formulas, with `fastsae.reference` for the selection alone: independent of the ops and their autograd.
+Written from the formulas and independent of the ops and their autograd: only the selection uses `fastsae.reference`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastsae.training.step import FusedTrainStep
 
 @dataclass
 class DenseSAE:
-    """A dense copy of `sae`, trained by autograd and torch.optim.Adam. permute: order in which D is summed."""
+    """A dense copy of `sae`, trained by autograd and torch.optim.Adam. permute: the order of summation over D."""
 
     sae: SparseAutoencoder
     lr: float = 1e-3
@@ -79,7 +79,7 @@ class DenseSAE:
         return out
 
     def moments(self) -> dict[str, Tensor]:
-        """As `moments_of` names a step's."""
+        """The moments under the names that `moments_of` uses."""
         keys = ("exp_avg", "exp_avg_sq")
         return {f"{name}.{key}": self.adam.state[p][key] for name, p in self.params.items() for key in keys}
 
@@ -98,7 +98,7 @@ def sae_for_test(seed: int = 0, d_in: int = 10, d_sae: int = 30, k: int = 4, **s
     with torch.no_grad():
         sae.b_enc.copy_(0.1 * torch.randn(d_sae, generator=generator))
         sae.b_dec.copy_(0.3 * torch.randn(sae.d_out, generator=generator))
-        if sae.W_enc is not None:  # not the decoder's rows, so that no error hides behind their being equal
+        if sae.W_enc is not None:  # unequal to W_dec, so that an error cannot hide behind equal rows
             sae.W_enc.add_(0.1 * torch.randn(d_sae, d_in, generator=generator))
         if sae.decoder_norm == "free":
             sae.W_dec.mul_(1 + 0.2 * torch.rand(d_sae, 1, generator=generator))
@@ -106,7 +106,7 @@ def sae_for_test(seed: int = 0, d_in: int = 10, d_sae: int = 30, k: int = 4, **s
 
 
 def tokens(n: int, d: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Rows (n, d) with structure to find: sparse mixtures of 3d directions, off centre."""
+    """Rows (n, d) with structure: sparse mixtures of 3d directions, off centre."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(3 * d, d, generator=torch.Generator().manual_seed(77), dtype=torch.float64)
     mixture = torch.rand(n, 3 * d, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The rules that the family's tests go through, small SAEs of each, and inputs for them."""
+"""The rules that the tests of the family cover, a small SAE of each, and inputs for them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPED = [name for name, rule in RULES.items() if rule.shaped]
 
 
 def family_sae(rule: Activation, *, dead: bool = True, **settings: Any) -> fastsae.SparseAutoencoder:
-    """An SAE whose every parameter is somewhere in general position; every third latent is dead."""
+    """An SAE whose parameters are all in general position; every third latent is dead."""
     settings = {"pre_bias": True, "decoder_norm": "free", "dtype": torch.float64, "dead_after": 100, **settings}
     sae = fastsae.SparseAutoencoder(D, M, rule, seed=1, **settings)
     generator = torch.Generator().manual_seed(7)

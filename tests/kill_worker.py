@@ -1,10 +1,10 @@
 """Trains in child processes that are killed: `python -m tests.kill_worker DIR CASES`, CASES in JSON: {name: case}.
 
-The module is imported once and forked for each child; one thread only, so that no OpenMP team is lost in a fork.
-For each case, first a run that nobody kills, in DIR/name/whole; then DIR/name/killed, child after child, until one
-reaches the end. A case is {"settings": of the TrainConfig, "kills": list}; a kill is [where, n]: SIGKILL by itself at
-the n-th time that it passes a place in the code; or ["after", share of a whole run's time]: from outside.
-Writes DIR/outcome.json: {name: how each child ended}.
+The modules are imported once and forked for each child; one thread only, so that no OpenMP team is lost in a fork.
+Each case first trains without a kill in DIR/name/whole. Then it trains in DIR/name/killed, child after child, until one
+reaches the end. A case is {"settings": of the TrainConfig, "kills": list}. A kill is [where, n]: the child sends itself
+SIGKILL when it passes a place in the code for the n-th time. Or it is ["after", share of a whole run's time]: the
+parent sends SIGKILL. Writes DIR/outcome.json: {name: how each child ended}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def die() -> None:
 
 
 def on_call(owner: Any, name: str, n: int, act: Callable[..., None], *, first: bool = True) -> None:
-    """Replaces owner.name so that its n-th call runs act(*arguments) before itself, or after."""
+    """Replaces owner.name so that its n-th call runs act(*arguments) first, or last."""
     original, calls = getattr(owner, name), 0
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ PLACES: dict[str, Callable[[int], None]] = {
 
 
 def child(run_dir: Path, settings: dict[str, Any], kill: tuple[str, float] | None) -> str:
-    """Trains in a fork and says how that ended: "done", "SIGKILL" or the exit status."""
+    """Trains in a fork and returns how that ended: "done", "SIGKILL" or the exit status."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -103,7 +103,7 @@ def child(run_dir: Path, settings: dict[str, Any], kill: tuple[str, float] | Non
 
 
 def run_case(directory: Path, settings: dict[str, Any], kills: list[list[Any]]) -> list[str]:
-    trainer(directory / "warm", **{**settings, "steps": 6}).run()  # what is loaded at the first step is loaded once
+    trainer(directory / "warm", **{**settings, "steps": 6}).run()  # loads what the first step needs, before the forks
     start = time.perf_counter()
     ends = [child(directory / "whole", settings, None)]
     whole = time.perf_counter() - start

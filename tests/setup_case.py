@@ -50,7 +50,7 @@ class Tree:
         self.setup = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.setup)
         monkeypatch.setattr(self.setup.BuildExtensions, "build_extension", self.touch)
-        # The place where nvcc usually is may have one.
+        # This machine may have an nvcc in the usual place.
         monkeypatch.setattr(self.setup, "NVCC", str(root / "nowhere" / "nvcc"))
         for name in ("CUDA_HOME", "FASTSAE_CUDA", "FASTSAE_CUDA_ARCHITECTURES"):
             monkeypatch.delenv(name, raising=False)
@@ -59,7 +59,7 @@ class Tree:
 
     @staticmethod
     def touch(command: Any, extension: Any) -> None:
-        """In the place of the CPU extension's build, which takes minutes."""
+        """Stands in for the build of the CPU extension, which takes minutes."""
         target = Path(command.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()

@@ -70,7 +70,7 @@ def test_gradcheck_of_a_gated_encoder() -> None:
 @pytest.mark.parametrize("ragged", [False, True])
 def test_gradcheck_of_decode_dot_and_outer(ragged: bool) -> None:
     codes, (x, W, _) = some_codes(ragged), leaves()
-    # Where nothing is stored a finite difference would store something: only the occupied slots are moved.
+    # A finite difference would fill an empty slot, so it perturbs the occupied slots only.
     slots = codes.occupied()
     acts = codes.acts[slots].requires_grad_()
 
@@ -139,7 +139,7 @@ def test_empty_slots_give_and_receive_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", truth.BACKENDS)
-def test_only_what_is_asked_for_is_computed(backend: str) -> None:
+def test_each_gradient_can_be_requested_alone(backend: str) -> None:
     case = BY_NAME["odd"]
     x, W, b = case.inputs(torch.float32)
     for wanted in (x, W, b):

@@ -40,9 +40,10 @@ def run(
     rules: Activation | list[Activation], steps: int = 6, *, shared: bool = False,
     optimizer: dict[str, Any] | None = None, **settings: Any,
 ) -> tuple[SAEBatch, list[SparseAutoencoder], list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]]:  # fmt: skip
-    """A batch and its members alone after the same steps, and the metrics of both.
+    """A batch, and its members trained alone for the same steps, with the metrics of both.
 
-    Encoder rows that start as unit decoder rows have no gradient but rounding, which Adam divides by its own size.
+    init_norm is not 1: the gradient of an encoder row that starts as a unit decoder row is pure rounding noise, and
+    Adam scales it up to a whole step.
     """
     settings = {"dtype": torch.float64, "dead_after": 60, "init_norm": 0.7, **settings}
     optimizer = {"lr": 1e-2, "eps": 1e-5, **(optimizer or {})}
@@ -101,13 +102,13 @@ def test_settings(settings: dict[str, Any]) -> None:
     batch, saes, metrics = run(TopK(1), 8, **settings)
     same_weights(batch, saes)
     if "ghost" in settings:
-        assert float(metrics[-1][0]["ghost"].min()) > 0, "the case was to have dead latents"
+        assert float(metrics[-1][0]["ghost"].min()) > 0, "the case should have dead latents"
 
 
 @pytest.mark.parametrize("rule", [*RULES.values(), *DIFFERENT.values()], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"ghost": "pull"}, {"d_out": 7, "pre_bias": False}, {"loss": "fvu"}], ids=str)
 def test_a_forward_pass_is_the_reference(rule: Activation | list[Activation], settings: dict[str, Any]) -> None:
-    """Codes, losses and gradients of each member, with rows normalized in forward, which no single SAE has."""
+    """Codes, losses and gradients of each member. The forward pass normalizes rows, which only a batch can do."""
     norms = {"decoder_norm": "forward", "encoder_norm": "forward"}
     batch = SAEBatch(B, D, M, rule, init_norm=0.1, dead_after=60, dtype=torch.float64, **norms, **settings)
     with torch.no_grad():
@@ -179,7 +180,7 @@ def test_normalized_rows_are_what_a_member_has() -> None:
     torch.testing.assert_close(batch.W_enc[1].norm(dim=1), torch.full((M,), 0.1))
 
 
-def test_training_goes_on_from_its_state() -> None:
+def test_training_resumes_from_its_state() -> None:
     settings: dict[str, Any] = {"ghost": "pull", "dead_after": 60}
     whole, stopped = (SAEBatch(B, D, M, BatchTopK(2), **settings) for _ in "ab")
     step, half = BatchTrainStep(whole, 1e-2), BatchTrainStep(stopped, 1e-2)

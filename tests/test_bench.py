@@ -74,7 +74,7 @@ def test_autocast_reference_computes_in_bf16() -> None:
 
 
 class Broken(Fused):
-    """fastsae with one fault: the way to see the check fail."""
+    """fastsae with one fault, so that the check can be seen to fail."""
 
     def __init__(self, inputs: Inputs, k: int, fault: str) -> None:
         super().__init__(inputs, k, lr=check.STEP_LR)
@@ -238,7 +238,7 @@ def test_bench_writes_results_plots_and_numbers(tmp_path: Path, capsys: pytest.C
     assert "| **fastsae** |" in text
     assert {"contestants.svg", "contestants.png", "parts.svg"} <= {p.name for p in folder.iterdir()}
     plot.renew(tmp_path, readme)
-    assert readme.read_text() == text, "the same results give the same README"
+    assert readme.read_text() == text, "the same results should give the same README"
 
 
 def test_readme_without_markers_is_refused() -> None:
@@ -246,7 +246,7 @@ def test_readme_without_markers_is_refused() -> None:
         plot.with_numbers("no markers", "numbers")
 
 
-def test_demo_trains_compares_and_finds_everything_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_trains_compares_and_reuses_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(32, 24, generator=generator)
     save_rows(tmp_path / "rows", torch.rand(1200, 32, generator=generator).pow(4) @ basis, holdout=200)
@@ -263,7 +263,7 @@ def test_demo_trains_compares_and_finds_everything_again(tmp_path: Path, capsys:
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
     assert demo.run(settings, **stages)
     for name in ("dense_metrics.jsonl", "step_times.json", "metrics.jsonl", "report.html"):
-        assert (tmp_path / "run" / name).stat().st_mtime_ns == kept[name], f"{name} was made again"
+        assert (tmp_path / "run" / name).stat().st_mtime_ns == kept[name], f"{name} was written again"
     assert first.split("whole training step")[1] == capsys.readouterr().out.split("whole training step")[1]
 
 
@@ -282,7 +282,8 @@ def test_demo_leaves_no_half_file_and_compares_numbers_only(tmp_path: Path, monk
         demo.step_times(settings, checkpoint)
     monkeypatch.undo()
     assert not (tmp_path / "step_times.json").exists()
-    assert set(demo.step_times(settings, checkpoint)) == set(demo.step_times(settings, checkpoint))
+    found = demo.step_times(settings, checkpoint)
+    assert json.loads((tmp_path / "step_times.json").read_text()) == json.loads(json.dumps(found))
 
     fine, null = {"step": 5, "fvu": 0.5}, {"step": 5, "fvu": None}
     with pytest.raises(ValueError, match="the fused run's FVU of step 5 is not a number"):
@@ -307,7 +308,7 @@ def test_parts_choose_the_screen_again_as_the_step_does(monkeypatch: pytest.Monk
     assert len(prepared) == 2
 
 
-def test_redone_is_over_all_steps() -> None:
+def test_redone_covers_all_steps() -> None:
     inputs = tiny()
     fused = Fused(inputs, TINY.K)
     assert fused.redone() is None

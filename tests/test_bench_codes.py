@@ -1,4 +1,4 @@
-"""bench.gpu: ops on codes of every layout, torch.sparse beside them, and what a call costs the host."""
+"""bench.gpu: ops on codes of every layout, torch.sparse beside them, and the host's cost of a call."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_layouts_are_what_they_say() -> None:
         layouts.make("heavy", replace(case, M=250), "cpu")
 
 
-def test_overhead_is_of_every_call() -> None:
+def test_overhead_is_measured_for_every_call() -> None:
     for backend, calls in (("cpu", plan.CALLS), (None, plan.TORCH_CALLS)):
         times = Overhead(Job("overhead", "overhead", calls, backend=backend), TOY)
         for item in calls:

@@ -1,4 +1,4 @@
-"""bench.family: the dense versions are the reference's mathematics, and both parts run, go on and draw."""
+"""bench.family: the dense versions compute what the reference computes, and both parts run, resume and draw."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_dense_version_is_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["batch_topk", "jumprelu", "gated", "matryoshka-sampled", "hierarchical_topk"])
-def test_its_curve_is_the_fused_steps(name: str) -> None:
+def test_the_dense_curve_is_that_of_the_fused_step(name: str) -> None:
     sae = fastsae.SparseAutoencoder(D, M, RULES[name], dtype=torch.float64, seed=0)
     dense, step = Dense.of_sae(sae, lr=1e-3), fastsae.FusedTrainStep(sae, lr=1e-3)
     for i in range(6):
@@ -53,7 +53,7 @@ def test_a_dense_version_refuses_what_it_does_not_have() -> None:
         Dense.of_sae(fastsae.SparseAutoencoder(D, M, RULES["topk"], tied=True), lr=1e-3)
 
 
-def test_both_parts_run_go_on_and_draw(tmp_path: Path) -> None:
+def test_both_parts_run_resume_and_draw(tmp_path: Path) -> None:
     settings = replace(quality.quick(quality.Settings()), steps=4, dense_steps=2)
     said: list[str] = []
     assert quality.run(Store(tmp_path, "quality"), settings, ("TopK", "ReLU"), said.append, progress=False) == []
@@ -90,7 +90,7 @@ def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_readme_has_the_numbers_of_the_results() -> None:
-    """The tables stand between the markers as the result files give them."""
+    """The tables between the markers are those that the result files give."""
     readme = (ROOT / "README.md").read_text()
     assert with_numbers(readme, draw.section(RESULTS), draw.BEGIN, draw.END) == readme
 

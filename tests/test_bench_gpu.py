@@ -1,4 +1,4 @@
-"""bench.gpu: at toy size on the CPU, the same path as on a GPU; faults are noticed and cost one item."""
+"""bench.gpu at toy size on the CPU takes the same path as on a GPU; a fault is noticed and costs one item."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def statuses(store: Store, job: Job) -> dict[str, str]:
 
 
 def content_reason(out: Path) -> str:
-    """Why the cuda backend is left out on this machine, as machine.json has it."""
+    """Why the cuda backend is left out on this machine, according to machine.json."""
     reason = json.loads((out / "machine.json").read_text())["machine"]["backends"]["cuda"]["reason"]
     assert isinstance(reason, str)
     return reason
@@ -57,7 +57,7 @@ def content_reason(out: Path) -> str:
 # -- the whole command -------------------------------------------------------------------------------------------------
 
 
-def test_a_toy_run_writes_everything_and_is_taken_up_again(tmp_path: Path) -> None:
+def test_a_toy_run_writes_everything_and_resumes(tmp_path: Path) -> None:
     items = ["decode", "fused step", "copy", "fp32 8192", "bf16 encoder", "fastsae", "fastsae graph", "fastsae by part",
              "dense bf16", "torch.topk", "update_latents_", "sweep-base", "sweep-N-8", "memcheck", "decode heavy",
              "active_dot ragged", "active_outer_regrouped hot"]  # fmt: skip
@@ -201,7 +201,7 @@ def test_a_broken_op_costs_one_item(fault: str, status: str, tmp_path: Path) -> 
     assert f"An op was broken on purpose: decode:{fault}" in summary
 
 
-def test_a_process_that_cannot_start_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_a_process_that_cannot_start_is_reported_with_its_error(tmp_path: Path) -> None:
     job = Job("ops-small", "no such kind", ("decode", "by_latent"), "small", "cpu")
     code, store = go(tmp_path, [job])
     assert code == 1
@@ -215,7 +215,7 @@ def test_the_budget_holds(tmp_path: Path) -> None:
     code, store = go(tmp_path, jobs, replace(TOY, plant="decode:hang"), seconds=6)
     assert time.monotonic() - begun < 6 + 10
     assert code == 0
-    assert store.items(jobs[0]) == store.items(jobs[1]) == {}, "an item that the budget cut off is not a result"
+    assert store.items(jobs[0]) == store.items(jobs[1]) == {}, "an item that the budget cut off was stored as a result"
     assert (tmp_path / "summary.md").exists()
 
 
@@ -237,7 +237,7 @@ def test_outcomes_are_told_apart() -> None:
     result, alive = raises(faults.Poisoned("illegal address", {"passed": 3}))
     assert (result["status"], result["passed"], alive) == ("error", 3, False)
     with pytest.raises(EOFError):
-        outcome(lambda: (_ for _ in ()).throw(EOFError()), "cpu")  # what is not known ends the process
+        outcome(lambda: (_ for _ in ()).throw(EOFError()), "cpu")  # an unknown error ends the process
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_the_checks_notice_a_wrong_op(op: str, monkeypatch: pytest.MonkeyPatch) 
     assert result["status"] == "ok"
     assert result["failed"] == 0 < result["passed"]
     assert 0 <= result["worst_of_bound"] <= 1
-    monkeypatch.setattr(ops, op, getattr(ops, op))  # so that it is put back
+    monkeypatch.setattr(ops, op, getattr(ops, op))  # so that monkeypatch restores it
     faults.plant(f"{op}:wrong")
     result = checks(op)
     assert result["status"] == "failed"
@@ -269,7 +269,7 @@ def test_the_checks_at_full_size_notice_a_wrong_op(op: str, monkeypatch: pytest.
         times(op)
 
 
-def test_what_holds_over_all_ops_is_checked_on_every_backend() -> None:
+def test_checks_across_ops_run_on_every_backend() -> None:
     for backend in ("cpu", "reference"):
         checks = Checks(Job("check", "check", plan.CHECKS, backend=backend), TOY)
         for item in ("exact is fp32", "run twice", "deterministic", "fused step"):
@@ -280,7 +280,7 @@ def test_what_holds_over_all_ops_is_checked_on_every_backend() -> None:
     assert graph["status"] == "missing"
 
 
-def test_a_step_that_moves_otherwise_is_noticed() -> None:
+def test_a_step_that_moves_differently_is_noticed() -> None:
     g = torch.Generator().manual_seed(0)
     before, theirs = torch.zeros(2000, 8), torch.randn(2000, 8, generator=g)
     swapped = theirs.clone()
@@ -321,7 +321,7 @@ def test_hard_cases_are_hard() -> None:
     assert (x.double() @ W.double().T + b.double()).max() < 0
     codes = by_name["odd"].ragged(torch.bfloat16)
     assert codes.is_ragged
-    assert codes.acts[-1].isnan(), "spare slots hold nonsense"
+    assert codes.acts[-1].isnan(), "spare slots should hold NaN"
     assert check_codes.decode(by_name["wide"], torch.bfloat16, "cpu", "reference") <= 1
     problem = check_update.make(by_name["odd"], torch.float32, aux=True, ragged=True, tied=True)
     assert len(problem.moments) == 6

@@ -1,4 +1,4 @@
-"""bench.gpu: costs, targets, the order of the plan, result files and what is made of them."""
+"""bench.gpu: costs, targets, the order of the plan, result files and the reports made from them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_targets_are_reached_or_missed_by_the_results() -> None:
     assert set(verdicts.values()) == {"reached", "missed", "not measured"}
 
 
-def test_the_plan_has_the_most_wanted_first() -> None:
+def test_the_plan_starts_with_the_most_wanted_jobs() -> None:
     jobs = plan.jobs(Settings())
     names = [job.name for job in jobs]
     order = ["quick-check-cuda", "quick-check-triton", "ceilings", "steps-small-cuda", "steps-small-triton",
@@ -112,7 +112,7 @@ def test_results_of_another_run_are_not_taken_for_this_one(tmp_path: Path) -> No
         Store.found(tmp_path / "elsewhere")
 
 
-def test_nothing_that_json_cannot_hold_is_written() -> None:
+def test_values_that_json_cannot_hold_become_null() -> None:
     value = {"a": [float("nan"), float("inf"), 1.0], 2: ("x", None)}
     assert json.loads(json.dumps(finite(value), allow_nan=False)) == {"a": [None, None, 1.0], "2": ["x", None]}
 

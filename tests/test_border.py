@@ -1,8 +1,8 @@
-"""The border to native code: no setting of torch and no malformed tensor makes C++ read or write what is not there.
+"""The border to native code: no setting of torch and no malformed tensor makes C++ read or write out of bounds.
 
 torch's defaults (dtype, device) may change at any time, in any part of a program. Each setting is tried in a process of
-its own (tests.border_worker), where a crash is a failed test; results are compared bit for bit with those of a process
-that changed nothing.
+its own (tests.border_worker), where a crash is a failed test. The results are compared bit for bit with those of a
+process that changed no setting.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ needs_cpu = pytest.mark.skipif(
 
 @cache
 def outcomes(setting: str, when: str = "start") -> dict[str, str]:
-    """What tests.border_worker prints; a process that dies fails the test that asks."""
+    """What tests.border_worker prints. A process that dies fails the test."""
     command = [sys.executable, "-m", "tests.border_worker", setting, when]
-    # glibc then fills what is freed and what is not yet written: what reads it gets other bits.
+    # glibc fills freed and fresh memory with a pattern, so that a read of either changes the bits.
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "MALLOC_PERTURB_": "165"}
     )
@@ -47,7 +47,7 @@ def outcomes(setting: str, when: str = "start") -> dict[str, str]:
 
 
 @needs_cpu
-def test_nothing_is_refused_as_torch_is() -> None:
+def test_no_call_fails_under_torchs_defaults() -> None:
     wrong = {name: got for name, got in outcomes("as it is").items() if ":" in got}
     assert not wrong
 
@@ -57,10 +57,10 @@ midway_too = pytest.mark.parametrize("when", ["start", "midway"])
 
 
 def differing(setting: str, when: str, *, steps: bool) -> dict[str, str]:
-    """The calls that return other bits than by default, or raise; those of a trainer, or all others."""
+    """The calls that raise, or whose bits differ from the defaults': those of a trainer if steps, else all others."""
     expected, got = outcomes("as it is"), outcomes(setting, when)
     assert got.keys() == expected.keys()
-    # The reference is torch's own products, whose order of summation depends on the number of threads.
+    # The reference uses torch's own matmul, whose order of summation depends on the number of threads.
     compared = [name for name in expected if not ("threads" in setting and name.startswith("reference"))]
     return {name: got[name] for name in compared if got[name] != expected[name] and (": step" in name) == steps}
 
@@ -69,7 +69,7 @@ def differing(setting: str, when: str, *, steps: bool) -> dict[str, str]:
 @midway_too
 @every_setting
 def test_no_setting_of_torch_changes_a_bit_of_an_op(setting: str, when: str) -> None:
-    """Nor of a module: how it is made with a dtype and a device of its own, its forward pass and its codes."""
+    """This includes a module with its own dtype and device: its initial weights, its forward pass and its codes."""
     assert not differing(setting, when, steps=False)
 
 
@@ -78,7 +78,7 @@ def test_no_setting_of_torch_changes_a_bit_of_an_op(setting: str, when: str) -> 
 @every_setting
 def test_no_setting_of_torch_changes_a_bit_of_a_step(setting: str, when: str) -> None:
     wrong = differing(setting, when, steps=True)
-    if setting == "inference_mode":  # training needs what this mode turns off; torch says so
+    if setting == "inference_mode":  # training needs gradients, which this mode turns off: torch raises
         wrong = {name: what for name, what in wrong.items() if not what.startswith("RuntimeError: ")}
     assert not wrong
 
@@ -87,7 +87,7 @@ def test_no_setting_of_torch_changes_a_bit_of_a_step(setting: str, when: str) ->
 
 
 @needs_cpu
-def test_malformed_calls_are_refused_before_C_sees_them() -> None:
+def test_malformed_calls_never_reach_cpp() -> None:
     got = outcomes("hostile")
     assert len(got) > 100
     wrong = {name: what for name, what in got.items() if what.split(":")[0] not in ("ValueError", "TypeError")}
@@ -110,7 +110,7 @@ def test_sizes_counted_in_int32() -> None:
             buffers.count_int32("slots", n)
 
 
-def test_buffers_are_what_they_are_asked_to_be() -> None:
+def test_buffers_have_the_requested_dtype_device_and_values() -> None:
     with torch.device("meta"):
         made = [
             buffers.empty((2, 3), torch.float32, CPU),
@@ -136,7 +136,7 @@ COVERED = (
     "fastsae/model", "fastsae/training", "fastsae/ops",
 )  # fmt: skip
 NOT_YET: set[str] = set()
-"""Folders that are being rewritten: empty this set when they keep the rule."""
+"""Folders exempt from the rule while they are rewritten."""
 
 
 def calls_of_torch(path: Path) -> Iterator[ast.Call]:
@@ -173,7 +173,7 @@ def _may_be_tensor(node: ast.expr) -> bool:
     )
 
 
-def test_every_new_tensor_says_its_dtype_and_its_device() -> None:
+def test_every_new_tensor_states_its_dtype_and_device() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)[:80]} does not say {what}"
         for path in source(set(COVERED) - NOT_YET)
@@ -184,7 +184,7 @@ def test_every_new_tensor_says_its_dtype_and_its_device() -> None:
 
 
 def test_backends_make_buffers_in_one_place() -> None:
-    """torch.empty and its like stand in backends/buffers.py alone; `*_like` take both from a tensor at hand."""
+    """Only backends/buffers.py calls torch.empty and the like. `*_like` copy the dtype and device of a tensor."""
     allowed = {ROOT / "fastsae/backends/buffers.py", ROOT / "fastsae/backends/reference.py"}
     wrong = [
         f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)[:80]}; use fastsae.backends.buffers"
@@ -197,7 +197,7 @@ def test_backends_make_buffers_in_one_place() -> None:
 
 
 def test_addresses_are_made_in_one_place() -> None:
-    """What C++ on the CPU gets as an address is checked where it is made."""
+    """Every address that C++ on the CPU receives is checked where it is made."""
     memory = ROOT / "fastsae/backends/cpu/memory.py"
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno}"

@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, damage is seen, and what was there stays."""
+"""Checkpoints: a state comes back exactly, damage is detected, and older checkpoints stay."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_state_comes_back_exactly() -> None:
         assert torch.equal(got, expected)
     assert back["tuple"] == [1, "two", None]
     assert back["empty"] == {}
-    # safetensors refuses shared memory: all three names of `base` are apart, and the first is not a copy.
+    # safetensors refuses shared memory: the three entries of `base` share none, and only the first is not a copy.
     assert len({t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()}) == len(tensors) - 1
     assert tensors["state.nested.a.b"].data_ptr() == base.data_ptr()
 
@@ -94,7 +94,7 @@ def test_what_a_state_cannot_hold_is_named(value: Any, message: str) -> None:
         split_state({"x": value})
 
 
-def test_random_generators_go_on_where_they_were() -> None:
+def test_random_generators_resume_where_they_were() -> None:
     import random
 
     before = rng_state()
@@ -123,7 +123,7 @@ def test_a_checkpoint_comes_back_and_is_also_a_saved_module(tmp_path: Path) -> N
     assert torch.equal(back["optimizer"]["moments"]["m"], state()["optimizer"]["moments"]["m"])
     for name, tensor in load(path).state_dict().items():
         assert torch.equal(tensor, module().state_dict()[name])
-    # Nothing else lies around, and others may read what the directory lets them read.
+    # No other file is left, and every file has the same permissions.
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert len({stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()}) == 1
 
@@ -251,7 +251,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
     doomed = tmp_path / ".unfinished-step_00000001"
     doomed.mkdir()
     (doomed / "half").touch()
-    prune(tmp_path, 2)  # what an earlier attempt left is in nobody's way
+    prune(tmp_path, 2)  # the remains of an earlier attempt do not get in the way
     assert not doomed.exists()
 
     def refuse(*_: object) -> None:
@@ -263,7 +263,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
     assert (tmp_path / "step_00000003").is_dir()
 
 
-def test_leftovers_of_a_killed_writer_go(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     kept = write(tmp_path, 1)
     (tmp_path / ".unfinished-step_00000002").mkdir()
     (tmp_path / ".unfinished-step_00000002" / "sae.safetensors").write_bytes(b"half")
@@ -272,8 +272,8 @@ def test_leftovers_of_a_killed_writer_go(tmp_path: Path) -> None:
     remove_unfinished(tmp_path / "nowhere")
 
 
-def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsync of each file and of the directory come before the rename, and of the parent after it."""
+def test_every_byte_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file and the directory are synced before the rename, and the parent directory after it."""
     events: list[tuple[str, str]] = []
     real_fsync, real_rename, real_replace = os.fsync, os.rename, os.replace
 
@@ -297,7 +297,7 @@ def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     at = events.index(("rename", path.name))
     synced = {name for kind, name in events[:at] if kind == "fsync"}
     assert {p.name for p in path.iterdir() if p.name != "manifest.json"} <= synced
-    # The manifest is synced under its temporary name; its entry by the fsync of the directory after it.
+    # The manifest is synced under its temporary name; the fsync of the directory after that syncs its final name.
     manifest = events.index(("replace", "manifest.json"))
     assert any(kind == "fsync" and "manifest.json" in name for kind, name in events[:manifest])
     assert ("fsync", f".unfinished-{path.name}") in events[manifest:at]

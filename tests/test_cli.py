@@ -1,4 +1,4 @@
-"""The command line as a user types it: the whole way from a model to a report, its help, its errors and exit codes."""
+"""The command line as a user types it: from a model to a report, its help, its errors and exit codes."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def test_from_a_language_model_to_a_report(place, capsys):
     harvest = ["harvest", str(place / "acts"), *source, *sizes]
     assert main(harvest) == 0
     assert re.search(r"^rows +1,\d\d\d in 2 shards$", capsys.readouterr().out, re.M)
-    # "##" alone makes no WordPiece vocabulary: words are stored as they are.
+    # A lone "##" does not make a WordPiece vocabulary: words are stored as they are.
     assert json.loads((place / "acts" / "vocabulary.json").read_text()) == WORDS
-    assert main(harvest) == 0  # there already: no model is loaded
+    assert main(harvest) == 0  # the harvest is complete, so no model is loaded
     assert main(train(place, "acts", "lm")) == 0
     assert "fvu (held out)" in capsys.readouterr().out
 
@@ -103,7 +103,7 @@ def test_live_options_survive_the_notes():
         LiveOptions.from_notes({"stream": {"hook": 1, "unheard_of": 2}})
 
 
-def test_resume_goes_on_and_is_asked_for(place, capsys):
+def test_resume_continues_and_must_be_requested(place, capsys):
     message = fails(capsys, train(place, "rows.npy", "run"))
     assert "holds a run with checkpoints" in message
     longer = train(place, "rows.npy", "longer", "--decay", "constant")
@@ -146,12 +146,12 @@ def test_info_in_words_and_as_json(capsys):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "bench"])
 def test_every_option_is_documented(command, capsys):
     assert main([command, "--help"]) == 0
-    # The frame's first and last column: lines or, where the terminal does not know them, blanks.
+    # Drops the frame: its first and last column, which some terminals show as blanks.
     lines = [line[1:-1] for line in capsys.readouterr().out.splitlines()]
     blocks = re.split(r"^ (?=--[a-z])", "\n".join(lines), flags=re.M)[1:]
-    assert len(blocks) >= len(dataclasses.fields(commands.OPTIONS[command])) - 1  # the positional one is no option
+    assert len(blocks) >= len(dataclasses.fields(commands.OPTIONS[command])) - 1  # one field is a positional argument
     for block in blocks:
-        # Names stand in the first columns; what is left of the help must say something.
+        # Without names, defaults and types, some help text must be left.
         help_text = re.sub(r"--[\w.-]+|\((default|required)[^)]*\)|\{.*?\}|\b[A-Z]+\b", "", block)
         assert len(help_text.split()) >= 2, block
 
@@ -208,7 +208,7 @@ def test_errors_name_the_thing(place, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
     rows = str(place / "rows.npy")
     more = ["--run-dir", str(tmp_path / "run"), "--steps", "2", *QUIET]
-    assert "k" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "9"])
+    assert "k = 9, expected at most d_sae = 8" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "9"])
     assert "CUDA devices" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "2", "--device", "cuda:77"])
     assert "no rows are held out" in fails(capsys, ["train", rows, *more, "--d-sae", "8", "--k", "2", "--holdout", "0"])
     assert "no run or saved SAE" in fails(capsys, ["eval", str(tmp_path / "nowhere")])
@@ -265,7 +265,7 @@ def test_bench_without_the_repository(monkeypatch, capsys):
     assert "in the source repository" in fails(capsys, ["bench"])
 
 
-def test_bench_hands_its_arguments_on(monkeypatch):
+def test_bench_passes_its_arguments_on(monkeypatch):
     called = {}
 
     def note(command, **keywords):

@@ -1,4 +1,4 @@
-"""The `clustering` system: its data, embeddings and metric by hand, and `fastsae reproduce` from beginning to end."""
+"""The `clustering` system: its data, embeddings and metric by hand, and `fastsae reproduce` as a whole."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_sticks_are_where_they_should_be() -> None:
         assert y.max() - y.min() > 0.97 * (top - bottom)
 
 
-def test_random_blobs_are_apart_and_their_spread_is_that_of_their_layout() -> None:
+def test_random_blobs_are_apart_and_spread_as_their_layout_says() -> None:
     centres, covariances = points.random_layout(10, 3)
     assert torch.pdist(centres).min() > points.APART
     assert torch.linalg.eigvalsh(covariances).min() >= 0.499
@@ -122,7 +122,7 @@ def test_entropy_refuses() -> None:
 # -- k-means ----------------------------------------------------------------------------------------------------------
 
 
-def test_k_means_finds_what_is_apart() -> None:
+def test_k_means_finds_separated_clusters() -> None:
     clouds = clustering.draw(Recipe("basic_blobs", train=200), range(3))
     centres = points.k_means(clouds.train, 5)
     truth = torch.tensor(points.CENTRES["basic_blobs"]).float()
@@ -147,8 +147,8 @@ def test_the_embedding_is_its_formula() -> None:
     assert e[0, 0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_spectral_embedding_tells_apart_what_is_apart() -> None:
-    """Two far clumps: one direction each, at right angles; and training points map alike as test points."""
+def test_the_spectral_embedding_separates_distant_clusters() -> None:
+    """Two distant clusters map to two orthogonal directions, and a point maps alike for training and for testing."""
     g = torch.Generator().manual_seed(0)
     xy = torch.cat([torch.randn(30, 2, generator=g), 50 + torch.randn(20, 2, generator=g)])[None]
     train, test = clustering.spectral(xy, xy, 2, 0.2)
@@ -194,7 +194,7 @@ def reproduce(out: Path, *more: str) -> list[str]:
     return ["reproduce", "clustering", "--quick", "--seeds", "2", "--no-progress", "--out", str(out), *more]
 
 
-def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_an_interrupted_run_resumes(tmp_path: Path, capsys, monkeypatch) -> None:
     out, only = tmp_path / "out", ["--experiments", "basic_blobs", "scale-2", "features-4"]
     perform, done = clustering.perform, []
 
@@ -227,13 +227,13 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, capsys, monkeypatch)
     assert (out / "entropy.png").exists()
     assert (out / "elbow.png").exists()
 
-    # Other settings: done again.
+    # With other settings the experiment is done again.
     assert main([*reproduce(out, *only[:2]), "--seeds", "3"]) == 0
     assert done[3:] == ["basic blobs"]
     assert len(json.loads((out / "results.json").read_text())["experiments"]["basic_blobs"]["faithful"]["entropy"]) == 3
 
 
-def test_the_same_run_has_the_same_figures(tmp_path: Path, capsys) -> None:
+def test_the_same_run_gives_the_same_numbers(tmp_path: Path, capsys) -> None:
     for name in "ab":
         assert main(reproduce(tmp_path / name, "--experiments", "lollipops")) == 0
     a, b = (read(tmp_path / name / "results.json", "clustering")["experiments"]["lollipops"] for name in "ab")
@@ -243,7 +243,7 @@ def test_the_same_run_has_the_same_figures(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["chess"], "no system 'chess'; expected one of clustering, othello"),
+        (["chess"], "no system 'chess'; expected one of clustering, interpretable_directions, othello"),
         (["clustering", "--scale", "games=3"], "clustering has no size 'games'; its scale is fixed"),
         (["clustering", "--scale", "games"], "scale is 'games', expected NAME=NUMBER, such as games=40000"),
         (
@@ -280,7 +280,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys) -> None:
         runner.os.close(lock)
 
 
-def test_every_system_is_one() -> None:
+def test_every_name_gives_a_system() -> None:
     for name in SYSTEMS:
         assert isinstance(system(name), runner.System)
     assert commands.OPTIONS["reproduce"] is config.Reproduce
@@ -289,7 +289,7 @@ def test_every_system_is_one() -> None:
 # -- results and the README -------------------------------------------------------------------------------------------
 
 
-def test_records_stand_in_order_whatever_order_they_come_in(tmp_path: Path) -> None:
+def test_records_are_stored_in_a_fixed_order(tmp_path: Path) -> None:
     results = Results(tmp_path, "clustering")
     for name in ("b", "a"):
         results.put(name, {"x": (1, 2)}, {"n": name}, ["a", "b"])
@@ -300,7 +300,7 @@ def test_records_stand_in_order_whatever_order_they_come_in(tmp_path: Path) -> N
     assert not again.has("c", {})
 
 
-def test_figures_of_a_table() -> None:
+def test_table_median_and_interval() -> None:
     assert table(["a", "b"], [["one", "1"]]) == "| a   |   b |\n| --- | --: |\n| one |   1 |"
     assert median([3.0, 1.0, 2.0, 10.0]) == 2.5
     assert interval([5.0, 1.0, 3.0, 2.0]) == (2.0, 3.0)
@@ -318,7 +318,7 @@ def test_the_readme_shows_the_stored_results() -> None:
 
 
 def test_the_goals_are_met() -> None:
-    """The published figures on the same data, and k-means' on the grid."""
+    """Better than the published numbers on the same data and, on the grid, than k-means."""
     stored = read(RESULTS / "clustering" / "results.json", "clustering")["experiments"]
     better = {name: median(stored[name]["better"]["entropy"]) for name in points.CLASSES}
     assert better["blob_grid"] < min(0.092, median(stored["blob_grid"]["k_means"]["entropy"]))

@@ -1,4 +1,4 @@
-"""SparseCodes: the invariant, conversions, slicing, and its passage through pytrees, compile and func."""
+"""SparseCodes: the invariant, conversions, slicing, pytrees and torch.compile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fixed() -> SparseCodes:
 
 
 def ragged() -> SparseCodes:
-    """The same tokens, with two spare slots full of nonsense."""
+    """The same tokens, with two spare slots that hold invalid values."""
     acts = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, NAN, 7.0])
     indices = torch.tensor([0, 3, 1, 2, 4, 99, -1], dtype=torch.int32)
     return SparseCodes(acts, indices, 5, torch.tensor([0, 2, 5, 5]))
@@ -45,14 +45,14 @@ def test_sizes(make) -> None:
     assert int(codes.nnz) == 5
 
 
-def test_k_is_a_number_of_fixed_codes_only() -> None:
+def test_only_fixed_codes_have_k() -> None:
     assert fixed().k == 3
     with pytest.raises(ValueError, match="a ragged code has no k"):
         _ = ragged().k
 
 
 @both
-def test_dense_there_and_back(make) -> None:
+def test_conversion_to_dense_and_back(make) -> None:
     codes = make()
     assert torch.equal(codes.to_dense(), DENSE)
     assert torch.equal(codes.to_torch_sparse_csr().to_dense(), DENSE)
@@ -174,7 +174,7 @@ def test_pytree_pickle_and_deepcopy(make) -> None:
     doubled = pytree.tree_map(lambda t: t * 2 if t.is_floating_point() else t, codes)
     assert isinstance(doubled, SparseCodes)
     assert torch.equal(doubled.to_dense(), 2 * DENSE)
-    for other in (copy.deepcopy(codes), pickle.loads(pickle.dumps(codes))):  # our own bytes
+    for other in (copy.deepcopy(codes), pickle.loads(pickle.dumps(codes))):  # the bytes are our own
         assert torch.equal(other.to_dense(), DENSE)
         assert other.batch_shape == codes.batch_shape
 

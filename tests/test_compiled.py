@@ -1,6 +1,6 @@
-"""The compile checks: their rules on made-up records, and what they see in three toy kernels.
+"""The compile checks: their rules on made-up records, and what they find in toy kernels.
 
-The toys are compiled in a process of their own: this one may have Triton's interpreter on.
+The toys are compiled in a process of their own, because Triton's interpreter may be on in this one.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def test_two_variants_of_one_name_are_refused(monkeypatch) -> None:
         compiled.variants_of([__name__, "toy_twin"])
 
 
-# -- three toys --------------------------------------------------------------------------------------------------------
+# -- toy kernels -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _broken_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _held_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    """Every number is needed again after the sum: 512 of them in each thread of one warp."""
+    """The sum needs all numbers and the store needs them again: each thread of the one warp holds 512."""
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i)
     tl.store(out_ptr + i, x - tl.sum(x))

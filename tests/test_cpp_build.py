@@ -1,4 +1,4 @@
-"""The C++ extension as a build: it runs on any processor of its kind, shows only its entry, uses torch's threads."""
+"""The build of the C++ extension: it runs on every x86-64, exports only its entry and uses torch's threads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def functions(listing: str) -> dict[str, list[str]]:
     return found
 
 
-def test_nothing_is_built_for_the_machine_that_builds() -> None:
+def test_nothing_is_compiled_for_the_build_machine() -> None:
     for path in [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "csrc").rglob("*.*")]:
         flags = re.findall(r"^[^#/\n]*-m(?:arch|tune|cpu)=\S*", path.read_text(), re.MULTILINE)
         stated = [flag for flag in flags if "Never -march=native" not in flag]
@@ -64,9 +64,9 @@ def test_base_objects_hold_no_avx() -> None:
 
 
 def test_what_instruction_sets_share_holds_no_avx() -> None:
-    """Of an inline function that several objects hold, the linker keeps one: not one of the wider instruction sets.
+    """If several objects hold the same inline function, the linker keeps one: never one compiled for a wider set.
 
-    A clone (its name has a dot) belongs to the object that made it, so it may use what that object uses.
+    A clone (its name has a dot) belongs to the object that made it, so it may use the instructions of that object.
     """
     if _cpu.isas() == ["base"]:
         pytest.skip(f"this processor has no instruction set but base in this build ({EXTENSION.name})")
@@ -77,10 +77,10 @@ def test_what_instruction_sets_share_holds_no_avx() -> None:
     wrong = [
         name for name, lines in found.items() if name not in own and "." not in name and any(map(AVX.search, lines))
     ]
-    assert not wrong, f"shared by all instruction sets, and yet not for all processors: {wrong}"
+    assert not wrong, f"shared by all instruction sets, but not every processor can run it: {wrong}"
 
 
-# -- threads and instruction set, each in a process of its own --------------------------------------------------------
+# -- threads and instruction set, in processes of their own -----------------------------------------------------------
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:

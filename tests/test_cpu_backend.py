@@ -1,7 +1,7 @@
 """What only the CPU backend promises: bits that do not depend on threads, every instruction set, any memory layout.
 
-tests/test_ops.py holds its results in float32 and bfloat16 against the truth; here they are in float64 too, and large
-enough that several threads take part and a hot latent is cut into pieces.
+tests/test_ops.py compares its results in float32 and bfloat16 with the truth. Here float64 is tested too, and the
+inputs are large enough that several threads take part and a hot latent is cut into pieces.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fixed(dtype: torch.dtype) -> SparseCodes:
 
 
 def ragged(dtype: torch.dtype) -> SparseCodes:
-    """Heavy-tailed: token 0 has every latent that lives, a quarter has none, HOT in the rest; spare slots last."""
+    """Heavy-tailed: token 0 has all living latents, a quarter of the tokens none, the rest HOT; spare slots last."""
     g = torch.Generator().manual_seed(2)
     share = (0.04 / torch.rand(N, 1, generator=g)).clamp(max=1)
     share[0], share[1::4] = 1, 0
@@ -81,13 +81,13 @@ def restore() -> Iterator[None]:
     _cpu.use_isa(isa)
 
 
-def test_the_codes_are_what_they_should_be() -> None:
+def test_the_codes_meet_the_conditions_of_these_tests() -> None:
     """Otherwise the tests below would pass without meeting a hot latent, a heavy tail or a second thread."""
     for codes in (fixed(torch.float32), ragged(torch.float32)):
         uses = (codes.to_dense() != 0).sum(0)
         assert int(uses[HOT]) > 512, "kPiece of active_outer.cpp: a longer latent is cut"
         assert int(uses[DEAD].sum()) == 0
-        assert int(codes.nnz) * D > 2**17, "team() of ops.h: less is done by one thread"
+        assert int(codes.nnz) * D > 2**17, "team() of ops.h: one thread does less work alone"
     assert int(ragged(torch.float32).l0.max()) > 10 * int(ragged(torch.float32).l0.median())
 
 
@@ -192,7 +192,7 @@ def test_memory_layout_changes_nothing(make, dtype: torch.dtype) -> None:
 @every_dtype
 @both_layouts
 def test_rows_that_lie_apart_are_read_in_place(make, dtype: torch.dtype) -> None:
-    """Past the library, which copies such tensors: the extension takes any distance between rows, 0 included."""
+    """Calls the backend directly, since the library copies such tensors. It takes any row stride, 0 included."""
     codes, x, W = make(dtype), rows(N, dtype, 3), rows(M, dtype, 4)
     code = codes.acts, codes.indices, codes.offsets
     for name in ("rows apart", "padded"):
@@ -208,9 +208,9 @@ def test_rows_that_lie_apart_are_read_in_place(make, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("isa", _cpu.isas())
 @pytest.mark.usefixtures("restore")
 def test_slots_and_rows_past_2_to_the_31(isa: str) -> None:
-    """Codes whose first slot is number 2^32, and a dictionary whose row 1 lies 2^32 numbers on: int64 addresses.
+    """Codes whose first slot has index 2^32, and a dictionary with a row stride of 2^32: both need int64 offsets.
 
-    The memory before them does not exist; only the addresses are as large as if it did.
+    The memory before them does not exist; the pointers are shifted so that the first accesses land in real memory.
     """
     _cpu.use_isa(isa)
     far, f32 = 2**32, _cpu.Dtype.f32
@@ -261,7 +261,7 @@ def test_a_nan_act_is_not_an_empty_slot_and_an_act_of_0_adds_nothing(dtype: torc
     nan = float("nan")
     acts = torch.tensor([[1.0, nan, 0.0], [2.0, -0.0, 0.0]], dtype=dtype)
     codes = SparseCodes(acts, torch.tensor([[0, 1, 2], [0, 2, 2]], dtype=torch.int32), 3)
-    W = torch.tensor([[1.0], [1.0], [nan]], dtype=dtype).repeat(1, D)  # wide: tiles and the tail after them
+    W = torch.tensor([[1.0], [1.0], [nan]], dtype=dtype).repeat(1, D)  # wide enough for tiles and a tail
     x = torch.ones(2, D, dtype=dtype)
     order = ops.by_latent(codes, backend="cpu")
     assert [order.offsets.tolist(), order.tokens.tolist()] == [[0, 2, 3, 3], [0, 1, 0, -1, -1, -1]]
@@ -276,7 +276,7 @@ def test_a_nan_act_is_not_an_empty_slot_and_an_act_of_0_adds_nothing(dtype: torc
 
 @every_dtype
 def test_an_act_of_0_in_a_ragged_code_is_an_entry(dtype: torch.dtype) -> None:
-    """Occupancy is what the offsets say; a gradient is 0 by chance, and its slot still has a dot product."""
+    """The offsets decide which slots are occupied. A gradient may be 0 by chance, and its slot has a dot product."""
     acts = torch.tensor([0.0, 2.0, 0.0], dtype=dtype)
     codes = SparseCodes(acts, torch.tensor([0, 1, 1], dtype=torch.int32), 2, torch.tensor([0, 2, 3]))
     order = ops.by_latent(codes, backend="cpu")
@@ -285,7 +285,7 @@ def test_an_act_of_0_in_a_ragged_code_is_an_entry(dtype: torch.dtype) -> None:
     assert ops.active_dot(x, codes, W, backend="cpu").tolist() == [D] * 3
 
 
-def test_what_it_has_no_kernel_for() -> None:
+def test_unsupported_inputs_are_refused() -> None:
     codes, W = fixed(torch.float32), rows(M, torch.float32, 4)
     with pytest.raises(BackendError, match=r"cpu: .*torch\.float16"):
         torch.ops.fastsae.decode(codes.acts.half(), codes.indices, None, W.half(), "cpu")

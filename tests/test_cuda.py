@@ -1,4 +1,4 @@
-"""What the CUDA backend refuses and how, and that no order of threads changes a bit. Its ops: where the others' are."""
+"""What the CUDA backend refuses and how, and that no thread order changes a bit. The shared tests cover its ops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if "cuda" in truth.BACKENDS:
     from fastsae.backends.cuda.library import EMULATED, library, where
 else:
     EMULATED = False
-only_emulated = pytest.mark.skipif(not EMULATED, reason="a GPU refuses nothing on demand")
+only_emulated = pytest.mark.skipif(not EMULATED, reason="only the emulation can refuse a launch on demand")
 
 
 def _decode_arguments() -> tuple[Tensor, ...]:
@@ -64,7 +64,7 @@ def test_a_dtype_without_kernels_is_refused() -> None:
 
 
 @only_emulated
-def test_what_the_device_refuses_names_op_device_and_shapes() -> None:
+def test_a_failed_launch_names_op_device_and_shapes() -> None:
     acts, indices, W = _decode_arguments()
     library.emulate(refuse="decode")
     with pytest.raises(fastsae.BackendError) as caught:
@@ -92,7 +92,7 @@ def test_a_refused_launch_changes_no_parameter(name: str, kernel: str) -> None:
 
 
 @only_emulated
-def test_a_screen_that_could_not_be_made_anew_misleads_nobody() -> None:
+def test_a_screen_that_could_not_be_refilled_is_not_trusted() -> None:
     case = BY_NAME["random"]
     problem = make_problem(case, torch.float32)
     W, b = problem.params["W_enc"], problem.params["b_enc"]
@@ -102,7 +102,7 @@ def test_a_screen_that_could_not_be_made_anew_misleads_nobody() -> None:
     with pytest.raises(fastsae.BackendError, match="narrow_rows"):
         problem.run("cuda", screen=screen)
     library.emulate()
-    W.mul_(-1)  # an update that the old copy would certainly get wrong
+    W.mul_(-1)  # the old copy is certainly wrong for these weights
     x = case.inputs(torch.float32)[0][:8]
     codes = ops.encode_topk(x, W, b, case.K, screen=screen, backend="cuda")
     assert int(codes.redone) == 8
@@ -147,7 +147,7 @@ def test_no_order_of_threads_changes_a_bit() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tokens_that_are_cut_into_pieces(dtype: torch.dtype) -> None:
-    """One token has most of the entries: it is added up piece by piece, its error and its squares too."""
+    """One token has most of the entries, so its sum, its error and its squares are computed in pieces."""
     g = torch.Generator().manual_seed(0)
     N, D, M = 40, 70, 900
     dense = torch.where(torch.rand(N, M, generator=g) < 4 / M, torch.randn(N, M, generator=g), 0)

@@ -1,6 +1,6 @@
-"""The CUDA extension as a build: it imports without a driver, shows only its entry; setup.py makes it or says why not.
+"""The build of the CUDA extension: it imports without a driver, exports one symbol; setup.py makes it or says why not.
 
-What setup.py does is tried on a copy of it with a tiny source and a stand-in for nvcc (setup_case.py).
+setup.py is tested on a copy of it with a tiny source and a stand-in for nvcc (setup_case.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ needs_build = pytest.mark.skipif(not EXTENSION.exists(), reason="fastsae._cuda i
 
 
 def answer(program: str) -> list[str]:
-    """What a program prints in a process of its own, where no emulation stands for the extension."""
+    """The lines that a program prints in a process of its own, without the emulation in place of the extension."""
     emulation = ("FASTSAE_CUDA_EMULATION", "LD_PRELOAD")
     env = {name: value for name, value in os.environ.items() if name not in emulation}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -57,8 +57,8 @@ def test_only_the_entry_is_exported() -> None:
 
 
 @needs_build
-def test_cudas_runtime_is_linked_in() -> None:
-    """torch brings a runtime of its own, and the driver is opened when the first op runs."""
+def test_the_cuda_runtime_is_linked_statically() -> None:
+    """torch has a runtime of its own, and the extension opens the driver when the first op runs."""
     needed = re.findall(r"NEEDED\s+(\S+)", objdump("-p", str(EXTENSION)))
     assert "libc.so.6" in needed
     assert not [name for name in needed if "cuda" in name]
@@ -74,7 +74,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
 
 @pytest.mark.parametrize("mode", [None, "auto"])
 def test_without_nvcc_it_is_left_out_with_a_message(tree: Tree, mode: str | None, capsys: Any) -> None:
-    tree.extension.touch()  # an older build, which would be taken for this one
+    tree.extension.touch()  # an older build must not pass for this one
     assert tree.build(mode) == []
     assert not tree.extension.exists()
     assert "the CUDA extension is left out: there is no nvcc (in CUDA_HOME, on the PATH" in capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_without_nvcc_it_is_left_out_with_a_message(tree: Tree, mode: str | None
 def test_without_nvcc_require_is_an_error(tree: Tree) -> None:
     with pytest.raises(SystemExit, match="could not be built, and FASTSAE_CUDA is require: there is no nvcc"):
         tree.build("require")
-    assert not list(tree.root.rglob("*.so")), "it shows before anything else is compiled"
+    assert not list(tree.root.rglob("*.so")), "the error should come before anything is compiled"
 
 
 def test_skip_leaves_it_out(tree: Tree, capsys: Any) -> None:
@@ -105,7 +105,7 @@ def test_a_source_that_does_not_compile(tree: Tree, capsys: Any) -> None:
     (tree.cuda / "tiny.cu").write_text("fails")
     with pytest.raises(SystemExit, match=r"could not be built, and FASTSAE_CUDA is require: .* returned non-zero"):
         tree.build("require")
-    assert "said of" in capsys.readouterr().err  # the compiler's own words
+    assert "said of" in capsys.readouterr().err  # the compiler's own output
     tree.extension.touch()
     tree.build("auto")
     assert not tree.extension.exists()
@@ -169,7 +169,7 @@ def test_an_object_is_current_until_something_it_was_made_of_changes(tree: Tree,
             target.with_suffix(".d").unlink()
         case "command":
             command = ["nvcc", "-O2", "-I/one"]
-        case "moved":  # pybind11, by pip: its headers are in the list
+        case "moved":  # as pybind11 in a pip build: its headers are in the .d file
             command = ["nvcc", "-O3", "-I/two"]
     assert tree.setup.is_current(target, command) == (change in ("nothing", "other", "moved"))
 
@@ -179,14 +179,14 @@ def test_only_what_changed_is_compiled_again(tree: Tree) -> None:
     for made_of in (tree.root / "setup.py", tree.cuda / "tiny.cu", tree.cuda / "tiny.h"):
         age(made_of, 100)
     assert len(tree.build("require")) == 2
-    assert len(tree.build("require")) == 1, "linked alone"
+    assert len(tree.build("require")) == 1, "only the link step should run again"
     tree.monkeypatch.setenv("FASTSAE_CUDA_ARCHITECTURES", "90a")
     assert len(tree.build("require")) == 2
     (tree.cuda / "tiny.h").touch()
     assert len(tree.build("require")) == 2
 
 
-def test_what_is_edited_while_it_compiles_is_compiled_again(tree: Tree) -> None:
+def test_a_source_edited_during_compilation_is_compiled_again(tree: Tree) -> None:
     tree.install_nvcc()
     (tree.cuda / "tiny.cu").write_text("edited meanwhile")
     assert len(tree.build("require")) == 2
@@ -200,7 +200,7 @@ NOT_PACKED = ignore_patterns("__pycache__", "*.so", ".*")
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the package is made of, where packing it leaves nothing in this tree."""
+    """A copy of the package's files, so that packing leaves nothing in this tree."""
     root = tmp_path_factory.mktemp("packed")
     for folder in ("csrc", "kernels", "fastsae"):
         copytree(ROOT / folder, root / folder, ignore=NOT_PACKED)

@@ -1,4 +1,4 @@
-"""Damaged, truncated and missing shards, a full disk, a second writer, other settings: clear errors, nothing lost."""
+"""Damaged, truncated and missing shards, a full disk, a second writer, other settings: clear errors, no data lost."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_damaged_shard_is_named_with_both_checksums(folder: Path, name: str) -
     message = f"{name} is damaged: expected sha256 {expected}, got [0-9a-f]{{64}}"
     with pytest.raises(ShardError, match=message):
         ShardSource(folder, verify="eager", progress=False)
-    source = ShardSource(folder)  # lazy: only when it is read
+    source = ShardSource(folder)  # lazy: checked when it is read
     with pytest.raises(ShardError, match=message):
         source.held_out() if name.startswith("held") else source.next_batch(800)
     assert ShardSource(folder, verify="size").next_batch(800).shape == (800, 8)
@@ -95,7 +95,7 @@ def test_a_damaged_or_foreign_manifest(folder: Path, change, message: str) -> No
         ShardSource(folder)
 
 
-def test_a_writer_refuses_other_settings_strangers_and_company(tmp_path: Path) -> None:
+def test_a_writer_refuses_other_settings_foreign_files_and_a_second_writer(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     settings = {"layer": 3, "text": {"spec": "a", "window": 16}}
     with ShardWriter(folder, 4, torch.bfloat16, settings) as writer:
@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_harvest_goes_on_after_the_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_harvest_resumes_after_the_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = harvest_toy(tmp_path / "whole")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     rename, renamed = os.replace, []
@@ -201,9 +201,9 @@ for when in range(int(sys.argv[2])):
 """
 
 
-def test_a_harvest_goes_on_after_kill_9_at_any_rename(tmp_path: Path) -> None:
+def test_a_harvest_resumes_after_kill_9_at_any_rename(tmp_path: Path) -> None:
     whole = harvest_toy(tmp_path / "whole")
-    # Files are made whole by a rename: held-out rows, shards, and the manifest after each and at the end.
+    # A rename completes each file: the held-out rows, the shards, and the manifest after each of them and at the end.
     renames = 2 * (1 + len(whole.shards)) + 1
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(2 * renames)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)

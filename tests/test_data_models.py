@@ -16,8 +16,13 @@ import torch
 
 from fastsae.data import ActivationStream, LanguageModel, ShardSource, StreamConfig, TextCorpus, harvest, load_model
 from fastsae.data.contexts import token_strings
+from fastsae.data.filters import Ordinary
 from fastsae.data.hooks import HookedModel
+from fastsae.data.splice import splice, steer
 from fastsae.data.windows import special_tokens
+from fastsae.model.rules import TopK
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.runs.spliced import spliced_loss
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import tokenizers  # noqa: E402
@@ -87,6 +92,52 @@ def test_hook_names_are_those_of_the_model_with_or_without_its_head() -> None:
         for hook in (2, "model.layers.1", "layers.1"):
             assert torch.equal(HookedModel(model, hook)(ids), expected)
     assert HookedModel(with_head, "model.layers.0.mlp.down_proj:input")(ids).shape == (2, 5, 24)
+    for short, name in [("mlp.1", "layers.1.mlp"), ("attn.2", "layers.2.self_attn"), ("attn.0:input", None)]:
+        found = HookedModel(with_head, short)(ids)
+        if name is not None:
+            assert torch.equal(found, HookedModel(without, name)(ids))
+    norm = with_head.model.layers[0].input_layernorm
+    assert torch.equal(HookedModel(with_head, "attn.0:input")(ids), norm(HookedModel(with_head, 0)(ids)))
+    with pytest.raises(
+        ValueError, match=r"known as its mlp; encoder.layer.1: attention, intermediate, output; give the"
+    ):
+        HookedModel(tiny(bert=True).model, "mlp.1")
+
+
+def test_a_model_with_its_head_has_the_digest_of_the_one_without() -> None:
+    with_head, without = tiny(False, head=True), tiny(False)
+    without.model.load_state_dict(with_head.model.model.state_dict())
+    assert with_head.base.describe() == without.describe() == without.base.describe()
+    assert with_head.describe()["digest"] != without.describe()["digest"]
+
+
+def test_a_transformers_model_is_spliced_and_whole_afterwards() -> None:
+    model = tiny(False, head=True).model
+    ids = torch.randint(3, 20, (4, 11), generator=torch.Generator().manual_seed(1))
+    sae = SparseAutoencoder(16, 48, TopK(4), seed=0).eval()
+    with torch.no_grad():
+        untouched = model(input_ids=ids).logits
+        for hook in (0, 2, "mlp.1", "attn.1", "attn.1:input", "lm_head:input"):
+            with splice(model, hook, sae, error_term=True), steer(model, hook, sae, {}):
+                assert torch.equal(model(input_ids=ids).logits, untouched)
+            with splice(model, hook, sae):
+                assert not torch.allclose(model(input_ids=ids).logits, untouched, atol=1e-4)
+            assert torch.equal(model(input_ids=ids).logits, untouched)
+        # Token by token with a cache of keys and values: every token is replaced once, as in one pass.
+        with splice(model, 2, sae):
+            whole, cache, logits = model(input_ids=ids).logits, None, []
+            for i in range(ids.shape[1]):
+                step = model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+                cache = step.past_key_values
+                logits.append(step.logits)
+        torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=1e-3, atol=1e-4)
+    result = spliced_loss(model, {2: sae, "mlp.1": sae}, ids, where=Ordinary())
+    assert result.hooks == ("model.layers.1", "model.layers.1.mlp")
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    assert result.ce_untouched == pytest.approx(float(loss), rel=1e-5)
+    with pytest.raises(ValueError, match="from LlamaModel, got BaseModelOutputWithPast; load the model with its head"):
+        spliced_loss(tiny(False).model, {2: sae}, ids)
 
 
 def test_special_tokens_frame_every_window_and_give_no_rows(corpus: TextCorpus) -> None:
@@ -120,7 +171,7 @@ def test_a_harvest_shows_the_text_around_its_rows(corpus: TextCorpus, tmp_path: 
         assert context.rows[context.center] == row
         assert context.tokens == [words[i] for i in context.token_ids]
         assert 5 <= len(context.tokens) <= 9
-        # The window's tokens through the model once more give the stored row, and its neighbours' rows.
+        # A forward pass of the window's tokens gives the stored row and the rows of its neighbours.
         window = source.contexts([row], width=20)[0]
         assert len(window.token_ids) == 20
         assert window.rows[0] == -1, "the first position is not stored"
@@ -129,14 +180,14 @@ def test_a_harvest_shows_the_text_around_its_rows(corpus: TextCorpus, tmp_path: 
             if neighbour >= 0:
                 stored = source.rows([neighbour])[0]
                 torch.testing.assert_close(stored, again[place].bfloat16(), rtol=0.01, atol=0.01)
-    # Pieces of words join, words begin with their space.
+    # A word begins with its space; a piece of a word does not.
     assert words[0:3] == [" [UNK]", " <end>", " the"]
     assert words[-1] == "s"
-    # Contexts need no model and no tokenizer: their strings lie in the folder.
+    # Contexts need no model and no tokenizer: the folder holds the strings.
     assert json.loads((tmp_path / "vocabulary.json").read_text()) == words
 
 
-def test_a_harvest_goes_on_where_it_was_interrupted_and_refuses_another_model(
+def test_a_harvest_resumes_where_it_was_interrupted_and_refuses_another_model(
     corpus: TextCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny(bert=False)
@@ -166,7 +217,7 @@ def test_a_harvest_goes_on_where_it_was_interrupted_and_refuses_another_model(
         next(other.model.parameters()).mul_(1.001)
     with pytest.raises(ValueError, match=r"different settings: model.digest is"):
         harvest(other, corpus, tmp_path / "cut", config(), **{**arguments, "rows": 2000})
-    # A finished harvest is found without the model: its spec need not even exist any more.
+    # A finished harvest is found without loading the model: its spec need not exist any more.
     named = dataclasses.replace(model, name="gone/with-the-wind")
     small = harvest(named, corpus, tmp_path / "named", config(), **arguments)
     assert harvest("gone/with-the-wind", corpus, tmp_path / "named", config(), **arguments) == small
@@ -218,7 +269,7 @@ def test_models_that_cannot_be_loaded(packaged: Path, tmp_path: Path) -> None:
     os.truncate(weights, weights.stat().st_size - 100)
     with pytest.raises(ValueError, match="cannot load the model 'package:carrier_of_a_model'"):
         load_model("package:carrier_of_a_model")
-    # A pickle is refused even where it is all there is.
+    # A pickle is refused even if there is no other file.
     weights.rename(packaged / "weights" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot load the model"):
         load_model("package:carrier_of_a_model")
@@ -269,7 +320,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         ids = loaded.tokenizer("the cat", return_tensors="pt")["input_ids"]
         strings = token_strings(loaded.tokenizer)
         assert strings[ids[0, 0]] == "the"
-        assert strings[29:34] == [" ", "\n", "th", "the", "##"]  # bytes decoded; a heading is no WordPiece
+        assert strings[29:34] == [" ", "\n", "th", "the", "##"]  # bytes are decoded; a heading is not a WordPiece
         assert torch.equal(HookedModel(loaded.model, 0)(ids), embeddings[ids])
         assert HookedModel(loaded.model, 2)(ids).shape == (1, ids.shape[1], 32)
     size = path.stat().st_size

@@ -17,7 +17,7 @@ from tests.data_case import D_IN, HUGE_TOKEN, VOCABULARY, ToyLayer, ToyModel, to
 
 
 def residual(model: ToyModel, ids: Tensor, layers: int) -> Tensor:
-    """What the toy model computes, written out."""
+    """The toy model's residual stream, written out."""
     with torch.no_grad():
         hidden = model.embed(ids)
         hidden[:, 0] *= 1000
@@ -96,7 +96,7 @@ def test_a_hook_takes_the_right_tensor_and_runs_nothing_after_it(
     assert not found.requires_grad
     assert sum(layer.calls for layer in model.layers if isinstance(layer, ToyLayer)) == begun
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert torch.equal(model(ids, use_cache=False), residual(model, ids, 3)), "the model is whole afterwards"
+    assert torch.equal(model(ids, use_cache=False), residual(model, ids, 3)), "the hook left the model changed"
 
 
 def test_a_wrong_hook_is_explained() -> None:
@@ -119,7 +119,7 @@ def test_the_filter_counts_what_it_drops() -> None:
     row_filter = RowFilter("layer 3", n_prefix=2, n_suffix=1, drop_first=True, norm_factor=5.0, nonfinite="drop")
     x = torch.ones(4, 10, 3)
     x[:, :2] = 1e4  # prefix
-    x[:, -1] = float("nan")  # suffix: dropped before anybody looks at it
+    x[:, -1] = float("nan")  # suffix: dropped before the check for NaN
     x[1, 5] = 100.0
     x[2, 3, 1] = float("inf")
     x[3, 4] *= 4.9
@@ -142,7 +142,7 @@ def test_the_filter_counts_what_it_drops() -> None:
     assert row_filter.twin().stats["rows"] == 0
 
 
-def test_not_a_number_is_named_with_layer_and_place() -> None:
+def test_nan_is_reported_with_layer_and_place() -> None:
     row_filter = RowFilter("layer 3", n_prefix=0, n_suffix=0, drop_first=True, norm_factor=None, nonfinite="raise")
     x = torch.ones(4, 10, 3)
     row_filter(x, torch.arange(40).view(4, 10))
@@ -203,13 +203,13 @@ def live(prefetch: bool = False, seed: int = 0) -> LiveSource:
 
 
 def test_a_live_source_serves_every_row_once_and_mixed() -> None:
-    corpus = TokenCorpus(np.arange(3000).reshape(60, 50))  # every row is one of its kind
+    corpus = TokenCorpus(np.arange(3000).reshape(60, 50))  # every row is unique
     source = LiveSource(toy_model(3000), corpus, toy_config(), buffer_rows=400)
     assert isinstance(source, ActivationSource)
     assert source.n_tokens is None
     batches = [source.next_batch(30) for _ in range(40)]
     assert all(batch.shape == (30, D_IN) and batch.dtype == torch.float32 for batch in batches)
-    assert len({tuple(row) for row in torch.cat(batches).tolist()}) == 1200, "no row comes twice in an epoch"
+    assert len({tuple(row) for row in torch.cat(batches).tolist()}) == 1200, "a row comes twice in an epoch"
 
     stream = ActivationStream(toy_model(3000), corpus, toy_config())
     text_order = [tuple(row) for _ in range(30) for row in stream.next().activations.tolist()]  # type: ignore[union-attr]
@@ -218,7 +218,7 @@ def test_a_live_source_serves_every_row_once_and_mixed() -> None:
     per_block = torch.bincount(places // 240)  # 4 batches of 4 windows with 15 rows each
     assert (per_block[per_block > 0] > 5).all(), f"a batch mixes two blocks' text, got {per_block.tolist()}"
     assert (per_block > 0).sum() == 2
-    assert int((places.diff() == 1).sum()) <= 2, "neighbours in the text are apart"
+    assert int((places.diff() == 1).sum()) <= 2, "neighbours in the text stay together"
     assert source.stats["rows"] >= 1200
     held = {tuple(row) for row in source.held_out().tolist()}
     assert len(held) == 60
@@ -229,12 +229,12 @@ def test_a_live_source_serves_every_row_once_and_mixed() -> None:
 def test_a_live_source_resumes_bit_exactly(prefetch: bool) -> None:
     plain = live()
     source = live(prefetch)
-    for n in (0, 1, 50, 150, 333, 1000, 2500):  # into the second epoch at last
+    for n in (0, 1, 50, 150, 333, 1000, 2500):  # the last ones reach the second epoch
         if n:
-            assert torch.equal(source.next_batch(n), plain.next_batch(n)), "prefetching changes no batch"
+            assert torch.equal(source.next_batch(n), plain.next_batch(n)), "prefetching changed a batch"
         state = json.loads(json.dumps(source.state_dict()))
         resumed = live(prefetch)
-        resumed.next_batch(17)  # wherever it stood before
+        resumed.next_batch(17)  # its own position must not matter
         resumed.load_state_dict(state)
         assert resumed.state_dict() == source.state_dict()
         stats = source.stats

@@ -1,4 +1,4 @@
-"""Text by spec: files, folders, patterns, JSON lines, gzip, HTML, packages, documentation folders; bad ones named."""
+"""Text by spec: files, folders, patterns, JSON lines, gzip, HTML, packages, documentation folders; bad files named."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     assert [corpus.documents(i) for i in range(len(corpus))] == [
         ["one\ntwo\n"], ["three\n"], ["T\nfour &\nfive"], ["six", "se\nven", ""], ["eight"]
     ]  # fmt: skip
-    # The documents of a piece are joined by the end of text.
+    # The end-of-text token joins the documents of a piece.
     assert corpus.tokens(3, Letters()).tolist() == [*map(ord, "six"), 0, *map(ord, "se\nven"), 0]
     only = load_text(str(tmp_path / "**" / "*.md"))
     assert whole(only) == "eight"

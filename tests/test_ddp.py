@@ -1,4 +1,4 @@
-"""Two processes under DistributedDataParallel train and count as one does; a fused update there is refused."""
+"""Two processes under DistributedDataParallel train and count like one process; a fused update there is refused."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def test_two_processes_train_and_count_as_one(rule: str, ranks: list[dict]) -> None:
     expected = ddp_worker.train(rule, None)
     few = expected["dead"].sum(1)
-    assert bool((few > 0).all()), "AuxK was to have dead latents in every step"
+    assert bool((few > 0).all()), "AuxK should have dead latents in every step"
     if rule == "topk":  # a threshold lets the same latents fire in each of these batches
-        assert not torch.equal(expected["dead"][0], expected["dead"][-1]), "some were to die or come back"
+        assert not torch.equal(expected["dead"][0], expected["dead"][-1]), "some latents should die or come back"
     for rank in ranks:
         assert rank["found"][rule].keys() == expected.keys()
         for name, value in expected.items():

@@ -1,4 +1,4 @@
-"""Moments in 8 bits: their rounding alone, and that every backend stores the reference's codes."""
+"""Moments in 8 bits: the rounding itself, and that every backend stores the codes of the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EIGHT = torch.float8_e4m3fn
 
 
 def filled(value: float, rows: int = 200) -> Tensor:
-    """Rows of a number, each with one 448 in it, so that the scale is 1."""
+    """Rows filled with one number. Each also holds one 448, so that its scale is 1."""
     t = torch.full((rows, BLOCK), value)
     t[:, 5] = 448.0
     return t
@@ -85,7 +85,7 @@ def test_rounding_depends_on_seed_step_stream_and_place() -> None:
 
 
 def test_an_average_decays_where_rounding_to_nearest_would_stall() -> None:
-    """A hundred steps of v = 0.999 v below a number that holds the scale: nearest would leave every code as it is."""
+    """A hundred steps of v = 0.999 v at a scale that another number fixes: rounding to nearest would change no code."""
     v = round_to_fp8(filled(40.0), 1, torch.tensor(0), 1, True)
     nearest = (0.999 * v.widened()).to(EIGHT)
     assert torch.equal(nearest.view(torch.uint8), v.codes.view(torch.uint8))
@@ -101,7 +101,7 @@ def test_an_average_decays_where_rounding_to_nearest_would_stall() -> None:
 
 
 def in_eight_bits(problem: Problem) -> Problem:
-    """The dictionaries' moments in 8 bits; streams as in an update."""
+    """The dictionaries' moments in 8 bits, rounded with the random streams of an update."""
     scales, moments = [], []
     for i, m in enumerate(problem.moments):
         if m.ndim == 2:
@@ -130,9 +130,9 @@ def widen(problem: Problem) -> Problem:
 def test_codes_and_scales_are_the_reference_ones(
     width: int, options: dict, dtype: torch.dtype, kind: str, backend: str
 ) -> None:
-    """From equal numbers to equal numbers in between: rounded by the backend and by the reference."""
+    """From equal moments, the backend and the reference round equal float32 results to equal codes."""
     if backend in truth.GPU and (kind, dtype, width) != ("adamw", torch.float32, 200):
-        pytest.skip("there plain Adam in float32 takes another path than in 8 bits, and one case says it")
+        pytest.skip("on a GPU plain Adam takes another path in float32 than in 8 bits, and one other case is enough")
 
     def made() -> Problem:
         problem = in_eight_bits(make_problem(Case("eight", 9, width, 40, 3, MAKE), dtype, **options))
@@ -180,7 +180,7 @@ def test_odd_blocks_are_stored_as_the_reference_stores_them(backend: str) -> Non
 
 
 def test_the_elementwise_step_reads_nothing_back_from_the_device() -> None:
-    """On the meta device every read of a value raises. This is what a GPU does with gradients it has stored."""
+    """On the meta device every read of a value raises. A GPU takes this path for gradients that it has stored."""
     shapes = {"W_enc": (6, 200), "W_dec": (6, 130), "b_enc": (6,), "b_dec": (130,)}
     params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     lr, step = torch.empty((), dtype=torch.float64, device="meta"), torch.empty((), dtype=torch.int64, device="meta")

@@ -1,4 +1,4 @@
-"""The fibers that stand for a GPU's threads find what they are there to find: every planted fault here is one."""
+"""The fibers that emulate a GPU's threads detect the faults they are meant to detect: each fault here is planted."""
 
 from __future__ import annotations
 
@@ -101,13 +101,13 @@ def run(program: Path, what: str, seed: int = 0) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("what", "right"), [("sum", 1), ("warps", 128), ("fresh", 128)])
-def test_what_is_right_runs_in_every_order(program: Path, what: str, right: int, seed: int) -> None:
+def test_correct_kernels_run_in_every_order(program: Path, what: str, right: int, seed: int) -> None:
     done = run(program, what, seed)
     assert done.stdout.split() == [str(right)], done.stdout + done.stderr
 
 
 def test_a_missing_barrier_shows_once_threads_are_shuffled(program: Path) -> None:
-    """In order the last thread comes last, so it takes a seed; NaN is what nobody has written yet."""
+    """In order, the thread that adds runs last and hides the fault. Shuffled, it reads unwritten memory: NaN."""
     assert run(program, "no barrier", 0).stdout.split() == ["1"]
     assert all(run(program, "no barrier", seed).stdout.split() == ["0"] for seed in range(1, 6))
 
@@ -123,7 +123,7 @@ def test_a_missing_barrier_shows_once_threads_are_shuffled(program: Path) -> Non
         ("past dynamic", "use-after-poison"),
     ],
 )
-def test_what_no_gpu_would_forgive_is_an_error(program: Path, what: str, says: str) -> None:
+def test_a_fault_that_breaks_a_gpu_is_an_error(program: Path, what: str, says: str) -> None:
     done = run(program, what)
     assert done.returncode != 0
     assert says in done.stdout + done.stderr

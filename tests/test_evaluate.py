@@ -1,4 +1,4 @@
-"""evaluate against the dense arithmetic, its streaming, and what it says of bad rows."""
+"""evaluate against dense arithmetic, in blocks, and on bad rows."""
 
 import json
 import math
@@ -38,6 +38,11 @@ def test_every_number_against_dense_arithmetic(sae):
     assert result.fvu == pytest.approx(float(sse / (truth - truth.mean(0)).square().sum()), rel=1e-6)
     assert result.cosine == pytest.approx(float(torch.cosine_similarity(recon, truth).mean()), rel=1e-6)
     assert result.norm_ratio == pytest.approx(float((recon.norm(dim=1) / truth.norm(dim=1)).mean()), rel=1e-6)
+    assert result.explained_variance == pytest.approx(1 - result.fvu)
+    apart = (truth - truth.mean(0)).square().sum(1)
+    per_token = ((recon - truth).square().sum(1) / apart).mean()
+    assert result.fvu_per_token == pytest.approx(float(per_token), rel=1e-6)
+    assert result.explained_variance_per_token == pytest.approx(1 - float(per_token), rel=1e-6)
     density = (dense != 0).double().mean(0)
     torch.testing.assert_close(result.density, density)
     assert result.l0 == pytest.approx(float(density.sum()))
@@ -54,6 +59,10 @@ def test_batches_and_blocks_do_not_change_the_result(sae, batch_size):
     assert blocks.mse == pytest.approx(whole.mse, rel=1e-6)
     assert blocks.fvu == pytest.approx(whole.fvu, rel=1e-6)
     assert torch.equal(blocks.density, whole.density)
+    assert math.isnan(blocks.fvu_per_token), "an iterator cannot be read for the mean first"
+    assert blocks.to_json()["fvu_per_token"] is None
+    listed = evaluate(sae, [x[:13], x[13:]], batch_size=batch_size)
+    assert listed.fvu_per_token == pytest.approx(whole.fvu_per_token, rel=1e-6)
 
 
 def test_the_module_is_left_as_it_was(sae):
@@ -82,6 +91,10 @@ def test_transcoder_targets():
     with torch.no_grad():
         error = (sae(x, y).recon.double() - y.double()).square().sum()
     assert result.mse == pytest.approx(float(error / N), rel=1e-6)
+    with torch.no_grad():
+        squares = (sae(x, y).recon.double() - y.double()).square().sum(1)
+    per_token = (squares / (y - y.mean(0)).double().square().sum(1)).mean()
+    assert result.fvu_per_token == pytest.approx(float(per_token), rel=1e-5)
     with pytest.raises(ValueError, match="in step with rows"):
         evaluate(sae, x, targets=y[:50], batch_size=20)
 

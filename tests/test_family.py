@@ -1,4 +1,4 @@
-"""Every rule as a module against the dense reference in float64, by hand-computed examples, and its refusals."""
+"""Every rule as a module: against the dense reference in float64, against hand-computed examples, and its refusals."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_module_is_the_dense_reference(name: str, settings: dict) -> None:
 def test_inference_is_the_dense_reference_too(name: str) -> None:
     sae = family_sae(RULES[name], dead=False)
     for seed in range(3):
-        sae(tokens(seed=seed))  # what the rule remembers
+        sae(tokens(seed=seed))  # fills the running state of the rule
     sae.eval()
     truth, _ = dense(sae, tokens(seed=9))
     torch.testing.assert_close(sae.encode(tokens(seed=9)).to_dense(), truth.A, rtol=1e-12, atol=1e-12)
@@ -76,7 +76,7 @@ def test_sizes_at_the_edge(name: str) -> None:
     assert int(out.codes.nnz) == 0
     torch.testing.assert_close(out.recon, sae.b_dec.detach().expand(N, D))
     with torch.no_grad():
-        sae.b_enc.fill_(1e3)  # everybody fires: threshold rules need more room than they begin with
+        sae.b_enc.fill_(1e3)  # every latent fires: threshold rules need more capacity than they start with
     out = sae(tokens(3))
     truth, _ = dense(sae, tokens(3))
     torch.testing.assert_close(out.codes.to_dense(), truth.A)

@@ -31,14 +31,15 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def behind(recon: Tensor) -> Tensor:
-    """A loss that follows the reconstruction."""
+    """A loss downstream of the reconstruction."""
     return 0.01 * recon.sin().square().sum()
 
 
 def assert_equal_training(sae: fastsae.SparseAutoencoder, step: FusedTrainStep, *, steps: int = 3) -> None:
-    """Steps of `step` on sae, and as many of autograd and Adam on a copy: losses, metrics, x's gradient, parameters.
+    """Takes steps with `step` on sae and as many with autograd and Adam on a copy, and compares losses, metrics, the
+    gradient of x and the parameters.
 
-    Adam's first steps are signs: a gradient that is 0 but for rounding would go either way, and so eps is large.
+    Adam's first steps are nearly lr·sign(g): where g is pure rounding noise the sign is arbitrary, so eps is large.
     """
     plain = copy.deepcopy(sae)
     adam = torch.optim.Adam(plain.parameters(), lr=float(step.lr), eps=1e-4)
@@ -75,8 +76,8 @@ def test_a_fused_step_is_autograd_and_adam(name: str, settings: dict, backend: s
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", SHAPED)
-def test_so_is_a_dense_one(name: str, settings: dict, monkeypatch) -> None:
-    monkeypatch.setattr("fastsae.model.dense.PIECE", 10 * M)  # pieces of ten tokens, and a last one of seven
+def test_a_dense_fused_step_is_autograd_and_adam(name: str, settings: dict, monkeypatch) -> None:
+    monkeypatch.setattr("fastsae.model.dense.PIECE", 10 * M)  # pieces of ten tokens; the last one has seven
     sae = family_sae(RULES[name], **settings)
     assert_equal_training(sae, FusedTrainStep(sae, lr=1e-2, eps=1e-4, dense_above=0.0))
 
@@ -84,7 +85,7 @@ def test_so_is_a_dense_one(name: str, settings: dict, monkeypatch) -> None:
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("cuda", "triton")])
 @pytest.mark.parametrize("name", ["batch_topk", "relu", "jumprelu", "gated", "matryoshka"])
 def test_gpu_backends_train_the_family(name: str, backend: str) -> None:
-    """In float32, where rounding may turn a choice: losses and parameters near those of the reference."""
+    """In float32 rounding may change which latents are active, so losses and parameters are only near the reference."""
     ours, truth = (family_sae(RULES[name], dtype=torch.float32, aux_k=2) for _ in range(2))
     ours.backend, truth.backend = backend, "reference"
     steps = [FusedTrainStep(sae, lr=1e-3, eps=1e-3, backend=sae.backend) for sae in (ours, truth)]
@@ -98,7 +99,7 @@ def test_gpu_backends_train_the_family(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPED)
-def test_narrow_weights_train_and_keep_what_is_wide(name: str, dtype: torch.dtype) -> None:
+def test_narrow_weights_train_and_rule_parameters_stay_float32(name: str, dtype: torch.dtype) -> None:
     sae = family_sae(RULES[name], dtype=dtype)
     step = FusedTrainStep(sae, lr=1e-2)
     first = float(step(tokens().to(dtype))["loss"])
@@ -108,11 +109,11 @@ def test_narrow_weights_train_and_keep_what_is_wide(name: str, dtype: torch.dtyp
     assert all(p.dtype == torch.float32 for p in sae.rule_parameters.values())
 
 
-# -- the dense way and back -------------------------------------------------------------------------------------------
+# -- the dense path and back ------------------------------------------------------------------------------------------
 
 
-def test_the_dense_way_takes_over_while_many_fire_and_gives_way_without_a_jump(monkeypatch) -> None:
-    """An L1 run whose density falls from a half: the same curve whichever way each step goes."""
+def test_the_dense_path_serves_dense_codes_and_switching_leaves_no_jump(monkeypatch) -> None:
+    """An L1 run whose density falls from one half gives the same curve whichever path each step takes."""
     ways: list[str] = []
     for name in ("_densely", "_activated"):
         real = getattr(fastsae.SparseAutoencoder, name)
@@ -139,7 +140,7 @@ def test_the_dense_way_takes_over_while_many_fire_and_gives_way_without_a_jump(m
     torch.testing.assert_close(curves[2], curves[0], rtol=1e-8, atol=0)
 
 
-def test_a_code_that_outgrows_its_room_goes_the_dense_way_in_the_same_step() -> None:
+def test_a_code_that_outgrows_its_capacity_takes_the_dense_path_in_the_same_step() -> None:
     sae = family_sae(fastsae.ReLU(0.1), dead=False)
     with torch.no_grad():
         sae.b_enc.fill_(-3.0)
@@ -211,7 +212,7 @@ def test_schedules_of_penalty_and_k() -> None:
     assert inverse_sqrt_lr(2e-4, 2**16) == pytest.approx(1e-4)
 
 
-# -- the care of latents ----------------------------------------------------------------------------------------------
+# -- density and resampling -------------------------------------------------------------------------------------------
 
 
 def test_density_counts_the_training_tokens() -> None:
@@ -290,7 +291,7 @@ def test_bad_settings_of_a_step_are_refused(settings: dict, message: str) -> Non
         FusedTrainStep(family_sae(RULES["jumprelu"]), **settings)
 
 
-def test_outer_losses_that_are_none_are_refused() -> None:
+def test_invalid_outer_losses_are_refused() -> None:
     step = FusedTrainStep(family_sae(RULES["topk"]))
     with pytest.raises(ValueError, match=r"outer returned a tensor of shape \(37, 12\), expected one number"):
         step(tokens(), outer=lambda recon: recon)

@@ -33,8 +33,8 @@ RULES = {
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("name", RULES)
-def test_a_run_that_is_continued_is_the_run(tmp_path: Path, name: str, fused: bool) -> None:
-    """With penalty warm-up, resampling, clipping and decay on the way: everything that a checkpoint must hold."""
+def test_a_continued_run_equals_an_uninterrupted_one(tmp_path: Path, name: str, fused: bool) -> None:
+    """The run has penalty warm-up, resampling, clipping and weight decay: everything that a checkpoint must hold."""
     settings = {
         "fused": fused, "optimizer": "adamw", "weight_decay": 0.01, "clip_norm": 0.5, "penalty_warmup": 8,
         "resample_at": (9, 20), "resample_rows": 100, "eval_every": 10, "decay": "constant",
@@ -54,7 +54,7 @@ def test_a_run_that_is_continued_is_the_run(tmp_path: Path, name: str, fused: bo
     assert losses[-1] < losses[0]
 
 
-def test_resampling_leaves_the_data_where_it_was_and_says_what_it_did(tmp_path: Path) -> None:
+def test_resampling_leaves_the_data_position_and_is_logged(tmp_path: Path) -> None:
     sae = module(aux_k=None, dead_after=60)
     with torch.no_grad():
         sae.b_enc[::4] = -1e3
@@ -162,7 +162,7 @@ def test_settings_of_another_rule_are_refused(rows, tmp_path, activation, more, 
     (["--penalty=target"], "--penalty is now --penalty-kind"),
     (["--prefixes", "3"], "--prefixes is now --sampled"),
 ])  # fmt: skip
-def test_a_former_option_is_said_to_be_another_now(rows, tmp_path, option, message, capsys) -> None:
+def test_a_renamed_option_names_its_successor(rows, tmp_path, option, message, capsys) -> None:
     assert main(line(rows, tmp_path / "run", "relu", *option)) == 2
     assert message in capsys.readouterr().err
 
@@ -185,7 +185,7 @@ def test_a_former_option_is_said_to_be_another_now(rows, tmp_path, option, messa
     (["--activation", "batch_topk", "--activation-decay", "0.5", "--decay", "cosine"],
      fastsae.BatchTopK(32, decay=0.5)),
 ])  # fmt: skip
-def test_the_command_line_says_the_rule(arguments: list[str], rule: fastsae.model.rules.Activation) -> None:
+def test_the_command_line_builds_the_rule(arguments: list[str], rule: fastsae.model.rules.Activation) -> None:
     options = parse(commands.OPTIONS["train"], "train", ["acts", "--run-dir", "r", "--d-sae", "8192", *arguments])
     assert options.sae.rule.rule() == rule
     assert options.sae.build(16).activation == rule
@@ -193,7 +193,7 @@ def test_the_command_line_says_the_rule(arguments: list[str], rule: fastsae.mode
 
 @pytest.fixture
 def fewer():
-    """A rule of this file: nothing but its class says that it is there."""
+    """A custom rule: defining the class is all it takes to register it."""
 
     @dataclass(frozen=True)
     class Fewer(fastsae.TopK):
@@ -221,7 +221,7 @@ def fewer():
     del ACTIVATIONS["fewer"]
 
 
-def test_a_rule_of_ones_own_has_its_options_and_trains(fewer, rows: Path, tmp_path: Path, capsys) -> None:
+def test_a_custom_rule_has_its_options_and_trains(fewer, rows: Path, tmp_path: Path, capsys) -> None:
     given = ["--k", "4", "--share", "0.5", "--activation-lr", "7", "--lr", "0.01"]
     assert main(line(rows, tmp_path / "run", "fewer", *given)) == 0
     sae = open_run(tmp_path / "run").sae

@@ -1,6 +1,6 @@
 """What goes wrong around a run: signals, a second process, a full disk, damaged files.
 
-Each ends in an error that names the thing, or goes on; what was saved stays.
+The run either ends with an error that names the cause, or goes on. What was saved stays.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 def assert_same_end(run_dir: Path, whole_dir: Path) -> None:
-    """Runs both to the end; the interrupted one must end with the bits of the other."""
+    """Runs both to the end: the interrupted run must end with the bits of the other."""
     resumed, whole = trainer(run_dir).run(), trainer(whole_dir).run()
     assert saved_bytes(resumed.checkpoint) == saved_bytes(whole.checkpoint)
     assert curve(run_dir) == curve(whole_dir)
@@ -60,7 +60,7 @@ def assert_same_end(run_dir: Path, whole_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_saves_and_says_so(
+def test_a_signal_finishes_the_step_saves_and_says_so(
     tmp_path: Path, signum: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signum)
@@ -119,7 +119,7 @@ time.sleep(60)
 """
 
 
-def test_a_directory_in_use_is_refused_and_a_dead_holder_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_directory_in_use_is_refused_and_a_dead_holder_does_not_block_it(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "LOCK")], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None
@@ -230,7 +230,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_line(tmp_path: Path, monkeypatch: 
         patch.setattr(logs.os, "write", write)
         with pytest.raises(LogWriteError, match=r"cannot write to .*metrics.jsonl: No space left on device"):
             trainer(tmp_path / "run").run()
-    # The half line is taken back: every line that is there is whole.
+    # The half-written line is removed: every line in the file is whole.
     steps = [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes().endswith(b"}\n")
@@ -286,7 +286,7 @@ def test_no_usable_checkpoint_is_an_error_and_not_a_new_start(tmp_path: Path) ->
 
 
 def test_the_settings_of_these_tests_exercise_every_part_of_the_state() -> None:
-    """Latents die and AuxK trains them, the data wraps, and the rate changes: else equal bits would prove less."""
+    """Latents die and AuxK trains them, the data wraps, and the rate changes. Otherwise equal bits would prove less."""
     sae, settings = module(), config()
     assert sae.aux_k is not None
     assert settings.steps is not None

@@ -1,4 +1,4 @@
-"""Replacing a file and locking a folder: what stays, what goes, and what an error names."""
+"""Replacing a file and locking a folder: what stays, what is removed, and what an error names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_an_older_leftover_does_not_pass_on_its_permissions(tmp_path: Path) -> N
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_lock_clears_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:
+def test_a_lock_removes_files_of_dead_processes_and_nothing_else(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     gone = tmp_path / f".a.txt.{int(dead.stdout)}.partial"
     stays = {f".a.txt.{os.getpid()}.partial", f".a.txt.{os.getppid()}.partial", "a.partial", ".7.partial"}
@@ -54,7 +54,7 @@ def test_a_lock_clears_what_the_dead_left_and_nothing_else(tmp_path: Path) -> No
     assert names(tmp_path) == {LOCK, f".folder.{int(dead.stdout)}.partial", *stays}
 
 
-def test_an_interrupted_lock_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_lock_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -1,18 +1,18 @@
-"""The house rules, read from the source: imports go down only, and what no file may do.
+"""The house rules, checked on the source: imports only go down, and what no file may do.
 
 The floors (a module imports from lower floors, or from its own without a cycle):
 
     F0  reference, codes, env, atomic               the mathematics, the data types, whole files: torch only
-    F1  backends, kernels, csrc                     who computes; backends/gpu and kernels/ import little
+    F1  backends, kernels, csrc                     the computation; backends/gpu and kernels/ import little
     F2  ops                                         public function, schema, checks and backward of each op
     F3  model                                       the nn.Module, its rules and losses
     F4  training                                    optimizers and training steps
     F5  data, runs                                  activations; whole runs, their files and their evaluation
-    F6  report, systems                             what is made of runs
+    F6  report, systems                             reports and reproductions, made from runs
     F7  cli                                         the command line
-    F8  fastsae/__init__.py                         the public face, which nothing inside imports
+    F8  fastsae/__init__.py                         the public face, which no module inside imports
 
-A new room belongs on a floor: a folder that is not in FLOORS fails here until somebody has said where it stands.
+A new folder needs a floor: these tests fail until FLOORS lists it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FLOORS = {
 PUBLIC_FACE = 8
 EXTENSIONS = ("fastsae._cpu", "fastsae._cuda")
 LONG_FILES: dict[str, str] = {}
-"""Files over 700 lines, each with the reason why it is one file."""
+"""Files of more than 700 lines, each with the reason why it is one file."""
 
 MAX_LINES = 700
 SOURCE_FOLDERS = ("fastsae", "kernels", "csrc", "bench", "tests")
@@ -122,7 +122,7 @@ def test_no_cycle_on_a_floor() -> None:
     def visit(module: str, trail: list[str]) -> None:
         if module in trail:
             cycle = " -> ".join([*trail[trail.index(module) :], module])
-            pytest.fail(f"modules of one floor import each other in a circle: {cycle}")
+            pytest.fail(f"modules of one floor import each other in a cycle: {cycle}")
         if module not in finished:
             for name in sorted(graph[module]):
                 visit(name, [*trail, module])
@@ -144,7 +144,7 @@ def test_no_cycle_on_a_floor() -> None:
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )
 def test_the_lowest_floors_import_little(parts: tuple[str, ...], allowed: set[str]) -> None:
-    """Each part imports itself and what is allowed to it, of the others nothing."""
+    """Each part imports itself and what it is allowed, nothing else."""
     here = {f"fastsae.{part}" for part in parts}
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: imports {name}"
@@ -180,7 +180,7 @@ def caught(handler: ast.ExceptHandler) -> set[str]:
 
 
 def test_no_broad_except() -> None:
-    """`except BaseException` may clean up if it raises again; nothing may swallow what it does not know."""
+    """`except BaseException` may clean up if it raises again. No handler may swallow an unknown error."""
     wrong = []
     for path in python_files("fastsae", "kernels", "bench", "tests"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -217,7 +217,7 @@ def test_nothing_is_printed_at_import() -> None:
                 "print", "sys.stdout.write", "sys.stderr.write", "logging.basicConfig", "warnings.warn",
             ):  # fmt: skip
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node.func)}")
-    assert not wrong, "an import stays silent:\n" + "\n".join(wrong)
+    assert not wrong, "an import must print nothing:\n" + "\n".join(wrong)
 
 
 def test_files_stay_short() -> None:
@@ -227,11 +227,11 @@ def test_files_stay_short() -> None:
     wrong = [f"{name}: {n} lines" for name, n in lengths.items() if n > MAX_LINES and not LONG_FILES.get(name)]
     assert not wrong, f"over {MAX_LINES} lines; split, or give a reason in LONG_FILES:\n" + "\n".join(wrong)
     needless = [name for name in LONG_FILES if lengths.get(name, 0) <= MAX_LINES]
-    assert not needless, f"LONG_FILES excuses what needs no excuse: {needless}"
+    assert not needless, f"LONG_FILES lists files that are short enough: {needless}"
 
 
 def test_the_rules_catch_what_they_forbid() -> None:
-    """Each reader above finds a planted offence; otherwise an empty list would prove nothing."""
+    """Each check above finds a planted violation; otherwise an empty list would prove nothing."""
     tree = ast.parse("from fastsae.runs.trainer import Trainer\ndef f():\n    from . import ops\n    import fastsae")
     found = dict(imports(tree, "fastsae.codes", is_package=False))
     assert found[1] == "fastsae.runs.trainer"
@@ -252,7 +252,7 @@ def test_the_rules_catch_what_they_forbid() -> None:
     assert calls == [6]
 
 
-def test_names_that_were_replaced_say_by_what() -> None:
+def test_removed_names_point_to_their_replacement() -> None:
     import fastsae
 
     with pytest.raises(AttributeError, match=r"fastsae.SAEOutput is gone; it is replaced by ForwardResult"):

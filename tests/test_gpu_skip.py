@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not BACKENDS, reason="no GPU backend is available here"),
 ]
-# Rows of 32 columns stay in registers, rows of 41 do not: for CUDA they are not whole packs of 16 bytes, and Triton's
-# limit is lowered. The hot latent is cut into pieces.
+# Rows of 32 columns stay in registers and rows of 41 do not: CUDA needs whole packs of 16 bytes for it, and Triton
+# stores gradients beyond its limit, lowered below. The hot latent is cut into pieces.
 COLUMNS = 32
 EVEN, WIDE = (Case(f"D={D}", 9, D, 30, 3, BY_NAME["random"].make) for D in (COLUMNS, 41))
 OPTIONS = ({}, {"unit_norm": False}, {"tied": True}, {"tied": True, "pre_bias": False, "aux": True, "ragged": True})
@@ -34,10 +34,9 @@ every_update = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def few_columns_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     if "triton" in BACKENDS:
-        from fastsae.kernels import update_rows, update_wide
+        from fastsae.kernels import stages
 
-        monkeypatch.setattr(update_rows, "ROW_LIMIT", COLUMNS)
-        monkeypatch.setattr(update_wide, "choose", lambda: update_wide.Config(COLUMNS, 4, 1, 128))
+        monkeypatch.setattr(stages, "ROW_LIMIT", COLUMNS)
 
 
 def problem_of(case: Case, options: dict, moment: torch.dtype) -> Problem:
@@ -57,7 +56,7 @@ def assert_same_bits(got: Problem, wanted: Problem) -> None:
 @every_update
 @every_moment
 def test_a_skipped_update_changes_no_bit(case: Case, options: dict, moment: torch.dtype, backend: str) -> None:
-    """Gradients that are not finite are why one is skipped."""
+    """Its gradients are NaN: updates are skipped because a gradient is not finite."""
 
     def not_finite(grad: Tensor) -> Tensor:
         return torch.full_like(grad, float("nan"))
@@ -66,7 +65,8 @@ def test_a_skipped_update_changes_no_bit(case: Case, options: dict, moment: torc
     skipped.terms = [UpdateTerm(t.codes, t.x, not_finite(t.grad), t.has_bias) for t in skipped.terms]
     stats = skipped.run(backend, skip=torch.tensor(True), seed=SEEDS[moment])
     assert_same_bits(skipped, untouched)
-    assert bool(stats.isnan().all()), f"the norms of a skipped update are {stats.tolist()}, expected NaN: unknown"
+    unknown = stats[1:] if options.get("tied") else stats  # tied: the first is 0 by definition
+    assert bool(unknown.isnan().all()), f"the norms of a skipped update are {stats.tolist()}, expected NaN: unknown"
 
 
 @every_backend
@@ -90,4 +90,4 @@ def test_a_skipped_update_leaves_the_kept_screen(backend: str) -> None:
     problem.run(backend, skip=torch.tensor(True), screen=screen)
     assert all(map(torch.equal, screen.tensors, before))
     problem.run(backend, skip=torch.tensor(False), screen=screen)
-    assert not torch.equal(screen.tensors[0], before[0]), "the screen is not maintained at all here"
+    assert not torch.equal(screen.tensors[0], before[0]), "the update did not maintain the screen"

@@ -1,4 +1,4 @@
-"""The mended interpreter against torch, one tiny kernel for each thing that the stock one gets wrong or lets pass."""
+"""The mended interpreter against torch: a tiny kernel for each thing that the stock one gets wrong or lets pass."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ AWKWARD = [
     1.0, 1.00390625, 1.01171875, 1.004, -1.00390625, 65504.0, 65520.0, 3.38e38, 3.4e38, 1e-40, 6e-8, 1e-8, 0.0, -0.0,
     float("inf"), float("-inf"),
 ]  # fmt: skip
-"""Halfway cases to an even and to an odd neighbour, the ends of fp16 and of bf16, subnormals."""
+"""Halfway cases next to an even and an odd neighbour, the limits of fp16 and bf16, subnormals."""
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -92,7 +92,7 @@ def test_casts_round_to_nearest_even(source, target) -> None:
     values = torch.cat([torch.tensor(AWKWARD, dtype=torch.float64), torch.randn(N - len(AWKWARD), dtype=torch.float64)])
     x, out = values.to(source), torch.empty(N, dtype=target)
     _copy_kernel[(1,)](x, out, N=N)
-    # Hardware goes from float64 to a narrow float by way of float32, as Triton does.
+    # Like Triton, hardware converts float64 to a narrow float through float32.
     assert torch.equal(out, x.to(torch.float32).to(target) if source == torch.float64 else x.to(target))
 
 
@@ -135,8 +135,8 @@ def test_dot_accumulates_in_float32(dtype) -> None:
     assert ((dot(x, w).double() - x.double() @ w.double()).abs() <= bound).all()
 
 
-def test_tf32_shows() -> None:
-    """A float32 dot is TF32 on a GPU unless told otherwise; a kernel that forgets has to fail here."""
+def test_tf32_rounding_shows() -> None:
+    """On a GPU a float32 dot is TF32 unless input_precision says otherwise. A kernel without it has to fail here."""
     x = torch.full((N, N), 1 + 2**-12)
     assert torch.equal(dot(x, torch.eye(N)), x)
     assert torch.equal(dot(x, torch.eye(N), "tf32"), torch.ones(N, N))
@@ -215,7 +215,7 @@ def _far_kernel(x_ptr, out_ptr, far, N: tl.constexpr):
     tl.store(out_ptr + i, tl.load(x_ptr + far.to(tl.int64) * 4 + (i - far * 4)))
 
 
-def test_pointers_move_by_elements_forth_and_back() -> None:
+def test_pointers_move_by_elements_back_and_forth() -> None:
     x = torch.randn(N)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int8):
         out = torch.empty(N, dtype=dtype)
@@ -225,7 +225,7 @@ def test_pointers_move_by_elements_forth_and_back() -> None:
 
 @triton.jit
 def _later(latest_a, value_a, latest_b, value_b):
-    """Not commutative: the right one, unless it says nothing."""
+    """Not commutative: the right value, if it is set."""
     says = latest_b > 0
     return tl.where(says, latest_b, latest_a), tl.where(says, value_b, value_a)
 
@@ -309,7 +309,7 @@ def test_a_bf16_sum_adds_numbers_not_bits() -> None:
 
 
 def test_a_generic_reduction_is_fast() -> None:
-    """The stock interpreter takes 1.5 s for this one, element by element."""
+    """The stock interpreter works element by element and takes 1.5 s for this reduction."""
     x, values, indices = torch.randn(64, 256), torch.empty(64), torch.empty(64, dtype=torch.int32)
     start = time.perf_counter()
     _reduce_kernel[(1,)](x, values, indices, OP="largest", ROWS=64, N=256)
@@ -339,11 +339,11 @@ def test_atomics(dtype) -> None:
 @triton.jit
 def _argument_kernel(x_ptr, out_ptr, scale, flag, N: tl.constexpr):
     i = tl.arange(0, N)
-    out = tl.load(x_ptr + i) * scale  # a float among the arguments is a float32 tensor, so the product is one
+    out = tl.load(x_ptr + i) * scale  # a float argument is a float32 tensor, so the product is float32 too
     tl.store(out_ptr + i, tl.where(flag and not (i < 2), out, 0.0))
 
 
-def test_arguments_and_boolean_operators_are_the_compilers() -> None:
+def test_arguments_and_boolean_operators_work_as_when_compiled() -> None:
     x, out = torch.randn(N).to(torch.bfloat16), torch.empty(N)
     _argument_kernel[(1,)](x, out, 0.1, True, N=N, num_warps=2)
     expected = x.float() * torch.tensor(0.1)
@@ -362,7 +362,7 @@ def _loop_kernel(out_ptr, count):
 
 
 def test_programs_are_cheap() -> None:
-    """Loops with a bound on the device (which numpy 2.4 breaks for Triton 3.6), and a thousand programs."""
+    """A thousand programs, each with a loop to a bound from the device (numpy 2.4 breaks these in Triton 3.6)."""
     out = torch.empty(1000, dtype=torch.int32)
     start = time.perf_counter()
     _loop_kernel[(1000,)](out, 4)

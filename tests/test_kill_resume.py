@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL, again and again and in the worst places, ends with the same bits as one that is not."""
+"""A run killed with SIGKILL, again and again and in the worst places, ends with the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.train_case import curve, lines, saved_bytes
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 40
 
-# Where a child kills itself: [place, how many times it is passed before]. See kill_worker.PLACES.
+# Where a child kills itself: [place, at which pass through it]. See kill_worker.PLACES.
 IN_PLACES: list[list[str | int]] = [
-    ["config", 1],  # before config.json is written: nothing is there yet
+    ["config", 1],  # before config.json is written: the folder is still empty
     ["update", 3],  # weights changed, nothing saved
     ["tensors", 1],  # optimizer.safetensors of the very first checkpoint is half written
-    ["tensors", 4],  # the same, of the second; each has a file of moments and one of generators
+    ["tensors", 4],  # the same for the second; each has a file of moments and one of generators
     ["manifest", 1],  # every file is there but the manifest
     ["line", 4],  # half a line in metrics.jsonl
     ["cut", 1],  # that line is being cut off, into a file that is not yet renamed
@@ -67,7 +67,7 @@ def test_killed_runs_end_with_the_same_bits(killed_runs: tuple[Path, dict[str, l
     directory, outcome = killed_runs[0] / case, killed_runs[1]
     ends, n_places = outcome[case], len(CASES[case][1])
 
-    # Every child that kills itself did; one that is killed at a random moment may have been faster.
+    # Every child that should kill itself did. A child with a random kill may have finished first.
     assert ends[0] == "done"
     assert ends[1 : 1 + n_places] == ["SIGKILL"] * n_places
     assert set(ends[1 + n_places : -1]) <= {"SIGKILL", "done"}
@@ -81,7 +81,7 @@ def test_killed_runs_end_with_the_same_bits(killed_runs: tuple[Path, dict[str, l
         verify_checkpoint(path)
         assert saved_bytes(path) == saved_bytes(whole / "checkpoints" / path.name)
 
-    # Each step once, with the same numbers; each evaluation once; nothing half-written is left.
+    # Each step and each evaluation is there once, with the same numbers, and no half-written file is left.
     assert [line["step"] for line in lines(killed / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert curve(killed) == curve(whole)
     assert lines(killed / "eval.jsonl") == lines(whole / "eval.jsonl")

@@ -1,6 +1,9 @@
-"""The ops as citizens of torch: opcheck, compile, autocast, batch dimensions, backends."""
+"""The ops within torch: opcheck, compile, autocast, batch dimensions, backends."""
 
 from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,7 +86,7 @@ def test_opcheck_of_update_latents_with_everything(kind: str, backend: str) -> N
             *(given["lr"], given["step"], torch.tensor(0.5, dtype=torch.float64), torch.tensor(False)),
             *("adamw", 0.9, 0.999, 1e-8, 0.1, 1.0, True, True, kind == "norms", 7, backend),
         ),
-        # The other checks compare tensors by arithmetic that torch does not have in 8 bits.
+        # The other checks compare tensors with arithmetic that torch lacks in 8 bits.
         test_utils=("test_autograd_registration", "test_faketensor") if kind == "8 bit" else "ALL",
     )
 
@@ -104,7 +107,7 @@ def test_compile_forward_and_backward(backend: str) -> None:
         return (recon - x).square().sum() + gate
 
     eager = torch.autograd.grad(loss(x, W, b), (x, W, b))
-    # Inductor's own share, code for the few pointwise operations between the ops, is compiled in the next test.
+    # Inductor would only compile the few pointwise operations between the ops; the next test covers it.
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, W, b), (x, W, b))
     for a, e in zip(compiled, eager, strict=True):
         torch.testing.assert_close(a, e)
@@ -234,6 +237,31 @@ def test_an_absent_backend_fails_loudly_with_its_reason(backend: str) -> None:
         encode(backend=backend)
     assert reason in str(caught.value)
     assert f"no backend can serve fastsae.encode_topk here ({backend}:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "refused", "chosen"),
+    [
+        ({}, (), "cuda"),
+        ({}, ("cuda",), "triton"),
+        ({"rows": True}, (), "triton"),
+        ({"rows": True}, ("triton",), "cuda"),
+        ({"scale": True}, (), "cuda"),
+    ],
+)
+def test_cuda_goes_first_except_for_rows(
+    options: dict, refused: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def module(name: str) -> SimpleNamespace:
+        reason = "it does not want to" if name in refused else None
+        return SimpleNamespace(name=name, supports=lambda *_, **__: reason, available=lambda: None, by_name_only=bool)
+
+    backends = importlib.import_module("fastsae.backends")  # fastsae.backends is its function
+    monkeypatch.setattr(backends, "_REGISTRY", tuple((name, module(name)) for name in ("cuda", "triton", "cpu")))
+    W = torch.zeros(M, D)
+    given = {"rows": torch.zeros(3, dtype=torch.int32), "scale": torch.zeros(M)}
+    tensors = [W, W, torch.zeros(M), *(t for name, t in given.items() if name in options)]
+    assert backends.choose("encode_topk", None, *tensors, k=K).name == chosen
 
 
 def test_the_environment_names_the_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:

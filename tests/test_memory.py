@@ -1,4 +1,4 @@
-"""What a step may not do, with the module or fused: make a tensor of tokens by latents, or read the device back."""
+"""What no step may do, plain or fused: allocate a tensor of tokens by latents, or read back from the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BACKENDS = [name for name, info in fastsae.backends().items() if info["available
 @pytest.mark.parametrize("loss", ["mse", "fvu"])
 @pytest.mark.parametrize("normalize", ["none", "constant", "layer_norm"])
 def test_nothing_is_read_back_from_the_device(normalize, loss):
-    """On the meta device every read of a value raises, so what runs there makes no host sync."""
+    """On the meta device every read of a value raises, so code that runs there makes no host sync."""
     sae = SparseAutoencoder(16, 64, TopK(4), aux_k=8, normalize=normalize, loss=loss, device="meta")
     sae.norm.calibrated = True
     x = torch.empty(32, 16, device="meta")
@@ -41,7 +41,7 @@ def test_nothing_is_read_back_from_the_device(normalize, loss):
     fastsae.BatchTopK(4), fastsae.Matryoshka(TopK(4), groups=(16, 48)), fastsae.HierarchicalTopK((2, 4)),
     fastsae.Matryoshka(fastsae.BatchTopK(4), sampled=3, shortest=8), fastsae.GroupMax(4),
 ], ids=lambda rule: rule.kind)  # fmt: skip
-def test_neither_do_the_other_rules_of_fixed_size(rule):
+def test_other_rules_of_fixed_size_read_nothing_back_either(rule):
     sae = SparseAutoencoder(16, 64, rule, aux_k=8, device="meta")
     x = torch.empty(32, 16, device="meta")
     sae(x).loss.backward()
@@ -50,7 +50,7 @@ def test_neither_do_the_other_rules_of_fixed_size(rule):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements that any op made: what Python and torch allocate around the fastsae ops."""
+    """Records the size of the largest output of any op: what Python and torch allocate around the fastsae ops."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: a fused run skips such a batch, another stops, and neither saves a bad parameter."""
+"""Numbers that are not finite: a fused run skips such a batch, a plain run stops, and neither saves a bad parameter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def spoil(batches: int | Sequence[int], rows: list[int], value: float) -> Hook:
 
 
 def without(left_out: Sequence[int], **settings: Any) -> Any:
-    """A source that hands out no batch of these numbers (from 1)."""
+    """A source that leaves out the batches with these numbers (from 1)."""
     data = source()
     draw, calls = data.next_batch, 0
 
@@ -51,7 +51,7 @@ def without(left_out: Sequence[int], **settings: Any) -> Any:
 
 
 def told(seen: list[warnings.WarningMessage]) -> list[str]:
-    """What the run itself said of skipped steps; the optimizer warns beside it, of no step by number."""
+    """The run's own warnings about skipped steps. The optimizer warns too, without a step number."""
     return [str(w.message) for w in seen if str(w.message).startswith("step ")]
 
 
@@ -61,10 +61,10 @@ def told(seen: list[warnings.WarningMessage]) -> list[str]:
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("bad", "value"),
-    # The last: nine in a row, a good batch, and more again; that is no ten in a row.
+    # The last case: nine in a row, a good batch, and two more. That is not ten in a row.
     [([10], NAN), ([10], float("inf")), ([10], 3e38), ([1], NAN), ([1], -float("inf")), ([*range(8, 17), 18, 19], NAN)],
 )
-def test_a_bad_batch_is_a_batch_left_out(tmp_path: Path, bad: list[int], value: float, moments: str) -> None:
+def test_a_bad_batch_acts_like_a_batch_left_out(tmp_path: Path, bad: list[int], value: float, moments: str) -> None:
     settings = {"decay": "constant", "moments": moments}
     run = trainer(tmp_path / "run", spoil(bad, [5, 6, 40], value), **settings)
     with warnings.catch_warnings(record=True) as seen:
@@ -86,8 +86,8 @@ def test_a_bad_batch_is_a_batch_left_out(tmp_path: Path, bad: list[int], value: 
     assert saved_steps(tmp_path / "run") == [21, 28, 30]
 
 
-def test_what_was_skipped_is_remembered_and_shown(tmp_path: Path) -> None:
-    """Stopped and gone on with: the same bits and lines as in one go, the number of skipped steps included."""
+def test_skipped_steps_are_saved_and_reported(tmp_path: Path) -> None:
+    """A run that was stopped and resumed gives the bits and lines of an uninterrupted one, skipped steps included."""
     bad = spoil([4, 9, 20], [7], NAN)
     settings = {"tensorboard": True, "k_start": 12, "k_anneal": 25}
     with pytest.warns(RuntimeWarning, match="step 4: 1 of 48 rows"):
@@ -141,8 +141,8 @@ def test_a_run_that_begins_with_bad_batches_only_ends_before_its_first_step(tmp_
     assert not run.sae.b_dec.any()
 
 
-def test_off_the_cpu_skips_are_noted_and_told_where_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of another device, run on CPU tensors."""
+def test_off_the_cpu_skips_are_recorded_and_reported_when_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of other devices, run on CPU tensors."""
 
     def step(x: Tensor, number: int) -> None:
         nonlocal skipped
@@ -173,7 +173,7 @@ def test_off_the_cpu_skips_are_noted_and_told_where_numbers_are_read(monkeypatch
         step(good, 4)
 
 
-# -- torch's optimizers would write it: stop --------------------------------------------------------------------------
+# -- torch's optimizers would apply it: stop -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
@@ -210,8 +210,8 @@ def test_without_a_fused_step_a_loss_that_overflows_stops_a_run(tmp_path: Path) 
     assert saved_steps(tmp_path) == [7]
 
 
-def test_off_the_cpu_bad_numbers_are_noted_and_raised_where_numbers_are_read() -> None:
-    """The path of a device without a cheap answer, run on CPU tensors: the first bad step is the one that is named."""
+def test_off_the_cpu_bad_numbers_are_recorded_and_raised_when_numbers_are_read() -> None:
+    """The path of devices where a check is not cheap, run on CPU tensors: the error names the first bad step."""
     guard = FiniteGuard(torch.device("cpu"))
     guard._immediate = False
     good, bad = torch.ones(6, 4), torch.ones(6, 4)

@@ -52,7 +52,7 @@ def test_encode_topk_with_a_prepared_screen_finds_the_same(name: str, backend: s
 def test_encode_topk_on_rows(case: Case, backend: str, dtype: torch.dtype) -> None:
     x, W, b = case.inputs(dtype)
     present = torch.arange(0, case.M, 3, dtype=torch.int32)
-    rows = torch.cat([present, torch.full((case.K,), -1, dtype=torch.int32)])  # the count is smaller than the capacity
+    rows = torch.cat([present, torch.full((case.K,), -1, dtype=torch.int32)])  # fewer rows than the capacity
     codes = ops.encode_topk(x, W, b, case.K, rows=rows, backend=backend)
     pre, magnitude = truth.scores(x, W, b)
     masked = torch.full_like(pre, -1.0)
@@ -70,7 +70,7 @@ def test_encode_topk_on_no_rows_is_empty(backend: str, dtype: torch.dtype) -> No
 @every_backend
 @pytest.mark.parametrize("name", ["random", "odd", "hot-latent"])
 def test_encode_topk_with_many_rows(name: str, backend: str, dtype: torch.dtype) -> None:
-    """AuxK takes up to half the width of the model from the dead latents: K is large there."""
+    """AuxK takes up to D / 2 of the dead latents, so K is large there."""
     case = BY_NAME[name]
     x, W, b = case.inputs(dtype)
     dead = torch.arange(case.M, dtype=torch.int32)[case.M // 4 :]
@@ -102,7 +102,7 @@ def test_encode_topk_of_a_shard(backend: str, dtype: torch.dtype) -> None:
 
 
 def _thresholds(case: Case, pre: Tensor) -> dict[str, Tensor]:
-    """One for all, one per latent, one per token; each lets a different share of the latents through."""
+    """One threshold for all, per latent, and per token. Each lets a different share of the latents through."""
     filled = torch.where(pre.isnan(), 0, pre)
     if case.N == 0:
         return {"one": torch.tensor(0.0), "latent": torch.zeros(case.M), "token": torch.zeros(0, 1)}
@@ -114,7 +114,7 @@ def _thresholds(case: Case, pre: Tensor) -> dict[str, Tensor]:
 
 
 def _assert_above(codes: SparseCodes, pre: Tensor, magnitude: Tensor, threshold: Tensor) -> None:
-    """codes hold every pre-act that is above by more than the bound, and none that is below by more than it."""
+    """codes hold every pre-act above the threshold by more than the bound, and none below it by more than the bound."""
     codes.check()
     slack = truth.bound(pre, magnitude, torch.float64 if codes.acts.dtype == torch.float64 else torch.float32)
     stored = torch.zeros_like(pre, dtype=torch.bool)
@@ -122,8 +122,8 @@ def _assert_above(codes: SparseCodes, pre: Tensor, magnitude: Tensor, threshold:
     tokens, latents = codes.token_ids()[slots], codes.indices[slots].long()
     stored[tokens, latents] = True
     assert bool((stored | ~(pre > threshold + slack)).all()), "a latent above the threshold is missing"
-    assert bool((~stored | ~(pre <= threshold - slack)).all()), "a latent below the threshold is there"
-    assert bool((stored | ~pre.isnan()).all()), "NaN counts as above"
+    assert bool((~stored | ~(pre <= threshold - slack)).all()), "a latent below the threshold is stored"
+    assert bool((stored | ~pre.isnan()).all()), "NaN should count as above"
     truth.assert_within(codes.acts[slots], pre[tokens, latents], magnitude[tokens, latents], "the pre-acts")
 
 
@@ -175,7 +175,7 @@ def test_encode_batch_topk(case: Case, backend: str, dtype: torch.dtype) -> None
     expected, places = best.flatten().sort(descending=True, stable=True)
     expected, places = expected[: case.N * case.K], places[: case.N * case.K]
     slots = codes.occupied()
-    assert bool((codes.acts[slots] > 0).all()), "zeros are not stored"
+    assert bool((codes.acts[slots] > 0).all()), "zeros should not be stored"
     found = torch.zeros_like(codes.acts)
     found[: int(slots.sum())] = codes.acts[slots].sort(descending=True).values
     truth.assert_within(found, expected, magnitude.flatten()[places], "the sorted acts")
@@ -190,7 +190,7 @@ def test_encode_batch_topk_keeps_nan(backend: str, dtype: torch.dtype) -> None:
     case = BY_NAME["nan"]
     x, W, b = case.inputs(dtype)
     codes = ops.encode_batch_topk(x, W, b, case.K, backend=backend).check()
-    # 28 slots, and a token with 130 NaN: they rank highest and take all of them, the lower latents first.
+    # One token has 130 NaN pre-acts. They rank highest and take all 28 slots, the lower latents first.
     assert codes.l0.tolist() == [0, 28, 0, 0, 0, 0, 0]
     assert bool(codes.acts.isnan().all())
     assert codes.indices.tolist() == list(range(28))
@@ -224,7 +224,7 @@ def test_decode_error(case: Case, make, backend: str, dtype: torch.dtype, biased
     b64 = torch.zeros(case.D, dtype=torch.float64) if bias is None else bias.double()
     expected = reference.decode(A, W64) + b64 - x64
     magnitude = reference.decode(A.abs(), W64.abs()) + b64.abs() + x64.abs()
-    if backend == "cpu" and dtype == torch.bfloat16:  # it rounds the decode before it subtracts
+    if backend == "cpu" and dtype == torch.bfloat16:  # the CPU rounds the reconstruction before it subtracts
         magnitude = magnitude * 2**17 / truth.C
     truth.assert_within(error, expected, magnitude, "the error")
     slack = truth.bound(expected, magnitude, error.dtype)
@@ -284,7 +284,7 @@ def test_by_latent(case: Case, make, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", truth.GPU)
 @pytest.mark.parametrize("name", ["odd", "strided", "nan"])
 def test_float16_on_gpu_backends(name: str, backend: str) -> None:
-    """The engines with kernels for it. Cases whose results leave fp16's range are left out."""
+    """Only GPU backends have fp16 kernels. Cases whose results leave fp16's range are left out."""
     case = BY_NAME[name]
     x, W, b = case.inputs(torch.float16)
     codes = ops.encode_topk(x, W, b, case.K, backend=backend)
@@ -320,7 +320,7 @@ def test_slots_of_zero_may_lie_anywhere(backend: str, dtype: torch.dtype) -> Non
 
 @every_backend
 def test_a_latent_stored_twice_counts_twice(backend: str, dtype: torch.dtype) -> None:
-    """Not a valid code, and yet it must not be dropped in silence."""
+    """The code is not valid, but no entry may be dropped silently."""
     acts = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 0.0]], dtype=dtype)
     codes = SparseCodes(acts, torch.tensor([[1, 1, 3], [0, 0, 3]], dtype=torch.int32), 4)
     W = torch.arange(8.0).view(4, 2).to(dtype)
@@ -340,7 +340,7 @@ def test_nan_reaches_every_result_of_its_token(backend: str, dtype: torch.dtype)
     assert bool(ops.active_outer(codes, W[: case.N], backend=backend)[: case.K].isnan().all())
 
 
-@pytest.mark.parametrize("backend", truth.THREADED)  # torch's own matmul, the reference's, promises nothing here
+@pytest.mark.parametrize("backend", truth.THREADED)  # the reference uses torch's matmul, which promises nothing
 @pytest.mark.parametrize("dtype", truth.NARROW, ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(backend: str, dtype: torch.dtype) -> None:
     case = BY_NAME["hot-latent"]

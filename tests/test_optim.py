@@ -549,3 +549,79 @@ def test_dictionaries_of_ones_own() -> None:
         truth.step()
     for mine, p in zip((W_enc, W_dec, b_enc, b_dec), (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec), strict=True):
         torch.testing.assert_close(mine, p, rtol=1e-9, atol=1e-11)
+
+
+# -- a model around it ------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """A map, an SAE, a readout of its reconstruction."""
+
+    def __init__(self, sae: fastsae.SparseAutoencoder):
+        super().__init__()
+        self.before = nn.Linear(D, D, dtype=torch.float64)
+        self.sae = sae
+        self.after = nn.Linear(D, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.sae(self.before(x))
+        return out.loss + self.after(out.recon).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize("how", ["model", "groups"])
+def test_an_optimizer_over_a_model_steps_the_rest_of_it_too(kind: str, how: str) -> None:
+    torch.manual_seed(0)
+    ours = Model(family_sae(RULES["topk"], decoder_norm="free"))
+    theirs = copy.deepcopy(ours)
+    make, make_theirs = {
+        "adam": (fastsae.optim.Adam, torch.optim.Adam), "adamw": (fastsae.optim.AdamW, torch.optim.AdamW),
+    }[kind]  # fmt: skip
+    given: Any = ours
+    if how == "groups":
+        given = [{"params": ours.sae}, {"params": [*ours.before.parameters(), *ours.after.parameters()]}]
+    optimizer, truth = make(given, lr=1e-2), make_theirs(theirs.parameters(), lr=1e-2)
+    assert len(optimizer.param_groups) == 2
+    for seed in range(3):
+        for model in (ours, theirs):
+            model(tokens(seed=seed)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert all(p.grad is None for p in ours.parameters())
+        truth.step()
+        truth.zero_grad()
+        for name, p in theirs.named_parameters():
+            torch.testing.assert_close(ours.get_parameter(name), p, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: n + m)
+
+    twin = copy.deepcopy(ours)
+    other = make(twin, lr=1.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, one in ((ours, optimizer), (twin, other)):
+        model(tokens(seed=9)).backward()
+        one.step()
+    for name, p in ours.named_parameters():
+        assert torch.equal(twin.get_parameter(name), p), name
+    with pytest.raises(ValueError, match="1 parameter groups, expected 2"):
+        optimizer.load_state_dict(truth.state_dict())
+
+
+def test_gradients_of_the_model_that_are_not_finite_change_nothing() -> None:
+    model = Model(family_sae(RULES["topk"]))
+    optimizer = adam(model, clip_norm=1.0)
+    before = copy.deepcopy(model.state_dict())
+    (model(tokens()) * torch.nan).backward()
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step()
+    assert int(optimizer.skipped) == 2  # the SAE's step and that of the rest
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+    model(tokens()).backward()
+    optimizer.step()
+    assert bool(optimizer.made)
+    assert not torch.equal(model.before.weight, before["before.weight"])
+
+
+def test_a_model_without_an_sae_is_refused() -> None:
+    for given in (nn.Linear(2, 2), [{"params": list(nn.Linear(2, 2).parameters())}], nn.Linear(2, 2).parameters()):
+        with pytest.raises(TypeError, match="SparseAutoencoder"):
+            fastsae.optim.Adam(given)

@@ -1,4 +1,4 @@
-"""What an optimizer of fastsae.optim refuses, and what it survives."""
+"""What an optimizer of fastsae.optim refuses, and which faults it survives."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rule: str, bad: float, mo
 
 
 @pytest.mark.parametrize("rule", [*SHAPED, "topk"])
-def test_so_does_a_fused_step_whichever_way_it_goes(rule: str) -> None:
+def test_a_bad_batch_changes_nothing_in_a_fused_step_dense_or_sparse(rule: str) -> None:
     for dense_above in (0.0, 1.0):
         sae = family_sae(RULES[rule], dtype=torch.float32)
         step = fastsae.FusedTrainStep(sae, dense_above=dense_above)
@@ -81,12 +81,14 @@ def test_so_does_a_fused_step_whichever_way_it_goes(rule: str) -> None:
 def test_large_gradients_that_are_finite_are_stepped() -> None:
     sae = family_sae(RULES["topk"], dtype=torch.float32)
     optimizer = adam(sae)
+    before = sae.W_dec.detach().clone()
     (sae(1e5 * tokens().float()).loss * 1e6).backward()
     optimizer.step()
     assert int(optimizer.skipped) == 0
+    assert not torch.equal(sae.W_dec, before)
 
 
-# -- bad use ----------------------------------------------------------------------------------------------------------
+# -- misuse -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_torch_optimizer_beside_it_is_refused_before_it_writes() -> None:
@@ -116,10 +118,10 @@ def test_the_newest_of_two_optimizers_owns_the_parameters() -> None:
     del new
     gc.collect()
     sae(tokens()).loss.backward()
-    assert not isinstance(sae.W_dec.grad, LedgerGradient), "nobody owns them any more"
+    assert not isinstance(sae.W_dec.grad, LedgerGradient), "the parameters still belong to an optimizer"
 
 
-def test_a_copied_module_is_free_and_an_optimizer_cannot_be_copied() -> None:
+def test_a_copied_module_has_no_optimizer_and_an_optimizer_cannot_be_copied() -> None:
     sae = family_sae(RULES["topk"])
     optimizer = adam(sae)
     twin = copy.deepcopy(sae)
@@ -129,7 +131,7 @@ def test_a_copied_module_is_free_and_an_optimizer_cannot_be_copied() -> None:
         copy.deepcopy(optimizer)
 
 
-def test_modules_that_changed_since_are_refused() -> None:
+def test_a_step_refuses_a_module_changed_after_construction() -> None:
     def changed(change: Callable[[fastsae.SparseAutoencoder], Any]) -> fastsae.optim.Adam:
         sae = family_sae(RULES["topk"], dtype=torch.float32)
         optimizer = adam(sae)
@@ -161,9 +163,10 @@ def test_weights_written_between_backward_and_step_are_refused() -> None:
     optimizer.zero_grad()
     sae(tokens()).loss.backward()
     optimizer.step()
+    assert not torch.equal(sae.W_dec, before["W_dec"])
 
 
-def test_gradients_of_one_sae_are_kept_together() -> None:
+def test_gradients_of_one_sae_are_changed_together_or_refused() -> None:
     sae = family_sae(RULES["topk"])
     optimizer = adam(sae)
     sae(tokens()).loss.backward()
@@ -203,6 +206,14 @@ def test_several_processes_are_refused_unless_independent(monkeypatch) -> None:
     sae = family_sae(RULES["topk"])
     with pytest.raises(RuntimeError, match="this is one of 2 processes"):
         fastsae.FusedTrainStep(sae)(tokens())
+    before = sae.W_dec.detach().clone()
+    refused = adam(sae)
+    sae(tokens()).loss.backward()
+    with pytest.raises(RuntimeError, match="this is one of 2 processes"):
+        refused.step()
+    assert torch.equal(sae.W_dec, before)
+    sae.zero_grad()
     optimizer = adam(sae, independent=True)
     sae(tokens()).loss.backward()
     optimizer.step()
+    assert not torch.equal(sae.W_dec, before)

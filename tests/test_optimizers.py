@@ -1,4 +1,4 @@
-"""AdamW, Lion and sign descent in update_latents_, against torch and textbooks, for one step and two hundred."""
+"""AdamW, Lion and sign descent in update_latents_: against torch and textbook code, for one step and for 200."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ every_kind = pytest.mark.parametrize("kind", ["adamw", "lion", "signsgd"])
 
 
 class Lion(torch.optim.Optimizer):
-    """Algorithm 2 of arXiv:2302.06675; without moments where betas are (0, 0): sign descent."""
+    """Algorithm 2 of arXiv:2302.06675. With betas (0, 0) it is sign descent."""
 
     def __init__(self, params: list[Tensor], lr: float, betas: tuple[float, float], weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -143,7 +143,7 @@ def large() -> SparseAutoencoder:
 @pytest.mark.parametrize("backend", [name for name in truth.BACKENDS if name not in truth.GPU])
 @pytest.mark.parametrize(("kind", "lr"), [("adamw", 1e-3), ("lion", 1e-3), ("signsgd", 3e-4)])
 def test_200_fp32_steps_drift_no_more_than_the_order_of_summation(kind: str, lr: float, backend: str) -> None:
-    """As in test_fused_step.py: no more than twice what dense runs differ that sum over D in another order."""
+    """As in test_fused_step.py: at most twice the difference between dense runs with other orders of summation."""
     order = [torch.randperm(32, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     runs = [DenseSAE(large(), permute=permute) for permute in (None, *order)]
     for dense in runs:
@@ -160,10 +160,10 @@ def test_200_fp32_steps_drift_no_more_than_the_order_of_summation(kind: str, lr:
     def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         return max(float((a[name] - b[name]).detach().norm() / a[name].detach().norm()) for name in a)
 
-    assert curves[0][-1] < 0.7 * curves[0][0], "the runs were to learn something"
+    assert curves[0][-1] < 0.7 * curves[0][0], "the runs should learn something"
     drift = max(distance(runs[0].params, other.params) for other in runs[1:])
     ours = distance(runs[0].params, dict(sae.named_parameters()))
-    rounding = 2**-21  # of the renormalized rows, which is all that steps by a sign differ in
+    rounding = 2**-21  # from renormalizing rows: sign steps differ in nothing else
     assert ours <= 2 * drift + rounding, f"weights: fused differs by {ours:.2e}, dense runs by {drift:.2e}"
 
 

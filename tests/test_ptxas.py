@@ -1,4 +1,4 @@
-"""The check of the CUDA kernels' registers: its rules on made-up logs, and what it reads of this tree's extension."""
+"""The check of the CUDA kernels' registers: its rules on made-up logs, and a reading of this tree's extension."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CUB = "_ZN3cub26CUB_300001_SM_800_900_10006detail11EmptyKernelIvEEvv"
 
 
 def said(name: str, target: str, registers: int = 40, spill: int = 0, stack: int = 0, more: str = "") -> str:
-    """What ptxas says of one kernel."""
+    """What ptxas prints about one kernel."""
     return (
         f"ptxas info    : Compiling entry function '{name}' for '{target}'\n"
         f"ptxas info    : Function properties for {name}\n"
@@ -48,7 +48,7 @@ def usage(*kernels: tuple[str, str, int]) -> str:
 def report(
     blocks: int | None = 4, threads: int | None = 128, targets: tuple[str, ...] = ptxas.TARGETS, **changes: Any
 ) -> dict[str, Any]:
-    """A report of one kernel; changes are to what was said of it for sm_90a."""
+    """A report of one kernel. The changes apply to its record for sm_90a."""
     record = {"registers": 40, "spill_bytes": 0, "stack_bytes": 0, "shared_bytes": 0}
     records = {target: record | (changes if target == "sm_90a" else {}) for target in targets}
     for target in targets:
@@ -87,7 +87,7 @@ def test_a_called_function_is_not_taken_for_a_kernel() -> None:
     assert called == {"_Z1gPfi": {"spill_bytes": 4, "stack_bytes": 8, "shared_bytes": 0}}
 
 
-def test_lines_of_two_targets_in_each_other_are_refused() -> None:
+def test_interleaved_lines_of_two_targets_are_refused() -> None:
     first, second = said(ADD, "sm_80").splitlines(), said(ADD, "sm_90a").splitlines()
     mixed = "\n".join([first[0], second[0], *first[1:], *second[1:]]) + "\n"
     with pytest.raises(ValueError, match="what it said of several targets is mixed"):
@@ -126,7 +126,7 @@ BOUNDS = ".maxntid 128, 1, 1\n.minnctapersm 4"
 
 
 @needs_filt
-def test_kernels_are_named_by_source_and_cubs_are_apart() -> None:
+def test_kernels_are_named_by_source_and_cubs_kernels_are_listed_apart() -> None:
     logs = {"adding": said(ADD, "sm_90a", 107) + said(CUB, "sm_90a", 4), "gather": said(TWIN, "sm_90a", 108)}
     logs["gather"] += "ptxas warning : Value of threads per SM for entry x is out of range\n"
     made = ptxas.report_of(
@@ -163,11 +163,11 @@ def test_logs_of_another_build_are_refused(stale: str) -> None:
     ("registers", "threads", "shared", "blocks", "resident"),
     [
         (128, 128, 0, 4, 512),
-        (129, 32, 0, 12, 384),  # 136 are given out: three warps in each of the four parts
+        (129, 32, 0, 12, 384),  # rounded up to 136: three warps in each of the four partitions
         (64, 256, 0, 4, 1024),
         (32, 32, 0, 64, 1024),  # no more than 32 blocks
         (20, 256, 0, 10, 2048),  # no more than 64 warps
-        (32, 256, 114 << 10, 8, 256),  # with what the system takes, two blocks of half the memory do not fit
+        (32, 256, 114 << 10, 8, 256),  # the system reserves some, so two blocks of half the shared memory do not fit
         (255, 33, 0, 4, 132),  # a block of 33 threads has two warps
     ],
 )

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and what it names exists."""
+"""The README's Python code runs unchanged, and the names in it exist."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_there_are_blocks_to_run() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     assert len(BLOCKS[0].strip().splitlines()) <= 12
 
 
@@ -41,7 +41,7 @@ def test_the_demo_is_as_long_as_it_says() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("version", ["3, 10, 0", "3, 13, 1"])
 def test_another_python_is_refused_with_what_to_do(version: str, tmp_path: Path) -> None:
-    """The versions of pyproject.toml are those of the README and of the Makefile."""
+    """pyproject.toml, the README and the Makefile name the same versions."""
     assert 'requires-python = ">=3.11,<3.13"' in (ROOT / "pyproject.toml").read_text()
     assert "Python 3.11 or 3.12" in README
     python = tmp_path / "python"

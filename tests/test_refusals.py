@@ -1,4 +1,4 @@
-"""What is refused before a backend sees it, and how, by the public functions and by raw ops."""
+"""What the public functions and the raw ops refuse before a backend runs, and with which message."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_indices_outside_the_dictionary_never_reach_a_backend(backend: str) -> N
 
 
 @every_backend
-def test_the_raw_ops_check_what_a_backend_would_read_by(backend: str) -> None:
+def test_the_raw_ops_check_shapes_and_dtypes(backend: str) -> None:
     x, W, b = inputs()
     acts, indices = encode().acts, encode().indices
 
@@ -143,13 +143,13 @@ def test_an_order_of_another_code_is_refused(backend: str) -> None:
     wider = SparseCodes(codes.acts, codes.indices, M + 1)
     with pytest.raises(ValueError, match=r"by_latent is torch.int64 of shape \(17,\), .* expected .*\(18,\)"):
         ops.active_outer(wider, x, by_latent=order, backend=backend)
-    # As many slots of half as many tokens: the order names tokens that are not there.
+    # The same number of slots for half the tokens: the order names tokens that do not exist.
     wide = SparseCodes(codes.acts.view(N // 2, -1), codes.indices.view(N // 2, -1), M)
     with pytest.raises(ValueError, match="by_latent points outside the code"):
         ops.active_outer(wide, x[: N // 2], by_latent=order, backend=backend)
 
 
-def test_a_compiled_graph_meets_a_wrong_shape_when_it_is_traced() -> None:
+def test_a_wrong_shape_is_refused_while_tracing() -> None:
     x, W, b = inputs()
     short = W[1:]
     with torch._subclasses.FakeTensorMode() as mode:
@@ -222,9 +222,7 @@ def test_moments_are_of_one_dtype_wide_or_bf16(backend: str) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_the_raw_update_checks_what_it_writes_by(
-    changes: dict, error: type[Exception], message: str, backend: str
-) -> None:
+def test_the_raw_update_checks_its_arguments(changes: dict, error: type[Exception], message: str, backend: str) -> None:
     given = update_arguments()
     term = given.pop("terms")[0]
     arguments = {

@@ -1,4 +1,4 @@
-"""The report: whole and partial runs, hostile text, nothing from outside, the right latents and passages."""
+"""The report: whole and partial runs, hostile text, no external resources, the right latents and passages."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fastsae.model.sae import SparseAutoencoder
 from fastsae.report import ReportOptions, write_report
 from fastsae.report.contexts import distinct, latent_cards, passage, pick_spread, spread_rows, visible
 from fastsae.report.drawing import thinned
+from fastsae.report.page import spliced_section
 from fastsae.report.plots import loop_parts
 from fastsae.report.runlog import histogram, read_jsonl, read_run
 from fastsae.report.timing import time_step
@@ -89,7 +90,7 @@ def checked(path: Path) -> Page:
 
 
 def make_harvest(folder: Path, *, text: bool = True) -> Path:
-    """Rows that are their token's embedding; the first position of a window and every eleventh row are not stored."""
+    """Each row is the embedding of its token. The first position of a window and every eleventh row are not stored."""
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(len(WORDS), D, generator=generator)
     with ShardWriter(folder, D, torch.float32, {}) as writer:
@@ -141,10 +142,10 @@ def test_a_run_on_text(run):
                   "Learning rate", "Throughput", "Inside one update",
                   "Time of the training loop by part", "A whole step, side by side"):  # fmt: skip
         assert title in text
-    assert "25.0×" in text  # over the faster of the two references
+    assert "25.0×" in text  # relative to the faster of the two references
     assert page.count("details", "latent") == 6
     assert page.count("svg") == len([a for t, a in page.tags if t == "svg" and a.get("role") == "img"]) >= 12
-    assert HOSTILE in text  # said as text, in the settings and in the passages; checked() saw no such tag
+    assert HOSTILE in text  # shown as text in the settings and the passages; checked() found no such tag
     assert not list(run.glob("*.partial"))
 
 
@@ -172,7 +173,7 @@ def test_partial_runs(run, tmp_path):
     assert "Fraction of variance" not in text
 
 
-def test_weights_or_rows_that_are_gone_are_said_and_do_not_stop_the_page(run, tmp_path):
+def test_missing_weights_or_rows_are_reported_and_do_not_stop_the_page(run, tmp_path):
     no_weights = copy_of(run, tmp_path / "a", "config.json", "metrics.jsonl", "eval.jsonl")
     assert "holds no checkpoint that can be used" in "".join(checked(write_report(no_weights)).text)
     moved = copy_of(run, tmp_path / "b", "config.json", "metrics.jsonl", "eval.jsonl")
@@ -194,6 +195,34 @@ def test_a_run_without_text_has_timings_but_no_latents(run, tmp_path):
     assert page.count("ul", "notes") == 0
 
 
+def test_what_the_language_model_loses_is_a_table(run, tmp_path):
+    folder = copy_of(run, tmp_path / "spliced", "config.json", "metrics.jsonl", "eval.jsonl")
+    assert spliced_section(read_run(folder)) is None
+    spliced = {
+        "hooks": ["layers.1", HOSTILE], "n_predictions": 4080, "replaced_share": 0.996, "special": HOSTILE,
+        "mean_of": "these",
+        "ce_untouched": 3.25, "ce_spliced": 3.5, "ce_zero": 9.125, "ce_mean": 6.0, "kl_spliced": 0.125,
+        "kl_zero": 5.5, "kl_mean": None, "recovered_over_zero": 0.957, "recovered_over_mean": 0.909,
+    }  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps({"step": 12, "fvu": 0.1, "spliced": spliced}))
+    section = spliced_section(read_run(folder))
+    assert section.rows == [
+        ("untouched", "3.2500", "", ""),
+        ("spliced", "3.5000", "0.1250", ""),
+        ("zero ablation", "9.1250", "5.5000", "0.9570"),
+        ("mean ablation", "6.0000", "–", "0.9090"),
+    ]
+    text = "".join(checked(write_report(folder, options=ReportOptions(latents=0, time_step=False))).text)
+    assert "In the language model" in text
+    assert "99.60% of the tokens" in text
+    assert HOSTILE in text
+    for odd in ({}, {"hooks": HOSTILE, "ce_zero": [1], "n_predictions": HOSTILE, "special": [HOSTILE]}):
+        (folder / "evaluation.json").write_text(json.dumps({"step": 12, "spliced": odd}))
+        checked(write_report(folder, options=ReportOptions(latents=0, time_step=False)))
+    (folder / "evaluation.json").write_text(json.dumps({"step": 12, "spliced": HOSTILE}))
+    assert spliced_section(read_run(folder)) is None
+
+
 def test_evaluation_by_hand_takes_the_place_of_an_older_one(run, tmp_path):
     folder = copy_of(run, tmp_path / "d", "config.json", "metrics.jsonl", "eval.jsonl")
     (folder / "evaluation.json").write_text(json.dumps({"step": 12, "fvu": 0.123}))
@@ -205,7 +234,7 @@ def test_evaluation_by_hand_takes_the_place_of_an_older_one(run, tmp_path):
     assert "evaluation.json is unreadable and left out." in read_run(folder).notes
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run folder at"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
@@ -217,7 +246,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ReportOptions(passages=0)
 
 
-def test_a_place_that_cannot_hold_the_page_is_refused_first(run, tmp_path):
+def test_an_unusable_output_path_is_refused_first(run, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}, which is a folder"):
         write_report(run, out=tmp_path)
     with pytest.raises(ValueError, match=r"nowhere/page\.html, which lies in a folder that is not there"):
@@ -244,7 +273,7 @@ def test_cards_against_the_dense_code(run):
             assert shown.peak in acts
             shaded = [span for span in shown.spans if span.share > 0]
             assert all(span.share == pytest.approx(max(0.01, span.act / card.max_act)) for span in shaded)
-            assert max(acts, key=lambda a: a or 0) == pytest.approx(shown.peak, rel=1e-5) or len(card.passages) > 1
+            assert max(act or 0 for act in acts) >= shown.peak
     assert any(span.act is None for card in cards for shown in card.passages for span in shown.spans)
     again, _ = latent_cards(sae, source, latents=8, passages=2, width=5, seed=1)
     assert again == cards
@@ -350,7 +379,7 @@ def test_a_saved_module_or_a_checkpoint_is_no_run_and_stays_as_it_is(run, tmp_pa
 
 
 def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
-    """Known names with values of other types, unknown names, numbers beyond any float, JSON without an end."""
+    """Known names with values of other types, unknown names, numbers too large for a float, JSON that never ends."""
     folder = tmp_path / "run"
     folder.mkdir()
     config = json.loads((run / "config.json").read_text())
@@ -371,7 +400,7 @@ def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
     page = checked(write_report(folder))
     text = "".join(page.text)
     assert "metrics.jsonl: 2 unreadable lines left out." in text
-    assert "holdout = " in text  # the data's record is said to be no record
+    assert "holdout = " in text  # the page says that the record of the data is unusable
     assert "0.2500" in text
     assert "Time of the training loop by part" in text
     assert loop_parts(read_run(folder)).keys() == {"step"}
@@ -382,6 +411,6 @@ def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
     None, [], {}, {"edges": [0, 1], "counts": [1, 2], "never": 0}, {"edges": [1, 0], "counts": [1], "never": 0},
     {"edges": [0, 1], "counts": [True], "never": 0}, {"edges": [0, 1], "counts": [1]},
 ])  # fmt: skip
-def test_a_histogram_that_is_none(held):
+def test_a_malformed_histogram_is_left_out(held):
     assert histogram({"density_histogram": held}) is None
     assert histogram({"density_histogram": {"edges": [0, 1], "counts": [3], "never": 2}}) == ([0, 1], [3], 2)

@@ -1,4 +1,4 @@
-"""SparseAutoencoder against a dense module, its bookkeeping, its life as an nn.Module, and what it refuses."""
+"""SparseAutoencoder: against a dense module, its bookkeeping, its behaviour as an nn.Module, and what it refuses."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_leading_dimensions_come_back():
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_empty_and_lonely_batches(n):
+def test_batches_of_no_token_and_of_one(n):
     sae = sae_for_test(aux_k=3, dead_after=1)
     out = sae(tokens(n, 10))
     assert out.recon.shape == (n, 10)
@@ -117,15 +117,15 @@ def test_eval_mode_has_no_aux_and_counts_nothing():
 def test_dead_latents_are_counted_in_tokens_by_hand():
     sae = sae_for_test(d_sae=6, k=2, dead_after=5)
     fires = SparseCodes(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[1, 3], [3, 5]], dtype=torch.int32), 6)
-    sae.note_fired_(fires)  # latent 5 only fills an empty slot
+    sae.count_fired_(sae.counts_of(fires), 2)  # latent 5 only fills an empty slot
     assert sae.tokens_since_fired.tolist() == [2, 0, 2, 0, 2, 2]
     again = SparseCodes(torch.tensor([[0.5, 0.0]] * 3), torch.tensor([[0, 5]] * 3, dtype=torch.int32), 6)
-    sae.note_fired_(again)
+    sae.count_fired_(sae.counts_of(again), 3)
     assert sae.tokens_since_fired.tolist() == [0, 3, 5, 3, 5, 5]
     assert sae.dead.tolist() == [False, False, True, False, True, True]
 
 
-# -- the decoder's norm, the input's, and where to start --------------------------------------------------------------
+# -- norms of the decoder and the input, initial values --------------------------------------------------------------
 
 
 def test_initial_weights():
@@ -208,7 +208,7 @@ def test_b_dec_starts_at_the_centre():
     x = tokens(400, 10)
     sae = sae_for_test()
     torch.testing.assert_close(sae.init_from_(x).b_dec.detach(), x.mean(0))
-    # A cross around 2, and one point far away: the mean follows it, the geometric median hardly.
+    # A cross around 2 and one point far away: the mean follows the outlier, the geometric median hardly moves.
     cross = torch.cat([2 + torch.eye(10), 2 - torch.eye(10)]).double().repeat(20, 1)
     outlier = torch.cat([cross, torch.full((1, 10), 1e6, dtype=torch.float64)])
     median = sae.init_from_(outlier, how="geometric_median").b_dec.detach()
@@ -300,7 +300,7 @@ def test_bad_settings_are_refused_at_construction(settings, message):
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, True, "4"])
-def test_top_k_refuses_what_is_no_count(k):
+def test_top_k_refuses_an_invalid_count(k):
     with pytest.raises(ValueError, match="expected a whole number of at least 1"):
         TopK(k)
 
@@ -318,6 +318,7 @@ def test_bad_inputs_are_refused_by_name():
         (tokens(4, 9), ValueError, r"x has shape \(4, 9\), expected \(\*batch, 10\)"),
         (tokens(4, 10)[0], ValueError, r"pass its row as a batch, x\[None\]"),
         (torch.ones(4, 10, dtype=torch.int64), TypeError, "x has dtype torch.int64, expected a floating-point one"),
+        (torch.ones(4, 10).numpy(), TypeError, r"x is a ndarray, expected a tensor: torch.as_tensor\(x\)"),
     ]
     for x, error, message in cases:
         for call in (sae, sae.encode):

@@ -46,7 +46,7 @@ def test_a_tensor_step_gives_the_same_number_as_a_tensor(decay):
     assert schedule(torch.zeros((), dtype=torch.int64, device="meta")).device.type == "meta"
 
 
-def test_it_is_what_lambda_lr_takes():
+def test_lambda_lr_accepts_a_schedule():
     schedule = Schedule(total=6, warmup=2, decay="linear", decay_fraction=0.5)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

@@ -1,7 +1,7 @@
-"""Screening on the CPU: every narrow format must return bit for bit what the fp32 scores say, however hard the input.
+"""Screening on the CPU: every narrow format must return the bits of the fp32 scores, however hard the input.
 
-The formats share one exact score per instruction set, so i8, bf16, AMX (its software twin) and fp32 screening have to
-agree in every bit; and fp32 screening is held against float64 in test_ops.
+All formats of an instruction set share one exact score, so i8, bf16, AMX (its software twin) and fp32 screening have to
+agree in every bit. test_ops compares fp32 screening with float64.
 """
 
 import pytest
@@ -40,7 +40,7 @@ def gaussian(N=200, D=96, M=4096):
 
 
 def sorted_latents():
-    """The first latents are the strong ones: a sample of a prefix would lie."""
+    """The first latents are the strong ones: a prefix would be a misleading sample."""
     x, W, b, k = gaussian()
     return x, W * torch.linspace(6, 0.01, W.shape[0])[:, None], b, k
 
@@ -48,12 +48,12 @@ def sorted_latents():
 def mass_in_one_block():
     x, W, b, k = gaussian()
     b = b.clone()
-    b[1000:1020] += 50  # twenty of the thirty-two winners of every token stand together
+    b[1000:1020] += 50  # twenty of the 32 winners of every token are neighbours
     return x, W, b, k
 
 
 def exact_ties():
-    """Thousands of latents with one and the same score: the lower index wins, and no list can hold them."""
+    """Thousands of latents have the same score: the lower index wins, and no candidate list can hold them all."""
     x, W, b, k = gaussian(N=20)
     W = W.clone()
     W[500:3500] = W[7]
@@ -107,7 +107,7 @@ def few_latents():
 
 
 def tiny_tokens():
-    """Their squares vanish in fp32: a norm measured as 0 would certify anything."""
+    """The squares underflow in fp32: a norm computed as 0 would certify any result."""
     x, W, b, k = gaussian(N=40)
     return x * 1e-24, W, b * 0, k
 
@@ -138,7 +138,7 @@ def test_every_format_returns_the_bits_of_the_full_fp32_scores(case):
 
 @pytest.mark.parametrize("case", HARD, ids=lambda f: f.__name__)
 def test_ties_go_to_the_lower_index(case):
-    """Nobody left out may beat, or tie below, anybody taken: checked on the engine's own scores of all latents."""
+    """No latent left out may beat a chosen one, or tie with it at a lower index, by the engine's own scores."""
     x, W, b, k = case()
     acts, indices, _ = encode(x, W, b, k, _cpu.fastest_format(W.shape[1]))
     M = W.shape[0]
@@ -172,13 +172,13 @@ def test_bits_do_not_depend_on_threads_or_panels(case):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-def test_few_tokens_are_redone_where_the_sample_tells_the_truth(fmt):
+def test_few_tokens_are_redone_where_the_sample_is_representative(fmt):
     x, W, b, k = gaussian(N=2000, D=64, M=8192)
     assert encode(x, W, b, k, fmt)[2] <= 20
 
 
-def test_a_sample_that_lies_is_found_out():
-    """Hot latents that are all in the sample: the guessed bar is too high for every token, and all are redone."""
+def test_a_misleading_sample_is_detected():
+    """All hot latents are in the sample: the guessed threshold is too high for every token, and all are redone."""
     x, W, b, k = gaussian(N=48)
     fmt = _cpu.fastest_format(W.shape[1])
     blocks = _cpu.blocks_of(W.shape[0])
@@ -239,7 +239,7 @@ def test_a_screen_of_another_dictionary_is_refused():
 
 
 def test_a_screen_of_another_type_never_reaches_cpp():
-    """C++ counts in elements: as many, but smaller ones would have it read and write past the end."""
+    """C++ counts elements: with the same number of smaller elements it would read and write past the end."""
     x, W, b, _ = gaussian(N=2)
     words, tables, code = ops.prepare_screen(W, b, backend="cpu").tensors
     for bad in ([words.to(torch.int8), tables, code], [words, tables.view(torch.int32), code]):
@@ -248,11 +248,11 @@ def test_a_screen_of_another_type_never_reaches_cpp():
 
 
 @pytest.mark.skipif(not FORMATS or _cpu.fastest_format(96) == _cpu.tight_format(), reason="one format serves all here")
-def test_a_format_that_cannot_tell_the_latents_apart_is_given_up():
+def test_a_format_that_cannot_separate_the_latents_is_replaced():
     x, W, b, k = gaussian()
     blind = [5, 50]
     W = W.clone()
-    W[:, blind] = 0  # nothing to see in the dimensions that set a token's scale
+    W[:, blind] = 0  # W ignores the dimensions that set a token's scale
     loose, *_ = massive_dimensions()
     assert ops.prepare_screen(W, b, x=x, k=k, backend="cpu").format == f"cpu/{_cpu.fastest_format(96).name}"
     assert ops.prepare_screen(W, b, x=loose, k=k, backend="cpu").format == f"cpu/{_cpu.tight_format().name}"
@@ -269,7 +269,7 @@ def test_a_format_that_cannot_tell_the_latents_apart_is_given_up():
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_rows_of_zeros_and_masked_latents_cost_nothing(fmt):
-    """Padding tokens, and latents switched off by a bias of -inf, leave no doubt: nobody is redone."""
+    """Padding tokens and latents that a bias of -inf switches off are certain: hardly any token is redone."""
     x, W, b, k = gaussian(N=64)
     x = x.clone()
     x[::2] = 0
@@ -289,7 +289,7 @@ def test_rows_of_zeros_and_masked_latents_cost_nothing(fmt):
 
 
 def test_many_active_latents_are_not_scored_in_full():
-    """encode_above at 0: half of the dictionary is above, and every token's list holds it."""
+    """encode_above at 0: half of the dictionary is above, and the list of each token has room for it."""
     x, W, b, _ = gaussian(N=20)
     codes, overflow = ops.encode_above(x, W, b, 0.0, 20 * 4096, backend="cpu")
     assert not overflow
@@ -309,7 +309,7 @@ def test_sizes_that_once_went_wrong():
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_ragged_encoders_return_the_bits_of_the_full_fp32_scores(fmt):
-    """More tokens than one lot, panels and groups of tiles that do not come out even, ties, and a token of NaN."""
+    """More tokens than one batch of work, incomplete panels and groups of tiles, ties, and a token of NaN."""
     k, (W, b, g) = 5, dictionary(1100, 33)
     W[1::2], b[1::2] = W[::2].clone(), b[::2].clone()
     x = torch.randn(4200, 33, generator=g)

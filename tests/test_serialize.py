@@ -1,4 +1,4 @@
-"""save and load: what comes back, what survives a failed save, and what is refused, by file name."""
+"""save and load: what comes back, what survives a failed save, and what is refused (errors name the file)."""
 
 from __future__ import annotations
 
@@ -81,14 +81,15 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch, failing):
     assert load(tmp_path).config == old.config
 
 
-def test_a_directory_that_cannot_be_written(tmp_path):
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SavedModuleError, match=r"cannot write .*file"):
+    with pytest.raises(SavedModuleError, match=r"file is a file, expected a folder"):
         save(sae_for_test(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def rewrite(tmp_path, header=True, drop=(), **changes):
-    """sae.safetensors again with tensors changed or dropped."""
+    """Rewrites sae.safetensors with tensors changed or dropped."""
     path = tmp_path / "sae.safetensors"
     tensors = {name: t for name, t in load_file(path).items() if name not in drop} | changes
     metadata = {"fastsae": json.dumps(json.loads((tmp_path / "config.json").read_text()))} if header else None
@@ -144,7 +145,7 @@ def test_a_broken_save_is_refused_by_name(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", UNBELIEVABLE)
-def test_settings_that_are_none_are_refused(tmp_path, case):
+def test_invalid_settings_are_refused(tmp_path, case):
     save(sae_for_test(), tmp_path)
     changes, message = UNBELIEVABLE[case]
     reconfigure(tmp_path, **changes)

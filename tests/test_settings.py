@@ -1,4 +1,4 @@
-"""Settings that follow the data and the weights: an open pre_bias, and a state dict that says of which SAE it is."""
+"""Settings that follow the data and the weights: an open pre_bias, and a state dict that carries its SAE's settings."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_first_target_turns_an_open_pre_bias_off_before_anything_is_computed
     assert torch.equal(sae(x, target=y).loss, off(x, target=y).loss)
 
 
-def test_a_pre_bias_that_was_asked_for_stays() -> None:
+def test_an_explicit_pre_bias_stays() -> None:
     x, y = tokens(24, D, 1), tokens(24, D, 2)
     sae = fresh(pre_bias=True)
     with warnings.catch_warnings():
@@ -76,7 +76,7 @@ def test_a_pre_bias_that_was_asked_for_stays() -> None:
     assert sae.config["pre_bias"] is True
 
 
-def test_training_without_a_target_decides_and_looking_does_not() -> None:
+def test_training_without_a_target_decides_pre_bias_and_inference_does_not() -> None:
     x, y = tokens(24, D, 1), tokens(24, D, 2)
     looked = fresh().eval()
     looked(x)
@@ -94,7 +94,7 @@ def test_training_without_a_target_decides_and_looking_does_not() -> None:
 
 
 def test_a_transcoder_with_the_default_pre_bias_learns_as_one_without() -> None:
-    """With b_dec subtracted from x, which is no mean of it, the same run ends where it can explain little."""
+    """With pre_bias on, b_dec, which is not the mean of x, is subtracted from x: the same run then explains less."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2048, 16, generator=generator).relu()
     y = x @ torch.randn(16, 16, generator=generator) + 8 * torch.randn(16, generator=generator)
@@ -111,7 +111,7 @@ def test_a_transcoder_with_the_default_pre_bias_learns_as_one_without() -> None:
     assert fvu[None] == fvu[False] < 0.8 * fvu[True]
 
 
-def test_a_compiled_module_decides_without_compiling_anew() -> None:
+def test_a_compiled_module_decides_pre_bias_without_recompiling() -> None:
     torch._dynamo.reset()
     sae, x = fresh(), tokens(24, D)
     compiled = torch.compile(sae, fullgraph=True, backend="eager")
@@ -135,7 +135,7 @@ def decided() -> fastsae.SparseAutoencoder:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_state_survives_every_way_of_keeping_it(tmp_path: Path) -> None:
+def test_a_state_survives_every_way_of_saving_it(tmp_path: Path) -> None:
     sae = decided()
     torch.save(sae.state_dict(), tmp_path / "sae.pt")
     save_file(sae.state_dict(), tmp_path / "sae.safetensors")
@@ -225,19 +225,19 @@ def test_a_state_without_settings_loads_as_before() -> None:
     sae = fresh(seed=4)
     sae.load_state_dict(state)
     assert torch.equal(sae.W_enc, decided().W_enc)
-    assert sae.config["pre_bias"] is True  # as it was before it could be open
+    assert sae.config["pre_bias"] is True  # the default before pre_bias could be open
     state.pop("b_enc")
     with pytest.raises(RuntimeError, match="Missing key"):
         sae.load_state_dict(state)
 
 
 @pytest.mark.parametrize("extra", [torch.zeros(3), torch.zeros(3, dtype=torch.uint8), {"k": 4}, None])
-def test_settings_that_are_none_are_refused(extra: Any) -> None:
+def test_malformed_settings_in_a_state_are_refused(extra: Any) -> None:
     with pytest.raises(ValueError, match=r"_extra_state in the state is .*, expected uint8 \(n,\)"):
         fresh().load_state_dict({**fresh().state_dict(), EXTRA_STATE: extra})
 
 
-def test_a_setting_of_another_version_is_named_or_left() -> None:
+def test_a_missing_setting_is_accepted_and_an_unknown_one_is_named() -> None:
     state = decided().state_dict()
     config = json.loads(bytes(state[EXTRA_STATE].tolist()))
 
@@ -266,6 +266,6 @@ def test_config_is_a_dict_and_what_transformers_reads() -> None:
     config = fresh().config
     assert json.loads(json.dumps(config)) == config == config.to_dict() == json.loads(config.to_json_string())
     assert type(config.to_dict()) is dict
-    config.use_cache = False  # as transformers' Trainer does
+    config.use_cache = False  # transformers' Trainer sets this
     assert config == fresh().config
     assert fastsae.SparseAutoencoder.from_config(config).config == config

@@ -1,7 +1,7 @@
-"""FusedTrainStep(cuda_graph=True): when it captures, when it replays, and what it does when something has changed.
+"""FusedTrainStep(cuda_graph=True): when it captures, when it replays, and how it reacts to a change.
 
-Without a GPU the graph itself is played by a stand-in that runs the step at every call, as a replay would; that a real
-graph gives the same numbers is checked by `python -m bench.gpu`, and here where there is a GPU.
+Without a GPU a stand-in replaces the graph: it runs the step at every call, as a replay would. `python -m bench.gpu`
+checks that a real graph gives the same numbers, and so does the last test here on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDTH, LATENTS = 10, 60
 
 
 class StandIn:
-    """Counts how often a step was captured and replayed; a capture itself runs nothing."""
+    """Counts captures and replays of a step. A capture runs nothing."""
 
     captured: int
     replayed: int
@@ -70,7 +70,7 @@ def test_another_shape_runs_without_the_graph_and_keeps_it(graphed: FusedTrainSt
 
 
 @pytest.mark.parametrize("change", ["betas", "loss", "parameter", "schedule"])
-def test_what_a_graph_holds_fast_is_captured_anew(change: str, graphed: FusedTrainStep) -> None:
+def test_a_change_in_what_a_graph_captured_leads_to_a_new_capture(change: str, graphed: FusedTrainStep) -> None:
     for seed in range(GRAPH_WARMUP + 1):
         graphed(batch(seed))
     if change == "betas":

@@ -1,4 +1,4 @@
-"""The trainer: the same curve both ways, what it writes, what it refuses, how it goes on."""
+"""The trainer: the same curve fused and plain, what it writes, what it refuses, how it resumes."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def test_a_run_learns_and_writes_what_it_says(tmp_path: Path) -> None:
         assert line["tokens_per_s"] > 0
         assert line["ms_data"] >= 0
         assert line["ms_step"] > 0
-    # An evaluation and a checkpoint at step 10 and 7: each in the times of the next line that is written after it.
+    # Every 10 steps an evaluation, every 7 a checkpoint: each is timed in the first line written after it.
     assert [line["step"] for line in metrics if "ms_eval" in line] == [10, 20, 30, 40]
     assert [line["step"] for line in metrics if "ms_checkpoint" in line] == [8, 15, 22, 29, 36]
     times = [line["time_s"] for line in metrics]
     assert times == sorted(times)
 
-    # The learning rate: 5 updates up, the last fifth down.
+    # The learning rate rises for 5 updates and falls over the last fifth.
     rates = [line["lr"] for line in metrics]
     assert rates[:5] == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.005])
     assert set(rates[5:33]) == {0.005}
     assert rates[33:] == pytest.approx([0.005 * (1 - i / 8) for i in range(1, 8)])
 
-    # The evaluation is the held-out rows' with the weights of that step.
+    # The evaluation is of the held-out rows, with the weights of that step.
     assert [line["step"] for line in evals] == [10, 20, 30, 40]
     saved = load(result.checkpoint)
     expected = evaluate(saved, source().held_out())
@@ -79,7 +79,7 @@ def test_the_plain_step_gives_the_same_curve(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_every_second_line_is_every_second_line(tmp_path: Path, fused: bool) -> None:
+def test_logging_evaluating_and_saving_less_often_changes_nothing_else(tmp_path: Path, fused: bool) -> None:
     """How often a run logs, evaluates and saves changes nothing else."""
     result = trainer(tmp_path / "a", fused=fused, steps=12).run()
     other = trainer(
@@ -174,7 +174,7 @@ def test_every_setting_says_what_it_is() -> None:
         assert after.endswith('."""')
 
 
-# -- going on ---------------------------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_that_is_complete_returns_at_once(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_another_run_in_the_directory_is_refused_by_name(tmp_path: Path) -> None
     assert "train.lr is 0.005 there and 0.5 here" in message
     assert "another directory" in message
     assert "batch_size" not in message
-    # What the weights do not depend on may change, and is written down.
+    # Settings that do not affect the weights may change, and the new values are stored.
     assert trainer(tmp_path, steps=3, log_every=2, keep=9, threads=1).run().step == 3
     assert json.loads((tmp_path / "config.json").read_text())["train"]["keep"] == 9
     with pytest.raises(RunDirError, match="holds a run with checkpoints; resume it or give another directory"):
@@ -228,7 +228,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path / "file").run()
 
 
-def test_prune_that_was_missed_is_made_up(tmp_path: Path) -> None:
+def test_a_missed_prune_is_done_by_the_next_run(tmp_path: Path) -> None:
     trainer(tmp_path, keep=9, steps=21).run()
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
     trainer(tmp_path, keep=1, steps=21).run()
@@ -269,7 +269,7 @@ def test_a_warning_when_the_encoder_repeats_itself(tmp_path: Path, monkeypatch: 
     assert [line["redone_share"] for line in lines(tmp_path / "metrics.jsonl")] == [0.0625] * 3
 
 
-def test_threads_and_backend_are_the_run_s_only(tmp_path: Path) -> None:
+def test_threads_and_backend_are_set_for_the_run_only(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     run = trainer(tmp_path, steps=1, threads=1, backend="reference")
     inside: list[Any] = []

@@ -1,4 +1,4 @@
-"""The module in other people's loops: torch.optim, Lightning Fabric, Accelerate, torch.compile. One truth, dense."""
+"""The module in other training loops: torch.optim, Lightning Fabric, Accelerate, torch.compile; one dense truth."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def batches() -> list[Tensor]:
 def truth() -> DenseSAE:
     dense = DenseSAE(fresh(), lr=1e-3)
     curve = [float(dense.step(x)["loss"].detach()) for x in batches()]
-    assert curve[-1] < 0.9 * curve[0], "the run was to learn something"
+    assert curve[-1] < 0.9 * curve[0], "the run should learn something"
     return dense
 
 
@@ -112,7 +112,7 @@ def hugging_face(model: torch.nn.Module, folder: Path):
 
 
 def test_hugging_face_trainer(tmp_path):
-    hugging_face(fresh(), tmp_path)  # reads and writes model.config
+    hugging_face(fresh(), tmp_path)  # the Trainer reads and writes model.config
     sae = fresh()
     before = float(sae(torch.cat(batches())).loss.detach())
     trainer = hugging_face(LossFirst(sae), tmp_path)

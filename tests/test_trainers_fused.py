@@ -1,4 +1,4 @@
-"""fastsae.optim driven by Lightning Fabric, Accelerate and a Hugging Face Trainer: the weights of a plain loop."""
+"""fastsae.optim under Lightning Fabric, Accelerate and a Hugging Face Trainer gives the weights of a plain loop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def made(sae: SparseAutoencoder) -> tuple[fastsae.optim.Adam, Any]:
 def plain_loop(
     sae: SparseAutoencoder, *, own_optimizer: bool, clip: float | None = CLIP, narrow: bool = False
 ) -> SparseAutoencoder:
-    """Two microbatches a step, clipped, on a schedule; by fastsae's optimizer or by torch's. narrow: inputs in bf16."""
+    """Two microbatches per step, clipped, scheduled, with fastsae's or torch's optimizer. narrow: inputs in bf16."""
     optimizer: Any = fastsae.optim.Adam(sae, lr=1e-3) if own_optimizer else torch.optim.Adam(sae.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS // MICRO)
     for i, x in enumerate(batches()):
@@ -67,12 +67,12 @@ def assert_equal(got: SparseAutoencoder, expected: SparseAutoencoder, *, bits: b
 def test_a_plain_loop_is_torchs() -> None:
     ours = plain_loop(fresh(), own_optimizer=True)
     assert_equal(ours, plain_loop(fresh(), own_optimizer=False), bits=False)
-    assert not torch.equal(ours.W_dec, plain_loop(fresh(), own_optimizer=True, clip=None).W_dec), "clipping was to bite"
+    assert not torch.equal(ours.W_dec, plain_loop(fresh(), own_optimizer=True, clip=None).W_dec), "clipping did nothing"
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lightning_fabric(precision: str, tmp_path: Path) -> None:
-    """Resumed in the middle from a saved state. Mixed precision narrows the inputs, and no op."""
+    """Resumed halfway from a saved state. Mixed precision narrows the inputs, but no op."""
     fabric_module = pytest.importorskip("lightning_fabric")
     fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision=precision)
 

@@ -1,4 +1,4 @@
-"""The screened encoders of the Triton backend where sizes decide: chunks, slabs, short lists, bars that lie."""
+"""The screened encoders of the Triton backend at critical sizes: chunks, slabs, short lists, wrong thresholds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _normal(N: int, D: int, M: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _silent_to(x: Tensor, W: Tensor) -> Tensor:
-    """W without its parts along the tokens x: scores near 0, while nothing about the norms changes."""
+    """W without its components along the tokens x: scores near 0 at norms that hardly change."""
     q = torch.linalg.qr(x.double().mT).Q
     return (W.double() - W.double() @ q @ q.mT).float()
 
@@ -124,7 +124,7 @@ def test_encode_above_in_chunks_and_past_its_lists(kind: str, monkeypatch: pytes
 
 
 def test_encode_batch_topk_counts_every_latent_where_ties_fail_its_bar() -> None:
-    """Too few scores above the bar: two histograms, the last latents and the lowest bits of the scores among them."""
+    """Too few scores clear the bar: two histograms count all latents, down to the last ones and the lowest bits."""
     x, W, b = torch.ones(6, 8), torch.full((100, 8), 0.125), torch.zeros(100)
     W[96:] *= 2
     W[:96:3] *= 1 - 2**-20
@@ -135,7 +135,7 @@ def test_encode_batch_topk_counts_every_latent_where_ties_fail_its_bar() -> None
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_encode_batch_topk_with_too_little_room(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bar that lets too many through: all hot latents lie between those that are sampled."""
+    """The bar lets too many through, because all hot latents lie between the sampled ones."""
     x, W, b = _normal(6, 8, 2100)
     monkeypatch.setattr(encode_batch_topk, "LEAST_ROOM", 1)
     b[1::2] += 10 + spread * torch.linspace(0, 1, 1050)
@@ -149,8 +149,8 @@ def test_encode_batch_topk_with_too_little_room(spread: float, monkeypatch: pyte
 # -- the certificate --------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hot latents that are all in the sample: the guessed bar is too high for every token."""
+def test_a_misleading_sample_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hot latents are in the sample, so the guessed bar is too high for every token."""
     x, W, b = _normal(6, 24, 1030)
     k = 24
     monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
@@ -164,7 +164,7 @@ def test_a_sample_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("short", ["survivors", "candidates"])
-def test_a_list_that_is_too_short_is_found_out(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_that_is_too_short_is_detected(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample is low, everything else clears its bar, and the best come last."""
     x, W, _ = _normal(5, 24, 1030)
     W *= 1e-4
@@ -185,22 +185,22 @@ def test_a_list_that_is_too_short_is_found_out(short: str, monkeypatch: pytest.M
 
 
 def test_scores_that_fp16_cannot_tell_apart() -> None:
-    """Latents nearly orthogonal to every token: what rounding loses is larger than the scores."""
+    """The latents are nearly orthogonal to every token, so the rounding error exceeds the scores."""
     x, W, _ = _normal(6, 64, 1024)
     W = _silent_to(x, W) + 1e-5 * W
     b = torch.zeros(1024)
     _assert_same(ops.encode_topk(x, W, b, 16, backend="triton"), _best_of_every_score(x, W, b, 16))
 
 
-def test_loud_latents_that_are_misjudged() -> None:
-    """A few latents of a thousand times the norm, orthogonal to the tokens: their screened scores are off by more than
-    what separates the others, and only their bound keeps them in the race."""
+def test_latents_of_large_norm_with_wrong_screened_scores() -> None:
+    """A few latents have ten thousand times the norm and are orthogonal to the tokens. The error of their screened
+    scores exceeds the gaps between the other scores, and only their error bound keeps them as candidates."""
     x, W, b = _normal(8, 64, 600)
     loud = torch.arange(5, 600, 25)
     W[loud] = 1e4 * _silent_to(x, W[loud])
     b[loud] = torch.linspace(0.5, 3.5, len(loud))
     codes = ops.encode_topk(x, W, b, 16, backend="triton")
-    assert int(codes.redone) < 8, "nothing to be seen if all are redone"
+    assert int(codes.redone) < 8, "the test shows nothing if all tokens are redone"
     _assert_same(codes, _best_of_every_score(x, W, b, 16))
 
 
@@ -233,7 +233,7 @@ def test_a_narrow_copy_measures_what_it_loses(D: int) -> None:
 
 
 def test_the_bound_holds_where_it_is_tight() -> None:
-    """Cauchy-Schwarz leaves no slack where a latent points along what a token lost, or the other way round."""
+    """Cauchy-Schwarz is tight where a latent is parallel to the rounding error of a token, or the other way round."""
     g = torch.Generator().manual_seed(0)
     x, W = torch.randn(20, 48, generator=g), torch.randn(30, 48, generator=g)
     lost = [t.double() - c.low[:, :48].double() * c.scale.double()[:, None]
@@ -251,8 +251,8 @@ def test_the_bound_holds_where_it_is_tight() -> None:
     for tight in (
         (error / bound)[:20, 30:],
         (error / bound)[20:, :30],
-    ):  # by what the tokens lost, by what the latents did
-        assert float(tight.max()) > 0.6, "the inputs do not try the bound"
+    ):  # rounding errors of the tokens, then of the latents
+        assert float(tight.max()) > 0.6, "the inputs do not come near the bound"
     sums = narrow_x.norm.double() * bounds.bound_of_sums(48)
     assert bool((p >= narrow_x.residual.double() + sums).all())
     assert bounds.bound_of_sums(48) >= 48 * 2**-24
@@ -262,7 +262,7 @@ def test_the_bound_holds_where_it_is_tight() -> None:
     "sizes", [(2000, 16640, 32), (6000, 49152, 64), (3000, 65536, 32), (8192, 24576, 32), (5, 7, 3)]
 )
 def test_a_list_holds_what_is_expected_to_reach_the_guess(sizes: tuple[int, int, int]) -> None:
-    """The sample is a power of two of slots, and looks at fewer positions where that does not divide the chunks."""
+    """The sample has a power of two of slots, and covers fewer positions where that does not divide the chunks."""
     tokens, positions, k = sizes
     p = plan.plan(tokens, positions, k)
     columns = p.sampled_chunks * p.width

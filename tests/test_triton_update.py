@@ -1,4 +1,4 @@
-"""What only the Triton update has: rows too wide for registers, joined terms, latents in pieces."""
+"""What only the Triton update has: a limit on the width of rows, joined terms, latents in pieces."""
 
 from __future__ import annotations
 
@@ -14,33 +14,18 @@ from tests.cases import BY_NAME, Case
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastsae.kernels import stages, update_rows, update_wide
+from fastsae.kernels import stages
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif("triton" not in truth.BACKENDS, reason="the Triton backend is not available here"),
 ]
 REALLY_WIDE = Case("really-wide", 5, 4099, 12, 3, BY_NAME["random"].make)
-SMALL = Case("small", 9, 41, 30, 3, BY_NAME["random"].make)  # two tiles of 32
+SMALL = Case("small", 9, 41, 30, 3, BY_NAME["random"].make)
 
 both_dtypes = pytest.mark.parametrize("dtype", truth.NARROW, ids=str)
 
 
-@pytest.fixture
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows over 16 columns go tile by tile, 32 columns at once."""
-    monkeypatch.setattr(update_rows, "ROW_LIMIT", 16)
-    monkeypatch.setattr(update_wide, "choose", lambda: update_wide.Config(32, 4, 1, 128))
-
-
-@pytest.fixture(params=["rows", "wide"])
-def either(request: pytest.FixtureRequest) -> None:
-    """Rows in registers and rows in tiles."""
-    if request.param == "wide":
-        request.getfixturevalue("wide")
-
-
-@pytest.mark.usefixtures("wide")
 @both_dtypes
 @pytest.mark.parametrize(
     "options",
@@ -54,25 +39,25 @@ def either(request: pytest.FixtureRequest) -> None:
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()) or "plain",
 )
-def test_rows_in_tiles(options: dict, dtype: torch.dtype) -> None:
+def test_rows_beyond_a_limit(options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "ROW_LIMIT", 16)
     update_case.check(update_case.make_problem(BY_NAME["odd"], dtype, **options), "triton")
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True}], ids=["free", "tied"])
-def test_rows_beyond_the_limit(options: dict) -> None:
-    assert REALLY_WIDE.D > update_rows.ROW_LIMIT
+def test_rows_beyond_the_real_limit(options: dict) -> None:
+    assert REALLY_WIDE.D > stages.ROW_LIMIT
     update_case.check(update_case.make_problem(REALLY_WIDE, torch.float32, **options), "triton")
 
 
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"aux": True}], ids=["free", "tied", "aux"])
 def test_a_latent_in_pieces(options: dict) -> None:
     case = BY_NAME["hot-latent"]
     problem = update_case.make_problem(case, torch.float32, **options)
     slots = sum(term.codes.acts.numel() for term in problem.terms)
     order = ops.by_latent(problem.terms[0].codes, backend="triton")
-    cut = pieces.cut(stages, order.offsets, slots, case.N * len(problem.terms))
-    assert int(order.offsets.diff().max()) > cut.length, "nothing is long here"
+    cut = pieces.cut(stages.piece_starts, order.offsets, slots, case.N * len(problem.terms))
+    assert int(order.offsets.diff().max()) > cut.length, "no latent is long enough to be cut"
     update_case.check(problem, "triton")
 
 
@@ -81,7 +66,7 @@ def test_pieces_cover_every_long_latent_and_fit_their_capacity() -> None:
     for tokens, latents in ((1000, 50), (300, 7), (2000, 30), (5000, 2), (100, 1)):
         counts = torch.randint(0, tokens, (latents,), generator=g)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        cut = pieces.cut(stages, starts, int(starts[-1]), tokens * latents)
+        cut = pieces.cut(stages.piece_starts, starts, int(starts[-1]), tokens * latents)
         wanted = torch.where(counts > cut.length, (counts + cut.length - 1) // cut.length, 0)
         if cut.first is None:
             assert not wanted.any()
@@ -91,7 +76,6 @@ def test_pieces_cover_every_long_latent_and_fit_their_capacity() -> None:
         assert int(cut.first[-1]) <= cut.capacity
 
 
-@pytest.mark.usefixtures("either")
 @both_dtypes
 def test_three_terms(dtype: torch.dtype) -> None:
     """The second and the third are joined; each has its own tokens, layout and share in the bias."""
@@ -101,7 +85,6 @@ def test_three_terms(dtype: torch.dtype) -> None:
     update_case.check(problem, "triton")
 
 
-@pytest.mark.usefixtures("either")
 def test_terms_of_a_narrower_dtype_than_the_weights() -> None:
     problem = update_case.make_problem(SMALL, torch.float32, aux=True)
     t = problem.terms[0]
@@ -122,7 +105,6 @@ def test_terms_of_a_narrower_dtype_than_the_weights() -> None:
         assert torch.equal(p, other.params[name]), name
 
 
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
 @pytest.mark.parametrize(("seed", "step"), [(5, 3), (2**32 - 3, 2**33 + 7), (2**40 + 9, 1)])
 def test_random_bits_are_the_reference_ones(seed: int, step: int, tied: bool) -> None:
@@ -141,7 +123,6 @@ def test_random_bits_are_the_reference_ones(seed: int, step: int, tied: bool) ->
         assert torch.equal(p, rounded.params[name]), name
 
 
-@pytest.mark.usefixtures("either")
 def test_a_late_step_a_row_of_zeros_and_no_first_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     def problem() -> update_case.Problem:
         made = update_case.make_problem(SMALL, torch.float32)
@@ -161,7 +142,7 @@ def test_a_late_step_a_row_of_zeros_and_no_first_moment(monkeypatch: pytest.Monk
 
 
 def test_slots_outside_the_dictionary_are_left_out_and_the_end_is_marked() -> None:
-    """On a GPU nobody looks at the values of indices before a kernel does."""
+    """On a GPU the host does not check the values of indices before a kernel runs."""
     top = 2**31 - 1
     indices = torch.tensor([[0, 5, 9], [-1, 2, top], [1, 2, 3], [-top - 1, 4, 4]], dtype=torch.int32)
     with pytest.raises(IndexError):

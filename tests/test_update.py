@@ -76,7 +76,7 @@ def test_bf16_moments_are_rounded_at_random_under_a_seed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", truth.ENGINES)
-def test_the_screen_is_refreshed_on_the_way(backend: str) -> None:
+def test_an_update_refreshes_the_screen(backend: str) -> None:
     case = BY_NAME["random"]
     problem = make_problem(case, torch.float32)
     x, _, _ = case.inputs(torch.float32)

@@ -15,13 +15,13 @@ from tests.update_case import BETAS, EPS, Problem, check, gradient_truth, make_p
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NARROW_CASE = Case("narrow", 23, 30, 70, 4, BY_NAME["random"].make)
-HOT = Case("hot", 1300, 24, 60, 2, BY_NAME["hot-latent"].make)  # over 1024 tokens of one latent: pieces
+HOT = Case("hot", 1300, 24, 60, 2, BY_NAME["hot-latent"].make)  # one latent has over 1024 tokens: it is cut
 double = pytest.mark.parametrize("backend", [name for name in truth.BACKENDS if name not in truth.GPU])
 
 
 def give_dacts(problem: Problem, share: float = 0.3) -> None:
-    """Every term gets gradients of its pre-acts and some acts of 0: slots that count in a ragged code, and in a fixed
-    one do not. What does not count holds NaN.
+    """Gives every term gradients of its pre-acts and sets some acts to 0. A slot with an act of 0 counts in a ragged
+    code and not in a fixed one. The gradients of slots that do not count are NaN.
     """
     g = torch.Generator().manual_seed(7)
     for i, t in enumerate(problem.terms):
@@ -111,7 +111,7 @@ def test_parts_alone_and_terms_without_tokens(backend: str, dtype: torch.dtype) 
 
 @most_backends
 def test_a_ragged_slot_counts_though_its_act_is_0(backend: str, dtype: torch.dtype) -> None:
-    """A latent in JumpReLU's band: it adds nothing to the reconstruction and has a gradient."""
+    """As for a latent in JumpReLU's band: it adds nothing to the reconstruction but has a gradient."""
     problem = make_problem(NARROW_CASE, dtype, ragged=True, unit_norm=False, pre_bias=False)
     give_dacts(problem, share=2.0)  # no act is left
     before = {name: p.clone() for name, p in problem.params.items()}
@@ -126,7 +126,7 @@ def test_a_ragged_slot_counts_though_its_act_is_0(backend: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("backend", truth.BACKENDS)
-def test_the_gradient_that_is_computed_inside_can_be_given(backend: str) -> None:
+def test_given_dacts_replace_the_computed_ones(backend: str) -> None:
     inside, given = (make_problem(NARROW_CASE, torch.float32, ragged=True) for _ in range(2))
     term = given.terms[0]
     dacts = ops.active_dot(term.grad, term.codes, given.params["W_dec"], backend=backend)
@@ -159,7 +159,7 @@ def test_norms_only_gives_the_norms_and_changes_nothing(tied: bool, backend: str
 
 @double
 @pytest.mark.parametrize("unit_norm", [False, True], ids=["free", "unit"])
-def test_two_calls_are_a_global_clip_like_torchs(unit_norm: bool, backend: str) -> None:
+def test_two_calls_clip_the_global_norm_as_torch_does(unit_norm: bool, backend: str) -> None:
     problem = make_problem(NARROW_CASE, torch.float64, unit_norm=unit_norm)
     problem.moments = [torch.zeros_like(m) for m in problem.moments]
     problem.step = 1
@@ -195,7 +195,7 @@ def test_rows_are_clipped_to_a_norm_and_short_ones_left_alone(backend: str) -> N
 # -- skip -------------------------------------------------------------------------------------------------------------
 
 STORED = {"wide": None, "bf16": torch.bfloat16, "8 bit": torch.float8_e4m3fn}
-"""How moments are stored: of `8 bit` the dictionaries' only."""
+"""How moments are stored. `8 bit` applies to the dictionaries' moments only."""
 
 
 def stored_as(problem: Problem, optimizer: str, storage: str) -> Problem:
@@ -214,7 +214,7 @@ def stored_as(problem: Problem, optimizer: str, storage: str) -> Problem:
 
 
 def bits(problem: Problem, screen: Screen | None) -> list[Tensor]:
-    """Everything that an update may write, copied, and as bytes, so that NaN equals NaN and 8 bits can be compared."""
+    """Copies of everything that an update may write, as bytes, so that NaN equals NaN and 8-bit moments compare."""
     held = [*problem.params.values(), *problem.moments, *problem.settings.get("scales", ())]
     held += [] if screen is None else screen.tensors
     return [t.clone().contiguous().reshape(-1).view(torch.uint8) for t in held]
@@ -228,7 +228,7 @@ def bits(problem: Problem, screen: Screen | None) -> list[Tensor]:
 )  # fmt: skip
 @pytest.mark.parametrize("backend", truth.BACKENDS)
 def test_a_skipped_update_changes_nothing(backend: str, optimizer: str, storage: str, ragged: bool) -> None:
-    """As after a loss that is not finite; where skip is False, every bit is that of a call without it."""
+    """The gradient is NaN, as after a loss that is not finite. With skip False, every bit is that of a plain call."""
     plain, kept = (
         stored_as(make_problem(NARROW_CASE, torch.float32, ragged=ragged), optimizer, storage) for _ in range(2)
     )

@@ -1,4 +1,4 @@
-"""What update_latents_ refuses of its parts, optimizers and 8-bit moments, and the words for it."""
+"""Which parts, optimizers and 8-bit moments update_latents_ refuses, and with which message."""
 
 from __future__ import annotations
 

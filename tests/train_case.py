@@ -35,7 +35,7 @@ def source(kind: str = "tensor") -> Any:
 
 
 class Hooked:
-    """A source that calls `before(n)` ahead of the n-th batch (from 1), and may hand out another one instead."""
+    """A source that calls before(n, batch) ahead of the n-th batch (from 1) and serves what it returns, if not None."""
 
     def __init__(self, inner: Any, before: Callable[[int, Tensor], Tensor | None]):
         self.inner, self.before, self.calls = inner, before, 0
@@ -73,7 +73,7 @@ def module(**settings: Any) -> SparseAutoencoder:
 
 
 def config(**settings: Any) -> TrainConfig:
-    # One thread: so little work is slower on two, much slower when the machine is busy.
+    # One thread: so little work is slower on two threads, and much slower on a busy machine.
     quiet = {"tensorboard": False, "progress": False, "threads": 1}
     usual = {"steps": 30, "batch_size": BATCH, "lr": 5e-3, "log_every": 1, "eval_every": 10, "checkpoint_every": 7}
     usual |= {"keep": 3, "warmup": min(5, settings.get("steps") or 5)}

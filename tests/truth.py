@@ -20,13 +20,13 @@ from tests.cases import Case
 C = 16
 BACKENDS = [name for name, entry in fastsae.backends().items() if entry["available"]]
 ENGINES = [name for name in BACKENDS if name != "reference"]
-THREADED = [name for name in ENGINES if name == "cpu"]  # the others compute on no CPU thread of ours
+THREADED = [name for name in ENGINES if name == "cpu"]  # the others do not use torch's CPU threads
 GPU = tuple(name for name in ENGINES if name in ("cuda", "triton"))
 NARROW = (torch.float32, torch.bfloat16)
 
 
 def backend_dtypes(*dtypes: torch.dtype) -> list:
-    """(backend, dtype) parameters of every available backend: float64 is the reference's alone, fp16 not the CPU's."""
+    """(backend, dtype) parameters of every available backend: only the reference has float64, only GPUs have fp16."""
     return [
         pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
         for backend in BACKENDS
@@ -52,7 +52,7 @@ def assert_within(got: Tensor, truth: Tensor, magnitude: Tensor, what: str = "re
     if truth.numel() == 0:
         return
     finite = truth.isfinite()
-    assert torch.equal(got.isfinite(), finite), f"{what} is not finite in other places than the truth"
+    assert torch.equal(got.isfinite(), finite), f"{what} and the truth are not finite in different places"
     error = torch.where(finite, (got.double() - truth).abs(), 0)
     allowed = bound(torch.where(finite, truth, 0), torch.where(finite, magnitude.double(), 0), got.dtype, c)
     ratio = torch.where(error == 0, 0, error / allowed).nan_to_num(nan=float("inf"), posinf=float("inf"))
@@ -101,7 +101,7 @@ def fixed_codes(case: Case, dtype: torch.dtype) -> tuple[SparseCodes, Tensor, Te
 
 
 def ragged_codes(case: Case, dtype: torch.dtype, spare: int = 7) -> tuple[SparseCodes, Tensor, Tensor]:
-    """The case's pre-acts above half their largest, sign kept, with spare slots that hold nonsense at the end."""
+    """The case's pre-acts above half of the largest, sign kept, with spare slots of invalid values at the end."""
     x, W, b = case.inputs(dtype)
     pre, _ = scores(x, W, b)
     bar = 0.5 * pre.amax() if pre.numel() else pre.new_zeros(())

@@ -1,8 +1,8 @@
-"""One update_latents_ on an SAE in the middle of training, and how far from float64 each thing that it writes may be.
+"""One update_latents_ on an SAE in the middle of training, and how far from float64 each of its outputs may be.
 
-What a backend writes is checked stage by stage, so that a bound can be stated for each: the moments against the truth
-of gradients, projection, clipping and the optimizer's averages; the weights against the float64 step from the moments
-it wrote itself (Adam divides by √v, which turns rounding noise in a tiny gradient into a step of any size).
+The outputs are checked stage by stage, so that each has a bound: the moments against the true gradients, projection,
+clipping and averages; the weights against the float64 step from the moments that the backend wrote. Adam divides by √v,
+which turns rounding noise in a tiny gradient into a step of any size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CPU_DOUBLE = [pytest.param("cpu", torch.float64, id="cpu-float64")] if "cpu" in 
 every_backend = pytest.mark.parametrize(
     ("backend", "dtype"), truth.backend_dtypes(*truth.NARROW, torch.float64) + CPU_DOUBLE
 )
-# Whole families of settings: on interpreted and emulated kernels in float32 only.
+# For large sets of settings: GPU backends run in float32 only, since their kernels may be interpreted or emulated.
 most_backends = pytest.mark.parametrize(
     ("backend", "dtype"),
     [p for p in truth.backend_dtypes(*truth.NARROW, torch.float64) if p.values[0] not in truth.GPU
@@ -72,14 +72,14 @@ class Problem:
         return Optimizer(kind, BETAS, EPS, decay)
 
     def parts(self) -> Parts:
-        """What comes from no term, in float64."""
+        """The parts of the gradients that come from no term, in float64."""
         *encoder, decoder, pre = self.settings.get("added") or (None, None)
         given = (self.settings.get("decoder_pull"), self.settings.get("db_enc"), *(encoder or [None]), decoder, pre)
         return Parts(*(None if t is None else t.double() for t in given))
 
 
 def dense_dacts(t: UpdateTerm) -> Tensor | None:
-    """(N, M) float64; what an empty slot holds does not count."""
+    """dacts as (N, M) float64, without the values in empty slots."""
     if t.dacts is None:
         return None
     occupied, tokens = t.codes.occupied().flatten(), t.codes.token_ids()
@@ -126,7 +126,7 @@ def make_problem(
 
 
 def gradient_truth(problem: Problem) -> tuple[Params, Params]:
-    """Gradients in float64 as the optimizer gets them, and their magnitudes: the same sums with every sign positive."""
+    """The optimizer's gradients in float64, and their magnitudes: the same sums with every sign positive."""
     params, terms = problem.wide()
     settings, parts = problem.settings, problem.parts()
     grads = reference.gradients(params, terms, settings["pre_bias"], parts)
@@ -160,7 +160,7 @@ def gradient_truth(problem: Problem) -> tuple[Params, Params]:
 
 
 def check(problem: Problem, backend: str) -> None:
-    """Runs one step and holds everything it wrote against float64."""
+    """Runs one step and compares everything it wrote with float64."""
     before, terms = problem.wide()
     old = [m.double().clone() for m in problem.moments]
     grads, magnitudes = gradient_truth(problem)
@@ -179,7 +179,7 @@ def check(problem: Problem, backend: str) -> None:
             new = reference.normalize(new)
             size = size + new.abs()
         got = problem.params[name]
-        # Where a sign hangs on rounding, nothing is expected of the number, and of a normalized row of nothing.
+        # Where rounding decides a sign, the entry is not compared; in a normalized row then no entry is.
         sure = move.isfinite()
         if name == "W_dec" and problem.settings["unit_norm"]:
             sure = sure.all(-1, keepdim=True).expand_as(sure)
@@ -190,7 +190,7 @@ def check(problem: Problem, backend: str) -> None:
 def _check_moments(
     problem: Problem, name: str, old: list[Tensor], moments: list[Tensor], g: Tensor, size: Tensor
 ) -> Tensor:
-    """Holds the written moments against the truth; how far p moves at a rate of 1, NaN where a sign is open."""
+    """Checks the written moments. Returns how far p moves at a rate of 1, NaN where rounding decides the sign."""
     (beta1, beta2), kind = BETAS, problem.rule().kind
     if kind in ("adam", "adamw"):
         m, v = moments

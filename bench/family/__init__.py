@@ -2,5 +2,5 @@
 
 --part speed    a whole training step of each rule against the dense one, in turns, checked before it is timed
 --part quality  FVU against L0 on real activations, three sparsities of each rule, beside the dense curve
-Both write after each entry under bench/results/<device>/family and go on where they were stopped.
+Both write each finished entry to bench/results/<device>/family and continue where they were stopped.
 """

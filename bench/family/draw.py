@@ -135,7 +135,7 @@ def speed_figure(entries: dict[str, dict[str, Any]]) -> Figure:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Writes what there are results for; returns the files."""
+    """Writes every output that has results; returns the files."""
     written = []
     text = tables(folder)
     if text.strip():

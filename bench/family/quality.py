@@ -1,7 +1,8 @@
 """`--part quality`: every rule on real activations, three sparsities each: FVU against L0, dead latents, speed.
 
 All runs share data, width, batch, steps and schedule. For one sparsity of each rule the dense version is trained from
-the same weights on the same batches for the first steps, in turns with the sparse one: the two curves, and their times.
+the same weights on the same batches for the first steps, in turns with the sparse one: this gives two curves and their
+times.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Settings:
 
     @property
     def warmup(self) -> int:
-        """Updates over which the learning rate rises, and the penalties."""
+        """Updates over which the learning rate and the penalties rise."""
         return max(1, self.steps // 10)
 
 
@@ -57,8 +58,8 @@ def quick(settings: Settings) -> Settings:
 def rules(M: int) -> dict[str, list[Activation]]:
     """Three sparsities of each rule. Those without a K are given penalties that lead to L0s of the same size here.
 
-    Inputs have a mean squared norm of D, so that a pre-act at random directions deviates by some 0.7. A threshold
-    moves slowly (log θ by the learning rate at most), and so JumpReLU starts near where it should end.
+    Inputs have a mean squared norm of D, so the standard deviation of a pre-act at random directions is some 0.7. A
+    threshold moves slowly (log θ by the learning rate at most), so JumpReLU starts near where it should end.
     """
     ks = [k for k in (16, 32, 64) if k <= M // 4]
     return {
@@ -78,7 +79,7 @@ def rules(M: int) -> dict[str, list[Activation]]:
 class Data:
     """Training batches in an order that the seed fixes, and held-out rows of text of their own.
 
-    Raises NoActivations where they are not to be had.
+    Raises NoActivations where there are none.
     """
 
     def __init__(self, settings: Settings):
@@ -110,7 +111,7 @@ def new_sae(rule: Activation, settings: Settings, data: Data) -> fastsae.SparseA
 
 
 def train(rule: Activation, settings: Settings, data: Data, label: str, beside: bool, progress: bool) -> dict[str, Any]:
-    """One run; beside: with its dense version for the first steps, which take turns."""
+    """One run; beside: its dense version takes turns with it for the first steps."""
     sae = new_sae(rule, settings, data)
     schedule = fastsae.Schedule(settings.steps, settings.warmup, "linear", 0.2)
     penalty = fastsae.Schedule(settings.warmup, settings.warmup)

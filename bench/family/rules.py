@@ -17,9 +17,9 @@ NAMES = ("TopK", "BatchTopK", "JumpReLU", "Gated", "ReLU", "Matryoshka", "Hierar
 
 @dataclass(frozen=True)
 class Timed:
-    """A rule to be timed: how the SAE gets its density on Gaussian scores, and how many times its dense time is meant.
+    """A rule to be timed: how the SAE gets its density on Gaussian scores, and the target for its speed.
 
-    l0: active latents per token. bar: the rule selects by threshold, so b_enc puts the quantile there.
+    l0: active latents per token. bar: the rule selects by threshold, so b_enc sets the quantile.
     target: dense fp32 time over fastsae's; None: no target is set.
     """
 

@@ -1,7 +1,8 @@
 """`--part speed`: a whole training step of each rule against its dense version, in turns, checked before it is timed.
 
-Three kinds of entries: one for each rule; `crossing-<share>`, ReLU at that density the sparse and the dense way, which
-says where DENSE_ABOVE belongs; `ragged`, a code whose longest token has a hundred times the mean, against a fixed K.
+Three kinds of entries: one for each rule; `crossing-<share>`, ReLU at that density with sparse and with dense steps,
+which shows where DENSE_ABOVE belongs; `ragged`, a code whose longest token has a hundred times the mean, against a
+fixed K.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def time_density(density: float, inputs: Inputs, settings: Settings) -> dict[str
 
 
 def crossing(entries: Sequence[dict[str, Any]]) -> float | None:
-    """The density at which both ways take as long, between the two measured ones, by a line in their logarithms.
+    """The density at which both ways take equally long, between the two measured ones, by a line in their logarithms.
 
     None where one way is faster at all of them.
     """

@@ -68,7 +68,7 @@ class Others:
         return time.perf_counter(), busy, own.user + own.system
 
     def share(self) -> float | None:
-        """Share of all cores' time since construction that went elsewhere: 0 on an idle machine."""
+        """Share of all cores' time since construction that other programs took: 0 on an idle machine."""
         now = self._now()
         if now[1] == 0:
             return None

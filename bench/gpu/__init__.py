@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: checks and times the engine on a GPU, unattended, within a budget, a crash costing one case.
+"""`python -m bench.gpu`: checks and times the engine on a GPU, unattended and within a budget; a crash costs one case.
 
 parent.py   goes through the plan, every job in a child process; no CUDA in here; its options: options.py
 plan.py     the jobs, most important first, and their sizes
@@ -8,5 +8,4 @@ op_times.py ops, checked and then timed, on the inputs of a case and on codes of
             the same by torch.sparse; timings.py: whole steps; spot.py checks at full size; cost.py: bytes and flops
 overhead.py what a call costs the host
 report.py   the outputs: CSV and Markdown (sections.py); draw.py: the plots
-choices.py  which GPU backend goes first, from the timings or, without any, from the bytes that each moves (moved.py)
 """

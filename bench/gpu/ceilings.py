@@ -1,4 +1,4 @@
-"""What the device gives at best, measured with torch: copied bytes, and products in 16 and 32 bits."""
+"""The device's best rates, measured with torch: copied bytes, and products in 16 and 32 bits."""
 
 from __future__ import annotations
 

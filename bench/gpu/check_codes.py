@@ -1,4 +1,4 @@
-"""The ops that make and use codes against float64: what each must return, whatever computes it."""
+"""The ops that make and use codes against float64: what each must return on any backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def all_equal(got: Tensor, expected: Tensor, what: str) -> None:
 
 
 def top_k(codes: SparseCodes, pre: Tensor, magnitude: Tensor, k: int, exact: bool, offset: int = 0) -> float:
-    """codes (on the CPU) are k largest of relu(pre): the values are the truth's, and the indices reproduce them."""
+    """codes (on the CPU) are the k largest of relu(pre): the values are the truth's, and the indices reproduce them."""
     codes.check()
     top, chosen = reference.top_k(torch.relu(pre), k)
     worst = within(codes.acts.sort(dim=-1, descending=True).values, top, magnitude.gather(-1, chosen), "sorted acts")
@@ -61,19 +61,19 @@ def encode_topk_options(case: Hard, dtype: torch.dtype, device: str, backend: st
     screen = ops.prepare_screen(W.to(device), b.to(device), backend=backend)
     plain = ops.encode_topk(x.to(device), W.to(device), b.to(device), case.K, backend=backend)
     screened = ops.encode_topk(x.to(device), W.to(device), b.to(device), case.K, screen=screen, backend=backend)
-    all_equal(screened.indices, plain.indices.cpu(), "indices with a screen of one's own")
-    all_equal(screened.acts, plain.acts.cpu(), "acts with a screen of one's own")
+    all_equal(screened.indices, plain.indices.cpu(), "indices with a screen made beforehand")
+    all_equal(screened.acts, plain.acts.cpu(), "acts with a screen made beforehand")
     return worst
 
 
 def stored(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a ragged code on the CPU: token, latent and act of every stored entry."""
+    """Token, latent and act of every stored entry of a ragged code on the CPU."""
     n = int(codes.nnz)
     return codes.token_ids()[:n], codes.indices[:n].long(), codes.acts[:n]
 
 
 def encode_above(case: Hard, dtype: torch.dtype, device: str, backend: str) -> float:
-    """A number, one per latent, one per token; then a capacity that is too small."""
+    """Thresholds: a number, one per latent, one per token; then a capacity that is too small."""
     x, W, b = case.inputs(dtype)
     pre, magnitude = scores(x, W, b)
     X, V, c = (t.to(device) for t in (x, W, b))
@@ -208,7 +208,7 @@ def by_latent(case: Hard, dtype: torch.dtype, device: str, backend: str) -> floa
 
 
 def exact_is_fp32(case: Hard, dtype: torch.dtype, device: str, backend: str) -> float:
-    """What a screen says never shows: precision "exact" and "fp32" give the same bits."""
+    """A screen never changes the result: precision "exact" and "fp32" give the same bits."""
     x, W, b = (t.to(device) for t in case.inputs(dtype))
     exact, full = (ops.encode_topk(x, W, b, case.K, precision=p, backend=backend) for p in ("exact", "fp32"))
     batch, batch_full = (

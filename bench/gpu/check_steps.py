@@ -59,8 +59,8 @@ def dense_loss(params: reference.Params, x: Tensor, module: fastsae.SparseAutoen
     inputs = x - params["b_dec"] if module.pre_bias else x
     pre = reference.pre_acts(inputs, params.get("W_enc", params["W_dec"]), params["b_enc"])
     A = reference.keep_top_k(torch.where(dead, pre, 0), module.aux_k)
-    unit = reference.loss_denominator(x, module.loss)
-    missed, _ = reference.squared_error(reference.decode(A, params["W_dec"]), (x - out.recon).detach(), unit)
+    unit = len(x) if module.loss == "mse" else (x - x.mean(0)).square().sum()
+    missed = (reference.decode(A, params["W_dec"]) - (x - out.recon).detach()).square().sum() / unit
     return out.losses["loss"] + module.aux_coef * min(int(dead.sum()) / module.aux_k, 1.0) * missed
 
 

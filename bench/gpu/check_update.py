@@ -43,7 +43,7 @@ class Problem:
 
     def to(self, device: str) -> Problem:
         terms = [UpdateTerm(t.codes.to(device), t.x.to(device), t.grad.to(device), t.has_bias) for t in self.terms]
-        # .clone(): on the CPU .to() would hand on what the update writes into.
+        # .clone(): on the CPU .to() returns the same tensor, and the update writes into it.
         params = {name: p.to(device).clone() for name, p in self.params.items()}
         moments = [m.to(device).clone() for m in self.moments]
         return Problem(params, moments, terms, self.unit_norm, self.pre_bias, self.seed)
@@ -143,7 +143,7 @@ def hold(
         m_used, v_used = (m_true, v_true) if m.dtype == torch.bfloat16 else (m.double(), v.double())
         move = LR * m_used / (1 - beta1**STEP) / (v_used.sqrt() / (1 - beta2**STEP) ** 0.5 + EPS)
         p, size = before[name] - move, before[name].abs() + move.abs()
-        if m.dtype == torch.bfloat16:  # the move was made from moments that nobody stored
+        if m.dtype == torch.bfloat16:  # the move was made from the moments before rounding
             size = size + move.abs() * 2**10
         if name == "W_dec" and problem.unit_norm:
             p = reference.normalize(p)
@@ -153,7 +153,7 @@ def hold(
 
 
 def check(problem: Problem, device: str, backend: str | None, **more: Any) -> float:
-    """Runs the problem on the device and holds everything it wrote against float64."""
+    """Runs the problem on the device and compares everything it wrote with float64."""
     before, terms = problem.wide()
     there = problem.to(device)
     stats = there.run(backend, **more).cpu()

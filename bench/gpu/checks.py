@@ -19,8 +19,8 @@ UPDATE_CASES = ("random", "odd", "hot latent", "no tokens", "one token", "all ne
 SETTINGS_CASES = ("odd", "random")
 QUICK_CASES = ("random", "odd", "ties", "no tokens", "one token", "hot latent")
 QUICK_SECONDS, SECONDS = 14.0, 45.0
-"""After which an item begins no further check. The parent's limit lies far above: on a cold machine a single check
-compiles a dozen kernels first."""
+"""Seconds after which an item begins no further check. The parent's limit is far longer: on a cold machine a single
+check compiles a dozen kernels first."""
 
 
 def short(dtype: torch.dtype) -> str:

@@ -1,8 +1,8 @@
 """One job in a process of its own: `python -m bench.gpu.child SPEC`, started by parent.py.
 
 SPEC is JSON: {"job", "settings", "items", "progress"}. For every item two lines of JSON go to the file `progress`:
-{"begun": item}, and {"item": item, "result": {...}} when it is done. By a line that is missing the parent learns of a
-crash. Exit code 3: the CUDA context is lost, start another process for the rest.
+{"begun": item}, and {"item": item, "result": {...}} when it is done. If the second line is missing, the parent knows of
+a crash. Exit code 3: the CUDA context is lost, start another process for the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What may go wrong in an item, by name; and faults that are planted to see that they are noticed."""
+"""What may go wrong in an item, by name; and faults that are planted to test that they are noticed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def caught() -> tuple[type[BaseException], ...]:
 
 
 def text(error: BaseException) -> str:
-    """The kind and the message, cut to what a table can bear."""
+    """The kind and the message, cut to fit a table."""
     return f"{type(error).__name__}: {error}"[:1500]
 
 

@@ -1,4 +1,4 @@
-"""Codes of every layout that an op may meet, of a case's sizes and N·K stored activations each; the same for everybody.
+"""Codes of every layout that an op may get, with a case's sizes and N·K stored activations; the same on every backend.
 
 fixed    K latents a token, spread over the dictionary
 ragged   from none to about 2K latents a token, as the encoders with a threshold make them
@@ -16,7 +16,7 @@ from bench.gpu.plan import LAYOUTS
 from fastsae import SparseCodes
 
 HEAVY, EVERY = 100, 100
-"""How many times as long a heavy token is, and that every hundredth is one, the first among them."""
+"""A heavy token is HEAVY times as long as the others; every EVERY-th token is heavy, beginning with the first."""
 
 
 def lengths(case: Case, weights: Tensor) -> Tensor:

@@ -13,14 +13,15 @@ from bench import cases, real
 from bench.cases import Case, Inputs
 from bench.gpu import layouts, spot
 from bench.gpu.clock import measure
-from bench.gpu.moved import DEAD
 from bench.gpu.plan import Job, Settings
 from bench.gpu.spot import Spots
 from bench.run import rotating
 from fastsae import LatentOrder, SparseCodes, UpdateTerm, ops
 
 SECONDS, TOY_SECONDS = 0.6, 0.01
-"""Of timed runs of one call."""
+"""How long the timed runs of one call last."""
+DEAD = 8
+"""One latent in so many is listed in the rows of an encode."""
 Timed = tuple[float, Callable[[], object], int]
 """The largest error in units of the bound, what to time, and how many activations are stored."""
 
@@ -138,7 +139,7 @@ class OpTimes:
         return worst, lambda: problem.run(self.backend, screen=screen), self.nnz
 
     def torch_topk(self) -> Timed:
-        """torch.topk alone on the pre-acts, which everyone else has to form first."""
+        """torch.topk alone on the pre-acts, which all the others have to compute first."""
         pre = torch.relu(F.linear(self.inputs.x, self.W, self.b))
         return 0.0, lambda: pre.topk(self.case.K, dim=-1), self.nnz
 
@@ -161,7 +162,7 @@ class Layouts:
 
 
 class CodeTimes(Layouts):
-    """The items of a job "codes-<case>-<backend>": what a backend makes of those codes."""
+    """The items of a job "codes-<case>-<backend>": the ops of a backend on those codes."""
 
     def decode(self, codes: SparseCodes) -> tuple[float, Callable[[], object]]:
         def call() -> Tensor:
@@ -182,7 +183,7 @@ class CodeTimes(Layouts):
         return spot.active_dot(codes, self.x, self.W, call()), call
 
     def active_outer(self, codes: SparseCodes) -> tuple[float, Callable[[], object]]:
-        """Regrouping by latent apart."""
+        """Without the regrouping by latent."""
         order = ops.by_latent(codes, backend=self.backend)
 
         def call() -> Tensor:

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--items", nargs="+", default=[], metavar="ITEM", help="of those jobs only these items, see --list")
     p.add_argument(
         "--backends", nargs="+", default=None, metavar="NAME",
-        help="checked, and all but the reference timed; one that does not work here is left out, which is said with "
+        help="backends to check; all but the reference are timed too; one that does not work here is left out, with "
         "the reason (default: cuda, triton and reference on cuda, cpu and reference on cpu)",
     )  # fmt: skip
     p.add_argument("--list", action="store_true", help="print the jobs and their items, in order, and stop")

@@ -3,8 +3,8 @@
 Goes through the jobs of plan.py, most important first: what the machine is (and building what is missing), every op of
 every backend against float64, the device's ceilings, every op and whole training step against dense PyTorch,
 torch.sparse and public libraries, compute-sanitizer, sweeps over N, D, M and K. Each job runs in a process of its own
-and each result is written when it is there, so a crash or a hang costs one case, and a run that is stopped is taken up
-where it was.
+and each result is written at once, so a crash or a hang costs one case, and a run that was stopped continues where it
+was.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from bench.gpu.worker import Child
 from bench.results import RESULTS
 
 START_SECONDS = 90.0
-"""What a process may take before it begins its first item: imports, and on a cold machine the reading of them."""
+"""Limit on the time before a process begins its first item: imports, which a cold machine reads from disk."""
 LEAST_SECONDS = {"full": 12.0, "toy": 2.0}
 """With less than this left, no further job is begun."""
 POLL_SECONDS = 0.1
 PLOT_SECONDS = 20.0
-"""Plots take a processor's seconds, so while a run goes on they are made again no more often than this."""
+"""Plots take seconds of CPU time, so during a run they are drawn no more often than this."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -130,7 +130,7 @@ class Run:
             time.sleep(POLL_SECONDS)
 
     def outputs(self, last: bool = False) -> None:
-        """CSV and summary from the files, where something is new; the plots too, if the last ones are not too fresh."""
+        """CSV and summary from the files, where something is new; the plots too, if the last ones are old enough."""
         if self.store is None or not (self.stale or last):
             return
         plots = last or time.monotonic() - self.drawn > PLOT_SECONDS
@@ -161,7 +161,7 @@ def say(text: str) -> None:
 
 def about_machine(run: Run) -> dict[str, Any] | str:
     """Builds what is missing and asks what this machine is; or the reason why it cannot be used."""
-    # A process for each: one that was there before the build does not find what was built.
+    # A process for each: one that started before the build does not find what was built.
     for item in ("build", "device"):
         found = run.job(Job("machine", "machine", (item,), limit=640), [item])
         if item not in found:
@@ -171,7 +171,7 @@ def about_machine(run: Run) -> dict[str, Any] | str:
 
 
 def available(settings: Settings, machine: dict[str, Any]) -> Settings:
-    """The settings with the backends that work here; says who is left out and why. Raises ValueError where all are."""
+    """The settings with the backends that work here; says which do not, and why. Raises ValueError where all are."""
     reasons = {name: about["reason"] for name, about in machine["backends"].items() if not about["available"]}
     for name, reason in reasons.items():
         say(f"left out: {name}: {reason}")

@@ -77,7 +77,7 @@ class Settings:
 
     @property
     def timed(self) -> tuple[str, ...]:
-        """All but the reference, which is there to be held against, unless nobody else is."""
+        """All but the reference, which is there to compare with; if it is the only one, the reference."""
         return tuple(name for name in self.backends if name != "reference") or self.backends
 
     @property
@@ -122,7 +122,7 @@ def jobs(settings: Settings) -> list[Job]:
         return Job(f"quick-check-{backend}", "quick check", CHECKS, backend=backend, limit=100)
 
     def ops(case: str) -> list[Job]:
-        more = ("torch.topk",)  # nobody's: timed beside the first backend
+        more = ("torch.topk",)  # of no backend: timed beside the first one
         items = {backend: (*TIMED, *(more if backend == timed[0] else ())) for backend in timed}
         return each(lambda backend: Job(f"ops-{case}-{backend}", "ops", items[backend], case, backend))
 

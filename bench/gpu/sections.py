@@ -43,7 +43,7 @@ def targets_section(results: Results) -> str:
 
 
 def backends_section(machine: Mapping[str, Any]) -> str:
-    """Who took part, and who did not and why."""
+    """Which backends took part, and which did not and why."""
     lines = []
     for name, about in machine.get("backends", {}).items():
         detail = "; ".join(f"{key}: {value}" for key, value in about["detail"].items())
@@ -118,7 +118,7 @@ def ops_table(flat: Sequence[Mapping[str, Any]], case: str) -> str:
 
 
 def beside(flat: Sequence[Mapping[str, Any]], start: str, unit: float, head: str) -> str:
-    """Items by who: the jobs whose name is `start` and who it is, each a column of medians times `unit`."""
+    """A row for each item, a column for each job with a name that begins with `start`: medians times `unit`."""
     mine = [r for r in flat if r["job"].startswith(start)]
     who = list(dict.fromkeys(r["job"].removeprefix(start) for r in mine))
     cells = {

@@ -17,7 +17,7 @@ from bench.machine import ROOT
 
 PARTS: tuple[str, ...] = ("fastsae.kernels", "fastsae._cpu")
 CUDA_PART = "fastsae._cuda"
-"""Wanted too where there are a GPU and an nvcc; elsewhere its backend says itself that it is not there."""
+"""Built too where there are a GPU and an nvcc; elsewhere its backend reports that it is not there."""
 BUILDS = (
     ("-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."),
     ("setup.py", "build_ext", "--inplace"),
@@ -25,7 +25,7 @@ BUILDS = (
 BUILD_SECONDS = 150.0
 CUDA_BUILD_SECONDS = 300.0
 MEASURED = ("fastsae", "kernels", "csrc", "bench")
-NOT_MEASURED = ("report.py", "sections.py", "draw.py", "choices.py", "plot.py", "demo.py")
+NOT_MEASURED = ("report.py", "sections.py", "draw.py", "plot.py", "demo.py")
 
 
 def missing(parts: tuple[str, ...]) -> list[str]:
@@ -47,7 +47,7 @@ def cuda_target() -> str | None:
 
 
 def build(settings: Settings) -> dict[str, Any]:
-    """Builds until nothing is missing. Whatever stays missing is said: each backend reports for itself afterwards."""
+    """Builds until nothing is missing, and says what stays missing; each backend reports its own state afterwards."""
     target = cuda_target() if "cuda" in settings.backends and settings.device == "cuda" else None
     parts, limit, before = PARTS, BUILD_SECONDS, ["env"]
     if target is not None:  # for this GPU alone, which takes a quarter of the time
@@ -86,7 +86,7 @@ def slug(name: str) -> str:
 
 
 def smi(*fields: str) -> str:
-    """Fields of the first GPU as nvidia-smi tells them, "" where there is no such tool."""
+    """Fields of the first GPU as nvidia-smi reports them, "" where there is no such tool."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""

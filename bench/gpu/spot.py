@@ -1,7 +1,7 @@
 """Checks at full size, before an op is timed: the code of some tokens and the rows of some latents, against float64.
 
-The whole (N, M) in float64 would not fit, so TOKENS tokens spread over the batch and LATENTS latents are held, among
-them the most used one, which is what a wrong split of a long latent spoils.
+The whole (N, M) in float64 would not fit, so TOKENS tokens spread over the batch and LATENTS latents are checked. Among
+these is the most used latent, which a wrong split of a long latent would spoil.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def by_latent(codes: SparseCodes, order: LatentOrder) -> float:
 
 
 def update(problem: check_update.Problem, backend: str | None) -> float:
-    """Runs the problem's update in place and holds LATENTS rows of all that it wrote (b_dec, which all latents share,
-    is held by the small cases and by the whole step).
+    """Runs the problem's update in place and checks LATENTS rows of all that it wrote (b_dec, which all latents share,
+    is checked by the small cases and by the whole step).
     """
     term = problem.terms[0]
     latents = latents_of(term.codes)

@@ -14,7 +14,7 @@ FORMAT = 1
 KEY = ("device", "source", "torch", "triton", "size", "plant")
 """What results must agree in to be of one run: the device, the sources measured (committed or not), the versions."""
 FOUND_WRONG = ("failed", "error", "died", "timeout")
-"""Statuses that somebody has to look at. oom, unserved and missing are answers too."""
+"""Statuses that need a look. oom, unserved and missing are answers too."""
 
 
 def write_json(path: Path, value: Any) -> None:

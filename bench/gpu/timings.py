@@ -88,7 +88,7 @@ class StepTimes:
             return self.by_part(case, inputs) if name == "fastsae by part" else self.ours(name, case, inputs)
         if name in peers.PEERS and (reason := contestants.unavailable(name)):
             raise NotThere(reason)
-        torch.compiler.reset()  # nothing of an earlier contestant: neither its tensors nor its share of recompilations
+        torch.compiler.reset()  # drop an earlier contestant's tensors and its share of recompilations
         made = DENSE[name](inputs, case.K) if name in DENSE else contestants.make(name, inputs, case.K)
         check.check_forward(made, inputs, self.recon)
         found = self.times(made.step, made.encode, inputs)

@@ -1,4 +1,4 @@
-// Exact scores and their order, shared by the encoders. A scored latent is one 64-bit integer that sorts as the op contract says:
+// Exact scores and their order, shared by the encoders. A scored latent is one 64-bit integer in the op contract's order:
 // larger score first, NaN above all, ties to the lower index.
 #pragma once
 #include <algorithm>

@@ -36,7 +36,8 @@ struct Lists {
   std::vector<uint8_t> spilled;       // the list could not hold all that passed: decide this token another way
 
   Lists(int64_t count, int64_t capacity_, int64_t keep_)
-      : capacity(capacity_), keep(keep_), room(capacity_), value(new float[count * capacity_]), where(new int32_t[count * capacity_]) {
+      : capacity(capacity_), keep(keep_), room(capacity_), value(new float[count * capacity_]),
+        where(new int32_t[count * capacity_]) {
     reset(count);
   }
   void reset(int64_t count) { size.assign(count, 0), bar.assign(count, 0.f), spilled.assign(count, 0); }

@@ -15,7 +15,8 @@ namespace {
 constexpr int THREADS = 128, BLOCKS = 4;
 
 template <bool ALIGNED, class T>
-__global__ void __launch_bounds__(THREADS, BLOCKS) active_dot_kernel(Codes<T> codes, const T* x, const T* W, T* out, int64_t D) {
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    active_dot_kernel(Codes<T> codes, const T* x, const T* W, T* out, int64_t D) {
   const int64_t first = (int64_t{blockIdx.x} * (THREADS / WARP) + warp()) * DOTS;
 
   // Shapes: a slot past the end of a ragged code is 0; in a fixed one an act of 0 is an empty slot.

@@ -1,10 +1,11 @@
 // The K largest of a few tokens by scoring every latent: for tokens that no screen could certify, listed on the device.
 //
-// How many there are is not known to the host, so the launches are fixed and return at once where there is nothing to do:
-// first the list's first tokens, as many as there are rows of scratch memory, whose scores all blocks compute together,
-// each warp DOTS latents for one token after the other, and one block a token selects from; then whatever is left, one
-// block a token: for the few that a screen leaves, and slow where it leaves many. The K-th largest key comes from four counts over the row; then the row is walked
-// through in order: ties go to the lower index. Scores are those of `rescore`, bit for bit.
+// The host does not know how many there are, so the launches are fixed and return at once if there is nothing to do. The
+// list's first tokens, as many as there are rows of scratch memory, come first: all blocks compute their scores together,
+// each warp DOTS latents for one token after the other, and one block a token selects. Then one block a token does the
+// rest: this suits the few tokens that a screen leaves, and is slow where it leaves many. The K-th largest key comes from
+// four counts over the row. Then a pass over the row in order gives ties to the lower index. Scores are those of
+// `rescore`, bit for bit.
 // Bytes: M·D·sizeof(W) for each token. Of the first tokens' rows of W, from L2, or from L1 where the DOTS rows of a block's
 // warps fit there (D <= 512 or so in float); 5·M·4 to select.
 // Flops: 2·M·D a token.

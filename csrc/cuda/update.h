@@ -1,5 +1,5 @@
 // Host functions of the CUDA kernels of the latent-major half, as declarations.h has the others. What each computes is said
-// in fastsae/backends/gpu/stages.py, whose stages fastsae/backends/cuda/update.py makes of them.
+// in fastsae/backends/gpu/stages.py, whose stages fastsae/backends/cuda/stages.py makes of them.
 #pragma once
 #include <vector>
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsae import env
-from fastsae.backends import choice, reference
+from fastsae.backends import reference
 from fastsae.backends.errors import BackendError
 
 
@@ -47,8 +48,7 @@ def _built_cuda() -> ModuleType | str:
     return cuda
 
 
-# Fastest first, except that fastsae.backends.choice orders the first two. A string instead of a module is the reason
-# why the backend is absent.
+# Fastest first. A string instead of a module is the reason why the backend is absent.
 _REGISTRY: tuple[tuple[str, ModuleType | str], ...] = (
     ("cuda", _built_cuda()),
     ("triton", _built_triton()),
@@ -85,8 +85,9 @@ def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> Modul
     backend = backend or env.default_backend()
     check_name(backend)
     reasons = []
-    first = choice.first(op, tensors)
-    for name, module in sorted(_REGISTRY, key=lambda entry: entry[0] != first):
+    # `rows` of encode_topk: Triton's product reads those that are listed, cuBLAS needs a copy of the whole capacity.
+    has_rows = op == "encode_topk" and any(t.dtype == torch.int32 and t.ndim == 1 for t in tensors)
+    for name, module in sorted(_REGISTRY, key=lambda entry: has_rows and entry[0] != "triton"):
         if backend not in (None, name):
             continue
         reason: str | None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.reference import EightBit, Moment, Moments, Optimizer, Params, Parts, store
+from fastsae.reference import EightBit, Moment, Optimizer, Params, Parts, store, update
 
 WRITTEN = ("W_enc", "W_dec", "b_enc", "b_dec", "moments", "scales", "screen")
 """The arguments of `update_latents_` that it writes; the others it only reads."""
@@ -88,11 +88,16 @@ class UpdateArguments:
         kept = len(self.rule().moments)
         return {name: tuple(stored[i * kept : (i + 1) * kept]) for i, name in enumerate(self.parameters())}
 
-    def write(self, params: Params, moments: Moments) -> None:
-        """Stores the parameters and moments of a step; if skip is True, the old values stay."""
+    def write_step(self, params: Params, grads: Params) -> None:
+        """Stores the optimizer's step: params as wide as it computes, gradients from `shape_gradients`, which are used
+        up. If skip is True, the old values stay."""
+        if self.grad_scale is not None:
+            for name in grads:
+                grads[name] = grads[name] * self.grad_scale
         old = self.stored_moments()
+        new, moments = update(params, grads, old, self.lr, self.step, self.rule(), self.unit_norm, self.seed)
         for name, p in self.parameters().items():
-            store(p, params[name], self.skip)
+            store(p, new[name], self.skip)
             for place, moment in zip(old[name], moments[name], strict=True):
                 store(place, moment, self.skip)
 

@@ -155,10 +155,7 @@ def update_latents_(call: UpdateArguments) -> Tensor:
     grads = reference.shape_gradients(params, raw, call.unit_norm, call.clip_rows)
     if call.norms_only:
         return reference.squared_norms(grads)
-    if call.grad_scale is not None:
-        grads = {name: grad * call.grad_scale for name, grad in grads.items()}
-    old, rule = call.stored_moments(), call.rule()
-    call.write(*reference.update(params, grads, old, call.lr, call.step, rule, call.unit_norm, call.seed))
+    call.write_step(params, grads)
     return reference.squared_norms(raw)
 
 

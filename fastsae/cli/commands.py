@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastsae.backends import backends
+from fastsae.cli.language import asks_for_language, measure_in_model
 from fastsae.cli.options import (
     LIVE,
     Eval,
@@ -139,6 +140,8 @@ def run_eval(options: Eval) -> int:
     """fastsae eval"""
     run = open_run(options.run, device=str(checked_device(options.device)))
     run.sae.backend = options.backend
+    if asks_for_language(options):
+        return run_language_eval(options, run)
     rows, where = held_out_rows(options, run)
     if len(rows) == 0:
         raise ValueError("no rows are held out; give others with --data, and --all-rows to measure on all of them")
@@ -152,18 +155,31 @@ def run_eval(options: Eval) -> int:
     return 0
 
 
-def print_evaluation(result: EvalResult, where: str, out: Path) -> None:
+def run_language_eval(options: Eval, run: OpenedRun) -> int:
+    """fastsae eval with a language model"""
+    found = measure_in_model(options, run)
+    out = options.out or options.run / EVALUATION
+    extra = {"step": run.step, "weights": str(run.path), "rows": found.where, "spliced": found.record()}
+    found.result.write(out, with_density=options.density, **extra)
+    print_evaluation(found.result, found.where, out, found.table())
+    return 0
+
+
+def print_evaluation(result: EvalResult, where: str, out: Path, more: dict[str, Any] | None = None) -> None:
     """The table of `fastsae eval`."""
     print_table(
         {
             "rows": f"{result.n_tokens:,} {where}",
             "fvu": f"{result.fvu:.5f}",
+            "explained variance": f"{result.explained_variance:.5f}",
+            "per token": f"{result.fvu_per_token:.5f} fvu, {result.explained_variance_per_token:.5f} explained",
             "mse": f"{result.mse:.6g}",
             "cosine": f"{result.cosine:.5f}",
             "norm ratio": f"{result.norm_ratio:.5f}",
             "l0": f"{result.l0:.2f}",
             "dead share": f"{result.dead_share:.2%} of {len(result.density):,} latents never active on these rows",
             "median density": f"{float(result.density.median()):.3g}",
+            **(more or {}),
             "written to": out,
         }
     )

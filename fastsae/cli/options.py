@@ -219,10 +219,33 @@ class Eval(Common):
     """File for the JSON. Left out: evaluation.json in the folder of the run or autoencoder."""
     density: Switch = False
     """Also write the density of every latent."""
+    spliced: Switch = False
+    """Measure on the held-out text of the run's own language model, and what that model loses with the reconstruction
+    in place of its activations: cross-entropy and KL, beside zero and mean ablation. The options below imply it."""
+    model: str | None = None
+    """The language model. Left out: the one that the run records."""
+    any_model: Switch = False
+    """Measure even if the language model is not the one that the run was trained on."""
+    text: str | None = None
+    """Text to use instead of the run's own: a file, a folder, a glob pattern, package:NAME/PATTERN or debian:NAME."""
+    hook: str | None = None
+    """Where the autoencoder reads: a number of layers, mlp.L, attn.L or a module's name. Left out: the run's."""
+    output_hook: str | None = None
+    """For a transcoder: what it replaces, as mlp.L. Left out: the place where it reads."""
+    window: int | None = None
+    """Tokens in one window of text. Left out: the run's, or 256."""
+    tokens: int | None = None
+    """Tokens of held-out text to measure on, rounded up to whole windows. Left out: as many as the run holds out."""
+    also: tuple[Path, ...] = ()
+    """Other runs, spliced in at the same time, each at the hook that it records."""
+    model_dtype: FloatType | None = None
+    """Type in which the language model runs. Left out: as for the run's activations."""
+    progress: bool = True
+    """Show a progress bar on stderr."""
     backend: str | None = None
     """Backend of the ops, see `fastsae info`. Left out: the fastest that supports them."""
     device: str = "cpu"
-    """Device: cpu, cuda, cuda:1."""
+    """Device of the autoencoder and the language model: cpu, cuda, cuda:1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,15 +278,15 @@ class Reproduce(Common):
     """
 
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
-    """Name of the system: clustering, othello."""
+    """Name of the system: clustering, interpretable_directions or othello."""
     out: Path | None = None
     """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
     seeds: int | None = None
-    """Runs of every experiment. Left out: 10 of clustering, 3 of othello, whose grid of recipes has one."""
+    """Runs of every experiment. Left out: 10 of clustering, 3 of the others, whose grids have one."""
     quick: Switch = False
     """A tiny version that takes seconds; its figures mean nothing."""
     scale: tuple[str, ...] = ()
-    """Sizes that differ from the system's own, such as games=40000; a wrong name lists those that there are."""
+    """Sizes that differ from the system's own, such as steps=1000; a wrong name lists those that there are."""
     experiments: tuple[str, ...] = ()
     """Names of the experiments to run. Left out: all."""
     threads: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastsae.data.contexts import Context
 from fastsae.data.files import ShardError
+from fastsae.data.filters import Ordinary
 from fastsae.data.harvest import harvest
 from fastsae.data.live import LiveSource
 from fastsae.data.manifest import Manifest
@@ -16,22 +17,7 @@ from fastsae.data.text import Corpus, TextCorpus, TokenCorpus, load_text
 from fastsae.data.writer import ShardWriter, save_rows
 
 __all__ = [
-    "ActivationSource",
-    "ActivationStream",
-    "Context",
-    "Corpus",
-    "LanguageModel",
-    "LiveSource",
-    "Manifest",
-    "ShardError",
-    "ShardSource",
-    "ShardWriter",
-    "StreamConfig",
-    "TensorSource",
-    "TextCorpus",
-    "TokenCorpus",
-    "harvest",
-    "load_model",
-    "load_text",
-    "save_rows",
-]
+    "ActivationSource", "ActivationStream", "Context", "Corpus", "LanguageModel", "LiveSource", "Manifest",
+    "Ordinary", "ShardError", "ShardSource", "ShardWriter", "StreamConfig", "TensorSource", "TextCorpus",
+    "TokenCorpus", "harvest", "load_model", "load_text", "save_rows",
+]  # fmt: skip

@@ -27,6 +27,30 @@ class Rows:
         return len(self.activations)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ordinary:
+    """Which tokens of whole windows are ordinary: activations (windows, window, d_in) -> bool (windows, window).
+
+    first, last  positions at either end of a window that are not: an attention sink, special tokens.
+    max_norm     the largest norm of an ordinary activation; None: any.
+
+    A token whose activation is not finite is never ordinary. Where a model generates token by token, a pass sees one
+    token at a time and positions mean nothing: give max_norm alone.
+    """
+
+    first: int = 1
+    last: int = 0
+    max_norm: float | None = None
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        norms = activations.float().norm(dim=-1)
+        found = torch.isfinite(norms) if self.max_norm is None else norms <= self.max_norm
+        found[..., : self.first] = False
+        if self.last:
+            found[..., -self.last :] = False
+        return found
+
+
 class RowFilter:
     """Drops special tokens, first positions, rows that are not finite, and rows of norm > norm_factor x median norm.
 
@@ -70,6 +94,11 @@ class RowFilter:
     def limit(self) -> float | None:
         """The largest norm that passes, or None for no limit."""
         return None if self.norm_factor is None or self.median is None else self.norm_factor * self.median
+
+    @property
+    def ordinary(self) -> Ordinary:
+        """The same choice of rows for whole windows, without counts; rows that are not finite are left out."""
+        return Ordinary(self._first, self._n_suffix, self.limit)
 
     def twin(self) -> RowFilter:
         """The same filter with counts of its own."""

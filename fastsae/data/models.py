@@ -24,6 +24,12 @@ class LanguageModel:
     tokenizer: Any
     name: str
 
+    @property
+    def base(self) -> LanguageModel:
+        """The same without its language-model head, as it is loaded for a harvest; itself if there is no head."""
+        inner = getattr(self.model, getattr(self.model, "base_model_prefix", "") or "base_model", None)
+        return dataclasses.replace(self, model=inner) if isinstance(inner, nn.Module) else self
+
     def describe(self) -> dict[str, Any]:
         """Provenance, JSON-able: class, number of parameters, dtype, and a digest of the configuration and weights.
 
@@ -72,11 +78,20 @@ def load_model(
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         else:
             arguments["use_safetensors"] = True  # never a pickle
-        model = maker.from_pretrained(where, dtype=dtype, trust_remote_code=False, **arguments)
+        loaded: Any = maker.from_pretrained(
+            where, dtype=dtype, trust_remote_code=False, output_loading_info=True, **arguments
+        )
+        model, found = loaded
     except (OSError, ValueError, LookupError, RuntimeError, struct.error, SafetensorError) as error:
         # What from_pretrained raises for damaged files: the readers of GGUF and safetensors raise different errors.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"cannot load the model {spec!r}: {reason[0]}") from error
+    if head and found["missing_keys"]:
+        # transformers would start them at random, and every number of such a head would look like one.
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise ValueError(
+            f"the model {spec!r} has no language-model head: {missing} missing; name the model with its head"
+        )
     return LanguageModel(model.eval().requires_grad_(False).to(device), tokenizer, spec)
 
 

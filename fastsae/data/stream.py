@@ -109,6 +109,20 @@ class ActivationStream:
             have += len(parts[-1])
         return join_rows(parts, self.d_in, self.config.window, self.config.holdout)
 
+    def held_out_windows(self, tokens: int) -> Tensor:
+        """The first windows (n, window) int64 of the held-out text with at least `tokens` tokens.
+
+        Raises ValueError if the held-out text has fewer.
+        """
+        stream = self._open(range(self._n_train, len(self.corpus)), repeat=False)
+        found = stream.next(math.ceil(tokens / self.config.window))
+        if found.numel() < tokens:
+            raise ValueError(
+                f"the text is too short: its held-out part has {found.numel():,} tokens in windows of "
+                f"{self.config.window}, {tokens:,} were asked for; ask for fewer, or give another text"
+            )
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the place in the text, the median norm and the counts."""
         return {

@@ -28,39 +28,12 @@ SAMPLED_TOKENS = 64
 
 
 @dataclass(eq=False)
-class DenseObjective:
-    """total (0-d float64) and error (N, D_out) are differentiable; squares: sum of the squared errors; losses by name;
-    counts (M,) int64: on how many tokens each latent was active; selected: how many pre-acts the rule considers."""
+class DenseTask:
+    """A pass's inputs that are not tensors, and its results that are not differentiable.
 
-    total: Tensor
-    error: Tensor
-    squares: Tensor
-    losses: dict[str, Tensor]
-    counts: Tensor
-    selected: Tensor
-
-
-def objective(
-    sae: Parameters, x: Tensor, goal: Tensor, gate_goal: Tensor, centred: bool, denominator: Any, weight: Tensor
-) -> DenseObjective:
-    """The loss of reconstructing goal (N, D_out) from the encoder's input x (N, D_in), and gate_goal from the gate.
-
-    centred: b_dec was subtracted from x and the goals, without a gradient to it, and is not added to A W_dec.
-    weight: the penalty's weight in the loss, 0-d.
+    losses by name; squares: sum of the squared errors; counts (M,) int64: on how many tokens each latent was active;
+    selected: how many pre-acts the rule considers. The backward pass holds it, so it must not hold the loss.
     """
-    names = list(sae.rule_parameters)
-    task = _Task(sae, centred, weight.detach(), names)
-    over = torch.as_tensor(denominator, dtype=torch.float64, device=x.device)
-    W_enc = None if sae.W_enc is None else sae.W_enc
-    total, error = _Dense.apply(
-        x, goal, gate_goal, over, W_enc, sae.W_dec, sae.b_enc, sae.b_dec, task, *sae.rule_parameters.values()
-    )
-    return DenseObjective(total, error, task.squares, task.losses, task.counts, task.selected)
-
-
-@dataclass(eq=False)
-class _Task:
-    """A pass's inputs that are not tensors, and its results that are not gradients."""
 
     sae: Parameters
     centred: bool
@@ -72,10 +45,27 @@ class _Task:
     selected: Any = None
 
 
+def objective(
+    sae: Parameters, x: Tensor, goal: Tensor, gate_goal: Tensor, centred: bool, denominator: Any, weight: Tensor
+) -> tuple[Tensor, Tensor, DenseTask]:
+    """The loss of reconstructing goal (N, D_out) from the encoder's input x (N, D_in), and gate_goal from the gate.
+
+    Returns the loss, 0-d float64, and the error (N, D_out), both differentiable, and what else the pass found.
+    centred: b_dec was subtracted from x and the goals, without a gradient to it, and is not added to A W_dec.
+    weight: the penalty's weight in the loss, 0-d.
+    """
+    task = DenseTask(sae, centred, weight.detach(), list(sae.rule_parameters))
+    over = torch.as_tensor(denominator, dtype=torch.float64, device=x.device)
+    total, error = _Dense.apply(
+        x, goal, gate_goal, over, sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, task, *sae.rule_parameters.values()
+    )
+    return total, error, task
+
+
 class _Pass:
     """One pass over all pieces; `grads`: the accumulated gradients, by name."""
 
-    def __init__(self, task: _Task, x: Tensor, wants_x: bool):
+    def __init__(self, task: DenseTask, x: Tensor, wants_x: bool):
         sae = task.sae
         self.task, self.rule, self.x = task, sae.rule, wide(x)
         self.W_dec, self.W_enc, self.b_enc = (wide(t.detach()) for t in (sae.W_dec, sae.encoder_weight, sae.b_enc))
@@ -152,7 +142,7 @@ class _Found:
 
 
 def _whole_pass(
-    task: _Task, x: Tensor, goal: Tensor, gate_goal: Tensor, over: Tensor, wants_x: bool
+    task: DenseTask, x: Tensor, goal: Tensor, gate_goal: Tensor, over: Tensor, wants_x: bool
 ) -> _Found:  # fmt: skip
     """The loss and all of its gradients; the other results are stored in the task."""
     run = _Pass(task, x, wants_x)
@@ -202,7 +192,7 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, goal: Tensor, gate_goal: Tensor, over: Tensor, W_enc: Tensor | None, W_dec: Tensor,
-        b_enc: Tensor, b_dec: Tensor, task: _Task, *rule_parameters: Tensor,
+        b_enc: Tensor, b_dec: Tensor, task: DenseTask, *rule_parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         found = _whole_pass(task, x, goal, gate_goal, over, ctx.needs_input_grad[0])
         ctx.set_materialize_grads(False)
@@ -242,7 +232,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _of_error(task: _Task, x: Tensor, grad: Tensor, wants_x: bool) -> dict[str, Tensor | None]:
+def _of_error(task: DenseTask, x: Tensor, grad: Tensor, wants_x: bool) -> dict[str, Tensor | None]:
     """The gradients of Σ grad · error alone."""
     run = _Pass(task, x, wants_x)
     for here in run.pieces():

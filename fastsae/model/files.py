@@ -40,6 +40,8 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
     tensors = {name: t.detach().contiguous() for name, t in _tensors(sae).items()}
     text = json.dumps(config, indent=2)
     target = root
+    if root.exists() and not root.is_dir():
+        raise SavedModuleError(f"{root} is a file, expected a folder, new or written by save; give another name")
     try:
         root.mkdir(parents=True, exist_ok=True)
         target = root / WEIGHTS

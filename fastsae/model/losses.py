@@ -1,4 +1,4 @@
-"""Losses of a reconstruction: mse, fvu, and AuxK on dead latents. No (N, M) tensor is made.
+"""Losses of a reconstruction: what mse and fvu divide by, AuxK and ghost gradients. No (N, M) tensor is made.
 
 Every loss here is a sum of squared errors over a normalizer: N tokens (mse) or the batch's total variance (fvu).
 Arguments are (*batch, D) tensors of one dtype; results are 0-d, float32 or wider.
@@ -22,16 +22,6 @@ GHOST_PIECE = 2**24
 """Entries of (N, dead) that ghost gradients compute at a time."""
 
 
-def n_tokens(x: Tensor) -> int:
-    """Product of the leading dimensions of x (*batch, D)."""
-    return x.shape[:-1].numel()
-
-
-def squared_error(recon: Tensor, target: Tensor) -> Tensor:
-    """Σ_n ‖recon_n - target_n‖², in float32 at least: 8 or 11 bits are too few for a sum of N·D squares."""
-    return F.mse_loss(wide(recon), wide(target), reduction="sum")
-
-
 def total_variance(target: Tensor) -> Tensor:
     """Σ_n ‖target_n - mean‖², the mean taken over this batch."""
     flat = wide(target).reshape(-1, target.shape[-1])
@@ -49,7 +39,7 @@ def loss_denominator(loss: str, target: Tensor) -> Tensor | int:
 
     Raises ValueError for an unknown loss, and for fvu with fewer than two tokens, whose variance is zero.
     """
-    n = n_tokens(target)
+    n = target.shape[:-1].numel()
     if loss == "mse":
         return max(n, 1)
     if loss != "fvu":
@@ -62,16 +52,6 @@ def check_tokens(loss: str, n: int) -> None:
     """Raises ValueError for fvu with fewer than two tokens, whose variance is zero."""
     if loss == "fvu" and n < 2:
         raise ValueError(f"loss 'fvu' divides by the variance of the batch; got {n} tokens, expected at least 2")
-
-
-def mse(recon: Tensor, target: Tensor) -> Tensor:
-    """1/N Σ_n ‖recon_n - target_n‖²: summed over D, averaged over tokens. 0 for an empty batch."""
-    return squared_error(recon, target) / loss_denominator("mse", target)
-
-
-def fvu(recon: Tensor, target: Tensor) -> Tensor:
-    """Σ_n ‖target_n - recon_n‖² / Σ_n ‖target_n - mean‖², the fraction of variance unexplained in this batch."""
-    return squared_error(recon, target) / loss_denominator("fvu", target)
 
 
 def dead_rows(dead: Tensor) -> Tensor:

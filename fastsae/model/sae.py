@@ -144,6 +144,8 @@ class SparseAutoencoder(Parameters):
 
     def _checked(self, x: Tensor, width: int, name: str) -> Tensor:
         """x in the weights' dtype. Raises ValueError or TypeError when its shape, dtype or device does not fit."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor({name})")
         if x.ndim < 2 or x.shape[-1] != width:
             hint = "; for one token pass its row as a batch, x[None]" if x.ndim == 1 else ""
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (*batch, {width}){hint}")
@@ -387,17 +389,17 @@ class SparseAutoencoder(Parameters):
         gate_goal = goal.detach()
         if ready.target.requires_grad:
             gate_goal = self._gate_goal(ready) - self.b_dec.detach() if centred else self._gate_goal(ready)
-        found = dense.objective(self, ready.encoder_input, goal, gate_goal, centred, denominator, weight)
+        total, error, found = dense.objective(self, ready.encoder_input, goal, gate_goal, centred, denominator, weight)
         n = ready.target.shape[0]
         self.active_share = float(found.selected) / (n * self.d_sae)
         counts, tokens = over_replicas(found.counts, n)
         dead = torch.where(counts > 0, 0, self.tokens_since_fired + tokens) >= self.dead_after
         options = self.encode_options(held=True)
-        more, dead_losses = self.dead_latent_loss(ready, found.error, dead, denominator, options)
-        loss = found.total if more is None else found.total + more
+        more, dead_losses = self.dead_latent_loss(ready, error, dead, denominator, options)
+        loss = total if more is None else total + more
         count = self._counter(loss, None, counts, tokens)
         by_name = {self.loss: found.squares / denominator, **found.losses, **dead_losses}
-        return Objective(ready, loss, by_name, found.error, None, counts, dead, found.squares, None, count)
+        return Objective(ready, loss, by_name, error, None, counts, dead, found.squares, None, count)
 
     # -- dead latents, densities and the decoder's norm ---------------------------------------------------------------
 
@@ -443,11 +445,6 @@ class SparseAutoencoder(Parameters):
         if node is not None:
             node.register_prehook(at_backward)
 
-    @torch.no_grad()
-    def note_fired_(self, codes: SparseCodes) -> None:
-        """tokens_since_fired += N, then 0 for every latent that is active in `codes`; counts them for `density`."""
-        self.count_fired_(self.counts_of(codes), codes.n_tokens)
-
     def counts_of(self, codes: SparseCodes) -> Tensor:
         """On how many tokens each latent is active in `codes`: int64 (M,)."""
         # Empty slots all point one past the last latent, which is cut off. Whole numbers add up in any order.
@@ -459,9 +456,10 @@ class SparseAutoencoder(Parameters):
 
     @torch.no_grad()
     def count_fired_(self, counts: Tensor, n_tokens: int | Tensor, made: Tensor | None = None) -> None:
-        """The same from how often each latent was active, int64 (M,), in so many tokens.
+        """tokens_since_fired += n_tokens, then 0 for every latent that was active; counts them for `density`.
 
-        made: 0-d bool, whether these tokens count at all; None: they do.
+        counts: int64 (M,), on how many of these tokens each latent was active. made: 0-d bool, whether these tokens
+        count at all; None: they do.
         """
         since = torch.where(counts > 0, 0, self.tokens_since_fired + n_tokens)
         if made is not None:

@@ -17,22 +17,11 @@ Errors: ValueError for shapes, sizes and names, TypeError for dtypes, IndexError
 dictionary, fastsae.BackendError for a backend that cannot serve.
 """
 
-from fastsae.ops import register as library
 from fastsae.ops.encode import encode_above, encode_batch_topk, encode_by, encode_topk, prepare_screen
 from fastsae.ops.products import active_dot, active_outer, by_latent, decode, decode_error
 from fastsae.ops.update import update_latents_
 
 __all__ = [
-    "active_dot",
-    "active_outer",
-    "by_latent",
-    "decode",
-    "decode_error",
-    "encode_above",
-    "encode_batch_topk",
-    "encode_by",
-    "encode_topk",
-    "library",
-    "prepare_screen",
-    "update_latents_",
-]
+    "active_dot", "active_outer", "by_latent", "decode", "decode_error", "encode_above", "encode_batch_topk",
+    "encode_by", "encode_topk", "prepare_screen", "update_latents_",
+]  # fmt: skip

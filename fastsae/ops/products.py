@@ -150,10 +150,6 @@ def _check_active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor 
     check_that.rows_of_code("x", x, acts, offsets)
 
 
-def _check_active_dot_inside(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> None:
-    check_that.code_inside(indices, offsets, W.shape[0])
-
-
 def _setup_active_dot(ctx: Any, inputs: Any, output: Any) -> None:
     x, acts, indices, offsets, W, ctx.backend = inputs
     ctx.save_for_backward(x, acts, indices, offsets, W)
@@ -174,7 +170,7 @@ define(
     f"(Tensor x, {CODE}, Tensor W, str? backend) -> Tensor",
     fake=_fake_active_dot,
     check=_check_active_dot,
-    check_values=_check_active_dot_inside,
+    check_values=lambda _, *code_and_W: _check_inside(*code_and_W),
     setup=_setup_active_dot,
     backward=_active_dot_backward,
     cast=("x", "acts"),
@@ -305,16 +301,12 @@ def _fake_by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae
     return empty_ints(acts, d_sae + 1), empty_ints(acts, size, dtype=torch.int32), empty_ints(acts, size)
 
 
-def _check_by_latent_inside(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
-    check_that.code_inside(indices, offsets, d_sae)
-
-
 define(
     "by_latent",
     f"({CODE}, SymInt d_sae, str? backend) -> (Tensor offsets, Tensor tokens, Tensor slots)",
     fake=_fake_by_latent,
     check=_check_code_of_size,
-    check_values=_check_by_latent_inside,
+    check_values=lambda _, *code_and_size: check_that.code_inside(*code_and_size),
 )
 
 

@@ -1,4 +1,4 @@
-"""The mathematics of the ops: encoders, the three products that close forward and backward, and the loss.
+"""The mathematics of the ops: encoders and the three products that close forward and backward.
 
 Shapes: x (N, D), W (M, D), b (M,), A (N, M). Functions of pre-acts and codes take leading axes before N as well.
 """
@@ -74,21 +74,3 @@ def active_dot(x: Tensor, W: Tensor) -> Tensor:
 def active_outer(A: Tensor, x: Tensor) -> Tensor:
     """Aᵀ x: (M, D)."""
     return A.mT @ x
-
-
-# -- loss -------------------------------------------------------------------------------------------------------------
-
-
-def loss_denominator(target: Tensor, kind: str) -> Tensor:
-    """What a summed squared error is divided by: "mse" the N tokens, "fvu" the target's summed variance Σ‖x - x̄‖²."""
-    if kind == "mse":
-        return target.new_tensor(max(target.shape[0], 1))
-    if kind == "fvu":
-        return (target - target.mean(0)).square().sum()
-    raise ValueError(f"loss is {kind!r}, expected 'mse' or 'fvu'")
-
-
-def squared_error(recon: Tensor, target: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """L = Σ(recon - target)² / unit, and dL/d recon = 2 (recon - target) / unit."""
-    error = recon - target
-    return error.square().sum() / unit, 2 * error / unit

@@ -114,8 +114,8 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
     return head + labels + text[text.index(">") + 1 :].strip()
 
 
-def _axes(width: float = 4.0, height: float = 2.4) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _axes(height: float = 2.4) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.0, height), layout="constrained")
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
     axes.patch.set_visible(False)

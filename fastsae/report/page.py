@@ -17,7 +17,7 @@ from fastsae.atomic import replace_file
 from fastsae.data.shards import ShardSource
 from fastsae.report.contexts import LatentCard, latent_cards
 from fastsae.report.plots import all_plots
-from fastsae.report.runlog import Record, RunLog, read_run, whole
+from fastsae.report.runlog import Record, RunLog, is_number, read_run, whole
 from fastsae.report.timing import StepTiming, time_step
 from fastsae.runs.checkpoint import CheckpointError
 from fastsae.runs.opening import OpenedRun, open_run, rows_of_run, version
@@ -40,6 +40,14 @@ class LatentSection:
     cards: list[LatentCard]
 
 
+@dataclasses.dataclass(frozen=True)
+class SplicedSection:
+    """What the language model loses: rows of name, cross-entropy, KL and recovered share over this ablation."""
+
+    lead: str
+    rows: list[tuple[str, str, str, str]]
+
+
 def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming | None = None) -> str:
     """The page's HTML. Everything that comes from files or models is escaped by the template."""
     here = importlib.resources.files(__package__)
@@ -53,6 +61,7 @@ def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming
         notes=log.notes,
         tiles=_tiles(log),
         plots=all_plots(log, timing),
+        spliced=spliced_section(log),
         latents=latents,
         settings=_settings(log.config),
         footer=_footer(log),
@@ -84,6 +93,36 @@ def _subtitle(log: RunLog) -> str:
         else:
             parts.append(f"step {step:,.0f} of {total:,}: not finished")
     return " · ".join(parts)
+
+
+def spliced_section(log: RunLog) -> SplicedSection | None:
+    """From the newest evaluation that was made with a language model; None if there is none."""
+    held = next((e["spliced"] for e in reversed(log.evals) if isinstance(e.get("spliced"), dict)), None)
+    if held is None:
+        return None
+
+    def shown(key: str, form: str = ".4f") -> str:
+        value = held.get(key)
+        return format(float(value), form) if is_number(value) else "–"
+
+    hooks = held.get("hooks")
+    names = [str(name) for name in hooks] if isinstance(hooks, list) else []
+    predictions = whole(held, "n_predictions")
+    lead = (
+        f"Reconstructions in place of the activations at {', '.join(names) or 'an unknown hook'}, at "
+        f"{shown('replaced_share', '.2%')} of the tokens. Left alone: {held.get('special', '–')}. "
+        f"Mean ablation: the mean of {held.get('mean_of', '–')}. In nats, over "
+        f"{'–' if predictions is None else f'{predictions:,}'} predictions."
+    )
+    rows = [
+        ("untouched", shown("ce_untouched"), "", ""),
+        ("spliced", shown("ce_spliced"), shown("kl_spliced"), ""),
+        *(
+            (f"{name} ablation", shown(f"ce_{name}"), shown(f"kl_{name}"), shown(f"recovered_over_{name}"))
+            for name in ("zero", "mean")
+        ),
+    ]
+    return SplicedSection(lead, rows)
 
 
 def _footer(log: RunLog) -> str:

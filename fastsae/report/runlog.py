@@ -57,13 +57,13 @@ def column(records: list[Record], key: str, x: str = "step") -> tuple[list[float
     xs, ys = [], []
     for record in records:
         a, b = record.get(x), record.get(key)
-        if _is_number(a) and _is_number(b):
+        if is_number(a) and is_number(b):
             xs.append(float(a))  # type: ignore[arg-type]
             ys.append(float(b))  # type: ignore[arg-type]
     return xs, ys
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     # JSON integers have no limit; one too large for a float is not a measurement.
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
         return False
@@ -83,7 +83,7 @@ def histogram(record: Record) -> tuple[list[float], list[int], int] | None:
     edges, counts, never = ((held if isinstance(held, dict) else {}).get(name) for name in ("edges", "counts", "never"))
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1 or not counts:
         return None
-    good = all(map(_is_number, [*edges, *counts, never])) and all(a < b for a, b in pairwise(edges))
+    good = all(map(is_number, [*edges, *counts, never])) and all(a < b for a, b in pairwise(edges))
     return (edges, [int(n) for n in counts], int(never)) if good else None  # type: ignore[arg-type]
 
 
@@ -107,7 +107,7 @@ def read_jsonl(path: Path, notes: list[str]) -> list[Record]:
             continue
         if isinstance(record, dict):
             step = record.get("step")
-            by_step[float(step) if _is_number(step) else -1.0 - number] = record  # type: ignore[arg-type]
+            by_step[float(step) if is_number(step) else -1.0 - number] = record  # type: ignore[arg-type]
         else:
             skipped += 1
     if skipped:
@@ -172,14 +172,14 @@ def _evaluations(folder: Path, notes: list[str]) -> list[Record]:
     record = _read_object(folder / EVALUATION, notes)
     steps, _ = column(evals, "step")
     step = record.get("step")
-    if record and (not evals or (_is_number(step) and float(step) >= (steps[-1] if steps else 0))):  # type: ignore[arg-type]
+    if record and (not evals or (is_number(step) and float(step) >= (steps[-1] if steps else 0))):  # type: ignore[arg-type]
         evals = [*(e for e in evals if e.get("step") != record.get("step")), record]
     return evals
 
 
 def _step_times(folder: Path, notes: list[str]) -> dict[str, Record]:
     times = _read_object(folder / "step_times.json", notes)
-    return {k: v for k, v in times.items() if isinstance(v, dict) and _is_number(v.get("ms")) and v["ms"] > 0}
+    return {k: v for k, v in times.items() if isinstance(v, dict) and is_number(v.get("ms")) and v["ms"] > 0}
 
 
 def _read_object(path: Path, notes: list[str]) -> Record:

@@ -4,9 +4,13 @@
     fvu  = Σ_n ‖x_n - x̂_n‖² / Σ_n ‖x_n - x̄‖²                     (x̄: the mean of *all* rows, not of a batch)
     l0   = mean_n #{i : latent i is active on n}
     density_i = share of the tokens on which latent i is active
+    fvu_per_token = mean_n ‖x_n - x̂_n‖² / ‖x_n - x̄‖²             (tokens at x̄ itself are left out)
+    explained variance, whole and per token = 1 - fvu, 1 - fvu_per_token
 
+The whole fvu weighs a token by how far it lies from the mean: a few huge rows decide it. Per token all weigh the same.
 All are in the units of the rows, even if the module normalizes its input (its training loss is then in other units).
-One pass over the rows in batches; sums in float64; memory is one batch's codes and a few vectors of M: no (N, M).
+Two passes over the rows in batches, the first for x̄; sums in float64; memory is one batch's codes and a few vectors of
+M: no (N, M).
 """
 
 from __future__ import annotations
@@ -56,6 +60,12 @@ class EvalResult:
     density: Tensor
     """(M,) float64 on the CPU."""
     density_histogram: DensityHistogram
+    explained_variance: float = math.nan
+    """1 - fvu."""
+    fvu_per_token: float = math.nan
+    """Mean over tokens of ‖x - x̂‖² / ‖x - x̄‖². NaN where the rows came as an iterator, which gives x̄ too late."""
+    explained_variance_per_token: float = math.nan
+    """1 - fvu_per_token."""
 
     def to_json(self, *, with_density: bool = False) -> dict[str, Any]:
         """A dictionary for json.dumps; the (M,) densities only on request, since M may be large."""
@@ -142,7 +152,8 @@ def evaluate(
 ) -> EvalResult:
     """EvalResult of `sae` on rows (..., d_in), or on an iterable of such blocks (shards), streamed.
 
-    rows        any float dtype, any device; moved to the module's device and dtype batch by batch.
+    rows        any float dtype, any device; moved to the module's device and dtype batch by batch. Rows that can be
+                read once only (an iterator) leave out the measures per token.
     targets     the reconstruction's targets (..., d_out), in the order of rows; None: the rows themselves.
     Runs in eval mode (no dead-latent counts), then restores the mode; without autograd.
     Raises ValueError: no rows at all; a NaN or infinity in the rows (naming the row); targets that do not match.
@@ -152,8 +163,9 @@ def evaluate(
     like = sae.W_dec
     counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=like.device)
     spread = _CenteredSum()
-    sse = cosine = ratio = 0.0
-    n_tokens = n_nonzero = 0
+    sse = cosine = ratio = per_token = 0.0
+    n_tokens = n_nonzero = n_apart = 0
+    center = _center(rows if targets is None else targets, batch_size, like)
     target_batches = None if targets is None else _batches(targets, batch_size)
     was_training = sae.training
     sae.eval()
@@ -167,8 +179,13 @@ def evaluate(
                 _require_finite(batch, n_tokens, "rows")
                 out = sae(x) if target_batches is None else sae(x, y)
                 truth, recon = y.double(), out.recon.double()
-                sse += float((recon - truth).square().sum())
+                squares = (recon - truth).square().sum(-1)
+                sse += float(squares.sum())
                 spread.add(truth)
+                if center is not None:
+                    apart = (truth - center).square().sum(-1)
+                    per_token += float((squares / apart)[apart > 0].sum())
+                    n_apart += int((apart > 0).sum())
                 norm, recon_norm = truth.norm(dim=-1), recon.norm(dim=-1)
                 nonzero = norm > 0
                 floor = torch.finfo(torch.float64).tiny
@@ -182,17 +199,35 @@ def evaluate(
     if n_tokens == 0:
         raise ValueError("evaluate: got no rows, expected at least one; is the held-out set empty?")
     density = counts.cpu().double() / n_tokens
+    fvu = sse / spread.total if spread.total > 0 else math.nan
+    fvu_per_token = per_token / n_apart if n_apart else math.nan
     return EvalResult(
         n_tokens=n_tokens,
         mse=sse / n_tokens,
-        fvu=sse / spread.total if spread.total > 0 else math.nan,
+        fvu=fvu,
         l0=float(counts.sum()) / n_tokens,
         dead_share=float((counts == 0).double().mean()),
         cosine=cosine / n_tokens,
         norm_ratio=ratio / n_nonzero if n_nonzero else math.nan,
         density=density,
         density_histogram=density_histogram(density, n_tokens, bins_per_decade),
+        explained_variance=1 - fvu,
+        fvu_per_token=fvu_per_token,
+        explained_variance_per_token=1 - fvu_per_token,
     )
+
+
+def _center(rows: Tensor | Iterable[Tensor], batch_size: int, like: Tensor) -> Tensor | None:
+    """x̄ (d,) float64 of rows as the module sees them; None if they can be read once only, or there are none."""
+    if isinstance(rows, Iterator):
+        return None
+    mean, n = torch.zeros((), dtype=torch.float64, device=like.device), 0
+    for batch in _batches(rows, batch_size):
+        n += batch.shape[0]
+        if batch.shape[0]:
+            x = batch.to(like.device, like.dtype).double()
+            mean = mean + (x - mean).sum(0) / n
+    return mean if n else None
 
 
 def _next_target(batches: Iterator[Tensor], rows: Tensor, like: Tensor) -> Tensor:

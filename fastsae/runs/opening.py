@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastsae.data.manifest import MANIFEST
+from fastsae.data.manifest import MANIFEST, Manifest
 from fastsae.data.shards import ShardSource
+from fastsae.data.stream import StreamConfig
 from fastsae.data.tensor import TensorSource
 from fastsae.model.files import WEIGHTS, load
 from fastsae.model.sae import SparseAutoencoder
@@ -140,6 +141,57 @@ def rows_of_run(config: dict[str, Any]) -> ShardSource | TensorSource | None:
             "name, a number of rows and a number; was config.json edited? Give the data by name"
         )
     return open_rows(data["path"], tensor=tensor, holdout=holdout, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageRecord:
+    """The language model and the text that a run's activations come from; None where the run does not say."""
+
+    model: str
+    text: dict[str, Any] | None
+    """`Corpus.describe()`, or only its "spec"."""
+    stream: StreamConfig
+    dtype: str | None = None
+    """Type in which the model ran."""
+    digest: str | None = None
+    """Of the model's weights, see `LanguageModel.describe`; of a model of that `dtype`."""
+    norm_median: float | None = None
+    """The median norm that the norm filter multiplies."""
+
+
+def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
+    """From a run's config.json, and the manifest of its activations if that is still there; None for other data.
+
+    Raises ValueError if the record does not fit this version.
+    """
+    notes = config.get("notes")
+    data = notes.get("data") if isinstance(notes, dict) else None
+    if not isinstance(data, dict):
+        return None
+    try:
+        live, harvest = data.get("live"), data.get("harvest")
+        if live:
+            return LanguageRecord(
+                live["model"], {"spec": live["text"]}, StreamConfig(**live["stream"]), live["model_dtype"]
+            )
+        if not harvest or "stream" not in harvest:
+            return None
+        stream = StreamConfig(**harvest["stream"])
+        record = LanguageRecord(harvest["model"], harvest["text"], stream)
+        if not (Path(data["path"]) / MANIFEST).is_file():
+            return record
+        manifest = Manifest.read(Path(data["path"]))
+        model = manifest.provenance.get("model") or {}
+        return dataclasses.replace(
+            record,
+            dtype=model.get("dtype"),
+            digest=model.get("digest"),
+            norm_median=manifest.stats.get("norm_median"),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the run's record of its language model does not fit this version: {error!r}; was config.json edited?"
+        ) from error
 
 
 def version() -> str:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from importlib import import_module
 
-SYSTEMS = {"clustering": "fastsae.systems.clustering.figures", "othello": "fastsae.systems.othello.figures"}
+SYSTEMS = {
+    "clustering": "fastsae.systems.clustering.figures",
+    "interpretable_directions": "fastsae.systems.interpretable_directions.figures",
+    "othello": "fastsae.systems.othello.figures",
+}
 """Each system's name and the module that defines its SYSTEM."""
 
 

@@ -36,7 +36,7 @@ class System:
     unit          what a call of `advance` stands for.
     seeds         how many, where the user does not say.
     scale         the sizes that a user may change, by name, and what they are otherwise.
-    seconds       what an experiment should take on one idle core, for so many seeds; None: not known.
+    seconds       about how long an experiment takes on one core, for so many seeds; None: not known.
     """
 
     experiments: Callable[..., Mapping[str, Any]]
@@ -84,7 +84,7 @@ def reproduce(
             log.info("%d of %d experiments are already in %s", len(chosen) - len(missing), len(chosen), folder)
         if system.seconds is not None and missing:
             expected = sum(system.seconds(experiments[one], seeds) for one in missing)
-            log.info("%d experiments, about %s on one idle core", len(missing), duration(expected))
+            log.info("%d experiments, about %s on one core", len(missing), duration(expected))
         total = sum(system.ticks(experiments[one], seeds) for one in missing)
         with tqdm(total=total, disable=not progress, unit=system.unit) as bar:
             for one in missing:

@@ -17,7 +17,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -114,13 +114,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     """The base of the four. Raises ValueError for bad settings.
 
     params        a SparseAutoencoder, or `Dictionaries`, or a list of them, or of groups {"params": one of them, "lr":
-                  ...}. Each becomes one parameter group, and its rule's own parameters, which do not decay, another.
+                  ...}. Each becomes one parameter group, and its rule's own parameters, which do not decay, another. A
+                  module that holds SAEs becomes a group for each of them and one of its other parameters. A group of
+                  other tensors, {"params": [...]}, is stepped elementwise by the same formula, with moments of fp32.
     lr            a number or a 0-d tensor, which a CUDA graph needs on the device.
     moments       "fp32": in the weights' dtype, float32 at least. "bf16": half the memory, "8bit" (Adam, AdamW): a
                   quarter; both rounded stochastically as a function of (seed, step, position).
     clip_rows     scale each latent's row of each dictionary's gradient to at most this norm, at no cost.
     clip_norm     the same for all gradients of an SAE together, after projection, as clip_grad_norm_ does: at the cost
-                  of a second pass, in which the gradients are computed again rather than stored.
+                  of a second pass, in which the gradients are computed again rather than stored. A group of other
+                  tensors is clipped by itself.
     backend       of the update, see `fastsae.backends()`; None takes the fastest.
     independent   with several processes of torch.distributed: True says that each trains an SAE of its own. Without it
                   a step is refused, since nothing here sums gradients over processes.
@@ -162,25 +165,35 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.made: Tensor | None = None
         self._warned = False
         given = [params] if isinstance(params, (nn.Module, Dictionaries)) else list(params)
-        groups: Any = [g if isinstance(g, Mapping) else {"params": g} for g in given]
+        groups: Any = [one for g in given for one in _split(g if isinstance(g, Mapping) else {"params": g})]
+        self._plain: list[int] = []  # the groups of parameters that are no SAE's
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        if not self._members:
+            raise TypeError("params holds no SparseAutoencoder or Dictionaries; pass the module, or use torch.optim")
         device = self._members[0].dictionaries.W_dec.device
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a SparseAutoencoder or `Dictionaries`, as "params", with settings of its own."""
+        """Adds a SparseAutoencoder, `Dictionaries` or a list of other tensors, as "params", with its own settings."""
         given = param_group["params"]
-        if not isinstance(given, (SparseAutoencoder, Dictionaries)):
+        plain = isinstance(given, list) and bool(given) and all(isinstance(p, Tensor) for p in given)
+        if not plain and not isinstance(given, (SparseAutoencoder, Dictionaries)):
             what = f"{type(given).__module__}.{type(given).__name__}"
             raise TypeError(
-                f"params is a {what}, expected a SparseAutoencoder or fastsae.optim.Dictionaries; pass the module "
-                "itself, not its parameters(): a fused update needs to know which is which"
+                f"params is a {what}, expected a module that is or holds a SparseAutoencoder, or "
+                "fastsae.optim.Dictionaries; pass the module itself, not its parameters(): a fused update needs to "
+                'know which is which. Parameters beside it go into a group, {"params": [tensors]}'
             )
         settings = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
         lr = settings["lr"]
         if not (isinstance(lr, Tensor) or (lr >= 0 and math.isfinite(lr))):
             raise ValueError(f"lr {lr}: expected 0 or more")
         checks.optimizer(self.kind, settings["betas"], settings["eps"], settings["weight_decay"])
+        if plain:
+            super().add_param_group({**settings, "params": given})
+            self._plain.append(len(self.param_groups) - 1)
+            self._begin_state(dict(enumerate(given)))
+            return
         member = _Member(given, self.backend)
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         if twice := [name for name, p in member.parameters().items() if id(p) in mine]:
@@ -201,14 +214,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._groups.append(where)
         me, index = weakref.ref(self), len(self._members) - 1
         member.ledger.measure = lambda: None if (optimizer := me()) is None else optimizer._measure(index)
-        self._begin_state(member)
+        self._begin_state(member.parameters(), member.dictionaries.main)
         member.ledger.open()
 
-    def _begin_state(self, member: _Member) -> None:
-        """Zeros. One count of steps for all parameters of an SAE."""
-        main = member.dictionaries.main
-        count = torch.zeros((), dtype=torch.int64, device=member.dictionaries.W_dec.device)
-        for name, p in member.parameters().items():
+    def _begin_state(self, parameters: Mapping[Any, Tensor], main: Container[Any] = ()) -> None:
+        """Zeros. One count of steps for all. main: those that `update_latents_` steps."""
+        count = torch.zeros((), dtype=torch.int64, device=next(iter(parameters.values())).device)
+        for name, p in parameters.items():
             state: dict[str, Tensor] = {"step": count}
             for letter in self.rule_letters:
                 dtype = torch.promote_types(p.dtype, torch.float32)
@@ -251,10 +263,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step_scheduled(self, factor: Tensor | float) -> None:
         """A step with every learning rate times a factor, which may be a 0-d tensor on the device."""
         self.refuse()
-        steps = [step for i in range(len(self._members)) if (step := self._step_member(i, factor)) is not None]
+        tried = [self._step_member(i, factor) for i in range(len(self._members))]
+        tried += [self._step_plain(self.param_groups[number], factor) for number in self._plain]
+        steps = [step for step in tried if step is not None]
         if steps:
-            device = self.skipped.device
-            squares, made = ([t.to(device) for t in ts] for ts in zip(*steps, strict=True))
+            squares, made = ([t.to(self.skipped.device) for t in ts] for ts in zip(*steps, strict=True))
             self.grad_norm = sum(squares[1:], squares[0]).sqrt()
             self.made = functools.reduce(torch.logical_and, made)
 
@@ -264,6 +277,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for member in self._members:
             self._check(member)
             member.ledger.check()
+        for number in self._plain:
+            for i, p in enumerate(self.param_groups[number]["params"]):
+                self._check_moments(f"parameter {i} of group {number}", p)
 
     def screen_of(self, sae: SparseAutoencoder) -> KeptScreen:
         """What keeps the low-precision copy of an SAE's encoder."""
@@ -371,21 +387,44 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_others(
         self, index: int, grads: dict[str, Tensor], lr_factor: Tensor | float, step: Tensor, made: Tensor
     ) -> None:
-        """One step of the parameters beside the dictionaries, by torch's elementwise ops."""
+        """One step of an SAE's parameters beside the dictionaries."""
         d = self._members[index].dictionaries
+        main, rules = self._groups[index]
         for name, grad in grads.items():
-            p, state = d.others[name], self.state[d.others[name]]
-            main, rules = self._groups[index]
             group = self.param_groups[rules if name in d.undecayed and rules is not None else main]
-            rule = Rule(self.kind, group["betas"], group["eps"], group["weight_decay"])
-            lr = _on_device(group["lr"], p) * lr_factor
-            held = [state[KEYS[letter]] for letter in self.rule_letters]
-            grad = grad.to(torch.promote_types(p.dtype, torch.float32))
-            wide = tuple(m.to(grad.dtype) for m in held)
-            stepped, fresh = rule.stepped(p.detach().to(grad.dtype), grad, wide, lr, step)
-            p.copy_(torch.where(made, stepped, p.detach().to(grad.dtype)))
-            for old, new in zip(held, fresh, strict=True):
-                old.copy_(torch.where(made, new, old.to(new.dtype)))
+            self._step_elementwise(d.others[name], grad, group, lr_factor, step, made)
+
+    def _step_plain(self, group: dict[str, Any], lr_factor: Tensor | float) -> tuple[Tensor, Tensor] | None:
+        """One step of a group of tensors that are no SAE's. Returns as `_step_member`."""
+        grads = {p: p.grad for p in group["params"] if p.grad is not None}
+        if not grads:
+            return None
+        first = next(iter(grads))
+        squares: Any = sum(sum_of_squares(g.reshape(1, -1)) for g in grads.values())
+        made = squares.isfinite() & _on_device(group["lr"], first).isfinite()
+        clip = None if self.clip_norm is None else (self.clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        step = self.state[first]["step"] + 1
+        for p, grad in grads.items():
+            clipped = grad if clip is None else grad * clip.to(grad.dtype)
+            self._step_elementwise(p, clipped, group, lr_factor, step, made)
+            p.grad = None
+        self.state[first]["step"].copy_(torch.where(made, step, step - 1))
+        self._count_skipped(made)
+        return squares, made
+
+    def _step_elementwise(
+        self, p: Tensor, grad: Tensor, group: dict[str, Any], lr_factor: Tensor | float, step: Tensor, made: Tensor
+    ) -> None:
+        """One step of one parameter, by torch's ops."""
+        rule, state = Rule(self.kind, group["betas"], group["eps"], group["weight_decay"]), self.state[p]
+        lr = _on_device(group["lr"], p) * lr_factor
+        held = [state[KEYS[letter]] for letter in self.rule_letters]
+        grad = grad.to(torch.promote_types(p.dtype, torch.float32))
+        wide = tuple(m.to(grad.dtype) for m in held)
+        stepped, fresh = rule.stepped(p.detach().to(grad.dtype), grad, wide, lr, step)
+        p.copy_(torch.where(made, stepped, p.detach().to(grad.dtype)))
+        for old, new in zip(held, fresh, strict=True):
+            old.copy_(torch.where(made, new, old.to(new.dtype)))
 
     def _count_skipped(self, made: Tensor) -> None:
         self.skipped += (~made).to(self.skipped.device)
@@ -425,16 +464,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{name} does not require a gradient any more, but a fused update steps every parameter of an SAE; "
                     "call .requires_grad_(), or use a torch optimizer on the others"
                 )
-            for letter in self.rule_letters:
-                m = self.state[p][KEYS[letter]]
-                small = m.dtype in (torch.bfloat16, torch.float8_e4m3fn)
-                wanted = m.dtype if small else torch.promote_types(p.dtype, torch.float32)
-                if (p.device, p.shape, wanted) != (m.device, m.shape, m.dtype):
-                    raise RuntimeError(
-                        f"{name} is {p.dtype} {tuple(p.shape)} on {p.device}, but its moments are {m.dtype} "
-                        f"{tuple(m.shape)} on {m.device}: make a new optimizer after moving or casting the module, and "
-                        "load its state"
-                    )
+            self._check_moments(name, p)
+
+    def _check_moments(self, name: str, p: Tensor) -> None:
+        for letter in self.rule_letters:
+            m = self.state[p][KEYS[letter]]
+            small = m.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+            wanted = m.dtype if small else torch.promote_types(p.dtype, torch.float32)
+            if (p.device, p.shape, wanted) != (m.device, m.shape, m.dtype):
+                raise RuntimeError(
+                    f"{name} is {p.dtype} {tuple(p.shape)} on {p.device}, but its moments are {m.dtype} "
+                    f"{tuple(m.shape)} on {m.device}: make a new optimizer after moving or casting the module, and "
+                    "load its state"
+                )
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -478,6 +520,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         mine = [p for group in self.param_groups for p in group["params"]]
         if len(ids) != len(mine):
             raise ValueError(f"the state has {len(ids)} parameters, expected {len(mine)}")
+        if len(groups) != len(self.param_groups) and (len(groups) != 1 or self._plain):
+            raise ValueError(f"the state has {len(groups)} parameter groups, expected {len(self.param_groups)}")
         found = [saved[i] for i in ids if i in saved]
         if found and len(found) != len(ids):
             raise ValueError(f"the state has moments of {len(found)} of {len(ids)} parameters, expected all or none")
@@ -485,7 +529,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for number, (i, p) in enumerate(zip(ids, mine, strict=True)):
             pairs += self._fitting(number, p, saved[i]) if found else []
         steps = {int(s["step"]) for s in found}
-        if len(steps) > len(self._members):
+        if len(steps) > len(self._members) + len(self._plain):
             raise ValueError(f"the parameters of an SAE made {sorted(steps)} steps, expected one number for all")
         for group in groups:
             betas = tuple(group.get("betas", (0.0, 0.0)))
@@ -493,8 +537,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             wrong = [name for name in ("maximize", "amsgrad") if group.get(name)]
             if wrong:
                 raise ValueError(f"the state is of an optimizer with {', '.join(wrong)}, which fastsae.optim has not")
-        if len(groups) not in (1, len(self.param_groups)):
-            raise ValueError(f"the state has {len(groups)} parameter groups, expected {len(self.param_groups)}")
         if len(groups) == len(self.param_groups):
             for group, theirs in zip(self.param_groups, groups, strict=True):
                 self._load_group(group, theirs)
@@ -505,7 +547,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group["weight_decay"] = groups[0].get("weight_decay", kept) if kept else kept
         if not found:
             for member in self._members:
-                self._begin_state(member)
+                self._begin_state(member.parameters(), member.dictionaries.main)
+            for number in self._plain:
+                self._begin_state(dict(enumerate(self.param_groups[number]["params"])))
         for ours, theirs in pairs:
             ours.view(torch.uint8).copy_(theirs.view(torch.uint8)) if ours.dtype == torch.float8_e4m3fn else (
                 ours.copy_(theirs)
@@ -554,6 +598,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             "an optimizer of fastsae.optim belongs to its module and cannot be copied or pickled; save its "
             "state_dict(), and load it into a new one made for the copied module"
         )
+
+
+def _split(group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A group whose params is a module that holds SAEs, as one for each SAE and one of its other parameters."""
+    module = group["params"]
+    if not isinstance(module, nn.Module) or isinstance(module, SparseAutoencoder):
+        return [group]
+    saes = [m for m in module.modules() if isinstance(m, SparseAutoencoder)]
+    if not saes:
+        return [group]  # add_param_group refuses it
+    held = {id(p) for sae in saes for p in sae.parameters()}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in held]
+    return [{**group, "params": one} for one in (*saes, *([others] if others else []))]
 
 
 def _square(factor: Tensor | None) -> Tensor | float:

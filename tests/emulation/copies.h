@@ -1,5 +1,5 @@
-// Twins of the PTX in csrc/cuda/copy.h. A copy does nothing but spoil its destination, which it may write at any time from
-// then on, until somebody waits for it: so a missing wait, or a buffer that is used again too early, shows as NaN.
+// Twins of the PTX in csrc/cuda/copy.h. A real copy may write its destination at any time until a thread waits for it. The
+// emulated one spoils its destination and moves the data at the wait, so a missing wait or early reuse shows as NaN.
 #pragma once
 #include <deque>
 #include <map>
@@ -24,7 +24,7 @@ inline Copy begin_copy(void* to, const void* from, size_t bytes) {
 
 inline void finish(const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); }
 
-// -- bulk copies, which an mbarrier of one arrival counts ----------------------------------------------------------------
+// -- bulk copies, counted by an mbarrier with one arrival ----------------------------------------------------------------
 
 struct Barrier {
   unsigned phase = 0;  // its parity
@@ -84,7 +84,7 @@ inline void copy_16(void* to, const void* from) { groups().back().push_back(begi
 
 inline void commit_group() { groups().emplace_back(); }
 
-inline void wait_for_groups(size_t later) {  // all but so many of the last
+inline void wait_for_groups(size_t later) {  // all but the last `later` groups
   for (; groups().size() > later + 1; groups().pop_front())
     for (const Copy& copy : groups().front()) finish(copy);
 }

@@ -2,10 +2,10 @@
 // against float64 truth, under AddressSanitizer and UndefinedBehaviorSanitizer, without a GPU.
 //
 // Every thread of a block is a fiber on one OS thread (fibers.cpp). A barrier or a warp's exchange suspends a fiber until
-// all others of its block or warp have come to it too; between those, fibers run one after the other, in an order that a
-// seed shuffles, so a missing barrier shows as a wrong result. A thread that exits, or waits elsewhere, while others wait
-// for it is an error, and so is a warp that is not whole. Shared memory is fresh for every block, filled with ones (NaN,
-// -1), and exactly as long as asked for. What is not seen here: the memory order of a real GPU, PTX, registers, speed.
+// all others of its block or warp have reached it too. Between these points, fibers run one after the other, in an order
+// that a seed shuffles, so a missing barrier shows as a wrong result. A thread that exits, or waits elsewhere, while
+// others wait for it is an error, and so is an incomplete warp. Shared memory is fresh for every block, filled with one
+// bits (NaN, -1), and exactly as long as requested. Not emulated: the memory order of a real GPU, PTX, registers, speed.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -61,10 +61,10 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body
 // -- a thread's side -----------------------------------------------------------------------------------------------------
 
 void wait_for_block();
-void pause();  // lets others go on: what a thread that polls does
+void pause();  // lets other fibers run; a polling thread calls it
 void* dynamic_shared();
 void* shared_of(const void* key, size_t size, size_t alignment);
-// Shows 8 bytes to the warp and waits for those of all lanes: an array of 32 that stays until the next but one exchange.
+// Shows 8 bytes to the warp and waits for all lanes. Its array of 32 stays valid until the next exchange but one.
 const uint64_t* exchange(uint64_t mine);
 
 template <class T> T& shared(const void* key) {
@@ -88,7 +88,7 @@ template <class T> Lanes<T> show(unsigned mask, T t) {
   return {exchange(word)};
 }
 
-// bfloat16 and half: nothing but bits, converted as the hardware does.
+// bfloat16 and half: raw bits, converted as the hardware does.
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 

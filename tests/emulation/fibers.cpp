@@ -1,4 +1,4 @@
-// The fibers of emulation.h: one grid at a time, block by block, its threads on stacks of their own.
+// The fibers of emulation.h: one grid at a time, block by block, each thread on its own stack.
 #include "emulation.h"
 
 #include <pthread.h>
@@ -19,8 +19,8 @@
 #error "the emulation switches stacks in x86-64 assembly"
 #endif
 
-// Saves what a function must preserve on the stack it leaves, and goes on where `to` was left. ucontext would do the same
-// with two system calls, thirty times slower.
+// Saves the callee-saved registers on the current stack and continues where `to` was left. ucontext would do the same with
+// two system calls, thirty times slower.
 extern "C" void emulation_switch(void** from, void* to);
 asm(R"(
 .text
@@ -61,11 +61,11 @@ struct Fiber {
 
 struct Warp {
   uint64_t words[2][32];
-  unsigned shown[2];  // lanes that have come to an exchange; two take turns, as a lane may be one ahead
+  unsigned shown[2];  // lanes that have reached an exchange; two slots alternate, since a lane may be one ahead
   unsigned turn[32];
 };
 
-// Shared memory of a block: filled with ones, and what lies past its end is not to be touched.
+// Shared memory of a block: filled with one bits, and poisoned past its end.
 class Shared {
  public:
   Shared() = default;
@@ -87,7 +87,7 @@ struct Machine {
   Settings settings;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<int> order;  // in which fibers take turns
+  std::vector<int> order;  // the order in which fibers run
   int threads = 0, left = 0, current = -1, turn = 0, at_block = 0;
   void* scheduler = nullptr;
   const void* scheduler_stack = nullptr;
@@ -121,7 +121,7 @@ void switch_from(void** from, void** fake_stack, void* to, const void* bottom, s
 #endif
 }
 
-// Leaves for the next fiber of this round that can go on, or else for the scheduler, until somebody comes back.
+// Switches to the next ready fiber of this round, or else to the scheduler. Returns when this fiber is resumed.
 void suspend(State state) {
   Machine& m = machine();
   Fiber& me = m.fibers[m.current];
@@ -155,7 +155,7 @@ void first_frame() {
 void prepare(Fiber& f) {
   if (!f.stack) f.stack.reset(new char[STACK]);
 #if defined(__SANITIZE_ADDRESS__)
-  // A fiber that was given up leaves its frames behind.
+  // An abandoned fiber leaves its frames behind.
   if (f.state != State::done) __asan_unpoison_memory_region(f.stack.get(), STACK);
 #endif
   auto top = reinterpret_cast<uintptr_t>(f.stack.get() + STACK) & ~uintptr_t{15};
@@ -168,7 +168,7 @@ void prepare(Fiber& f) {
   f.state = State::ready;
 }
 
-// Where the scheduler's own stack lies, which the sanitizer wants to know when fibers come back to it.
+// The bounds of the scheduler's own stack: the sanitizer needs them when a fiber switches back to it.
 void own_stack(Machine& m) {
   thread_local void* bottom = nullptr;
   thread_local size_t size = 0;

@@ -2,17 +2,17 @@
 
 The interpreter runs a kernel's Python on CPU tensors, program by program, with numpy for each op. As released it
 computes bfloat16 on its bit patterns, truncates where hardware rounds, reads and writes wherever a pointer happens to
-lead, drops `tl.device_assert`, and spends most of its time on looking up what the language is. Mended, it
+point, drops `tl.device_assert`, and spends most of its time on patching the language. Mended, it
 
-- computes bf16 in float32 and rounds to nearest even; fp16 and bf16 dots accumulate in float32, TF32 dots round so;
+- computes bf16 in float32 and rounds to nearest even; accumulates fp16 and bf16 dots in float32; rounds for TF32 dots;
 - raises OutOfBounds for every live lane outside the tensor that its pointer was made from;
 - raises where tl.device_assert fails, and where int32 arithmetic overflows, as Triton's debug mode does on a GPU;
-- treats floats among the arguments, `and`, `or`, `not`, tl.maximum of NaN and unknown options as the compiler does;
+- treats float arguments, `and`, `or`, `not`, tl.maximum of NaN and unknown options as the compiler does;
 - reduces and scans with any combining function in log2(n) vector steps;
 - raises what the kernel raised, with the kernel's line in the traceback.
 
-fp8 casts are refused. Not seen here at all: races between programs or threads, shared memory, what compiles.
-All of this replaces private parts of Triton, hence the range of versions that it accepts.
+It refuses fp8 casts. It cannot show races between programs or threads, shared memory, or whether a kernel compiles.
+All of this replaces private parts of Triton, so only some versions are supported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def mend() -> None:
         )
     if not isinstance(tl.sum, stock.InterpretedFunction):
         raise ImportError("Triton was imported before TRITON_INTERPRET=1 was set, so its kernels are compiled ones")
-    from tests.interpreter import kept, launch, memory, numbers, reductions  # they need what only those versions have
+    from tests.interpreter import kept, launch, memory, numbers, reductions  # they need internals of those versions
 
     if not hasattr(stock, "mended_for_fastsae"):
         stock.mended_for_fastsae = True

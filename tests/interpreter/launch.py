@@ -1,4 +1,4 @@
-"""How a kernel is launched and rewritten: arguments, `and`, `or`, `not`, asserts, the language exchanged once."""
+"""How a kernel is launched and rewritten: arguments, `and`, `or`, `not`, asserts, and one patch of the language."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAUNCH_OPTIONS = {
 
 
 def and_or(is_and: bool, first: Any, *others: Any) -> Any:
-    """`and` and `or` as the compiler has them: elementwise on tensors, short-circuit on what is known beforehand."""
+    """`and` and `or` as the compiler treats them: elementwise on tensors, short-circuit on compile-time values."""
     value = first
     for other in others:
         if isinstance(value, tl.tensor):
@@ -43,7 +43,7 @@ def negation(value: Any) -> Any:
 
 
 class Rewriter(stock.ASTTransformer):
-    """The interpreter's own rewriting of assignments, and `and`, `or`, `not`."""
+    """Rewrites assignments as the stock interpreter does, and `and`, `or`, `not`."""
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         node.value = self.visit(node.value)
@@ -111,7 +111,7 @@ def _mend_asserts() -> None:
             raise AssertionError(f"tl.device_assert: {message}, in program {self.grid_idx}")
 
     def overflow_check(self, x, y, op):
-        # Signed only: wrapping unsigned arithmetic is how hashes are written.
+        # Signed only: hashes rely on unsigned arithmetic that wraps.
         if x.type.scalar.int_bitwidth >= 64 or not x.type.scalar.is_int_signed():
             return
         exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[op.__name__](
@@ -128,8 +128,8 @@ def _mend_asserts() -> None:
 
 def mend() -> None:
     _mend_asserts()
-    # The stock interpreter exchanges the whole language before each launch and in each call of a device function, and
-    # takes it back afterwards. Nothing else of this process needs the compiled one, so it is exchanged once.
+    # The stock interpreter patches the whole language before each launch and in each call of a device function, and
+    # restores it afterwards. Nothing else in this process needs the compiled language, so it is patched once.
     stock._patch_lang(type("Everything", (), {"__globals__": {"tl": tl, "core": tl.core}}))
     tl.tensor.__index__ = lambda self: int(self.handle.data.reshape(()))  # int() of a vector raises from numpy 2.4 on
     stock._patch_lang = lambda fn: stock._LangPatchScope()

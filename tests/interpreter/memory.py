@@ -24,7 +24,7 @@ class Span:
 
 
 spans_in_use: list[Span] = []
-"""Of the kernel that runs."""
+"""The spans of the running kernel's arguments."""
 
 
 def span_of(tensor: Any) -> Span:
@@ -73,7 +73,7 @@ def mend() -> None:
         setattr(Builder, method, call)
 
     def keeps_span(method: str, pointer_at: int = 0) -> None:
-        """The tensor a pointer was made from stays known through `method`."""
+        """Makes `method` pass on the tensor that a pointer was made from."""
         original = getattr(Builder, method)
 
         @functools.wraps(original)

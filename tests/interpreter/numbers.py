@@ -1,4 +1,4 @@
-"""Arithmetic: bf16 in float32, rounding to nearest even, dots, casts, what NaN does."""
+"""Arithmetic: bf16 in float32, rounding to nearest even, dots, casts, NaN."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def number(handle: Handle) -> np.ndarray:
 
 
 def result(value: np.ndarray, like: Any) -> Handle:
-    """A handle of dtype `like` from computed values; comparisons give int1 whatever they compared."""
+    """A handle of dtype `like` from computed values; a comparison always gives int1."""
     if value.dtype == np.bool_:
         return Handle(value, tl.int1)
     if like.name == "bf16":
@@ -67,7 +67,7 @@ def mend() -> None:
             return result(np.clip(number(x), number(low), number(high)), x.dtype.scalar)
         return result(np.fmin(np.fmax(number(x), number(low)), number(high)), x.dtype.scalar)
 
-    def create_fma(self, x, y, z):  # one rounding, apart from the rare double one of float64
+    def create_fma(self, x, y, z):  # one rounding, except for rare double rounding through float64
         return result(number(x).astype(np.float64) * number(y) + number(z), z.dtype.scalar)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -88,7 +88,7 @@ def mend() -> None:
         nearest = cast_impl(self, x, dtype)
         if rounding_mode != stock._ir.ROUNDING_MODE.RTZ:
             return nearest
-        # Where rounding went away from zero, one step back. Both formats order by magnitude as their bits do.
+        # Steps back where rounding went away from zero. In both formats the bits are in the order of the magnitudes.
         away = np.abs(number(nearest).astype(np.float64)) > np.abs(number(x).astype(np.float64))
         bits = nearest.data.view(f"uint{dtype.scalar.primitive_bitwidth}")
         return Handle((bits - away.astype(bits.dtype)).view(nearest.data.dtype), dtype.scalar)

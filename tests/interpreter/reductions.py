@@ -11,7 +11,7 @@ from tests.interpreter.numbers import Handle
 
 def mend() -> None:
     def combined(self, left: list, right: list, dtypes: list) -> list:
-        """combine_fn over whole arrays: it is written for scalars, and every op in it is elementwise."""
+        """combine_fn over whole arrays. It is written for scalars, but every op in it is elementwise."""
         wrapped = [
             tl.tensor(Handle(x, t), tl.block_type(t, x.shape)) for x, t in zip(left + right, dtypes * 2, strict=True)
         ]
@@ -22,9 +22,9 @@ def mend() -> None:
     def generic_reduce(self, input):
         dtypes = [x.dtype for x in input]
         data = [x.handle.data.ravel() if self.axis is None else np.moveaxis(x.handle.data, self.axis, 0) for x in input]
-        if self.combine_fn is tl.standard._xor_combine:  # sorting is made of these
+        if self.combine_fn is tl.standard._xor_combine:  # tl.sort is built on it
             data = [np.bitwise_xor.reduce(data[0], axis=0, keepdims=True)]
-        while len(data[0]) > 1:  # neighbours first, so the order holds for what does not commute
+        while len(data[0]) > 1:  # combines neighbours, which keeps the order for functions that do not commute
             data = combined(self, [x[0::2] for x in data], [x[1::2] for x in data], dtypes)
         if self.axis is None:
             data = [x.reshape((1,) * len(input[0].shape)) if self.keep_dims else x[0] for x in data]
@@ -45,7 +45,7 @@ def mend() -> None:
     stock_apply = stock.ReduceOps.apply_impl
 
     def apply_impl(self, input):
-        narrow = any(x.dtype.name == "bf16" for x in input)  # the shortcut for tl.sum adds the bits up
+        narrow = any(x.dtype.name == "bf16" for x in input)  # the shortcut for tl.sum adds up the bits
         return generic_reduce(self, input) if narrow else stock_apply(self, input)
 
     stock.ReduceOps.generic_reduce, stock.ScanOps.generic_scan = generic_reduce, generic_scan

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.backends import choice
 from fastsae.backends.cuda import stages as cuda_stages
 from fastsae.backends.cuda.library import EMULATED, library
 from fastsae.backends.errors import BackendError
@@ -55,12 +54,7 @@ def by_name_only() -> bool:
 
 def detail() -> dict[str, Any]:
     device = "emulated on the CPU, for tests" if EMULATED else torch.cuda.get_device_name()
-    return {
-        "device": device,
-        "built for": library.architectures,
-        "screening": "fp16, scaled by row",
-        "choice between cuda and triton": choice.SOURCE,
-    }
+    return {"device": device, "built for": library.architectures, "screening": "fp16, scaled by row"}
 
 
 def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:

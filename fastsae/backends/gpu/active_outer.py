@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastsae.backends import buffers
-from fastsae.backends.gpu.by_latent import by_latent, check_order
+from fastsae.backends.gpu.by_latent import by_latent
 from fastsae.backends.gpu.pieces import cut
 from fastsae.backends.gpu.stages import LatentStages
 
@@ -23,17 +23,10 @@ def active_outer(
     d_sae: int,
     order: list[Tensor] | None,
 ) -> Tensor:
-    """(M, D) in x's dtype. order: what by_latent gives for this code, or None to regroup it here.
-
-    Raises ValueError for an order that cannot be this code's.
-    """
-    if order is None:
-        starts, tokens, slots = by_latent(stages, acts, indices, offsets, d_sae)
-    else:
-        check_order(order, acts.numel(), d_sae)
-        starts, tokens, slots = order
+    """(M, D) in x's dtype. order: what by_latent gives for this code, or None to regroup it here."""
+    starts, tokens, slots = by_latent(stages, acts, indices, offsets, d_sae) if order is None else order
     n, D = x.shape
     out = buffers.empty((d_sae, D), x.dtype, x.device)
     if out.numel():
-        stages.outer(starts, tokens, slots, acts, x, cut(stages, starts, acts.numel(), n), out)
+        stages.outer(starts, tokens, slots, acts, x, cut(stages.piece_starts, starts, acts.numel(), n), out)
     return out

@@ -27,13 +27,3 @@ def by_latent(
     stages.list_slots(acts, indices, offsets, d_sae, keys, rows, None)
     starts, tokens, slots, _ = stages.sort_slots(keys, rows, None, d_sae)
     return starts, tokens, slots
-
-
-def check_order(order: list[Tensor], capacity: int, d_sae: int) -> None:
-    """Raises ValueError where the three tensors cannot be an order of this code; their values stay on the device."""
-    dtypes, shapes = [t.dtype for t in order], [tuple(t.shape) for t in order]
-    if dtypes != [torch.int64, torch.int32, torch.int64] or shapes != [(d_sae + 1,), (capacity,), (capacity,)]:
-        raise ValueError(
-            f"by_latent is {dtypes} of shapes {shapes}, expected int64, int32, int64 for {d_sae} latents and "
-            f"{capacity} slots; it was made of another code: use ops.by_latent(codes)"
-        )

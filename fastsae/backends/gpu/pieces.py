@@ -9,17 +9,20 @@ number of pieces, so the launch grid is the most there can be, and a program pas
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from fastsae.backends.gpu.plan import cdiv
-from fastsae.backends.gpu.stages import LatentStages, Pieces
+from fastsae.backends.gpu.stages import Pieces
 
 SHORTEST = 64
 """Entries below which cutting costs more than it evens out."""
 
 
-def cut(stages: LatentStages, starts: Tensor, slots: int, tokens: int) -> Pieces:
+def cut(piece_starts: Callable[[Tensor, int], Tensor], starts: Tensor, slots: int, tokens: int) -> Pieces:
     """The pieces of a code in latent order: starts (M+1,) int64, over at most `slots` entries of `tokens` tokens.
+    piece_starts: the stage.
 
     The length is eight tokens' worth of slots. Then a quarter as many workspace rows as tokens always suffice (1.03 at
     SHORTEST), and at N = 8192 a piece is a hundredth of what each of a hundred multiprocessors has to add.
@@ -28,4 +31,4 @@ def cut(stages: LatentStages, starts: Tensor, slots: int, tokens: int) -> Pieces
     length = cdiv(length, 16) * 16
     if slots <= length:
         return Pieces(None, length, 0)
-    return Pieces(stages.piece_starts(starts, length), length, slots // length + slots // (length + 1))
+    return Pieces(piece_starts(starts, length), length, slots // length + slots // (length + 1))

@@ -6,7 +6,7 @@ Nothing here reads a value from the device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +60,50 @@ def _kept(screen: list[Tensor] | None, W: Tensor) -> Narrow | None:
     return Narrow(*screen)
 
 
+def _op(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A method for an op, run(stages, its arguments in order), on the device of the first tensor among them."""
+
+    def method(self: RawOps, *args: Any) -> Any:
+        with on_device(next(t for t in args if isinstance(t, Tensor))):
+            return run(self.stages, *args)
+
+    return method
+
+
+def _encoder(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for an op that takes x and W first, and last a screen, here made the kept copy, and the precision."""
+
+    def checked(stages: Stages, x: Tensor, W: Tensor, *args: Any) -> Any:
+        *rest, screen, precision = args
+        return run(stages, x, W, *rest, _kept(screen, W), precision)
+
+    return _op(checked)
+
+
 @dataclass(frozen=True)
 class RawOps:
     """A backend's functions, as fastsae.backends describes them, over its stages."""
 
     stages: Stages
+
+    encode_topk = _encoder(encode_topk)
+    encode_above = _encoder(encode_above)
+    encode_batch_topk = _encoder(encode_batch_topk)
+    decode = _op(lambda stages, *args: stages.decode(*args))
+    decode_error = _op(lambda stages, *args: stages.decode_error(*args))
+    active_dot = _op(lambda stages, *args: stages.active_dot(*args))
+    active_outer = _op(active_outer)
+    by_latent = _op(by_latent)
+
+    def update_latents_(self, call: UpdateArguments) -> Tensor:
+        widest, limit = max(call.W_dec.shape[1], call.encoder.shape[1]), self.stages.ROW_LIMIT
+        is_fused = call.is_plain and (limit is None or widest <= limit)
+        with on_device(call.W_dec):
+            _kept(call.screen, call.encoder)
+            stats = (update_latents if is_fused else update_storing_gradients)(self.stages, call)
+            if call.screen and not call.norms_only:
+                self._refresh(call.screen, call.encoder)
+        return stats
 
     def screen(self, W: Tensor) -> list[Tensor]:
         """The tensors of a narrow copy of W, as the encoders and update_latents_ take them."""
@@ -81,77 +120,3 @@ class RawOps:
         finally:
             if not made:
                 screen[3].fill_(float("inf"))
-
-    def encode_topk(
-        self,
-        x: Tensor,
-        W: Tensor,
-        b: Tensor,
-        k: int,
-        rows: Tensor | None,
-        scale: Tensor | None,
-        index_offset: int,
-        screen: list[Tensor] | None,
-        precision: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with on_device(W):
-            return encode_topk(self.stages, x, W, b, k, rows, scale, index_offset, _kept(screen, W), precision)
-
-    def encode_above(
-        self,
-        x: Tensor,
-        W: Tensor,
-        b: Tensor,
-        threshold: Tensor,
-        capacity: int,
-        screen: list[Tensor] | None,
-        precision: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        with on_device(W):
-            return encode_above(self.stages, x, W, b, threshold, capacity, _kept(screen, W), precision)
-
-    def encode_batch_topk(
-        self, x: Tensor, W: Tensor, b: Tensor, k: int, screen: list[Tensor] | None, precision: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with on_device(W):
-            return encode_batch_topk(self.stages, x, W, b, k, _kept(screen, W), precision)
-
-    def decode(self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
-        with on_device(W):
-            return self.stages.decode(acts, indices, offsets, W)
-
-    def decode_error(
-        self, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, target: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        with on_device(W):
-            return self.stages.decode_error(acts, indices, offsets, W, target, bias)
-
-    def active_dot(self, x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
-        with on_device(W):
-            return self.stages.active_dot(x, acts, indices, offsets, W)
-
-    def active_outer(
-        self,
-        acts: Tensor,
-        indices: Tensor,
-        offsets: Tensor | None,
-        x: Tensor,
-        d_sae: int,
-        by_latent: list[Tensor] | None,
-    ) -> Tensor:
-        with on_device(x):
-            return active_outer(self.stages, acts, indices, offsets, x, d_sae, by_latent)
-
-    def by_latent(
-        self, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with on_device(acts):
-            return by_latent(self.stages, acts, indices, offsets, d_sae)
-
-    def update_latents_(self, call: UpdateArguments) -> Tensor:
-        with on_device(call.W_dec):
-            _kept(call.screen, call.encoder)
-            stats = (update_latents if call.is_plain else update_storing_gradients)(self.stages, call)
-            if call.screen and not call.norms_only:
-                self._refresh(call.screen, call.encoder)
-        return stats

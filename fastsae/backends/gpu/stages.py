@@ -174,6 +174,10 @@ class EncodeStages(ScreenStages, RaggedStages, Protocol):
 class LatentStages(Protocol):
     """The latent-major half: a code regrouped by latent, and what is summed and stepped latent by latent."""
 
+    @property
+    def ROW_LIMIT(self) -> int | None:
+        """Columns of the widest rows that update_rows takes, or None: wider ones' gradients are stored instead."""
+
     def list_slots(
         self, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int, keys: Tensor, rows: Tensor,
         values: Tensor | None, first_row: int = 0,

@@ -1,5 +1,5 @@
 """update_latents_ for calls that the fused kernels do not cover: given gradients of pre-acts, parts beside the terms,
-clipping, norms_only, and every optimizer and storage of moments but plain Adam's.
+clipping, norms_only, every optimizer and storage of moments but plain Adam's, and rows beyond the stages' ROW_LIMIT.
 
 Here the dictionaries' gradients are stored: 4·M·(D_in + D_out) bytes, and as much again while they are projected,
 clipped and stepped. active_dot and active_outer make them term by term; the reference's elementwise formulas do the
@@ -36,10 +36,7 @@ def update_storing_gradients(stages: Stages, call: UpdateArguments) -> Tensor:
         return reference.squared_norms(grads)
     stats = reference.squared_norms(raw)
     del raw
-    if call.grad_scale is not None:
-        grads = {name: grad * call.grad_scale for name, grad in grads.items()}
-    old, rule = call.stored_moments(), call.rule()
-    call.write(*reference.update(params, grads, old, call.lr, call.step, rule, call.unit_norm, call.seed))
+    call.write_step(params, grads)
     return stats
 
 

@@ -42,7 +42,9 @@ def list_entries(stages: LatentStages, terms: list[RawTerm], d_sae: int, x_like:
     x, more_x = _in_two([t.x for t in terms], x_like)
     grad, more_grad = _in_two([t.grad for t in terms], grad_like)
     split = terms[0].grad.shape[0] if terms else 0
-    return Entries(starts, rows, sorted_acts, x, more_x, grad, more_grad, split, cut(stages, starts, slots, tokens))
+    return Entries(
+        starts, rows, sorted_acts, x, more_x, grad, more_grad, split, cut(stages.piece_starts, starts, slots, tokens)
+    )
 
 
 def _in_two(matrices: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor | None]:

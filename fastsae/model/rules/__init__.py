@@ -38,18 +38,6 @@ def _from_json(value: Any) -> Any:
 
 
 __all__ = [
-    "ACTIVATIONS",
-    "Activation",
-    "BatchTopK",
-    "EncodeOptions",
-    "Gated",
-    "GroupMax",
-    "HierarchicalTopK",
-    "JumpReLU",
-    "Matryoshka",
-    "ReLU",
-    "RuleState",
-    "Selected",
-    "TopK",
-    "activation_from_config",
+    "ACTIVATIONS", "Activation", "BatchTopK", "EncodeOptions", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU",
+    "Matryoshka", "ReLU", "RuleState", "Selected", "TopK", "activation_from_config",
 ]  # fmt: skip

@@ -1,0 +1,180 @@
+"""`fastsae eval` with a language model: held-out text, special tokens as in training, reconstructions spliced in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from fastsae.cli.options import Eval, checked_device, torch_dtype
+from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.splice import Site
+from fastsae.data.stream import ActivationStream, StreamConfig
+from fastsae.data.text import Corpus, load_text
+from fastsae.runs.evaluate import EvalResult, evaluate
+from fastsae.runs.opening import LanguageRecord, OpenedRun, language_of_run, open_run
+from fastsae.runs.spliced import SplicedLoss, activations_at, spliced_loss
+
+TOKENS = 4096
+"""Tokens of a text that is not the run's, unless another number is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InModel:
+    """What `fastsae eval` finds with a language model."""
+
+    result: EvalResult
+    loss: SplicedLoss
+    where: str
+    """The rows, in words."""
+    model: dict[str, Any]
+    text: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """For evaluation.json."""
+        return {**self.loss.to_json(), "model": self.model, "text": self.text}
+
+    def table(self) -> dict[str, Any]:
+        """For the terminal."""
+        loss = self.loss
+        return {
+            "spliced in at": f"{', '.join(loss.hooks)} at {loss.replaced_share:.2%} of the tokens",
+            "left alone": loss.special,
+            "predictions": f"{loss.n_predictions:,}, in nats below",
+            "cross-entropy": f"{loss.ce_untouched:.5f} untouched, {loss.ce_spliced:.5f} spliced, "
+            f"{loss.ce_zero:.5f} zero ablation, {loss.ce_mean:.5f} mean ablation",
+            "kl": f"{loss.kl_spliced:.5f} spliced, {loss.kl_zero:.5f} zero ablation, {loss.kl_mean:.5f} mean ablation",
+            "recovered": f"{loss.recovered_over_zero:.4f} over zero ablation, {loss.recovered_over_mean:.4f} over mean "
+            f"ablation (mean of {loss.mean_of})",
+        }
+
+
+def asks_for_language(options: Eval) -> bool:
+    """Whether any option of `fastsae eval` needs a language model. Raises ValueError beside one for stored rows."""
+    names = ("spliced", "model", "any_model", "text", "hook", "output_hook", "window", "tokens", "also")
+    given = [name for name in names if getattr(options, name) != Eval.__dataclass_fields__[name].default]
+    if given and (options.data is not None or options.all_rows):
+        stored = "--data" if options.data is not None else "--all-rows"
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} measures on text and {stored} on stored rows; give one of them"
+        )
+    return bool(given)
+
+
+def measure_in_model(options: Eval, run: OpenedRun) -> InModel:
+    """Loads the model and the text that the options name, or the run records, and measures.
+
+    Raises ValueError for what is neither given nor recorded, for another model or text than the run's, a text too
+    short, and as `spliced_loss`; ImportError where transformers is not installed.
+    """
+    record = language_of_run(run.config)
+    config = stream_config(options, record, run)
+    corpus = held_out_text(options, record, run)
+    others = [(path, open_run(path, device=options.device)) for path in options.also]
+    spec = options.model or (record.model if record else None)
+    if not spec:
+        raise ValueError(f"{run.path} does not record its language model; name it with --model")
+    dtype = options.model_dtype or (record.dtype if record and record.dtype else "bfloat16")
+    model = load_model(spec, dtype=torch_dtype(dtype), device=str(checked_device(options.device)), head=True)
+    if record and not options.any_model:
+        check_model(model, record, dtype)
+    stream = ActivationStream(model, corpus, config)
+    calibrate(stream, record)
+    site: Site = config.hook if options.output_hook is None else (config.hook, options.output_hook)
+    rows_wanted = options.tokens or math.ceil(config.holdout / stream.rows_per_window) * config.window
+    ids = stream.held_out_windows(rows_wanted)
+    hooks, where = {site: run.sae}, {site: stream.filter.ordinary}
+    for path, other in others:
+        add_other(hooks, where, model, corpus, path, other)
+    rows, targets = activations_at(model, site, ids, where=where[site], windows_per_batch=config.windows_per_batch)
+    if rows.shape[1] != run.sae.d_in:
+        raise ValueError(
+            f"the activations at {stream.hooked.name} of {spec} have {rows.shape[1]} numbers, the autoencoder expects "
+            f"d_in = {run.sae.d_in}; name its own model and hook with --model and --hook"
+        )
+    result = evaluate(run.sae, rows, targets=targets, batch_size=options.batch_size)
+    means = None if others else {site: (rows if targets is None else targets).double().mean(0)}
+    del rows, targets
+    loss = spliced_loss(
+        model, hooks, ids, where=where, means=means, mean_of="the replaced activations of this text",
+        special=left_alone(stream), progress=options.progress,
+    )  # fmt: skip
+    other_text = "held-out text of the run" if options.text is None else f"text of {options.text}"
+    return InModel(result, loss, f"rows of the {other_text}", model.base.describe(), corpus.describe())
+
+
+def stream_config(options: Eval, record: LanguageRecord | None, run: OpenedRun) -> StreamConfig:
+    """How text becomes rows: as in training, but for what the options say."""
+    hook = options.hook or (record.stream.hook if record else None)
+    if hook is None:
+        raise ValueError(f"{run.path} does not record where its activations were taken; name the place with --hook")
+    config = dataclasses.replace(record.stream if record else StreamConfig(hook=hook), hook=hook)
+    if options.window is not None:
+        config = dataclasses.replace(config, window=options.window)
+    if options.tokens is not None and options.tokens < 1:
+        raise ValueError(f"--tokens is {options.tokens}, expected at least 1")
+    # The split of the run's own text must stay as it was in training; of any other, everything is held out.
+    return config if options.text is None else dataclasses.replace(config, holdout=options.tokens or TOKENS)
+
+
+def held_out_text(options: Eval, record: LanguageRecord | None, run: OpenedRun) -> Corpus:
+    """The text. Raises ValueError if the run's own has changed since, or holds nothing out."""
+    if options.text is not None:
+        return load_text(options.text)
+    if record is None or not record.text:
+        raise ValueError(f"{run.path} does not record its text; name one that it was not trained on with --text")
+    if record.stream.holdout == 0:
+        raise ValueError(f"{run.path} was trained on all of its text; name another with --text")
+    corpus = load_text(record.text["spec"])
+    here, then = corpus.describe()["digest"], record.text.get("digest")
+    if then is not None and here != then:
+        raise ValueError(
+            f"the text {record.text['spec']} has digest {here}, the run was trained on {then}: its held-out part may "
+            "hold text of the training; restore it, or name a text with --text"
+        )
+    return corpus
+
+
+def check_model(model: LanguageModel, record: LanguageRecord, dtype: str) -> None:
+    """Raises ValueError if this is not the model that the run's activations come from, as far as the run says."""
+    if record.digest is None or dtype != record.dtype:  # the digest is of rounded weights
+        return
+    digests = {model.base.describe()["digest"], model.describe()["digest"]}
+    if record.digest not in digests:
+        raise ValueError(
+            f"the model {model.name} has digest {model.base.describe()['digest']}, the run's activations come from "
+            f"{record.model} with digest {record.digest}; name that model, or measure on this one with --any-model"
+        )
+
+
+def calibrate(stream: ActivationStream, record: LanguageRecord | None) -> None:
+    """The norm filter of the training, if it was at the same hook."""
+    if record and record.norm_median is not None and str(stream.config.hook) == str(record.stream.hook):
+        stream.filter.median = record.norm_median
+
+
+def add_other(
+    hooks: dict[Site, Any], where: dict[Site, Any], model: LanguageModel, corpus: Corpus, path: Any, other: OpenedRun
+) -> None:
+    """One more run, at the hook that it records, with the filter of its own training."""
+    record = language_of_run(other.config)
+    if record is None:
+        raise ValueError(f"{path} does not record where its activations were taken; --also takes runs that do")
+    if record.stream.hook in hooks:
+        raise ValueError(f"{path} is of the hook {record.stream.hook}, as another of these runs; splice in one of them")
+    stream = ActivationStream(model, corpus, record.stream)
+    calibrate(stream, record)
+    hooks[record.stream.hook], where[record.stream.hook] = other.sae, stream.filter.ordinary
+
+
+def left_alone(stream: ActivationStream) -> str:
+    """Which tokens keep the model's own activation, in words."""
+    ordinary = stream.filter.ordinary
+    parts = []
+    if ordinary.first:
+        parts.append(f"the first {'position' if ordinary.first == 1 else f'{ordinary.first} positions'} of a window")
+    if ordinary.last:
+        parts.append(f"the last {'position' if ordinary.last == 1 else f'{ordinary.last} positions'}")
+    if ordinary.max_norm is not None:
+        parts.append(f"activations of norm above {ordinary.max_norm:.4g}")
+    return f"{', '.join(parts)}: as in training" if parts else "no token"

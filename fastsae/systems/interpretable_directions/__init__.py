@@ -1,0 +1,1 @@
+"""SAEs that find known directions: toy.py is the recipe, metrics.py the comparison, figures.py tables and pictures."""
