@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.systems import BEGIN, END, RESULTS
+from bench.systems import RESULTS
 from fastsae.cli.main import main
 from fastsae.systems.othello import figures, game, language, metrics, probes, saes, system
 from fastsae.systems.results import read
@@ -317,12 +317,14 @@ def test_shares_are_of_the_pairs_that_the_probe_finds() -> None:
 # -- the stored results -----------------------------------------------------------------------------------------------
 
 
-def test_the_readme_shows_the_stored_results() -> None:
-    path = RESULTS / "othello" / "results.json"
-    if not path.exists():
-        pytest.skip("no results of othello are stored in bench/results/systems/othello")
-    stored = read(path, "othello")["experiments"]
-    text = (ROOT / "README.md").read_text()
-    begin = BEGIN.format("othello")
-    shown = text[text.index(begin) + len(begin) :]
-    assert shown[: shown.index(END)].strip() == figures.tables(stored).strip(), "run python -m bench.systems"
+def test_the_stored_table_is_that_of_the_stored_results() -> None:
+    folder = RESULTS / "othello"
+    stored = read(folder / "results.json", "othello")["experiments"]
+    assert (folder / "table.md").read_text().strip() == figures.tables(stored).strip()
+    small = system.experiments(blocks=4, games=30_000, read=1000, scored=400)
+    for name, record in stored.items():
+        assert record["settings"] == {"seeds": 3, **json.loads(json.dumps(small[name].settings))}, name
+    readme = (ROOT / "README.md").read_text()
+    assert "(bench/results/systems/othello/table.md)" in readme
+    assert f"legal in {100 * stored['model']['legal']['top_1']:.1f} %" in readme
+    assert f"find {figures.counts(stored['probe-1'])[0]} of" in readme
