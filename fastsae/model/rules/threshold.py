@@ -17,11 +17,11 @@ DEFAULT_L0 = 32.0
 """The target of a rule that is given neither a weight nor a target, and where thresholds start without one."""
 START = 0.1
 """The L1 penalty at the start, as a share of the loss of reconstructing nothing."""
-START_L0 = 0.01
-"""The same of JumpReLU's penalty, whose gradient does not shrink with the acts: at 0.03 L0 fell from 10 to 4 first."""
+START_L0 = 0.03
+"""The same of JumpReLU's penalty, whose gradient does not shrink with the acts: at 0.3 L0 fell from 10 to 1 first."""
 SMOOTH = 0.9
 """Decay, per batch, of the mean of L0 that the penalty's weight follows."""
-INTEGRAL = 0.02
+INTEGRAL = 0.05
 """By how much the logarithm of the weight rises a batch where L0 is e times its target."""
 PROPORTIONAL = 3.0
 """By how much the logarithm of the weight rises when L0 becomes e times what it was."""
@@ -52,8 +52,8 @@ class _Targeted(_Threshold):
     reconstructing nothing, over the penalty: in the units of the data and of the loss. After every batch
 
         m   = the mean of the batches' L0, their weights decaying by SMOOTH and divided by their sum
-        e   = log(m / target_l0), held within ±1
-        log_coef += INTEGRAL · e + PROPORTIONAL · (e - e of the batch before)
+        e   = log(m / target_l0), held within ±3
+        log_coef += INTEGRAL · (e held within ±1) + PROPORTIONAL · (e - e of the batch before)
 
     so a factor in L0 changes the weight by a factor, whatever the sizes of both. L0 answers to a weight by drifting,
     not at once: without the second term (a proportional one, seen from the weight) the two would swing around each
@@ -131,14 +131,15 @@ class _Targeted(_Threshold):
     def steer(self, rule_state: RuleState, l0: Tensor, made: Tensor) -> None:
         if self.fixed is not None or self.asked_l0 is None:
             return
+        made = made & l0.isfinite()  # an empty batch has none
         mean, weight = rule_state["l0_mean"], rule_state["l0_weight"]
         heavier = SMOOTH * weight + (1 - SMOOTH)
         # The first share is exactly 1: the first mean is the first batch's L0.
         share = torch.where(weight == 0, 1.0, (1 - SMOOTH) / heavier)
         now = torch.lerp(mean, l0, share)
-        error = (now.clamp_min(TINY) / self.asked_l0).log().clamp(-1, 1)
-        before = torch.where(weight == 0, error, (mean.clamp_min(TINY) / self.asked_l0).log().clamp(-1, 1))
-        change = INTEGRAL * error + PROPORTIONAL * (error - before)
+        error = (now.clamp_min(TINY) / self.asked_l0).log().clamp(-3, 3)
+        before = torch.where(weight == 0, error, (mean.clamp_min(TINY) / self.asked_l0).log().clamp(-3, 3))
+        change = INTEGRAL * error.clamp(-1, 1) + PROPORTIONAL * (error - before)
         rule_state["log_coef"].add_(torch.where(made, change, 0.0))
         mean.copy_(torch.where(made, now, mean))
         weight.copy_(torch.where(made, heavier, weight))
