@@ -210,7 +210,7 @@ class Dense:
             sparsity = rule.sparsity(code.pre, code.acts, rows, norms)
             if sparsity is not None:
                 mean = sparsity.sum(dtype=x.dtype) / len(x)  # in bfloat16 it would be rounded to three digits
-                loss = loss + penalty_scale * rule.coef * rule.penalty(mean)
+                loss = loss + penalty_scale * rule.weight(self.rule_state) * rule.penalty(mean)
             gate = rule.gate(code.pre)
             if gate is not None:
                 loss = loss + squared_error(gate @ self.W_dec.detach() + self.b_dec.detach())

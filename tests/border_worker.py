@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 RULES = {
     "topk": fastsae.TopK(K),
     "batch_topk": fastsae.BatchTopK(K),
-    "jump_relu": fastsae.JumpReLU(),
-    "gated": fastsae.Gated(),
+    "jump_relu": fastsae.JumpReLU(1e-3, 1e-3, 1e-3),
+    "gated": fastsae.Gated(1.0),
     "matryoshka": fastsae.Matryoshka(fastsae.TopK(K), groups=(M // 4, M - M // 4)),
 }
 

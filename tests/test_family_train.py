@@ -147,7 +147,7 @@ def test_every_rule_trains_from_the_command_line(rows: Path, tmp_path: Path, act
     ("matryoshka", ["--groups", "48", "--activation-decay", "0.5"], "activation_decay is 0.5, which matryoshka does"),
     ("hierarchical_topk", [], "hierarchical_topk needs --ks"),
     ("matryoshka", ["--sampled", "3"], "shortest = 64, expected at most d_sae = 48; lower it"),
-    ("jumprelu", ["--penalty-kind", "target"], "'target' needs it"),
+    ("jumprelu", ["--penalty-kind", "target"], "'target' needs a target_l0"),
     ("group_max", ["--k", "7"], "expected a divisor of d_sae = 48"),
 ])  # fmt: skip
 def test_settings_of_another_rule_are_refused(rows, tmp_path, activation, more, message, capsys) -> None:

@@ -80,7 +80,7 @@ def test_no_tensor_of_tokens_by_latents_around_the_ops(fused):
 
 
 @pytest.mark.parametrize("rule", [
-    fastsae.ReLU(1.0), fastsae.JumpReLU(), fastsae.Gated(), fastsae.BatchTopK(4),
+    fastsae.ReLU(1.0), fastsae.JumpReLU(1e-3, 1e-3, 1e-3), fastsae.Gated(1.0), fastsae.BatchTopK(4),
     fastsae.Matryoshka(TopK(4), groups=(32, 96)), fastsae.HierarchicalTopK((2, 4)),
 ], ids=lambda rule: rule.kind)  # fmt: skip
 def test_memory_of_the_other_rules_follows_their_codes(rule):

@@ -55,6 +55,8 @@ class Parameters(nn.Module):
     penalty_scale: Tensor
 
     norm: InputNorm
+    started: bool
+    """Whether the rule has what it takes from the first training batch. A host flag: reading it does not sync."""
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class Parameters(nn.Module):
         d_out: int | None = None,
         pre_bias: bool | None = None,
         decoder_norm: str = "unit",
-        normalize: str = "none",
+        normalize: str | None = None,
         tied: bool = False,
         skip: bool = False,
         layers: int = 1,
@@ -101,6 +103,8 @@ class Parameters(nn.Module):
         self.dense_above = DENSE_ABOVE
         self.active_share: float | None = None  # of the last step of a threshold rule
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        if normalize is None:  # in one unit, biases and thresholds learn at the same pace whatever the inputs' scale
+            normalize = "constant" if activation.from_data and activation.asked_l0 is not None else "none"
         self.norm = InputNorm(normalize, **factory)
         self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out, **factory))
         self.register_parameter("W_enc", None if tied else nn.Parameter(torch.empty(d_sae, d_in, **factory)))
@@ -164,6 +168,7 @@ class Parameters(nn.Module):
         if self.W_skip is not None:
             nn.init.zeros_(self.W_skip)
         rule = self.activation
+        self.started = not rule.from_data
         for name, start in {**rule.new_parameters(self.d_sae), **rule.new_buffers()}.items():
             getattr(self, name).copy_(start)
         if self.W_dec.is_meta:
@@ -253,6 +258,11 @@ class Parameters(nn.Module):
             check_state_config(_config_of(state_dict[key]), self.config)
         else:
             self._pre_bias_open = False  # saved before pre_bias could be open
+        if "threshold_weight" in self._rule_names[1] and prefix + "threshold" in state_dict:
+            state_dict = dict(state_dict)
+            state_dict.setdefault(prefix + "threshold_weight", weight_of_old(state_dict[prefix + "threshold"]))
+        if prefix + "start_done" in state_dict and not state_dict[prefix + "start_done"].is_meta:
+            self.started = not self.activation.from_data or bool(state_dict[prefix + "start_done"])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if key in missing:
             missing.remove(key)
@@ -291,6 +301,11 @@ class Parameters(nn.Module):
         """The rule's trained parameters, by name."""
         return {name: getattr(self, name) for name in self._rule_names[0]}
 
+    @property
+    def penalty_weight(self) -> Tensor:
+        """The weight of the rule's penalty in the loss, the schedule's multiplier included: 0-d float64, a copy."""
+        return self.rule.weight(self.rule_state) * self.penalty_scale
+
     @torch.no_grad()
     def project_gradients_(self) -> None:
         """grad_i -= ⟨grad_i, W_dec_i⟩ W_dec_i / ‖W_dec_i‖² where the decoder has unit norm; before optimizer.step()."""
@@ -306,6 +321,23 @@ class Parameters(nn.Module):
     def extra_repr(self) -> str:
         settings = [f"{name}={getattr(self, name)!r}" for name in _SETTINGS]
         return ", ".join([*settings, f"activation={self.activation!r}"])
+
+
+def weight_of_old(threshold: Tensor) -> Tensor:
+    """The threshold_weight of a state that was saved before there was one: 0-d float32.
+
+    Such a threshold is a plain mean, with decay 0.999 by default, and may be far behind: L0 1 for k = 16 after 300
+    steps. It stays as it is, as a mean of full weight, with a warning; an unset one (-1) has no weight.
+    """
+    known = bool((threshold >= 0).all()) if not threshold.is_meta else False
+    if known:
+        warnings.warn(
+            f"this state's BatchTopK threshold {float(threshold):.4g} is of an older fastsae, whose running mean was "
+            "slow: L0 may be far from k at inference. Set it with sae.calibrate_threshold_(x) on rows of the data",
+            UserWarning,
+            stacklevel=2,
+        )
+    return torch.full_like(threshold, float(known))
 
 
 def _config_of(state: Any) -> dict[str, Any]:

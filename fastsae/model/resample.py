@@ -34,7 +34,8 @@ def resample_(
     Inputs are drawn from `rows` (n, d_in), or blocks of them, each with probability ∝ (its squared error)², without
     replacement until all are used. The decoder's row becomes the drawn input less b_dec, at norm 1 (free norms: at the
     mean norm of live rows). The encoder's row gets the same direction at `encoder_norm` times the mean norm of live
-    encoder rows. b_enc becomes 0, the rule's own parameters get their initial values, the state of these rows in
+    encoder rows. b_enc becomes 0 and the rule's own parameters get their initial values, or, where they started from
+    data, the mean of the live latents'. The state of these rows in
     `step`'s optimizer becomes 0, and their dead-latent counters restart. dead: bool (M,), None: `sae.dead`. The draw
     depends on the seed and the inputs only.
 
@@ -69,10 +70,11 @@ def resample_(
     if sae.W_enc is not None:
         sae.W_enc[latents] = (direction * (encoder_norm * live_norm(sae.W_enc))).to(sae.W_enc.dtype)
     sae.W_dec[latents] = (direction * norm).to(sae.W_dec.dtype)
-    sae.b_enc[latents] = 0
-    for name, start in sae.activation.new_parameters(sae.d_sae).items():
-        parameter = getattr(sae, name)
-        parameter[latents] = start.to(parameter)[latents]
+    for name, start in {"b_enc": torch.zeros(sae.d_sae), **sae.activation.new_parameters(sae.d_sae)}.items():
+        parameter, first = getattr(sae, name), start.to(sae.W_dec.device)[latents]
+        if sae.activation.from_data and bool(live.any()):  # where it started no longer fits
+            first = parameter[live].mean()
+        parameter[latents] = first.to(parameter.dtype)
     sae.tokens_since_fired[latents] = 0
     if step is not None:
         step.forget_rows_(latents)

@@ -7,7 +7,7 @@ active reads nothing back from the device; a threshold rule asks how many there 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsae import ops, reference
 from fastsae.codes import Screen, SparseCodes
 from fastsae.model import dense, losses
+from fastsae.model.calibrate import Tail, blocks_of, pre_acts, start_rule_
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import TokenStats
 from fastsae.model.parameters import Parameters
@@ -95,7 +96,8 @@ class SparseAutoencoder(Parameters):
                   optimizer call `project_gradients_()` before and `normalize_decoder_()` after its step. "free": no
                   constraint, and both helpers do nothing.
     normalize     "none"; "constant": one factor making the mean of ‖x‖² equal d_in (`calibrate_`); "layer_norm": each
-                  token, undone in the reconstruction.
+                  token, undone in the reconstruction. None: "constant" where the rule drives a penalty to a target
+                  L0, from the first training batch if `calibrate_` was not called, else "none".
     tied          the encoder reads the decoder's rows: `W_enc` is None and `encoder_weight` is W_dec.
     skip          a linear path beside the latents: recon += x W_skipᵀ, which starts at 0 (Paulo et al. 2025).
     layers        a row of x and of the target is that many activations of equal width side by side (a crosscoder): a
@@ -138,6 +140,67 @@ class SparseAutoencoder(Parameters):
         if not bool(torch.isfinite(centre).all()):
             raise ValueError(f"the {how} of a sample of shape {tuple(x.shape)} is not finite; pass finite activations")
         self.b_dec.copy_(centre)
+        return self
+
+    @torch.no_grad()
+    def calibrate_threshold_(self, x: Tensor | Iterable[Tensor], batch_size: int = 4096) -> SparseAutoencoder:
+        """Sets the inference threshold of a BatchTopK, alone or in a Matryoshka, so that in eval mode the mean L0 on x
+        is k.
+
+        x (..., d_in), or an iterable of such blocks, any float dtype and device, in the units that `encode` takes, is
+        read once, batch_size rows at a time, in memory that does not grow with it. The threshold is right to 1/4096 of
+        itself, which is some thousandth of L0, and is 0 where fewer than k latents a row are above 0. Training
+        goes on from it. Dense: it costs what encoding x without sparsity costs. Syncs.
+        Raises ValueError for another rule, no rows, or rows that are not finite.
+        """
+        k = self.activation.mean_k
+        if k is None:
+            raise ValueError(f"{self.activation} has no running threshold to calibrate: BatchTopK has one")
+        tail, n, like = Tail(self.W_dec.device), 0, self.W_dec
+        for batch in blocks_of(x, batch_size):
+            normal, _ = self._normal(batch.to(like.device))
+            for pre in pre_acts(normal - self.b_dec if self.pre_bias else normal, self.encoder_weight, self.b_enc):
+                tail.add(pre)
+            n += batch.shape[0]
+        if n == 0:
+            raise ValueError("calibrate_threshold_ got no rows, expected some of the training data")
+        self.get_buffer("threshold").fill_(tail.bar(k * n))
+        self.get_buffer("threshold_weight").fill_(1.0)
+        return self
+
+    @torch.no_grad()
+    def start_(self, x: Tensor, target: Tensor | None = None) -> SparseAutoencoder:
+        """Sets what the rule takes from data, once, from a batch x (*batch, d_in): biases and thresholds, so that the
+        mean L0 is near the one it aims at, the first weight of its penalty, and the scale of normalize="constant" where
+        it is not set yet. The first training batch does it by itself; call `init_from_` before.
+
+        Each latent gets a threshold at the same number of its own standard deviations above its own mean, on x, at the
+        initial weights: one bar for all would leave most of them dead where a few directions have most of the variance.
+        Rows that are not finite are left out. Nothing is done the second time, and for rules that need no data. Syncs.
+        Raises ValueError for fewer than two finite rows; RuntimeError where each process would see rows of its own.
+        """
+        if self.started:
+            return self
+        if torch.compiler.is_compiling() or DistributedDataParallel._get_active_ddp_module() is not None:
+            raise RuntimeError(
+                "the rule's thresholds are not set yet; call sae.start_(x) on a batch before compiling the module or "
+                "wrapping it in DistributedDataParallel"
+            )
+        rows = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
+        good = torch.isfinite(rows).all(-1)
+        if target is not None:
+            target = target.reshape(-1, target.shape[-1])
+            good &= torch.isfinite(target).all(-1)
+            target = target[good]
+        rows = rows[good]
+        if len(rows) < 2:
+            raise ValueError(f"{len(rows)} finite rows in x {tuple(x.shape)}, expected two or more to start from")
+        if not self.norm.calibrated:
+            self.norm.calibrate_(rows)
+        ready = self.inputs(rows, target)
+        zero = losses.total_variance(ready.target) / losses.loss_denominator(self.loss, ready.target)
+        start_rule_(self, ready.encoder_input, wide(ready.target - self.b_dec), float(zero))
+        self.started = True
         return self
 
     # -- the forward pass -------------------------------------------------------------------------------------------
@@ -262,6 +325,8 @@ class SparseAutoencoder(Parameters):
         for_step: the caller reads no codes and counts the batch itself. A threshold rule may then look at all latents
         densely, where many are active (`dense_above`). While a ledger is open, the backward pass overwrites the error.
         """
+        if self.training and not self.started:
+            self.start_(x, target)
         rule, ledger = self.rule, self._ledger()
         held = ledger is not None
         ready = self.inputs(x, target, held=held)
@@ -275,7 +340,7 @@ class SparseAutoencoder(Parameters):
             goal = goal - ready.x @ self.W_skip.mT
         screen = None if ledger is None or not self.training else ledger.screen_for(ready.encoder_input)
         options = self.encode_options(screen, held=held)
-        weight = rule.coef * self.penalty_scale
+        weight = self.penalty_weight
         if for_step and held and rule.shaped and self.training:
             pre = self._sparse_enough(ready.encoder_input, options)
             if pre is None:
@@ -419,6 +484,7 @@ class SparseAutoencoder(Parameters):
         def count(made: Tensor) -> None:
             made = made & finite
             self.count_fired_(counts, tokens, made)
+            self.rule.steer(self.rule_state, counts.sum().double() / tokens, made)
             if codes is not None:
                 self.rule.observe(codes, self.rule_state, made)
 

@@ -16,6 +16,8 @@ DECODER_NORMS = ("unit", "free")
 GHOSTS = (None, "residual", "pull")
 MAY_DIFFER = ("aux_k", "aux_coef", "dead_after", "ghost", "ghost_coef", "init_norm", "rule_dtype")
 """Settings that only training uses: they do not change what the weights mean."""
+RULES_MAY_DIFFER = ("activation.decay", "activation.inner.decay")
+"""The same of a rule."""
 
 
 class Config(dict[str, Any]):
@@ -81,12 +83,15 @@ def check_rule_dtype(rule: Activation, dtype: torch.dtype) -> None:
 
 
 def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises ValueError naming each setting in which a state's config differs from the module's, except MAY_DIFFER.
+    """Raises ValueError naming each setting in which a state's config differs from the module's.
+
+    Those in MAY_DIFFER and RULES_MAY_DIFFER are not compared.
 
     A pre_bias that either leaves open fits any other. A setting that the state lacks is not compared.
     """
     theirs, ours = (_flat(json.loads(json.dumps(config))) for config in (got, expected))
-    names = [name for name in ours.keys() | theirs.keys() if name.partition(".")[0] in {*got} - {*MAY_DIFFER}]
+    # A rule's setting that another fastsae did not know yet is not compared either: its kind is.
+    names = [name for name in theirs if name.partition(".")[0] not in MAY_DIFFER and name not in RULES_MAY_DIFFER]
     if None in (got.get("pre_bias"), expected.get("pre_bias")):
         names = [name for name in names if name != "pre_bias"]
     none = "no such setting"

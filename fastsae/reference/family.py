@@ -20,7 +20,7 @@ class Rule(Protocol):
     rule_state: the rule's parameters and buffers, and b_enc. rows: what `per_latent` computes from them, for pre.
     """
 
-    coef: float
+    def weight(self, rule_state: Mapping[str, Tensor]) -> Tensor | float: ...
 
     def per_latent(self, rule_state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
@@ -59,9 +59,9 @@ def forward(
     penalty_scale: Tensor | float = 1.0,
     training: bool = True,
 ) -> Forward:
-    """recon = A W_dec + b_dec (+ x W_skipᵀ),  A = rule((x - b_dec if pre_bias else x) W_encᵀ + b_enc), and its loss:
+    """recon = A W_dec + b_dec (+ x W_skipᵀ),  A = rule((x - b_dec if pre_bias else x) W_encᵀ + b_enc), and the loss
 
-    Σ_parts weight·Σ‖recon_part - target‖²/unit + scale·coef·penalty + the gate's Σ‖·‖²/unit. The first sum is "nested"
+    Σ_parts w·Σ‖recon_part - target‖²/unit + scale·weight·penalty + the gate's Σ‖·‖²/unit. The first sum is "nested"
     where there are several parts; "mse" or "fvu" is the error of the last one, which has all of them.
     params: W_enc (left out: tied), W_dec, b_enc, b_dec, W_skip (left out: no skip connection).
     """
@@ -91,7 +91,7 @@ def forward(
     sparsity = rule.sparsity(pre, A, rows, norms)
     if sparsity is not None:
         losses["sparsity"] = rule.penalty(sparsity.sum(-1).mean(-1))
-        total = total + penalty_scale * rule.coef * losses["sparsity"]
+        total = total + penalty_scale * rule.weight(rule_state) * losses["sparsity"]
     gate = rule.gate(pre)
     if gate is not None:
         frozen = gate @ W_dec.detach() + offset.detach()

@@ -1,7 +1,8 @@
 """How strong an active latent is, elementwise: JumpReLU and Gated with their straight-through gradients, and penalties.
 
 Every function takes pre-acts of any shape, and per-latent numbers that broadcast to it: the dense (N, M) with (M,), or
-the slots of a code with what belongs to each slot's latent. So dense and sparse SAEs share these formulas.
+the slots of a code with what belongs to each slot's latent. So dense and sparse SAEs share these formulas. A bandwidth
+is a number, or likewise one for each latent, which gets no gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 class _Jump(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
         return torch.where(pre > threshold, pre, 0)
@@ -31,26 +32,25 @@ class _Jump(torch.autograd.Function):
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor | float, through: bool) -> Tensor:
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.through = bandwidth, through
         return (pre > threshold).to(pre.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         pre, threshold = ctx.saved_tensors
-        band = in_band(pre, threshold, ctx.bandwidth)
-        dthreshold = torch.where(band, -1 / ctx.bandwidth * grads[0], 0)
-        return None, dthreshold.sum_to_size(threshold.shape), None
+        dpre = torch.where(in_band(pre, threshold, ctx.bandwidth), 1 / ctx.bandwidth * grads[0], 0)
+        return dpre if ctx.through else None, (-dpre).sum_to_size(threshold.shape), None, None
 
 
-def in_band(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def in_band(pre: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
     """|pre - threshold| < bandwidth / 2, bool: where the rectangular kernel of JumpReLU's gradients is 1."""
     return (pre - threshold).abs() < bandwidth / 2
 
 
-def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
     """pre where pre > threshold, else 0. d/dpre = [pre > threshold];  d/dthreshold = -threshold/bandwidth · [in band].
 
     Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 3 and 11.
@@ -58,12 +58,14 @@ def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return _Jump.apply(pre, threshold, bandwidth)
 
 
-def heaviside(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """[pre > threshold] as a number; summed, it is L0. d/dpre = 0;  d/dthreshold = -1/bandwidth · [in band].
+def heaviside(pre: Tensor, threshold: Tensor, bandwidth: Tensor | float, through: bool = False) -> Tensor:
+    """[pre > threshold] as a number; summed, it is L0. d/dthreshold = -1/bandwidth · [in band];  d/dpre = 0.
 
-    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 12.
+    through: d/dpre = 1/bandwidth · [in band] instead, so that an L0 penalty trains the encoder too.
+    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 12; through: Conerly et al. 2025 (Transformer Circuits,
+    January update).
     """
-    return _Step.apply(pre, threshold, bandwidth)
+    return _Step.apply(pre, threshold, bandwidth, through)
 
 
 def gated(gate: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastsae.data.source import ActivationSource
 from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
+from fastsae.model.rules import Activation, JumpReLU
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs import checkpoint
 from fastsae.runs.checkpoint import CheckpointError
@@ -45,6 +46,10 @@ from fastsae.training.step import FusedTrainStep, PlainTrainStep
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer"]
 
+CALIBRATION_ROWS = 16_384
+"""Rows on which a run's end sets BatchTopK's threshold: their mean L0 is within some 0.5 % of that of all rows."""
+L0_OFF = 0.1
+"""A run that ends further than this share from the L0 it was asked for warns."""
 REDONE_LIMIT = 0.01
 """Share of tokens whose selection was repeated above which a run warns: the fast path is not what it should be."""
 
@@ -148,7 +153,7 @@ class Trainer:
 
     def _make_step(self) -> FusedTrainStep | PlainTrainStep:
         c = self.config
-        if c.penalty_warmup and not self.sae.activation.coef:
+        if c.penalty_warmup and not (self.sae.activation.penalizes and self.sae.activation.coef):
             raise ValueError(
                 f"penalty_warmup is {c.penalty_warmup}, but {self.sae.activation} penalizes nothing; leave it"
             )
@@ -230,11 +235,16 @@ class Trainer:
             if self.step in c.resample_at:
                 with self.timer("resample"):
                     self._resample()
+            if at_end and self.sae.activation.mean_k is not None:
+                with self.timer("calibrate"):
+                    self._calibrate_threshold()
             if c.eval_every and (at_end or self.step % c.eval_every == 0):
                 with self.timer("eval"):
                     self._evaluate()
             if values is not None:
                 self._log(values)
+            if at_end:
+                self._look_at_l0()
             if at_end or self.step % c.checkpoint_every == 0 or self.guard.ended:
                 self._checkpoint()
             self.logs.advance()
@@ -256,12 +266,13 @@ class Trainer:
     def _initialize(self, x: Tensor) -> None:
         """What the module estimates from data, from the first finite batch; x itself is then a batch as any other."""
         centre = self.config.init_b_dec != "zero" and not bool(self.sae.b_dec.any())
-        if centre or not self.sae.norm.calibrated:
+        if centre or not (self.sae.norm.calibrated and self.sae.started):
             x = self._first_finite(x)
         if not self.sae.norm.calibrated:
             self.sae.calibrate_(x)
         if centre:
             self.sae.init_from_(x, how=self.config.init_b_dec)
+        self.sae.start_(x)
 
     def _first_finite(self, x: Tensor) -> Tensor:
         """x, or the first batch after it without a bad row; the data's position stays where it is.
@@ -290,10 +301,45 @@ class Trainer:
         self._resampled += count
         self.logs.say(f"step {self.step}: resampled {count:,} dead latents of {self.sae.d_sae:,}")
 
+    def _calibrate_threshold(self) -> None:
+        """BatchTopK's inference threshold, from coming rows of the training data, whose position stays where it is.
+
+        Rows that are not finite are left out; where none is, the running mean stays.
+        """
+        position = self.source.state_dict()
+        try:
+            size = self.config.batch_size
+            blocks = (self.source.next_batch(min(size, CALIBRATION_ROWS - start)) for start in
+                      range(0, CALIBRATION_ROWS, size))  # fmt: skip
+            rows = [block[torch.isfinite(block).all(-1)] for block in blocks]
+        finally:
+            self.source.load_state_dict(position)
+        if any(len(block) for block in rows):
+            self.sae.calibrate_threshold_(rows)
+
+    def _look_at_l0(self) -> None:
+        """Warns where the run ends further than L0_OFF from the L0 that its rule was asked for."""
+        rule = self.sae.activation
+        if rule.asked_l0 is None:
+            return
+        last = self.last["evaluation"] if self.config.eval_every else self.last["metrics"]
+        l0 = (last or {}).get("l0")
+        if l0 is None or abs(l0 / rule.asked_l0 - 1) <= L0_OFF:
+            return
+        where = "held-out rows" if self.config.eval_every else "the last batch"
+        warnings.warn(
+            f"the run ended at L0 {l0:.4g} on {where}, and {rule.asked_l0:.4g} was asked for "
+            f"({l0 / rule.asked_l0 - 1:+.0%}). {_what_to_do(rule, l0)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
     def _evaluate(self) -> None:
         self.guard.read()
         result = evaluate(self.sae, self.source.held_out(), batch_size=self.config.batch_size)
         record = {"step": self.step, "tokens": self._tokens, **result.to_json(), "source": self.source.stats}
+        if self.sae.activation.asked_l0 is not None:
+            record["asked_l0"] = self.sae.activation.asked_l0
         if int(self.sae.fired_over):
             # Of the training rows since the last evaluation: the held-out ones are too few to tell rare from dead.
             n_tokens = int(self.sae.fired_over)
@@ -355,6 +401,18 @@ class Trainer:
     @property
     def _tokens(self) -> int:
         return self.step * self.config.batch_size
+
+
+def _what_to_do(rule: Activation, l0: float) -> str:
+    if rule.mean_k is not None:
+        return (
+            "Its threshold was set on training rows: these rows differ from them, or fewer latents are above 0. "
+            "sae.calibrate_threshold_(x) sets it on rows of your choice"
+        )
+    more = "Train for more steps or at a higher --lr: biases and thresholds move by the rate at most, each step"
+    if isinstance(rule, JumpReLU) and rule.penalty_kind == "target":
+        return f"{more}. Or leave penalty_kind out: a driven weight has no lasting error"
+    return more if l0 > (rule.asked_l0 or 0) else f"{more}. Or its latents died: look at dead in metrics.jsonl"
 
 
 @contextmanager

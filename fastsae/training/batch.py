@@ -93,6 +93,11 @@ class SAEBatch(nn.Module):
             "tied": tied, "loss": loss, "init_norm": init_norm, "ghost": ghost, "ghost_coef": ghost_coef,
             "dead_after": dead_after, "dtype": dtype,
         }  # fmt: skip
+        if self.activation.from_data:
+            raise ValueError(
+                f"a batch of SAEs drives no penalty, and starts no threshold from data, got {self.activation}; give l1 "
+                "(ReLU, Gated), or l0 and threshold (JumpReLU)"
+            )
         members = [self._single(d_in, d_sae, rule, seed) for rule, seed in zip(self.rules, seeds, strict=True)]
         first = members[0]
         self.seeds, self.pre_bias, self.loss = seeds, pre_bias, loss
@@ -221,7 +226,8 @@ class SAEBatch(nn.Module):
         self.tokens_since_fired.add_(A.shape[-2]).masked_fill_((A != 0).any(-2), 0)
         rule = getattr(self.activation, "inner", self.activation)
         if isinstance(rule, BatchTopK):
-            rule.move_(self.threshold, torch.where(A > 0, A, torch.inf).amin((-2, -1)).float())
+            rule_state = {name: getattr(self, name) for name in self._rule_names}
+            rule.move_(rule_state, torch.where(A > 0, A, torch.inf).amin((-2, -1)).float())
 
     def ghost_loss(self, x: Tensor, target: Tensor, recon: Tensor) -> Tensor:
         """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩) of each SAE, (B,): `losses.ghost_pull` with an axis.

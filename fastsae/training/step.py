@@ -91,8 +91,10 @@ class _TrainStep:
 
     def _metrics(self, found: Objective, n: int) -> dict[str, Tensor]:
         squares = found.squares.detach()
+        rule = self.sae.activation
         metrics = {
             **{name: value.detach() for name, value in found.losses.items()},
+            **({"penalty_weight": self.sae.penalty_weight} if rule.from_data and rule.penalizes else {}),
             "mse": squares / n,
             "fvu": squares / losses.total_variance(found.ready.target.detach()),
             "l0": found.active.double() / n,

@@ -10,7 +10,7 @@ and the dense reference all use it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,6 +36,18 @@ class Selected(NamedTuple):
     overflow: Tensor | None = None
 
 
+class Sample(NamedTuple):
+    """What the first training batch says of the pre-acts at random directions, for `Activation.start`.
+
+    mean, std (M,) float64: of each latent's pre-acts. bar(l0): how many standard deviations above its mean every latent
+    must be so that l0 of them are, on average over the batch.
+    """
+
+    mean: Tensor
+    std: Tensor
+    bar: Callable[[float], float]
+
+
 @dataclass(frozen=True)
 class EncodeOptions:
     """How an encoder computes: arguments of the encoders of fastsae.ops. Not settings of a rule, and not saved.
@@ -56,7 +68,8 @@ class EncodeOptions:
 class Activation(ABC):
     """The base class. `kind` is the name in saved files; `shaped`: acts are not pre-acts, or there is a penalty.
 
-    coef: the penalty's weight in the loss. The methods' defaults are those of a rule without that feature.
+    coef: the penalty's weight in the loss, where it is fixed (see `weight`). The methods' defaults are those of a rule
+    without that feature.
     A subclass with a `kind` is registered under it. Raises TypeError where another rule has that kind.
     """
 
@@ -105,6 +118,21 @@ class Activation(ABC):
     @property
     def screen_k(self) -> int | None:
         """Active latents per token, for a backend that chooses its screen by it; None where a threshold decides."""
+        return None
+
+    @property
+    def asked_l0(self) -> float | None:
+        """The mean L0 at inference that the settings ask for and training aims at; None: they ask for none."""
+        return None
+
+    @property
+    def from_data(self) -> bool:
+        """Whether `start` sets parameters and buffers from the first training batch; there is a buffer `start_done`."""
+        return False
+
+    @property
+    def mean_k(self) -> int | None:
+        """The mean L0 that the buffer `threshold` stands for at inference; None: there is no such threshold."""
         return None
 
     def considered(self, pre: Tensor, rows: RuleState) -> Tensor:
@@ -171,6 +199,28 @@ class Activation(ABC):
         """Updates the rule's buffers in place after the step of a training batch; no gradient, no host sync.
 
         made: 0-d bool on the device, whether the step was made; if not, the buffers do not change.
+        """
+
+    def weight(self, rule_state: RuleState) -> Tensor | float:
+        """The penalty's weight in the loss: `coef`, or 0-d where the rule drives it."""
+        return self.coef
+
+    def start(self, rule_state: RuleState, sample: Sample) -> None:
+        """Sets b_enc and the rule's parameters, in place, from the first batch; see `from_data`."""
+        raise NotImplementedError(f"{type(self).__name__} does not start from data")
+
+    def stretch(self, rule_state: RuleState, factor: float) -> None:
+        """Multiplies b_enc and the rule's parameters, in place, so that factor · W_enc gives factor · acts."""
+        raise NotImplementedError(f"{type(self).__name__} does not start from data")
+
+    def start_weight(self, rule_state: RuleState, zero: float, penalty: float) -> None:
+        """Sets the first `weight`. zero: the loss of reconstructing the mean alone; penalty: before its weight."""
+        raise NotImplementedError(f"{type(self).__name__} does not start from data")
+
+    def steer(self, rule_state: RuleState, l0: Tensor, made: Tensor) -> None:  # noqa: B027 (most drive nothing)
+        """Updates the weight of the penalty in place after a training batch of that mean L0, 0-d float64.
+
+        made: as of `observe`. No host sync.
         """
 
     @abstractmethod

@@ -81,6 +81,14 @@ class Matryoshka(Activation):
     def screen_k(self) -> int | None:
         return self.inner.screen_k
 
+    @property
+    def mean_k(self) -> int | None:
+        return self.inner.mean_k
+
+    @property
+    def asked_l0(self) -> float | None:
+        return self.inner.asked_l0
+
     def with_k(self, k: int) -> Matryoshka:
         return replace(self, inner=self.inner.with_k(k))
 

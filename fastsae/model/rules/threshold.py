@@ -10,8 +10,25 @@ import torch
 from torch import Tensor
 
 from fastsae import reference
-from fastsae.model.rules.base import Activation, EncodeOptions, RuleState, Selected, number, select_above
+from fastsae.model.rules.base import Activation, EncodeOptions, RuleState, Sample, Selected, number, select_above
 from fastsae.reference import wide
+
+DEFAULT_L0 = 32.0
+"""The target of a rule that is given neither a weight nor a target, and where thresholds start without one."""
+START = 0.1
+"""The L1 penalty at the start, as a share of the loss of reconstructing nothing."""
+START_L0 = 0.03
+"""The same of JumpReLU's penalty, whose gradient does not shrink with the acts: at 0.3 L0 fell from 10 to 1 first."""
+SMOOTH = 0.9
+"""Decay, per batch, of the mean of L0 that the penalty's weight follows."""
+INTEGRAL = 0.05
+"""By how much the logarithm of the weight rises a batch where L0 is e times its target."""
+PROPORTIONAL = 3.0
+"""By how much the logarithm of the weight rises when L0 becomes e times what it was."""
+WIDTH = 0.5
+"""The kernel's width as a share of the threshold, where no bandwidth is given."""
+TINY = 1e-12
+"""Below every L0, loss and penalty that is not 0, whose logarithm would not be finite."""
 
 
 @dataclass(frozen=True)
@@ -28,22 +45,132 @@ class _Threshold(Activation):
 
 
 @dataclass(frozen=True)
-class _WithL1(_Threshold):
-    """What ReLU and Gated share: the threshold is 0; l1 weighs Σ acts, each times its row's norm if weighted."""
+class _Targeted(_Threshold):
+    """What the rules with a penalty share: its weight is fixed, or driven so that the mean L0 is target_l0.
 
-    l1: float = 1.0
-    weighted: bool = False
+    The driven weight is exp(`log_coef`), a buffer. It starts from the first batch, at START of the loss of
+    reconstructing nothing, over the penalty: in the units of the data and of the loss. After every batch
 
-    def __post_init__(self) -> None:
-        number(type(self).__name__, "l1", self.l1)
+        m   = the mean of the batches' L0, their weights decaying by SMOOTH and divided by their sum
+        e   = log(m / target_l0), held within ±3
+        log_coef += INTEGRAL · (e held within ±1) + PROPORTIONAL · (e - e of the batch before)
+
+    so a factor in L0 changes the weight by a factor, whatever the sizes of both. L0 answers to a weight by drifting,
+    not at once: without the second term (a proportional one, seen from the weight) the two would swing around each
+    other.
+    """
+
+    @property
+    def fixed(self) -> float | None:
+        """The penalty's fixed weight, or None."""
+        raise NotImplementedError
+
+    @property
+    def first_share(self) -> float:
+        """The weighted penalty at the start, as a share of the loss of reconstructing nothing."""
+        return START
+
+    @property
+    def asked_l0(self) -> float | None:
+        target: float | None = self.target_l0  # type: ignore[attr-defined]
+        return target
 
     @property
     def coef(self) -> float:
+        return 1.0 if self.fixed is None else self.fixed
+
+    @property
+    def from_data(self) -> bool:
+        return self.fixed is None
+
+    def settle(self, name: str, fixed: float | None, target: float | None) -> None:
+        """Makes a rule without a weight and without a target aim at DEFAULT_L0. Raises ValueError for bad numbers."""
+        rule = type(self).__name__
+        if fixed is None and target is None:
+            object.__setattr__(self, "target_l0", DEFAULT_L0)
+        if fixed is not None:
+            number(rule, name, fixed)
+        if target is not None:
+            number(rule, "target_l0", target, positive=True)
+
+    def check(self, d_sae: int) -> None:
+        if self.asked_l0 is not None and self.asked_l0 > d_sae:
+            raise ValueError(
+                f"{type(self).__name__} has target_l0 = {self.asked_l0}, expected at most d_sae = {d_sae}; give another"
+            )
+
+    def new_buffers(self) -> dict[str, Tensor]:
+        started = {"start_done": torch.zeros((), dtype=torch.int64, device="cpu")}
+        driven = ("log_coef", "l0_mean", "l0_weight")
+        if self.fixed is not None:
+            return started if self.from_data else {}
+        return started | {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in driven}
+
+    def weight(self, rule_state: RuleState) -> Tensor | float:
+        return rule_state["log_coef"].exp() if self.fixed is None else self.fixed
+
+    @torch.no_grad()
+    def start(self, rule_state: RuleState, sample: Sample) -> None:
+        self.start_thresholds(rule_state, sample, sample.bar(self.asked_l0 or DEFAULT_L0))
+
+    def start_thresholds(self, rule_state: RuleState, sample: Sample, bar: float) -> None:
+        """Sets biases and thresholds so that a latent is active `bar` standard deviations above its mean."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def stretch(self, rule_state: RuleState, factor: float) -> None:
+        rule_state["b_enc"].mul_(factor)
+
+    @torch.no_grad()
+    def start_weight(self, rule_state: RuleState, zero: float, penalty: float) -> None:
+        if self.fixed is None:
+            rule_state["log_coef"].fill_(math.log(self.first_share * max(zero, TINY) / max(penalty, TINY)))
+        rule_state["start_done"].fill_(1)
+
+    @torch.no_grad()
+    def steer(self, rule_state: RuleState, l0: Tensor, made: Tensor) -> None:
+        if self.fixed is not None or self.asked_l0 is None:
+            return
+        made = made & l0.isfinite()  # an empty batch has none
+        mean, weight = rule_state["l0_mean"], rule_state["l0_weight"]
+        heavier = SMOOTH * weight + (1 - SMOOTH)
+        # The first share is exactly 1: the first mean is the first batch's L0.
+        share = torch.where(weight == 0, 1.0, (1 - SMOOTH) / heavier)
+        now = torch.lerp(mean, l0, share)
+        error = (now.clamp_min(TINY) / self.asked_l0).log().clamp(-3, 3)
+        before = torch.where(weight == 0, error, (mean.clamp_min(TINY) / self.asked_l0).log().clamp(-3, 3))
+        change = INTEGRAL * error.clamp(-1, 1) + PROPORTIONAL * (error - before)
+        rule_state["log_coef"].add_(torch.where(made, change, 0.0))
+        mean.copy_(torch.where(made, now, mean))
+        weight.copy_(torch.where(made, heavier, weight))
+
+
+@dataclass(frozen=True)
+class _WithL1(_Targeted):
+    """What ReLU and Gated share: the threshold is 0; the penalty is Σ acts, each times its row's norm if weighted."""
+
+    l1: float | None = None
+    weighted: bool = False
+    target_l0: float | None = None
+
+    def __post_init__(self) -> None:
+        self.settle("l1", self.l1, self.target_l0)
+        if self.l1 is not None and self.target_l0 is not None:
+            raise ValueError(
+                f"{type(self).__name__} has l1 = {self.l1} and target_l0 = {self.target_l0}: the target drives l1; "
+                "give one of them"
+            )
+
+    @property
+    def fixed(self) -> float | None:
         return self.l1
 
     @property
     def needs_norms(self) -> bool:
         return self.weighted
+
+    def start_thresholds(self, rule_state: RuleState, sample: Sample, bar: float) -> None:
+        rule_state["b_enc"].sub_((sample.mean + bar * sample.std).to(rule_state["b_enc"].dtype))
 
     def select(
         self,
@@ -66,10 +193,13 @@ class ReLU(_WithL1):
     weighted by decoder norm: Templeton et al. 2024 (Scaling Monosemanticity); over layers: Lindsey et al. 2024.
     """
 
-    l1: float = 5.0
-    """Weight of the L1 penalty."""
+    l1: float | None = None
+    """Fixed weight of the L1 penalty. Left out: it is driven to target_l0."""
     weighted: bool = True
     """Whether the penalty weights each act by the norm of its decoder's row."""
+    target_l0: float | None = None
+    """Active latents per token, to which the penalty's weight is driven. Left out: 32, or as many as its fixed weight
+    leaves."""
     kind: ClassVar[str] = "relu"
 
     def activate(self, pre: Tensor, rows: RuleState) -> Tensor:
@@ -80,12 +210,13 @@ class ReLU(_WithL1):
 
 
 @dataclass(frozen=True)
-class JumpReLU(_Threshold):
+class JumpReLU(_Targeted):
     """acts = pre where pre > θ, else 0, with θ = exp(log_threshold) per latent, learnt through a kernel of `bandwidth`.
 
     penalty_kind  "l0": l0 · mean L0, whose gradient reaches θ alone. "tanh": l0 · mean of
                   Σ tanh(tanh_scale·acts·‖W_dec‖), which trains encoder and decoder too.
                   "target": l0 · (mean L0 / target_l0 - 1)².
+    Without a fixed l0, the gradient of "l0" and "target" reaches the encoder too, through the same kernel.
     log_threshold and its gradient are float32 at least, whatever the weights are: the steps of an optimizer are smaller
     than bfloat16's spacing. Pre-acts have the weights' dtype: with narrow weights choose a bandwidth of several
     spacings of that dtype at the threshold, or the kernel sees only rounding.
@@ -93,37 +224,43 @@ class JumpReLU(_Threshold):
     update), Lieberum et al. 2024 for θ's start; target: the trainer of dictionary_learning.
     """
 
-    l0: float = 1e-3
-    """Weight of the L0 penalty."""
-    threshold: float = 1e-3
-    """Threshold at the start, the same for all latents."""
-    bandwidth: float = 1e-3
-    """Width of the kernel through which the threshold learns."""
+    l0: float | None = None
+    """Fixed weight of the L0 penalty. Left out: it is driven to target_l0."""
+    threshold: float | None = None
+    """Threshold at the start, the same for all latents. Left out: from the first batch, so that L0 is target_l0."""
+    bandwidth: float | None = None
+    """Width of the kernel through which the threshold learns. Left out: half of each latent's threshold."""
     penalty_kind: Literal["l0", "tanh", "target"] = "l0"
-    """L0 itself, a tanh that trains the weights too, or the squared distance from a target."""
+    """L0 itself, a tanh that trains the weights too, or the squared distance from target_l0."""
     target_l0: float | None = None
-    """The target of penalty_kind target: active latents per token."""
+    """Active latents per token, to which the penalty's weight is driven, or the target of penalty_kind target. Left
+    out: 32, or as many as its fixed weight leaves."""
     tanh_scale: float = 4.0
     """How steep the tanh of penalty_kind tanh is."""
     kind: ClassVar[str] = "jumprelu"
 
     def __post_init__(self) -> None:
-        number("JumpReLU", "l0", self.l0)
         for name in ("threshold", "bandwidth", "tanh_scale"):
-            number("JumpReLU", name, getattr(self, name), positive=True)
+            if getattr(self, name) is not None:
+                number("JumpReLU", name, getattr(self, name), positive=True)
         if self.penalty_kind not in ("l0", "tanh", "target"):
             raise ValueError(f"JumpReLU has penalty_kind = {self.penalty_kind!r}, expected 'l0', 'tanh' or 'target'")
-        if (self.penalty_kind == "target") != (self.target_l0 is not None):
+        if self.penalty_kind == "target" and self.target_l0 is None:
+            raise ValueError("JumpReLU has penalty_kind = 'target' and target_l0 = None; 'target' needs a target_l0")
+        self.settle("l0", self.l0, self.target_l0)
+        if self.penalty_kind != "target" and self.l0 is not None and self.target_l0 is not None:
             raise ValueError(
-                f"JumpReLU has penalty_kind = {self.penalty_kind!r} and target_l0 = {self.target_l0}; "
-                "target_l0 goes with 'target', and 'target' needs it"
+                f"JumpReLU has l0 = {self.l0} and target_l0 = {self.target_l0}: the target drives l0; give one of "
+                "them, or penalty_kind='target', which has a fixed weight"
             )
-        if self.target_l0 is not None:
-            number("JumpReLU", "target_l0", self.target_l0, positive=True)
 
     @property
-    def coef(self) -> float:
+    def fixed(self) -> float | None:
         return self.l0
+
+    @property
+    def from_data(self) -> bool:
+        return self.l0 is None or self.threshold is None
 
     @property
     def needs_norms(self) -> bool:
@@ -131,14 +268,39 @@ class JumpReLU(_Threshold):
 
     @property
     def penalty_is_mean(self) -> bool:
-        return self.target_l0 is None
+        return self.penalty_kind != "target"
 
-    def check(self, d_sae: int) -> None:
-        if self.target_l0 is not None and self.target_l0 > d_sae:
-            raise ValueError(f"JumpReLU has target_l0 = {self.target_l0}, expected at most d_sae = {d_sae}")
+    @property
+    def first_share(self) -> float:
+        return START_L0
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
-        return {"log_threshold": torch.full((d_sae,), math.log(self.threshold), dtype=torch.float32, device="cpu")}
+        start = math.log(self.threshold or 1.0)
+        return {"log_threshold": torch.full((d_sae,), start, dtype=torch.float32, device="cpu")}
+
+    def start_thresholds(self, rule_state: RuleState, sample: Sample, bar: float) -> None:
+        if self.threshold is not None:
+            return
+        b_enc, log_threshold = rule_state["b_enc"], rule_state["log_threshold"]
+        b_enc.sub_(sample.mean.to(b_enc.dtype))
+        # A latent that is constant would start at log 0.
+        log_threshold.copy_((max(bar, TINY) * sample.std).clamp_min(TINY).log())
+
+    def stretch(self, rule_state: RuleState, factor: float) -> None:
+        super().stretch(rule_state, factor)
+        rule_state["log_threshold"].add_(math.log(factor))
+
+    def start_weight(self, rule_state: RuleState, zero: float, penalty: float) -> None:
+        # At the target the squared distance is 0 and has no size; its slope is 2 where that of L0 / target_l0 is 1.
+        super().start_weight(rule_state, zero, 0.1 if self.penalty_kind == "target" else penalty)
+
+    def steer(self, rule_state: RuleState, l0: Tensor, made: Tensor) -> None:
+        if self.penalty_kind != "target":  # whose own slope drives L0
+            super().steer(rule_state, l0, made)
+
+    def width(self, threshold: Tensor) -> Tensor | float:
+        """The kernel's width around each threshold; a share of it follows the inputs' scale by itself."""
+        return WIDTH * threshold.detach() if self.bandwidth is None else self.bandwidth
 
     def select(
         self,
@@ -151,26 +313,33 @@ class JumpReLU(_Threshold):
         capacity: int | None = None,
     ) -> Selected:
         # In training also the band below the threshold: its latents are inactive, but θ's gradient needs them.
-        bar = rule_state["log_threshold"].detach().exp() - (self.bandwidth / 2 if training else 0.0)
+        bar = rule_state["log_threshold"].detach().exp()
+        bar = bar - self.width(bar) / 2 if training else bar
         return select_above(x, W, b, bar, options, capacity)
 
     def considered(self, pre: Tensor, rows: RuleState) -> Tensor:
-        return pre > rows["threshold"] - self.bandwidth / 2
+        return pre > rows["threshold"] - self.width(rows["threshold"]) / 2
 
     def per_latent(self, rule_state: RuleState) -> dict[str, Tensor]:
         return {"threshold": rule_state["log_threshold"].exp()}
 
     def activate(self, pre: Tensor, rows: RuleState) -> Tensor:
         threshold = rows["threshold"].expand_as(pre)
-        return reference.jump_relu(wide(pre), threshold, self.bandwidth).to(pre.dtype)
+        return reference.jump_relu(wide(pre), threshold, self.width(threshold)).to(pre.dtype)
 
     def sparsity(self, pre: Tensor, acts: Tensor, rows: RuleState, norms: Tensor) -> Tensor:
         if self.penalty_kind == "tanh":
             return torch.tanh(self.tanh_scale * wide(acts) * norms)
-        return reference.heaviside(wide(pre), rows["threshold"].expand_as(pre), self.bandwidth)
+        threshold = rows["threshold"].expand_as(pre)
+        # A threshold moves by the learning rate at most, and the rows of an encoder outrun it: a weight that is to hold
+        # an L0 needs a hold on both. By θ alone SmolLM2 stayed at L0 12.7 of 10, with the weight rising to the end.
+        return reference.heaviside(wide(pre), threshold, self.width(threshold), through=self.l0 is None)
 
     def penalty(self, mean: Tensor) -> Tensor:
-        return (mean / self.target_l0 - 1).square() if self.target_l0 is not None else mean
+        if self.penalty_kind != "target":
+            return mean
+        assert self.target_l0 is not None
+        return (mean / self.target_l0 - 1).square()
 
 
 @dataclass(frozen=True)
@@ -182,10 +351,13 @@ class Gated(_WithL1):
     Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), eq. 5 to 8.
     """
 
-    l1: float = 1.0
-    """Weight of the L1 penalty on the gate."""
+    l1: float | None = None
+    """Fixed weight of the L1 penalty on the gate. Left out: it is driven to target_l0."""
     weighted: bool = False
     """Whether the penalty weights each act by the norm of its decoder's row."""
+    target_l0: float | None = None
+    """Active latents per token, to which the penalty's weight is driven. Left out: 32, or as many as its fixed weight
+    leaves."""
     kind: ClassVar[str] = "gated"
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
@@ -202,3 +374,12 @@ class Gated(_WithL1):
 
     def gate(self, pre: Tensor) -> Tensor:
         return torch.relu(pre)
+
+    def start_thresholds(self, rule_state: RuleState, sample: Sample, bar: float) -> None:
+        # What passes the gate has its whole size: gate - b_enc + b_mag is the pre-act less its mean.
+        rule_state["b_mag"].copy_(rule_state["b_enc"] - sample.mean)
+        super().start_thresholds(rule_state, sample, bar)
+
+    def stretch(self, rule_state: RuleState, factor: float) -> None:
+        super().stretch(rule_state, factor)
+        rule_state["b_mag"].mul_(factor)

@@ -66,15 +66,18 @@ class TopK(Activation):
 class BatchTopK(Activation):
     """In training relu(x Wᵀ + b) at the N·k largest entries of the batch; at inference where it is above `threshold`.
 
-    The threshold is a running mean of each batch's smallest act: t = decay·t + (1 - decay)·min, starting at the first
-    batch's, kept in float32 and saved with the module. Before any training it is -1, and inference selects by batch.
-    Source: Bussmann, Leask & Nanda 2024 (arXiv 2412.06410), eq. 4 and 5.
+    The threshold is a running mean of each batch's smallest act, whose weights decay by `decay` a batch and are divided
+    by their sum: w = decay·w + 1 - decay, t += (1 - decay)/w · (min - t), from w = 0. So it is the first batch's at
+    first, and is never behind by more than some 1/(1 - decay) batches: the smallest act falls by half in a few
+    hundred. Both are float32 and saved with the module (`threshold`, `threshold_weight`). Before any training t is -1,
+    and inference selects by batch. `sae.calibrate_threshold_(x)` sets t from rows, as a run does at its end.
+    Source: Bussmann, Leask & Nanda 2024 (arXiv 2412.06410), eq. 4 and 5; the division: Kingma & Ba 2015, section 3.
     """
 
     k: int = 32
     """Active latents per token, on average over a batch."""
-    decay: float = 0.999
-    """Decay of the running threshold for inference, per update."""
+    decay: float = 0.9
+    """Decay of the running threshold for inference, per update: its mean is over some 1 / (1 - decay) batches."""
     kind: ClassVar[str] = "batch_topk"
 
     def __post_init__(self) -> None:
@@ -94,7 +97,16 @@ class BatchTopK(Activation):
         fits("BatchTopK", "k", self.k, d_sae)
 
     def new_buffers(self) -> dict[str, Tensor]:
-        return {"threshold": torch.tensor(-1.0, dtype=torch.float32, device="cpu")}
+        start = {"threshold": -1.0, "threshold_weight": 0.0}
+        return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in start.items()}
+
+    @property
+    def mean_k(self) -> int:
+        return self.k
+
+    @property
+    def asked_l0(self) -> float:
+        return float(self.k)
 
     def select(
         self,
@@ -115,12 +127,17 @@ class BatchTopK(Activation):
         acts = torch.where(codes.occupied() & (codes.acts > 0) & made, codes.acts, torch.inf).float()
         if acts.numel() == 0:
             return
-        self.move_(rule_state["threshold"], acts.amin())
+        self.move_(rule_state, acts.amin())
 
-    def move_(self, threshold: Tensor, least: Tensor) -> None:
+    def move_(self, rule_state: RuleState, least: Tensor) -> None:
         """Moves the running threshold, in place, by a batch's smallest act (infinite if none is above 0)."""
-        moved = torch.where(threshold < 0, least, torch.lerp(least, threshold, self.decay))
-        threshold.copy_(torch.where(torch.isfinite(least), moved, threshold))
+        threshold, weight = rule_state["threshold"], rule_state["threshold_weight"]
+        some = torch.isfinite(least)
+        heavier = self.decay * weight + (1 - self.decay)
+        # The first share is exactly 1, and so the first mean exactly the first batch's.
+        share = torch.where(weight == 0, 1.0, (1 - self.decay) / heavier)
+        threshold.copy_(torch.where(some, torch.lerp(threshold, least, share), threshold))
+        weight.copy_(torch.where(some, heavier, weight))
 
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         threshold = rule_state.get("threshold")

@@ -1,0 +1,125 @@
+"""Thresholds from data: the number that a given share of all pre-acts exceeds, in one pass and bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastsae import reference
+from fastsae.model.parameters import Parameters
+from fastsae.model.rules.base import Sample
+from fastsae.reference import wide
+
+PIECE = 2**22
+"""Pre-acts (tokens times latents) that are computed at a time."""
+DROPPED = 11
+"""Bits of a float32 that a bin ignores: 12 of its mantissa stay, so a bin is at most 1/4096 of its numbers wide."""
+
+
+class Tail:
+    """Counts numbers above 0 by the leading bits of their float32, which ascend with the number.
+
+    2²⁰ counters, 8 MB, however many numbers are added; their order does not matter.
+    """
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(2 ** (31 - DROPPED), dtype=torch.int64, device=device)
+
+    def add(self, numbers: Tensor) -> None:
+        """Counts finite numbers of any shape; those of at most 0 in the lowest bin, which `bar` never reaches."""
+        bins = (numbers.float().clamp_min(0).flatten().view(torch.int32) >> DROPPED).long()
+        if bins.device.type == "cpu":
+            self.counts += torch.bincount(bins, minlength=len(self.counts))
+        else:
+            self.counts.scatter_add_(0, bins, torch.ones_like(bins))
+
+    def bar(self, wanted: float) -> float:
+        """The number at a bin's edge that is exceeded by as near to `wanted` of the numbers as an edge allows.
+
+        0 where fewer are above 0.
+        """
+        above = self.counts[1:].flip(0).cumsum(0).flip(0)  # above[b]: how many are in bin b + 1 or higher
+        if wanted >= int(above[0]):
+            return 0.0
+        edge = int((above.double() - wanted).abs().argmin()) + 1
+        # One below the least number of the bin, since active means strictly above.
+        return float(torch.tensor((edge << DROPPED) - 1, dtype=torch.int32, device="cpu").view(torch.float32))
+
+
+def blocks_of(rows: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """Rows (..., d_in), or an iterable of such blocks, as batches (n, d_in) that are not empty."""
+    for block in [rows] if isinstance(rows, Tensor) else rows:
+        for batch in block.flatten(0, -2).split(batch_size):
+            if batch.shape[0]:
+                yield batch
+
+
+def pre_acts(encoder_input: Tensor, W: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """x Wᵀ + b of x (n, D), W (M, D), b (M,) in pieces of tokens, float32 at least.
+
+    Raises ValueError where one is not finite.
+    """
+    W, b = wide(W), wide(b)
+    for piece in wide(encoder_input).split(max(1, PIECE // W.shape[0])):
+        pre = torch.addmm(b, piece, W.mT)
+        if not bool(torch.isfinite(pre).all()):
+            raise ValueError("a pre-act of the rows to calibrate on is not finite; pass finite rows of finite weights")
+        yield pre
+
+
+def start_rule_(sae: Parameters, encoder_input: Tensor, goal: Tensor, zero: float) -> None:
+    """`Activation.start`, `stretch` and `start_weight` from encoder_input (n, d_in) and goal (n, d_out), n > 1.
+
+    goal: what A W_dec should be. zero: the loss of A = 0. W_enc is scaled along: many latents at random directions,
+    each at its whole size, add up to several times the goal, and the first hundred steps would only shrink them. Tied
+    rows keep their norm.
+    """
+    rule, W_dec = sae.rule, wide(sae.W_dec)
+    rule.start(sae.rule_state, _sample(sae, encoder_input))
+    if sae.W_enc is not None:
+        along, square = 0.0, 0.0
+        for (_, acts, _), here in _acts(sae, encoder_input):
+            recon = acts @ W_dec
+            along += float((recon * goal[here]).sum(dtype=torch.float64))
+            square += float(recon.square().sum(dtype=torch.float64))
+        factor = along / square if square > 0 else 1.0
+        if factor > 0:
+            sae.W_enc.mul_(factor)
+            rule.stretch(sae.rule_state, factor)
+    penalty, norms = 0.0, reference.decoder_norms(W_dec, sae.layers).unsqueeze(0)
+    for (pre, found, rows), _ in _acts(sae, encoder_input):
+        summed = rule.sparsity(pre, found, rows, norms)
+        penalty += 0.0 if summed is None else float(summed.sum(dtype=torch.float64))
+    mean = torch.tensor(penalty / len(encoder_input), dtype=torch.float64, device="cpu")
+    rule.start_weight(sae.rule_state, zero, float(rule.penalty(mean)))
+
+
+def _acts(sae: Parameters, x: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor, dict[str, Tensor]], slice]]:
+    """Pre-acts, acts and per-latent rows of x (n, d_in), in pieces, and where in x they are."""
+    rule, start = sae.rule, 0
+    rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(sae.rule_state).items()}
+    for pre in pre_acts(x, sae.encoder_weight, sae.b_enc):
+        yield (pre, rule.activate(pre, rows), rows), slice(start, start + len(pre))
+        start += len(pre)
+
+
+def _sample(sae: Parameters, encoder_input: Tensor) -> Sample:
+    """What the pre-acts of encoder_input (n, d_in), n > 1, say at the weights as they are."""
+    n, W, b = encoder_input.shape[0], sae.encoder_weight, sae.b_enc.detach().clone()
+    first, second = (torch.zeros(sae.d_sae, dtype=torch.float64, device=W.device) for _ in range(2))
+    for pre in pre_acts(encoder_input, W, b):
+        first += pre.sum(0, dtype=torch.float64)
+    mean = first / n
+    for pre in pre_acts(encoder_input, W, b):
+        second += (pre - mean.to(pre.dtype)).square().sum(0, dtype=torch.float64)
+    std = (second / n).sqrt()
+
+    def bar(l0: float) -> float:
+        tail, divisor = Tail(W.device), torch.where(std > 0, std, torch.inf)
+        for pre in pre_acts(encoder_input, W, b):
+            tail.add((pre - mean.to(pre.dtype)) / divisor.to(pre.dtype))
+        return tail.bar(l0 * n)
+
+    return Sample(mean, std, bar)
