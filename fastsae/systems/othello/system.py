@@ -172,8 +172,8 @@ GRID: dict[str, dict[str, Any]] = {
 }
 """The rules of the grid, tied and untied; all but L1 have the same number of active latents."""
 CANDIDATE: dict[str, Any] = {"rule": "topk", "tied": False, "lr": 3e-3, "decay": True}
-"""A change of the published recipe that might find more, with 64 active latents: each of 64 squares is in one of three
-states. Whitening was tried on half-trained models, and areas fell.
+"""A change of the published recipe that was hoped to find more, with 64 active latents: each of 64 squares is in one of
+three states. At the scale measured so far its areas are lower than the published recipe's, see LOG.md.
 """
 
 
