@@ -625,3 +625,45 @@ def test_a_model_without_an_sae_is_refused() -> None:
     for given in (nn.Linear(2, 2), [{"params": list(nn.Linear(2, 2).parameters())}], nn.Linear(2, 2).parameters()):
         with pytest.raises(TypeError, match="SparseAutoencoder"):
             fastsae.optim.Adam(given)
+
+
+def test_parameters_without_a_gradient_in_some_steps_count_their_own() -> None:
+    """Adam's bias correction is of the steps that a parameter made."""
+    ours = Model(family_sae(RULES["topk"]))
+    theirs = copy.deepcopy(ours)
+    optimizer, truth = fastsae.optim.Adam(ours, lr=1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for i in range(6):
+        for model in (ours, theirs):
+            (model.sae(model.before(tokens())).loss if i < 4 else model(tokens())).backward()
+        optimizer.step()
+        truth.step()
+        truth.zero_grad()
+    torch.testing.assert_close(ours.after.weight, theirs.after.weight, rtol=1e-8, atol=1e-10)
+
+
+def test_an_optimizer_that_cannot_be_made_takes_nothing_from_another() -> None:
+    sae, frozen = family_sae(RULES["topk"]), family_sae(RULES["topk"])
+    optimizer = adam(sae)
+    frozen.b_dec.requires_grad_(False)
+    with pytest.raises(ValueError, match="b_dec do not require a gradient"):
+        fastsae.optim.Adam([sae, frozen])
+    before = sae.W_dec.detach().clone()
+    sae(tokens()).loss.backward()
+    optimizer.step()
+    assert not torch.equal(sae.W_dec, before)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "of another SAE"])
+def test_gradients_beside_the_sae_that_do_not_fit_are_refused_before_a_step(kind: str) -> None:
+    sae, other = family_sae(RULES["topk"]), family_sae(RULES["topk"])
+    table = nn.Embedding(10, D, sparse=True, dtype=torch.float64)
+    held = adam(other)
+    beside = [table.weight] if kind == "sparse" else [other.b_dec]
+    optimizer = fastsae.optim.Adam([{"params": sae}, {"params": beside}])
+    before = sae.W_dec.detach().clone()
+    loss = sae(table(torch.arange(10)) if kind == "sparse" else tokens()).loss
+    (loss + (0 if kind == "sparse" else other(tokens()).loss)).backward()
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 1 is .*leave that parameter to another optimizer"):
+        optimizer.step()
+    assert torch.equal(sae.W_dec, before)
+    held.zero_grad()

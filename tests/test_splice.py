@@ -154,7 +154,12 @@ def test_an_exact_reconstruction_changes_nothing_and_an_error_term_no_bit(model:
 
 @pytest.mark.parametrize(
     "activation",
-    [fastsae.BatchTopK(3), fastsae.ReLU(), fastsae.JumpReLU(), fastsae.Matryoshka(fastsae.TopK(3), (8, 16))],
+    [
+        fastsae.BatchTopK(3),
+        fastsae.ReLU(1.0),
+        fastsae.JumpReLU(1e-3, 0.05, 0.05),
+        fastsae.Matryoshka(fastsae.TopK(3), (8, 16)),
+    ],
     ids=lambda rule: type(rule).__name__,
 )
 @pytest.mark.parametrize("settings", [{}, {"normalize": "layer_norm"}, {"skip": True}], ids=str)

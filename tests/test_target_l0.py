@@ -389,3 +389,45 @@ def test_dead_latents_go_where_live_ones_are(real: Tensor) -> None:
 def test_the_fixture_is_in_its_own_units(real: Tensor) -> None:
     assert rows().shape[1] == D_IN
     assert float(real.norm(dim=1).mean()) > 50
+
+
+def test_a_given_threshold_stays(real: Tensor) -> None:
+    sae = fastsae.SparseAutoencoder(48, 256, fastsae.JumpReLU(threshold=0.05, target_l0=8), seed=0)
+    norms = torch.linalg.vector_norm(sae.W_enc.detach(), dim=1)
+    sae.start_(real)
+    torch.testing.assert_close(sae.log_threshold.detach().exp(), torch.full((256,), 0.05))
+    torch.testing.assert_close(torch.linalg.vector_norm(sae.W_enc.detach(), dim=1), norms)
+
+
+def test_loaded_weights_are_not_overwritten_by_the_first_batch(real: Tensor) -> None:
+    sae, other = (
+        fastsae.SparseAutoencoder(48, 256, fastsae.ReLU(target_l0=8), normalize="none", seed=seed) for seed in (0, 1)
+    )
+    other.start_(real)
+    sae.load_state_dict({name: p.detach() for name, p in other.named_parameters()}, strict=False)
+    sae.train()(real)
+    for name, p in other.named_parameters():
+        assert torch.equal(sae.get_parameter(name), p), name
+
+
+def test_a_target_that_does_not_fit_changes_nothing(real: Tensor) -> None:
+    for wrong in (torch.zeros(len(real), 49), torch.zeros(len(real) - 1, 48)):
+        sae = fastsae.SparseAutoencoder(48, 256, fastsae.ReLU(target_l0=8), pre_bias=False, seed=0)
+        before = {name: t.clone() for name, t in sae.state_dict().items()}
+        with pytest.raises(ValueError, match="target has shape"):
+            sae.train()(real, target=wrong)
+        assert not sae.norm.calibrated
+        for name, t in sae.state_dict().items():
+            torch.testing.assert_close(t, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_batches_of_saes_take_old_states_and_refuse_targets() -> None:
+    batch = SAEBatch(2, D, M, fastsae.BatchTopK(4))
+    state = batch.state_dict()
+    state["threshold"] = torch.tensor([-1.0, 0.5])
+    del state["threshold_weight"]
+    with pytest.warns(UserWarning, match="is of an older fastsae"):
+        batch.load_state_dict(state)
+    assert batch.threshold_weight.tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="starts no threshold from data"):
+        SAEBatch(2, D, M, [fastsae.ReLU(), fastsae.ReLU(1.0)])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -66,6 +66,7 @@ def splice(
         raise ValueError(f"splice: no SAE for the hook {hook!r}; pass splice(model, hook, sae) or {{hook: sae}}")
     else:
         pairs = {hook: sae}
+    check_apart(model, pairs)
     with contextlib.ExitStack() as stack:
         for site, module in pairs.items():
             edit = _splicing(module, _label(site), error_term)
@@ -127,6 +128,17 @@ def edited(model: nn.Module | LanguageModel, site: Site, edit: Edit, where: Wher
         yield
 
 
+def check_apart(model: nn.Module | LanguageModel, sites: Iterable[Site]) -> None:
+    """Raises ValueError where two sites, by whatever names, replace the same activations."""
+    module = model.model if isinstance(model, LanguageModel) else model
+    seen: dict[tuple[nn.Module, bool], Site] = {}
+    for site in sites:
+        place = find(module, site[1] if isinstance(site, tuple) else site)
+        other = seen.setdefault((place.module, place.takes_input), site)
+        if other != site:
+            raise ValueError(f"the hooks {other!r} and {site!r} are one place, {place.name}; splice in one SAE there")
+
+
 def where_of(where: Where | Mapping[Site, Where] | None, site: Site) -> Where | None:
     """The choice of tokens for one of several sites."""
     return where.get(site) if isinstance(where, Mapping) else where
@@ -165,7 +177,8 @@ def _steering(sae: SparseAutoencoder, name: str, latents: Mapping[int, float | T
         _check_widths(sae, x, y, name)
         rows = x.to(sae.W_dec.device, sae.W_dec.dtype)
         chosen = list(latents)
-        values = torch.stack([torch.as_tensor(value).to(rows) for value in latents.values()]) if chosen else rows[:0, 0]
+        given = [torch.as_tensor(v, dtype=rows.dtype, device=rows.device) for v in latents.values()]
+        values = torch.stack(given) if given else rows[:0, 0]
         # Only the latents that are set: x̂' - x̂ is exactly 0 where they have their values already.
         change = (values - acts_of(sae.encode(rows), chosen)) @ sae.W_dec[chosen]
         stats = sae.norm.statistics(rows)

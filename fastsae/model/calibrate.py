@@ -74,11 +74,11 @@ def start_rule_(sae: Parameters, encoder_input: Tensor, goal: Tensor, zero: floa
 
     goal: what A W_dec should be. zero: the loss of A = 0. W_enc is scaled along: many latents at random directions,
     each at its whole size, add up to several times the goal, and the first hundred steps would only shrink them. Tied
-    rows keep their norm.
+    rows keep their norm, and so do all where the rule was given a threshold, which is in the units of the acts.
     """
     rule, W_dec = sae.rule, wide(sae.W_dec)
     rule.start(sae.rule_state, _sample(sae, encoder_input))
-    if sae.W_enc is not None:
+    if sae.W_enc is not None and rule.rescales:
         along, square = 0.0, 0.0
         for (_, acts, _), here in _acts(sae, encoder_input):
             recon = acts @ W_dec

@@ -258,11 +258,14 @@ class Parameters(nn.Module):
             check_state_config(_config_of(state_dict[key]), self.config)
         else:
             self._pre_bias_open = False  # saved before pre_bias could be open
-        if "threshold_weight" in self._rule_names[1] and prefix + "threshold" in state_dict:
-            state_dict = dict(state_dict)
-            state_dict.setdefault(prefix + "threshold_weight", weight_of_old(state_dict[prefix + "threshold"]))
+        lacks = prefix + "threshold" in state_dict and prefix + "threshold_weight" not in state_dict
+        if lacks and "threshold_weight" in self._rule_names[1]:
+            old = weight_of_old(state_dict[prefix + "threshold"])
+            state_dict = {**state_dict, prefix + "threshold_weight": old}
         if prefix + "start_done" in state_dict and not state_dict[prefix + "start_done"].is_meta:
             self.started = not self.activation.from_data or bool(state_dict[prefix + "start_done"])
+        elif prefix + "b_enc" in state_dict:
+            self.started = True  # biases and thresholds are the state's; data is not to overwrite them
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if key in missing:
             missing.remove(key)
@@ -324,20 +327,20 @@ class Parameters(nn.Module):
 
 
 def weight_of_old(threshold: Tensor) -> Tensor:
-    """The threshold_weight of a state that was saved before there was one: 0-d float32.
+    """The threshold_weight of a state that was saved before there was one: float32, of the threshold's shape.
 
     Such a threshold is a plain mean, with decay 0.999 by default, and may be far behind: L0 1 for k = 16 after 300
     steps. It stays as it is, as a mean of full weight, with a warning; an unset one (-1) has no weight.
     """
-    known = bool((threshold >= 0).all()) if not threshold.is_meta else False
-    if known:
+    known = torch.zeros_like(threshold, dtype=torch.bool) if threshold.is_meta else threshold >= 0
+    if not known.is_meta and bool(known.any()):
         warnings.warn(
-            f"this state's BatchTopK threshold {float(threshold):.4g} is of an older fastsae, whose running mean was "
+            f"this state's BatchTopK threshold {threshold.tolist()} is of an older fastsae, whose running mean was "
             "slow: L0 may be far from k at inference. Set it with sae.calibrate_threshold_(x) on rows of the data",
             UserWarning,
             stacklevel=2,
         )
-    return torch.full_like(threshold, float(known))
+    return known.to(threshold.dtype)
 
 
 def _config_of(state: Any) -> dict[str, Any]:

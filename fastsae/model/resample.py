@@ -70,7 +70,7 @@ def resample_(
     if sae.W_enc is not None:
         sae.W_enc[latents] = (direction * (encoder_norm * live_norm(sae.W_enc))).to(sae.W_enc.dtype)
     sae.W_dec[latents] = (direction * norm).to(sae.W_dec.dtype)
-    for name, start in {"b_enc": torch.zeros(sae.d_sae), **sae.activation.new_parameters(sae.d_sae)}.items():
+    for name, start in {"b_enc": torch.zeros_like(sae.b_enc), **sae.activation.new_parameters(sae.d_sae)}.items():
         parameter, first = getattr(sae, name), start.to(sae.W_dec.device)[latents]
         if sae.activation.from_data and bool(live.any()):  # where it started no longer fits
             first = parameter[live].mean()

@@ -186,6 +186,7 @@ class SparseAutoencoder(Parameters):
                 "the rule's thresholds are not set yet; call sae.start_(x) on a batch before compiling the module or "
                 "wrapping it in DistributedDataParallel"
             )
+        self._check_target(x, target)
         rows = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
         good = torch.isfinite(rows).all(-1)
         if target is not None:
@@ -218,6 +219,16 @@ class SparseAutoencoder(Parameters):
             raise ValueError(f"{name} is on {x.device}, the SAE on {self.W_dec.device}; move one of them")
         return x.to(self.W_dec.dtype)
 
+    def _check_target(self, x: Tensor, target: Tensor | None) -> None:
+        """Raises ValueError or TypeError where the target does not fit x (*batch, d_in)."""
+        self._checked(x, self.d_in, "x")
+        if target is not None:
+            self._checked(target, self.d_out, "target")
+            if target.shape[:-1] != x.shape[:-1]:
+                raise ValueError(f"target has shape {tuple(target.shape)}, expected {(*x.shape[:-1], self.d_out)}")
+        elif self.d_out != self.d_in:
+            raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target= of shape (*batch, d_out)")
+
     def _normal(self, x: Tensor) -> tuple[Tensor, TokenStats | None]:
         """x (*batch, d_in) as normalized tokens (N, d_in), and their statistics."""
         flat = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
@@ -229,14 +240,11 @@ class SparseAutoencoder(Parameters):
 
         held: encoder_input has no gradient of b_dec, which the encoder hands on then (`EncodeOptions.pre_bias`).
         """
+        self._check_target(x, target)
         normal, stats = self._normal(x)
         goal = normal
         if target is not None:
-            if target.shape[:-1] != x.shape[:-1]:
-                raise ValueError(f"target has shape {tuple(target.shape)}, expected {(*x.shape[:-1], self.d_out)}")
             goal = self.norm.normalize(self._checked(target, self.d_out, "target").reshape(-1, self.d_out), stats)
-        elif self.d_out != self.d_in:
-            raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target= of shape (*batch, d_out)")
         self.settle_pre_bias_(target is not None)
         encoder_input = normal
         if self.pre_bias:

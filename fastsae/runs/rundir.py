@@ -71,10 +71,11 @@ def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> No
         raise RunDirError(f"{path} holds a {type(saved).__name__}, expected a JSON object; give another directory")
     old, new = _flat(saved), _flat(wanted)
     missing = "(not set)"
+    # A setting that is None now is one that an older fastsae did not have.
     differing = [
         f"{name} is {json.dumps(old.get(name, missing))} there and {json.dumps(new.get(name, missing))} here"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, missing) != new.get(name, missing) and not _covered(name, free)
+        if old.get(name) != new.get(name) and not _covered(name, free)
     ]
     if differing:
         raise RunDirError(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from fastsae.data.hooks import HookedModel, device_of, find, run
 from fastsae.data.models import LanguageModel
-from fastsae.data.splice import Edit, Site, Where, edited, splice, where_of
+from fastsae.data.splice import Edit, Site, Where, check_apart, edited, splice, where_of
 
 if TYPE_CHECKING:
     from fastsae.model.sae import SparseAutoencoder
@@ -62,7 +62,8 @@ class SplicedLoss:
     kl_zero: float
     kl_mean: float
     recovered_over_zero: float
-    """1: as good as the untouched model; 0: as bad as zero ablation. NaN where that ablation costs nothing."""
+    """1: as good as the untouched model; 0: as bad as zero ablation. NaN where that ablation costs nothing; says
+    nothing where it lowers the cross-entropy."""
     recovered_over_mean: float
     """The same over mean ablation."""
 
@@ -103,6 +104,7 @@ def spliced_loss(
         raise ValueError(
             f"spliced_loss: expected token ids (windows, window >= 2), got {token_ids.dtype} {tuple(token_ids.shape)}"
         )
+    check_apart(module, hooks)
     size = windows_per_batch or _windows_per_batch(module, token_ids.shape[1])
     batches = token_ids.split(size)
     names = tuple(name_of(module, site) for site in hooks)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastsae import reference
 from fastsae.model import losses
-from fastsae.model.parameters import normalize_rows_, project_rows_
+from fastsae.model.parameters import normalize_rows_, project_rows_, weight_of_old
 from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.reference import Forward
@@ -93,11 +93,6 @@ class SAEBatch(nn.Module):
             "tied": tied, "loss": loss, "init_norm": init_norm, "ghost": ghost, "ghost_coef": ghost_coef,
             "dead_after": dead_after, "dtype": dtype,
         }  # fmt: skip
-        if self.activation.from_data:
-            raise ValueError(
-                f"a batch of SAEs drives no penalty, and starts no threshold from data, got {self.activation}; give l1 "
-                "(ReLU, Gated), or l0 and threshold (JumpReLU)"
-            )
         members = [self._single(d_in, d_sae, rule, seed) for rule, seed in zip(self.rules, seeds, strict=True)]
         first = members[0]
         self.seeds, self.pre_bias, self.loss = seeds, pre_bias, loss
@@ -113,6 +108,13 @@ class SAEBatch(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(n, d_sae, dtype=torch.int64, device=device))
         self.register_buffer("penalty_scale", scale.to(device, first.W_dec.dtype), persistent=False)
         self.register_buffer("ks", ks.to(device), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        lacks = prefix + "threshold" in state_dict and prefix + "threshold_weight" not in state_dict
+        if lacks and "threshold_weight" in self._rule_names:
+            old = weight_of_old(state_dict[prefix + "threshold"])
+            state_dict = {**state_dict, prefix + "threshold_weight": old}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _single(self, d_in: int, d_sae: int, rule: Activation, seed: int) -> SparseAutoencoder:
         return SparseAutoencoder(d_in, d_sae, rule, **self.settings, seed=seed)
@@ -338,6 +340,11 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
     first = rules[0] if rules else None
     if len(rules) != n or any(type(rule) is not type(first) for rule in rules) or first is None:
         raise ValueError(f"activation has {len(rules)} rules, expected one for each of {n} SAEs, all of one kind")
+    if waiting := [rule for rule in rules if rule.from_data]:
+        raise ValueError(
+            f"a batch of SAEs drives no penalty, and starts no threshold from data, got {waiting[0]}; give l1 "
+            "(ReLU, Gated), or l0 and threshold (JumpReLU)"
+        )
     if isinstance(first, Matryoshka) and first.sampled is not None:
         raise ValueError("a batch cannot draw prefixes anew for each SAE; give Matryoshka fixed groups")
     scale = torch.ones(n, dtype=torch.float64, device="cpu")

@@ -29,7 +29,7 @@ from fastsae import ops
 from fastsae.codes import SparseCodes, UpdateTerm
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.ops import checks
-from fastsae.ops.ledger import Ledger, Taken, gradients_are_bounded
+from fastsae.ops.ledger import Ledger, LedgerGradient, Taken, gradients_are_bounded
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import Optimizer as Rule
 from fastsae.reference import scales_shape
@@ -167,11 +167,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = [params] if isinstance(params, (nn.Module, Dictionaries)) else list(params)
         groups: Any = [one for g in given for one in _split(g if isinstance(g, Mapping) else {"params": g})]
         self._plain: list[int] = []  # the groups of parameters that are no SAE's
+        self._complete = False
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         if not self._members:
             raise TypeError("params holds no SparseAutoencoder or Dictionaries; pass the module, or use torch.optim")
         device = self._members[0].dictionaries.W_dec.device
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._complete = True
+        for member in self._members:  # only now: one that cannot be made takes nothing from another optimizer
+            member.ledger.open()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a SparseAutoencoder, `Dictionaries` or a list of other tensors, as "params", with its own settings."""
@@ -192,7 +196,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plain:
             super().add_param_group({**settings, "params": given})
             self._plain.append(len(self.param_groups) - 1)
-            self._begin_state(dict(enumerate(given)))
+            for p in given:  # each has its own count, since some may have no gradient in some steps
+                self._begin_state({None: p})
             return
         member = _Member(given, self.backend)
         mine = {id(p) for group in self.param_groups for p in group["params"]}
@@ -215,7 +220,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         me, index = weakref.ref(self), len(self._members) - 1
         member.ledger.measure = lambda: None if (optimizer := me()) is None else optimizer._measure(index)
         self._begin_state(member.parameters(), member.dictionaries.main)
-        member.ledger.open()
+        if self._complete:
+            member.ledger.open()
 
     def _begin_state(self, parameters: Mapping[Any, Tensor], main: Container[Any] = ()) -> None:
         """Zeros. One count of steps for all. main: those that `update_latents_` steps."""
@@ -280,6 +286,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for number in self._plain:
             for i, p in enumerate(self.param_groups[number]["params"]):
                 self._check_moments(f"parameter {i} of group {number}", p)
+                if isinstance(p.grad, LedgerGradient) or (p.grad is not None and p.grad.layout != torch.strided):
+                    what = "kept as terms of an SAE" if isinstance(p.grad, LedgerGradient) else str(p.grad.layout)
+                    raise RuntimeError(
+                        f"the gradient of parameter {i} of group {number} is {what}, expected an ordinary tensor; "
+                        "leave that parameter to another optimizer"
+                    )
 
     def screen_of(self, sae: SparseAutoencoder) -> KeptScreen:
         """What keeps the low-precision copy of an SAE's encoder."""
@@ -399,16 +411,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         grads = {p: p.grad for p in group["params"] if p.grad is not None}
         if not grads:
             return None
-        first = next(iter(grads))
-        squares: Any = sum(sum_of_squares(g.reshape(1, -1)) for g in grads.values())
-        made = squares.isfinite() & _on_device(group["lr"], first).isfinite()
+        device = next(iter(grads)).device
+        squares: Any = sum(sum_of_squares(g.reshape(1, -1)).to(device) for g in grads.values())
+        made = squares.isfinite() & _on_device(group["lr"], squares).isfinite()
         clip = None if self.clip_norm is None else (self.clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        step = self.state[first]["step"] + 1
         for p, grad in grads.items():
-            clipped = grad if clip is None else grad * clip.to(grad.dtype)
-            self._step_elementwise(p, clipped, group, lr_factor, step, made)
+            clipped = grad if clip is None else grad * clip.to(grad.device, grad.dtype)
+            count, here = self.state[p]["step"], made.to(p.device)
+            self._step_elementwise(p, clipped, group, lr_factor, count + 1, here)
+            count.add_(here.to(count.dtype))
             p.grad = None
-        self.state[first]["step"].copy_(torch.where(made, step, step - 1))
         self._count_skipped(made)
         return squares, made
 
@@ -528,8 +540,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         pairs = []
         for number, (i, p) in enumerate(zip(ids, mine, strict=True)):
             pairs += self._fitting(number, p, saved[i]) if found else []
-        steps = {int(s["step"]) for s in found}
-        if len(steps) > len(self._members) + len(self._plain):
+        plain = {id(p) for number in self._plain for p in self.param_groups[number]["params"]}
+        steps = {int(saved[i]["step"]) for i, p in zip(ids, mine, strict=True) if found and id(p) not in plain}
+        if len(steps) > len(self._members):
             raise ValueError(f"the parameters of an SAE made {sorted(steps)} steps, expected one number for all")
         for group in groups:
             betas = tuple(group.get("betas", (0.0, 0.0)))
@@ -548,12 +561,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not found:
             for member in self._members:
                 self._begin_state(member.parameters(), member.dictionaries.main)
-            for number in self._plain:
-                self._begin_state(dict(enumerate(self.param_groups[number]["params"])))
+            for p in (p for number in self._plain for p in self.param_groups[number]["params"]):
+                self._begin_state({None: p})
         for ours, theirs in pairs:
-            ours.view(torch.uint8).copy_(theirs.view(torch.uint8)) if ours.dtype == torch.float8_e4m3fn else (
-                ours.copy_(theirs)
-            )
+            as_bits = ours.dtype == torch.float8_e4m3fn
+            ours.view(torch.uint8 if as_bits else ours.dtype).copy_(theirs.view(torch.uint8) if as_bits else theirs)
         for member in self._members:
             member.ledger.clear()
             member.ledger.drop()
@@ -575,11 +587,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"parameter {number} of the state has {sorted(saved)}, expected {sorted(self.state[p])}"
                 )
-            theirs = (
-                saved[key]
-                if isinstance(saved[key], Tensor)
-                else torch.tensor(saved[key], dtype=ours.dtype, device="cpu")
-            )
+            theirs = saved[key]
+            if not isinstance(theirs, Tensor):
+                theirs = torch.tensor(theirs, dtype=ours.dtype, device="cpu")
             if key != "step" and (theirs.shape != ours.shape or (theirs.dtype != ours.dtype)):
                 raise ValueError(
                     f"{key} of parameter {number} is {theirs.dtype} {tuple(theirs.shape)}, expected {ours.dtype} "

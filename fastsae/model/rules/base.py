@@ -209,6 +209,11 @@ class Activation(ABC):
         """Sets b_enc and the rule's parameters, in place, from the first batch; see `from_data`."""
         raise NotImplementedError(f"{type(self).__name__} does not start from data")
 
+    @property
+    def rescales(self) -> bool:
+        """Whether W_enc may be scaled where the rule starts from data."""
+        return True
+
     def stretch(self, rule_state: RuleState, factor: float) -> None:
         """Multiplies b_enc and the rule's parameters, in place, so that factor · W_enc gives factor · acts."""
         raise NotImplementedError(f"{type(self).__name__} does not start from data")

@@ -286,6 +286,10 @@ class JumpReLU(_Targeted):
         # A latent that is constant would start at log 0.
         log_threshold.copy_((max(bar, TINY) * sample.std).clamp_min(TINY).log())
 
+    @property
+    def rescales(self) -> bool:
+        return self.threshold is None
+
     def stretch(self, rule_state: RuleState, factor: float) -> None:
         super().stretch(rule_state, factor)
         rule_state["log_threshold"].add_(math.log(factor))
