@@ -170,7 +170,7 @@ OTHER = {
     ),
     "inner": (
         lambda: fresh(fastsae.Matryoshka(fastsae.TopK(4), groups=(M,))),
-        r"activation\.inner\.k \(got 'no such setting', expected 4\)",
+        r"activation\.kind \(got 'topk', expected 'matryoshka'\)",
     ),
     "pre_bias": (lambda: fresh(pre_bias=False), r"pre_bias \(got True, expected False\)"),
     "loss": (lambda: fresh(loss="fvu"), r"loss \(got 'mse', expected 'fvu'\)"),
