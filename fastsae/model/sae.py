@@ -207,7 +207,12 @@ class SparseAutoencoder(Parameters):
     # -- the forward pass -------------------------------------------------------------------------------------------
 
     def _checked(self, x: Tensor, width: int, name: str) -> Tensor:
-        """x in the weights' dtype. Raises ValueError or TypeError when its shape, dtype or device does not fit."""
+        """x in the weights' dtype. Raises as `_check`."""
+        self._check(x, width, name)
+        return x.to(self.W_dec.dtype)
+
+    def _check(self, x: Tensor, width: int, name: str) -> None:
+        """Raises ValueError or TypeError when the shape, dtype or device of x does not fit."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor({name})")
         if x.ndim < 2 or x.shape[-1] != width:
@@ -217,13 +222,12 @@ class SparseAutoencoder(Parameters):
             raise TypeError(f"{name} has dtype {x.dtype}, expected a floating-point one")
         if x.device != self.W_dec.device:
             raise ValueError(f"{name} is on {x.device}, the SAE on {self.W_dec.device}; move one of them")
-        return x.to(self.W_dec.dtype)
 
     def _check_target(self, x: Tensor, target: Tensor | None) -> None:
         """Raises ValueError or TypeError where the target does not fit x (*batch, d_in)."""
-        self._checked(x, self.d_in, "x")
+        self._check(x, self.d_in, "x")
         if target is not None:
-            self._checked(target, self.d_out, "target")
+            self._check(target, self.d_out, "target")
             if target.shape[:-1] != x.shape[:-1]:
                 raise ValueError(f"target has shape {tuple(target.shape)}, expected {(*x.shape[:-1], self.d_out)}")
         elif self.d_out != self.d_in:

@@ -299,7 +299,7 @@ class JumpReLU(_Targeted):
         super().start_weight(rule_state, zero, 0.1 if self.penalty_kind == "target" else penalty)
 
     def steer(self, rule_state: RuleState, l0: Tensor, made: Tensor) -> None:
-        if self.penalty_kind != "target":  # whose own slope drives L0
+        if self.penalty_kind != "target":  # there the penalty's own slope drives L0
             super().steer(rule_state, l0, made)
 
     def width(self, threshold: Tensor) -> Tensor | float:
