@@ -124,6 +124,14 @@ def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(names, values, strict=True))
 
 
+def duration(seconds: float) -> str:
+    """In the unit that gives a number of one or two digits."""
+    for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 class PartTimer:
     """Seconds by part since the last `take`, as the host sees them.
 
@@ -204,6 +212,10 @@ class ProgressBar:
         """One step more. Costs no device sync: numbers are shown as of the last logged step."""
         self._bar.update(1)
 
+    def name(self, what: str) -> None:
+        """Shows what is running, where one bar serves several runs."""
+        self._bar.set_description(what)
+
     def show(self, record: Mapping[str, Any]) -> None:
         """Shows a metrics record."""
         parts = {"tok/s": f"{record['tokens_per_s']:,.0f}"} if record.get("tokens_per_s") else {}
@@ -224,12 +236,15 @@ class RunLogs:
     """Everything a run writes besides checkpoints; a context manager.
 
     metrics.jsonl and eval.jsonl are cut after `step`, where the run goes on, so that each step is there exactly once.
+    bar: the caller's, over several runs; None: one of its own.
     Every method raises LogWriteError where the disk is full.
     """
 
-    def __init__(self, run_dir: Path, step: int, total: int, tensorboard: bool, progress: bool) -> None:
+    def __init__(
+        self, run_dir: Path, step: int, total: int, tensorboard: bool, progress: bool, bar: ProgressBar | None = None
+    ) -> None:
         self._run_dir, self._step, self._total = run_dir, step, total
-        self._tensorboard, self._progress = tensorboard, progress
+        self._tensorboard, self._progress, self._shared = tensorboard, progress, bar
         self._files = [JsonlLog(run_dir / "metrics.jsonl"), JsonlLog(run_dir / "eval.jsonl")]
 
     def __enter__(self) -> RunLogs:
@@ -240,8 +255,11 @@ class RunLogs:
                 log.cut_after(self._step)
             self._board = TensorBoardLog(self._run_dir / "tensorboard" if self._tensorboard else None, self._step)
             stack.callback(self._board.close)
-            self._bar = ProgressBar(self._total, self._step, self._progress)
-            stack.callback(self._bar.close)
+            if self._shared is None:
+                self._bar = ProgressBar(self._total, self._step, self._progress)
+                stack.callback(self._bar.close)
+            else:
+                self._bar = self._shared
             self._stack = stack.pop_all()
         return self
 

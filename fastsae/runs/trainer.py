@@ -9,6 +9,7 @@ weights, bit for bit, as one that was not.
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from fastsae.runs import checkpoint
 from fastsae.runs.checkpoint import CheckpointError
 from fastsae.runs.config import TrainConfig
 from fastsae.runs.evaluate import density_histogram, evaluate
-from fastsae.runs.logs import PartTimer, RunLogs, numbers
+from fastsae.runs.logs import PartTimer, ProgressBar, RunLogs, numbers
 from fastsae.runs.rng import restore_rng_state, rng_state
 from fastsae.runs.rundir import RunDirError, RunLock, claim
 from fastsae.runs.stopping import (
@@ -72,6 +73,7 @@ class Trainer:
 
     notes   JSON-able facts for config.json that are no settings, e.g. which model the activations come from.
     resume  False: refuse a directory that has a checkpoint already.
+    bar     the caller's progress bar, over several runs; None: one of the run's own.
 
     Raises ValueError when the module, the source and the settings do not fit together.
     """
@@ -85,6 +87,7 @@ class Trainer:
         *,
         resume: bool = True,
         notes: Mapping[str, Any] | None = None,
+        bar: ProgressBar | None = None,
     ):
         if source.d_in != sae.d_in:
             raise ValueError(f"the source has rows of {source.d_in} numbers, the SAE wants d_in = {sae.d_in}")
@@ -92,7 +95,7 @@ class Trainer:
             raise ValueError(f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}; a source has no such targets")
         sae.train().settle_pre_bias_(target_given=False)  # so that config.json says what is trained
         self.sae, self.source, self.config, self.resume = sae, source, config, resume
-        self.run_dir, self.notes = Path(run_dir), dict(notes or {})
+        self.run_dir, self.notes, self.bar = Path(run_dir), dict(notes or {}), bar
         self.checkpoints = self.run_dir / "checkpoints"
         self.total = config.total_steps(source.n_tokens)
         self.schedule = config.schedule(self.total)
@@ -128,7 +131,7 @@ class Trainer:
             self.update = self._make_step()
             self._go_to_checkpoint()
             self.logs = stack.enter_context(
-                RunLogs(self.run_dir, self.step, self.total, self.config.tensorboard, self.config.progress)
+                RunLogs(self.run_dir, self.step, self.total, self.config.tensorboard, self.config.progress, self.bar)
             )
             if self._saved:
                 self.logs.say(f"going on from step {self.step} of {self.total}: {self._saved}")
@@ -136,6 +139,25 @@ class Trainer:
             self._raise_if_stopped()
         assert self._saved is not None
         return TrainResult(self.step, self._tokens, self._saved, self.last["metrics"] or {}, self.last["evaluation"])
+
+    def seconds_per_step(self, steps: int = 3) -> float:
+        """The median time of a few updates after a first one, which takes longer; for an estimate before a run.
+
+        They train the module and read the source, and write nothing: do this with a module that is not trained
+        afterwards, and put the source back.
+        """
+        times = []
+        with _settings_of_the_run(self.config, self.sae):
+            torch.manual_seed(self.config.seed)
+            update = self._make_step()
+            for number in range(1 + steps):
+                start = time.perf_counter()
+                x = self.source.next_batch(self.config.batch_size).to(self.device, self.sae.W_dec.dtype)
+                if number == 0:
+                    self._initialize(x)
+                numbers(update(x))  # waits for the device
+                times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
@@ -328,7 +350,7 @@ class Trainer:
             return
         where = "held-out rows" if self.config.eval_every else "the last batch"
         warnings.warn(
-            f"the run ended at L0 {l0:.4g} on {where}, and {rule.asked_l0:.4g} was asked for "
+            f"{self.run_dir}: the run ended at L0 {l0:.4g} on {where}, and {rule.asked_l0:.4g} was asked for "
             f"({l0 / rule.asked_l0 - 1:+.0%}). {_what_to_do(rule, l0)}",
             RuntimeWarning,
             stacklevel=2,
