@@ -34,6 +34,7 @@ _INKS = {
     "#010109": "--c6",
     "#01010a": "--c7",
     "#01010b": "--c8",
+    "#01010c": "--c9",
 }
 LABEL = 24
 """Characters of a bar's name at most, to leave room for the bar; the description has the full name."""

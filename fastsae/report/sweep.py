@@ -95,13 +95,13 @@ def cells_of(records: Sequence[Record], folder: Path) -> Cells:
         report = run / "report.html"
         href = quote(str(report)) if (folder / report).is_file() else f"{quote(str(run))}/"
         rows.append(Row([*cells, "●" if best else ""], best, href))
-    lead = "On held-out rows. ●: no other cell is as low in L0 and FVU and lower in one of them. "
+    lead = "On held-out rows. ●: no other cell is as low in L0 and FVU, and lower in one of them. "
     if spliced:
         lead += (
             "CE: cross-entropy of the language model with the reconstruction in place of its activations, in nats; "
             "rise: over the untouched model; recovered: the share of what mean ablation costs. "
         )
-    lead += "A cell's link leads to its report where `fastsae report` has written one, else to its run folder."
+    lead += "Links lead to a cell's report, where `fastsae report` has written one, or else to its run folder."
     return Cells(lead, [*HEADER, *(SPLICED_HEADER if spliced else ()), FRONT], rows)
 
 
@@ -151,18 +151,21 @@ def page(title: str, content: Record, cells: Cells, plots: list[Plot]) -> str:
     ]
     if best is not None:
         tiles.append(Tile("Lowest FVU", f"{best['fvu']:.4f}", f"{best['rule']} at L0 {best['l0']:.1f}"))
-    kinds = {name: sorted({r[name] for r in records}) for name in ("d_sae", "asked_l0", "seed")}
-    shared: dict[str, Any] = {"grid": {"rule": list(dict.fromkeys(r["rule"] for r in records)), **kinds}}
+    rules = ", ".join(dict.fromkeys(r["rule"] for r in records))
+    values = {name: sorted({r[name] for r in records}) for name in ("d_sae", "asked_l0", "seed")}
+    shared: dict[str, Any] = {
+        "grid": {"rule": rules, **{k: ", ".join(f"{v:g}" for v in vs) for k, vs in values.items()}}
+    }
     if records:
         own = {"seed", "d_sae", "activation"}
         shared |= {
-            section: {k: v for k, v in values.items() if k not in own}
-            for section, values in records[0]["settings"].items()
+            section: {k: v for k, v in settings.items() if k not in own}
+            for section, settings in records[0]["settings"].items()
         }
     shared |= {"activations": {**content["notes"].get("data", {}), **content["data"]}}
     return fill(
         kind="fastsae sweep", title=title,
-        subtitle=f"{', '.join(shared['grid']['rule'])} · {content['data']['held_out']:,} held-out rows",
+        subtitle=f"{rules} · {content['data']['held_out']:,} held-out rows",
         notes=notes, tiles=tiles, heading="Pareto front", plots=plots, wide=True, cells=cells,
         settings=settings_groups(shared), footer=footer(content["made_with"]["torch"]),
     )  # fmt: skip
