@@ -106,14 +106,29 @@ class ShardSource(EpochSource):
             piece = wanted[start : start + batch_size]
             yield piece, self.rows(piece)
 
+    def token_ids(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """The token of each of these rows: (len(ids),) int64. Raises as `contexts`."""
+        places = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+        owner, out = self._owner(places), torch.empty_like(places)
+        for number in owner.unique().tolist():
+            mine = (owner == number).nonzero()[:, 0]
+            text, local = self._shards[number].context(), places[mine] - self._starts[number]
+            out[mine] = text.token_ids[text.window[local].long(), text.position[local].long()].long()
+        return out
+
+    def vocabulary(self) -> list[str] | None:
+        """The text of every token id, or None if the folder was stored without. Raises ShardError if damaged."""
+        if self._strings is None and self.manifest.vocabulary is not None:
+            self.manifest.vocabulary.check_content(self.folder)
+            self._strings = read_vocabulary(self.folder / self.manifest.vocabulary.file)
+        return self._strings
+
     def contexts(self, ids: Sequence[int] | Tensor, width: int = 16) -> list[Context]:
         """The text around these rows, up to `width` tokens to either side, within the row's window.
 
         Raises: ValueError if the folder was stored without text; IndexError for an unknown id.
         """
-        if self._strings is None and self.manifest.vocabulary is not None:
-            self.manifest.vocabulary.check_content(self.folder)
-            self._strings = read_vocabulary(self.folder / self.manifest.vocabulary.file)
+        strings = self.vocabulary()
         places = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
         opened: dict[int, ShardContext] = {}
         found = []
@@ -121,7 +136,7 @@ class ShardSource(EpochSource):
             if number not in opened:
                 opened[number] = self._shards[number].context()
             first = self._starts[number]
-            found.append(context_of(opened[number], row - first, first, width, self._strings))
+            found.append(context_of(opened[number], row - first, first, width, strings))
         return found
 
     def _split(self, holdout: int | None) -> tuple[int, range]:
