@@ -96,7 +96,9 @@ def new_sae(recipe: Recipe, d: int, rows: int, seed: int) -> SparseAutoencoder:
     if recipe.rule == "published":
         rule = ReLU(l1=recipe.weight, weighted=True)
         return SparseAutoencoder(d, recipe.d_sae, rule, pre_bias=False, decoder_norm="free", init_norm=0.1, **common)
-    aux = {"aux_k": max(1, min(512, recipe.d_sae // 8))} if recipe.rule in ("topk", "batch_topk") else {}
+    aux: dict[str, Any] = (
+        {"aux_k": max(1, min(512, recipe.d_sae // 8))} if recipe.rule in ("topk", "batch_topk") else {}
+    )
     return SparseAutoencoder(d, recipe.d_sae, RULES[recipe.rule](recipe.l0), **aux, **common)
 
 

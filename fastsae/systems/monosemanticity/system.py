@@ -78,7 +78,10 @@ class Experiment:
 
 
 def experiments(quick: bool = False, **changes: Any) -> dict[str, Experiment]:
-    """Every experiment by name, in order. quick: so small that figures mean nothing. changes: of the `Scale`."""
+    """Every experiment by name, in order; those at λ = 5 have several seeds, the others one.
+
+    quick: so small that figures mean nothing. changes: of the `Scale`.
+    """
     scale = replace(QUICK if quick else Scale(), **changes)
     sizes = tuple(size * scale.latents // 4096 for size in SIZES)
     base = Recipe(d_sae=scale.latents)
@@ -87,12 +90,14 @@ def experiments(quick: bool = False, **changes: Any) -> dict[str, Experiment]:
     def add(name: str, title: str, kind: str, one: Recipe, like: str = "", seeds: int = 0) -> None:
         found[name] = Experiment(title, kind, scale, one, like, seeds)
 
-    for weight in WEIGHTS:
-        add(f"lambda-{weight:g}", f"published, λ = {weight:g}", "sae", replace(base, weight=weight))
-    for weight in WEIGHTS:
+    several = {weight: 0 if weight == base.weight else 1 for weight in WEIGHTS}
+    for weight, seeds in several.items():
+        one = replace(base, weight=weight)
+        add(f"lambda-{weight:g}", f"published, λ = {weight:g}", "sae", one, seeds=seeds)
+    for weight, seeds in several.items():
         for rule in recipe.RULES:
-            like = f"lambda-{weight:g}"
-            add(f"{rule}-{weight:g}", f"{rule}, L0 of λ = {weight:g}", "sae", replace(base, rule=rule), like)
+            title, like = f"{rule}, L0 of λ = {weight:g}", f"lambda-{weight:g}"
+            add(f"{rule}-{weight:g}", title, "sae", replace(base, rule=rule), like, seeds)
     for size in sizes:
         for share in (*SHARES, 1.0):
             if size != scale.latents or share != 1.0:
