@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,9 @@ from fastsae import SparseAutoencoder, TopK
 from fastsae.cli.main import main
 from fastsae.data.models import LanguageModel
 from fastsae.systems import system
+from fastsae.systems.material import FOLDER
 from fastsae.systems.monosemanticity import causes, figures, meaning, recipe, steering
+from fastsae.systems.monosemanticity import system as experiments
 from fastsae.systems.monosemanticity.recipe import Recipe
 from fastsae.systems.results import read
 
@@ -187,6 +191,40 @@ def test_quick_runs_to_the_end(finished: Path, capsys: pytest.CaptureFixture) ->
     before = (finished / "results.json").read_text()
     assert main(["reproduce", NAME, "--quick", "--seeds", "1", "--out", str(finished), "--no-progress"]) == 0
     assert json.loads(before)["experiments"] == read(finished / "results.json", NAME)["experiments"]
+
+
+def test_systems_side_by_side_share_their_activations(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A second folder beside the first harvests nothing; more rows change none of the first; other settings have a
+    folder of their own."""
+    of = experiments.material(experiments.QUICK, finished)
+    folders = list((finished.parent / FOLDER).iterdir())
+    assert len(folders) == 1
+    before = {path.name: path.stat().st_mtime_ns for path in folders[0].iterdir() if path.suffix == ".safetensors"}
+    other = finished.parent / "other"
+    assert torch.equal(of.source(other).held_out(), of.source(finished).held_out())
+    assert len(of.source(other).held_out()) == 1024
+    assert before == {name: (folders[0] / name).stat().st_mtime_ns for name in before}
+    source = of.source(finished, seed=3)
+    first, place = source.next_batch(512), source.state_dict()
+    more = replace(of, rows=10**9)
+    with caplog.at_level(logging.WARNING, "fastsae"):
+        rows = more.source(other).n_tokens
+    assert f"holds {rows} rows, 1000000000 were asked for: the text ended" in caplog.text
+    assert rows > of.rows
+    again = of.source(finished, seed=3)
+    assert torch.equal(again.next_batch(512), first)
+    again.load_state_dict(place)
+    narrow = replace(of, stream=replace(of.stream, window=32), rows=256)
+    narrow.source(other)
+    assert len(list((finished.parent / FOLDER).iterdir())) == 2
+
+
+def test_the_splice_leaves_the_first_position_alone(finished: Path) -> None:
+    of = experiments.material(experiments.QUICK, finished)
+    loss = of.in_model(finished, 256).loss(SparseAutoencoder(32, 16, TopK(2), seed=0).eval())
+    assert (loss.n_windows, loss.window, loss.n_predictions) == (4, 64, 4 * 63)
+    assert loss.replaced_share <= 63 / 64
+    assert loss.ce_zero != loss.ce_untouched
 
 
 def test_trained_saes_are_not_trained_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

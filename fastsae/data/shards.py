@@ -30,6 +30,7 @@ class ShardSource(EpochSource):
 
     holdout: None uses the folder's held-out rows, if any. A number uses that many of them, the first ones; a folder
     without any holds out that many of its last rows.
+    rows: train on the first so many only, in the order that they have whatever is harvested after them; None: on all.
     verify: "lazy" checks a shard's checksum when it is first read, "eager" checks all of them now, with a progress bar,
     "size" only checks the files' lengths, as the others also do.
     dtype: of the returned rows; None leaves them as stored.
@@ -42,6 +43,7 @@ class ShardSource(EpochSource):
         folder: str | os.PathLike,
         *,
         holdout: int | None = None,
+        rows: int | None = None,
         seed: int = 0,
         buffer_rows: int = 131_072,
         dtype: torch.dtype | None = torch.float32,
@@ -52,6 +54,8 @@ class ShardSource(EpochSource):
             raise ValueError(f"verify must be one of {', '.join(get_args(Verify))}, got {verify!r}")
         if buffer_rows < 1:
             raise ValueError(f"buffer_rows must be at least 1, got {buffer_rows}")
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows must be at least 1, or None for all, got {rows}")
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         self.dtype = dtype
@@ -65,6 +69,7 @@ class ShardSource(EpochSource):
         if verify == "eager":
             self.verify(progress)
         n_train, self._held = self._split(holdout)
+        n_train = n_train if rows is None else min(rows, n_train)
         super().__init__(n_train, self.manifest.d_in, seed)
         self._chunks = self._chunk_table(n_train)
         self._epoch_chunks: tuple[int, Tensor, Tensor] | None = None
@@ -171,14 +176,15 @@ class ShardSource(EpochSource):
         return torch.tensor(table, dtype=torch.int64, device="cpu")
 
     def _identity(self) -> dict[str, Any]:
-        # The shards' checksums identify the rows, even if the folder was moved.
+        # The shards' checksums identify the rows, even if the folder was moved or holds more by now.
+        last = int(self._owner(torch.tensor([self._rows_per_epoch - 1], device="cpu")))
         return {
             "source": "shards",
             "seed": self.seed,
             "buffer_rows": self.buffer_rows,
             "rows": self._rows_per_epoch,
             "first_shard": self.manifest.shards[0].sha256,
-            "last_shard": self.manifest.shards[-1].sha256,
+            "last_shard": self.manifest.shards[last].sha256,
         }
 
     def _take(self, epoch: int, start: int, n: int) -> Tensor:

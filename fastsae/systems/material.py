@@ -50,11 +50,13 @@ class Material:
     def source(self, folder: Path, seed: int = 0) -> ShardSource:
         """The rows, in float32, in an order of this seed. What is not yet stored beside `folder` is harvested first.
 
+        Others may have stored more rows there; they change nothing.
+
         Raises as `harvest`: ValueError for a model or text that is not there.
         """
         place = self._place(folder)
         harvest(self.model, self.text, place, self.stream, rows=self.rows)
-        source = ShardSource(place, seed=seed)
+        source = ShardSource(place, rows=self.rows, seed=seed)
         if (source.n_tokens or 0) < self.rows:
             log.warning("%s holds %d rows, %d were asked for: the text ended", place, source.n_tokens, self.rows)
         return source
