@@ -236,15 +236,12 @@ class RunLogs:
     """Everything a run writes besides checkpoints; a context manager.
 
     metrics.jsonl and eval.jsonl are cut after `step`, where the run goes on, so that each step is there exactly once.
-    bar: the caller's, over several runs; None: one of its own.
     Every method raises LogWriteError where the disk is full.
     """
 
-    def __init__(
-        self, run_dir: Path, step: int, total: int, tensorboard: bool, progress: bool, bar: ProgressBar | None = None
-    ) -> None:
+    def __init__(self, run_dir: Path, step: int, total: int, tensorboard: bool, progress: bool) -> None:
         self._run_dir, self._step, self._total = run_dir, step, total
-        self._tensorboard, self._progress, self._shared = tensorboard, progress, bar
+        self._tensorboard, self._progress = tensorboard, progress
         self._files = [JsonlLog(run_dir / "metrics.jsonl"), JsonlLog(run_dir / "eval.jsonl")]
 
     def __enter__(self) -> RunLogs:
@@ -255,11 +252,8 @@ class RunLogs:
                 log.cut_after(self._step)
             self._board = TensorBoardLog(self._run_dir / "tensorboard" if self._tensorboard else None, self._step)
             stack.callback(self._board.close)
-            if self._shared is None:
-                self._bar = ProgressBar(self._total, self._step, self._progress)
-                stack.callback(self._bar.close)
-            else:
-                self._bar = self._shared
+            self._bar = ProgressBar(self._total, self._step, self._progress)
+            stack.callback(self._bar.close)
             self._stack = stack.pop_all()
         return self
 

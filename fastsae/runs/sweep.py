@@ -152,17 +152,19 @@ def grid(
 
 def run_cell(
     cell: Cell, source: ActivationSource, folder: Path, *, notes: Mapping[str, Any] | None = None,
-    bar: ProgressBar | None = None, further: Mapping[str, Measure] | None = None,
+    after_step: Callable[[], object] | None = None, further: Mapping[str, Measure] | None = None,
 ) -> Record:  # fmt: skip
     """Trains a cell in folder/runs/NAME, or goes on with what is there, measures it, and returns its record.
 
-    source   at its start; afterwards where the cell's last step left it.
-    further  measurements by name, each of the trained SAE; their results are entries of the record.
+    source      at its start; afterwards where the cell's last step left it.
+    after_step  takes the place of the run's own progress bar.
+    further     measurements by name, each of the trained SAE; their results are entries of the record.
     Raises as `Trainer.run`.
     """
     run = Path(RUNS) / cell.name
     sae = cell.build(source.d_in)
-    trainer = Trainer(sae, source, cell.config, folder / run, notes=notes, bar=bar)
+    config = cell.config if after_step is None else dataclasses.replace(cell.config, progress=False)
+    trainer = Trainer(sae, source, config, folder / run, notes=notes, after_step=after_step or (lambda: None))
     result = trainer.run()
     measured = evaluate(sae, source.held_out(), batch_size=cell.config.batch_size).to_json()
     return {
@@ -213,7 +215,7 @@ def run_sweep(
                 bar.name(cell.name)
                 source.load_state_dict(begin)
                 try:
-                    record = run_cell(cell, source, folder, notes=notes, bar=bar, further=measures)
+                    record = run_cell(cell, source, folder, notes=notes, after_step=bar.advance, further=measures)
                 except NonFiniteError as error:
                     record = {**_head(cell), "run": f"{RUNS}/{cell.name}", "failed": str(error)}
                     log.warning("%s failed: %s", cell.name, error)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from fastsae.runs import checkpoint
 from fastsae.runs.checkpoint import CheckpointError
 from fastsae.runs.config import TrainConfig
 from fastsae.runs.evaluate import density_histogram, evaluate
-from fastsae.runs.logs import PartTimer, ProgressBar, RunLogs, numbers
+from fastsae.runs.logs import PartTimer, RunLogs, numbers
 from fastsae.runs.rng import restore_rng_state, rng_state
 from fastsae.runs.rundir import RunDirError, RunLock, claim
 from fastsae.runs.stopping import (
@@ -73,7 +73,7 @@ class Trainer:
 
     notes   JSON-able facts for config.json that are no settings, e.g. which model the activations come from.
     resume  False: refuse a directory that has a checkpoint already.
-    bar     the caller's progress bar, over several runs; None: one of the run's own.
+    after_step  called after every step, as for a progress bar of several runs.
 
     Raises ValueError when the module, the source and the settings do not fit together.
     """
@@ -87,7 +87,7 @@ class Trainer:
         *,
         resume: bool = True,
         notes: Mapping[str, Any] | None = None,
-        bar: ProgressBar | None = None,
+        after_step: Callable[[], object] = lambda: None,
     ):
         if source.d_in != sae.d_in:
             raise ValueError(f"the source has rows of {source.d_in} numbers, the SAE wants d_in = {sae.d_in}")
@@ -95,7 +95,7 @@ class Trainer:
             raise ValueError(f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}; a source has no such targets")
         sae.train().settle_pre_bias_(target_given=False)  # so that config.json says what is trained
         self.sae, self.source, self.config, self.resume = sae, source, config, resume
-        self.run_dir, self.notes, self.bar = Path(run_dir), dict(notes or {}), bar
+        self.run_dir, self.notes, self.after_step = Path(run_dir), dict(notes or {}), after_step
         self.checkpoints = self.run_dir / "checkpoints"
         self.total = config.total_steps(source.n_tokens)
         self.schedule = config.schedule(self.total)
@@ -131,7 +131,7 @@ class Trainer:
             self.update = self._make_step()
             self._go_to_checkpoint()
             self.logs = stack.enter_context(
-                RunLogs(self.run_dir, self.step, self.total, self.config.tensorboard, self.config.progress, self.bar)
+                RunLogs(self.run_dir, self.step, self.total, self.config.tensorboard, self.config.progress)
             )
             if self._saved:
                 self.logs.say(f"going on from step {self.step} of {self.total}: {self._saved}")
@@ -270,6 +270,7 @@ class Trainer:
             if at_end or self.step % c.checkpoint_every == 0 or self.guard.ended:
                 self._checkpoint()
             self.logs.advance()
+            self.after_step()
             if self.guard.ended:
                 raise self.guard.ended
 
