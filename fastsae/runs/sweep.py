@@ -240,7 +240,8 @@ def read_sweep(folder: str | Path) -> Record:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); move it away, or give another folder") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("cells"), dict):
+    whole = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in ("data", "notes", "cells"))
+    if not whole or found.get("format") != FORMAT:
         raise ValueError(f"{path} is no sweep in format {FORMAT}; move it away, or give another folder")
     return found
 
