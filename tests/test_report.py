@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import math
 import re
@@ -27,42 +26,10 @@ from fastsae.runs.checkpoint import list_checkpoints
 from fastsae.runs.config import TrainConfig
 from fastsae.runs.opening import describe_rows
 from fastsae.runs.trainer import Trainer
+from tests.html_case import HOSTILE, Page
 
 D, M, K, WINDOW = 8, 32, 3, 16
-HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)>"
 WORDS = [HOSTILE, " <b>", '" style="', "\n", "&amp;", *(f" w{i}" for i in range(15))]
-VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-class Page(html.parser.HTMLParser):
-    """A page's tags with their attributes, its unbalanced ones, and its text by tag."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.wrong: list[str] = []
-        self.text: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.wrong.append(tag)
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def count(self, tag: str, css: str | None = None) -> int:
-        return sum(t == tag and (css is None or a.get("class") == css) for t, a in self.tags)
 
 
 def checked(path: Path) -> Page:

@@ -232,6 +232,7 @@ def run_reproduce(options: Reproduce) -> int:
     """fastsae reproduce"""
     # Imported here: drawing costs a second that no other command should pay.
     from fastsae.systems import system
+    from fastsae.systems.page import PAGE
     from fastsae.systems.runner import reproduce
 
     found = system(options.system)
@@ -242,7 +243,7 @@ def run_reproduce(options: Reproduce) -> int:
             scale=sizes(options.scale), progress=options.progress, threads=options.threads,
         )
     )  # fmt: skip
-    print(f"\nwritten to {out}")
+    print(f"\nwritten to {out / PAGE}")
     return 0
 
 

@@ -338,7 +338,7 @@ class Report(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reproduce(Common):
-    """Runs a published system, writes its figures and pictures, and prints its table beside the published one.
+    """Runs a published system, prints its tables beside the published figures, and puts everything on one HTML page.
 
     If it was stopped, run it again with the same options to continue.
     """
@@ -346,7 +346,7 @@ class Reproduce(Common):
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
     """Name of the system: clustering, interpretable_directions, monosemanticity or othello."""
     out: Path | None = None
-    """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
+    """Folder for page.html, results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
     seeds: int | None = None
     """Runs of every experiment. Left out: 10 of clustering, 3 of the others, whose grids have one."""
     quick: Switch = False

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.resources
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from fastsae.atomic import replace_file
 from fastsae.data.shards import ShardSource
+from fastsae.report import html
 from fastsae.report.contexts import LatentCard, latent_cards
 from fastsae.report.plots import all_plots
 from fastsae.report.runlog import Record, RunLog, is_number, read_run, whole
@@ -70,15 +66,8 @@ def fill(**parts: Any) -> str:
 
     Everything that comes from files or models is escaped by the template.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(read_resource("template.html"))
     sections = ("notes", "tiles", "plots", "cells", "spliced", "latents", "settings", "wide")
-    return template.render(dict.fromkeys(sections) | {"css": Markup(read_resource("style.css"))} | parts)
-
-
-def read_resource(name: str) -> str:
-    """A file of this package."""
-    return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
+    return html.render("fastsae.report", "run.html", **(dict.fromkeys(sections) | parts))
 
 
 def total_steps(config: Record) -> int | None:
@@ -192,29 +181,11 @@ def _speed_up(log: RunLog) -> list[Tile]:
     return [Tile("Speed-up", f"{speed / dense:.1f}×", f"over the dense reference ({dense:,.0f} tokens/s)")]
 
 
-@dataclasses.dataclass(frozen=True)
-class SettingsGroup:
-    """One table of settings."""
-
-    name: str
-    rows: list[tuple[str, str]]
-
-
-def settings_groups(config: Record) -> list[SettingsGroup]:
+def settings_groups(config: Record) -> list[html.SettingsGroup]:
     """One group for each section of the config, plain values first under "run"."""
     plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    groups = [SettingsGroup("run", _rows(plain))] if plain else []
-    return groups + [SettingsGroup(k, _rows(v)) for k, v in config.items() if isinstance(v, dict) and v]
-
-
-def _rows(section: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            rows += _rows(value, f"{prefix}{key}.")
-        else:
-            rows.append((prefix + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    return rows
+    groups = [html.SettingsGroup("run", html.flat(plain))] if plain else []
+    return groups + [html.SettingsGroup(k, html.flat(v)) for k, v in config.items() if isinstance(v, dict) and v]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +263,6 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None, options:
         what = "is a folder" if path.is_dir() else "lies in a folder that is not there"
         raise ValueError(f"the report cannot be written to {path}, which {what}; give the name of a file")
     latents, timing = measure(log, options or ReportOptions())
-    html = render(log, latents, timing)
-    replace_file(path, lambda partial: partial.write_text(html, encoding="utf-8"))
+    text = render(log, latents, timing)
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
