@@ -213,14 +213,14 @@ def run_reproduce(options: Reproduce) -> int:
     return 0
 
 
-def sizes(given: Sequence[str]) -> dict[str, int]:
-    """{"games": 40000} from ["games=40000"]. Raises ValueError for anything else."""
-    found = {}
+def sizes(given: Sequence[str]) -> dict[str, int | str]:
+    """{"games": 40000, "text": "a.txt"} from ["games=40000", "text=a.txt"]. Raises ValueError for anything else."""
+    found: dict[str, int | str] = {}
     for one in given:
-        name, _, number = one.partition("=")
-        if not (name and number.isdecimal()):
-            raise ValueError(f"scale is {one!r}, expected NAME=NUMBER, such as games=40000")
-        found[name] = int(number)
+        name, _, value = one.partition("=")
+        if not (name and value):
+            raise ValueError(f"scale is {one!r}, expected NAME=VALUE, such as games=40000")
+        found[name] = int(value) if value.isdecimal() else value
     return found
 
 

