@@ -17,7 +17,6 @@ from bench.results import RESULTS
 from bench.synth import draw, run
 from bench.synth.trainers import RULES
 from bench.synth.world import Settings, quick
-from fastsae.runs.stopping import TrainingInterrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=usual.seed, help="of weights and samples (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try the script; figures mean nothing")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
+    parser.add_argument("--fresh", action="store_true", help="delete the results that are there first")
     parser.add_argument("--draw", action="store_true", help="only draw what is there")
     parser.add_argument("--out", type=Path, help="folder of the results; left out: bench/results/<device>/synth")
     options = parser.parse_args(arguments)
@@ -58,10 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name: getattr(options, name) for name in ("samples", "eval_samples", "device", "autocast", "world", "seed")
         }
         settings = quick(Settings(**chosen)) if options.quick else Settings(**chosen)
+        for name in ("synth.json", run.UNFINISHED) if options.fresh else ():
+            (folder / name).unlink(missing_ok=True)
         try:
-            run.run(Store(folder, "synth", fresh=options.fresh), settings, device, options.only)
-        except TrainingInterrupted as stopped:
-            print(stopped, file=sys.stderr)
+            run.run(Store(folder, "synth"), settings, device, options.only)
+        except KeyboardInterrupt as stopped:
+            print(str(stopped) or "stopped; the same command goes on", file=sys.stderr)
             return 130
         except (ValueError, OSError) as error:  # an OSError: a world that is not there
             parser.error(str(error))

@@ -120,8 +120,8 @@ def figure(run: list[dict[str, Any]]) -> Figure:
                 label = f"published, {SAMPLES / 1e6:.0f}M samples" if trainer == "published" else trainer
                 axes.plot(xs, ys, marker, color=color, markerfacecolor=face, markersize=7, label=label)
         axes.set_xlabel(METRICS.get(metric, "ms a step"))
-        axes.set_xlim(left=0)
         axes.margins(x=0.1, y=0.2)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         axes.grid(color="#dddddd", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), names)

@@ -27,6 +27,8 @@ WARMUP = 5
 """Steps of each trainer that no time is taken from; both must have seen the same samples after them."""
 SAVE_EVERY = 600.0
 """Seconds between two savings of all trainers."""
+UNFINISHED = "training.partial"
+"""All trainers of a run that is not finished."""
 ALLOWED = 0.1
 """How far from k, as a share, an L0 may be: beyond that two trainers did not do the same work."""
 
@@ -177,7 +179,7 @@ def run(
     left = [rule for rule in rules if store.get(key(rule, settings), kept(rule, settings)) is None]
     if left:
         world = World(settings)
-        training = Pass(left, settings, world, store.path.parent / "training.partial")
+        training = Pass(left, settings, world, store.path.parent / UNFINISHED)
         if training.restore():
             say(f"continued after {training.steps * settings.batch:,} samples")
         others = Others()
