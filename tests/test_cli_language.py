@@ -79,7 +79,7 @@ def test_the_run_s_own_model_and_text(place: Path, capsys: pytest.CaptureFixture
     for name in ("ce_untouched", "ce_spliced", "ce_zero", "ce_mean", "kl_spliced", "recovered_over_mean"):
         assert loss[name] == pytest.approx(getattr(again, name), rel=1e-4, abs=1e-6)
 
-    assert main(["report", str(place / "residual"), "--latents", "2", "--passages", "1", "--no-time-step"]) == 0
+    assert main(["report", str(place / "residual"), "--sample", "2", "--passages", "1", "--no-time-step"]) == 0
     page = (place / "residual" / "report.html").read_text()
     assert "In the language model" in page
     assert f"{loss['ce_spliced']:.4f}" in page

@@ -26,6 +26,7 @@ from fastsae.cli.options import (
     Reproduce,
     Train,
     checked_device,
+    latent_indices,
     torch_dtype,
 )
 from fastsae.data.harvest import harvest
@@ -190,8 +191,10 @@ def run_report(options: Report) -> int:
     # Imported here: drawing costs a second that no other command should pay.
     from fastsae.report import ReportOptions, write_report
 
-    names = [field.name for field in dataclasses.fields(ReportOptions)]
-    print(write_report(options.run, out=options.out, options=ReportOptions(**{n: getattr(options, n) for n in names})))
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(ReportOptions)}
+    if options.latents is not None:
+        given["latents"] = latent_indices(options.latents)
+    print(write_report(options.run, out=options.out, options=ReportOptions(**given)))
     return 0
 
 

@@ -12,7 +12,7 @@ from fastsae.data.splice import Site
 from fastsae.data.stream import ActivationStream, StreamConfig
 from fastsae.data.text import Corpus, load_text
 from fastsae.runs.evaluate import EvalResult, evaluate
-from fastsae.runs.opening import LanguageRecord, OpenedRun, language_of_run, open_run
+from fastsae.runs.opening import LanguageRecord, OpenedRun, language_of_run, open_run, other_model
 from fastsae.runs.spliced import SplicedLoss, activations_at, spliced_loss
 
 TOKENS = 4096
@@ -76,8 +76,8 @@ def measure_in_model(options: Eval, run: OpenedRun) -> InModel:
         raise ValueError(f"{run.path} does not record its language model; name it with --model")
     dtype = options.model_dtype or (record.dtype if record and record.dtype else "bfloat16")
     model = load_model(spec, dtype=torch_dtype(dtype), device=str(checked_device(options.device)), head=True)
-    if record and not options.any_model:
-        check_model(model, record, dtype)
+    if record and not options.any_model and (other := other_model(model, record, dtype)):
+        raise ValueError(f"{other}; name that model, or measure on this one with --any-model")
     stream = ActivationStream(model, corpus, config)
     calibrate(stream, record)
     site: Site = config.hook if options.output_hook is None else (config.hook, options.output_hook)
@@ -133,18 +133,6 @@ def held_out_text(options: Eval, record: LanguageRecord | None, run: OpenedRun) 
             "hold text of the training; restore it, or name a text with --text"
         )
     return corpus
-
-
-def check_model(model: LanguageModel, record: LanguageRecord, dtype: str) -> None:
-    """Raises ValueError if this is not the model that the run's activations come from, as far as the run says."""
-    if record.digest is None or dtype != record.dtype:  # the digest is of rounded weights
-        return
-    digests = {model.base.describe()["digest"], model.describe()["digest"]}
-    if record.digest not in digests:
-        raise ValueError(
-            f"the model {model.name} has digest {model.base.describe()['digest']}, the run's activations come from "
-            f"{record.model} with digest {record.digest}; name that model, or measure on this one with --any-model"
-        )
 
 
 def calibrate(stream: ActivationStream, record: LanguageRecord | None) -> None:

@@ -111,9 +111,7 @@ class ShardSource(EpochSource):
 
         Raises: ValueError if the folder was stored without text; IndexError for an unknown id.
         """
-        if self._strings is None and self.manifest.vocabulary is not None:
-            self.manifest.vocabulary.check_content(self.folder)
-            self._strings = read_vocabulary(self.folder / self.manifest.vocabulary.file)
+        strings = self.vocabulary()
         places = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
         opened: dict[int, ShardContext] = {}
         found = []
@@ -121,8 +119,15 @@ class ShardSource(EpochSource):
             if number not in opened:
                 opened[number] = self._shards[number].context()
             first = self._starts[number]
-            found.append(context_of(opened[number], row - first, first, width, self._strings))
+            found.append(context_of(opened[number], row - first, first, width, strings))
         return found
+
+    def vocabulary(self) -> list[str] | None:
+        """The text of every token id; None if the folder was stored without. Raises ShardError for a damaged file."""
+        if self._strings is None and self.manifest.vocabulary is not None:
+            self.manifest.vocabulary.check_content(self.folder)
+            self._strings = read_vocabulary(self.folder / self.manifest.vocabulary.file)
+        return self._strings
 
     def _split(self, holdout: int | None) -> tuple[int, range]:
         """The number of training rows, and the ids of the held-out ones."""
