@@ -202,22 +202,38 @@ def test_what_the_language_model_loses_is_a_table(run, tmp_path):
         "hooks": ["layers.1", HOSTILE], "n_predictions": 4080, "replaced_share": 0.996, "special": HOSTILE,
         "mean_of": "these",
         "ce_untouched": 3.25, "ce_spliced": 3.5, "ce_zero": 9.125, "ce_mean": 6.0, "kl_spliced": 0.125,
-        "kl_zero": 5.5, "kl_mean": None, "recovered_over_zero": 0.957, "recovered_over_mean": 0.909,
+        "kl_zero": 5.5, "kl_mean": None, "recovered_over_zero": 0.957, "recovered_over_mean": None,
+        "undefined": {"recovered_over_mean": f"mean ablation {HOSTILE}"},
     }  # fmt: skip
-    (folder / "evaluation.json").write_text(json.dumps({"step": 12, "fvu": 0.1, "spliced": spliced}))
+    histogram_of = {"edges": [-2, -1, 0], "counts": [3, 20], "never": 9}
+    one = {"hook": "layers.1", "n_tokens": 4000, "fvu": 0.1, "fvu_per_token": None, "l0": 3, "dead_share": 0.28125,
+           "norm_ratio": 0.96875, "cosine": 0.9, "density_histogram": histogram_of}  # fmt: skip
+    hooks = [one, {"hook": HOSTILE, "density_histogram": histogram_of | {"counts": [0, 0], "never": 32}}]
+    evaluation = {"step": 12, "fvu": 0.1, "spliced": spliced, "hooks": hooks}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     section = spliced_section(read_run(folder))
+    assert section.hooks == [
+        ("layers.1", "4,000", "0.1000", "–", "3.0", "28.12%", "0.9688", "0.9000"),
+        (HOSTILE, "–", "–", "–", "–", "–", "–", "–"),
+    ]
+    assert section.undefined == [f"mean ablation {HOSTILE}"]
     assert section.rows == [
         ("untouched", "3.2500", "", ""),
         ("spliced", "3.5000", "0.1250", ""),
         ("zero ablation", "9.1250", "5.5000", "0.9570"),
-        ("mean ablation", "6.0000", "–", "0.9090"),
+        ("mean ablation", "6.0000", "–", "–"),
     ]
     text = "".join(checked(write_report(folder, options=ReportOptions(sample=0, time_step=False))).text)
     assert "In the language model" in text
     assert "99.60% of the tokens" in text
     assert HOSTILE in text
-    for odd in ({}, {"hooks": HOSTILE, "ce_zero": [1], "n_predictions": HOSTILE, "special": [HOSTILE]}):
-        (folder / "evaluation.json").write_text(json.dumps({"step": 12, "spliced": odd}))
+    assert f"–: mean ablation {HOSTILE}." in text
+    assert "Latent density at layers.1" in text
+    assert "32 latents on the held-out rows; 32 of them were active on none." in text
+    assert "Not measured yet" not in text
+    for odd in ({}, {"hooks": HOSTILE, "ce_zero": [1], "special": [HOSTILE], "undefined": [HOSTILE]}):
+        wrong = {"step": 12, "spliced": odd, "hooks": [HOSTILE, {}, {"density_histogram": HOSTILE}]}
+        (folder / "evaluation.json").write_text(json.dumps(wrong))
         checked(write_report(folder, options=ReportOptions(sample=0, time_step=False)))
     (folder / "evaluation.json").write_text(json.dumps({"step": 12, "spliced": HOSTILE}))
     assert spliced_section(read_run(folder)) is None

@@ -160,7 +160,7 @@ def run_language_eval(options: Eval, run: OpenedRun) -> int:
     """fastsae eval with a language model"""
     found = measure_in_model(options, run)
     out = options.out or options.run / EVALUATION
-    extra = {"step": run.step, "weights": str(run.path), "rows": found.where, "spliced": found.record()}
+    extra = {"step": run.step, "weights": str(run.path), "rows": found.where, **found.record(options.density)}
     found.result.write(out, with_density=options.density, **extra)
     print_evaluation(found.result, found.where, out, found.table())
     return 0

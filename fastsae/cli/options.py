@@ -238,7 +238,7 @@ class Eval(Common):
     tokens: int | None = None
     """Tokens of held-out text to measure on, rounded up to whole windows. Left out: as many as the run holds out."""
     also: tuple[Path, ...] = ()
-    """Other runs, spliced in at the same time, each at the hook that it records."""
+    """Other runs, each at the hook that it records: spliced in at the same time, and measured on rows of their own."""
     model_dtype: FloatType | None = None
     """Type in which the language model runs. Left out: as for the run's activations."""
     progress: bool = True

@@ -20,11 +20,21 @@ from fastsae.data.shards import ShardSource
 from fastsae.report.contexts import LatentCard, check_latents, latent_cards
 from fastsae.report.plots import all_plots
 from fastsae.report.promoted import promoted_of_run
-from fastsae.report.runlog import Record, RunLog, is_number, read_run, whole
+from fastsae.report.runlog import Record, RunLog, hooks_of, is_number, read_run, whole
 from fastsae.report.timing import StepTiming, time_step
 from fastsae.runs.checkpoint import CheckpointError
 from fastsae.runs.opening import OpenedRun, language_of_run, open_run, rows_of_run, version
 
+HOOK_COLUMNS = {
+    "rows": ("n_tokens", ",.0f"),
+    "FVU": ("fvu", ".4f"),
+    "FVU per token": ("fvu_per_token", ".4f"),
+    "L0": ("l0", ".1f"),
+    "dead share": ("dead_share", ".2%"),
+    "‖x̂‖ / ‖x‖": ("norm_ratio", ".4f"),
+    "cosine": ("cosine", ".4f"),
+}
+"""Columns of the table of autoencoders: the entry of evaluation.json and its format."""
 SAMPLE = 24
 """Latents that are drawn, unless another number is asked for."""
 
@@ -56,6 +66,10 @@ class SplicedSection:
 
     lead: str
     rows: list[tuple[str, str, str, str]]
+    undefined: list[str]
+    """Why a recovered share is not defined."""
+    hooks: list[tuple[str, ...]]
+    """Of every autoencoder: the hook and the columns of HOOK_COLUMNS."""
 
 
 def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming | None = None) -> str:
@@ -73,6 +87,7 @@ def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming
         plots=all_plots(log, timing),
         spliced=spliced_section(log),
         splice_with=_splice_with(log),
+        hook_columns=list(HOOK_COLUMNS),
         latents=latents,
         settings=_settings(log.config),
         footer=_footer(log),
@@ -108,12 +123,13 @@ def _subtitle(log: RunLog) -> str:
 
 def spliced_section(log: RunLog) -> SplicedSection | None:
     """From the newest evaluation that was made with a language model; None if there is none."""
-    held = next((e["spliced"] for e in reversed(log.evals) if isinstance(e.get("spliced"), dict)), None)
-    if held is None:
+    evaluation = next((e for e in reversed(log.evals) if isinstance(e.get("spliced"), dict)), None)
+    if evaluation is None:
         return None
+    held = evaluation["spliced"]
 
-    def shown(key: str, form: str = ".4f") -> str:
-        value = held.get(key)
+    def shown(key: str, form: str = ".4f", of: Record = held) -> str:
+        value = of.get(key)
         return format(float(value), form) if is_number(value) else "–"
 
     hooks = held.get("hooks")
@@ -133,7 +149,13 @@ def spliced_section(log: RunLog) -> SplicedSection | None:
             for name in ("zero", "mean")
         ),
     ]
-    return SplicedSection(lead, rows)
+    undefined = held.get("undefined")
+    reasons = [str(why) for why in undefined.values()] if isinstance(undefined, dict) else []
+    each = [
+        (str(one.get("hook", "–")), *(shown(key, form, of=one) for key, form in HOOK_COLUMNS.values()))
+        for one in hooks_of(evaluation)
+    ]
+    return SplicedSection(lead, rows, reasons, each)
 
 
 def _splice_with(log: RunLog) -> str | None:

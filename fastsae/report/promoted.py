@@ -64,9 +64,9 @@ def promoted_of_run(run: OpenedRun, latents: Sequence[int], names: Sequence[str]
         record = language_of_run(run.config)
         if record is None:
             return {}, ""
-        dtype = record.dtype or "bfloat16"
-        model = load_model(record.model, dtype=getattr(torch, dtype), head=True, download=False)
-        if other := other_model(model, record, dtype):
+        dtype = getattr(torch, record.dtype or "bfloat16")
+        model = load_model(record.model, dtype=dtype, head=True, download=False)
+        if other := other_model(model, record):
             raise ValueError(other)
         if not in_residual_stream(model.model, record.stream.hook):
             raise ValueError(f"what is at {record.stream.hook} is not added to the residual stream")

@@ -195,18 +195,16 @@ def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
         ) from error
 
 
-def other_model(model: LanguageModel, record: LanguageRecord, dtype: str) -> str | None:
-    """How this model, in this type, is not the one that the run's activations come from; None where it is, or where
-    the run does not say.
-    """
-    if record.digest is None or dtype != record.dtype:  # the digest is of rounded weights
+def other_model(model: LanguageModel, record: LanguageRecord) -> str | None:
+    """How this model is not the one that the run's activations come from; None where it is, or the run does not say."""
+    here = model.base.describe()
+    if record.digest is None or here["dtype"] != record.dtype:  # the digest is of rounded weights
         return None
-    here = model.base.describe()["digest"]
-    if record.digest in (here, model.describe()["digest"]):
+    if record.digest in (here["digest"], model.describe()["digest"]):
         return None
     return (
-        f"the model {model.name} has digest {here}, the run's activations come from {record.model} with digest "
-        f"{record.digest}"
+        f"the model {model.name} has digest {here['digest']}, the run's activations come from {record.model} with "
+        f"digest {record.digest}"
     )
 
 
