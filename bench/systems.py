@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench.machine import ROOT
@@ -81,7 +82,7 @@ def main() -> None:
     for path, text in texts.items():
         old = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
         renewed = with_numbers(old, text, BEGIN, END)
-        replace_file(path, lambda partial, renewed=renewed: partial.write_text(renewed))
+        replace_file(path, partial(Path.write_text, data=renewed))
 
 
 if __name__ == "__main__":

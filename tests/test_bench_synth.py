@@ -175,9 +175,7 @@ def test_orthogonalized_features_minimize_the_sum_over_all_pairs() -> None:
     optimizer = torch.optim.Adam([rows], lr=1e-2)
     for _ in range(10):
         optimizer.zero_grad()
-        loss = sum(
-            (rows[i] @ rows[j] - float(i == j)) ** 2 * (8 if i == j else 1) for i in range(8) for j in range(8)
-        )
+        loss = sum((rows[i] @ rows[j] - float(i == j)) ** 2 * (8 if i == j else 1) for i in range(8) for j in range(8))
         loss.backward()
         optimizer.step()
     found = world.orthogonalized(start, 10, 1e-2)

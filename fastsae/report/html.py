@@ -29,6 +29,12 @@ def style() -> str:
     return (importlib.resources.files(__package__) / "style.css").read_text(encoding="utf-8")
 
 
+def visible(text: str) -> str:
+    """Text with visible symbols for line breaks and control characters, so that a passage is one paragraph."""
+    text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() or c == " " else "·" for c in text)
+
+
 @dataclass(frozen=True)
 class SettingsGroup:
     """One table of settings."""
