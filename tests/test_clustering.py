@@ -243,7 +243,7 @@ def test_the_same_run_gives_the_same_numbers(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["chess"], "no system 'chess'; expected one of clustering, interpretable_directions, othello"),
+        (["chess"], "no system 'chess'; expected one of clustering, dictionary_comparison, interpretable_directions"),
         (["clustering", "--scale", "games=3"], "clustering has no size 'games'; its scale is fixed"),
         (["clustering", "--scale", "games"], "scale is 'games', expected NAME=VALUE, such as games=40000"),
         (["othello", "--scale", "games=many"], "othello: games is 'many', expected a whole number, such as 200000"),
