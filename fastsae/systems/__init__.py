@@ -12,6 +12,7 @@ SYSTEMS = {
     "clustering": "fastsae.systems.clustering.figures",
     "dictionary_comparison": "fastsae.systems.dictionary_comparison.figures",
     "interpretable_directions": "fastsae.systems.interpretable_directions.figures",
+    "monosemanticity": "fastsae.systems.monosemanticity.figures",
     "othello": "fastsae.systems.othello.figures",
 }
 """Each system's name and the module that defines its SYSTEM."""

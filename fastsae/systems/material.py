@@ -50,7 +50,7 @@ class Material:
     def harvested(self, folder: Path) -> Path:
         """The folder of the rows, beside `folder`. What is not yet stored there is harvested first.
 
-        Raises as `harvest`: ValueError for a model or text that is not there.
+        It may hold more rows, of another system. Raises as `harvest`: ValueError for a model or text that is not there.
         """
         place = self._place(folder)
         rows = harvest(self.model, self.text, place, self.stream, rows=self.rows).rows
@@ -59,8 +59,11 @@ class Material:
         return place
 
     def source(self, folder: Path, seed: int = 0) -> ShardSource:
-        """The rows, in float32, in an order of this seed. Harvests, and raises, as `harvested`."""
-        return ShardSource(self.harvested(folder), seed=seed)
+        """The rows, in float32, in an order of this seed. Harvests, and raises, as `harvested`.
+
+        Others may have stored more rows there; they change nothing.
+        """
+        return ShardSource(self.harvested(folder), rows=self.rows, seed=seed)
 
     def in_model(self, folder: Path, tokens: int) -> InModel:
         """The language model with the first `tokens` tokens of the held-out text."""

@@ -113,8 +113,7 @@ class Held(SparseAutoencoder):
     hold: Callable[[SparseAutoencoder], None] = staticmethod(lambda sae: None)
 
     def objective(self, x: Tensor, target: Tensor | None = None, *, for_step: bool = False) -> Objective:
-        with torch.no_grad():
-            self.hold(self)
+        self.hold(self)
         return super().objective(x, target, for_step=for_step)
 
 
@@ -137,6 +136,7 @@ def new_sae(recipe: Recipe, x: Tensor, d_sae: int, l0: int, rows: int, seed: int
 def hold_(recipe: Recipe, sae: Held) -> Held:
     """Makes the SAE keep what this recipe keeps."""
 
+    @torch.no_grad()
     def hold(sae: SparseAutoencoder) -> None:
         if not recipe.centred:
             sae.b_dec.zero_()

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -91,7 +92,7 @@ class Scale:
 
 
 QUICK = Scale(
-    text=str(Path(os.__file__).parent / "a*.py"), steps=30, rows=4096, batch=256, held=2048, tokens=512, small=48,
+    text=str(Path(sysconfig.get_paths()["stdlib"]) / "a*.py"), steps=30, rows=4096, batch=256, held=2048, tokens=512, small=48,
     d_sae=64, large=0,
 )  # fmt: skip
 """Reads sources of the running Python, which are there without any package."""
@@ -111,7 +112,7 @@ class Ground:
     losses: list[float]
 
     def source(self, seed: int = 0) -> ShardSource:
-        return ShardSource(self.place, seed=seed)
+        return ShardSource(self.place, rows=self.material.rows, seed=seed)
 
     def held_out(self) -> tuple[Tensor, Tensor]:
         """The rows (n, d) that choose, and those that report."""
@@ -414,8 +415,7 @@ def trained(
             # The tables have every run's L0.
             warnings.filterwarnings("ignore", message="the run ended at L0")
             _Trainer(sae, source, config, run, after_step=advance).run()
-        with torch.no_grad():
-            sae.hold(sae)
+        sae.hold(sae)
         save(sae, run / "sae")
         os.replace(run / "sae", finished)
         shutil.rmtree(run)
