@@ -350,7 +350,7 @@ class Reproduce(Common):
     """
 
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
-    """Name of the system: clustering, interpretable_directions, monosemanticity or othello."""
+    """Name of the system: clustering, dictionary_comparison, interpretable_directions, monosemanticity or othello."""
     out: Path | None = None
     """Folder for page.html, results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
     seeds: int | None = None

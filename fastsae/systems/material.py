@@ -47,19 +47,23 @@ class Material:
         text = self.text if isinstance(self.text, str) else self.text.describe()
         return {"model": model, "text": text, "stream": asdict(self.stream), "rows": self.rows}
 
-    def source(self, folder: Path, seed: int = 0) -> ShardSource:
-        """The rows, in float32, in an order of this seed. What is not yet stored beside `folder` is harvested first.
+    def harvested(self, folder: Path) -> Path:
+        """The folder of the rows, beside `folder`. What is not yet stored there is harvested first.
 
-        Others may have stored more rows there; they change nothing.
-
-        Raises as `harvest`: ValueError for a model or text that is not there.
+        It may hold more rows, of another system. Raises as `harvest`: ValueError for a model or text that is not there.
         """
         place = self._place(folder)
-        harvest(self.model, self.text, place, self.stream, rows=self.rows)
-        source = ShardSource(place, rows=self.rows, seed=seed)
-        if (source.n_tokens or 0) < self.rows:
-            log.warning("%s holds %d rows, %d were asked for: the text ended", place, source.n_tokens, self.rows)
-        return source
+        rows = harvest(self.model, self.text, place, self.stream, rows=self.rows).rows
+        if rows < self.rows:
+            log.warning("%s holds %d rows, %d were asked for: the text ended", place, rows, self.rows)
+        return place
+
+    def source(self, folder: Path, seed: int = 0) -> ShardSource:
+        """The rows, in float32, in an order of this seed. Harvests, and raises, as `harvested`.
+
+        Others may have stored more rows there; they change nothing.
+        """
+        return ShardSource(self.harvested(folder), rows=self.rows, seed=seed)
 
     def in_model(self, folder: Path, tokens: int) -> InModel:
         """The language model with the first `tokens` tokens of the held-out text."""

@@ -125,7 +125,8 @@ def _train(
 ) -> list[float]:
     """Windows at random places of the first `share` of the text; AdamW, a rate that rises and falls by a cosine."""
     pieces = range(int(recipe.share * len(corpus)))
-    text = torch.from_numpy(np.concatenate([corpus.tokens(piece, None) for piece in pieces]))
+    none = np.zeros(0, dtype=np.int64)  # a text of one piece has none to train on
+    text = torch.from_numpy(np.concatenate([none, *(corpus.tokens(piece, None) for piece in pieces)]))
     if len(text) <= recipe.window:
         raise ValueError(f"the text has {len(text)} bytes to train on, a window takes {recipe.window + 1}; give more")
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01)

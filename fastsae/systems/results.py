@@ -111,3 +111,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """The second smallest and second largest. For ten seeds, they enclose the true median in 98 of 100 cases."""
     ordered = sorted(values)
     return (ordered[1], ordered[-2]) if len(ordered) > 3 else (ordered[0], ordered[-1])
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The median, and the least and the largest where there are several."""
+    between = f" [{min(values):{form}} – {max(values):{form}}]" if len(values) > 1 else ""
+    return f"{median(values):{form}}{between}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastsae.systems.othello import system as othello
 from fastsae.systems.othello.system import PUBLISHED, Experiment, Scale, numbers
 from fastsae.systems.page import About
 from fastsae.systems.pictures import COLOURS, DPI, FAINT, INK, MUTED, panels, save, styled
-from fastsae.systems.results import Table, median
+from fastsae.systems.results import Table, median, spread
 from fastsae.systems.runner import System
 
 PAIRS = len(game.CLASSES) * game.SQUARES
@@ -63,12 +63,6 @@ def shares(record: Mapping[str, Any], probe: Mapping[str, Any]) -> list[float]:
     return [float((seed & probed).sum() / probed.sum().clamp(min=1)) for seed in found_by(record)]
 
 
-def _spread(values: Sequence[float], form: str) -> str:
-    """The median, and the least and the largest where there are several."""
-    between = f" [{min(values):{form}} – {max(values):{form}}]" if len(values) > 1 else ""
-    return f"{median(values):{form}}{between}"
-
-
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +102,7 @@ def _main(records: Records) -> Table | None:
             elif key == PROBE:
                 cells.append(str(counts(record)[0]))
             else:
-                cells.append(f"{_spread(counts(record), '.0f')} = {median(shares(record, probe)):.0%}")
+                cells.append(f"{spread(counts(record), '.0f')} = {median(shares(record, probe)):.0%}")
         if any(cell != "-" for cell in cells):
             lines.append([TITLES[key], published.get(key, "-"), *cells])
     header = [
@@ -129,7 +123,7 @@ def _grid(records: Records) -> Table | None:
             measures, boards = record["measures"], record["boards"]
             lines.append([
                 f"{key.replace('_', ' ').replace('-', ', ')}, layer {layer}",
-                _spread(record["selected"], ".0f"), _spread(counts(record), ".0f"),
+                spread(record["selected"], ".0f"), spread(counts(record), ".0f"),
                 f"{median(shares(record, probe)):.0%}",
                 *(f"{median([one[name] for one in measures]):.{digits}f}"
                   for name, digits in (("l0", 1), ("fvu", 3), ("dead", 2))),
