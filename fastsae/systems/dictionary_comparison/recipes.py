@@ -117,7 +117,7 @@ class Held(SparseAutoencoder):
         return super().objective(x, target, for_step=for_step)
 
 
-def new_sae(recipe: Recipe, x: Tensor, d_sae: int, l0: int, rows: int, seed: int) -> SparseAutoencoder:
+def new_sae(recipe: Recipe, x: Tensor, d_sae: int, l0: int, rows: int, seed: int) -> Held:
     """The SAE before training on so many rows, of which x (n, d) are some."""
     engine = recipe.start == "engine"
     sae = Held(

@@ -134,7 +134,7 @@ def ground(
 
     Raises ValueError for a text that is not there or too short, and for a model that is not there.
     """
-    cache, losses = folder / "cache", []
+    cache, losses = folder / "cache", list[float]()
     if scale.model == ONE_LAYER:
         corpus = one_layer.bytes_of(load_text(scale.text).paths)
         model, losses = one_layer.trained(replace(shape, steps=scale.steps), corpus, cache, advance)
@@ -362,8 +362,8 @@ def run_split(
     ((_, recipe),) = experiment.recipes
     _, reporting = here.held_out()
     sizes = (experiment.small, experiment.d_sae)
-    saes = [trained(experiment.scale, recipe, size, experiment.l0, seeds[0], here) for size in sizes]
-    best, alive = masked_cosines(*saes, reporting)
+    small, large = (trained(experiment.scale, recipe, size, experiment.l0, seeds[0], here) for size in sizes)
+    best, alive = masked_cosines(small, large, reporting)
     linked = (best > LINKED).sum(1)[alive]
     advance()
     counts = torch.bincount(linked.clamp(max=10), minlength=11).tolist()
