@@ -240,6 +240,8 @@ def test_the_readme_shows_the_stored_results() -> None:
     _, _, after = (ROOT / "README.md").read_text().partition(BEGIN.format(NAME))
     assert after.partition(END)[0].strip() == tables(stored).strip(), "run python -m bench.systems"
     for name, record in stored.items():
-        expected = toy.experiments(steps=record["settings"]["steps"])[name]
+        sizes = {one: record["settings"][one] for one in system(NAME).scale if one in record["settings"]}
+        changes = {one: value for one, value in sizes.items() if isinstance(value, int)}
+        expected = system(NAME).experiments(**changes)[name]
         settings = {"seeds": system(NAME).seeds, **json.loads(json.dumps(expected.settings))}
         assert record["settings"] == settings, name

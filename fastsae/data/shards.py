@@ -28,12 +28,14 @@ class ShardSource(EpochSource):
     then the rows of each pool are permuted. Memory: one pool, in the stored dtype. A folder that fits into one pool is
     shuffled perfectly. The order depends only on the seed and `buffer_rows`, so a position is two integers.
 
+    rows: None uses all training rows. A number uses that many of them, the first ones, or all if there are fewer: the
+    order of a folder that grows stays the same.
     holdout: None uses the folder's held-out rows, if any. A number uses that many of them, the first ones; a folder
     without any holds out that many of its last rows.
     verify: "lazy" checks a shard's checksum when it is first read, "eager" checks all of them now, with a progress bar,
     "size" only checks the files' lengths, as the others also do.
     dtype: of the returned rows; None leaves them as stored.
-    Row ids: training rows 0 .. n_tokens - 1 in the order of the files, then the held-out rows.
+    Row ids: the folder's training rows in the order of the files, then the held-out rows.
     Raises: ShardError naming a file that is missing, truncated or altered; ValueError for wrong arguments.
     """
 
@@ -41,6 +43,7 @@ class ShardSource(EpochSource):
         self,
         folder: str | os.PathLike,
         *,
+        rows: int | None = None,
         holdout: int | None = None,
         seed: int = 0,
         buffer_rows: int = 131_072,
@@ -50,8 +53,9 @@ class ShardSource(EpochSource):
     ):
         if verify not in get_args(Verify):
             raise ValueError(f"verify must be one of {', '.join(get_args(Verify))}, got {verify!r}")
-        if buffer_rows < 1:
-            raise ValueError(f"buffer_rows must be at least 1, got {buffer_rows}")
+        for name, value in (("buffer_rows", buffer_rows), ("rows", rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         self.dtype = dtype
@@ -64,7 +68,9 @@ class ShardSource(EpochSource):
             self._starts.append(self._starts[-1] + shard.rows)
         if verify == "eager":
             self.verify(progress)
-        n_train, self._held = self._split(holdout)
+        stored, self._held = self._split(holdout)
+        n_train = stored if rows is None else min(rows, stored)
+        self._last = -1 if rows is None else int(self._owner(torch.tensor([n_train - 1])))
         super().__init__(n_train, self.manifest.d_in, seed)
         self._chunks = self._chunk_table(n_train)
         self._epoch_chunks: tuple[int, Tensor, Tensor] | None = None
@@ -151,7 +157,7 @@ class ShardSource(EpochSource):
         """(chunks, 3) int64: file, first row in it, rows. No chunk crosses files or reaches the held-out rows."""
         table = []
         for number in range(len(self.manifest.shards)):
-            rows = min(self._shards[number].rows, n_train - self._starts[number])
+            rows = min(self._shards[number].rows, n_train - self._starts[number])  # below 0 after the last one used
             table += [(number, start, min(CHUNK_ROWS, rows - start)) for start in range(0, rows, CHUNK_ROWS)]
         return torch.tensor(table, dtype=torch.int64, device="cpu")
 
@@ -163,7 +169,7 @@ class ShardSource(EpochSource):
             "buffer_rows": self.buffer_rows,
             "rows": self._rows_per_epoch,
             "first_shard": self.manifest.shards[0].sha256,
-            "last_shard": self.manifest.shards[-1].sha256,
+            "last_shard": self.manifest.shards[self._last].sha256,
         }
 
     def _take(self, epoch: int, start: int, n: int) -> Tensor:
