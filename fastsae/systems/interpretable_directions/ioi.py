@@ -13,7 +13,7 @@ from fastsae.systems.interpretable_directions.patching import Patched, of_sae, p
 from fastsae.systems.interpretable_directions.saes import Recipe
 from fastsae.systems.interpretable_directions.toy import seconds_per_multiplication
 
-TOLD = 200
+TOLD = 60
 """Prompts on which the model's accuracy is measured."""
 PCA = {"pca": "PCA, rotation", "pca-signed": "PCA, ± directions"}
 
