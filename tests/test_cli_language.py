@@ -128,7 +128,7 @@ def test_what_it_refuses(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--hook", "mlp.0.down_proj:input"], "no module 'mlp.0.down_proj'"),
         (["--hook", "layers.0.mlp.down_proj:input"], "have 32 numbers, the autoencoder expects d_in = 16"),
         (["--tokens", "1000000"], "the text is too short: its held-out part has"),
-        (["--tokens", "0"], "--tokens is 0, expected at least 1"),
+        (["--tokens", "0"], "0 tokens of held-out text were asked for, expected at least 1"),
         (["--text", str(tmp_path / "none.txt")], "matches no file"),
         (["--spliced", "--data", str(place / "acts-residual")], "--spliced measures on text and --data on stored rows"),
         (["--model", "package:no_such_package"], "'no_such_package' is not installed"),

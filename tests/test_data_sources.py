@@ -104,21 +104,6 @@ def test_a_holdout_of_a_folder_without_one_takes_the_last_rows(tmp_path: Path) -
         ShardSource(tmp_path, holdout=1000)
 
 
-def test_the_first_rows_of_a_folder_that_grows(folder: Path, tmp_path: Path) -> None:
-    """The same rows in the same order, and positions that fit, whatever comes after them in the folder."""
-    save_rows(tmp_path / "longer", numbered(3200).bfloat16(), holdout=300, rows_per_shard=700)
-    sources = [ShardSource(one, rows=900) for one in (folder, tmp_path / "longer")]
-    batches = [ids_of(source.next_batch(900)) for source in sources]
-    assert sorted(batches[0]) == list(range(900))
-    assert batches[0] == batches[1]
-    assert [i for ids, _ in sources[1].iterate(512) for i in ids] == list(range(900))
-    sources[1].load_state_dict(sources[0].state_dict())
-    assert sorted(ids_of(sources[1].held_out())) == list(range(2900, 3200))
-    assert ShardSource(folder, rows=9000).n_tokens == 2200
-    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
-        ShardSource(folder, rows=0)
-
-
 def test_rows_by_id_and_in_order(folder: Path) -> None:
     source = ShardSource(folder, holdout=100)
     wanted = [2199, 0, 2205, 701, 699, 0]

@@ -1,16 +1,20 @@
-"""`fastsae eval` with a language model: held-out text, special tokens as in training, reconstructions spliced in."""
+"""SAEs in a language model, for `fastsae eval` and `sweep`: held-out text, special tokens as in training, splices."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastsae.cli.options import Eval, checked_device, torch_dtype
+from torch import Tensor
+
+from fastsae.cli.options import Eval, LanguageOptions, checked_device, torch_dtype
 from fastsae.data.models import LanguageModel, load_model
-from fastsae.data.splice import Site
+from fastsae.data.splice import Site, Where
 from fastsae.data.stream import ActivationStream, StreamConfig
 from fastsae.data.text import Corpus, load_text
+from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.evaluate import EvalResult, evaluate
 from fastsae.runs.opening import LanguageRecord, OpenedRun, language_of_run, open_run
 from fastsae.runs.spliced import SplicedLoss, activations_at, spliced_loss
@@ -27,12 +31,12 @@ class InModel:
     loss: SplicedLoss
     where: str
     """The rows, in words."""
-    model: dict[str, Any]
-    text: dict[str, Any]
+    origin: dict[str, Any]
+    """The model and the text."""
 
     def record(self) -> dict[str, Any]:
         """For evaluation.json."""
-        return {**self.loss.to_json(), "model": self.model, "text": self.text}
+        return {**self.loss.to_json(), **self.origin}
 
     def table(self) -> dict[str, Any]:
         """For the terminal."""
@@ -51,8 +55,8 @@ class InModel:
 
 def asks_for_language(options: Eval) -> bool:
     """Whether any option of `fastsae eval` needs a language model. Raises ValueError beside one for stored rows."""
-    names = ("spliced", "model", "any_model", "text", "hook", "output_hook", "window", "tokens", "also")
-    given = [name for name in names if getattr(options, name) != Eval.__dataclass_fields__[name].default]
+    own = [name for name in ("spliced", "also") if getattr(options, name)]
+    given = own + options.language.given()
     if given and (options.data is not None or options.all_rows):
         stored = "--data" if options.data is not None else "--all-rows"
         raise ValueError(
@@ -61,70 +65,121 @@ def asks_for_language(options: Eval) -> bool:
     return bool(given)
 
 
-def measure_in_model(options: Eval, run: OpenedRun) -> InModel:
-    """Loads the model and the text that the options name, or the run records, and measures.
+@dataclasses.dataclass(frozen=True)
+class HeldOutText:
+    """A language model and text that nothing was trained on, in front of one hook: loaded once, for any number of SAEs.
 
-    Raises ValueError for what is neither given nor recorded, for another model or text than the run's, a text too
-    short, and as `spliced_loss`; ImportError where transformers is not installed.
+    ids (windows, window) int64. stream: of the rows at the hook, with the filter of the training.
     """
-    record = language_of_run(run.config)
-    config = stream_config(options, record, run)
-    corpus = held_out_text(options, record, run)
-    others = [(path, open_run(path, device=options.device)) for path in options.also]
+
+    model: LanguageModel
+    corpus: Corpus
+    stream: ActivationStream
+    site: Site
+    ids: Tensor
+
+    def rows(self) -> tuple[Tensor, Tensor | None]:
+        """`activations_at` the hook, of the tokens that are replaced."""
+        config, where = self.stream.config, self.stream.filter.ordinary
+        return activations_at(
+            self.model, self.site, self.ids, where=where, windows_per_batch=config.windows_per_batch
+        )  # fmt: skip
+
+    def loss(
+        self, sae: SparseAutoencoder, mean: Tensor | None, others: Mapping[Site, tuple[SparseAutoencoder, Where]],
+        progress: bool,
+    ) -> SplicedLoss:  # fmt: skip
+        """`spliced_loss` of an SAE. mean (d_out,): of what is replaced; None: computed, as it must be with others."""
+        hooks = {self.site: sae} | {site: other for site, (other, _) in others.items()}
+        where = {self.site: self.stream.filter.ordinary} | {site: where for site, (_, where) in others.items()}
+        return spliced_loss(
+            self.model, hooks, self.ids, where=where, means=None if mean is None else {self.site: mean},
+            mean_of="the replaced activations of this text", special=left_alone(self.stream), progress=progress,
+        )  # fmt: skip
+
+    def origin(self) -> dict[str, Any]:
+        """What the model and the text are, for a record."""
+        return {"model": self.model.base.describe(), "text": self.corpus.describe()}
+
+
+def open_text(
+    options: LanguageOptions, record: LanguageRecord | None, name: Any, d_in: int, device: str
+) -> HeldOutText:  # fmt: skip
+    """Loads the model and the text that the options name, or the record of the run or activations called `name`.
+
+    Raises ValueError for what is neither given nor recorded, for another model or text than the record's, a text too
+    short, a hook of another width than d_in; ImportError where transformers is not installed.
+    """
+    config = stream_config(options, record, name)
+    corpus = held_out_text(options, record, name)
     spec = options.model or (record.model if record else None)
     if not spec:
-        raise ValueError(f"{run.path} does not record its language model; name it with --model")
+        raise ValueError(f"{name} does not record its language model; name it with --model")
     dtype = options.model_dtype or (record.dtype if record and record.dtype else "bfloat16")
-    model = load_model(spec, dtype=torch_dtype(dtype), device=str(checked_device(options.device)), head=True)
+    model = load_model(spec, dtype=torch_dtype(dtype), device=str(checked_device(device)), head=True)
     if record and not options.any_model:
         check_model(model, record, dtype)
     stream = ActivationStream(model, corpus, config)
     calibrate(stream, record)
-    site: Site = config.hook if options.output_hook is None else (config.hook, options.output_hook)
-    rows_wanted = options.tokens or math.ceil(config.holdout / stream.rows_per_window) * config.window
-    ids = stream.held_out_windows(rows_wanted)
-    hooks, where = {site: run.sae}, {site: stream.filter.ordinary}
-    for path, other in others:
-        add_other(hooks, where, model, corpus, path, other)
-    rows, targets = activations_at(model, site, ids, where=where[site], windows_per_batch=config.windows_per_batch)
-    if rows.shape[1] != run.sae.d_in:
+    if stream.d_in != d_in:
         raise ValueError(
-            f"the activations at {stream.hooked.name} of {spec} have {rows.shape[1]} numbers, the autoencoder expects "
-            f"d_in = {run.sae.d_in}; name its own model and hook with --model and --hook"
+            f"the activations at {stream.hooked.name} of {spec} have {stream.d_in} numbers, the autoencoder expects "
+            f"d_in = {d_in}; name its own model and hook with --model and --hook"
         )
+    site: Site = config.hook if options.output_hook is None else (config.hook, options.output_hook)
+    wanted = options.tokens or math.ceil(config.holdout / stream.rows_per_window) * config.window
+    return HeldOutText(model, corpus, stream, site, stream.held_out_windows(wanted))
+
+
+def measure_in_model(options: Eval, run: OpenedRun) -> InModel:
+    """Loads the model and the text that the options name, or the run records, and measures.
+
+    Raises as `open_text` and `spliced_loss`.
+    """
+    runs = [(path, open_run(path, device=options.device)) for path in options.also]
+    record = language_of_run(run.config)
+    text = open_text(options.language, record, run.path, run.sae.d_in, options.device)
+    others: dict[Site, tuple[SparseAutoencoder, Where]] = {}
+    for path, other in runs:
+        add_other(others, text, path, other)
+    rows, targets = text.rows()
     result = evaluate(run.sae, rows, targets=targets, batch_size=options.batch_size)
-    means = None if others else {site: (rows if targets is None else targets).double().mean(0)}
+    mean = None if others else (rows if targets is None else targets).double().mean(0)
     del rows, targets
-    loss = spliced_loss(
-        model, hooks, ids, where=where, means=means, mean_of="the replaced activations of this text",
-        special=left_alone(stream), progress=options.progress,
-    )  # fmt: skip
-    other_text = "held-out text of the run" if options.text is None else f"text of {options.text}"
-    return InModel(result, loss, f"rows of the {other_text}", model.base.describe(), corpus.describe())
+    loss = text.loss(run.sae, mean, others, options.progress)
+    named = options.language.text
+    other_text = "held-out text of the run" if named is None else f"text of {named}"
+    return InModel(result, loss, f"rows of the {other_text}", text.origin())
 
 
-def stream_config(options: Eval, record: LanguageRecord | None, run: OpenedRun) -> StreamConfig:
+def spliced_in(text: HeldOutText) -> Callable[[SparseAutoencoder], dict[str, Any]]:
+    """What `fastsae sweep` measures of each SAE: `SplicedLoss` as JSON, the mean of the ablation computed once."""
+    mean, origin = text.rows()[0].double().mean(0), text.origin()
+    return lambda sae: {**text.loss(sae, mean, {}, progress=False).to_json(), **origin}
+
+
+def stream_config(options: LanguageOptions, record: LanguageRecord | None, name: Any) -> StreamConfig:
     """How text becomes rows: as in training, but for what the options say."""
     hook = options.hook or (record.stream.hook if record else None)
     if hook is None:
-        raise ValueError(f"{run.path} does not record where its activations were taken; name the place with --hook")
+        raise ValueError(f"{name} does not record where its activations were taken; name the place with --hook")
     config = dataclasses.replace(record.stream if record else StreamConfig(hook=hook), hook=hook)
     if options.window is not None:
         config = dataclasses.replace(config, window=options.window)
     if options.tokens is not None and options.tokens < 1:
-        raise ValueError(f"--tokens is {options.tokens}, expected at least 1")
+        raise ValueError(f"{options.tokens} tokens of held-out text were asked for, expected at least 1")
     # The split of the run's own text must stay as it was in training; of any other, everything is held out.
     return config if options.text is None else dataclasses.replace(config, holdout=options.tokens or TOKENS)
 
 
-def held_out_text(options: Eval, record: LanguageRecord | None, run: OpenedRun) -> Corpus:
+def held_out_text(options: LanguageOptions, record: LanguageRecord | None, name: Any) -> Corpus:
     """The text. Raises ValueError if the run's own has changed since, or holds nothing out."""
     if options.text is not None:
         return load_text(options.text)
     if record is None or not record.text:
-        raise ValueError(f"{run.path} does not record its text; name one that it was not trained on with --text")
+        raise ValueError(f"{name} does not record its text; name one that it was not trained on with --text")
     if record.stream.holdout == 0:
-        raise ValueError(f"{run.path} was trained on all of its text; name another with --text")
+        raise ValueError(f"{name} was trained on all of its text; name another with --text")
     corpus = load_text(record.text["spec"])
     here, then = corpus.describe()["digest"], record.text.get("digest")
     if then is not None and here != then:
@@ -154,17 +209,17 @@ def calibrate(stream: ActivationStream, record: LanguageRecord | None) -> None:
 
 
 def add_other(
-    hooks: dict[Site, Any], where: dict[Site, Any], model: LanguageModel, corpus: Corpus, path: Any, other: OpenedRun
-) -> None:
+    others: dict[Site, tuple[SparseAutoencoder, Where]], text: HeldOutText, path: Any, other: OpenedRun
+) -> None:  # fmt: skip
     """One more run, at the hook that it records, with the filter of its own training."""
     record = language_of_run(other.config)
     if record is None:
         raise ValueError(f"{path} does not record where its activations were taken; --also takes runs that do")
-    if record.stream.hook in hooks:
+    if record.stream.hook in {text.site, *others}:
         raise ValueError(f"{path} is of the hook {record.stream.hook}, as another of these runs; splice in one of them")
-    stream = ActivationStream(model, corpus, record.stream)
+    stream = ActivationStream(text.model, text.corpus, record.stream)
     calibrate(stream, record)
-    hooks[record.stream.hook], where[record.stream.hook] = other.sae, stream.filter.ordinary
+    others[record.stream.hook] = other.sae, stream.filter.ordinary
 
 
 def left_alone(stream: ActivationStream) -> str:

@@ -28,14 +28,13 @@ class ShardSource(EpochSource):
     then the rows of each pool are permuted. Memory: one pool, in the stored dtype. A folder that fits into one pool is
     shuffled perfectly. The order depends only on the seed and `buffer_rows`, so a position is two integers.
 
-    rows: None uses all training rows. A number uses that many of them, the first ones, or all if there are fewer: the
-    order of a folder that grows stays the same.
     holdout: None uses the folder's held-out rows, if any. A number uses that many of them, the first ones; a folder
     without any holds out that many of its last rows.
+    rows: train on the first so many only, in the order that they have whatever is harvested after them; None: on all.
     verify: "lazy" checks a shard's checksum when it is first read, "eager" checks all of them now, with a progress bar,
     "size" only checks the files' lengths, as the others also do.
     dtype: of the returned rows; None leaves them as stored.
-    Row ids: the folder's training rows in the order of the files, then the held-out rows.
+    Row ids: training rows 0 .. n_tokens - 1 in the order of the files, then the held-out rows.
     Raises: ShardError naming a file that is missing, truncated or altered; ValueError for wrong arguments.
     """
 
@@ -43,8 +42,8 @@ class ShardSource(EpochSource):
         self,
         folder: str | os.PathLike,
         *,
-        rows: int | None = None,
         holdout: int | None = None,
+        rows: int | None = None,
         seed: int = 0,
         buffer_rows: int = 131_072,
         dtype: torch.dtype | None = torch.float32,
@@ -53,9 +52,10 @@ class ShardSource(EpochSource):
     ):
         if verify not in get_args(Verify):
             raise ValueError(f"verify must be one of {', '.join(get_args(Verify))}, got {verify!r}")
-        for name, value in (("buffer_rows", buffer_rows), ("rows", rows)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if buffer_rows < 1:
+            raise ValueError(f"buffer_rows must be at least 1, got {buffer_rows}")
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows must be at least 1, or None for all, got {rows}")
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         self.dtype = dtype
@@ -68,9 +68,8 @@ class ShardSource(EpochSource):
             self._starts.append(self._starts[-1] + shard.rows)
         if verify == "eager":
             self.verify(progress)
-        stored, self._held = self._split(holdout)
-        n_train = stored if rows is None else min(rows, stored)
-        self._last = -1 if rows is None else int(self._owner(torch.tensor([n_train - 1])))
+        n_train, self._held = self._split(holdout)
+        n_train = n_train if rows is None else min(rows, n_train)
         super().__init__(n_train, self.manifest.d_in, seed)
         self._chunks = self._chunk_table(n_train)
         self._epoch_chunks: tuple[int, Tensor, Tensor] | None = None
@@ -112,14 +111,29 @@ class ShardSource(EpochSource):
             piece = wanted[start : start + batch_size]
             yield piece, self.rows(piece)
 
+    def token_ids(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """The token of each of these rows: (len(ids),) int64. Raises as `contexts`."""
+        places = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+        owner, out = self._owner(places), torch.empty_like(places)
+        for number in owner.unique().tolist():
+            mine = (owner == number).nonzero()[:, 0]
+            text, local = self._shards[number].context(), places[mine] - self._starts[number]
+            out[mine] = text.token_ids[text.window[local].long(), text.position[local].long()].long()
+        return out
+
+    def vocabulary(self) -> list[str] | None:
+        """The text of every token id, or None if the folder was stored without. Raises ShardError if damaged."""
+        if self._strings is None and self.manifest.vocabulary is not None:
+            self.manifest.vocabulary.check_content(self.folder)
+            self._strings = read_vocabulary(self.folder / self.manifest.vocabulary.file)
+        return self._strings
+
     def contexts(self, ids: Sequence[int] | Tensor, width: int = 16) -> list[Context]:
         """The text around these rows, up to `width` tokens to either side, within the row's window.
 
         Raises: ValueError if the folder was stored without text; IndexError for an unknown id.
         """
-        if self._strings is None and self.manifest.vocabulary is not None:
-            self.manifest.vocabulary.check_content(self.folder)
-            self._strings = read_vocabulary(self.folder / self.manifest.vocabulary.file)
+        strings = self.vocabulary()
         places = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
         opened: dict[int, ShardContext] = {}
         found = []
@@ -127,7 +141,7 @@ class ShardSource(EpochSource):
             if number not in opened:
                 opened[number] = self._shards[number].context()
             first = self._starts[number]
-            found.append(context_of(opened[number], row - first, first, width, self._strings))
+            found.append(context_of(opened[number], row - first, first, width, strings))
         return found
 
     def _split(self, holdout: int | None) -> tuple[int, range]:
@@ -157,19 +171,20 @@ class ShardSource(EpochSource):
         """(chunks, 3) int64: file, first row in it, rows. No chunk crosses files or reaches the held-out rows."""
         table = []
         for number in range(len(self.manifest.shards)):
-            rows = min(self._shards[number].rows, n_train - self._starts[number])  # below 0 after the last one used
+            rows = min(self._shards[number].rows, n_train - self._starts[number])
             table += [(number, start, min(CHUNK_ROWS, rows - start)) for start in range(0, rows, CHUNK_ROWS)]
         return torch.tensor(table, dtype=torch.int64, device="cpu")
 
     def _identity(self) -> dict[str, Any]:
-        # The shards' checksums identify the rows, even if the folder was moved.
+        # The shards' checksums identify the rows, even if the folder was moved or holds more by now.
+        last = int(self._owner(torch.tensor([self._rows_per_epoch - 1], device="cpu")))
         return {
             "source": "shards",
             "seed": self.seed,
             "buffer_rows": self.buffer_rows,
             "rows": self._rows_per_epoch,
             "first_shard": self.manifest.shards[0].sha256,
-            "last_shard": self.manifest.shards[self._last].sha256,
+            "last_shard": self.manifest.shards[last].sha256,
         }
 
     def _take(self, epoch: int, start: int, n: int) -> Tensor:

@@ -49,23 +49,36 @@ class SplicedSection:
 
 
 def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming | None = None) -> str:
-    """The page's HTML. Everything that comes from files or models is escaped by the template."""
-    here = importlib.resources.files(__package__)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((here / "template.html").read_text(encoding="utf-8"))
-    css = (here / "style.css").read_text(encoding="utf-8")
-    return template.render(
-        css=Markup(css),
+    """The page's HTML."""
+    return fill(
+        kind="fastsae report",
         title=log.folder.resolve().name,
         subtitle=_subtitle(log),
         notes=log.notes,
         tiles=_tiles(log),
+        heading="Curves",
         plots=all_plots(log, timing),
         spliced=spliced_section(log),
         latents=latents,
-        settings=_settings(log.config),
+        settings=settings_groups(log.config),
         footer=_footer(log),
     )
+
+
+def fill(**parts: Any) -> str:
+    """The template with these parts; a section of it whose part is not given is left out.
+
+    Everything that comes from files or models is escaped by the template.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(read_resource("template.html"))
+    sections = ("notes", "tiles", "plots", "cells", "spliced", "latents", "settings", "wide")
+    return template.render(dict.fromkeys(sections) | {"css": Markup(read_resource("style.css"))} | parts)
+
+
+def read_resource(name: str) -> str:
+    """A file of this package."""
+    return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
 
 
 def total_steps(config: Record) -> int | None:
@@ -127,7 +140,11 @@ def spliced_section(log: RunLog) -> SplicedSection | None:
 
 def _footer(log: RunLog) -> str:
     machine = log.config.get("machine")
-    torch_version = machine.get("torch") if isinstance(machine, dict) else None
+    return footer(machine.get("torch") if isinstance(machine, dict) else None)
+
+
+def footer(torch_version: str | None) -> str:
+    """Who wrote the page and when; `torch_version`: of the training."""
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     made = f"Written by fastsae {version()} on {now}"
     return f"{made}; trained with torch {torch_version}." if torch_version else f"{made}."
@@ -183,7 +200,7 @@ class SettingsGroup:
     rows: list[tuple[str, str]]
 
 
-def _settings(config: Record) -> list[SettingsGroup]:
+def settings_groups(config: Record) -> list[SettingsGroup]:
     """One group for each section of the config, plain values first under "run"."""
     plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
     groups = [SettingsGroup("run", _rows(plain))] if plain else []

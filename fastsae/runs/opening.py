@@ -125,6 +125,15 @@ def describe_rows(path: str | Path, *, tensor: str | None, holdout: int | None, 
     return {"path": str(Path(path).absolute()), "tensor": tensor, "holdout": holdout, "seed": seed}
 
 
+def open_with_notes(
+    path: str | Path, *, tensor: str | None = None, holdout: int | None = None, seed: int = 0
+) -> tuple[ShardSource | TensorSource, dict[str, Any]]:
+    """`open_rows`, and what a run trained on them notes as "data": where they are, and how they were harvested."""
+    source = open_rows(path, tensor=tensor, holdout=holdout, seed=seed)
+    notes = describe_rows(path, tensor=tensor, holdout=holdout, seed=seed)
+    return source, notes | ({"harvest": source.manifest.settings} if isinstance(source, ShardSource) else {})
+
+
 def rows_of_run(config: dict[str, Any]) -> ShardSource | TensorSource | None:
     """The activations that a run was trained on, from its config.json; None if that names no file.
 

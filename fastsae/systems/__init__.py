@@ -11,6 +11,7 @@ from importlib import import_module
 SYSTEMS = {
     "clustering": "fastsae.systems.clustering.figures",
     "interpretable_directions": "fastsae.systems.interpretable_directions.figures",
+    "monosemanticity": "fastsae.systems.monosemanticity.figures",
     "othello": "fastsae.systems.othello.figures",
 }
 """Each system's name and the module that defines its SYSTEM."""

@@ -52,6 +52,8 @@ class Material:
     def source(self, folder: Path, seed: int = 0) -> ShardSource:
         """The rows, in float32, in an order of this seed. What is not yet stored beside `folder` is harvested first.
 
+        Others may have stored more rows there; they change nothing.
+
         Raises as `harvest`: ValueError for a model or text that is not there.
         """
         place = self._place(folder)

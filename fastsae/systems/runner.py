@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fastsae.atomic import lock_folder, replace_file
+from fastsae.runs.logs import duration
 from fastsae.systems.results import Results
 
 log = logging.getLogger("fastsae.systems")
@@ -119,14 +120,6 @@ def reproduce(
     finally:
         torch.set_num_threads(before)
         os.close(lock)
-
-
-def duration(seconds: float) -> str:
-    """In the unit that gives a number of one or two digits."""
-    for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def _locked(folder: Path) -> int:
