@@ -18,6 +18,7 @@ from fastsae.data import LanguageModel, ShardSource, save_rows
 from fastsae.systems import one_layer
 from fastsae.systems.interpretable_directions import patching, prompts, saes, system
 from fastsae.systems.interpretable_directions.figures import tables
+from fastsae.systems.interpretable_directions.metrics import likeness
 from fastsae.systems.interpretable_directions.models import FRAMES, Scale, prompts_of
 from fastsae.systems.interpretable_directions.patching import Code, Patched
 from fastsae.systems.interpretable_directions.saes import Recipe
@@ -222,6 +223,11 @@ def test_selection_against_a_slow_version() -> None:
 
 
 # -- SAEs -------------------------------------------------------------------------------------------------------------
+
+
+def test_dictionaries_of_two_sizes_start_apart() -> None:
+    small, large = (saes.new_sae(Recipe("published", ratio, 6), 64, 0).W_dec.detach() for ratio in (1, 2))
+    assert likeness(small, large)["mmcs"] < 0.5
 
 
 def test_the_published_loss() -> None:

@@ -69,8 +69,8 @@ def tables(records: Mapping[str, Any]) -> str:
         if cells := _cells(records, variant):
             text.append(_grid_table(cells, variant))
     for prefix in MODELS:
-        if cells := _frontier(records, prefix):
-            text += [_frontier_table(cells, prefix), *_beyond_table(cells, prefix)]
+        if frontier := _frontier(records, prefix):
+            text += [_frontier_table(frontier, prefix), *_beyond_table(frontier, prefix)]
         if patched := _of_kind(records, prefix, "ioi"):
             text.append(_patching_table(patched, records.get(f"{prefix}model"), prefix))
     return "\n\n".join(text)
@@ -189,8 +189,8 @@ def _patching_table(patched: Mapping[str, Mapping[str, Any]], model: Mapping[str
         lines.append([
             record["title"], _by_seed([points[0]["latents"] for points in curves], "{:.0f}"),
             _by_seed([points[0]["kl"] for points in curves], "{:.3f}"),
-            *(_by_seed([point and point["latents"] for point in found], "{:.0f}") for found in at),
-            *(_by_seed([point and point["edit"] for point in found], "{:.2f}") for found in at),
+            *(_by_seed([point["latents"] if point else None for point in found], "{:.0f}") for found in at),
+            *(_by_seed([point["edit"] if point else None for point in found], "{:.2f}") for found in at),
         ])  # fmt: skip
     return table(header, lines)
 

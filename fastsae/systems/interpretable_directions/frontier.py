@@ -18,7 +18,7 @@ from fastsae.systems.interpretable_directions import saes
 from fastsae.systems.interpretable_directions.metrics import likeness
 from fastsae.systems.interpretable_directions.models import Scale
 from fastsae.systems.interpretable_directions.saes import Recipe
-from fastsae.systems.interpretable_directions.toy import ALIVE
+from fastsae.systems.interpretable_directions.toy import ALIVE, seconds_per_multiplication
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Experiment:
         return self.used(seeds) * self.recipe.steps(self.scale)
 
     def seconds(self, seeds: int) -> float:
-        """About how long it takes here, if the rows are there: see `saes.seconds`; half a minute to measure each."""
-        return self.used(seeds) * (saes.seconds(self.recipe, self.scale) + 30)
+        """About how long it takes here, if the rows are there: `saes.seconds`, and four passes of the whole model."""
+        passes = 4 * self.scale.tokens * 2 * self.scale.later * seconds_per_multiplication()
+        return self.used(seeds) * (saes.seconds(self.recipe, self.scale) + passes)
 
     def lacking(self) -> str | None:
         return self.scale.lacking()

@@ -27,7 +27,7 @@ class Model:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"prompts": self.scale.prompts, **self.scale.settings}
+        return {"prompts": self.scale.prompts, "told": TOLD, **self.scale.settings}
 
     def steps(self, seeds: int) -> int:
         return self.scale.small.steps if self.scale.model == FRAMES else 1

@@ -84,8 +84,8 @@ class Scale:
 
     @property
     def stream(self) -> StreamConfig:
-        window = {"window": self.small.window} if self.model == FRAMES else {}
-        return StreamConfig(hook=self.layer, holdout=self.holdout, **window)
+        window = self.small.window if self.model == FRAMES else StreamConfig.window
+        return StreamConfig(hook=self.layer, window=window, holdout=self.holdout)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -110,9 +110,10 @@ class Patched:
     def _last_logits(self, ids: Tensor) -> Tensor:
         """(n, vocabulary) at the last tokens; where the model says which module is its head, of these alone."""
         rows, last = torch.arange(len(ids)), self.prompts.last
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        found = getattr(self.model, "get_output_embeddings", None)  # of transformers' models
+        head: nn.Module | None = None if found is None else found()
 
-        def last_only(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def last_only(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return with_input(args, kwargs, input_of(args, kwargs)[rows, last][:, None])
 
         with contextlib.ExitStack() as stack:

@@ -98,7 +98,9 @@ def prompts(
     if len(names) < 3:
         raise ValueError(f"{len(names)} of the {len(known)} names are one token each, expected at least 3; see NAMES")
     drawn = random.Random(seed)
-    base, target, three = [], [], []
+    base: list[list[int]] = []
+    target: list[list[int]] = []
+    three = []
     for i in range(n):
         receiver, giver, other = drawn.sample(names, 3)
         place, thing = drawn.choice(PLACES), drawn.choice(THINGS)

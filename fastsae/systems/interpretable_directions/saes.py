@@ -68,7 +68,9 @@ def new_sae(recipe: Recipe, d: int, seed: int) -> SparseAutoencoder:
     sae = SparseAutoencoder(d, recipe.ratio * d, recipe.activation, normalize="constant", seed=seed, **options)
     if published:
         with torch.no_grad():
-            nn.init.xavier_uniform_(sae.W_dec, generator=torch.Generator().manual_seed(seed))
+            # Of each size another seed: the rows of a dictionary would be the first of the next larger one.
+            generator = torch.Generator().manual_seed(seed + 1_000_000 * recipe.ratio)
+            nn.init.xavier_uniform_(sae.W_dec, generator=generator)
             normalize_rows_(sae.W_dec)
     return sae
 
