@@ -236,6 +236,8 @@ def test_steps_are_a_limit(tmp_path: Path, capsys) -> None:
 def test_the_stored_results_have_the_settings_of_today() -> None:
     stored = read(RESULTS / NAME / "results.json", NAME)["experiments"]
     for name, record in stored.items():
-        expected = toy.experiments(steps=record["settings"]["steps"])[name]
+        sizes = {one: record["settings"][one] for one in system(NAME).scale if one in record["settings"]}
+        changes = {one: value for one, value in sizes.items() if isinstance(value, int)}
+        expected = system(NAME).experiments(**changes)[name]
         settings = {"seeds": system(NAME).seeds, **json.loads(json.dumps(expected.settings))}
         assert record["settings"] == settings, name

@@ -9,6 +9,7 @@ A second run skips the experiments that are stored there, unless their settings 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -102,9 +103,15 @@ def markdown(parts: Iterable[Table | str]) -> str:
     return "\n\n".join(map(str, parts))
 
 
-def median(values: Sequence[float]) -> float:
-    """The median; for an even count the mean of the middle two."""
-    return float(statistics.median(values))
+def rounded(value: float, digits: int) -> float | None:
+    """A number for a record; None for NaN, which JSON has not: a share of what an ablation costs may be undefined."""
+    return None if math.isnan(value) else round(value, digits)
+
+
+def median(values: Sequence[float | None]) -> float:
+    """The median of the values that are not None, of an even count the mean of the middle two; NaN of none."""
+    known = [value for value in values if value is not None]
+    return float(statistics.median(known)) if known else math.nan
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -113,7 +120,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return (ordered[1], ordered[-2]) if len(ordered) > 3 else (ordered[0], ordered[-1])
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """The median, and the least and the largest where there are several."""
-    between = f" [{min(values):{form}} – {max(values):{form}}]" if len(values) > 1 else ""
-    return f"{median(values):{form}}{between}"
+def spread(values: Sequence[float | None], form: str) -> str:
+    """The median, and the least and the largest where there are several; "-" where no value is defined."""
+    known = [value for value in values if value is not None]
+    between = f" [{min(known):{form}} – {max(known):{form}}]" if len(known) > 1 else ""
+    return f"{median(known):{form}}{between}" if known else "-"

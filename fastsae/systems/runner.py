@@ -45,6 +45,7 @@ class System:
     seeds         how many, where the user does not say.
     scale         the sizes that a user may change, by name, and what they are otherwise.
     seconds       about how long an experiment takes on one core, for so many seeds; None: not known.
+    lacking       what has to be installed for an experiment, in one line; None: nothing.
     """
 
     about: About
@@ -59,6 +60,7 @@ class System:
     seeds: int = 10
     scale: Mapping[str, int | str] = field(default_factory=dict)
     seconds: Callable[[Any, int], float] | None = None
+    lacking: Callable[[Any], str | None] = lambda experiment: None
 
 
 def reproduce(
@@ -69,6 +71,7 @@ def reproduce(
 
     only: these experiments, by name. scale: changes of the system's `scale`. threads: of the CPU; SAEs this small are
     slower with more than one.
+    Experiments that lack something are left out, with a warning at the start and, after the others, a ValueError.
     Raises ValueError for an unknown experiment or size or fewer than one seed, and BlockingIOError if another process
     is writing there. KeyboardInterrupt loses only the current experiment.
     """
@@ -96,6 +99,13 @@ def reproduce(
         missing = [one for one in chosen if not results.has(one, settings[one])]
         if len(missing) < len(chosen):
             log.info("%d of %d experiments are already in %s", len(chosen) - len(missing), len(chosen), folder)
+        lacking = {one: reason for one in missing if (reason := system.lacking(experiments[one]))}
+        missing = [one for one in missing if one not in lacking]
+        if len(lacking) == len(chosen):
+            raise ValueError(lacking[chosen[0]])
+        if lacking:
+            left_out = f"{len(lacking)} of {len(chosen)} experiments are left out: {next(iter(lacking.values()))}"
+            log.warning("%s", left_out)
         if system.seconds is not None and missing:
             expected = sum(system.seconds(experiments[one], seeds) for one in missing)
             log.info("%d experiments, about %s on one core", len(missing), duration(expected))
@@ -109,7 +119,10 @@ def reproduce(
                 record["seconds"] = round(time.perf_counter() - start, 1)
                 results.put(one, settings[one], record, list(experiments))
         system.draw_all(results.experiments, folder)
-        return publish(name, system, results)
+        text = publish(name, system, results)
+        if lacking:
+            raise ValueError(f"{left_out}. The others are in {folder / TABLE}")
+        return text
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; what was done is in {folder}; the same command continues") from None
     finally:

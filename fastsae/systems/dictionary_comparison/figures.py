@@ -94,16 +94,10 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     """FVU, CE recovered over zero and mean, L0, dead, dense and the weight, over the seeds."""
     known = [weight for weight in record["weight"] if weight is not None]
     return [
-        spread(record["fvu"], ".3f"), _share(record["recovered"]), _share(record["recovered_over_mean"]),
+        spread(record["fvu"], ".3f"), spread(record["recovered"], ".1%"), spread(record["recovered_over_mean"], ".1%"),
         f"{median(record['l0']):.1f}", f"{median(record['dead']):.1%}", f"{median(record['dense']):.1%}",
         f"{median(known):.2g}" if known else "-",
     ]  # fmt: skip
-
-
-def _share(values: Sequence[float | None]) -> str:
-    """The spread over the seeds; "-" where an ablation costs nothing, so that no share is defined."""
-    known = [value for value in values if value is not None]
-    return spread(known, ".1%") if known else "-"
 
 
 def _drawn(values: Sequence[float | None]) -> list[float]:
@@ -152,7 +146,7 @@ def _sizes(records: Records) -> Table | None:
 
 
 def _short(record: Mapping[str, Any]) -> str:
-    return f"{record['fvu'][0]:.3f} / {_share(record['recovered'][:1])} / {record['dead'][0]:.0%}"
+    return f"{record['fvu'][0]:.3f} / {spread(record['recovered'][:1], '.1%')} / {record['dead'][0]:.0%}"
 
 
 def _splits(records: Records) -> Table | None:
@@ -223,7 +217,7 @@ def _draw_curves(axes: Axes, records: Records, name: str, label: str) -> None:
     for key in COMPARED:
         for size in sizes(records):
             row = [record for l0 in L0S if (record := cell(records, key, size, l0)) is not None]
-            x, y = [median(r["l0"]) for r in row], [median(_drawn(r[name])) for r in row]
+            x, y = [median(r["l0"]) for r in row], [median(r[name]) for r in row]
             if not row:
                 continue
             if size == main:
@@ -263,7 +257,7 @@ def result(records: Records) -> str:
     if len(found) < 2:
         return ""
     each = "; ".join(
-        f"{TITLES[key]} {median(one['fvu']):.3f} and {_share(one['recovered'])}" for key, one in found.items()
+        f"{TITLES[key]} {median(one['fvu']):.3f} and {spread(one['recovered'], '.1%')}" for key, one in found.items()
     )
     return f"At L0 {MAIN_L0} of {main:,} latents, FVU and cross-entropy recovered over zero ablation: {each}."
 

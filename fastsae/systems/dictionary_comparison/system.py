@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import sysconfig
@@ -38,6 +37,7 @@ from fastsae.systems.dictionary_comparison import recipes
 from fastsae.systems.dictionary_comparison.recipes import BETTER, CANDIDATES, SWAPS, Recipe
 from fastsae.systems.interpretable_directions.metrics import max_cosines
 from fastsae.systems.material import TEXT, InModel, Material
+from fastsae.systems.results import rounded
 
 ONE_LAYER = "one-layer"
 LAYER = 15
@@ -304,13 +304,8 @@ def run_saes(
             "l0": round(result.l0, 3),
             "dead": round(result.dead_share, 5),
             "dense": round(float((result.density > 0.01).double().mean()), 5),
-            **{
-                name: None if math.isnan(share) else round(share, 4)
-                for name, share in (
-                    ("recovered", loss.recovered_over_zero),
-                    ("recovered_over_mean", loss.recovered_over_mean),
-                )
-            },
+            "recovered": rounded(loss.recovered_over_zero, 4),
+            "recovered_over_mean": rounded(loss.recovered_over_mean, 4),
             "weight": None if weight is None else float(f"{weight:.3g}"),
             "densities": densities(result),
             "chosen_by": round(evaluate(sae, choosing).fvu, 5),

@@ -35,8 +35,8 @@ def tables(records: Records) -> list[Table | str]:
 
 
 def _middle(record: Records, name: str, form: str = ".3f") -> str:
-    values = [value for value in record.get(name, ()) if value is not None]
-    return format(median(values), form) if values else "-"
+    middle = median(record.get(name, ()))
+    return "-" if math.isnan(middle) else format(middle, form)
 
 
 def _all(record: Records, name: str, form: str = ".3f") -> str:
@@ -239,11 +239,13 @@ def _draw_frontier(records: Records, folder: Path) -> None:
         axes, ("fvu", "recovered_over_mean"), ("FVU", "CE recovered over mean ablation"), strict=True
     ):
         for rule in ("published", *RULES):
-            lines = [(record["l0"], record[name]) for weight in WEIGHTS if (record := _at(records, weight).get(rule))]
+            found = [record for weight in WEIGHTS if (record := _at(records, weight).get(rule))]
+            # A share is None where the ablation costs nothing.
+            lines = [(record["l0"], record[name]) for record in found if None not in record[name]]
             if not lines:
                 continue
             colour = COLOURS["faithful"] if rule == "published" else colours[rule]
-            x, y = zip(*sorted((median(l0), median(values)) for l0, values in lines if None not in values), strict=True)
+            x, y = zip(*sorted((median(l0), median(values)) for l0, values in lines), strict=True)
             axis.plot(x, y, color=colour, linewidth=1.2, label=NAMES[rule])
             for l0, values in lines:
                 axis.plot(l0, values, ".", color=colour, markersize=4)
