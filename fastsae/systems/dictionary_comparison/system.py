@@ -92,8 +92,8 @@ class Scale:
 
 
 QUICK = Scale(
-    text=str(Path(sysconfig.get_paths()["stdlib"]) / "a*.py"), steps=30, rows=4096, batch=256, held=2048, tokens=512, small=48,
-    d_sae=64, large=0,
+    text=str(Path(sysconfig.get_paths()["stdlib"]) / "a*.py"), steps=30, rows=4096, batch=256, held=2048, tokens=512,
+    small=48, d_sae=64, large=0,
 )  # fmt: skip
 """Reads sources of the running Python, which are there without any package."""
 TINY = one_layer.Recipe(d=16, mlp=32, heads=2, window=64, batch=8)
