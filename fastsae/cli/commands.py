@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastsae.backends import backends
-from fastsae.cli.language import asks_for_language, measure_in_model
+from fastsae.cli.language import asks_for_language, measure_in_model, open_text, spliced_in
 from fastsae.cli.options import (
     LIVE,
     Eval,
@@ -24,16 +24,28 @@ from fastsae.cli.options import (
     LiveOptions,
     Report,
     Reproduce,
+    Sweep,
     Train,
     checked_device,
+    latent_indices,
     torch_dtype,
 )
 from fastsae.data.harvest import harvest
 from fastsae.data.models import load_model
 from fastsae.data.shards import ShardSource
 from fastsae.data.source import ActivationSource
+from fastsae.runs import sweep
 from fastsae.runs.evaluate import EvalResult, evaluate
-from fastsae.runs.opening import EVALUATION, OpenedRun, describe_rows, open_rows, open_run, rows_of_run, version
+from fastsae.runs.opening import (
+    EVALUATION,
+    OpenedRun,
+    language_of_run,
+    open_rows,
+    open_run,
+    open_with_notes,
+    rows_of_run,
+    version,
+)
 from fastsae.runs.stopping import TrainingInterrupted
 from fastsae.runs.trainer import Trainer
 
@@ -74,13 +86,7 @@ def open_source(options: Train) -> tuple[ActivationSource, dict[str, Any]]:
     """The data of `fastsae train`, and its description for the run's notes."""
     if options.data == LIVE:
         return options.live.open(), {LIVE: dataclasses.asdict(options.live)}
-    source = open_rows(options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed)
-    notes = describe_rows(
-        options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed
-    )  # fmt: skip
-    if isinstance(source, ShardSource):
-        notes["harvest"] = source.manifest.settings
-    return source, notes
+    return open_with_notes(options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed)
 
 
 def run_train(options: Train) -> int:
@@ -159,7 +165,7 @@ def run_language_eval(options: Eval, run: OpenedRun) -> int:
     """fastsae eval with a language model"""
     found = measure_in_model(options, run)
     out = options.out or options.run / EVALUATION
-    extra = {"step": run.step, "weights": str(run.path), "rows": found.where, "spliced": found.record()}
+    extra = {"step": run.step, "weights": str(run.path), "rows": found.where, **found.record(options.density)}
     found.result.write(out, with_density=options.density, **extra)
     print_evaluation(found.result, found.where, out, found.table())
     return 0
@@ -190,15 +196,46 @@ def run_report(options: Report) -> int:
     # Imported here: drawing costs a second that no other command should pay.
     from fastsae.report import ReportOptions, write_report
 
-    names = [field.name for field in dataclasses.fields(ReportOptions)]
-    print(write_report(options.run, out=options.out, options=ReportOptions(**{n: getattr(options, n) for n in names})))
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(ReportOptions)}
+    if options.latents is not None:
+        given["latents"] = latent_indices(options.latents)
+    print(write_report(options.run, out=options.out, options=ReportOptions(**given)))
     return 0
+
+
+def run_sweep(options: Sweep) -> int:
+    """fastsae sweep"""
+    # Imported here: drawing costs a second that no other command should pay.
+    from fastsae.report.sweep import write_sweep
+
+    source, notes = open_with_notes(
+        options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed
+    )  # fmt: skip
+    cells = sweep.grid(
+        options.rules, options.l0s, options.d_sae, options.seeds, options.train, options.sae.arguments(),
+        options.sae.precision,
+    )  # fmt: skip
+    further = None
+    if options.spliced or options.language.given():
+        record = language_of_run({"notes": {"data": notes}})
+        further = sweep.Further(
+            "spliced", dataclasses.asdict(options.language),
+            lambda: spliced_in(open_text(options.language, record, options.data, source.d_in, options.sae.device)),
+        )  # fmt: skip
+    records = sweep.run_sweep(
+        cells, source, options.out, notes={"data": notes, "fastsae": version()}, further=further,
+        progress=options.train.progress, after=lambda: write_sweep(options.out),
+    )  # fmt: skip
+    print(write_sweep(options.out))
+    print(f"\nwritten to {options.out}: sweep.json, table.md, pareto.svg, sweep.html")
+    return 1 if any("failed" in records[cell.name] for cell in cells) else 0
 
 
 def run_reproduce(options: Reproduce) -> int:
     """fastsae reproduce"""
     # Imported here: drawing costs a second that no other command should pay.
     from fastsae.systems import system
+    from fastsae.systems.page import PAGE
     from fastsae.systems.runner import reproduce
 
     found = system(options.system)
@@ -209,7 +246,7 @@ def run_reproduce(options: Reproduce) -> int:
             scale=sizes(options.scale), progress=options.progress, threads=options.threads,
         )
     )  # fmt: skip
-    print(f"\nwritten to {out}")
+    print(f"\nwritten to {out / PAGE}")
     return 0
 
 
@@ -279,11 +316,13 @@ def print_table(rows: dict[str, Any]) -> None:
 
 
 OPTIONS: dict[str, type] = {
-    "harvest": Harvest, "train": Train, "eval": Eval, "report": Report, "reproduce": Reproduce, "info": Info,
+    "harvest": Harvest, "train": Train, "sweep": Sweep, "eval": Eval, "report": Report, "reproduce": Reproduce,
+    "info": Info,
 }  # fmt: skip
 RUN: dict[str, Callable[[Any], int]] = {
     "harvest": run_harvest,
     "train": run_train,
+    "sweep": run_sweep,
     "eval": run_eval,
     "report": run_report,
     "reproduce": run_reproduce,

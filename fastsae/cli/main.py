@@ -1,4 +1,4 @@
-"""The command line: fastsae harvest | train | eval | report | reproduce | info | bench.
+"""The command line: fastsae harvest | train | sweep | eval | report | reproduce | info | bench.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong
 usage, 130 Ctrl-C (143 SIGTERM).
@@ -19,6 +19,7 @@ from typing import Any
 COMMANDS = {
     "harvest": "store a language model's activations over a text as shards on disk",
     "train": "train a sparse autoencoder on activations",
+    "sweep": "train rules x L0s x sizes x seeds, with one table, plot and page of all",
     "eval": "measure a run on held-out rows",
     "report": "write a run's curves and latents into one HTML page",
     "reproduce": "run a published system and print its figures beside the published ones",

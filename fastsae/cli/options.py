@@ -48,12 +48,9 @@ class Common:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SaeOptions:
-    """The autoencoder."""
+class Structure:
+    """The autoencoder, whatever its rule, size and seed."""
 
-    d_sae: int
-    """Latents of the autoencoder."""
-    rule: Annotated[RuleOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor_factory=_rule_options)]
     pre_bias: bool = True
     """Subtract the decoder's bias from the input before encoding."""
     decoder_norm: Literal["unit", "free"] = "unit"
@@ -85,27 +82,33 @@ class SaeOptions:
     """Type of the weights."""
     device: str = "cpu"
     """Device of the autoencoder: cpu, cuda, cuda:1."""
-    init_seed: int = 0
-    """Seed of the initial weights."""
     precision: Literal["exact", "screened", "fp32"] = "exact"
     """How latents are selected: screened in a narrow format and certified (exact), screened only, or in fp32.
     "screened" depends on the format, which every start chooses again: it does not resume bit for bit."""
 
-    def build(self, d_in: int) -> SparseAutoencoder:
-        """The autoencoder for rows of d_in numbers. Raises ValueError for settings that do not fit together."""
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of SparseAutoencoder: all but `precision`, which is set afterwards."""
         names = (
             "pre_bias", "decoder_norm", "normalize", "tied", "skip", "layers", "init_norm", "aux_k", "aux_coef",
             "ghost", "ghost_coef", "dead_after", "loss",
         )  # fmt: skip
-        sae = SparseAutoencoder(
-            d_in,
-            self.d_sae,
-            self.rule.rule(),
-            **{name: getattr(self, name) for name in names},
-            dtype=torch_dtype(self.dtype),
-            device=checked_device(self.device),
-            seed=self.init_seed,
-        )
+        places = {"dtype": torch_dtype(self.dtype), "device": checked_device(self.device)}
+        return {name: getattr(self, name) for name in names} | places
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaeOptions(Structure):
+    """The autoencoder."""
+
+    d_sae: int
+    """Latents of the autoencoder."""
+    rule: Annotated[RuleOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor_factory=_rule_options)]
+    init_seed: int = 0
+    """Seed of the initial weights."""
+
+    def build(self, d_in: int) -> SparseAutoencoder:
+        """The autoencoder for rows of d_in numbers. Raises ValueError for settings that do not fit together."""
+        sae = SparseAutoencoder(d_in, self.d_sae, self.rule.rule(), **self.arguments(), seed=self.init_seed)
         sae.precision = self.precision
         return sae
 
@@ -203,6 +206,32 @@ class Train(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageOptions:
+    """The language model and its text; each of them implies --spliced."""
+
+    model: str | None = None
+    """The language model. Left out: the one that the run records."""
+    any_model: Switch = False
+    """Measure even if the language model is not the one that the run was trained on."""
+    text: str | None = None
+    """Text to use instead of the run's own: a file, a folder, a glob pattern, package:NAME/PATTERN or debian:NAME."""
+    hook: str | None = None
+    """Where the autoencoder reads: a number of layers, mlp.L, attn.L or a module's name. Left out: the run's."""
+    output_hook: str | None = None
+    """For a transcoder: what it replaces, as mlp.L. Left out: the place where it reads."""
+    window: int | None = None
+    """Tokens in one window of text. Left out: the run's, or 256."""
+    tokens: int | None = None
+    """Tokens of held-out text to measure on, rounded up to whole windows. Left out: as many as the run holds out."""
+    model_dtype: FloatType | None = None
+    """Type in which the language model runs. Left out: as for the run's activations."""
+
+    def given(self) -> list[str]:
+        """The options that are not as they are when left out."""
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(Common):
     """Measures a run's newest checkpoint (or any saved autoencoder) on held-out rows; prints a table, writes JSON."""
 
@@ -222,31 +251,68 @@ class Eval(Common):
     """Also write the density of every latent."""
     spliced: Switch = False
     """Measure on the held-out text of the run's own language model, and what that model loses with the reconstruction
-    in place of its activations: cross-entropy and KL, beside zero and mean ablation. The options below imply it."""
-    model: str | None = None
-    """The language model. Left out: the one that the run records."""
-    any_model: Switch = False
-    """Measure even if the language model is not the one that the run was trained on."""
-    text: str | None = None
-    """Text to use instead of the run's own: a file, a folder, a glob pattern, package:NAME/PATTERN or debian:NAME."""
-    hook: str | None = None
-    """Where the autoencoder reads: a number of layers, mlp.L, attn.L or a module's name. Left out: the run's."""
-    output_hook: str | None = None
-    """For a transcoder: what it replaces, as mlp.L. Left out: the place where it reads."""
-    window: int | None = None
-    """Tokens in one window of text. Left out: the run's, or 256."""
-    tokens: int | None = None
-    """Tokens of held-out text to measure on, rounded up to whole windows. Left out: as many as the run holds out."""
+    in place of its activations: cross-entropy and KL, beside zero and mean ablation."""
+    language: Annotated[LanguageOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=LanguageOptions)
     also: tuple[Path, ...] = ()
-    """Other runs, spliced in at the same time, each at the hook that it records."""
-    model_dtype: FloatType | None = None
-    """Type in which the language model runs. Left out: as for the run's activations."""
+    """Other runs, each at the hook that it records: spliced in at the same time, and measured on rows of their own.
+    Implies --spliced."""
     progress: bool = True
     """Show a progress bar on stderr."""
     backend: str | None = None
     """Backend of the ops, see `fastsae info`. Left out: the fastest that supports them."""
     device: str = "cpu"
     """Device of the autoencoder and the language model: cpu, cuda, cuda:1."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweptLanguage(LanguageOptions):
+    """The language model and its text; each of them implies --spliced. "The run" are the activations of the sweep."""
+
+    output_hook: tyro.conf.Suppress[str | None] = None
+    tokens: Annotated[int | None, tyro.conf.arg(name="text-tokens")] = None
+    """Tokens of held-out text to measure on, rounded up to whole windows. Left out: as many as the run holds out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweptConfig(TrainConfig):
+    """How to train each of them."""
+
+    seed: tyro.conf.Suppress[int] = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep(Common):
+    """Trains every combination of rules, L0s, sizes and seeds on one set of activations, each in a run folder of its
+    own, and measures it on held-out rows. Writes a table, a plot of FVU over L0 and a page; marks the cells that no
+    other beats in both.
+
+    If it was stopped, run it again with the same options to continue. More values may be added then.
+    """
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """A folder of `fastsae harvest`, or a .safetensors or .npy file of rows."""
+    out: Path
+    """Folder for sweep.json, table.md, pareto.svg, sweep.html and runs/."""
+    rules: tuple[str, ...]
+    """Rules, by the names that `fastsae train --activation` takes; settings other than L0 are their defaults."""
+    l0s: tuple[float, ...]
+    """Active latents per token: k, or target_l0 of relu, gated and jumprelu."""
+    d_sae: tuple[int, ...]
+    """Latents of the autoencoder."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial weights. The order of the rows is the same for all."""
+    tensor: str | None = None
+    """Name of the tensor in a .safetensors file. Left out: "activations", or the only one."""
+    holdout: int | None = None
+    """Rows held out to measure on, at the end. Left out: the folder's own; for a file 2,048, at most a tenth."""
+    data_seed: int = 0
+    """Seed of the order of the rows."""
+    spliced: Switch = False
+    """Also measure what the language model of the activations loses with each reconstruction in their place, on
+    held-out text: cross-entropy and KL."""
+    language: Annotated[SweptLanguage, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SweptLanguage)
+    sae: Annotated[Structure, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Structure)
+    train: Annotated[SweptConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SweptConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,12 +323,17 @@ class Report(Common):
     """The run folder; the run may still be in progress."""
     out: Path | None = None
     """File for the page. Left out: report.html in the run folder."""
-    latents: int = 24
-    """Latents shown with their texts, drawn at random over all densities. 0: none."""
+    latents: Annotated[str | None, tyro.conf.arg(metavar="INDICES")] = None
+    """Latents shown with their texts, as 12,415; a comma follows a single one, as 12,. Left out: a sample."""
+    sample: int | None = None
+    """Number of latents drawn at random over all densities instead. 0: none. Left out: 24, or none beside --latents."""
     passages: int = 8
     """Passages of text per latent."""
     seed: int = 0
     """Seed of the draw of latents."""
+    promoted: bool = True
+    """Show the tokens that each latent promotes and suppresses: loads the run's language model, if it is on this
+    disk."""
     max_rows: int = 131_072
     """At most this many rows are searched for passages."""
     time_step: bool = True
@@ -273,7 +344,7 @@ class Report(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reproduce(Common):
-    """Runs a published system, writes its figures and pictures, and prints its table beside the published one.
+    """Runs a published system, prints its tables beside the published figures, and puts everything on one HTML page.
 
     If it was stopped, run it again with the same options to continue.
     """
@@ -281,7 +352,7 @@ class Reproduce(Common):
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
     """Name of the system: clustering, dictionary_comparison, interpretable_directions, monosemanticity or othello."""
     out: Path | None = None
-    """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
+    """Folder for page.html, results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
     seeds: int | None = None
     """Runs of every experiment. Left out: 10 of clustering, 3 of the others, whose grids have one."""
     quick: Switch = False
@@ -302,6 +373,21 @@ class Info(Common):
 
     json: Switch = False
     """Print JSON."""
+
+
+def latent_indices(text: str) -> tuple[int, ...]:
+    """(12, 415) from "12,415". Raises ValueError for anything else, and for a single number without a comma."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) > 1 and names[-1] == "":
+        names.pop()
+    if not all(name.isdecimal() for name in names):
+        raise ValueError(f"--latents is {text!r}, expected indices with commas, such as 12,415")
+    if "," not in text:
+        raise ValueError(
+            f"--latents {names[0]} may mean one latent or a number of them: --latents {names[0]}, (with a comma) shows "
+            f"latent {names[0]}, --sample {names[0]} draws {names[0]} at random"
+        )
+    return tuple(map(int, names))
 
 
 def checked_device(name: str) -> torch.device:

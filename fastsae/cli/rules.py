@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from fastsae.model.rules import ACTIVATIONS, Activation
+from fastsae.model.rules import Activation, variants
 
 DEFAULT = "topk"
 
@@ -33,7 +33,7 @@ class RuleOptions:
 
     def rule(self) -> Activation:
         """The activation rule. Raises ValueError for a setting that is missing, invalid, or of another rule."""
-        rule, parts = _variants()[self.activation]
+        rule, parts = variants()[self.activation]
         owners = _owners(rule, parts)
         given: dict[type[Activation], dict[str, Any]] = {owner: {} for owner in (rule, *parts.values())}
         for option, setting in self.settings.items():
@@ -53,7 +53,7 @@ def rule_options(taken: Collection[str]) -> type[RuleOptions]:
 
     taken: the names of other options. A setting with one of these names becomes activation_NAME.
     """
-    owned = {variant: _owners(*found) for variant, found in _variants().items()}
+    owned = {variant: _owners(*found) for variant, found in variants().items()}
     names = list(dict.fromkeys(name for settings in owned.values() for name in settings))
     options: list[tuple[str, Any, Any]] = [
         ("activation", Annotated[Literal[*owned], tyro.conf.arg(help="The rule.")], dataclasses.field(default=DEFAULT))
@@ -81,11 +81,6 @@ class _Setting:
     help: str
     required: bool
     default: Any
-
-
-def _variants() -> dict[str, tuple[type[Activation], dict[str, type[Activation]]]]:
-    """The values of --activation: the rule's class, and the class of every field that holds a rule."""
-    return {name: (rule, parts) for rule in ACTIVATIONS.values() for name, parts in rule.variants().items()}
 
 
 def _owners(rule: type[Activation], parts: dict[str, type[Activation]]) -> dict[str, _Setting]:

@@ -16,8 +16,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 _INKS = {
@@ -27,10 +29,21 @@ _INKS = {
     "#010104": "--c1",
     "#010105": "--c2",
     "#010106": "--c3",
+    "#010107": "--c4",
+    "#010108": "--c5",
+    "#010109": "--c6",
+    "#01010a": "--c7",
+    "#01010b": "--c8",
+    "#01010c": "--c9",
 }
 LABEL = 24
 """Characters of a bar's name at most, to leave room for the bar; the description has the full name."""
-INK, MUTED, GRID, C1, C2, C3 = _INKS
+INK, MUTED, GRID, *CURVES = _INKS
+C1, C2, C3 = CURVES[:3]
+SHAPES: tuple[tuple[Any, str], ...] = (
+    ("-", "o"), ((0, (4, 2)), "s"), ((0, (1, 1.5)), "^"), ((0, (4, 1.5, 1, 1.5)), "D"), ((0, (8, 2)), "v"),
+)  # fmt: skip
+"""Line styles with their markers: a second property of a line beside its colour."""
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -58,6 +71,9 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
+_RING: dict[str, Any] = {
+    "color": INK, "linestyle": "", "marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 0.9,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +97,18 @@ class Curve:
     points: bool = False
     """Few, separate measurements: drawn with markers."""
     dashed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Measurements of one kind, of several sizes of which this is one: points, and a line through other points."""
+
+    kind: str
+    size: str
+    points: Sequence[tuple[float, float]]
+    best: Sequence[bool]
+    """Which points get a ring."""
+    line: Sequence[tuple[float, float]]
 
 
 def thinned(x: Sequence[float], y: Sequence[float], most: int = 300) -> tuple[list[float], list[float]]:
@@ -114,8 +142,8 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
     return head + labels + text[text.index(">") + 1 :].strip()
 
 
-def _axes(height: float = 2.4) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.0, height), layout="constrained")
+def _axes(height: float = 2.4, width: float = 4.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
     axes.patch.set_visible(False)
@@ -149,9 +177,7 @@ def line_plot(
         values = [v for c in curves for v in c.y]
         if log and min(values) > 0 and max(values) > 1.5 * min(values):
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.yaxis.set_major_formatter("{x:g}")
+            _log_ticks(axes.yaxis, (1.0, 2.0, 5.0))
         elif from_zero:
             axes.set_ylim(bottom=0, top=max(values) * 1.08 or 1.0)
         if max(values) >= 10_000 and axes.get_yscale() == "linear":
@@ -168,8 +194,87 @@ def line_plot(
         return Plot(title, caption, to_svg(figure, name, title, "; ".join(parts) + "."))
 
 
-def histogram_plot(edges: Sequence[float], counts: Sequence[int], never: int) -> Plot | None:
-    """Latents by log10 density; those that never fired are a separate bar on the left."""
+def _log_ticks(axis: Axis, subs: Sequence[float]) -> None:
+    """Plain numbers at these multiples of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter("{x:g}")
+
+
+def front_plot(
+    name: str,
+    title: str,
+    caption: str,
+    groups: Sequence[Group],
+    *,
+    xlabel: str,
+    ylabel: str,
+    level: tuple[str, float] | None = None,
+) -> Plot | None:
+    """Points in groups, a colour for each kind and a line style and marker for each size; a ring around the best.
+
+    level: name and height of a horizontal line. x is logarithmic where the points span more than a factor of 2. None if
+    there are no points.
+    """
+    groups = [group for group in groups if group.points]
+    if not groups:
+        return None
+    kinds, sizes = (list(dict.fromkeys(getattr(group, which) for group in groups)) for which in ("kind", "size"))
+    inks = {kind: CURVES[i % len(CURVES)] for i, kind in enumerate(kinds)}
+    shapes = {size: SHAPES[i % len(SHAPES)] for i, size in enumerate(sizes)}
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(3.9, 5.2)
+        for group in groups:
+            dashes, marker = shapes[group.size]
+            ink = inks[group.kind]
+            axes.plot(*zip(*group.line, strict=True), color=ink, linestyle=dashes)
+            axes.plot(*zip(*group.points, strict=True), color=ink, linestyle="", marker=marker, markersize=4.5)
+            if best := [point for point, is_best in zip(group.points, group.best, strict=True) if is_best]:
+                axes.plot(*zip(*best, strict=True), **_RING)
+        every = [point for group in groups for point in group.points]
+        lowest, highest = min(x for x, _ in every), max(x for x, _ in every)
+        if lowest > 0 and highest > 2 * lowest:
+            axes.set_xscale("log")
+            _log_ticks(axes.xaxis, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+        handles = [Line2D([], [], color=ink, label=kind) for kind, ink in inks.items()]
+        if len(sizes) > 1:
+            handles += [Line2D([], [], color=MUTED, linestyle=dashes, marker=marker, markersize=4.5, label=size)
+                        for size, (dashes, marker) in shapes.items()]  # fmt: skip
+        handles.append(Line2D([], [], label="no other is lower in both", **_RING))
+        if level is not None:
+            axes.axhline(level[1], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.0)
+            handles.append(Line2D([], [], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.0, label=level[0]))
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=2.4)
+        text = "; ".join(
+            f"{group.kind}, {group.size}: " + ", ".join(f"{y:.4g} at {x:.4g}" for x, y in group.points)
+            for group in groups
+        )
+        return Plot(title, caption, to_svg(figure, name, title, text + "."))
+
+
+def side_by_side(plots: Sequence[Plot], css: str) -> str:
+    """The plots as one SVG file, in the colours that the page's `css` has for a light screen."""
+    colours = dict(re.findall(r"(--[\w-]+): (#\w+)", css.partition("@media")[0]))
+    sizes = [re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', plot.svg) for plot in plots]
+    widths, heights = ([float(size[i]) for size in sizes if size] for i in (1, 2))
+    parts = [
+        plot.svg.replace("<svg ", f'<svg x="{sum(widths[:i]):g}" width="{widths[i]:g}" height="{heights[i]:g}" ', 1)
+        for i, plot in enumerate(plots)
+    ]
+    text = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {sum(widths):g} {max(heights):g}">'
+        f'<rect width="100%" height="100%" fill="var(--card)"/>{"".join(parts)}</svg>\n'
+    )
+    return re.sub(r"var\((--[\w-]+)\)", lambda found: colours[found[1]], text)
+
+
+def histogram_plot(
+    edges: Sequence[float], counts: Sequence[int], never: int, *, where: str = "", name: str = "density"
+) -> Plot | None:
+    """Latents by log10 density; those that never fired are a separate bar on the left. where: ends the title."""
     if not counts or not (sum(counts) or never):
         return None
     with matplotlib.rc_context(_STYLE):
@@ -190,8 +295,8 @@ def histogram_plot(edges: Sequence[float], counts: Sequence[int], never: int) ->
         top = max(range(len(counts)), key=lambda i: counts[i])
         text = f"{total} latents, {never} never active; most lie between 10^{edges[top]:g} and 10^{edges[top + 1]:g}."
         return Plot(
-            "Latent density", f"{total:,} latents on the held-out rows; {never:,} of them were active on none.",
-            to_svg(figure, "density", "Latent density", text),
+            f"Latent density{where}", f"{total:,} latents on the held-out rows; {never:,} of them were active on none.",
+            to_svg(figure, name, f"Latent density{where}", text),
         )  # fmt: skip
 
 

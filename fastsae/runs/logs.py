@@ -124,6 +124,14 @@ def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(names, values, strict=True))
 
 
+def duration(seconds: float) -> str:
+    """In the unit that gives a number of one or two digits."""
+    for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 class PartTimer:
     """Seconds by part since the last `take`, as the host sees them.
 
@@ -203,6 +211,10 @@ class ProgressBar:
     def advance(self) -> None:
         """One step more. Costs no device sync: numbers are shown as of the last logged step."""
         self._bar.update(1)
+
+    def name(self, what: str) -> None:
+        """Shows what is running, where one bar serves several runs."""
+        self._bar.set_description(what)
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Shows a metrics record."""

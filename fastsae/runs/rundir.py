@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +69,30 @@ def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> No
         raise RunDirError(f"cannot read {path}: {error}; restore it or give another directory") from error
     if not isinstance(saved, dict):
         raise RunDirError(f"{path} holds a {type(saved).__name__}, expected a JSON object; give another directory")
-    old, new = _flat(saved), _flat(wanted)
+    if found := differences(saved, wanted, free):
+        raise other_settings(run_dir, found)
+    if saved != wanted:
+        _write_config(path, wanted)
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """Every setting that differs between two JSON-able trees, `free` ones apart, each as one clause."""
+    old, new = _flat(saved), _flat(json.loads(json.dumps(wanted)))
     missing = "(not set)"
     # A setting that is None now is one that an older fastsae did not have.
-    differing = [
+    return [
         f"{name} is {json.dumps(old.get(name, missing))} there and {json.dumps(new.get(name, missing))} here"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and not _covered(name, free)
     ]
-    if differing:
-        raise RunDirError(
-            f"{run_dir} holds a run with other settings: {'; '.join(differing)}. "
-            "Give these settings to continue it, or another directory"
-        )
-    if old != new:
-        _write_config(path, wanted)
+
+
+def other_settings(run_dir: Path, found: Sequence[str]) -> RunDirError:
+    """The error for a directory whose run has other settings: those `differences` found."""
+    return RunDirError(
+        f"{run_dir} holds a run with other settings: {'; '.join(found)}. "
+        "Give these settings to continue it, or another directory"
+    )
 
 
 def _has_begun(run_dir: Path) -> bool:

@@ -9,6 +9,7 @@ weights, bit for bit, as one that was not.
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -138,6 +139,25 @@ class Trainer:
             self._raise_if_stopped()
         assert self._saved is not None
         return TrainResult(self.step, self._tokens, self._saved, self.last["metrics"] or {}, self.last["evaluation"])
+
+    def seconds_per_step(self, steps: int = 3) -> float:
+        """The median time of a few updates after a first one, which takes longer; for an estimate before a run.
+
+        They train the module and read the source, and write nothing: do this with a module that is not trained
+        afterwards, and put the source back.
+        """
+        times = []
+        with _settings_of_the_run(self.config, self.sae):
+            torch.manual_seed(self.config.seed)
+            update = self._make_step()
+            for number in range(1 + steps):
+                start = time.perf_counter()
+                x = self.source.next_batch(self.config.batch_size).to(self.device, self.sae.W_dec.dtype)
+                if number == 0:
+                    self._initialize(x)
+                numbers(update(x))  # waits for the device
+                times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
@@ -331,7 +351,7 @@ class Trainer:
             return
         where = "held-out rows" if self.config.eval_every else "the last batch"
         warnings.warn(
-            f"the run ended at L0 {l0:.4g} on {where}, and {rule.asked_l0:.4g} was asked for "
+            f"{self.run_dir}: the run ended at L0 {l0:.4g} on {where}, and {rule.asked_l0:.4g} was asked for "
             f"({l0 / rule.asked_l0 - 1:+.0%}). {_what_to_do(rule, l0)}",
             RuntimeWarning,
             stacklevel=2,

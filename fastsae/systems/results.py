@@ -1,6 +1,7 @@
 """Results of a system: one JSON file, replaced after every experiment, and tables made from it.
 
-    {"format": 1, "system": ..., "made_with": {...}, "experiments": {name: {"settings": ..., "seconds": ..., ...}}}
+    {"format": 1, "system": ..., "made_with": {...}, "asked": {"quick": ..., "scale": {...}},
+     "experiments": {name: {"settings": ..., "seconds": ..., ...}}}
 
 A second run skips the experiments that are stored there, unless their settings have changed.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ class Results:
 
     def __init__(self, folder: Path, system: str):
         self.path = folder / FILE
-        self.data: dict[str, Any] = {"format": FORMAT, "system": system, "made_with": {}, "experiments": {}}
+        self.data: dict[str, Any] = {
+            "format": FORMAT, "system": system, "made_with": {}, "asked": {"quick": False, "scale": {}},
+            "experiments": {},
+        }  # fmt: skip
         if self.path.exists():
-            self.data = read(self.path, system)
-        self.data["made_with"] = {"fastsae": version(), "torch": torch.__version__}
+            self.data |= read(self.path, system)
 
     @property
     def experiments(self) -> dict[str, Any]:
@@ -47,7 +51,15 @@ class Results:
         records = {**self.experiments, name: {"settings": settings, **record}}
         rank = {known: i for i, known in enumerate(order)}
         self.data["experiments"] = dict(sorted(records.items(), key=lambda item: rank.get(item[0], len(rank))))
+        self.data["made_with"] = {"fastsae": version(), "torch": torch.__version__}
         write_json(self.path, self.data)
+
+    def ask(self, quick: bool, scale: dict[str, int | str]) -> None:
+        """Notes what the newest run was asked for, and writes the file if that is new. Raises OSError."""
+        asked = {"quick": quick, "scale": scale}
+        if self.data["asked"] != asked or not self.path.exists():
+            self.data["asked"] = asked
+            write_json(self.path, self.data)
 
 
 def read(path: Path, system: str) -> dict[str, Any]:
@@ -61,19 +73,33 @@ def read(path: Path, system: str) -> dict[str, Any]:
     return data
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, numbers to the right."""
-    cells = [list(header), *map(list, lines)]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = [
-        [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+@dataclass(frozen=True)
+class Table:
+    """A heading for each column and rows of as many texts: names in the first column, figures in the others.
+
+    str() gives it as Markdown with aligned columns, figures to the right.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        cells = [list(self.header), *map(list, self.rows)]
+        widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(self.header))]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        padded = [
+            [
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            for row in cells
         ]
-        for row in (cells[0], *cells[1:])
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (padded[0], rule, *padded[1:]))
+        return "\n".join("| " + " | ".join(row) + " |" for row in (padded[0], rule, *padded[1:]))
+
+
+def markdown(parts: Iterable[Table | str]) -> str:
+    """Tables and paragraphs, one below the other."""
+    return "\n\n".join(map(str, parts))
 
 
 def median(values: Sequence[float]) -> float:

@@ -19,6 +19,11 @@ for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
 
 
+def variants() -> dict[str, tuple[type[Activation], dict[str, type[Activation]]]]:
+    """Every rule by its name on the command line: its class, and the class of every field that holds a rule."""
+    return {name: (rule, parts) for rule in ACTIVATIONS.values() for name, parts in rule.variants().items()}
+
+
 def activation_from_config(config: dict[str, Any]) -> Activation:
     """The rule that `config()` described. Raises ValueError for an unknown kind or unknown settings."""
     if not isinstance(config, dict) or config.get("kind") not in ACTIVATIONS:
@@ -39,5 +44,5 @@ def _from_json(value: Any) -> Any:
 
 __all__ = [
     "ACTIVATIONS", "Activation", "BatchTopK", "EncodeOptions", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU",
-    "Matryoshka", "ReLU", "RuleState", "Selected", "TopK", "activation_from_config",
+    "Matryoshka", "ReLU", "RuleState", "Selected", "TopK", "activation_from_config", "variants",
 ]  # fmt: skip

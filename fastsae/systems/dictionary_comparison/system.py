@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sysconfig
@@ -47,7 +48,7 @@ LINKED = 0.4
 CHOOSING = 100
 """Seed on which candidates are compared; none that is reported."""
 PAIR = 2
-"""Seeds whose dictionaries are compared with each other."""
+"""Seeds whose dictionaries are compared with each other, and seeds of each swap."""
 COMPARED = ("cunningham", "bricken", "better")
 
 
@@ -133,7 +134,7 @@ def ground(
 
     Raises ValueError for a text that is not there or too short, and for a model that is not there.
     """
-    cache, losses = folder / "cache", []
+    cache, losses = folder / "cache", list[float]()
     if scale.model == ONE_LAYER:
         corpus = one_layer.bytes_of(load_text(scale.text).paths)
         model, losses = one_layer.trained(replace(shape, steps=scale.steps), corpus, cache, advance)
@@ -236,7 +237,7 @@ def experiments(quick: bool = False, **changes: Any) -> dict[str, Experiment]:
         )  # fmt: skip
     for key, (title, recipe) in SWAPS.items():
         if key not in published:
-            found[f"swap-{key}"] = sae(title, key, recipe, main, MAIN_L0)
+            found[f"swap-{key}"] = sae(title, key, recipe, main, MAIN_L0, seeds=PAIR)
     for key, recipe in CANDIDATES.items():
         found[f"try-{key}"] = sae(key.replace("_", " "), key, recipe, main, MAIN_L0, seeds=1, first_seed=CHOOSING)
     for size in scale.sizes:
@@ -303,8 +304,13 @@ def run_saes(
             "l0": round(result.l0, 3),
             "dead": round(result.dead_share, 5),
             "dense": round(float((result.density > 0.01).double().mean()), 5),
-            "recovered": round(loss.recovered_over_zero, 4),
-            "recovered_over_mean": round(loss.recovered_over_mean, 4),
+            **{
+                name: None if math.isnan(share) else round(share, 4)
+                for name, share in (
+                    ("recovered", loss.recovered_over_zero),
+                    ("recovered_over_mean", loss.recovered_over_mean),
+                )
+            },
             "weight": None if weight is None else float(f"{weight:.3g}"),
             "densities": densities(result),
             "chosen_by": round(evaluate(sae, choosing).fvu, 5),
@@ -356,8 +362,8 @@ def run_split(
     ((_, recipe),) = experiment.recipes
     _, reporting = here.held_out()
     sizes = (experiment.small, experiment.d_sae)
-    saes = [trained(experiment.scale, recipe, size, experiment.l0, seeds[0], here) for size in sizes]
-    best, alive = masked_cosines(*saes, reporting)
+    small, large = (trained(experiment.scale, recipe, size, experiment.l0, seeds[0], here) for size in sizes)
+    best, alive = masked_cosines(small, large, reporting)
     linked = (best > LINKED).sum(1)[alive]
     advance()
     counts = torch.bincount(linked.clamp(max=10), minlength=11).tolist()
