@@ -191,7 +191,7 @@ def test_the_path_ends_where_it_should() -> None:
     assert path == ["cunningham", "untied", "kaiming", "centred", "bricken"]
     for one, two in ((steps[i], steps[i + 1]) for i in range(len(path) - 1)):
         assert sum(getattr(one, name) != getattr(two, name) for name in Recipe.__dataclass_fields__) == 1
-    for key, base in (("unprojected", BRICKEN), ("resampled", CUNNINGHAM)):
+    for key, base in (("unprojected", BRICKEN), ("late", BRICKEN), ("resampled", CUNNINGHAM)):
         other = SWAPS[key][1]
         assert sum(getattr(base, name) != getattr(other, name) for name in Recipe.__dataclass_fields__) == 1
 
@@ -321,7 +321,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(scale: list[str], message: s
 def test_the_grid_and_its_expected_time() -> None:
     found = system.experiments()
     assert {one.d_sae for one in found.values() if one.kind == "sae"} == {512, 4096, 16_384}
-    assert len(found) == 1 + 3 * (3 + 1) + 5 + len(CANDIDATES) + 2 * 3 * 2 + 2
+    assert len(found) == 1 + 3 * (3 + 1) + 6 + len(CANDIDATES) + 2 * 3 * 2 + 2
     assert sum(one.seconds(3) for one in found.values()) > 3600
     assert sum(one.seconds(3) for one in system.experiments(True).values()) < 60
     without = system.experiments(large=0)

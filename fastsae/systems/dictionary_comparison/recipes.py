@@ -28,8 +28,9 @@ from fastsae.model.rules import Activation, BatchTopK, Gated, JumpReLU, ReLU, To
 from fastsae.model.sae import Objective, SparseAutoencoder
 from fastsae.runs.config import TrainConfig
 
-RESAMPLE_AT = (0.025, 0.05, 0.075, 0.1)
-"""Shares of the run after which latents are resampled. Published: steps 25,000 to 100,000 of a million."""
+PUBLISHED, LATE = (0.025, 0.05, 0.075, 0.1), (0.3, 0.45, 0.6, 0.75)
+"""Shares of the run after which latents are resampled. Published: steps 25,000 to 100,000 of a million; a run of hundreds
+of steps has no dead latents by then, hence the others."""
 SILENT = 0.0125
 """Share of the run after which a silent latent is dead. Published: 12,500 steps of a million."""
 RESAMPLE_ROWS = 819_200
@@ -46,7 +47,7 @@ class Recipe:
 
     rule       "l1", or one of the engine's: "topk", "batch_topk", "gated", "jumprelu".
     centred    a decoder bias, at first the geometric median, subtracted from the input; else there is none.
-    resampled  dead latents are resampled.
+    resampled  shares of the run after which dead latents are resampled.
     projected  gradients lose their part along the decoder's row before Adam sees them.
     aux        AuxK on dead latents.
     decay      share of the steps, at the end, over which the rate falls to 0 linearly.
@@ -56,7 +57,7 @@ class Recipe:
     tied: bool = False
     centred: bool = True
     start: str = "kaiming"
-    resampled: bool = False
+    resampled: tuple[float, ...] = ()
     projected: bool = True
     aux: bool = False
     lr: float = 1e-3
@@ -79,7 +80,7 @@ class Recipe:
 
 
 CUNNINGHAM = Recipe(tied=True, centred=False, start="xavier")
-BRICKEN = Recipe(resampled=True)
+BRICKEN = Recipe(resampled=PUBLISHED)
 _UNTIED = replace(CUNNINGHAM, tied=False)
 _KAIMING = replace(_UNTIED, start="kaiming")
 SWAPS = {
@@ -89,13 +90,15 @@ SWAPS = {
     "centred": ("and a decoder bias, subtracted from x", replace(_KAIMING, centred=True)),
     "bricken": ("and resampling: Bricken et al.", BRICKEN),
     "unprojected": ("Bricken et al., without projection", replace(BRICKEN, projected=False)),
-    "resampled": ("Cunningham et al., with resampling", replace(CUNNINGHAM, resampled=True)),
+    "late": ("Bricken et al., resampling at 30 to 75 %", replace(BRICKEN, resampled=LATE)),
+    "resampled": ("Cunningham et al., the same resampling", replace(CUNNINGHAM, resampled=LATE)),
 }
-"""From one recipe to the other, one difference after the other; then two that leave the path."""
+"""From one recipe to the other, one difference after the other; then three that leave the path."""
 CANDIDATES = {
     "topk": Recipe(rule="topk", start="engine", aux=True),
     "batch_topk": Recipe(rule="batch_topk", start="engine", aux=True),
     "batch_topk_decay": Recipe(rule="batch_topk", start="engine", aux=True, decay=0.5),
+    "batch_topk_fast": Recipe(rule="batch_topk", start="engine", aux=True, decay=0.5, lr=2e-3),
     "gated": Recipe(rule="gated", start="engine"),
     "jumprelu": Recipe(rule="jumprelu", start="engine"),
 }
@@ -170,7 +173,7 @@ def start_penalty_(sae: SparseAutoencoder, x: Tensor) -> None:
 def train_config(recipe: Recipe, d: int, rows: int, batch: int, seed: int) -> TrainConfig:
     """One pass over so many rows."""
     steps = max(1, rows // batch)
-    at = {max(1, round(share * steps)) for share in RESAMPLE_AT} if recipe.resampled else ()
+    at = {max(1, round(share * steps)) for share in recipe.resampled}
     decay: dict[str, Any] = {"decay": "linear", "decay_fraction": recipe.decay} if recipe.decay else {}
     return TrainConfig(
         steps=steps, batch_size=batch, lr=recipe.lr, eps=1e-8 if recipe.start == "engine" else 1e-8 * d,

@@ -48,7 +48,7 @@ LINKED = 0.4
 CHOOSING = 100
 """Seed on which candidates are compared; none that is reported."""
 PAIR = 2
-"""Seeds whose dictionaries are compared with each other."""
+"""Seeds whose dictionaries are compared with each other, and seeds of each swap."""
 COMPARED = ("cunningham", "bricken", "better")
 
 
@@ -237,7 +237,7 @@ def experiments(quick: bool = False, **changes: Any) -> dict[str, Experiment]:
         )  # fmt: skip
     for key, (title, recipe) in SWAPS.items():
         if key not in published:
-            found[f"swap-{key}"] = sae(title, key, recipe, main, MAIN_L0)
+            found[f"swap-{key}"] = sae(title, key, recipe, main, MAIN_L0, seeds=PAIR)
     for key, recipe in CANDIDATES.items():
         found[f"try-{key}"] = sae(key.replace("_", " "), key, recipe, main, MAIN_L0, seeds=1, first_seed=CHOOSING)
     for size in scale.sizes:
