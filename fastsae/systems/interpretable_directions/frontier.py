@@ -19,6 +19,7 @@ from fastsae.systems.interpretable_directions.metrics import likeness
 from fastsae.systems.interpretable_directions.models import Scale
 from fastsae.systems.interpretable_directions.saes import Recipe
 from fastsae.systems.interpretable_directions.toy import ALIVE, seconds_per_multiplication
+from fastsae.systems.results import rounded
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Experiment:
                 "alive": int((saes.firings(sae, source) > ALIVE).sum()),
                 "ce_untouched": round(loss.ce_untouched, 5),
                 "ce_spliced": round(loss.ce_spliced, 5),
-                "recovered_over_zero": round(loss.recovered_over_zero, 5),
-                "recovered_over_mean": round(loss.recovered_over_mean, 5),
+                "recovered_over_zero": rounded(loss.recovered_over_zero, 5),
+                "recovered_over_mean": rounded(loss.recovered_over_mean, 5),
                 **({"alpha": float(f"{saes.alpha(sae):.4g}")} if recipe.rule == "published" else {}),
             }
             for name, value in numbers.items():
