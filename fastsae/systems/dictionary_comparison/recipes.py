@@ -29,8 +29,8 @@ from fastsae.model.sae import Objective, SparseAutoencoder
 from fastsae.runs.config import TrainConfig
 
 PUBLISHED, LATE = (0.025, 0.05, 0.075, 0.1), (0.3, 0.45, 0.6, 0.75)
-"""Shares of the run after which latents are resampled. Published: steps 25,000 to 100,000 of a million; a run of hundreds
-of steps has no dead latents by then, hence the others."""
+"""Shares of the run after which latents are resampled. Published: steps 25,000 to 100,000 of a million; a run of some
+hundreds of steps has no dead latents by then, hence the others."""
 SILENT = 0.0125
 """Share of the run after which a silent latent is dead. Published: 12,500 steps of a million."""
 RESAMPLE_ROWS = 819_200
