@@ -193,17 +193,19 @@ def _splitting(records: Records) -> Table | None:
     return Table(header, lines)
 
 
-def _steering(records: Records) -> list[Table]:
-    found = []
+def _steering(records: Records) -> list[Table | str]:
+    found: list[Table | str] = []
     for rule in ("published", "topk"):
         for one in records.get(f"steering-{rule}", {}).get("samples", ()):
-            header = [f"{NAMES[rule]}, latent {one['latent']}: fires on {_quoted(one['fires_on'])}, raises "
-                      f"{_quoted(one['raises'])}", f"after {_quoted([one['prompt']])}"]  # fmt: skip
+            found.append(
+                f"Steering, {NAMES[rule]}: latent {one['latent']} fires on {_quoted(one['fires_on'])} and, held at 5 × "
+                f"its largest activation, raises {_quoted(one['raises'])}."
+            )
             lines = [
-                ["untouched" if level == "untouched" else f"held at {level} × its largest", _quoted([text])]
+                [_quoted([text]), "untouched" if level == "untouched" else f"{level} × its largest"]
                 for level, text in one["texts"].items()
             ]
-            found.append(Table(header, lines))
+            found.append(Table([f"text after {_quoted([one['prompt']])}", "held at"], lines))
     return found
 
 
@@ -259,7 +261,7 @@ def _draw_frontier(records: Records, folder: Path) -> None:
 
 
 def _draw_law(points: Sequence[tuple[float, int, float]], fit: tuple[float, float] | None, folder: Path) -> None:
-    figure, (axis,) = panels(1, size=(4.4, 3.0))
+    figure, (axis,) = panels(1, size=(5.2, 3.2))
     sizes = sorted({size for _, size, _ in points})
     for size, colour in zip(sizes, palette(len(sizes)), strict=True):
         mine = [(compute, loss) for compute, of, loss in points if of == size]
@@ -270,6 +272,11 @@ def _draw_law(points: Sequence[tuple[float, int, float]], fit: tuple[float, floa
         axis.set_title(f"loss at λ = 5; dashed: compute^-{fit[1]:.3f}")
     axis.set_xscale("log")
     axis.set_yscale("log")
+    # The style takes text as it is, and matplotlib's own labels of a logarithmic axis are formulas.
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter("")
+    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        set_formatter("{x:.0f}")
     axis.set_xlabel("latents × steps")
     axis.set_ylabel("loss on held-out rows")
     axis.legend(fontsize=7.5)
@@ -277,7 +284,8 @@ def _draw_law(points: Sequence[tuple[float, int, float]], fit: tuple[float, floa
 
 
 def _draw_meaning(records: Records, folder: Path) -> None:
-    curves = _concept_records(records)
+    # Where no name has a latent, there is no curve to see.
+    curves = {rule: one for rule, one in _concept_records(records).items() if one["present"]}
     figure, axes = panels(1 + bool(curves), columns=1 + bool(curves), size=(3.8, 3.0))
     levels = [(i + 0.5) / LEVELS for i in range(LEVELS)]
     for (name, shares), colour in zip(_levels(records).items(), palette(4), strict=False):
@@ -302,6 +310,8 @@ def _draw_concepts(axis: Axes, curves: Mapping[str, Any]) -> None:
         axis.plot(*zip(*pairs, strict=True), "o-", color=colour, markersize=3, linewidth=1.0, label=NAMES[rule])
         axis.axvline(1 / max(1, one["alive"]), color=colour, linewidth=0.8, linestyle=(0, (4, 3)))
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.set_ylim(-0.02, 1.02)
     axis.set_xlabel("frequency of a name (dashed: 1 / alive latents)")
     axis.set_ylabel("share with a latent of their own")
