@@ -4,6 +4,7 @@
 #   make test    the test suite                    make lint    ruff and mypy
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make bench   time whole steps and write bench/results/, then redraw plots and the README's table
+#   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
 #   make venv    the environment alone             make clean   remove what make made
 #   make kernels-check   compile the Triton kernels for every target, without a GPU, and compare with the table
 #   make kernels-report  ... and write the table: bench/results/compiled/
@@ -31,7 +32,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test test-cuda emulation lint format bench bench-quick plots kernels-check kernels-report cuda cuda-check cuda-report clean
+.PHONY: help venv demo test test-cuda emulation lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -128,6 +129,9 @@ bench: $(PEERS)/.installed $(VENV)/.demo
 
 bench-quick: $(VENV)/.installed
 	$(BIN)/python -m bench --quick $(ARGS)
+
+synth: $(PEERS)/.installed
+	$(PEERS)/bin/python -m bench.synth $(ARGS)
 
 plots: $(VENV)/.installed
 	$(BIN)/python -m bench.plot

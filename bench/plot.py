@@ -213,12 +213,12 @@ def plot(folder: Path) -> None:
     plot_sweep(found, folder)
 
 
-def with_numbers(readme: str, text: str, first: str = BEGIN, last: str = END) -> str:
-    """The README with `text` between two markers. Raises ValueError where one is missing."""
-    before, begin, rest = readme.partition(first)
+def with_numbers(page: str, text: str, first: str = BEGIN, last: str = END) -> str:
+    """The README, or another page, with `text` between two markers. Raises ValueError where one is missing."""
+    before, begin, rest = page.partition(first)
     _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"README.md must hold the lines {first!r} and {last!r}, in this order")
+        raise ValueError(f"the page must hold the lines {first!r} and {last!r}, in this order; it begins {page[:60]!r}")
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastsae
-from tests.family_case import RULES, family_sae, tokens
+from tests.family_case import RULES, D, M, family_sae, tokens
 
 RANKS, STEPS, N = 2, 3, 20
 
@@ -32,7 +32,10 @@ def batch(i: int, rank: int | None) -> Tensor:
 def train(rule: str, rank: int | None) -> dict[str, Tensor]:
     """Three steps of torch's Adam on half of each batch, or, with rank None, on all of it in one process."""
     sae = sae_of(rule)
-    model = sae if rank is None else DistributedDataParallel(sae, find_unused_parameters=True)
+    return train_on(sae, sae if rank is None else DistributedDataParallel(sae, find_unused_parameters=True), rank)
+
+
+def train_on(sae: fastsae.SparseAutoencoder, model: torch.nn.Module, rank: int | None) -> dict[str, Tensor]:
     adam = torch.optim.Adam(sae.parameters(), lr=1e-2, eps=1e-4)
     dead = []
     for i in range(STEPS):
@@ -54,6 +57,45 @@ def train_alone(rank: int) -> dict[str, Tensor]:
         optimizer.step()
         step(x)
     return {f"{how}.{k}": v for how, one in (("loop", sae), ("step", other)) for k, v in one.state_dict().items()}
+
+
+STARTED = ("first_process", "own_rows", "loaded")
+
+
+def targeted(seed: int = 0) -> fastsae.SparseAutoencoder:
+    """An SAE that takes its thresholds, the penalty's weight and the scale of its input from data."""
+    return fastsae.SparseAutoencoder(D, M, fastsae.JumpReLU(target_l0=4.0), seed=seed, dtype=torch.float64)
+
+
+def train_started(how: str, rank: int | None) -> dict[str, Tensor]:
+    """As `train`, of an SAE that was started from the first process's rows before.
+
+    first_process: the others leave it to DistributedDataParallel to copy what that one has. own_rows: each process
+    starts from its own rows, and the first one's count. loaded: the wrapped module of each loads a started state.
+    """
+    sae, first = targeted(0 if rank is None else rank), batch(0, 0)
+    if rank is None or (how == "first_process" and rank == 0):
+        sae.start_(first)
+    elif how == "own_rows":
+        sae.start_(batch(0, rank))
+    if rank is None:
+        return train_on(sae, sae, rank)
+    model = DistributedDataParallel(sae, find_unused_parameters=True)
+    if how == "loaded":
+        model.load_state_dict({f"module.{name}": t for name, t in targeted().start_(first).state_dict().items()})
+    return train_on(sae, model, rank)
+
+
+def without_start(rank: int) -> tuple[str, bool]:
+    """The error message of a forward pass without a start, and whether the state is unchanged."""
+    sae = targeted()
+    try:
+        DistributedDataParallel(sae)(batch(0, rank))
+    except RuntimeError as error:
+        before = targeted().state_dict()
+        same = all(torch.equal(t.nan_to_num(7), before[name].nan_to_num(7)) for name, t in sae.state_dict().items())
+        return str(error), same
+    return "", False
 
 
 def by_optimizer(sae: fastsae.SparseAutoencoder) -> None:
@@ -82,6 +124,8 @@ def main(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     found = {rule: train(rule, rank) for rule in ("topk", "jumprelu")}
     refused = {attempt.__name__: refusal(attempt) for attempt in (by_optimizer, by_step)}
+    refused["without_start"] = without_start(rank)
+    found |= {how: train_started(how, rank) for how in STARTED}
     torch.save({"found": found, "refused": refused, "alone": train_alone(rank)}, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -76,12 +76,33 @@ def test_from_a_language_model_to_a_report(place, capsys):
     last = json.loads((place / "lm" / "eval.jsonl").read_text().splitlines()[-1])
     assert record["fvu"] == pytest.approx(last["fvu"], rel=1e-6)
 
-    assert main(["report", str(place / "lm"), "--latents", "5", "--passages", "2"]) == 0
+    assert main(["report", str(place / "lm"), "--sample", "5", "--passages", "2"]) == 0
     path = Path(capsys.readouterr().out.strip())
     page = path.read_text()
     assert path == place / "lm" / "report.html"
     assert page.count('<details class="latent"') == 5
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
+    assert "left out: the model" in page  # it was saved without a head
+    assert "has no language-model head" in page
+
+
+def test_latents_by_name(place, capsys):
+    if not (place / "lm").exists():
+        test_from_a_language_model_to_a_report(place, capsys)
+    report = ["report", str(place / "lm"), "--passages", "2", "--no-time-step", "--no-promoted"]
+    for given, shown in (("3,41", [3, 41]), ("41, 3 ,", [41, 3]), ("7,", [7])):
+        assert main([*report, "--latents", given]) == 0
+        page = Path(capsys.readouterr().out.strip()).read_text()
+        assert [int(i) for i in re.findall(r"<b>Latent (\d+)</b>", page)] == shown
+    for given, said in [
+        ("12", "--latents 12 may mean one latent or a number of them: --latents 12, (with a comma) shows latent 12, "
+               "--sample 12 draws 12 at random"),
+        ("48,", "no latent 48: the autoencoder has latents 0 to 47"),
+        ("3,x", "--latents is '3,x', expected indices with commas, such as 12,415"),
+        (",", "--latents is ',', expected indices"),
+    ]:  # fmt: skip
+        assert said in fails(capsys, [*report, "--latents", given])
+    assert "give one of them" in fails(capsys, [*report, "--latents", "1,2", "--sample", "3"])
 
 
 def test_a_live_model(place, capsys):

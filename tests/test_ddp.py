@@ -37,12 +37,34 @@ def test_two_processes_train_and_count_as_one(rule: str, ranks: list[dict]) -> N
     assert bool((few > 0).all()), "AuxK should have dead latents in every step"
     if rule == "topk":  # a threshold lets the same latents fire in each of these batches
         assert not torch.equal(expected["dead"][0], expected["dead"][-1]), "some latents should die or come back"
+    check(ranks, rule, expected)
+
+
+def check(ranks: list[dict], name: str, expected: dict[str, torch.Tensor]) -> None:
     for rank in ranks:
-        assert rank["found"][rule].keys() == expected.keys()
-        for name, value in expected.items():
+        assert rank["found"][name].keys() == expected.keys()
+        for key, value in expected.items():
             torch.testing.assert_close(
-                rank["found"][rule][name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+                rank["found"][name][key], value, rtol=1e-9, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}"
             )
+
+
+@pytest.mark.parametrize("how", ddp_worker.STARTED)
+def test_processes_that_were_started_train_as_one(how: str, ranks: list[dict]) -> None:
+    expected = ddp_worker.train_started(how, None)
+    assert int(expected["start_done"]) == 1
+    check(ranks, how, expected)
+
+
+def test_processes_that_were_not_started_say_what_to_call(ranks: list[dict]) -> None:
+    for rank in ranks:
+        message, unchanged = rank["refused"]["without_start"]
+        assert message.startswith(
+            "the rule's thresholds are not set yet, and each process sees rows of its own; call sae"
+        )
+        assert message.endswith("call sae.start_(x) on a batch before wrapping the module in DistributedDataParallel")
+        assert "\n" not in message
+        assert unchanged
 
 
 @pytest.mark.parametrize("attempt", ["by_optimizer", "by_step"])

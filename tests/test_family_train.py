@@ -135,7 +135,7 @@ def test_every_rule_trains_from_the_command_line(rows: Path, tmp_path: Path, act
     assert sae.activation.kind == activation.removesuffix("_batch")
     assert main(["eval", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["fvu"] > 0
-    assert main(["report", str(tmp_path / "run"), "--latents", "0", "--no-time-step"]) == 0
+    assert main(["report", str(tmp_path / "run"), "--sample", "0", "--no-time-step"]) == 0
 
 
 @pytest.mark.parametrize(("activation", "more", "message"), [

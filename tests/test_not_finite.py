@@ -106,7 +106,7 @@ def test_skipped_steps_are_saved_and_reported(tmp_path: Path) -> None:
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     for run in ("run", "whole"):
         assert [line["skipped"] for line in lines(tmp_path / run / "metrics.jsonl")][3:20:4] == [1, 1, 2, 2, 3]
-    page = write_report(tmp_path / "run", options=ReportOptions(latents=0, time_step=False)).read_text()
+    page = write_report(tmp_path / "run", options=ReportOptions(sample=0, time_step=False)).read_text()
     assert "steps that changed nothing" in page
 
 

@@ -11,13 +11,10 @@ import torch
 
 from bench.systems import RESULTS
 from fastsae.cli.main import main
+from fastsae.runs.logs import duration
 from fastsae.systems.othello import figures, game, language, metrics, probes, saes, system
 from fastsae.systems.results import read
-from fastsae.systems.runner import duration
 from tests.othello_rules import compare
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 # -- the game ---------------------------------------------------------------------------------------------------------
 
@@ -317,14 +314,11 @@ def test_shares_are_of_the_pairs_that_the_probe_finds() -> None:
 # -- the stored results -----------------------------------------------------------------------------------------------
 
 
-def test_the_stored_table_is_that_of_the_stored_results() -> None:
-    folder = RESULTS / "othello"
-    stored = read(folder / "results.json", "othello")["experiments"]
-    assert (folder / "table.md").read_text().strip() == figures.tables(stored).strip()
+def test_the_stored_results_have_the_settings_of_today() -> None:
+    stored = read(RESULTS / "othello" / "results.json", "othello")["experiments"]
     small = system.experiments(blocks=4, games=30_000, read=1000, scored=400)
     for name, record in stored.items():
         assert record["settings"] == {"seeds": 3, **json.loads(json.dumps(small[name].settings))}, name
-    readme = (ROOT / "README.md").read_text()
-    assert "(bench/results/systems/othello/table.md)" in readme
-    assert f"legal in {100 * stored['model']['legal']['top_1']:.1f} %" in readme
-    assert f"find {figures.counts(stored['probe-1'])[0]} of" in readme
+    told = figures.result(stored)
+    assert f"legal in {stored['model']['legal']['top_1']:.1%} of positions" in told
+    assert f"finds {figures.counts(stored['probe-1'])[0]} of 192 pairs" in told

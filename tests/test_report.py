@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import math
 import re
@@ -17,7 +16,7 @@ from fastsae.model.files import save
 from fastsae.model.rules import TopK
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.report import ReportOptions, write_report
-from fastsae.report.contexts import distinct, latent_cards, passage, pick_spread, spread_rows, visible
+from fastsae.report.contexts import LatentCard, distinct, latent_cards, passage, pick_spread, spread_rows, visible
 from fastsae.report.drawing import thinned
 from fastsae.report.page import spliced_section
 from fastsae.report.plots import loop_parts
@@ -25,44 +24,12 @@ from fastsae.report.runlog import histogram, read_jsonl, read_run
 from fastsae.report.timing import time_step
 from fastsae.runs.checkpoint import list_checkpoints
 from fastsae.runs.config import TrainConfig
-from fastsae.runs.opening import describe_rows
+from fastsae.runs.opening import describe_rows, open_run
 from fastsae.runs.trainer import Trainer
+from tests.html_case import HOSTILE, Page
 
 D, M, K, WINDOW = 8, 32, 3, 16
-HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)>"
 WORDS = [HOSTILE, " <b>", '" style="', "\n", "&amp;", *(f" w{i}" for i in range(15))]
-VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-class Page(html.parser.HTMLParser):
-    """A page's tags with their attributes, its unbalanced ones, and its text by tag."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.wrong: list[str] = []
-        self.text: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.wrong.append(tag)
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def count(self, tag: str, css: str | None = None) -> int:
-        return sum(t == tag and (css is None or a.get("class") == css) for t, a in self.tags)
 
 
 def checked(path: Path) -> Page:
@@ -133,7 +100,7 @@ def test_a_run_on_text(run):
     (run / "dense_metrics.jsonl").write_text("\n".join(dense))
     times = {"fastsae": {"ms": 2.0}, f"dense {HOSTILE} $": {"ms": 50.0}, "slower": {"ms": 90.0}, "bad": {"ms": "x"}}
     (run / "step_times.json").write_text(json.dumps(times))
-    path = write_report(run, options=ReportOptions(latents=6, passages=3))
+    path = write_report(run, options=ReportOptions(sample=6, passages=3))
     assert path == run / "report.html"
     page = checked(path)
     text = "".join(page.text)
@@ -150,7 +117,7 @@ def test_a_run_on_text(run):
 
 
 def test_partial_runs(run, tmp_path):
-    options = ReportOptions(latents=0, time_step=False)
+    options = ReportOptions(sample=0, time_step=False)
     started = copy_of(run, tmp_path / "started", "config.json")
     text = "".join(checked(write_report(started, options=options)).text)
     assert "metrics.jsonl is missing: no training metrics yet." in text
@@ -202,23 +169,39 @@ def test_what_the_language_model_loses_is_a_table(run, tmp_path):
         "hooks": ["layers.1", HOSTILE], "n_predictions": 4080, "replaced_share": 0.996, "special": HOSTILE,
         "mean_of": "these",
         "ce_untouched": 3.25, "ce_spliced": 3.5, "ce_zero": 9.125, "ce_mean": 6.0, "kl_spliced": 0.125,
-        "kl_zero": 5.5, "kl_mean": None, "recovered_over_zero": 0.957, "recovered_over_mean": 0.909,
+        "kl_zero": 5.5, "kl_mean": None, "recovered_over_zero": 0.957, "recovered_over_mean": None,
+        "undefined": {"recovered_over_mean": f"mean ablation {HOSTILE}"},
     }  # fmt: skip
-    (folder / "evaluation.json").write_text(json.dumps({"step": 12, "fvu": 0.1, "spliced": spliced}))
+    histogram_of = {"edges": [-2, -1, 0], "counts": [3, 20], "never": 9}
+    one = {"hook": "layers.1", "n_tokens": 4000, "fvu": 0.1, "fvu_per_token": None, "l0": 3, "dead_share": 0.28125,
+           "norm_ratio": 0.96875, "cosine": 0.9, "density_histogram": histogram_of}  # fmt: skip
+    hooks = [one, {"hook": HOSTILE, "density_histogram": histogram_of | {"counts": [0, 0], "never": 32}}]
+    evaluation = {"step": 12, "fvu": 0.1, "spliced": spliced, "hooks": hooks}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     section = spliced_section(read_run(folder))
+    assert section.hooks == [
+        ("layers.1", "4,000", "0.1000", "–", "3.0", "28.12%", "0.9688", "0.9000"),
+        (HOSTILE, "–", "–", "–", "–", "–", "–", "–"),
+    ]
+    assert section.undefined == [f"mean ablation {HOSTILE}"]
     assert section.rows == [
         ("untouched", "3.2500", "", ""),
         ("spliced", "3.5000", "0.1250", ""),
         ("zero ablation", "9.1250", "5.5000", "0.9570"),
-        ("mean ablation", "6.0000", "–", "0.9090"),
+        ("mean ablation", "6.0000", "–", "–"),
     ]
-    text = "".join(checked(write_report(folder, options=ReportOptions(latents=0, time_step=False))).text)
+    text = "".join(checked(write_report(folder, options=ReportOptions(sample=0, time_step=False))).text)
     assert "In the language model" in text
     assert "99.60% of the tokens" in text
     assert HOSTILE in text
-    for odd in ({}, {"hooks": HOSTILE, "ce_zero": [1], "n_predictions": HOSTILE, "special": [HOSTILE]}):
-        (folder / "evaluation.json").write_text(json.dumps({"step": 12, "spliced": odd}))
-        checked(write_report(folder, options=ReportOptions(latents=0, time_step=False)))
+    assert f"–: mean ablation {HOSTILE}." in text
+    assert "Latent density at layers.1" in text
+    assert "32 latents on the held-out rows; 32 of them were active on none." in text
+    assert "Not measured yet" not in text
+    for odd in ({}, {"hooks": HOSTILE, "ce_zero": [1], "special": [HOSTILE], "undefined": [HOSTILE]}):
+        wrong = {"step": 12, "spliced": odd, "hooks": [HOSTILE, {}, {"density_histogram": HOSTILE}]}
+        (folder / "evaluation.json").write_text(json.dumps(wrong))
+        checked(write_report(folder, options=ReportOptions(sample=0, time_step=False)))
     (folder / "evaluation.json").write_text(json.dumps({"step": 12, "spliced": HOSTILE}))
     assert spliced_section(read_run(folder)) is None
 
@@ -259,7 +242,7 @@ def test_cards_against_the_dense_code(run):
     x = source.rows(range(source.n_tokens + len(source.held_out_ids())))
     with torch.no_grad():
         dense = sae.encode(x).to_dense()
-    cards, scanned = latent_cards(sae, source, latents=8, passages=2, width=5, seed=1)
+    cards, scanned = latent_cards(sae, source, sample=8, passages=2, width=5, seed=1)
     assert scanned == len(x)
     assert [c.density for c in cards] == sorted((c.density for c in cards), reverse=True)
     for card in cards:
@@ -275,14 +258,62 @@ def test_cards_against_the_dense_code(run):
             assert all(span.share == pytest.approx(max(0.01, span.act / card.max_act)) for span in shaded)
             assert max(act or 0 for act in acts) >= shown.peak
     assert any(span.act is None for card in cards for shown in card.passages for span in shown.spans)
-    again, _ = latent_cards(sae, source, latents=8, passages=2, width=5, seed=1)
+    again, _ = latent_cards(sae, source, sample=8, passages=2, width=5, seed=1)
     assert again == cards
+
+
+def test_named_latents_come_in_their_order_and_one_that_never_fired_with_that_said(run, monkeypatch, tmp_path):
+    source = ShardSource(run.parent / "acts", progress=False)
+    opened = open_run(run)
+    with torch.no_grad():
+        opened.sae.b_enc[7] = -1e3
+    drawn = {card.index: card for card in latent_cards(opened.sae, source, sample=M, passages=2)[0]}
+    assert 7 not in drawn
+    other, _, _, one, *_ = drawn
+    cards, scanned = latent_cards(opened.sae, source, latents=[one, 7, other, one], passages=2)
+    assert [card.index for card in cards] == [one, 7, other]
+    assert (cards[0], cards[2]) == (drawn[one], drawn[other])
+    assert cards[1] == LatentCard(7, 0.0, 0.0, [], [])
+    assert latent_cards(opened.sae, source, latents=[7]) == ([cards[1]], scanned)
+
+    monkeypatch.setattr("fastsae.report.page.open_run", lambda folder: opened)
+    options = ReportOptions(latents=(7, one), time_step=False)
+    page = checked(write_report(run, out=tmp_path / "page.html", options=options))
+    text = "".join(page.text)
+    assert [a for t, a in page.tags if t == "details" and "latent" in (a.get("class") or "")] == [
+        {"class": "latent", "open": None}, {"class": "latent", "open": None}
+    ]  # fmt: skip
+    assert text.index("Latent 7") < text.index("never fired on the rows searched") < text.index(f"Latent {one}")
+    assert text.count("never fired") == 1
+    assert "The latents that were asked for. For each" in text
+    assert "drawn at random" not in text
+
+
+def test_latents_that_are_not_there_or_have_no_text(run, tmp_path):
+    with pytest.raises(ValueError, match=r"^no latent 32: the autoencoder has latents 0 to 31$"):
+        write_report(run, options=ReportOptions(latents=(3, M)))
+    with pytest.raises(ValueError, match="no latent -1"):
+        write_report(run, options=ReportOptions(latents=(-1,)))
+    source = ShardSource(run.parent / "acts", progress=False)
+    with pytest.raises(ValueError, match="no latent 32: the autoencoder has latents 0 to 31"):
+        latent_cards(open_run(run).sae, source, latents=[M])
+    with pytest.raises(ValueError, match="latents names those to show and sample = 3 draws some; give one of them"):
+        ReportOptions(latents=(1,), sample=3)
+    with pytest.raises(ValueError, match=r"latents is 6, expected indices; sample=6 draws as many"):
+        ReportOptions(latents=6)
+    folder = copy_of(run, tmp_path / "textless", "config.json", "metrics.jsonl", "eval.jsonl")
+    config = json.loads((folder / "config.json").read_text())
+    config["notes"]["data"]["path"] = str(make_harvest(tmp_path / "acts", text=False))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "checkpoints").symlink_to(run / "checkpoints")
+    text = "".join(checked(write_report(folder, options=ReportOptions(latents=(3,), time_step=False))).text)
+    assert "The latents asked for are not shown: the run's data is not stored with its text." in text
 
 
 def test_passages_outside_the_scanned_rows_are_shaded_too(run):
     source = ShardSource(run.parent / "acts", progress=False)
     sae = SparseAutoencoder(D, M, TopK(K), seed=3)
-    cards, scanned = latent_cards(sae, source, latents=4, passages=1, width=10, max_rows=7)
+    cards, scanned = latent_cards(sae, source, sample=4, passages=1, width=10, max_rows=7)
     assert scanned == 7
     assert any(span.share > 0 for card in cards for span in card.passages[0].spans)
 

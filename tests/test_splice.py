@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from fastsae.data.filters import RowFilter
 from fastsae.data.hooks import HookedModel, find
 from fastsae.data.splice import acts_of, edited, reconstruct, splice, steer
 from fastsae.runs.evaluate import evaluate
-from fastsae.runs.spliced import activations_at, spliced_loss
+from fastsae.runs.spliced import _costs_nothing, activations_at, spliced_loss
 
 D, VOCABULARY, WINDOWS, WINDOW = 6, 11, 5, 7
 
@@ -86,6 +87,16 @@ def model() -> Tiny:
 @pytest.fixture
 def ids() -> Tensor:
     return torch.randint(VOCABULARY, (WINDOWS, WINDOW), generator=torch.Generator().manual_seed(1))
+
+
+def written(model: nn.Module, likely: bool) -> Tensor:
+    """Windows whose every next token is the model's most likely one, or its least likely one."""
+    ids = torch.arange(WINDOWS)[:, None]
+    with torch.no_grad():
+        while ids.shape[1] < WINDOW:
+            logits = model(ids)[:, -1]
+            ids = torch.cat([ids, (logits if likely else -logits).argmax(-1, keepdim=True)], dim=1)
+    return ids
 
 
 def perfect(dtype: torch.dtype = torch.float32, width: int = D) -> fastsae.SparseAutoencoder:
@@ -455,8 +466,8 @@ def constant(model: nn.Module, hook: Any, value: Tensor, where: Any) -> Iterator
 
 
 @pytest.mark.parametrize("windows_per_batch", [None, 1, 2])
-def test_every_number_against_the_direct_computation(model: Tiny, ids: Tensor, windows_per_batch: int | None) -> None:
-    where, sae = Ordinary(first=1), rough()
+def test_every_number_against_the_direct_computation(model: Tiny, windows_per_batch: int | None) -> None:
+    where, sae, ids = Ordinary(first=1), rough(), written(model, likely=True)
     result = spliced_loss(model, {1: sae}, ids, where=where, windows_per_batch=windows_per_batch)
     with torch.no_grad():
         hidden = HookedModel(model, 1)(ids)
@@ -471,9 +482,10 @@ def test_every_number_against_the_direct_computation(model: Tiny, ids: Tensor, w
             changed = hidden.clone()
             changed[:, 1:] = value
             ce, kl = dense_losses(clean, rest(changed), ids)
-            assert getattr(result, f"ce_{name}") == pytest.approx(ce, rel=1e-6)
-            assert getattr(result, f"kl_{name}") == pytest.approx(kl, rel=1e-5)
-    assert result.ce_untouched == pytest.approx(dense_losses(clean, clean, ids)[0], rel=1e-6)
+            assert getattr(result, f"ce_{name}") == pytest.approx(ce, rel=1e-6, abs=1e-7)
+            assert getattr(result, f"kl_{name}") == pytest.approx(kl, rel=1e-5, abs=1e-7)
+    assert result.ce_untouched == pytest.approx(dense_losses(clean, clean, ids)[0], rel=1e-6, abs=1e-7)
+    assert result.undefined == {}
     for name in ("zero", "mean"):
         ablated = getattr(result, f"ce_{name}")
         expected = (ablated - result.ce_spliced) / (ablated - result.ce_untouched)
@@ -484,7 +496,8 @@ def test_every_number_against_the_direct_computation(model: Tiny, ids: Tensor, w
     assert json.loads(json.dumps(result.to_json(), allow_nan=False))["hooks"] == ["layers.0"]
 
 
-def test_the_two_ends_of_the_scale(model: Tiny, ids: Tensor) -> None:
+def test_the_two_ends_of_the_scale(model: Tiny) -> None:
+    ids = written(model, likely=True)
     best = spliced_loss(model, {1: perfect()}, ids)
     assert best.ce_spliced == pytest.approx(best.ce_untouched, abs=1e-6)
     assert best.kl_spliced == pytest.approx(0, abs=1e-9)
@@ -503,6 +516,54 @@ def test_the_two_ends_of_the_scale(model: Tiny, ids: Tensor) -> None:
     given = spliced_loss(model, {1: mean}, ids, where=Ordinary(), means={1: torch.zeros(D)}, mean_of="nothing")
     assert given.ce_mean == given.ce_zero
     assert given.mean_of == "nothing"
+
+
+def test_nothing_is_recovered_over_an_ablation_that_costs_nothing(model: Tiny, ids: Tensor) -> None:
+    """Where it lowers the cross-entropy, changes nothing, or by less than these predictions can show."""
+    unlikely = written(model, likely=False)
+    lower = spliced_loss(model, {1: rough()}, unlikely)
+    costs = []
+    with torch.no_grad():
+        for context in (contextlib.nullcontext(), constant(model, 1, torch.zeros(D), None)):
+            with context:
+                costs.append(
+                    -model(unlikely)[:, :-1].double().log_softmax(-1).gather(-1, unlikely[:, 1:, None]).flatten()
+                )
+    cost = costs[1] - costs[0]
+    error = float(cost.std() / len(cost) ** 0.5)
+    assert cost.mean() < -2 * error
+    assert math.isnan(lower.recovered_over_zero)
+    assert lower.undefined["recovered_over_zero"] == (
+        f"zero ablation lowers the cross-entropy by {float(-cost.mean()):.3g} nats (standard error {error:.2g}), so "
+        "there is nothing to recover"
+    )
+    assert lower.undefined.keys() == {"recovered_over_zero", "recovered_over_mean"}
+    record = json.loads(json.dumps(lower.to_json(), allow_nan=False))
+    assert record["recovered_over_zero"] is record["recovered_over_mean"] is None
+    assert record["undefined"] == lower.undefined
+    with torch.no_grad():
+        model.layers[1].mlp[2].weight.zero_()
+        model.layers[1].mlp[2].bias.fill_(0.25)
+    same = spliced_loss(model, {"mlp.1": rough()}, written(model, likely=True))
+    assert math.isnan(same.recovered_over_mean)
+    assert "mean ablation raises the cross-entropy by only 0 nats" in same.undefined["recovered_over_mean"]
+    assert same.kl_mean == 0
+
+
+@pytest.mark.parametrize("costs", [
+    [0.3, -0.1, 0.2, 0.1], [0.3, 0.1, 0.2, 0.1], [0.5, 0.5], [-0.3, -0.2], [4.0, -3.9], [0.0, 0.0], [0.27, 0.07],
+])  # fmt: skip
+def test_an_ablation_costs_something_if_its_mean_is_above_twice_its_standard_error(costs: list[float]) -> None:
+    mean = statistics.fmean(costs)
+    square = statistics.fmean(c * c for c in costs)
+    why = _costs_nothing({"zero": 2 + mean, "untouched": 2.0}, "zero", square, len(costs))
+    clear = mean > 2 * statistics.stdev(costs) / len(costs) ** 0.5
+    assert (why is None) == clear
+
+
+def test_a_cross_entropy_that_is_not_finite_gives_no_share() -> None:
+    why = _costs_nothing({"mean": math.inf, "untouched": 2.0}, "mean", math.inf, 9)
+    assert why == "the cross-entropy under mean ablation is not finite"
 
 
 def test_several_hooks_and_a_transcoder_in_the_loss(model: Tiny, ids: Tensor) -> None:

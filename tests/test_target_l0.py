@@ -208,6 +208,46 @@ def test_it_starts_once_and_a_loaded_one_does_not_start_again(real: Tensor, tmp_
     assert not other.started
 
 
+@pytest.fixture
+def compiler() -> None:
+    """Without what an earlier test compiled: a graph with breaks also serves a module that asks for one without."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_module_starts_outside_its_graph(real: Tensor) -> None:
+    x = real[:256]
+    plain, compiled = (fastsae.SparseAutoencoder(48, 64, fastsae.JumpReLU(target_l0=4.0), seed=0) for _ in range(2))
+    run = torch.compile(compiled, backend="eager")
+    for _ in range(2):
+        for sae, forward in ((plain, plain), (compiled, run)):
+            sae.zero_grad()
+            forward(x).loss.backward()
+        torch.testing.assert_close(compiled.W_enc.grad, plain.W_enc.grad)
+    assert compiled.started
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[key], value)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_graph_without_a_break_says_what_to_call_first(real: Tensor, tmp_path: Path) -> None:
+    """A loaded one needs nothing: what was started stays so, under the names of the wrapper too."""
+    x = real[:256]
+    sae, loaded = (fastsae.SparseAutoencoder(48, 64, fastsae.JumpReLU(target_l0=4.0), seed=seed) for seed in (0, 1))
+    run = torch.compile(sae, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r"for a graph without a break, call sae\.start_\(x\) on a batch before"):
+        run(x)
+    assert not sae.started
+    sae.start_(x)
+    loss = float(run(x).loss.detach())
+    torch.save(run.state_dict(), tmp_path / "state.pt")
+    again = torch.compile(loaded, backend="eager", fullgraph=True)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert loaded.started
+    assert float(again(x).loss.detach()) == pytest.approx(loss, rel=1e-6)
+    assert torch.equal(loaded.log_threshold, sae.log_threshold)
+
+
 def test_what_a_rule_is_given_and_what_it_makes_of_nothing() -> None:
     assert fastsae.ReLU().target_l0 == fastsae.Gated().target_l0 == fastsae.JumpReLU().target_l0 == DEFAULT_L0
     assert fastsae.ReLU(2.0).target_l0 is None

@@ -121,6 +121,19 @@ def test_the_centre_of_the_first_batch_is_where_b_dec_starts(tmp_path: Path) -> 
     assert float(sae.norm.scale) == pytest.approx(float(first.square().mean().sqrt()))
 
 
+def test_what_after_step_changes_is_saved(tmp_path: Path) -> None:
+    sae = module()
+
+    def after_step() -> None:
+        with torch.no_grad():
+            sae.b_dec.fill_(0.25)
+
+    result = Trainer(sae, source(), config(steps=3, checkpoint_every=1), tmp_path, after_step=after_step).run()
+    for saved in (tmp_path / "checkpoints").iterdir():
+        assert load(saved).b_dec.eq(0.25).all()
+    assert result.checkpoint.exists()
+
+
 def test_length_in_steps_tokens_or_passes(tmp_path: Path) -> None:
     assert TrainConfig(steps=7).total_steps(None) == 7
     assert TrainConfig(tokens=1000, batch_size=300).total_steps(None) == 4

@@ -27,6 +27,7 @@ from fastsae.cli.options import (
     Sweep,
     Train,
     checked_device,
+    latent_indices,
     torch_dtype,
 )
 from fastsae.data.harvest import harvest
@@ -164,7 +165,7 @@ def run_language_eval(options: Eval, run: OpenedRun) -> int:
     """fastsae eval with a language model"""
     found = measure_in_model(options, run)
     out = options.out or options.run / EVALUATION
-    extra = {"step": run.step, "weights": str(run.path), "rows": found.where, "spliced": found.record()}
+    extra = {"step": run.step, "weights": str(run.path), "rows": found.where, **found.record(options.density)}
     found.result.write(out, with_density=options.density, **extra)
     print_evaluation(found.result, found.where, out, found.table())
     return 0
@@ -195,8 +196,10 @@ def run_report(options: Report) -> int:
     # Imported here: drawing costs a second that no other command should pay.
     from fastsae.report import ReportOptions, write_report
 
-    names = [field.name for field in dataclasses.fields(ReportOptions)]
-    print(write_report(options.run, out=options.out, options=ReportOptions(**{n: getattr(options, n) for n in names})))
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(ReportOptions)}
+    if options.latents is not None:
+        given["latents"] = latent_indices(options.latents)
+    print(write_report(options.run, out=options.out, options=ReportOptions(**given)))
     return 0
 
 
@@ -232,6 +235,7 @@ def run_reproduce(options: Reproduce) -> int:
     """fastsae reproduce"""
     # Imported here: drawing costs a second that no other command should pay.
     from fastsae.systems import system
+    from fastsae.systems.page import PAGE
     from fastsae.systems.runner import reproduce
 
     found = system(options.system)
@@ -242,7 +246,7 @@ def run_reproduce(options: Reproduce) -> int:
             scale=sizes(options.scale), progress=options.progress, threads=options.threads,
         )
     )  # fmt: skip
-    print(f"\nwritten to {out}")
+    print(f"\nwritten to {out / PAGE}")
     return 0
 
 

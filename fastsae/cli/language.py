@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,40 +17,77 @@ from fastsae.data.stream import ActivationStream, StreamConfig
 from fastsae.data.text import Corpus, load_text
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.evaluate import EvalResult, evaluate
-from fastsae.runs.opening import LanguageRecord, OpenedRun, language_of_run, open_run
-from fastsae.runs.spliced import SplicedLoss, activations_at, spliced_loss
+from fastsae.runs.opening import LanguageRecord, OpenedRun, language_of_run, open_run, other_model
+from fastsae.runs.spliced import SplicedLoss, activations_at, name_of, spliced_loss
 
 TOKENS = 4096
 """Tokens of a text that is not the run's, unless another number is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
+class AtHook:
+    """One autoencoder on the rows of its own filter, at its own hook."""
+
+    hook: str
+    """As the model names it; of a transcoder "where it reads -> what it replaces"."""
+    run: OpenedRun
+    result: EvalResult
+    special: str
+    """Which tokens are left out of the rows, and keep the model's own activation."""
+
+    def record(self, with_density: bool) -> dict[str, Any]:
+        """For evaluation.json."""
+        run = {"hook": self.hook, "step": self.run.step, "weights": str(self.run.path), "special": self.special}
+        return {**run, **self.result.to_json(with_density=with_density)}
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        found = self.result
+        return (
+            f"fvu {found.fvu:.5f}, l0 {found.l0:.2f}, dead share {found.dead_share:.2%}, norm ratio "
+            f"{found.norm_ratio:.5f} on {found.n_tokens:,} rows"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class InModel:
     """What `fastsae eval` finds with a language model."""
 
-    result: EvalResult
+    at: list[AtHook]
+    """The run's own first."""
     loss: SplicedLoss
     where: str
     """The rows, in words."""
     origin: dict[str, Any]
     """The model and the text."""
 
-    def record(self) -> dict[str, Any]:
+    @property
+    def result(self) -> EvalResult:
+        return self.at[0].result
+
+    def record(self, with_density: bool) -> dict[str, Any]:
         """For evaluation.json."""
-        return {**self.loss.to_json(), **self.origin}
+        return {
+            "hooks": [one.record(with_density) for one in self.at],
+            "spliced": {**self.loss.to_json(), **self.origin},
+        }
 
     def table(self) -> dict[str, Any]:
         """For the terminal."""
         loss = self.loss
+        zero, mean = (
+            f"{v:.4f}" if math.isfinite(v) else "–" for v in (loss.recovered_over_zero, loss.recovered_over_mean)
+        )
         return {
+            **{f"at {one.hook}": one.summary() for one in self.at if len(self.at) > 1},
             "spliced in at": f"{', '.join(loss.hooks)} at {loss.replaced_share:.2%} of the tokens",
             "left alone": loss.special,
             "predictions": f"{loss.n_predictions:,}, in nats below",
             "cross-entropy": f"{loss.ce_untouched:.5f} untouched, {loss.ce_spliced:.5f} spliced, "
             f"{loss.ce_zero:.5f} zero ablation, {loss.ce_mean:.5f} mean ablation",
             "kl": f"{loss.kl_spliced:.5f} spliced, {loss.kl_zero:.5f} zero ablation, {loss.kl_mean:.5f} mean ablation",
-            "recovered": f"{loss.recovered_over_zero:.4f} over zero ablation, {loss.recovered_over_mean:.4f} over mean "
-            f"ablation (mean of {loss.mean_of})",
+            "recovered": f"{zero} over zero ablation, {mean} over mean ablation (mean of {loss.mean_of})",
+            **({"undefined": "; ".join(loss.undefined.values())} if loss.undefined else {}),
         }
 
 
@@ -78,23 +116,21 @@ class HeldOutText:
     site: Site
     ids: Tensor
 
-    def rows(self) -> tuple[Tensor, Tensor | None]:
-        """`activations_at` the hook, of the tokens that are replaced."""
-        config, where = self.stream.config, self.stream.filter.ordinary
+    def rows(self, site: Site, stream: ActivationStream) -> tuple[Tensor, Tensor | None]:
+        """`activations_at` a site, of the tokens that this stream's filter leaves."""
         return activations_at(
-            self.model, self.site, self.ids, where=where, windows_per_batch=config.windows_per_batch
+            self.model, site, self.ids, where=stream.filter.ordinary,
+            windows_per_batch=self.stream.config.windows_per_batch,
         )  # fmt: skip
 
     def loss(
-        self, sae: SparseAutoencoder, mean: Tensor | None, others: Mapping[Site, tuple[SparseAutoencoder, Where]],
-        progress: bool,
+        self, saes: Mapping[Site, SparseAutoencoder], where: Mapping[Site, Where], means: Mapping[Site, Tensor],
+        special: str, progress: bool,
     ) -> SplicedLoss:  # fmt: skip
-        """`spliced_loss` of an SAE. mean (d_out,): of what is replaced; None: computed, as it must be with others."""
-        hooks = {self.site: sae} | {site: other for site, (other, _) in others.items()}
-        where = {self.site: self.stream.filter.ordinary} | {site: where for site, (_, where) in others.items()}
+        """`spliced_loss` of SAEs; means (d_out,) are those of what is replaced here."""
         return spliced_loss(
-            self.model, hooks, self.ids, where=where, means=None if mean is None else {self.site: mean},
-            mean_of="the replaced activations of this text", special=left_alone(self.stream), progress=progress,
+            self.model, saes, self.ids, where=where, means=means, mean_of="the replaced activations of this text",
+            special=special, progress=progress,
         )  # fmt: skip
 
     def origin(self) -> dict[str, Any]:
@@ -117,14 +153,14 @@ def open_text(
         raise ValueError(f"{name} does not record its language model; name it with --model")
     dtype = options.model_dtype or (record.dtype if record and record.dtype else "bfloat16")
     model = load_model(spec, dtype=torch_dtype(dtype), device=str(checked_device(device)), head=True)
-    if record and not options.any_model:
-        check_model(model, record, dtype)
+    if record and not options.any_model and (other := other_model(model, record)):
+        raise ValueError(f"{other}; name that model, or measure on this one with --any-model")
     stream = ActivationStream(model, corpus, config)
     calibrate(stream, record)
     if stream.d_in != d_in:
         raise ValueError(
-            f"the activations at {stream.hooked.name} of {spec} have {stream.d_in} numbers, the autoencoder expects "
-            f"d_in = {d_in}; name its own model and hook with --model and --hook"
+            f"the activations at {stream.hooked.name} have {stream.d_in} numbers, the autoencoder expects d_in = {d_in}"
+            f"; name the model and hook of {name} with --model and --hook"
         )
     site: Site = config.hook if options.output_hook is None else (config.hook, options.output_hook)
     wanted = options.tokens or math.ceil(config.holdout / stream.rows_per_window) * config.window
@@ -136,26 +172,49 @@ def measure_in_model(options: Eval, run: OpenedRun) -> InModel:
 
     Raises as `open_text` and `spliced_loss`.
     """
-    runs = [(path, open_run(path, device=options.device)) for path in options.also]
-    record = language_of_run(run.config)
-    text = open_text(options.language, record, run.path, run.sae.d_in, options.device)
-    others: dict[Site, tuple[SparseAutoencoder, Where]] = {}
-    for path, other in runs:
-        add_other(others, text, path, other)
-    rows, targets = text.rows()
-    result = evaluate(run.sae, rows, targets=targets, batch_size=options.batch_size)
-    mean = None if others else (rows if targets is None else targets).double().mean(0)
-    del rows, targets
-    loss = text.loss(run.sae, mean, others, options.progress)
+    text = open_text(options.language, language_of_run(run.config), run.path, run.sae.d_in, options.device)
+    members = {text.site: (run, text.stream)}
+    for path in options.also:
+        add_other(members, options, text, path)
+    at, means = [], {}
+    for site, (opened, its) in members.items():
+        opened.sae.backend = options.backend
+        rows, targets = text.rows(site, its)
+        check_widths(opened, its.hooked.name, rows, targets)
+        result = evaluate(opened.sae, rows, targets=targets, batch_size=options.batch_size)
+        means[site] = (rows if targets is None else targets).double().mean(0)
+        at.append(AtHook(name_of(text.model.model, site), opened, result, left_alone(its)))
+        del rows, targets
+    special = at[0].special if len(at) == 1 else "; ".join(f"at {one.hook} {one.special}" for one in at)
+    saes = {site: opened.sae for site, (opened, _) in members.items()}
+    where = {site: its.filter.ordinary for site, (_, its) in members.items()}
+    loss = text.loss(saes, where, means, special, options.progress)
     named = options.language.text
     other_text = "held-out text of the run" if named is None else f"text of {named}"
-    return InModel(result, loss, f"rows of the {other_text}", text.origin())
+    return InModel(at, loss, f"rows of the {other_text}", text.origin())
+
+
+def check_widths(opened: OpenedRun, name: str, rows: Tensor, targets: Tensor | None) -> None:
+    """Raises ValueError where the activations are not as wide as the autoencoder, saying which option to give."""
+    sae = opened.sae
+    if rows.shape[1] != sae.d_in:
+        raise ValueError(
+            f"the activations at {name} have {rows.shape[1]} numbers, the autoencoder expects d_in = {sae.d_in}; name "
+            f"the model and hook of {opened.path} with --model and --hook"
+        )
+    width = sae.d_in if targets is None else targets.shape[1]
+    if width != sae.d_out:
+        raise ValueError(
+            f"{opened.path} is a transcoder of d_in = {sae.d_in} to d_out = {sae.d_out}, and what it would replace has "
+            f"{width} numbers; name the place with --output-hook"
+        )
 
 
 def spliced_in(text: HeldOutText) -> Callable[[SparseAutoencoder], dict[str, Any]]:
     """What `fastsae sweep` measures of each SAE: `SplicedLoss` as JSON, the mean of the ablation computed once."""
-    mean, origin = text.rows()[0].double().mean(0), text.origin()
-    return lambda sae: {**text.loss(sae, mean, {}, progress=False).to_json(), **origin}
+    means = {text.site: text.rows(text.site, text.stream)[0].double().mean(0)}
+    where, origin, special = {text.site: text.stream.filter.ordinary}, text.origin(), left_alone(text.stream)
+    return lambda sae: {**text.loss({text.site: sae}, where, means, special, progress=False).to_json(), **origin}
 
 
 def stream_config(options: LanguageOptions, record: LanguageRecord | None, name: Any) -> StreamConfig:
@@ -190,18 +249,6 @@ def held_out_text(options: LanguageOptions, record: LanguageRecord | None, name:
     return corpus
 
 
-def check_model(model: LanguageModel, record: LanguageRecord, dtype: str) -> None:
-    """Raises ValueError if this is not the model that the run's activations come from, as far as the run says."""
-    if record.digest is None or dtype != record.dtype:  # the digest is of rounded weights
-        return
-    digests = {model.base.describe()["digest"], model.describe()["digest"]}
-    if record.digest not in digests:
-        raise ValueError(
-            f"the model {model.name} has digest {model.base.describe()['digest']}, the run's activations come from "
-            f"{record.model} with digest {record.digest}; name that model, or measure on this one with --any-model"
-        )
-
-
 def calibrate(stream: ActivationStream, record: LanguageRecord | None) -> None:
     """The norm filter of the training, if it was at the same hook."""
     if record and record.norm_median is not None and str(stream.config.hook) == str(record.stream.hook):
@@ -209,17 +256,33 @@ def calibrate(stream: ActivationStream, record: LanguageRecord | None) -> None:
 
 
 def add_other(
-    others: dict[Site, tuple[SparseAutoencoder, Where]], text: HeldOutText, path: Any, other: OpenedRun
+    members: dict[Site, tuple[OpenedRun, ActivationStream]], options: Eval, text: HeldOutText, path: Path
 ) -> None:  # fmt: skip
-    """One more run, at the hook that it records, with the filter of its own training."""
+    """One more run, at the hook that it records, with the filter of its own training.
+
+    Raises ValueError where it does not record one, is of another model or another run's hook, or was trained on a part
+    of the text that is measured on.
+    """
+    other = open_run(path, device=options.device)
     record = language_of_run(other.config)
     if record is None:
         raise ValueError(f"{path} does not record where its activations were taken; --also takes runs that do")
-    if record.stream.hook in {text.site, *others}:
-        raise ValueError(f"{path} is of the hook {record.stream.hook}, as another of these runs; splice in one of them")
-    stream = ActivationStream(text.model, text.corpus, record.stream)
+    hook = record.stream.hook
+    if hook in members:
+        raise ValueError(f"{path} is of the hook {hook}, as another of these runs; splice in one of them")
+    if not options.language.any_model and (wrong := other_model(text.model, record)):
+        raise ValueError(f"{path}: {wrong}; splice in runs of one model, or measure on this one with --any-model")
+    recorded, here = record.text or {}, text.corpus.describe()
+    same = any(key in recorded and recorded[key] == here[key] for key in ("digest", "spec"))
+    # Of another text nothing was trained on, and it may be shorter than what the run held out of its own.
+    config = record.stream if same else dataclasses.replace(record.stream, holdout=text.stream.config.holdout)
+    stream = ActivationStream(text.model, text.corpus, config)
     calibrate(stream, record)
-    others[record.stream.hook] = other.sae, stream.filter.ordinary
+    if same and stream.n_train > text.stream.n_train:
+        raise ValueError(
+            f"{path} was trained on a part of the text that {options.run} held out; give another text with --text"
+        )
+    members[hook] = (other, stream)
 
 
 def left_alone(stream: ActivationStream) -> str:

@@ -254,7 +254,8 @@ class Eval(Common):
     in place of its activations: cross-entropy and KL, beside zero and mean ablation."""
     language: Annotated[LanguageOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=LanguageOptions)
     also: tuple[Path, ...] = ()
-    """Other runs, spliced in at the same time, each at the hook that it records. Implies --spliced."""
+    """Other runs, each at the hook that it records: spliced in at the same time, and measured on rows of their own.
+    Implies --spliced."""
     progress: bool = True
     """Show a progress bar on stderr."""
     backend: str | None = None
@@ -322,12 +323,17 @@ class Report(Common):
     """The run folder; the run may still be in progress."""
     out: Path | None = None
     """File for the page. Left out: report.html in the run folder."""
-    latents: int = 24
-    """Latents shown with their texts, drawn at random over all densities. 0: none."""
+    latents: Annotated[str | None, tyro.conf.arg(metavar="INDICES")] = None
+    """Latents shown with their texts, as 12,415; a comma follows a single one, as 12,. Left out: a sample."""
+    sample: int | None = None
+    """Number of latents drawn at random over all densities instead. 0: none. Left out: 24, or none beside --latents."""
     passages: int = 8
     """Passages of text per latent."""
     seed: int = 0
     """Seed of the draw of latents."""
+    promoted: bool = True
+    """Show the tokens that each latent promotes and suppresses: loads the run's language model, if it is on this
+    disk."""
     max_rows: int = 131_072
     """At most this many rows are searched for passages."""
     time_step: bool = True
@@ -338,15 +344,15 @@ class Report(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reproduce(Common):
-    """Runs a published system, writes its figures and pictures, and prints its table beside the published one.
+    """Runs a published system, prints its tables beside the published figures, and puts everything on one HTML page.
 
     If it was stopped, run it again with the same options to continue.
     """
 
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SYSTEM")]
-    """Name of the system: clustering, interpretable_directions, monosemanticity or othello."""
+    """Name of the system: clustering, dictionary_comparison, interpretable_directions, monosemanticity or othello."""
     out: Path | None = None
-    """Folder for results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
+    """Folder for page.html, results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
     seeds: int | None = None
     """Runs of every experiment. Left out: 10 of clustering, 3 of the others, whose grids have one."""
     quick: Switch = False
@@ -367,6 +373,21 @@ class Info(Common):
 
     json: Switch = False
     """Print JSON."""
+
+
+def latent_indices(text: str) -> tuple[int, ...]:
+    """(12, 415) from "12,415". Raises ValueError for anything else, and for a single number without a comma."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) > 1 and names[-1] == "":
+        names.pop()
+    if not all(name.isdecimal() for name in names):
+        raise ValueError(f"--latents is {text!r}, expected indices with commas, such as 12,415")
+    if "," not in text:
+        raise ValueError(
+            f"--latents {names[0]} may mean one latent or a number of them: --latents {names[0]}, (with a comma) shows "
+            f"latent {names[0]}, --sample {names[0]} draws {names[0]} at random"
+        )
+    return tuple(map(int, names))
 
 
 def checked_device(name: str) -> torch.device:

@@ -146,6 +146,16 @@ def find(model: nn.Module, hook: Hook) -> Place:
     return Place(full + (":input" if place == "input" else ""), modules[full], place == "input")
 
 
+def in_residual_stream(model: nn.Module, hook: Hook) -> bool:
+    """Whether what is at a hook is the residual stream (before or after a layer) or is added to it (a layer's mlp or
+    attn). Raises ValueError as `find`, and for a model without a stack of layers.
+    """
+    place, (_, layers) = find(model, hook), _layers(model)
+    names = [name for short in SHORT.values() for name in short]
+    parts = [part for layer in layers for name, part in layer.named_children() if name in names]
+    return place.module in list(layers) or (place.module in parts and not place.takes_input)
+
+
 def _part_of_layer(model: nn.Module, part: str, index: int) -> str:
     layers_name, layers = _layers(model)
     if index >= len(layers):

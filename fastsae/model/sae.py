@@ -177,14 +177,19 @@ class SparseAutoencoder(Parameters):
         Each latent gets a threshold at the same number of its own standard deviations above its own mean, on x, at the
         initial weights: one bar for all would leave most of them dead where a few directions have most of the variance.
         Rows that are not finite are left out. Nothing is done the second time, and for rules that need no data. Syncs.
+        Before wrapping the module in DistributedDataParallel, call it in the first process at least, whose state the
+        others get; and before torch.compile(fullgraph=True), since it runs outside the graph. A state dict keeps it.
         Raises ValueError for fewer than two finite rows; RuntimeError where each process would see rows of its own.
         """
         if self.started:
             return self
-        if torch.compiler.is_compiling() or DistributedDataParallel._get_active_ddp_module() is not None:
+        if bool(self.get_buffer("start_done")):  # the first process started it, and DistributedDataParallel copied it
+            self.started = self.norm.calibrated = True
+            return self
+        if DistributedDataParallel._get_active_ddp_module() is not None:
             raise RuntimeError(
-                "the rule's thresholds are not set yet; call sae.start_(x) on a batch before compiling the module or "
-                "wrapping it in DistributedDataParallel"
+                "the rule's thresholds are not set yet, and each process sees rows of its own; call sae.start_(x) on a "
+                "batch before wrapping the module in DistributedDataParallel"
             )
         self._check_target(x, target)
         rows = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
@@ -338,7 +343,12 @@ class SparseAutoencoder(Parameters):
         densely, where many are active (`dense_above`). While a ledger is open, the backward pass overwrites the error.
         """
         if self.training and not self.started:
-            self.start_(x, target)
+            if torch.compiler.is_compiling():
+                from fastsae.model.uncompiled import start
+
+                start(self, x, target)
+            else:
+                self.start_(x, target)
         rule, ledger = self.rule, self._ledger()
         held = ledger is not None
         ready = self.inputs(x, target, held=held)

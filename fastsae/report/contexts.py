@@ -1,7 +1,7 @@
 """The texts that activate a latent most: which latents, which passages, and how strongly at each token.
 
-It encodes the rows once, then the passages that are shown. Nothing is chosen by hand: latents are drawn at random from
-equal strata of density rank, passages are the strongest that do not overlap.
+It encodes the rows once, then the passages that are shown. Latents are named by the caller, or drawn at random from
+equal strata of density rank; passages are the strongest that do not overlap.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fastsae.data.contexts import Context as TokenContext
+from fastsae.report.html import visible
 from fastsae.runs.evaluate import active_entries
 
 if TYPE_CHECKING:
     from fastsae.data.shards import ShardSource
     from fastsae.model.sae import SparseAutoencoder
+    from fastsae.report.promoted import Promoted
 
 RUN_ROWS = 4096
 """Contiguous rows per read when only a part of the rows is scanned: mostly whole windows of text."""
@@ -57,6 +59,7 @@ class LatentCard:
     passages: list[Passage]
     top_tokens: list[str]
     """The distinct tokens at the peaks, strongest first."""
+    promoted: Promoted | None = None
 
     @property
     def density_text(self) -> str:
@@ -85,6 +88,13 @@ def pick_spread(density: Tensor, count: int, seed: int = 0) -> list[int]:
     return picks
 
 
+def check_latents(latents: Sequence[int], d_sae: int) -> None:
+    """Raises ValueError for a latent that is not one of d_sae."""
+    for latent in latents:
+        if not 0 <= latent < d_sae:
+            raise ValueError(f"no latent {latent}: the autoencoder has latents 0 to {d_sae - 1}")
+
+
 def spread_rows(n: int, most: int) -> list[range]:
     """Ranges of row ids, ascending, with at most `most` ids: all n, or runs of RUN_ROWS spread evenly over them."""
     if n <= most:
@@ -99,18 +109,23 @@ def latent_cards(
     sae: SparseAutoencoder,
     source: ShardSource,
     *,
-    latents: int = 24,
+    latents: Sequence[int] | None = None,
+    sample: int = 24,
     passages: int = 8,
     width: int = 20,
     seed: int = 0,
     max_rows: int = 131_072,
 ) -> tuple[list[LatentCard], int]:
-    """Cards of a spread sample of latents, densest first, and the number of rows that were scanned.
+    """Cards, and the number of rows that were scanned.
 
+    latents   the latents, in this order; one that never fired has density 0 and no passage. None: a spread sample of
+              those that fired, `sample` of them, densest first.
     width     tokens shown on either side of the strongest one.
     max_rows  rows scanned at most (held-out ones come last); memory is 12 bytes for each active latent.
-    Raises ValueError if the rows were stored without their text.
+    Raises ValueError if the rows were stored without their text, or for a latent that the SAE does not have.
     """
+    if latents is not None:
+        check_latents(latents, sae.d_sae)
     n_rows = (source.n_tokens or 0) + len(source.held_out_ids())
     runs = spread_rows(n_rows, max_rows)
     ids = torch.cat([torch.arange(run.start, run.stop) for run in runs]) if runs else torch.empty(0, dtype=torch.long)
@@ -118,7 +133,7 @@ def latent_cards(
     if scan.n_rows == 0:
         return [], 0
     density = torch.bincount(scan.latent, minlength=sae.d_sae).double() / scan.n_rows
-    chosen = pick_spread(density, latents, seed)
+    chosen = pick_spread(density, sample, seed) if latents is None else list(dict.fromkeys(latents))
     strongest = scan.columns(chosen, sae.d_sae)  # (rows, len(chosen)): a handful of latents, not M
 
     # Neighbours of a strong token are often strong too, so consider more candidates than passages.
@@ -130,7 +145,8 @@ def latent_cards(
         for i in range(len(chosen))
     ]
     # Tokens of a passage may lie outside the scanned rows, so encode the passages separately.
-    wanted = torch.tensor(sorted({row for contexts in shown for c in contexts for row in c.rows if row >= 0}))
+    rows_shown = sorted({row for contexts in shown for c in contexts for row in c.rows if row >= 0})
+    wanted = torch.tensor(rows_shown, dtype=torch.int64)
     acts = _encode(sae, [source.rows(wanted)]).columns(chosen, sae.d_sae)
     place = {row: i for i, row in enumerate(wanted.tolist())}
     cards = []
@@ -179,12 +195,6 @@ def passage(context: TokenContext, acts: Sequence[float | None], strongest: floa
         # A leading space would only indent the passage.
         spans[0] = dataclasses.replace(spans[0], text=spans[0].text.lstrip(" "))
     return Passage(float(acts[context.center] or 0.0), spans)
-
-
-def visible(text: str) -> str:
-    """Text with visible symbols for line breaks and control characters, so that a passage is one paragraph."""
-    text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() or c == " " else "·" for c in text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -271,8 +271,10 @@ def side_by_side(plots: Sequence[Plot], css: str) -> str:
     return re.sub(r"var\((--[\w-]+)\)", lambda found: colours[found[1]], text)
 
 
-def histogram_plot(edges: Sequence[float], counts: Sequence[int], never: int) -> Plot | None:
-    """Latents by log10 density; those that never fired are a separate bar on the left."""
+def histogram_plot(
+    edges: Sequence[float], counts: Sequence[int], never: int, *, where: str = "", name: str = "density"
+) -> Plot | None:
+    """Latents by log10 density; those that never fired are a separate bar on the left. where: ends the title."""
     if not counts or not (sum(counts) or never):
         return None
     with matplotlib.rc_context(_STYLE):
@@ -293,8 +295,8 @@ def histogram_plot(edges: Sequence[float], counts: Sequence[int], never: int) ->
         top = max(range(len(counts)), key=lambda i: counts[i])
         text = f"{total} latents, {never} never active; most lie between 10^{edges[top]:g} and 10^{edges[top + 1]:g}."
         return Plot(
-            "Latent density", f"{total:,} latents on the held-out rows; {never:,} of them were active on none.",
-            to_svg(figure, "density", "Latent density", text),
+            f"Latent density{where}", f"{total:,} latents on the held-out rows; {never:,} of them were active on none.",
+            to_svg(figure, name, f"Latent density{where}", text),
         )  # fmt: skip
 
 

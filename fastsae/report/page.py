@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.resources
-import json
 import math
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from fastsae.atomic import replace_file
 from fastsae.data.shards import ShardSource
-from fastsae.report.contexts import LatentCard, latent_cards
+from fastsae.report import html
+from fastsae.report.contexts import LatentCard, check_latents, latent_cards
 from fastsae.report.plots import all_plots
-from fastsae.report.runlog import Record, RunLog, is_number, read_run, whole
+from fastsae.report.promoted import promoted_of_run
+from fastsae.report.runlog import Record, RunLog, hooks_of, is_number, read_run, whole
 from fastsae.report.timing import StepTiming, time_step
 from fastsae.runs.checkpoint import CheckpointError
-from fastsae.runs.opening import OpenedRun, open_run, rows_of_run, version
+from fastsae.runs.opening import OpenedRun, language_of_run, open_run, rows_of_run, version
+
+HOOK_COLUMNS = {
+    "rows": ("n_tokens", ",.0f"),
+    "FVU": ("fvu", ".4f"),
+    "FVU per token": ("fvu_per_token", ".4f"),
+    "L0": ("l0", ".1f"),
+    "dead share": ("dead_share", ".2%"),
+    "‖x̂‖ / ‖x‖": ("norm_ratio", ".4f"),
+    "cosine": ("cosine", ".4f"),
+}
+"""Columns of the table of autoencoders: the entry of evaluation.json and its format."""
+SAMPLE = 24
+"""Latents that are drawn, unless another number is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +50,10 @@ class LatentSection:
 
     intro: str
     cards: list[LatentCard]
+    open: int
+    """How many cards are unfolded."""
+    lens: str = ""
+    """How the promoted tokens were found, or why there are none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +62,10 @@ class SplicedSection:
 
     lead: str
     rows: list[tuple[str, str, str, str]]
+    undefined: list[str]
+    """Why a recovered share is not defined."""
+    hooks: list[tuple[str, ...]]
+    """Of every autoencoder: the hook and the columns of HOOK_COLUMNS."""
 
 
 def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming | None = None) -> str:
@@ -59,6 +79,8 @@ def render(log: RunLog, latents: LatentSection | None = None, timing: StepTiming
         heading="Curves",
         plots=all_plots(log, timing),
         spliced=spliced_section(log),
+        splice_with=_splice_with(log),
+        hook_columns=list(HOOK_COLUMNS),
         latents=latents,
         settings=settings_groups(log.config),
         footer=_footer(log),
@@ -70,15 +92,19 @@ def fill(**parts: Any) -> str:
 
     Everything that comes from files or models is escaped by the template.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(read_resource("template.html"))
-    sections = ("notes", "tiles", "plots", "cells", "spliced", "latents", "settings", "wide")
-    return template.render(dict.fromkeys(sections) | {"css": Markup(read_resource("style.css"))} | parts)
-
-
-def read_resource(name: str) -> str:
-    """A file of this package."""
-    return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
+    sections = (
+        "notes",
+        "tiles",
+        "plots",
+        "cells",
+        "spliced",
+        "splice_with",
+        "hook_columns",
+        "latents",
+        "settings",
+        "wide",
+    )
+    return html.render("fastsae.report", "run.html", **(dict.fromkeys(sections) | parts))
 
 
 def total_steps(config: Record) -> int | None:
@@ -110,13 +136,14 @@ def _subtitle(log: RunLog) -> str:
 
 def spliced_section(log: RunLog) -> SplicedSection | None:
     """From the newest evaluation that was made with a language model; None if there is none."""
-    held = next((e["spliced"] for e in reversed(log.evals) if isinstance(e.get("spliced"), dict)), None)
-    if held is None:
+    evaluation = next((e for e in reversed(log.evals) if isinstance(e.get("spliced"), dict)), None)
+    if evaluation is None:
         return None
+    held = evaluation["spliced"]
 
-    def shown(key: str, form: str = ".4f") -> str:
-        value = held.get(key)
-        return format(float(value), form) if is_number(value) else "–"
+    def shown(key: str, form: str = ".4f", of: Record = held) -> str:
+        value = of.get(key)
+        return format(float(value), form) if value is not None and is_number(value) else "–"
 
     hooks = held.get("hooks")
     names = [str(name) for name in hooks] if isinstance(hooks, list) else []
@@ -135,7 +162,22 @@ def spliced_section(log: RunLog) -> SplicedSection | None:
             for name in ("zero", "mean")
         ),
     ]
-    return SplicedSection(lead, rows)
+    undefined = held.get("undefined")
+    reasons = [str(why) for why in undefined.values()] if isinstance(undefined, dict) else []
+    each = [
+        (str(one.get("hook", "–")), *(shown(key, form, of=one) for key, form in HOOK_COLUMNS.values()))
+        for one in hooks_of(evaluation)
+    ]
+    return SplicedSection(lead, rows, reasons, each)
+
+
+def _splice_with(log: RunLog) -> str | None:
+    """The command that measures the spliced loss; None where the run records no language model."""
+    try:
+        record = language_of_run(log.config)
+    except (OSError, ValueError):
+        return None
+    return None if record is None else f"fastsae eval {shlex.quote(str(log.folder))} --spliced"
 
 
 def _footer(log: RunLog) -> str:
@@ -192,50 +234,45 @@ def _speed_up(log: RunLog) -> list[Tile]:
     return [Tile("Speed-up", f"{speed / dense:.1f}×", f"over the dense reference ({dense:,.0f} tokens/s)")]
 
 
-@dataclasses.dataclass(frozen=True)
-class SettingsGroup:
-    """One table of settings."""
-
-    name: str
-    rows: list[tuple[str, str]]
-
-
-def settings_groups(config: Record) -> list[SettingsGroup]:
+def settings_groups(config: Record) -> list[html.SettingsGroup]:
     """One group for each section of the config, plain values first under "run"."""
     plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    groups = [SettingsGroup("run", _rows(plain))] if plain else []
-    return groups + [SettingsGroup(k, _rows(v)) for k, v in config.items() if isinstance(v, dict) and v]
-
-
-def _rows(section: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            rows += _rows(value, f"{prefix}{key}.")
-        else:
-            rows.append((prefix + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    return rows
+    groups = [html.SettingsGroup("run", html.flat(plain))] if plain else []
+    return groups + [html.SettingsGroup(k, html.flat(v)) for k, v in config.items() if isinstance(v, dict) and v]
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportOptions:
     """What a report adds to the content of the run folder.
 
-    latents: number shown with their texts; 0: none. passages: per latent. seed: of the draw. max_rows: rows searched
-    for the texts at most. time_step: time the parts of an update on the run's data. backend: of the ops.
+    latents: those to show with their texts, in this order; None: `sample` of them (None: 24; 0: none), drawn by `seed`.
+    passages: per latent. max_rows: rows searched for the texts at most. promoted: load the run's language model, where
+    it is on this disk, for the tokens that each latent promotes. time_step: time the parts of an update on the run's
+    data. backend: of the ops.
     """
 
-    latents: int = 24
+    latents: Sequence[int] | None = None
+    sample: int | None = None
     passages: int = 8
     seed: int = 0
     max_rows: int = 131_072
+    promoted: bool = True
     time_step: bool = True
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("latents", 0), ("passages", 1), ("max_rows", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        for name, least in (("sample", 0), ("passages", 1), ("max_rows", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
+        if self.latents is not None and self.sample is not None:
+            raise ValueError(f"latents names those to show and sample = {self.sample} draws some; give one of them")
+        if isinstance(self.latents, int):
+            raise ValueError(f"latents is {self.latents}, expected indices; sample={self.latents} draws as many")
+
+    @property
+    def shows_latents(self) -> bool:
+        return self.sample != 0 if self.latents is None else bool(self.latents)
 
 
 def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, StepTiming | None]:
@@ -243,16 +280,19 @@ def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, 
 
     A report also serves a run that is broken or was moved: the page says what cannot be read, nothing is raised.
     """
-    if not options.latents and not options.time_step:
+    if not options.shows_latents and not options.time_step:
         return None, None
     section = timing = None
     try:
         source = rows_of_run(log.config)
+        with_text = isinstance(source, ShardSource) and source.manifest.vocabulary is not None
+        if options.latents and not with_text:
+            log.notes.append("The latents asked for are not shown: the run's data is not stored with its text.")
         if source is None:
             return None, None
         run = open_run(log.folder)
         run.sae.backend = options.backend
-        if options.latents and isinstance(source, ShardSource) and source.manifest.vocabulary is not None:
+        if options.shows_latents and isinstance(source, ShardSource) and with_text:
             section = latent_section(run, source, options)
         train = log.config.get("train")
         size = whole(log.config, "train", "batch_size")
@@ -264,34 +304,44 @@ def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, 
 
 
 def latent_section(run: OpenedRun, source: ShardSource, options: ReportOptions) -> LatentSection | None:
-    """The latents and their texts; None if none fired. Raises as `latent_cards`."""
+    """The latents and their texts; None if none is to be shown. Raises as `latent_cards`."""
     cards, scanned = latent_cards(
-        run.sae, source, latents=options.latents, passages=options.passages, seed=options.seed,
-        max_rows=options.max_rows,
+        run.sae, source, latents=options.latents, sample=SAMPLE if options.sample is None else options.sample,
+        passages=options.passages, seed=options.seed, max_rows=options.max_rows,
     )  # fmt: skip
     if not cards:
         return None
-    n = len(cards)
-    intro = (
+    n, lens = len(cards), ""
+    if options.promoted:
+        found, lens = promoted_of_run(run, [card.index for card in cards], source.vocabulary() or [])
+        cards = [dataclasses.replace(card, promoted=found.get(card.index)) for card in cards]
+    chosen = (
         f"{n} of the latents that fired, one drawn at random (seed {options.seed}) from each of {n} equal strata of "
-        f"density rank, densest first. For each, its {options.passages} strongest passages that neither overlap nor "
-        f"repeat, over {scanned:,} rows, with the activation at the strongest token. Weights of step {run.step:,}."
+        "density rank, densest first."
+        if options.latents is None
+        else "The latents that were asked for."
     )
-    return LatentSection(intro, cards)
+    intro = (
+        f"{chosen} For each, its {options.passages} strongest passages that neither overlap nor repeat, over "
+        f"{scanned:,} rows, with the activation at the strongest token. Weights of step {run.step:,}."
+    )
+    return LatentSection(intro, cards, 2 if options.latents is None else n, lens)
 
 
 def write_report(run_dir: str | Path, *, out: str | Path | None = None, options: ReportOptions | None = None) -> Path:
     """Writes the report of a run folder, finished or not, and returns its path (`out`, or run_dir/report.html).
 
-    The page is replaced atomically. Raises FileNotFoundError or ValueError if run_dir is not a run or `out` is not
-    a possible file; OSError if the page cannot be written.
+    The page is replaced atomically. Raises FileNotFoundError or ValueError if run_dir is not a run, `out` is not
+    a possible file or the SAE does not have a latent that is named; OSError if the page cannot be written.
     """
-    log = read_run(run_dir)
+    log, options = read_run(run_dir), options or ReportOptions()
+    if (d_sae := whole(log.config, "sae", "d_sae")) is not None:
+        check_latents(options.latents or (), d_sae)
     path = log.folder / "report.html" if out is None else Path(out)
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "lies in a folder that is not there"
         raise ValueError(f"the report cannot be written to {path}, which {what}; give the name of a file")
-    latents, timing = measure(log, options or ReportOptions())
-    html = render(log, latents, timing)
-    replace_file(path, lambda partial: partial.write_text(html, encoding="utf-8"))
+    latents, timing = measure(log, options)
+    text = render(log, latents, timing)
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastsae.report.drawing import C1, C2, C3, Curve, Plot, bar_plot, histogram_plot, line_plot
-from fastsae.report.runlog import RunLog, histogram
+from fastsae.report.runlog import RunLog, histogram, hooks_of
 from fastsae.report.timing import StepTiming
 
 PARTS = ("data", "step", "resample", "eval", "checkpoint")
@@ -21,7 +21,9 @@ def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
             curves.append(Curve("dense reference", *log.series(key, of="dense"), C2, dashed=True))
         return curves
 
-    held = histogram(log.evals[-1]) if log.evals else None
+    evaluation = log.evals[-1] if log.evals else {}
+    at = hooks_of(evaluation)
+    held = {f" at {one.get('hook')}": histogram(one) for one in at} if len(at) > 1 else {"": histogram(evaluation)}
     plots = [
         line_plot("loss", "Loss", "Training loss with the dead-latent term.", [Curve("loss", *log.series("loss"))],
                   log=True),
@@ -36,7 +38,7 @@ def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
         line_plot("l0", "L0", "Active latents per token.", pair("l0"), from_zero=True),
         line_plot("dead", "Dead latents", "Latents that have not been active for a set number of tokens.",
                   [Curve("dead", *log.series("dead"))], from_zero=True),
-        None if held is None else histogram_plot(*held),
+        *(histogram_plot(*one, where=where, name=f"density{i}") for i, (where, one) in enumerate(held.items()) if one),
         line_plot("lr", "Learning rate", "With warm-up and decay.", [Curve("lr", *log.series("lr"))], from_zero=True),
         line_plot("grad", "Gradient norm", "Over all parameters, before any projection.",
                   [Curve("norm", *log.series("grad_norm"))], log=True),

@@ -87,6 +87,12 @@ def histogram(record: Record) -> tuple[list[float], list[int], int] | None:
     return (edges, [int(n) for n in counts], int(never)) if good else None  # type: ignore[arg-type]
 
 
+def hooks_of(evaluation: Record) -> list[Record]:
+    """An evaluation's entries by hook, as a language model's evaluation has them."""
+    held = evaluation.get("hooks")
+    return [one for one in held if isinstance(one, dict)] if isinstance(held, list) else []
+
+
 def read_jsonl(path: Path, notes: list[str]) -> list[Record]:
     """The records of a JSON-lines file, sorted by step; of equal steps, the last record.
 

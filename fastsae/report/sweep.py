@@ -12,11 +12,12 @@ from urllib.parse import quote
 
 from fastsae.atomic import replace_file
 from fastsae.report.drawing import Group, Plot, front_plot, side_by_side
-from fastsae.report.page import Tile, fill, footer, read_resource, settings_groups
+from fastsae.report.html import style
+from fastsae.report.page import Tile, fill, footer, settings_groups
 from fastsae.report.runlog import Record, column, is_number
 from fastsae.runs.logs import duration
 from fastsae.runs.sweep import pareto, read_sweep
-from fastsae.systems.results import table
+from fastsae.systems.results import Table
 
 TABLE, PLOT, PAGE = "table.md", "pareto.svg", "sweep.html"
 HEADER = ("rule", "latents", "asked L0", "seed", "L0", "FVU", "explained", "cosine", "dead", "seconds")
@@ -51,10 +52,10 @@ def write_sweep(folder: str | Path) -> str:
     content = read_sweep(folder)
     records = ordered(content["cells"])
     cells, plots = cells_of(records, folder), plots_of(records)
-    text = table(cells.header, [row.cells for row in cells.rows])
+    text = str(Table(cells.header, [row.cells for row in cells.rows]))
     files = {TABLE: text + "\n", PAGE: page(folder.resolve().name, content, cells, plots)}
     if plots:
-        files[PLOT] = side_by_side(plots, read_resource("style.css"))
+        files[PLOT] = side_by_side(plots, style())
     for name, written in files.items():
         replace_file(folder / name, functools.partial(Path.write_text, data=written, encoding="utf-8"))
     return text

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastsae.data.manifest import MANIFEST, Manifest
+from fastsae.data.models import LanguageModel
 from fastsae.data.shards import ShardSource
 from fastsae.data.stream import StreamConfig
 from fastsae.data.tensor import TensorSource
@@ -201,6 +202,19 @@ def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
         raise ValueError(
             f"the run's record of its language model does not fit this version: {error!r}; was config.json edited?"
         ) from error
+
+
+def other_model(model: LanguageModel, record: LanguageRecord) -> str | None:
+    """How this model is not the one that the run's activations come from; None where it is, or the run does not say."""
+    here = model.base.describe()
+    if record.digest is None or here["dtype"] != record.dtype:  # the digest is of rounded weights
+        return None
+    if record.digest in (here["digest"], model.describe()["digest"]):
+        return None
+    return (
+        f"the model {model.name} has digest {here['digest']}, the run's activations come from {record.model} with "
+        f"digest {record.digest}"
+    )
 
 
 def version() -> str:

@@ -4,6 +4,10 @@
     KL   mean over predictions of Σ_v p(v) log(p(v) / q(v)), p of the untouched model, q of the changed one
     recovered over an ablation = (CE_ablation - CE_spliced) / (CE_ablation - CE_untouched)
 
+The share is undefined where the ablation costs nothing that these predictions could show: where its cost, the divisor,
+is not above twice its standard error over the predictions (taken as independent). Around a divisor of 0 the share is
+any number, of either sign, and where the ablation lowers the cross-entropy it has no meaning.
+
 Two ablations: the activations are replaced by 0, or by their mean. The mean is the fairer one where activations lie far
 from 0: zeroing a residual stream breaks the model altogether, and almost any SAE recovers nearly all of that. Both
 change the tokens that the splice changes and no others, chosen by the untouched model's activations. Every token of a
@@ -20,7 +24,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +66,11 @@ class SplicedLoss:
     kl_zero: float
     kl_mean: float
     recovered_over_zero: float
-    """1: as good as the untouched model; 0: as bad as zero ablation. NaN where that ablation costs nothing; says
-    nothing where it lowers the cross-entropy."""
+    """1: as good as the untouched model; 0: as bad as zero ablation. NaN where it is `undefined`."""
     recovered_over_mean: float
     """The same over mean ablation."""
+    undefined: dict[str, str] = dataclasses.field(default_factory=dict)
+    """{"recovered_over_zero": why it is undefined, ...}; empty where both are defined."""
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary for json.dumps; an undefined value is null."""
@@ -121,24 +126,27 @@ def spliced_loss(
         replaced = 0
         ce = dict.fromkeys(("untouched", *contexts), 0.0)
         kl = dict.fromkeys(contexts, 0.0)
+        squares = dict.fromkeys(contexts, 0.0)
         with tqdm(desc="eval", total=len(token_ids), unit="window", disable=None if progress else True) as bar:
             for batch in batches:
                 target = batch[:, 1:].flatten().to(device_of(module))
                 with _noted(module, hooks, where, chosen):
                     clean = _logits(module, batch)
                 replaced += sum(int(mask.sum()) for mask in chosen.values())
-                ce["untouched"] += _sums(clean, clean, target)[0]
+                ce["untouched"] += _sums(clean, clean, target).ce
                 for name, context in contexts.items():
                     with context():
                         changed = _logits(module, batch)
-                    total_ce, total_kl = _sums(clean, changed, target)
-                    ce[name] += total_ce
-                    kl[name] += total_kl
+                    sums = _sums(clean, changed, target)
+                    ce[name] += sums.ce
+                    kl[name] += sums.kl
+                    squares[name] += sums.squares
                     del changed  # before the next pass: logits are the largest tensors here
                 bar.update(len(batch))
     n = token_ids.shape[0] * (token_ids.shape[1] - 1)
     ce = {name: total / n for name, total in ce.items()}
     kl = {name: total / n for name, total in kl.items()}
+    undefined = {name: why for name in ("zero", "mean") if (why := _costs_nothing(ce, name, squares[name] / n, n))}
     if special is None:
         special = "the tokens that `where` leaves out keep the model's own activation" if where else "none"
     return SplicedLoss(
@@ -151,8 +159,8 @@ def spliced_loss(
         mean_of=mean_of,
         **{f"ce_{name}": value for name, value in ce.items()},
         **{f"kl_{name}": value for name, value in kl.items()},
-        recovered_over_zero=_recovered(ce, "zero"),
-        recovered_over_mean=_recovered(ce, "mean"),
+        **{f"recovered_over_{n}": math.nan if n in undefined else _recovered(ce, n) for n in ("zero", "mean")},
+        undefined={f"recovered_over_{name}": why for name, why in undefined.items()},
     )
 
 
@@ -282,21 +290,47 @@ def _logits(model: nn.Module, token_ids: Tensor) -> Tensor:
     return logits[:, :-1].flatten(0, 1)
 
 
-def _sums(clean: Tensor, changed: Tensor, target: Tensor) -> tuple[float, float]:
-    """(Σ -log q(target), Σ KL(p ‖ q)) over predictions, p of clean and q of changed (n, vocabulary)."""
-    ce = kl = 0.0
+class _Sums(NamedTuple):
+    """Over predictions, p of the untouched model and q of the changed one: Σ -log q(target), Σ KL(p ‖ q) and
+    Σ (log p(target) - log q(target))².
+    """
+
+    ce: float
+    kl: float
+    squares: float
+
+
+def _sums(clean: Tensor, changed: Tensor, target: Tensor) -> _Sums:
+    """p of clean and q of changed, logits (n, vocabulary)."""
+    ce = kl = squares = 0.0
     rows = max(1, CHUNK // clean.shape[1])
     for p_logits, q_logits, ids in zip(clean.split(rows), changed.split(rows), target.split(rows), strict=True):
         q = q_logits.double().log_softmax(-1)
-        ce -= float(q.gather(1, ids[:, None]).sum())
+        hit = q.gather(1, ids[:, None])
+        ce -= float(hit.sum())
         if clean is not changed:
             p = p_logits.double().log_softmax(-1)
             share = p.exp()
             # A token that a model rules out has p = 0 and log p = -inf, and adds nothing.
             kl += float(torch.where(share > 0, share * (p - q), 0).sum())
-    return ce, kl
+            squares += float((p.gather(1, ids[:, None]) - hit).square().sum())
+    return _Sums(ce, kl, squares)
+
+
+def _costs_nothing(ce: Mapping[str, float], ablation: str, square: float, n: int) -> str | None:
+    """Why no share can be recovered over an ablation; None where its cost is above twice its standard error.
+
+    square: the mean of the predictions' squared costs, of n predictions.
+    """
+    cost = ce[ablation] - ce["untouched"]
+    error = math.sqrt(max(square - cost * cost, 0.0) / max(n - 1, 1))
+    if cost > 2 * error:
+        return None
+    if not math.isfinite(cost):
+        return f"the cross-entropy under {ablation} ablation is not finite"
+    does = f"lowers the cross-entropy by {-cost:.3g}" if cost < 0 else f"raises the cross-entropy by only {cost:.3g}"
+    return f"{ablation} ablation {does} nats (standard error {error:.2g}), so there is nothing to recover"
 
 
 def _recovered(ce: Mapping[str, float], ablation: str) -> float:
-    lost = ce[ablation] - ce["untouched"]
-    return (ce[ablation] - ce["spliced"]) / lost if lost != 0 else math.nan
+    return (ce[ablation] - ce["spliced"]) / (ce[ablation] - ce["untouched"])

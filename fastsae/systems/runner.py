@@ -1,4 +1,8 @@
-"""Runs a system: its experiments in turn, each stored when done, then tables and pictures of all stored results."""
+"""Runs a system: its experiments in turn, each stored when done, then tables, pictures and page of all that is stored.
+
+A new system is a package in fastsae/systems/ with a `SYSTEM` of the class below, listed in `SYSTEMS` (__init__.py) and
+in pyproject.toml. `python -m bench.systems` then shows its stored results in docs/systems/ and in the README.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ from tqdm import tqdm
 
 from fastsae.atomic import lock_folder, replace_file
 from fastsae.runs.logs import duration
-from fastsae.systems.results import Results
+from fastsae.systems.page import PAGE, About, Run, render
+from fastsae.systems.results import Results, Table, markdown
 
 log = logging.getLogger("fastsae.systems")
 TABLE = "table.md"
@@ -23,8 +28,9 @@ TABLE = "table.md"
 
 @dataclass(frozen=True)
 class System:
-    """A system's interface to `fastsae reproduce`.
+    """A system's interface to `fastsae reproduce`. A record is what `perform` returned, with "settings" and "seconds".
 
+    about         the system in words, captions of its pictures, and a sentence on its result; see `About`.
     experiments   every experiment by name, in order; True: so small that all of them take seconds. By keyword, what
                   changes in `scale`.
     settings      an experiment's settings as JSON; if they change, its stored record is out of date.
@@ -32,35 +38,40 @@ class System:
     perform       runs one for these seeds; returns the record to store, and the data of its own pictures. It may keep
                   files in the folder, in its subfolder "cache", for other experiments and runs.
     draw_one      draws those pictures, from name, experiment, their data and the folder.
-    draw_all      draws pictures of all stored records.
-    tables        Markdown from the stored records.
+    draw_all      draws pictures of all stored records. `about.pictures` has a caption for every file drawn.
+    tables        tables and paragraphs from the stored records, published figures beside ours: for table.md, the page
+                  and docs/systems/. Must cope with any part of the experiments.
     unit          what a call of `advance` stands for.
     seeds         how many, where the user does not say.
     scale         the sizes that a user may change, by name, and what they are otherwise.
     seconds       about how long an experiment takes on one core, for so many seeds; None: not known.
+    lacking       what has to be installed for an experiment, in one line; None: nothing.
     """
 
+    about: About
     experiments: Callable[..., Mapping[str, Any]]
     settings: Callable[[Any], dict[str, Any]]
     ticks: Callable[[Any, int], int]
     perform: Callable[[Any, Sequence[int], Callable[[], object], Path], tuple[dict[str, Any], Any]]
     draw_one: Callable[[str, Any, Any, Path], None]
     draw_all: Callable[[Mapping[str, Any], Path], None]
-    tables: Callable[[Mapping[str, Any]], str]
+    tables: Callable[[Mapping[str, Any]], Sequence[Table | str]]
     unit: str = "epoch"
     seeds: int = 10
     scale: Mapping[str, int | str] = field(default_factory=dict)
     seconds: Callable[[Any, int], float] | None = None
+    lacking: Callable[[Any], str | None] = lambda experiment: None
 
 
 def reproduce(
     name: str, system: System, folder: Path, *, seeds: int | None = None, quick: bool = False,
     only: Sequence[str] = (), scale: Mapping[str, int | str] | None = None, progress: bool = True, threads: int = 1,
 ) -> str:  # fmt: skip
-    """Runs the experiments missing in `folder`, writes results.json, table.md and pictures there, returns the tables.
+    """Runs the experiments missing in `folder`; writes results.json, table.md, page.html and pictures; returns tables.
 
     only: these experiments, by name. scale: changes of the system's `scale`. threads: of the CPU; SAEs this small are
     slower with more than one.
+    Experiments that lack something are left out, with a warning at the start and, after the others, a ValueError.
     Raises ValueError for an unknown experiment or size or fewer than one seed, and BlockingIOError if another process
     is writing there. KeyboardInterrupt loses only the current experiment.
     """
@@ -83,10 +94,18 @@ def reproduce(
     try:
         torch.set_num_threads(threads)
         results = Results(folder, name)
+        results.ask(quick, dict(scale or {}))
         settings = {one: {"seeds": seeds, **system.settings(experiments[one])} for one in chosen}
         missing = [one for one in chosen if not results.has(one, settings[one])]
         if len(missing) < len(chosen):
             log.info("%d of %d experiments are already in %s", len(chosen) - len(missing), len(chosen), folder)
+        lacking = {one: reason for one in missing if (reason := system.lacking(experiments[one]))}
+        missing = [one for one in missing if one not in lacking]
+        if len(lacking) == len(chosen):
+            raise ValueError(lacking[chosen[0]])
+        if lacking:
+            left_out = f"{len(lacking)} of {len(chosen)} experiments are left out: {next(iter(lacking.values()))}"
+            log.warning("%s", left_out)
         if system.seconds is not None and missing:
             expected = sum(system.seconds(experiments[one], seeds) for one in missing)
             log.info("%d experiments, about %s on one core", len(missing), duration(expected))
@@ -100,14 +119,43 @@ def reproduce(
                 record["seconds"] = round(time.perf_counter() - start, 1)
                 results.put(one, settings[one], record, list(experiments))
         system.draw_all(results.experiments, folder)
-        text = system.tables(results.experiments)
-        replace_file(folder / TABLE, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+        text = publish(name, system, results)
+        if lacking:
+            raise ValueError(f"{left_out}. The others are in {folder / TABLE}")
         return text
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; what was done is in {folder}; the same command continues") from None
     finally:
         torch.set_num_threads(before)
         os.close(lock)
+
+
+def publish(name: str, system: System, results: Results) -> str:
+    """Writes table.md and page.html from stored records and pictures; returns the tables as Markdown."""
+    folder, tables = results.path.parent, system.tables(results.experiments)
+    text, page = markdown(tables), render(system.about, tables, stored_run(name, system, results), folder)
+    replace_file(folder / TABLE, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+    replace_file(folder / PAGE, lambda partial: partial.write_text(page, encoding="utf-8"))
+    return text
+
+
+def stored_run(name: str, system: System, results: Results) -> Run:
+    """What the page says of the run behind these results."""
+    asked, records = results.data["asked"], results.experiments
+    experiments = system.experiments(asked["quick"], **asked["scale"])
+    to_come = None
+    if system.seconds is not None:
+        to_come = sum(system.seconds(experiments[one], system.seeds) for one in experiments if one not in records)
+    stale = [
+        one
+        for one, record in records.items()
+        if one not in experiments
+        or not results.has(one, {"seeds": record["settings"]["seeds"], **system.settings(experiments[one])})
+    ]
+    return Run(
+        name, system.seeds, asked["quick"], asked["scale"], records, list(experiments), stale,
+        results.data["made_with"], to_come,
+    )  # fmt: skip
 
 
 def _locked(folder: Path) -> int:

@@ -38,6 +38,16 @@ def matched_cosines(A: Tensor, B: Tensor) -> Tensor:
     return found[range(len(columns)), columns.tolist()]
 
 
+def likeness(A: Tensor, B: Tensor) -> dict[str, float]:
+    """mmcs of A (n, D) to B (m, D), n <= m; and of the best one-to-one pairs the mean cosine and the share above .9."""
+    matched = matched_cosines(A, B)
+    return {
+        "mmcs": round(float(max_cosines(A, B).mean()), 5),
+        "matched": round(float(matched.mean()), 5),
+        "matched_same": round(float((matched > SAME).double().mean()), 5),
+    }
+
+
 def assignment(cost: NDArray[np.float64]) -> NDArray[np.int64]:
     """argmin over one-to-one π of Σ_i cost[i, π(i)]: (n,) of cost (n, m), n <= m, finite.
 

@@ -30,7 +30,7 @@ from fastsae.model.rules import Activation, BatchTopK, Gated, ReLU, TopK
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.evaluate import evaluate
 from fastsae.runs.schedules import Schedule
-from fastsae.systems.interpretable_directions.metrics import SAME, matched_cosines, max_cosines
+from fastsae.systems.interpretable_directions.metrics import SAME, likeness, max_cosines
 from fastsae.training.step import FusedTrainStep
 
 VARIANTS = {"coded": None, "five": 5.0}
@@ -225,11 +225,41 @@ class Experiment:
         10.
         """
         multiplications = self.recipe.batch_size * self.recipe.d * self.recipe.d_sae
-        return 4 * self.steps(seeds) * multiplications * _seconds_per_multiplication()
+        return 4 * self.steps(seeds) * multiplications * seconds_per_multiplication()
+
+    def lacking(self) -> str | None:
+        return None
+
+    def perform(self, seeds: Sequence[int], advance: Callable[[], object], folder: Path) -> dict[str, Any]:
+        """Trains and measures; returns the record to store.
+
+        The record: lists with one number for each seed of what `measure` gives; curve, MMCS by steps; steps_to_found,
+        the first measured number of steps with MMCS >= FOUND, or None; and of a cell what `compare` gives. Cells keep
+        their dictionaries in the folder's subfolder "cache".
+        """
+        measured: dict[str, list[Any]] = {}
+        first: Tensor | None = None
+        for seed in seeds[: self.used(len(seeds))]:
+            features = Features(self.recipe, seed)
+            sae, curve = train(self.recipe, features, seed, advance)
+            found = next((steps for steps, mmcs in curve.items() if mmcs >= FOUND), None)
+            first = sae.W_dec.detach().clone() if first is None else first
+            numbers = {
+                **measure(self.recipe, features, sae),
+                "curve": {str(steps): round(mmcs, 5) for steps, mmcs in curve.items()},
+                "steps_to_found": found,
+            }
+            for name, value in numbers.items():
+                measured.setdefault(name, []).append(value)
+        assert first is not None
+        about = {"title": self.title, "variant": self.variant}
+        compared = compare(self, first, folder / "cache") if self.cell else {}
+        return {**about, **measured, **compared}
 
 
 @functools.cache
-def _seconds_per_multiplication() -> float:
+def seconds_per_multiplication() -> float:
+    """Of a multiplication and an addition in a dense product here, now."""
     x, W = torch.randn(4096, 256), torch.randn(256, 512)
     times = []
     for _ in range(5):
@@ -239,40 +269,10 @@ def _seconds_per_multiplication() -> float:
     return sorted(times)[2] / (x.numel() * W.shape[1])
 
 
-def perform(
-    experiment: Experiment, seeds: Sequence[int], advance: Callable[[], object], folder: Path
-) -> tuple[dict[str, Any], None]:
-    """Trains and measures; returns the record to store. There are no pictures of one experiment alone.
-
-    The record: lists with one number for each seed of what `measure` gives; curve, MMCS by steps; steps_to_found, the
-    first measured number of steps with MMCS >= FOUND, or None; and of a cell what `compare` gives. Cells keep their
-    dictionaries in the folder's subfolder "cache".
-    """
-    measured: dict[str, list[Any]] = {}
-    first: Tensor | None = None
-    for seed in seeds[: experiment.used(len(seeds))]:
-        features = Features(experiment.recipe, seed)
-        sae, curve = train(experiment.recipe, features, seed, advance)
-        found = next((steps for steps, mmcs in curve.items() if mmcs >= FOUND), None)
-        first = sae.W_dec.detach().clone() if first is None else first
-        numbers = {
-            **measure(experiment.recipe, features, sae),
-            "curve": {str(steps): round(mmcs, 5) for steps, mmcs in curve.items()},
-            "steps_to_found": found,
-        }
-        for name, value in numbers.items():
-            measured.setdefault(name, []).append(value)
-    assert first is not None
-    about = {"title": experiment.title, "variant": experiment.variant}
-    compared = compare(experiment, first, folder / "cache") if experiment.cell else {}
-    return {**about, **measured, **compared}, None
-
-
 def compare(cell: Experiment, dictionary: Tensor, cache: Path) -> dict[str, Any]:
     """Saves a cell's dictionary (M, D), and compares it with that of the next larger cell of the same α, if any.
 
-    Returns {"next_larger": {"mmcs", "matched", "matched_same"}}: MMCS to it, and the mean and the share above .9 of the
-    cosines under the best one-to-one assignment; {} without such a cell.
+    Returns {"next_larger": what `likeness` gives}; {} without such a cell.
     """
     path = cache / f"{cell_name(cell.variant, cell.recipe)}.safetensors"
     path.parent.mkdir(exist_ok=True)
@@ -285,14 +285,7 @@ def compare(cell: Experiment, dictionary: Tensor, cache: Path) -> dict[str, Any]
         if file.metadata() != steps:  # left by a run with other settings
             return {}
         other = file.get_tensor("W_dec")
-    matched = matched_cosines(dictionary, other)
-    return {
-        "next_larger": {
-            "mmcs": round(float(max_cosines(dictionary, other).mean()), 5),
-            "matched": round(float(matched.mean()), 5),
-            "matched_same": round(float((matched > SAME).double().mean()), 5),
-        }
-    }
+    return {"next_larger": likeness(dictionary, other)}
 
 
 def cell_name(variant: str, recipe: Recipe) -> str:
