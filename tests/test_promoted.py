@@ -202,7 +202,7 @@ def test_the_page_shows_both_ends(place: Path) -> None:
         expected = logits[i // 2].topk(8, largest=i % 2 == 0).indices.tolist()
         shown = [html.unescape(token) for token in re.findall(r"<code [^>]*>(.*?)</code>", tokens)]
         assert shown == [WORDS[t] for t in expected]
-    assert f"whose logits in {place / 'model'} the latent raises and lowers most" in page
+    assert f"by the logit lens on {place / 'model'}: its decoder row" in page
     assert "Not measured yet: <code>fastsae eval" in page
     assert "promotes" not in page_of(place / "residual", "--no-promoted")
 

@@ -74,9 +74,9 @@ def promoted_of_run(run: OpenedRun, latents: Sequence[int], names: Sequence[str]
     except (ImportError, OSError, ValueError, MemoryError) as error:
         return {}, f"The tokens that the latents promote are left out: {' '.join(str(error).split())}."
     return dict(zip(latents, found, strict=True)), (
-        f"Promotes and suppresses: the tokens whose logits in {record.model} the latent raises and lowers most by "
-        "itself: its decoder row times the final norm's weight, through the unembedding, less the mean over the "
-        "vocabulary. What later layers make of it is not in this."
+        "A latent promotes the tokens whose logits it raises most and suppresses those that it lowers most, by the "
+        f"logit lens on {record.model}: its decoder row times the final norm's weight, through the unembedding, less "
+        "the mean over the vocabulary. What later layers make of it is not in this."
     )
 
 
