@@ -177,7 +177,7 @@ class ShardSource(EpochSource):
 
     def _identity(self) -> dict[str, Any]:
         # The shards' checksums identify the rows, even if the folder was moved or holds more by now.
-        last = int(self._owner(torch.tensor([self._rows_per_epoch - 1], device="cpu")))
+        last = int(self._owner(torch.tensor([self._rows_per_epoch - 1], dtype=torch.int64, device="cpu")))
         return {
             "source": "shards",
             "seed": self.seed,
