@@ -100,7 +100,8 @@ def cells_of(records: Sequence[Record], folder: Path) -> Cells:
     if spliced:
         lead += (
             "CE: cross-entropy of the language model with the reconstruction in place of its activations, in nats; "
-            "rise: over the untouched model; recovered: the share of what mean ablation costs. "
+            "rise: over the untouched model; recovered: the share of what mean ablation costs, – where the "
+            "predictions do not show that it costs anything. "
         )
     lead += "Links lead to a cell's report, where `fastsae report` has written one, or else to its run folder."
     return Cells(lead, [*HEADER, *(SPLICED_HEADER if spliced else ()), FRONT], rows)
