@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fastsae.data.hooks import HookedModel
 from fastsae.data.text import TokenCorpus
-from fastsae.systems import one_layer
+from fastsae.systems import one_layer, small_gpt
 from fastsae.systems.one_layer import HOOK, Recipe, bytes_of, trained
 
 SMALL = Recipe(d=16, mlp=32, heads=2, window=32, batch=4, steps=8, warmup=2)
@@ -68,7 +68,7 @@ def test_the_hook_gives_the_mlp_after_its_relu() -> None:
 
 
 def test_training_that_was_stopped_goes_on_with_the_same_result(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(one_layer, "SAVE_EVERY", 3)
+    monkeypatch.setattr(small_gpt, "SAVE_EVERY", 3)
     whole, losses = trained(SMALL, corpus(), tmp_path / "a")
     steps = []
 

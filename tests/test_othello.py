@@ -12,6 +12,7 @@ import torch
 from bench.systems import RESULTS
 from fastsae.cli.main import main
 from fastsae.runs.logs import duration
+from fastsae.systems import small_gpt
 from fastsae.systems.othello import figures, game, language, metrics, probes, saes, system
 from fastsae.systems.results import read
 from tests.othello_rules import compare
@@ -80,7 +81,7 @@ def test_the_model_looks_back_only_and_its_layers_are_the_stream_after_blocks() 
 
 
 def test_training_that_was_stopped_goes_on_with_the_same_result(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(language, "SAVE_EVERY", 2)
+    monkeypatch.setattr(small_gpt, "SAVE_EVERY", 2)
     whole, losses = language.trained(small(), tmp_path / "a")
     steps = []
 

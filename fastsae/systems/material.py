@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from fastsae.data.stream import ActivationStream, StreamConfig
 from fastsae.data.text import Corpus, load_text, package_folder
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.spliced import SplicedLoss, spliced_loss
+from fastsae.systems.results import key_of
 
 log = logging.getLogger("fastsae.systems")
 
@@ -87,7 +86,7 @@ class Material:
 
     def _place(self, folder: Path) -> Path:
         settings = {name: value for name, value in self.settings.items() if name != "rows"}
-        return folder.parent / FOLDER / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return folder.parent / FOLDER / key_of(settings)
 
 
 class InModel:

@@ -8,6 +8,7 @@ A second run skips the experiments that are stored there, unless their settings 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -72,6 +73,11 @@ def read(path: Path, system: str) -> dict[str, Any]:
     if not isinstance(data, dict) or (data.get("format"), data.get("system")) != (FORMAT, system):
         raise ValueError(f"{path} holds no results of {system} in format {FORMAT}; choose another --out")
     return data
+
+
+def key_of(settings: Any) -> str:
+    """A name for what depends on these JSON-able settings, such as a file of a cache: 12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

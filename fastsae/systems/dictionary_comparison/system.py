@@ -11,8 +11,6 @@ thousands of times as many tokens.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import sysconfig
@@ -37,7 +35,7 @@ from fastsae.systems.dictionary_comparison import recipes
 from fastsae.systems.dictionary_comparison.recipes import BETTER, CANDIDATES, SWAPS, Recipe
 from fastsae.systems.interpretable_directions.metrics import max_cosines
 from fastsae.systems.material import TEXT, InModel, Material
-from fastsae.systems.results import rounded
+from fastsae.systems.results import key_of, rounded
 
 ONE_LAYER = "one-layer"
 LAYER = 15
@@ -403,7 +401,7 @@ def trained(
     """An SAE of this recipe in eval mode, read from the cache or trained there; a run that was stopped goes on."""
     cache = here.cache
     about = {**here.material.settings, **asdict(recipe), "batch": scale.batch, "d_sae": d_sae, "l0": l0, "seed": seed}
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    key = key_of(about)
     finished, run = cache / f"sae-{key}", cache / f"run-{key}"
     config = recipes.train_config(recipe, here.source().d_in, scale.rows, scale.batch, seed)
     if not finished.exists():

@@ -11,8 +11,6 @@ gradient for a row of norm 1. Source: Cunningham et al. 2023 and its public code
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from fastsae.runs.config import TrainConfig
 from fastsae.runs.trainer import Trainer
 from fastsae.systems.interpretable_directions.models import Scale
 from fastsae.systems.interpretable_directions.toy import seconds_per_multiplication
+from fastsae.systems.results import key_of
 
 RULES = {"published": "published recipe", "dense": "published, α = 0", "topk": "TopK", "gated": "Gated"}
 TIED = ("published", "dense")
@@ -112,8 +111,7 @@ def trained(
 def path(recipe: Recipe, scale: Scale, seed: int, folder: Path) -> Path:
     """Where `trained` stores an SAE."""
     settings = {"recipe": asdict(recipe), "passes": scale.passes, "seed": seed, **scale.settings}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return folder / "cache" / f"sae-{digest[:12]}"
+    return folder / "cache" / f"sae-{key_of(settings)}"
 
 
 def alpha(sae: SparseAutoencoder) -> float:

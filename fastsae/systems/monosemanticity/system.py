@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +20,7 @@ from fastsae.systems.interpretable_directions.metrics import max_cosines
 from fastsae.systems.material import InModel, Material
 from fastsae.systems.monosemanticity import causes, meaning, recipe, steering
 from fastsae.systems.monosemanticity.recipe import Recipe, Scale
-from fastsae.systems.results import FILE, read
+from fastsae.systems.results import FILE, key_of, read
 
 NAME = "monosemanticity"
 WEIGHTS = (2.0, 5.0, 10.0)
@@ -164,8 +162,8 @@ def sae_of(
     one = experiment.recipe
     if experiment.like:
         one = replace(one, l0=l0_of(experiment.like, seed, folder))
-    key = json.dumps({**recipe.settings(one, experiment.scale), "seed": seed}, sort_keys=True)
-    run_dir = folder / "cache" / f"{one.rule}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    key = key_of({**recipe.settings(one, experiment.scale), "seed": seed})
+    run_dir = folder / "cache" / f"{one.rule}-{key}"
     return recipe.train(one, experiment.scale, of.source(folder, seed), seed, run_dir, advance)
 
 

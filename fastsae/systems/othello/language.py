@@ -8,26 +8,22 @@ twice; and, as there are far fewer games, smaller batches and a rate of 2e-3 tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 
-from fastsae.atomic import replace_file
+from fastsae.systems import small_gpt
 from fastsae.systems.othello import game
+from fastsae.systems.results import key_of
+from fastsae.systems.small_gpt import Block
 
 TRAINING_GAMES, READ_GAMES, SCORED_GAMES = 1_000, 2_000_000, 3_000_000
 """Seeds of the games that the model learns from, that probes and SAEs learn from, and that everything is scored on."""
-SAVE_EVERY = 500
-"""Steps between checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +45,6 @@ class Recipe:
         return math.ceil(self.games / self.batch)
 
 
-class Block(nn.Module):
-    """x + attention(LN x), then x + MLP(LN x)."""
-
-    def __init__(self, d: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, d))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
-
-
 class OthelloGPT(nn.Module):
     """tokens (n, t ≤ 64) -> logits (n, t, 66)."""
 
@@ -75,7 +53,9 @@ class OthelloGPT(nn.Module):
         if recipe.d % recipe.heads:
             raise ValueError(f"d is {recipe.d}, expected a multiple of heads = {recipe.heads}")
         self.embed, self.place = nn.Embedding(game.VOCABULARY, recipe.d), nn.Embedding(game.WINDOW, recipe.d)
-        self.blocks = nn.ModuleList(Block(recipe.d, recipe.heads) for _ in range(recipe.blocks))
+        self.blocks = nn.ModuleList(
+            Block(recipe.d, 4 * recipe.d, recipe.heads, nn.GELU()) for _ in range(recipe.blocks)
+        )
         self.norm, self.unembed = nn.LayerNorm(recipe.d), nn.Linear(recipe.d, game.VOCABULARY)
         for table in (self.embed, self.place):
             nn.init.normal_(table.weight, std=0.02)
@@ -100,34 +80,23 @@ def train(
     Loss: cross-entropy over all 64 positions, END and PAD included. checkpoint: a file from which a stopped training
     goes on, with the same result.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = OthelloGPT(recipe)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    losses: list[float] = []
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        losses = state["losses"]
-    done = len(losses)
-    for step, tokens in enumerate(game.stream(recipe.games, TRAINING_GAMES + recipe.seed, recipe.batch)):
-        if step >= done:
-            rising, falling = min(1.0, (step + 1) / recipe.warmup), (1 + math.cos(math.pi * step / recipe.steps)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * rising * falling
-            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].long().flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            if checkpoint is not None and (step + 1) % SAVE_EVERY == 0:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-                replace_file(checkpoint, lambda partial, state=state: torch.save(state, partial))  # type: ignore[misc]
-        advance()
-    pieces = torch.tensor(losses).tensor_split(min(10, len(losses)))
-    return model.eval(), [round(float(piece.mean()), 4) for piece in pieces]
+    model = small_gpt.seeded(lambda: OthelloGPT(recipe), recipe.seed)
+    losses = _train(model, recipe, advance, checkpoint)
+    return model.eval(), losses
+
+
+def _train(model: OthelloGPT, recipe: Recipe, advance: Callable[[], object], checkpoint: Path | None) -> list[float]:
+    def games(done: int) -> Iterator[Tensor]:
+        for step, tokens in enumerate(game.stream(recipe.games, TRAINING_GAMES + recipe.seed, recipe.batch)):
+            if step < done:
+                advance()  # drawn again, since later games depend on it
+            else:
+                yield tokens
+
+    return small_gpt.train(
+        model, games, recipe.steps, lr=recipe.lr, weight_decay=recipe.weight_decay, warmup=recipe.warmup,
+        checkpoint=checkpoint, advance=advance,
+    )  # fmt: skip
 
 
 def trained(
@@ -135,21 +104,9 @@ def trained(
 ) -> tuple[OthelloGPT, list[float]]:
     """The same from the folder `cache`, where it is stored by its settings; trained and stored there if it is not."""
     settings = json.dumps(asdict(recipe), sort_keys=True)
-    path = cache / f"model-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
-    if path.exists():
-        model = OthelloGPT(recipe)
-        load_model(model, path)
-        with safe_open(path, "pt") as file:
-            losses = json.loads(file.metadata()["losses"])
-        return model.eval(), losses
-    cache.mkdir(parents=True, exist_ok=True)
-    checkpoint = path.with_suffix(".checkpoint")
-    model, losses = train(recipe, advance, checkpoint)
-    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
-    about = {"settings": settings, "losses": json.dumps(losses)}
-    replace_file(path, lambda partial: save_file(tensors, partial, about))
-    checkpoint.unlink(missing_ok=True)
-    return model, losses
+    model = small_gpt.seeded(lambda: OthelloGPT(recipe), recipe.seed)
+    path = cache / f"model-{key_of(asdict(recipe))}.safetensors"
+    return model, small_gpt.kept(model, path, settings, lambda file: _train(model, recipe, advance, file))
 
 
 @torch.no_grad()

@@ -11,8 +11,6 @@ figures are of another model (8 blocks, d = 512): shares may be set beside each 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from fastsae.atomic import replace_file
 from fastsae.systems.othello import game, language, metrics, probes, saes
+from fastsae.systems.results import key_of
 
 PUBLISHED = {"probes": 180, "sae": 9, "untied": 33}
 """Pairs found, of 192: by probes; by the SAE of layer 6; by untied weights and earlier layers."""
@@ -88,8 +87,7 @@ class Boards:
 
 
 def _cached(cache: Path, kind: str, scale: Scale) -> Path:
-    key = json.dumps([asdict(scale.model), scale.read, scale.scored], sort_keys=True)
-    return cache / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    return cache / f"{kind}-{key_of([asdict(scale.model), scale.read, scale.scored])}.safetensors"
 
 
 def boards(scale: Scale, layer: int, cache: Path) -> tuple[Boards, Boards]:
