@@ -273,7 +273,7 @@ def test_published_saes_have_no_decoder_bias_and_are_kept(tmp_path: Path) -> Non
     assert done == [1] * 10 + [2] * 10
     torch.testing.assert_close(again.W_dec, sae.W_dec, rtol=0, atol=0)
     assert torch.equal(saes.firings(sae, source), sae(source.rows(range(2000))).codes.to_dense().gt(0).sum(0))
-    assert not list((tmp_path / "cache").glob("*-run"))
+    assert not list((tmp_path / "cache").glob("run-*"))
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

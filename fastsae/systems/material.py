@@ -1,10 +1,12 @@
-"""Activations of a language model, harvested once and shared by all systems whose folders lie side by side."""
+"""Activations of a language model, harvested once for all systems whose folders lie side by side, and SAEs on them."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import logging
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from fastsae.data.models import LanguageModel, load_model
 from fastsae.data.shards import ShardSource
 from fastsae.data.stream import ActivationStream, StreamConfig
 from fastsae.data.text import Corpus, load_text, package_folder
+from fastsae.model.files import CONFIG, load, save
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.spliced import SplicedLoss, spliced_loss
 from fastsae.systems.results import key_of
@@ -80,6 +83,10 @@ class Material:
                     return f"the package {name!r} is not installed: {INSTALL}" if ours else str(error)
         return None
 
+    def language_model(self, dtype: torch.dtype = torch.bfloat16) -> LanguageModel:
+        """The model with its head; of this dtype, and loaded once, where it was given by a spec."""
+        return _loaded(self.model, dtype) if isinstance(self.model, str) else self.model
+
     def in_model(self, folder: Path, tokens: int) -> InModel:
         """The language model with the first `tokens` tokens of the held-out text."""
         return InModel(self, self.source(folder), tokens)
@@ -98,7 +105,7 @@ class InModel:
     """
 
     def __init__(self, material: Material, source: ShardSource, tokens: int):
-        self.model = _loaded(material.model) if isinstance(material.model, str) else material.model
+        self.model = material.language_model()
         self.hook = material.stream.hook
         corpus = load_text(material.text) if isinstance(material.text, str) else material.text
         stream = ActivationStream(self.model, corpus, material.stream)
@@ -110,6 +117,33 @@ class InModel:
         return spliced_loss(self.model, {self.hook: sae}, self.ids, where=self.ordinary)
 
 
+def trained_once(
+    place: Path,
+    steps: int,
+    train: Callable[[Path, Callable[[], object]], SparseAutoencoder],
+    advance: Callable[[], object] = lambda: None,
+) -> SparseAutoencoder:
+    """The SAE that is saved at `place`, in eval mode; if there is none, train(run, advance) trains it.
+
+    run: the folder of its training, beside `place`, from which a stopped one goes on; deleted when the SAE is saved.
+    advance is called once for each of `steps`, those that need not be made again included.
+    """
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        advance()
+
+    if not (place / CONFIG).exists():
+        run = place.with_name(f"run-{place.name}")
+        save(train(run, count), place)
+        shutil.rmtree(run)
+    for _ in range(steps - done):
+        advance()
+    return load(place)
+
+
 @functools.cache
-def _loaded(spec: str) -> LanguageModel:
-    return load_model(spec, dtype=torch.bfloat16, head=True)
+def _loaded(spec: str, dtype: torch.dtype) -> LanguageModel:
+    return load_model(spec, dtype=dtype, head=True)

@@ -11,8 +11,6 @@ thousands of times as many tokens.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +24,6 @@ from torch import Tensor
 from fastsae.data.shards import ShardSource
 from fastsae.data.stream import StreamConfig
 from fastsae.data.text import load_text
-from fastsae.model.files import load, save
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.evaluate import EvalResult, evaluate
 from fastsae.runs.trainer import Trainer
@@ -34,7 +31,7 @@ from fastsae.systems import one_layer
 from fastsae.systems.dictionary_comparison import recipes
 from fastsae.systems.dictionary_comparison.recipes import BETTER, CANDIDATES, SWAPS, Recipe
 from fastsae.systems.interpretable_directions.metrics import max_cosines
-from fastsae.systems.material import TEXT, InModel, Material
+from fastsae.systems.material import TEXT, InModel, Material, trained_once
 from fastsae.systems.results import key_of, rounded
 
 ONE_LAYER = "one-layer"
@@ -399,12 +396,10 @@ def trained(
     advance: Callable[[], object] = lambda: None,
 ) -> SparseAutoencoder:  # fmt: skip
     """An SAE of this recipe in eval mode, read from the cache or trained there; a run that was stopped goes on."""
-    cache = here.cache
     about = {**here.material.settings, **asdict(recipe), "batch": scale.batch, "d_sae": d_sae, "l0": l0, "seed": seed}
-    key = key_of(about)
-    finished, run = cache / f"sae-{key}", cache / f"run-{key}"
     config = recipes.train_config(recipe, here.source().d_in, scale.rows, scale.batch, seed)
-    if not finished.exists():
+
+    def train(run: Path, after_step: Callable[[], object]) -> SparseAutoencoder:
         source = here.source(seed)
         position = source.state_dict()
         first = source.next_batch(min(recipes.START_ROWS, scale.rows))
@@ -412,13 +407,9 @@ def trained(
         sae = recipes.new_sae(recipe, first, d_sae, l0, scale.rows, seed)
         with warnings.catch_warnings():
             # The tables have every run's L0.
-            warnings.filterwarnings("ignore", message="the run ended at L0")
-            _Trainer(sae, source, config, run, after_step=advance).run()
+            warnings.filterwarnings("ignore", message=".*the run ended at L0")
+            _Trainer(sae, source, config, run, after_step=after_step).run()
         sae.hold(sae)
-        save(sae, run / "sae")
-        os.replace(run / "sae", finished)
-        shutil.rmtree(run)
-    else:
-        for _ in range(config.steps or 0):
-            advance()
-    return load(finished)
+        return sae
+
+    return trained_once(here.cache / f"sae-{key_of(about)}", config.steps or 0, train, advance)

@@ -7,7 +7,6 @@ the time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.models import LanguageModel
 from fastsae.data.stream import StreamConfig
 from fastsae.data.windows import special_tokens
 from fastsae.systems import one_layer
@@ -112,12 +111,7 @@ class Scale:
 
 def in_full(material: Material) -> LanguageModel:
     """The material's model in float32 with its head: bfloat16 hides changes of a divergence below some 10⁻³."""
-    return _loaded(material.model) if isinstance(material.model, str) else material.model
-
-
-@functools.cache
-def _loaded(spec: str) -> LanguageModel:
-    return load_model(spec, dtype=torch.float32, head=True)
+    return material.language_model(torch.float32)
 
 
 def prompts_of(model: LanguageModel, n: int, seed: int = 0) -> prompts.Prompts:

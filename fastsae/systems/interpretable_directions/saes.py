@@ -12,7 +12,6 @@ gradient for a row of norm 1. Source: Cunningham et al. 2023 and its public code
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.data.shards import ShardSource
-from fastsae.model.files import CONFIG, load, save
 from fastsae.model.parameters import normalize_rows_
 from fastsae.model.rules import Activation, Gated, ReLU, TopK
 from fastsae.model.sae import SparseAutoencoder
@@ -30,6 +28,7 @@ from fastsae.runs.config import TrainConfig
 from fastsae.runs.trainer import Trainer
 from fastsae.systems.interpretable_directions.models import Scale
 from fastsae.systems.interpretable_directions.toy import seconds_per_multiplication
+from fastsae.systems.material import trained_once
 from fastsae.systems.results import key_of
 
 RULES = {"published": "published recipe", "dense": "published, α = 0", "topk": "TopK", "gated": "Gated"}
@@ -82,30 +81,26 @@ def trained(
     A training that was stopped goes on from its checkpoint there. `advance` is called once for each of the recipe's
     steps, those that need not be made again included.
     """
-    stored, done = path(recipe, scale, seed, folder), 0
-    if not (stored / CONFIG).exists():
-        sae, published = new_sae(recipe, source.d_in, seed), recipe.rule in TIED
+    published = recipe.rule in TIED
+    config = TrainConfig(
+        steps=recipe.steps(scale), batch_size=recipe.batch, lr=recipe.lr,
+        decay="constant" if published else "linear", init_b_dec="zero" if published else "mean",
+        eval_every=0, log_every=50, keep=1, tensorboard=False, progress=False, seed=seed,
+    )  # fmt: skip
+
+    def train(run: Path, count: Callable[[], object]) -> SparseAutoencoder:
+        sae = new_sae(recipe, source.d_in, seed)
 
         def after_step() -> None:
-            nonlocal done
             if published:
                 with torch.no_grad():
                     sae.b_dec.zero_()  # a fused step trains every parameter; this one is 0 whenever it is read
-            done += 1
-            advance()
+            count()
 
-        config = TrainConfig(
-            steps=recipe.steps(scale), batch_size=recipe.batch, lr=recipe.lr,
-            decay="constant" if published else "linear", init_b_dec="zero" if published else "mean",
-            eval_every=0, log_every=50, keep=1, tensorboard=False, progress=False, seed=seed,
-        )  # fmt: skip
-        run = stored.with_name(f"{stored.name}-run")
         Trainer(sae, source, config, run, after_step=after_step).run()
-        save(sae, stored)
-        shutil.rmtree(run)
-    for _ in range(recipe.steps(scale) - done):
-        advance()
-    return load(stored)
+        return sae
+
+    return trained_once(path(recipe, scale, seed, folder), recipe.steps(scale), train, advance)
 
 
 def path(recipe: Recipe, scale: Scale, seed: int, folder: Path) -> Path:

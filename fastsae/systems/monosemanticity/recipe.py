@@ -105,7 +105,7 @@ def new_sae(recipe: Recipe, d: int, rows: int, seed: int) -> SparseAutoencoder:
 def train(
     recipe: Recipe, scale: Scale, source: ShardSource, seed: int, run_dir: Path, advance: Callable[[], object]
 ) -> SparseAutoencoder:
-    """The trained SAE, in eval mode. A run in `run_dir` that was stopped goes on from its newest checkpoint."""
+    """The trained SAE. A run in `run_dir` that was stopped goes on from its newest checkpoint."""
     rows = int(recipe.share * scale.rows)
     steps = steps_of(recipe, scale)
     sae = new_sae(recipe, source.d_in, rows, seed)
@@ -116,7 +116,7 @@ def train(
         tensorboard=False, progress=False,
     )  # fmt: skip
     Trainer(sae, source, config, run_dir, after_step=advance).run()
-    return sae.eval()
+    return sae
 
 
 def steps_of(recipe: Recipe, scale: Scale) -> int:

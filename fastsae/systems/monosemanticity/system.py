@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.data.models import LanguageModel, load_model
 from fastsae.data.shards import ShardSource
 from fastsae.data.stream import StreamConfig
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.systems import one_layer
-from fastsae.systems.interpretable_directions.metrics import max_cosines
-from fastsae.systems.material import InModel, Material
+from fastsae.systems.interpretable_directions.metrics import cosines
+from fastsae.systems.material import Material, trained_once
 from fastsae.systems.monosemanticity import causes, meaning, recipe, steering
 from fastsae.systems.monosemanticity.recipe import Recipe, Scale
 from fastsae.systems.results import FILE, key_of, read
@@ -28,7 +28,7 @@ SIZES = (1024, 2048, 4096, 8192)
 SHARES = (0.25, 0.5)
 """Of the rows, for the scaling law; the whole is there anyway."""
 PROMPTS, PROMPT, LAST = 8, 32, 4
-"""Of the comparison with ablation: prompts, tokens of each, and the last tokens whose latents are looked at."""
+"""Of the comparison with ablation: prompts, tokens of each, and how many tokens at the end latents are taken from."""
 STEERED, STEERING_PROMPT = 3, 12
 """Latents that are steered with, and tokens of the prompt."""
 LOOKED_AT = 131_072
@@ -42,7 +42,7 @@ class Experiment:
     """kind: "sae", "causes", "steering", "meaning" or "splitting".
 
     recipe    of an "sae", or of the SAE that is looked at.
-    like      the experiment whose L0 the recipe takes; "": the recipe's own.
+    like      the experiment that gives the recipe's L0; "": the recipe has its own.
     seeds     how many of those asked for; 0: all.
     """
 
@@ -163,8 +163,11 @@ def sae_of(
     if experiment.like:
         one = replace(one, l0=l0_of(experiment.like, seed, folder))
     key = key_of({**recipe.settings(one, experiment.scale), "seed": seed})
-    run_dir = folder / "cache" / f"{one.rule}-{key}"
-    return recipe.train(one, experiment.scale, of.source(folder, seed), seed, run_dir, advance)
+
+    def train(run: Path, after_step: Callable[[], object]) -> SparseAutoencoder:
+        return recipe.train(one, experiment.scale, of.source(folder, seed), seed, run, after_step)
+
+    return trained_once(folder / "cache" / f"sae-{key}", recipe.steps_of(one, experiment.scale), train, advance)
 
 
 def l0_of(name: str, seed: int, folder: Path) -> float:
@@ -183,7 +186,7 @@ def run_causes(
     """Means over prompts of what `causes.compare` gives, and how many prompts and latents they are of."""
     sae = sae_of(experiment, of, seeds[0], folder)
     place = of.in_model(folder, PROMPTS * max(of.stream.window, PROMPT + 1))
-    model = _in_float32(of, place)
+    model = of.language_model(torch.float32).model  # see causes.py for why
     compared: list[dict[str, float]] = []
     latents = 0
     for ids in place.ids[:PROMPTS, : PROMPT + 1]:
@@ -198,13 +201,6 @@ def run_causes(
     return {"prompts": len(compared), "latents": latents, **means}
 
 
-def _in_float32(of: Material, place: InModel) -> torch.nn.Module:
-    """The model in float32; see causes.py for why."""
-    if isinstance(of.model, LanguageModel):
-        return of.model.model
-    return load_model(of.model, dtype=torch.float32, head=True).model
-
-
 def _looked_at(source: ShardSource) -> tuple[Tensor, Tensor]:
     """(rows (n, D), tokens (n,)) of training rows, as many as LOOKED_AT."""
     ids = range(min(LOOKED_AT, source.n_tokens or 0))
@@ -216,8 +212,8 @@ def run_steering(
 ) -> dict[str, Any]:
     """STEERED latents with the text that is written while they are held.
 
-    Chosen without looking at the texts: of the latents that fire on a thousandth to a hundredth of the rows, those
-    whose activations in the upper half fall most often on few tokens, no two with the same first token.
+    Chosen without looking at the texts: of the latents that fire on a thousandth to a hundredth of the rows, those with
+    the largest share of their stronger activations on their ten top tokens, no two with the same first token.
     """
     sae, source = sae_of(experiment, of, seeds[0], folder), of.source(folder)
     place = of.in_model(folder, max(of.stream.window, STEERING_PROMPT))
@@ -231,19 +227,19 @@ def run_steering(
         if counts is None or not 1e-3 <= (mine.stop - mine.start) / len(rows) <= 1e-2:
             continue
         counted, right = (float(part[meaning.LEVELS // 2 :].sum()) for part in counts)
-        ranked.append((right / counted if counted >= meaning.LEAST else 0.0, -i))
+        ranked.append((right / counted if counted >= meaning.LEAST else 0.0, i))
     samples, seen = [], set()
-    for _, minus in sorted(ranked, reverse=True):
-        mine = slice(starts[-minus], starts[1 - minus])
+    for _, best in sorted(ranked, key=lambda one: (-one[0], one[1])):
+        mine = slice(starts[best], starts[best + 1])
         strongest = tokens[row[mine][act[mine].topk(min(50, mine.stop - mine.start)).indices]]
         about = list(dict.fromkeys(steering.text_of(place.model, t[None]) for t in strongest))[:5]
         if about[0] in seen:
             continue
         seen.add(about[0])
         # `steer` sets acts, which are activations over the decoder's norm.
-        largest = float(act[mine].max() / sae.W_dec[-minus].norm())
+        largest = float(act[mine].max() / sae.W_dec[best].norm())
         ids = place.ids[0, :STEERING_PROMPT]
-        samples.append(steering.sample(place, sae, ids, -minus, largest, about))
+        samples.append(steering.sample(place, sae, ids, best, largest, about))
         if len(samples) == STEERED:
             break
     advance()
@@ -273,14 +269,13 @@ def run_splitting(
         sae = sae_of(one, of, seeds[0], folder)
         decoders.append(sae.W_dec.detach()[~sae.dead])
     steps: list[Mapping[str, Any]] = []
-    for (size, small), (larger, large) in zip(
-        zip(sizes, decoders, strict=True), list(zip(sizes, decoders, strict=True))[1:], strict=False
-    ):
-        near = torch.nn.functional.normalize(small, dim=1) @ torch.nn.functional.normalize(large, dim=1).T
+    for (size, small), (larger, large) in itertools.pairwise(zip(sizes, decoders, strict=True)):
+        near = cosines(small, large)
+        relatives = (near > SPLITS).sum(1)
         steps.append({
-            "from": size, "to": larger, "alive": len(small), "mmcs": round(float(max_cosines(small, large).mean()), 4),
-            "relatives": round(float((near > SPLITS).sum(1).double().mean()), 4),
-            "split": round(float(((near > SPLITS).sum(1) > 1).double().mean()), 4),
+            "from": size, "to": larger, "alive": len(small), "mmcs": round(float(near.amax(1).mean()), 4),
+            "relatives": round(float(relatives.double().mean()), 4),
+            "split": round(float((relatives > 1).double().mean()), 4),
         })  # fmt: skip
     advance()
     return {"steps": steps}
