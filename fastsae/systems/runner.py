@@ -33,14 +33,14 @@ class System:
     about         the system in words, captions of its pictures, and a sentence on its result; see `About`.
     experiments   every experiment by name, in order; True: so small that all of them take seconds. By keyword, what
                   changes in `scale`.
-    settings      an experiment's settings as JSON; if they change, its stored record is out of date.
-    ticks         how often an experiment calls `advance`, for so many seeds.
     perform       runs one for these seeds; returns the record to store, and the data of its own pictures. It may keep
                   files in the folder, in its subfolder "cache", for other experiments and runs.
-    draw_one      draws those pictures, from name, experiment, their data and the folder.
     draw_all      draws pictures of all stored records. `about.pictures` has a caption for every file drawn.
     tables        tables and paragraphs from the stored records, published figures beside ours: for table.md, the page
                   and docs/systems/. Must cope with any part of the experiments.
+    draw_one      draws an experiment's own pictures, from name, experiment, their data and the folder.
+    settings      an experiment's settings as JSON; if they change, its stored record is out of date.
+    ticks         how often an experiment calls `advance`, for so many seeds.
     unit          what a call of `advance` stands for.
     seeds         how many, where the user does not say.
     scale         the sizes that a user may change, by name, and what they are otherwise.
@@ -50,12 +50,12 @@ class System:
 
     about: About
     experiments: Callable[..., Mapping[str, Any]]
-    settings: Callable[[Any], dict[str, Any]]
-    ticks: Callable[[Any, int], int]
     perform: Callable[[Any, Sequence[int], Callable[[], object], Path], tuple[dict[str, Any], Any]]
-    draw_one: Callable[[str, Any, Any, Path], None]
     draw_all: Callable[[Mapping[str, Any], Path], None]
     tables: Callable[[Mapping[str, Any]], Sequence[Table | str]]
+    draw_one: Callable[[str, Any, Any, Path], None] = lambda name, experiment, shown, folder: None
+    settings: Callable[[Any], dict[str, Any]] = lambda experiment: experiment.settings
+    ticks: Callable[[Any, int], int] = lambda experiment, seeds: experiment.steps(seeds)
     unit: str = "epoch"
     seeds: int = 10
     scale: Mapping[str, int | str] = field(default_factory=dict)

@@ -287,7 +287,6 @@ ABOUT = About(
 SYSTEM = System(
     about=ABOUT,
     experiments=clustering.experiments,
-    settings=lambda experiment: experiment.settings,
     ticks=lambda experiment, seeds: experiment.epochs,  # all seeds at once
     perform=clustering.perform,
     draw_one=draw_one,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from fastsae.systems.dictionary_comparison import system as comparison
 from fastsae.systems.dictionary_comparison.recipes import BETTER, CANDIDATES, SWAPS
-from fastsae.systems.dictionary_comparison.system import COMPARED, L0S, LINKED, MAIN_L0, ONE_LAYER, Experiment, Scale
+from fastsae.systems.dictionary_comparison.system import COMPARED, L0S, LINKED, MAIN_L0, ONE_LAYER, Scale
 from fastsae.systems.page import About
 from fastsae.systems.pictures import COLOURS, FAINT, INK, MUTED, panels, save, styled
 from fastsae.systems.results import Table, median, spread
@@ -176,10 +176,6 @@ def _candidates(records: Records) -> Table | None:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def draw_one(name: str, experiment: Experiment, shown: None, folder: Path) -> None:
-    """An experiment has no picture of its own."""
-
-
 @styled
 def draw_all(records: Records, folder: Path) -> None:
     """fvu.png: FVU and CE recovered against L0; densities.png; swaps.png: from one recipe to the other, as bars."""
@@ -290,10 +286,7 @@ ABOUT = About(
 SYSTEM = System(
     about=ABOUT,
     experiments=comparison.experiments,
-    settings=lambda experiment: experiment.settings,
-    ticks=lambda experiment, seeds: experiment.steps(seeds),
     perform=comparison.perform,
-    draw_one=draw_one,
     draw_all=draw_all,
     tables=tables,
     unit="step",

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from fastsae.systems.monosemanticity import system
 from fastsae.systems.monosemanticity.meaning import LEVELS
 from fastsae.systems.monosemanticity.recipe import RULES, Scale
-from fastsae.systems.monosemanticity.system import WEIGHTS, Experiment
+from fastsae.systems.monosemanticity.system import WEIGHTS
 from fastsae.systems.page import About
 from fastsae.systems.pictures import COLOURS, MUTED, palette, panels, save, styled
 from fastsae.systems.results import Table, median
@@ -218,10 +218,6 @@ def _quoted(texts: Sequence[str]) -> str:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def draw_one(name: str, experiment: Experiment, shown: None, folder: Path) -> None:
-    """Nothing: an experiment's picture is its place in the others."""
-
-
 @styled
 def draw_all(records: Records, folder: Path) -> None:
     """frontier.png: FVU and cross-entropy against L0; scaling.png: loss against compute; meaning.png: specificity."""
@@ -365,10 +361,7 @@ ABOUT = About(
 SYSTEM = System(
     about=ABOUT,
     experiments=system.experiments,
-    settings=lambda experiment: experiment.settings,
-    ticks=lambda experiment, seeds: experiment.ticks(seeds),
     perform=system.perform,
-    draw_one=draw_one,
     draw_all=draw_all,
     tables=tables,
     unit="step",

@@ -60,7 +60,8 @@ class Experiment:
     def used(self, seeds: int) -> int:
         return min(seeds, self.seeds or seeds)
 
-    def ticks(self, seeds: int) -> int:
+    def steps(self, seeds: int) -> int:
+        """Steps of training, over all seeds."""
         return self.used(seeds) * recipe.steps_of(self.recipe, self.scale) if self.kind == "sae" else 1
 
     def seconds(self, seeds: int) -> float:

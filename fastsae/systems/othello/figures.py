@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsae.systems.othello import game, metrics
 from fastsae.systems.othello import system as othello
-from fastsae.systems.othello.system import PUBLISHED, Experiment, Scale, numbers
+from fastsae.systems.othello.system import PUBLISHED, Scale, numbers
 from fastsae.systems.page import About
 from fastsae.systems.pictures import COLOURS, DPI, FAINT, INK, MUTED, panels, save, styled
 from fastsae.systems.results import Table, median, spread
@@ -219,10 +219,6 @@ def _frame(row: int, column: int) -> Any:
     return Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="#d6452b", linewidth=1.1)
 
 
-def draw_one(name: str, experiment: Experiment, shown: None, folder: Path) -> None:
-    """An experiment has no picture of its own."""
-
-
 def result(records: Records) -> str:
     """At the layer where the probe finds most: how many pairs it finds, and how many of them the SAEs find."""
     known = [layer for layer in layers(records) if all(at(records, key, layer) for key in ("faithful", "candidate"))]
@@ -273,10 +269,7 @@ ABOUT = About(
 SYSTEM = System(
     about=ABOUT,
     experiments=othello.experiments,
-    settings=lambda experiment: experiment.settings,
-    ticks=lambda experiment, seeds: experiment.steps(seeds),
     perform=othello.perform,
-    draw_one=draw_one,
     draw_all=draw_all,
     tables=tables,
     unit="step",
