@@ -627,6 +627,22 @@ def test_what_the_loss_refuses(model: Tiny, ids: Tensor) -> None:
         spliced_loss(headless, {"1:input": rough()}, ids, means={"1:input": torch.zeros(D)})
 
 
+def test_ablations_are_taken_over_from_a_result_of_other_saes(model: Tiny) -> None:
+    """The same numbers in half of the passes; what is visibly of something else is refused."""
+    site, rest, ids = "layers.1", Ordinary(first=1), written(model, likely=True)
+    first, second = (fastsae.SparseAutoencoder(D, 24, fastsae.TopK(4), seed=seed).eval() for seed in (0, 1))
+    earlier = spliced_loss(model, {site: first}, ids, where=rest)
+    alone = spliced_loss(model, {site: second}, ids, where=rest)
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert spliced_loss(model, {site: second}, ids, where=rest, ablations=earlier) == alone
+    assert len(passes) == 2
+    assert alone.ce_spliced != earlier.ce_spliced
+    for hook, tokens, where in (("layers.0", ids, rest), (site, ids[1:], rest), (site, ids, None)):
+        with pytest.raises(ValueError, match=r"the ablations are of \(hooks, windows, window, share replaced\)"):
+            spliced_loss(model, {hook: second}, tokens, where=where, ablations=earlier)
+
+
 def test_a_token_that_the_model_rules_out_adds_nothing(model: Tiny, ids: Tensor) -> None:
     with torch.no_grad():
         model.head.bias[10] = -math.inf

@@ -125,12 +125,12 @@ class HeldOutText:
 
     def loss(
         self, saes: Mapping[Site, SparseAutoencoder], where: Mapping[Site, Where], means: Mapping[Site, Tensor],
-        special: str, progress: bool,
+        special: str, progress: bool, ablations: SplicedLoss | None = None,
     ) -> SplicedLoss:  # fmt: skip
         """`spliced_loss` of SAEs; means (d_out,) are those of what is replaced here."""
         return spliced_loss(
             self.model, saes, self.ids, where=where, means=means, mean_of="the replaced activations of this text",
-            special=special, progress=progress,
+            special=special, progress=progress, ablations=ablations,
         )  # fmt: skip
 
     def origin(self) -> dict[str, Any]:
@@ -211,10 +211,18 @@ def check_widths(opened: OpenedRun, name: str, rows: Tensor, targets: Tensor | N
 
 
 def spliced_in(text: HeldOutText) -> Callable[[SparseAutoencoder], dict[str, Any]]:
-    """What `fastsae sweep` measures of each SAE: `SplicedLoss` as JSON, the mean of the ablation computed once."""
+    """What `fastsae sweep` measures of each SAE: `SplicedLoss` as JSON, its ablations measured with the first."""
     means = {text.site: text.rows(text.site, text.stream)[0].double().mean(0)}
     where, origin, special = {text.site: text.stream.filter.ordinary}, text.origin(), left_alone(text.stream)
-    return lambda sae: {**text.loss({text.site: sae}, where, means, special, progress=False).to_json(), **origin}
+    first: SplicedLoss | None = None
+
+    def measure(sae: SparseAutoencoder) -> dict[str, Any]:
+        nonlocal first
+        found = text.loss({text.site: sae}, where, means, special, progress=False, ablations=first)
+        first = first or found
+        return {**found.to_json(), **origin}
+
+    return measure
 
 
 def stream_config(options: LanguageOptions, record: LanguageRecord | None, name: Any) -> StreamConfig:

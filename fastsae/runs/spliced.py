@@ -87,6 +87,7 @@ def spliced_loss(
     means: Mapping[Site, Tensor] | None = None,
     mean_of: str = "the same activations",
     special: str | None = None,
+    ablations: SplicedLoss | None = None,
     windows_per_batch: int | None = None,
     progress: bool = False,
 ) -> SplicedLoss:
@@ -99,8 +100,11 @@ def spliced_loss(
     means       of the mean ablation, (d_out,) by hook; `mean_of` says of what. None: of the activations that are
                 replaced here, from a pass of their own.
     special     a sentence for the result: which tokens keep the model's own activation.
+    ablations   a result of other SAEs with the same model, hooks, token_ids, where and means, whose ablations are taken
+                over: they do not depend on the SAEs, and are half of the passes.
     windows_per_batch  None: as many as keep the logits of a batch small.
-    Raises ValueError for no windows, windows of one token, no hooks, a model without logits, and as `splice`.
+    Raises ValueError for no windows, windows of one token, no hooks, a model without logits, ablations of other hooks,
+    windows or tokens, and as `splice`.
     """
     module = model.model if isinstance(model, LanguageModel) else model
     if not hooks:
@@ -114,15 +118,16 @@ def spliced_loss(
     batches = token_ids.split(size)
     names = tuple(name_of(module, site) for site in hooks)
     with evaluating(module, *hooks.values()), torch.no_grad():
-        if means is None:
+        if means is None and ablations is None:
             means = {site: _mean(module, site, batches, where_of(where, site)) for site in hooks}
         chosen: dict[Site, Tensor] = {}  # the tokens of a batch that are replaced, as the untouched model has them
         fixed = {site: _taken(chosen, site) for site in hooks}
         contexts: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
-            "spliced": lambda: splice(module, hooks, where=fixed),
-            "zero": lambda: _ablated(module, fixed, None),
-            "mean": lambda: _ablated(module, fixed, means),
+            "spliced": lambda: splice(module, hooks, where=fixed)
         }
+        if ablations is None:
+            contexts["zero"] = lambda: _ablated(module, fixed, None)
+            contexts["mean"] = lambda: _ablated(module, fixed, means)
         replaced = 0
         ce = dict.fromkeys(("untouched", *contexts), 0.0)
         kl = dict.fromkeys(contexts, 0.0)
@@ -146,22 +151,47 @@ def spliced_loss(
     n = token_ids.shape[0] * (token_ids.shape[1] - 1)
     ce = {name: total / n for name, total in ce.items()}
     kl = {name: total / n for name, total in kl.items()}
-    undefined = {name: why for name in ("zero", "mean") if (why := _costs_nothing(ce, name, squares[name] / n, n))}
+    share = replaced / (len(hooks) * token_ids.numel())
+    if ablations is None:
+        undefined = {
+            f"recovered_over_{name}": why
+            for name in ("zero", "mean")
+            if (why := _costs_nothing(ce, name, squares[name] / n, n))
+        }
+    else:
+        _check_same(ablations, names, token_ids, share)
+        ce |= {"zero": ablations.ce_zero, "mean": ablations.ce_mean}
+        kl |= {"zero": ablations.kl_zero, "mean": ablations.kl_mean}
+        mean_of, undefined = ablations.mean_of, dict(ablations.undefined)
     if special is None:
         special = "the tokens that `where` leaves out keep the model's own activation" if where else "none"
+    recovered = {
+        name: math.nan if name in undefined else _recovered(ce, name.removeprefix("recovered_over_"))
+        for name in ("recovered_over_zero", "recovered_over_mean")
+    }
     return SplicedLoss(
         hooks=names,
         n_windows=token_ids.shape[0],
         window=token_ids.shape[1],
         n_predictions=n,
-        replaced_share=replaced / (len(hooks) * token_ids.numel()),
+        replaced_share=share,
         special=special,
         mean_of=mean_of,
         **{f"ce_{name}": value for name, value in ce.items()},
         **{f"kl_{name}": value for name, value in kl.items()},
-        **{f"recovered_over_{n}": math.nan if n in undefined else _recovered(ce, n) for n in ("zero", "mean")},
-        undefined={f"recovered_over_{name}": why for name, why in undefined.items()},
+        **recovered,
+        undefined=undefined,
     )
+
+
+def _check_same(ablations: SplicedLoss, hooks: tuple[str, ...], token_ids: Tensor, share: float) -> None:
+    """Raises ValueError where these ablations are visibly of something else."""
+    theirs = (ablations.hooks, ablations.n_windows, ablations.window, ablations.replaced_share)
+    ours = (hooks, *token_ids.shape, share)
+    if theirs != ours:
+        raise ValueError(
+            f"spliced_loss: the ablations are of (hooks, windows, window, share replaced) {theirs}, expected {ours}"
+        )
 
 
 def activations_at(

@@ -111,10 +111,13 @@ class InModel:
         stream = ActivationStream(self.model, corpus, material.stream)
         stream.filter.median = source.manifest.stats["norm_median"]  # that of the harvest
         self.ids, self.ordinary = stream.held_out_windows(tokens), stream.filter.ordinary
+        self._first: SplicedLoss | None = None
 
     def loss(self, sae: SparseAutoencoder) -> SplicedLoss:
-        """What the model loses with this SAE spliced in, beside zero and mean ablation."""
-        return spliced_loss(self.model, {self.hook: sae}, self.ids, where=self.ordinary)
+        """What the model loses with this SAE spliced in, beside zero and mean ablation, which are measured once."""
+        found = spliced_loss(self.model, {self.hook: sae}, self.ids, where=self.ordinary, ablations=self._first)
+        self._first = self._first or found
+        return found
 
 
 def trained_once(
