@@ -188,3 +188,20 @@ def test_the_readme_has_a_row_for_each_system() -> None:
     for row in rows:
         picture = row.split('<img src="')[1].split('"')[0]
         assert (bench.ROOT / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_missing_package_is_known_before_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a line from `lacking`, half an hour of other experiments could come first. --quick needs no package."""
+
+    def absent(package: str) -> Path:
+        raise ValueError(f"the package {package!r} is not installed")
+
+    monkeypatch.setattr("fastsae.systems.material.package_folder", absent)
+    found = system(name)
+    quick = {one: found.lacking(experiment) for one, experiment in found.experiments(quick=True).items()}
+    assert not any(quick.values()), quick
+    full = {found.lacking(experiment) for experiment in found.experiments().values()} - {None}
+    packages = {value for value in found.scale.values() if str(value).startswith("package:")}
+    assert bool(full) == bool(packages)
+    assert all("pip install --no-deps" in line for line in full)

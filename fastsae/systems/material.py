@@ -70,18 +70,8 @@ class Material:
         return ShardSource(self.harvested(folder), rows=self.rows, seed=seed)
 
     def lacking(self) -> str | None:
-        """Which package has to be installed before model and text can be read, in one line; None: none is known."""
-        if isinstance(self.model, str) and importlib.util.find_spec("transformers") is None:
-            return "loading a language model needs transformers: pip install 'fastsae-engine[lm]'"
-        for spec in (self.model, self.text):
-            if isinstance(spec, str) and spec.startswith("package:"):
-                name = spec.removeprefix("package:").partition("/")[0]
-                try:
-                    package_folder(name)
-                except ValueError as error:
-                    ours = spec in (MODEL, TEXT)
-                    return f"the package {name!r} is not installed: {INSTALL}" if ours else str(error)
-        return None
+        """See `lacking`."""
+        return lacking(self.model, self.text)
 
     def language_model(self, dtype: torch.dtype = torch.bfloat16) -> LanguageModel:
         """The model with its head; of this dtype, and loaded once, where it was given by a spec."""
@@ -94,6 +84,21 @@ class Material:
     def _place(self, folder: Path) -> Path:
         settings = {name: value for name, value in self.settings.items() if name != "rows"}
         return folder.parent / FOLDER / key_of(settings)
+
+
+def lacking(model: str | LanguageModel | None, text: str | Corpus) -> str | None:
+    """Which package has to be installed before model and text can be read, in one line; None: none is known."""
+    if isinstance(model, str) and importlib.util.find_spec("transformers") is None:
+        return "loading a language model needs transformers: pip install 'fastsae-engine[lm]'"
+    for spec in (model, text):
+        if isinstance(spec, str) and spec.startswith("package:"):
+            name = spec.removeprefix("package:").partition("/")[0]
+            try:
+                package_folder(name)
+            except ValueError as error:
+                ours = spec in (MODEL, TEXT)
+                return f"the package {name!r} is not installed: {INSTALL}" if ours else str(error)
+    return None
 
 
 class InModel:

@@ -293,4 +293,5 @@ SYSTEM = System(
     seeds=3,
     scale={name: field.default for name, field in Scale.__dataclass_fields__.items()},  # type: ignore[misc]
     seconds=lambda experiment, seeds: experiment.seconds(seeds),
+    lacking=lambda experiment: experiment.lacking(),
 )

@@ -31,7 +31,7 @@ from fastsae.systems import one_layer
 from fastsae.systems.dictionary_comparison import recipes
 from fastsae.systems.dictionary_comparison.recipes import BETTER, CANDIDATES, SWAPS, Recipe
 from fastsae.systems.interpretable_directions.metrics import max_cosines
-from fastsae.systems.material import TEXT, InModel, Material, trained_once
+from fastsae.systems.material import TEXT, InModel, Material, lacking, trained_once
 from fastsae.systems.results import key_of, rounded
 
 ONE_LAYER = "one-layer"
@@ -176,6 +176,9 @@ class Experiment:
         if self.small:
             about["small"] = self.small
         return about
+
+    def lacking(self) -> str | None:
+        return lacking(None if self.scale.model == ONE_LAYER else self.scale.model, self.scale.text)
 
     def used(self, seeds: Sequence[int]) -> list[int]:
         """The seeds that this experiment takes of these."""

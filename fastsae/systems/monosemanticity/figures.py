@@ -368,4 +368,5 @@ SYSTEM = System(
     seeds=3,
     scale={name: value for name, value in vars(Scale()).items()},
     seconds=lambda experiment, seeds: experiment.seconds(seeds),
+    lacking=lambda experiment: experiment.lacking(),
 )

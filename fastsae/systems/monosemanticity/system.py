@@ -57,6 +57,9 @@ class Experiment:
     def settings(self) -> dict[str, Any]:
         return {"kind": self.kind, "like": self.like, **asdict(self.scale), **asdict(self.recipe)}
 
+    def lacking(self) -> str | None:
+        return None if self.scale.model == TINY else self.scale.material.lacking()
+
     def used(self, seeds: int) -> int:
         return min(seeds, self.seeds or seeds)
 
