@@ -147,7 +147,8 @@ def test_the_spectral_embedding_separates_distant_clusters() -> None:
     """Two distant clusters map to two orthogonal directions, and a point maps alike for training and for testing."""
     g = torch.Generator().manual_seed(0)
     xy = torch.cat([torch.randn(30, 2, generator=g), 50 + torch.randn(20, 2, generator=g)])[None]
-    train, test = clustering.spectral(xy, xy, 2, 0.2)
+    train, test = clustering.spectral(xy, xy, 2, (0.2, 0.4))
+    assert train.shape == (1, 50, 4), "two dimensions at each of two widths"
     torch.testing.assert_close(train, test)
     torch.testing.assert_close(train.norm(dim=-1), torch.ones(1, 50))
     cosines = (train[0] @ train[0].T).abs()

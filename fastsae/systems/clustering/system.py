@@ -36,7 +36,7 @@ class Recipe:
 
     embedding      "anchors", or "spectral" of the training points.
     scale          s of the anchors' embedding, as a multiple of 2 / classes.
-    neighbours     range of the spectral embedding: number of nearest points, as a share of all.
+    neighbours     ranges of the spectral embedding: number of nearest points, as a share of all.
     more_features  latents beyond one per class; may be negative.
     trained_on     points over all epochs.
     start          initial rows: "random", or "spread" over the training points.
@@ -49,7 +49,7 @@ class Recipe:
     test: int = 1000
     embedding: str = "anchors"
     scale: float = 1.0
-    neighbours: float = 0.015
+    neighbours: tuple[float, ...] = (0.01, 0.015, 0.0225)
     more_features: int = 0
     trained_on: int = 500_000
     batch_size: int = 100
@@ -121,29 +121,34 @@ def embed(xy: Tensor, anchors: Tensor, s: float) -> Tensor:
     return torch.exp(-squared_distances(xy, anchors) / (2 * (v + 1e-5) * s**2))
 
 
-def spectral(train: Tensor, test: Tensor, dimensions: int, neighbours: float) -> tuple[Tensor, Tensor]:
-    """Training and test points as unit vectors (S, n, dimensions): the training graph Laplacian's first eigenvectors.
+def spectral(train: Tensor, test: Tensor, dimensions: int, neighbours: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Training and test points as unit vectors (S, n, len(neighbours)·dimensions): eigenvectors of graph Laplacians.
 
     Similarities to the training points, exp(-‖p - a‖² / 2h²), are divided by √degree of both points and projected on
     the first eigenvectors of the training points' own; test points are projected in the same way (Nyström). h: the
     median distance to the `neighbours`·n-th nearest point. All points around one peak of the density get nearly the
     same direction, whatever their shape, and different peaks are nearly orthogonal: a top-1 SAE with unit rows can
     separate them.
+
+    Several widths h stand side by side. At any one of them some clouds fall apart or two clusters melt into one, and
+    the points alone do not tell at which.
     Source: Ng, Jordan & Weiss 2001 (On Spectral Clustering); Bengio et al. 2004 for new points.
     """
     n = train.shape[-2]
-    nearby = min(max(2, round(neighbours * n)), n - 1)
     wide = train.double()
-    between = squared_distances(wide, wide)
-    h2 = between.kthvalue(nearby + 1, -1).values.median(-1).values[:, None, None]
-    own = torch.exp(-between / (2 * h2))
-    degrees = own.sum(1, keepdim=True)
-    out = []
-    _, V = torch.linalg.eigh(own / (degrees.mT * degrees).sqrt())
-    for similarity in (own, torch.exp(-squared_distances(test.double(), wide) / (2 * h2))):
-        # A row's own degree only scales it, which the last step undoes.
-        out.append(F.normalize(similarity / degrees.sqrt() @ V[..., -dimensions:], dim=-1).float())
-    return out[0], out[1]
+    between, across = squared_distances(wide, wide), squared_distances(test.double(), wide)
+    found: list[tuple[Tensor, Tensor]] = []
+    for share in neighbours:
+        nearby = min(max(2, round(share * n)), n - 1)
+        h2 = between.kthvalue(nearby + 1, -1).values.median(-1).values[:, None, None]
+        own = torch.exp(-between / (2 * h2))
+        degrees = own.sum(1, keepdim=True)
+        _, V = torch.linalg.eigh(own / (degrees.mT * degrees).sqrt())
+        # A row's own degree only scales it, which normalizing undoes.
+        onto = V[..., -dimensions:] / degrees.mT.sqrt()
+        found.append((F.normalize(own @ onto, dim=-1), F.normalize(torch.exp(-across / (2 * h2)) @ onto, dim=-1)))
+    own_points, new_points = (torch.cat(parts, -1) / math.sqrt(len(found)) for parts in zip(*found, strict=True))
+    return own_points.float(), new_points.float()
 
 
 def embedded(recipe: Recipe, clouds: Clouds) -> tuple[Tensor, Tensor]:
