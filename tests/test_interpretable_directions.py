@@ -159,7 +159,7 @@ def test_the_default_grid() -> None:
     assert {r.coefficient for r in cells} == {0.01, 0.032, 0.1, 0.316, 1.0, 3.162, 10.0, 31.623}
     assert {r.d_sae for r in cells} == {256, 512, 1024, 2048}
     assert {(r.steps, r.batch_size, r.lr, r.rule, r.d, r.features) for r in cells} == {
-        (3000, 4096, 1e-3, "published", 256, 512)
+        (1000, 4096, 1e-3, "published", 256, 512)
     }
     names = list(found)
     assert names.index("coded-a0.1-m2048") < names.index("coded-a0.1-m1024")  # the comparison needs the larger first

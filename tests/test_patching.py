@@ -331,8 +331,10 @@ def test_bad_sizes(given: str, tmp_path: Path, capsys) -> None:
 def test_the_default_experiments() -> None:
     found = system.experiments()
     names = [name for name in found if name.startswith("frontier-published")]
-    assert len(names) == 18
+    assert len(names) == 12
     assert names.index("frontier-published-r4-l20") < names.index("frontier-published-r2-l20")
     assert {one.scale.model for name, one in found.items() if name.startswith("frames-")} == {FRAMES}  # type: ignore[attr-defined]
     assert found["frames-ioi-dense"].settings["taus"] == 50
+    assert found["ioi-topk-l20"].steps(3) == found["ioi-topk-l20"].steps(1), "the language model's patching: one seed"
+    assert found["frames-ioi-topk-l4"].steps(3) == 3 * found["frames-ioi-topk-l4"].steps(1)
     assert tables({}) == []

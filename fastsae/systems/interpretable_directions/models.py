@@ -36,8 +36,8 @@ class Scale:
     rows         of it to train on.
     passes       over them. Published: 5 to 50 million rows, one to three passes.
     tokens       of held-out text on which the cross-entropy with an SAE in the model is measured.
-    prompts      that are patched.
-    taus         thresholds of the selection, from 10⁻⁵ to 1.
+    prompts      that are patched. Published: 50; here the time is that of the prompts, and of the model's later half.
+    taus         thresholds of the selection, from 10⁻⁵ to 1. Published: 50.
     holdout      rows held out; SAEs are chosen on the first half and reported on the second.
     ratios       latents per dimension, of the published recipe; `ratio`: of what is compared with it and patched.
     l0s          active latents that recipes are matched at; `patched`: of those that are patched.
@@ -48,15 +48,15 @@ class Scale:
     text: str = TEXT
     layer: int = 15
     rows: int = 400_000
-    passes: int = 5
+    passes: int = 2
     tokens: int = 4096
-    prompts: int = 50
-    taus: int = 50
+    prompts: int = 12
+    taus: int = 16
     holdout: int = 16_384
     ratios: tuple[int, ...] = (1, 2, 4)
     ratio: int = 2
-    l0s: tuple[int, ...] = (5, 10, 20, 40, 80, 160)
-    patched: tuple[int, ...] = (20, 80)
+    l0s: tuple[int, ...] = (10, 20, 40, 80)
+    patched: tuple[int, ...] = (20,)
     small: one_layer.Recipe = SMALL
 
     def __post_init__(self) -> None:

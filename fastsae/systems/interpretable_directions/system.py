@@ -19,9 +19,9 @@ CHANGED = {name: getattr(Scale, name) for name in
 """The sizes of a `Scale` that a user may change."""
 SMALL: dict[str, Any] = {
     "model": FRAMES, "text": "", "layer": 2, "rows": 100_000, "passes": 10, "holdout": 4096, "ratio": 4,
-    "l0s": (), "patched": (4, 16),
+    "l0s": (), "patched": (4, 16), "prompts": 50, "taus": 50,
 }  # fmt: skip
-"""The scale of the small model, where it stands beside another one."""
+"""The scale of the small model, where it stands beside another one; its patching is cheap, so it is as published."""
 QUICK = Scale(
     FRAMES, "", layer=1, rows=3000, passes=1, tokens=320, prompts=4, taus=2, holdout=512, ratios=(1, 2), l0s=(4,),
     patched=(4,), small=one_layer.Recipe(blocks=2, d=16, mlp=32, heads=2, window=32, batch=8, steps=20),
@@ -73,5 +73,7 @@ def on_stream(scale: Scale, prefix: str) -> dict[str, Experiment]:
     for rule in ("published", *BEYOND):
         for l0 in scale.patched:
             title, recipe = f"{RULES[rule]}, L0 {l0}", Recipe(rule, scale.ratio, l0)
-            found[f"{prefix}ioi-{rule}-l{l0}"] = ioi.Experiment(title, scale, "sae", recipe, several=True)
+            found[f"{prefix}ioi-{rule}-l{l0}"] = ioi.Experiment(
+                title, scale, "sae", recipe, several=scale.model == FRAMES
+            )
     return found

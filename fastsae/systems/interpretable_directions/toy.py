@@ -73,7 +73,7 @@ class Recipe:
     rule: str = "published"
     coefficient: float = 1.0
     lr: float = 1e-3
-    steps: int = 3000
+    steps: int = 1000
     decay: float = 0.0
     resample: int = 0
     resample_until: float = 0.5
