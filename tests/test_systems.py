@@ -12,7 +12,7 @@ import pytest
 from bench import systems as bench
 from bench.plot import with_numbers
 from fastsae.systems import SYSTEMS, system
-from fastsae.systems.page import About, render
+from fastsae.systems.page import About, grouped, render
 from fastsae.systems.results import FILE, Results, Table, markdown
 from fastsae.systems.runner import System, publish, reproduce, stored_run
 from tests.html_case import HOSTILE, Page
@@ -188,6 +188,13 @@ def test_the_readme_has_a_row_for_each_system() -> None:
     for row in rows:
         picture = row.split('<img src="')[1].split('"')[0]
         assert (bench.ROOT / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_experiments_are_named_in_few_words() -> None:
+    grid = [f"grid-{i}" for i in range(4)]
+    known = ["one", *grid, "pair-1", "pair-2"]
+    assert grouped(["one", *grid, "pair-1", "pair-2"], known) == ["one", "grid-*", "pair-1", "pair-2"]
+    assert grouped(grid[1:], known) == grid[1:], "one of the grid was run"
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

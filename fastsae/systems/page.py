@@ -93,10 +93,25 @@ class Run:
             total = len(self.experiments)
             done = total - len(self.missing)
             more = f", which would take about {duration(self.to_come)} on one core" if self.to_come else ""
-            found.append((f"A part: {done} of {total} experiments were run. Missing{more}:", self.missing))
+            found.append(
+                (
+                    f"A part: {done} of {total} experiments were run. Missing{more}:",
+                    grouped(self.missing, self.experiments),
+                )
+            )
         if self.stale:
             found.append(("Run with other settings than the rest:", self.stale))
         return found
+
+
+def grouped(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The names, but `grid-*` for more than three that begin with `grid-`, if those are all such names of `known`."""
+    found: dict[str, None] = {}
+    for name in names:
+        start = name.partition("-")[0] + "-"
+        alike = [one for one in known if one.startswith(start)]
+        found[f"{start}*" if len(alike) > 3 and set(alike) <= set(names) else name] = None
+    return list(found)
 
 
 def render(about: About, tables: Sequence[Table | str], run: Run, folder: Path) -> str:
