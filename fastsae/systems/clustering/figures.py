@@ -261,8 +261,8 @@ ABOUT = About(
     "unit rows and ghost gradients for 500 epochs. Two of its faults are not copied: here encoder rows are normalized "
     "per latent, not per anchor, and the entropy is right even if cluster numbers have gaps. The better recipe uses "
     "neither labels nor test points: 500 steps from 1e-3, rows started at points, the best of ten by training loss, "
-    "and the spectral embedding of the training points in place of anchors. k-means is the measure on the points "
-    "themselves.",
+    "and the spectral embedding of the training points, at three widths, in place of anchors. k-means measures the "
+    "points themselves.",
     pictures={
         "lollipops-clusters.png": "Lollipops: the true classes, and what each recipe makes of them. The seed is the "
         "median one of the published recipe.",
