@@ -339,6 +339,6 @@ def test_a_language_model_has_other_rows_and_settings() -> None:
     bricken = system.experiments(model="package:some_model")["bricken-m4096-l20"]
     assert bricken.settings["model"] == "package:some_model"
     assert "one_layer" not in bricken.settings
-    assert bricken.steps(3) == 3 * (2_000_000 // 1024)
+    assert bricken.steps(3) == 3 * (1_000_000 // 1024)
     with pytest.raises(ValueError, match="the package 'no_model_of_ours' is not installed"):
         system.ground(replace(system.QUICK, model="package:no_model_of_ours"), system.TINY, Path("out")).held_out()

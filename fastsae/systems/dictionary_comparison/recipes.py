@@ -104,7 +104,7 @@ CANDIDATES = {
 }
 """Recipes that may be better than both, by name."""
 BETTER = "batch_topk_fast"
-"""The candidate with the least FVU on the rows that choose, in a run of 585 steps; see LOG.md."""
+"""The candidate with the least FVU on the rows that choose, in runs of 585 and of 976 steps; see LOG.md."""
 
 
 class Held(SparseAutoencoder):

@@ -64,7 +64,7 @@ class Scale:
     model: str = ONE_LAYER
     text: str = TEXT
     steps: int = 3000
-    rows: int = 2_000_000
+    rows: int = 1_000_000
     batch: int = 1024
     held: int = 65_536
     tokens: int = 16_384
