@@ -34,7 +34,8 @@ class Recipe:
     ratio     M / D. Published: 2.
     alpha     weight of the L1 norm, of "published" as above, of "l1" as of fastsae.ReLU.
     k         active latents: of a token, or on average.
-    whiten    the SAE sees x with mean 0 and covariance 1, estimated on the rows that it is trained on.
+    centre    the SAE sees x with mean 0, estimated on the rows that it is trained on.
+    whiten    it sees x with mean 0 and covariance 1, likewise.
     batch     games of a step. Published: 64, of many more games; fewer make as many steps of fewer games.
     decay     the rate falls to 0 over the last fifth.
     """
@@ -45,6 +46,7 @@ class Recipe:
     ratio: int = 4
     alpha: float = 0.077
     k: int = 32
+    centre: bool = False
     whiten: bool = False
     batch: int = 16
     epochs: int = 4
@@ -84,8 +86,10 @@ class Whitening:
         return Whitening(mean.float(), (V / scale @ V.T).float(), (V * scale @ V.T).float())
 
     @staticmethod
-    def none(d: int) -> Whitening:
-        return Whitening(torch.zeros(d), torch.eye(d), torch.eye(d))
+    def none(mean: Tensor) -> Whitening:
+        """Nothing but the mean (D,) is taken away."""
+        same = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+        return Whitening(mean, same, same)
 
 
 class Trained:
@@ -145,7 +149,11 @@ def train(
 ) -> Trained:
     """An SAE trained on x (G, 52, D) where games are running (G, 52); `advance` is called after every step."""
     d = x.shape[-1]
-    whitening = Whitening.of(x[running].float()) if recipe.whiten else Whitening.none(d)
+    seen = x[running].float()
+    if recipe.whiten:
+        whitening = Whitening.of(seen)
+    else:
+        whitening = Whitening.none(seen.mean(0) if recipe.centre else torch.zeros(d, dtype=seen.dtype, device=x.device))
     published = recipe.rule == "published"
     options: dict[str, Any] = {"pre_bias": False, "decoder_norm": "free"} if published else {"normalize": "constant"}
     sae = SparseAutoencoder(d, recipe.ratio * d, recipe.activation(), tied=recipe.tied, seed=seed, **options)
@@ -159,7 +167,7 @@ def train(
         schedule = Schedule(steps, decay="linear") if recipe.decay else None
         fused = FusedTrainStep(sae, lr=recipe.lr, schedule=schedule)
     for rows, _ in batches(x, running, recipe.batch, recipe.epochs, seed):
-        y = (rows - whitening.mean) @ whitening.forth if recipe.whiten else rows
+        y = (rows - whitening.mean) @ whitening.forth if recipe.whiten or recipe.centre else rows
         if published:
             published_loss(recipe, sae, y).backward()
             optimizer.step()
