@@ -251,6 +251,17 @@ def test_whitening_makes_the_covariance_one_and_goes_back() -> None:
     assert torch.allclose(y @ found.back + found.mean, x + 3, atol=1e-3)
 
 
+@pytest.mark.parametrize("rule", ["published", "l1"])
+def test_a_centred_sae_does_not_see_a_shift(rule: str) -> None:
+    boards = readable(20, 4)
+    recipe = saes.Recipe(rule=rule, tied=False, ratio=2, alpha=0.3, batch=4, epochs=1, centre=True)
+    x, shifted = boards.x.float(), boards.x.float() + 3
+    plain, moved = (saes.train(recipe, rows, boards.running, 0) for rows in (x, shifted))
+    acts = plain.acts(x[boards.running])
+    assert torch.allclose(moved.acts(shifted[boards.running]), acts, atol=1e-3)
+    assert not torch.allclose(plain.acts(shifted[boards.running]), acts, atol=0.1)
+
+
 # -- `fastsae reproduce othello` --------------------------------------------------------------------------------------
 
 SIZES = ("--scale", "games=64", "read=8", "scored=6", "epochs=1", "blocks=1", "d=16")
