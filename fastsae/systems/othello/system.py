@@ -170,8 +170,8 @@ GRID: dict[str, dict[str, Any]] = {
 }
 """The rules of the grid, tied and untied; all but L1 have the same number of active latents."""
 CANDIDATE: dict[str, Any] = {"rule": "topk", "tied": False, "lr": 3e-3, "decay": True, "centre": True}
-"""A change of the published recipe that finds more, with 32 active latents: 24 do about as well, 64 and more find few; a
-third of the rate, or of the passes, half as many. Chosen on the choosing half of the scored games, see LOG.md.
+"""A change of the published recipe that finds more, with 32 active latents: 24 do about as well, 64 and more find few.
+A third of the rate, or of the passes, finds half as many. Chosen on the choosing half of the scored games, see LOG.md.
 """
 
 
