@@ -39,7 +39,8 @@ def harvest(folder: Path = ACTIVATIONS, rows: int = ROWS, *, progress: bool = Tr
     # Without bf16 instructions torch emulates them, and fp32 is several times as fast.
     in_bf16 = complete or {"avx512_bf16", "amx_bf16"} & set(cpu_flags())
     model = MODEL if in_bf16 else load_model(MODEL, dtype=torch.float32)
-    return harvest_rows(model, TEXT, folder, StreamConfig(hook=LAYER), rows=rows, progress=progress)
+    stream = StreamConfig(hook=LAYER, special_tokens="keep")  # one row in a thousand; the stored figures have them
+    return harvest_rows(model, TEXT, folder, stream, rows=rows, progress=progress)
 
 
 def is_small(case: Case) -> bool:

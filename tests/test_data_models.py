@@ -18,8 +18,8 @@ from fastsae.data import ActivationStream, LanguageModel, ShardSource, StreamCon
 from fastsae.data.contexts import token_strings
 from fastsae.data.filters import Ordinary
 from fastsae.data.hooks import HookedModel
+from fastsae.data.specials import special_tokens
 from fastsae.data.splice import splice, steer
-from fastsae.data.windows import special_tokens
 from fastsae.model.rules import TopK
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.spliced import spliced_loss

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastsae.data.files import ShardError
+from fastsae.data.padding import PAD
 from fastsae.data.reader import ShardContext
 
 
@@ -32,7 +33,7 @@ def context_of(shard: ShardContext, local: int, first_row: int, width: int, stri
     """The context of the shard's row `local`, at most `width` tokens to either side; row ids start at `first_row`."""
     window, position = int(shard.window[local]), int(shard.position[local])
     start = max(position - width, 0)
-    ids = shard.token_ids[window, start : position + width + 1].tolist()
+    ids = [token for token in shard.token_ids[window, start : position + width + 1].tolist() if token != PAD]
     # The rows of a window are contiguous and ordered: find them by bisection, then by position in the window.
     wanted = torch.tensor([window, window + 1], dtype=shard.window.dtype, device="cpu")
     low, high = torch.searchsorted(shard.window, wanted).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -16,8 +15,8 @@ from tqdm import tqdm
 from fastsae.data.contexts import token_strings, vocabulary_bytes
 from fastsae.data.filters import Rows
 from fastsae.data.manifest import MANIFEST, Manifest
-from fastsae.data.models import LanguageModel, load_model
-from fastsae.data.stream import ActivationStream, StreamConfig, join_rows
+from fastsae.data.models import LanguageModel
+from fastsae.data.stream import ActivationStream, StreamConfig, join_rows, load_for
 from fastsae.data.text import Corpus, load_text
 from fastsae.data.writer import ShardWriter, check_settings
 
@@ -34,11 +33,14 @@ def harvest(
     rows_per_shard: int = 65_536,
     dtype: torch.dtype = torch.bfloat16,
     progress: bool = True,
+    model_dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
 ) -> Manifest:
     """Store at least `rows` training rows (whole batches) and config.holdout held-out ones in `folder`.
 
     model, text: spec strings (see `load_model`, `load_text`) or the objects themselves; a model given by its spec is
-    loaded in bfloat16, and only if rows are missing. dtype: of the stored rows. The folder also stores the windows of
+    loaded in model_dtype on `device`, only if rows are missing, and only after what can be said of the text without it.
+    dtype: of the stored rows. The folder also stores the windows of
     token ids, each row's place in them and the tokenizer's strings, so that a row's text can be shown without the
     model. The text is read once: if it ends early, there are fewer rows and a warning.
 
@@ -53,14 +55,17 @@ def harvest(
     settings = {
         "model": model if isinstance(model, str) else model.name,
         "text": corpus.describe(),
-        "stream": dataclasses.asdict(config),
+        "stream": config.to_record(),
         "rows_per_shard": rows_per_shard,
     }
     done = _finished(Path(folder), settings, rows)
     if done is not None:
         log.info("%s already holds %d rows", folder, done.rows)
         return done
-    language_model = load_model(model) if isinstance(model, str) else model
+    if isinstance(model, str):
+        language_model = load_for(model, corpus, config, dtype=model_dtype, device=device)
+    else:
+        language_model = model
     stream = ActivationStream(language_model, corpus, config, repeat=False)
     with ShardWriter(folder, stream.d_in, dtype, settings) as writer:
         _describe_or_compare(writer, language_model, stream)

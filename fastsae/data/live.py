@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.models import LanguageModel
 from fastsae.data.source import check_state, permutation
-from fastsae.data.stream import ActivationStream, StreamConfig
+from fastsae.data.stream import EARLIER, ActivationStream, StreamConfig, load_for
 from fastsae.data.text import Corpus, load_text
 
 _HALVES, _MIX = 0, 1  # which of a block's permutations a key belongs to
@@ -58,8 +58,8 @@ class LiveSource:
     ):
         if buffer_rows < 4:
             raise ValueError(f"buffer_rows must be at least 4, got {buffer_rows}")
-        self.language_model = load_model(model) if isinstance(model, str) else model
         self.corpus = load_text(text) if isinstance(text, str) else text
+        self.language_model = load_for(model, self.corpus, config) if isinstance(model, str) else model
         self.config = config
         self.dtype = dtype
         self._stream = ActivationStream(self.language_model, self.corpus, config)
@@ -105,6 +105,8 @@ class LiveSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved position; runs the model over up to two blocks of text to refill the buffer."""
+        if "config" in state:
+            state = {**state, "config": {**EARLIER, **state["config"]}}
         check_state(state, self._identity())
         self._wait()
         self._stream.load_state_dict(state["replay"])
@@ -126,7 +128,7 @@ class LiveSource:
     def _identity(self) -> dict[str, Any]:
         return {
             "source": "live",
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.to_record(),
             "text": self.corpus.describe(),
             "model": self._model_digest,
             "batches_per_block": self._batches_per_block,

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastsae.atomic import sha256_of
 from fastsae.data.files import ShardError, write_atomically
+from fastsae.data.stream import EARLIER
 
 FORMAT = "fastsae-activations"
 VERSION = 1
@@ -96,6 +97,8 @@ class Manifest:
             for name in ("held_out", "vocabulary"):
                 content[name] = None if content[name] is None else _entry(content[name])
             manifest = cls(**content)
+            if "stream" in manifest.settings:
+                manifest.settings["stream"] = {**EARLIER, **manifest.settings["stream"]}
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{path} is damaged ({error}); restore it or harvest again") from error
         if manifest.dtype not in DTYPES or not isinstance(manifest.d_in, int) or manifest.d_in < 1:

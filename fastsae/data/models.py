@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fastsae.data.hub import why_unreachable
 from fastsae.data.text import package_folder
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,13 @@ class LanguageModel:
 
 
 def load_model(
-    spec: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", head: bool = False, download: bool = True
+    spec: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    head: bool = False,
+    download: bool = True,
+    tokenizer: Any = None,
 ) -> LanguageModel:
     """The model that a spec string names, in eval mode, with its tokenizer.
 
@@ -62,32 +73,26 @@ def load_model(
     - anything else: a name on the Hugging Face hub, as "HuggingFaceTB/SmolLM2-135M"
 
     `head` also loads the language-model head (AutoModelForCausalLM), which activations do not need. With
-    download=False a hub's model is loaded from the disk or not at all.
+    download=False, or if the hub does not answer, a hub's model is loaded from the disk or not at all. tokenizer: the
+    model's, if it is loaded already.
     GGUF weights are unpacked to `dtype`. bf16 is fastest if the CPU or GPU supports it; on an AVX2-only CPU use
     float32. Only safetensors and GGUF are read, and no code from a model's repository runs.
     Raises: ValueError where the model cannot be found or read; ImportError where transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("loading a language model needs transformers: pip install 'fastsae-engine[lm]'") from error
-    where, arguments = _locate(spec)
-    arguments["local_files_only"] = not download
+    transformers, where, arguments = _prepared(spec, download)
     maker = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **arguments)
-        if "gguf_file" in arguments:
-            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        else:
-            arguments["use_safetensors"] = True  # never a pickle
-        loaded: Any = maker.from_pretrained(
+    if tokenizer is None:
+        tokenizer = _loaded(spec, lambda: transformers.AutoTokenizer.from_pretrained(where, **arguments))
+    if "gguf_file" in arguments:
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        arguments["use_safetensors"] = True  # never a pickle
+    model, found = _loaded(
+        spec,
+        lambda: maker.from_pretrained(
             where, dtype=dtype, trust_remote_code=False, output_loading_info=True, **arguments
-        )
-        model, found = loaded
-    except (OSError, ValueError, LookupError, RuntimeError, struct.error, SafetensorError) as error:
-        # What from_pretrained raises for damaged files: the readers of GGUF and safetensors raise different errors.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"cannot load the model {spec!r}: {reason[0]}") from error
+        ),
+    )
     if head and found["missing_keys"]:
         # transformers would start them at random, and every number of such a head would look like one.
         missing = ", ".join(sorted(found["missing_keys"])[:3])
@@ -95,6 +100,36 @@ def load_model(
             f"the model {spec!r} has no language-model head: {missing} missing; name the model with its head"
         )
     return LanguageModel(model.eval().requires_grad_(False).to(device), tokenizer, spec)
+
+
+def load_tokenizer(spec: str, *, download: bool = True) -> Any:
+    """The tokenizer of the model that a spec string names, which loads faster. Raises as `load_model`."""
+    transformers, where, arguments = _prepared(spec, download)
+    return _loaded(spec, lambda: transformers.AutoTokenizer.from_pretrained(where, **arguments))
+
+
+def _prepared(spec: str, download: bool) -> tuple[Any, str, dict[str, Any]]:
+    """(transformers, folder or hub name, arguments of from_pretrained)."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("loading a language model needs transformers: pip install 'fastsae-engine[lm]'") from error
+    where, arguments = _locate(spec)
+    of_hub = where == spec and not Path(spec).exists()
+    if of_hub and download and (reason := why_unreachable()):
+        log.warning("the hub does not answer (%s): %s is read from this disk, if it is there", reason, spec)
+        download = False
+    return transformers, where, {**arguments, "local_files_only": not download}
+
+
+def _loaded(spec: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns. Raises ValueError, naming the model, for what cannot be found or read."""
+    try:
+        return load()
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error, SafetensorError) as error:
+        # What from_pretrained raises for damaged files: the readers of GGUF and safetensors raise different errors.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"cannot load the model {spec!r}: {reason[0]}") from error
 
 
 def _locate(spec: str) -> tuple[str, dict[str, Any]]:

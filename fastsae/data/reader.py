@@ -20,7 +20,7 @@ Verify = Literal["lazy", "eager", "size"]
 class ShardContext:
     """The text of one file: row r is token `position[r]` of the window `token_ids[window[r]]`."""
 
-    token_ids: Tensor  # (windows, window) int32
+    token_ids: Tensor  # (windows, window) int32; PAD at the end of windows that were not full
     window: Tensor  # (rows,) int32, ascending
     position: Tensor  # (rows,) int32, ascending within a window
 

@@ -6,21 +6,28 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastsae.data.filters import NonFinite, RowFilter, Rows
 from fastsae.data.hooks import HookedModel
-from fastsae.data.models import LanguageModel
+from fastsae.data.models import LanguageModel, load_model, load_tokenizer
+from fastsae.data.padding import is_text, masked, trimmed
 from fastsae.data.source import check_seed
-from fastsae.data.text import Corpus
-from fastsae.data.windows import WindowStream
+from fastsae.data.specials import named_ids, special_ids
+from fastsae.data.text import Corpus, Streamed
+from fastsae.data.windows import Pack, WindowStream
 
 log = logging.getLogger(__name__)
 
 MARGIN = 1.25  # reserve this multiple of the text that the held-out rows need if no row is dropped
+EARLIER: dict[str, Any] = {
+    "pack": "windows", "special_tokens": "keep", "drop_tokens": [], "keep_tokens": [], "drop_positions": []
+}  # fmt: skip
+"""What records from before these options mean: the rows of special tokens inside a text were kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +41,20 @@ class StreamConfig:
     """Tokens in one window of text."""
     windows_per_batch: int = 16
     """Windows in one forward pass."""
+    pack: Pack = "windows"
+    """windows: documents follow each other, with the tokenizer's end of text between them, and fill every window.
+    documents: a window holds text of one document alone; the end of a document is padded, and the model gets a mask."""
     drop_first: bool = True
     """Drop the first position of every window, an attention sink with an enormous norm in most models."""
+    drop_positions: tuple[int, ...] = ()
+    """More positions of every window to drop, counted from 0; negative ones from the end of its text."""
+    special_tokens: Literal["drop", "keep"] = "drop"
+    """Rows of the tokenizer's special tokens inside a text (end of text, marks of a chat). Those that the tokenizer
+    puts around every window are dropped either way, unless --keep-tokens names them."""
+    drop_tokens: tuple[str, ...] = ()
+    """More tokens whose rows are dropped, by name, or by id as #13."""
+    keep_tokens: tuple[str, ...] = ()
+    """Special tokens whose rows are kept, by name, or by id as #13."""
     norm_factor: float | None = 5.0
     """Drop rows whose norm is above this multiple of the median norm; None keeps them."""
     nonfinite: NonFinite = "raise"
@@ -54,14 +73,161 @@ class StreamConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.norm_factor is not None and self.norm_factor <= 1:
             raise ValueError(f"norm_factor multiplies the median norm and must be above 1, got {self.norm_factor}")
-        if self.nonfinite not in ("raise", "drop"):
-            raise ValueError(f"nonfinite must be 'raise' or 'drop', got {self.nonfinite!r}")
+        choices = {"nonfinite": ("raise", "drop"), "special_tokens": ("drop", "keep"), "pack": ("windows", "documents")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        for position in self.drop_positions:
+            if not -self.window <= position < self.window:
+                raise ValueError(f"a window has positions 0 to {self.window - 1}, drop_positions has {position}")
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON-able, as it reads after a round trip through JSON."""
+        record = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> StreamConfig:
+        """What `to_record` gave, in this version or an earlier one. Raises TypeError for an option that is unknown."""
+        made: dict[str, Any] = {**EARLIER, **record}
+        made |= {name: tuple(value) for name, value in made.items() if isinstance(value, list)}
+        return cls(**made)
+
+
+class SplitText:
+    """A corpus as windows for training, with others held out: all of a stream that needs no model.
+
+    The last pieces of the corpus are held out, as many as the held-out rows need; of a streamed corpus the first ones.
+    Raises: ValueError for a text that is too short or does not fit the tokenizer, and a token that this does not have.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: Any, config: StreamConfig):
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.config = config
+        probe = self._open(range(1), repeat=False)
+        kept = named_ids(config.keep_tokens, tokenizer)
+        dropped = special_ids(tokenizer) if config.special_tokens == "drop" else {}
+        dropped = {number: name for number, name in dropped.items() if number not in kept}
+        self.without = {**dropped, **named_ids(config.drop_tokens, tokenizer)}
+        """Tokens whose rows are dropped: {id: name}."""
+        # Around windows a token that is to be kept leaves gaps; without one, all of them are dropped by their number.
+        frame = [*enumerate(probe.prefix), *enumerate(probe.suffix, -len(probe.suffix))]
+        gaps = any(number in kept for _, number in frame)
+        self.n_prefix, self.n_suffix = (0, 0) if gaps else (len(probe.prefix), len(probe.suffix))
+        places = tuple(place for place, number in frame if gaps and number not in kept)
+        self.positions = (*config.drop_positions, *places)
+        full = torch.zeros(1, config.window, dtype=torch.int64, device="cpu")
+        choice = dataclasses.replace(self.filter("").ordinary, without=())
+        self.rows_per_window = int(choice.places(full).sum())
+        """Rows of a full window, if no token is dropped for what it is."""
+        if self.rows_per_window < 1:
+            raise ValueError(f"a window of {config.window} tokens leaves no row beside the dropped positions")
+        streamed = isinstance(corpus, Streamed)
+        held = self._pieces_to_hold_out(probe.content, streamed)
+        count = len(corpus)
+        self.train_pieces, self.held_pieces = range(count - held), range(count - held, count)
+        if streamed:
+            self.train_pieces, self.held_pieces = range(held, count), range(held)
+        if not len(self.train(repeat=False).next(1)):
+            raise ValueError(f"the text does not fill one window of {config.window} tokens; give more text")
+
+    def train(self, repeat: bool) -> WindowStream:
+        return self._open(self.train_pieces, repeat)
+
+    def held_out(self) -> WindowStream:
+        return self._open(self.held_pieces, repeat=False)
+
+    def filter(self, name: str) -> RowFilter:
+        """The filter of the rows at a hook of this name."""
+        return RowFilter(
+            name,
+            n_prefix=self.n_prefix,
+            n_suffix=self.n_suffix,
+            drop_first=self.config.drop_first,
+            norm_factor=self.config.norm_factor,
+            nonfinite=self.config.nonfinite,
+            positions=self.positions,
+            without=self.without,
+        )
+
+    def _open(self, pieces: range, repeat: bool) -> WindowStream:
+        return WindowStream(
+            self.corpus,
+            self.tokenizer,
+            pieces,
+            window=self.config.window,
+            seed=self.config.seed,
+            shuffle=self.config.shuffle_text,
+            repeat=repeat,
+            pack=self.config.pack,
+        )
+
+    def _pieces_to_hold_out(self, content: int, streamed: bool) -> int:
+        """The number of pieces that the held-out rows need."""
+        apart = self.config.pack == "documents"
+        needed = math.ceil(MARGIN * math.ceil(self.config.holdout / self.rows_per_window)) * content
+        needed = math.ceil(MARGIN * self.config.holdout) if apart else needed  # rows, else tokens
+        choice, windows = self.filter("").ordinary, self._open(range(1), repeat=False)
+        have, held, count = 0, 0, len(self.corpus)
+        while have < needed and held < count:
+            piece = held if streamed else count - held - 1
+            if isinstance(self.corpus, Streamed) and not self.corpus.has(piece):
+                break
+            if apart:
+                have += int(choice.places(windows.of_piece(piece)).sum())
+            else:
+                ids = self.corpus.tokens(piece, self.tokenizer)
+                have += len(ids) - int(np.isin(ids, list(self.without)).sum())
+            held += 1
+        if have < needed or (not streamed and count - held < count / 2):
+            raise ValueError(
+                f"the text is too short: {self.config.holdout:,} held-out rows take {held} of its "
+                f"{held if streamed else count} pieces; give more text or a smaller holdout"
+            )
+        return held
+
+
+def load_for(
+    spec: str,
+    corpus: Corpus,
+    config: StreamConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    head: bool = False,
+    tokens: int = 0,
+) -> LanguageModel:
+    """`load_model`, after everything about the text that its tokenizer can tell: loading the model takes longer.
+
+    tokens: of held-out text that have to be there. Raises as `load_model`, `SplitText` and `held_out_windows`.
+    """
+    tokenizer = load_tokenizer(spec)
+    held_out_windows(SplitText(corpus, tokenizer, config), tokens)
+    return load_model(spec, dtype=dtype, device=device, head=head, tokenizer=tokenizer)
+
+
+def held_out_windows(text: SplitText, tokens: int) -> Tensor:
+    """The first windows (n, window) int64 of the held-out text with at least `tokens` tokens in all.
+
+    Where documents are kept apart, windows end with PAD, which counts as no token. Raises ValueError for fewer.
+    """
+    stream = text.held_out()
+    parts = [stream.next(math.ceil(tokens / text.config.window))]
+    while (have := sum(int(is_text(part).sum()) for part in parts)) < tokens and len(parts[-1]):
+        parts.append(stream.next(math.ceil((tokens - have) / text.config.window)))
+    if have < tokens:
+        raise ValueError(
+            f"the text is too short: its held-out part has {have:,} tokens in windows of "
+            f"{text.config.window}, {tokens:,} were asked for; ask for fewer, or give another text"
+        )
+    return torch.cat(parts)
 
 
 class ActivationStream:
     """The rows of a corpus at one hook of a model, in the order of the text; a position is a few numbers.
 
-    The stream skips the last pieces of the corpus, as many as the held-out rows need.
+    The stream skips the pieces of the corpus that are held out, see `SplitText`.
     Deterministic: the same model, text, settings, thread count and machine give bit-identical rows.
     """
 
@@ -73,17 +239,11 @@ class ActivationStream:
         longest = getattr(getattr(language_model.model, "config", None), "max_position_embeddings", None)
         if longest is not None and config.window > longest:
             raise ValueError(f"window is {config.window} tokens, the model takes at most {longest}")
-        self.n_train = self._split()
-        self._windows = self._open(range(self.n_train), repeat)
-        self.filter = RowFilter(
-            self.hooked.name,
-            n_prefix=len(self._windows.prefix),
-            n_suffix=len(self._windows.suffix),
-            drop_first=config.drop_first,
-            norm_factor=config.norm_factor,
-            nonfinite=config.nonfinite,
-        )
-        self.rows_per_window = self._rows_per_window(self._windows)
+        self.text = SplitText(corpus, self.tokenizer, config)
+        self.n_train = len(self.text.train_pieces)
+        self._windows = self.text.train(repeat)
+        self.filter = self.text.filter(self.hooked.name)
+        self.rows_per_window = self.text.rows_per_window
         self.d_in = self._calibrate()
 
     @property
@@ -98,7 +258,7 @@ class ActivationStream:
     def held_out(self) -> Rows:
         """The first `holdout` rows of the held-out text, through the same filter; fewer if it drops very many."""
         held_filter = self.filter.twin()  # separate counts: these rows are not part of the stream
-        stream = self._open(range(self.n_train, len(self.corpus)), repeat=False)
+        stream = self.text.held_out()
         parts, have = [], 0
         while have < self.config.holdout:
             token_ids = stream.next(self.config.windows_per_batch)
@@ -110,18 +270,8 @@ class ActivationStream:
         return join_rows(parts, self.d_in, self.config.window, self.config.holdout)
 
     def held_out_windows(self, tokens: int) -> Tensor:
-        """The first windows (n, window) int64 of the held-out text with at least `tokens` tokens.
-
-        Raises ValueError if the held-out text has fewer.
-        """
-        stream = self._open(range(self.n_train, len(self.corpus)), repeat=False)
-        found = stream.next(math.ceil(tokens / self.config.window))
-        if found.numel() < tokens:
-            raise ValueError(
-                f"the text is too short: its held-out part has {found.numel():,} tokens in windows of "
-                f"{self.config.window}, {tokens:,} were asked for; ask for fewer, or give another text"
-            )
-        return found
+        """See `held_out_windows`."""
+        return held_out_windows(self.text, tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the place in the text, the median norm and the counts."""
@@ -142,49 +292,20 @@ class ActivationStream:
             )
         self._windows.load_state_dict(state["text"])
         self.filter.median = saved
-        self.filter.counts = dict(state["counts"])
+        self.filter.load_counts(state["counts"])
 
     def _rows(self, row_filter: RowFilter, token_ids: Tensor) -> Rows:
-        return row_filter(self.hooked(token_ids), token_ids)
+        return row_filter(self._activations(token_ids), token_ids)
 
-    def _open(self, pieces: range, repeat: bool) -> WindowStream:
-        return WindowStream(
-            self.corpus,
-            self.tokenizer,
-            pieces,
-            window=self.config.window,
-            seed=self.config.seed,
-            shuffle=self.config.shuffle_text,
-            repeat=repeat,
-        )
-
-    def _rows_per_window(self, windows: WindowStream) -> int:
-        rows = windows.content - int(self.config.drop_first and not windows.prefix)
-        if rows < 1:
-            raise ValueError(f"a window of {self.config.window} tokens leaves no row beside the dropped positions")
-        return rows
-
-    def _split(self) -> int:
-        """The number of training pieces: those before the ones that the held-out rows need."""
-        probe = self._open(range(1), repeat=False)
-        needed = math.ceil(MARGIN * math.ceil(self.config.holdout / self._rows_per_window(probe))) * probe.content
-        have, first = 0, len(self.corpus)
-        while have < needed and first > 0:
-            first -= 1
-            have += len(self.corpus.tokens(first, self.tokenizer))
-        if have < needed or first < len(self.corpus) / 2:
-            raise ValueError(
-                f"the text is too short: {self.config.holdout:,} held-out rows take {len(self.corpus) - first} of its "
-                f"{len(self.corpus)} pieces; give more text or a smaller holdout"
-            )
-        return first
+    def _activations(self, token_ids: Tensor) -> Tensor:
+        """(windows, width, d_in) at the hook; positions from `width` on are padding in every window."""
+        with masked(self.hooked.model, trimmed(token_ids)) as ids:
+            return self.hooked(ids)
 
     def _calibrate(self) -> int:
         """Fix the median norm from the first batch of the text; returns the width of a row."""
-        token_ids = self._open(range(self.n_train), repeat=False).next(self.config.windows_per_batch)
-        if not len(token_ids):
-            raise ValueError(f"the text does not fill one window of {self.config.window} tokens; give more text")
-        activations = self.hooked(token_ids)
+        token_ids = self.text.train(repeat=False).next(self.config.windows_per_batch)
+        activations = self._activations(token_ids)
         self.filter.calibrate(activations, token_ids)
         return activations.shape[2]
 

@@ -181,12 +181,12 @@ def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
     try:
         live, harvest = data.get("live"), data.get("harvest")
         if live:
-            return LanguageRecord(
-                live["model"], {"spec": live["text"]}, StreamConfig(**live["stream"]), live["model_dtype"]
-            )
+            given = {key.removeprefix("text_"): live[key] for key in ("text_field", "token_type") if key in live}
+            text = {"spec": live["text"], **given}
+            return LanguageRecord(live["model"], text, StreamConfig.from_record(live["stream"]), live["model_dtype"])
         if not harvest or "stream" not in harvest:
             return None
-        stream = StreamConfig(**harvest["stream"])
+        stream = StreamConfig.from_record(harvest["stream"])
         record = LanguageRecord(harvest["model"], harvest["text"], stream)
         if not (Path(data["path"]) / MANIFEST).is_file():
             return record

@@ -30,8 +30,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastsae.data.filters import in_windows
 from fastsae.data.hooks import HookedModel, device_of, find, run
 from fastsae.data.models import LanguageModel
+from fastsae.data.padding import is_text, masked, trimmed
 from fastsae.data.splice import Edit, Site, Where, check_apart, edited, splice, where_of
 
 if TYPE_CHECKING:
@@ -95,15 +97,17 @@ def spliced_loss(
 
     model       a causal language model with its head: its output is logits (windows, window, vocabulary), or has them
                 as `.logits` or first. It and the SAEs run in eval mode, and get their own modes back.
-    token_ids   (windows, window) int64, whole windows of text that the SAEs were not trained on.
-    where       see `splice`: the tokens whose activations are replaced, in the ablations too.
+    token_ids   (windows, window) int64, whole windows of text that the SAEs were not trained on; PAD (-1) at their end
+                stands for no token, is masked, never replaced and no prediction.
+    where       see `splice`: the tokens whose activations are replaced, in the ablations too. An `Ordinary` that leaves
+                out token ids is told those of each batch.
     means       of the mean ablation, (d_out,) by hook; `mean_of` says of what. None: of the activations that are
                 replaced here, from a pass of their own.
     special     a sentence for the result: which tokens keep the model's own activation.
     ablations   a result of other SAEs with the same model, hooks, token_ids, where and means, whose ablations are taken
                 over: they do not depend on the SAEs, and are half of the passes.
     windows_per_batch  None: as many as keep the logits of a batch small.
-    Raises ValueError for no windows, windows of one token, no hooks, a model without logits, ablations of other hooks,
+    Raises ValueError for no windows, nothing to predict, no hooks, a model without logits, ablations of other hooks,
     windows or tokens, and as `splice`.
     """
     module = model.model if isinstance(model, LanguageModel) else model
@@ -115,7 +119,10 @@ def spliced_loss(
         )
     check_apart(module, hooks)
     size = windows_per_batch or _windows_per_batch(module, token_ids.shape[1])
-    batches = token_ids.split(size)
+    batches = [trimmed(batch) for batch in token_ids.split(size)]
+    n = sum(int(is_text(batch[:, 1:]).sum()) for batch in batches)
+    if n == 0:
+        raise ValueError("spliced_loss: no window holds two tokens, so there is nothing to predict; give more text")
     names = tuple(name_of(module, site) for site in hooks)
     with evaluating(module, *hooks.values()), torch.no_grad():
         if means is None and ablations is None:
@@ -135,7 +142,7 @@ def spliced_loss(
         with tqdm(desc="eval", total=len(token_ids), unit="window", disable=None if progress else True) as bar:
             for batch in batches:
                 target = batch[:, 1:].flatten().to(device_of(module))
-                with _noted(module, hooks, where, chosen):
+                with _noted(module, hooks, where, batch, chosen):
                     clean = _logits(module, batch)
                 replaced += sum(int(mask.sum()) for mask in chosen.values())
                 ce["untouched"] += _sums(clean, clean, target).ce
@@ -148,10 +155,9 @@ def spliced_loss(
                     squares[name] += sums.squares
                     del changed  # before the next pass: logits are the largest tensors here
                 bar.update(len(batch))
-    n = token_ids.shape[0] * (token_ids.shape[1] - 1)
     ce = {name: total / n for name, total in ce.items()}
     kl = {name: total / n for name, total in kl.items()}
-    share = replaced / (len(hooks) * token_ids.numel())
+    share = replaced / (len(hooks) * int(is_text(token_ids).sum()))
     if ablations is None:
         undefined = {
             f"recovered_over_{name}": why
@@ -202,7 +208,7 @@ def activations_at(
     where: Where | None = None,
     windows_per_batch: int = 16,
 ) -> tuple[Tensor, Tensor | None]:
-    """(rows (n, d_in), targets) at a site of the untouched model, of the tokens of `where`.
+    """(rows (n, d_in), targets) at a site of the untouched model, of the tokens of `where`; none of padding.
 
     targets (n, d_out) is what a transcoder replaces; None where the site is a single hook. The layers after the site do
     not run. The model is put into eval mode.
@@ -233,15 +239,16 @@ def _noted(
     model: nn.Module,
     hooks: Iterable[Site],
     where: Where | Mapping[Site, Where] | None,
+    batch: Tensor,
     chosen: dict[Site, Tensor],
 ) -> Iterator[None]:
-    """Writes the tokens that `where` chooses at every hook into `chosen`, and changes nothing.
+    """Writes the tokens of a batch that `where` chooses at every hook into `chosen`, and changes nothing.
 
     Every splice and ablation then replaces these, whatever norms an earlier one of several hooks leaves behind.
     """
 
     def note(site: Site) -> Where:
-        choose = where_of(where, site)
+        choose = in_windows(where_of(where, site), batch)
 
         def choose_none(x: Tensor) -> Tensor:
             every = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
@@ -274,19 +281,21 @@ def _ablated(model: nn.Module, where: Mapping[Site, Where], means: Mapping[Site,
 
 
 def _read(
-    model: nn.Module, site: Site, batches: tuple[Tensor, ...], where: Where | None
+    model: nn.Module, site: Site, batches: Iterable[Tensor], where: Where | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows read, rows to replace) of each batch, equal where the site is one hook."""
     reads, writes = site if isinstance(site, tuple) else (site, site)
     source, goal = HookedModel(model, reads), HookedModel(model, writes)
-    for batch in batches:
-        x = source(batch)
-        y = goal(batch) if isinstance(site, tuple) else x
-        chosen = torch.ones(batch.shape, dtype=torch.bool, device=x.device) if where is None else where(x)
+    for batch in map(trimmed, batches):
+        with masked(model, batch) as ids:
+            x = source(ids)
+            y = goal(ids) if isinstance(site, tuple) else x
+        choose = in_windows(where, batch)
+        chosen = torch.ones(batch.shape, dtype=torch.bool, device=x.device) if choose is None else choose(x)
         yield x[chosen], y[chosen]
 
 
-def _mean(model: nn.Module, site: Site, batches: tuple[Tensor, ...], where: Where | None) -> Tensor:
+def _mean(model: nn.Module, site: Site, batches: Iterable[Tensor], where: Where | None) -> Tensor:
     """The mean (d_out,) float64 of the activations that are replaced."""
     total, n = torch.zeros((), dtype=torch.float64, device=device_of(model)), 0
     for _, y in _read(model, site, batches, where):
@@ -308,8 +317,9 @@ def name_of(model: nn.Module, site: Site) -> str:
 
 
 def _logits(model: nn.Module, token_ids: Tensor) -> Tensor:
-    """The logits (n, vocabulary) of every token but each window's last, in the model's dtype."""
-    output = run(model, token_ids)
+    """The logits (n, vocabulary) of every position but each window's last, in the model's dtype."""
+    with masked(model, token_ids) as ids:
+        output = run(model, ids)
     logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != token_ids.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -331,8 +341,12 @@ class _Sums(NamedTuple):
 
 
 def _sums(clean: Tensor, changed: Tensor, target: Tensor) -> _Sums:
-    """p of clean and q of changed, logits (n, vocabulary)."""
+    """p of clean and q of changed, logits (n, vocabulary); target (n,), PAD where nothing is predicted."""
     ce = kl = squares = 0.0
+    if not bool(is_text(target).all()):
+        same, kept = clean is changed, is_text(target)
+        clean, target = clean[kept], target[kept]
+        changed = clean if same else changed[kept]
     rows = max(1, CHUNK // clean.shape[1])
     for p_logits, q_logits, ids in zip(clean.split(rows), changed.split(rows), target.split(rows), strict=True):
         q = q_logits.double().log_softmax(-1)

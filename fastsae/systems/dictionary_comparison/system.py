@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastsae.data.shards import ShardSource
 from fastsae.data.stream import StreamConfig
-from fastsae.data.text import load_text
+from fastsae.data.text import TextCorpus, files_of
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.evaluate import EvalResult, evaluate
 from fastsae.runs.trainer import Trainer
@@ -131,14 +131,16 @@ def ground(
     """
     cache, losses = folder / "cache", list[float]()
     if scale.model == ONE_LAYER:
-        corpus = one_layer.bytes_of(load_text(scale.text).paths)
+        corpus = one_layer.bytes_of(TextCorpus(files_of(scale.text), spec=scale.text).paths)
         model, losses = one_layer.trained(replace(shape, steps=scale.steps), corpus, cache, advance)
         stream = StreamConfig(
-            one_layer.HOOK, window=shape.window, drop_first=False, norm_factor=None, holdout=scale.held
+            one_layer.HOOK, window=shape.window, drop_first=False, norm_factor=None, holdout=scale.held,
+            special_tokens="keep",
         )  # fmt: skip
         material = Material(model, corpus, stream, scale.rows)
     else:
-        material = Material(scale.model, scale.text, StreamConfig(LAYER, holdout=scale.held), scale.rows)
+        stream = StreamConfig(LAYER, holdout=scale.held, special_tokens="keep")
+        material = Material(scale.model, scale.text, stream, scale.rows)
     return Ground(material, material.harvested(folder), cache, losses)
 
 

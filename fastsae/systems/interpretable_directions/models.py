@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from fastsae.data.models import LanguageModel
+from fastsae.data.specials import special_tokens
 from fastsae.data.stream import StreamConfig
-from fastsae.data.windows import special_tokens
 from fastsae.systems import one_layer
 from fastsae.systems.interpretable_directions import prompts
-from fastsae.systems.material import MODEL, TEXT, Material
+from fastsae.systems.material import MODEL, TEXT, Material, stream_settings
 
 FRAMES = "frames"
 """The name of the small model, in the place of a spec."""
@@ -84,14 +84,14 @@ class Scale:
     @property
     def stream(self) -> StreamConfig:
         window = self.small.window if self.model == FRAMES else StreamConfig.window
-        return StreamConfig(hook=self.layer, window=window, holdout=self.holdout)
+        return StreamConfig(hook=self.layer, window=window, holdout=self.holdout, special_tokens="keep")
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the rows depend on, JSON-able."""
         if self.model != FRAMES:
             return self._material.settings
-        return {"model": asdict(self.small), "stream": asdict(self.stream), "rows": self.rows}
+        return {"model": asdict(self.small), "stream": stream_settings(self.stream), "rows": self.rows}
 
     def lacking(self) -> str | None:
         return None if self.model == FRAMES else self._material.lacking()

@@ -61,7 +61,8 @@ class Scale:
 
     @property
     def material(self) -> Material:
-        return Material(self.model, self.text, StreamConfig(hook=self.hook, holdout=HELD_OUT), self.rows)
+        stream = StreamConfig(hook=self.hook, holdout=HELD_OUT, special_tokens="keep")
+        return Material(self.model, self.text, stream, self.rows)
 
 
 @dataclass(frozen=True)

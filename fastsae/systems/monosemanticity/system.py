@@ -128,7 +128,8 @@ def material(scale: Scale, folder: Path) -> Material:
     corpus = one_layer.bytes_of([library / name for name in ("argparse.py", "ast.py", "inspect.py", "typing.py")])
     shape = one_layer.Recipe(d=32, mlp=64, window=64, batch=8, steps=40)
     model, _ = one_layer.trained(shape, corpus, folder / "cache")
-    return Material(model, corpus, StreamConfig(hook=scale.hook, window=64, holdout=1024), scale.rows)
+    stream = StreamConfig(hook=scale.hook, window=64, holdout=1024, special_tokens="keep")
+    return Material(model, corpus, stream, scale.rows)
 
 
 # -- running one ------------------------------------------------------------------------------------------------------
