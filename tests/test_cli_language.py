@@ -69,7 +69,7 @@ def test_the_run_s_own_model_and_text(place: Path, capsys: pytest.CaptureFixture
     assert loss["hooks"] == ["model.layers.0"]
     assert loss["n_windows"] == 7
     assert loss["replaced_share"] == pytest.approx(31 / 32)
-    assert loss["special"].startswith("the first position of a window, activations of norm above")
+    assert loss["special"].startswith("the first position of a window, the token <s>, activations of norm above")
     assert "zero ablation" in shown
     assert "mean ablation" in shown
     assert "as in training" in shown
@@ -126,7 +126,7 @@ def test_several_runs_each_with_the_filter_of_its_training(place: Path, capsys: 
         assert re.search(rf"^at {one['hook']} +fvu {one['fvu']:.5f}, l0 {one['l0']:.2f}, dead share", shown, re.M)
         assert f"at {one['hook']} {one['special']}" in loss["special"]
     assert [one["special"].partition(" above ")[0] for one in record["hooks"]] == [
-        "the first position of a window, activations of norm", "activations of norm"
+        "the first position of a window, the token <s>, activations of norm", "the token <s>, activations of norm"
     ]  # fmt: skip
     assert record["fvu"] == record["hooks"][0]["fvu"]
     again = spliced_loss(model, hooks, ids, where=where)
@@ -258,7 +258,7 @@ def test_the_norm_limit_is_that_of_the_training_at_every_hook(place: Path, tmp_p
     run, manifest = copied(place, tmp_path, "mlp")
     manifest["stats"]["norm_median"] *= 0.8
     (tmp_path / "acts-mlp" / "manifest.json").write_text(json.dumps(manifest))
-    limit = f"activations of norm above {1.2 * manifest['stats']['norm_median']:.4g}: as in training"
+    limit = f"the token <s>, activations of norm above {1.2 * manifest['stats']['norm_median']:.4g}: as in training"
     few = evaluated(run, "--spliced", "--tokens", "192")
     every = evaluated(place / "mlp", "--spliced", "--tokens", "192")
     assert few["n_tokens"] < every["n_tokens"]
@@ -291,7 +291,8 @@ def test_a_record_that_was_edited() -> None:
     live = {"model": "m", "text": "t", "model_dtype": "float32", "stream": {"hook": 3}}
     found = language_of_run({"notes": {"data": {"live": live}}})
     assert found is not None
-    assert (found.model, found.stream, found.dtype) == ("m", StreamConfig(hook=3), "float32")
+    # From before there was a choice: the rows of special tokens were kept.
+    assert (found.model, found.stream, found.dtype) == ("m", StreamConfig(hook=3, special_tokens="keep"), "float32")
 
 
 def test_transformers_missing_is_one_line(

@@ -31,9 +31,9 @@ from fastsae.cli.options import (
     torch_dtype,
 )
 from fastsae.data.harvest import harvest
-from fastsae.data.models import load_model
 from fastsae.data.shards import ShardSource
 from fastsae.data.source import ActivationSource
+from fastsae.data.text import load_text
 from fastsae.runs import sweep
 from fastsae.runs.evaluate import EvalResult, evaluate
 from fastsae.runs.opening import (
@@ -54,20 +54,18 @@ def run_harvest(options: Harvest) -> int:
     """fastsae harvest"""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    plain = options.device == "cpu" and options.model_dtype == "bfloat16"
-    # Pass the name: `harvest` loads the model only if rows are missing, so a second run is instant.
-    model = options.model if plain else load_model(
-        options.model, dtype=torch_dtype(options.model_dtype), device=str(checked_device(options.device))
-    )  # fmt: skip
+    # Pass the model's name: `harvest` loads it only if rows are missing, so a second run is instant.
     manifest = harvest(
-        model,
-        options.text,
+        options.model,
+        load_text(options.text, field=options.text_field, token_type=options.token_type),
         options.out,
         options.stream,
         rows=options.rows,
         rows_per_shard=options.rows_per_shard,
         dtype=torch_dtype(options.dtype),
         progress=options.progress,
+        model_dtype=torch_dtype(options.model_dtype),
+        device=str(checked_device(options.device)),
     )
     held = manifest.held_out.rows if manifest.held_out else 0
     print_table(
@@ -305,6 +303,8 @@ def bench(arguments: Sequence[str]) -> int:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{number:,} {name}" for name, number in value.items()) or "none"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -11,15 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from fastsae.cli.options import Eval, LanguageOptions, checked_device, torch_dtype
-from fastsae.data.models import LanguageModel, load_model
+from fastsae.data.models import LanguageModel
 from fastsae.data.splice import Site, Where
-from fastsae.data.stream import ActivationStream, StreamConfig
-from fastsae.data.text import Corpus, load_text
+from fastsae.data.stream import ActivationStream, StreamConfig, load_for
+from fastsae.data.text import Corpus, load_text, recorded_text
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.evaluate import EvalResult, evaluate
 from fastsae.runs.opening import LanguageRecord, OpenedRun, language_of_run, open_run, other_model
 from fastsae.runs.spliced import SplicedLoss, activations_at, name_of, spliced_loss
 
+SHOWN = 8
+"""Names of special tokens in a sentence, at most."""
 TOKENS = 4096
 """Tokens of a text that is not the run's, unless another number is asked for."""
 
@@ -152,7 +154,10 @@ def open_text(
     if not spec:
         raise ValueError(f"{name} does not record its language model; name it with --model")
     dtype = options.model_dtype or (record.dtype if record and record.dtype else "bfloat16")
-    model = load_model(spec, dtype=torch_dtype(dtype), device=str(checked_device(device)), head=True)
+    model = load_for(
+        spec, corpus, config, dtype=torch_dtype(dtype), device=str(checked_device(device)), head=True,
+        tokens=options.tokens or 0,
+    )  # fmt: skip
     if record and not options.any_model and (other := other_model(model, record)):
         raise ValueError(f"{other}; name that model, or measure on this one with --any-model")
     stream = ActivationStream(model, corpus, config)
@@ -242,12 +247,12 @@ def stream_config(options: LanguageOptions, record: LanguageRecord | None, name:
 def held_out_text(options: LanguageOptions, record: LanguageRecord | None, name: Any) -> Corpus:
     """The text. Raises ValueError if the run's own has changed since, or holds nothing out."""
     if options.text is not None:
-        return load_text(options.text)
+        return load_text(options.text, field=options.text_field, token_type=options.token_type)
     if record is None or not record.text:
         raise ValueError(f"{name} does not record its text; name one that it was not trained on with --text")
     if record.stream.holdout == 0:
         raise ValueError(f"{name} was trained on all of its text; name another with --text")
-    corpus = load_text(record.text["spec"])
+    corpus = recorded_text(record.text)
     here, then = corpus.describe()["digest"], record.text.get("digest")
     if then is not None and here != then:
         raise ValueError(
@@ -295,12 +300,17 @@ def add_other(
 
 def left_alone(stream: ActivationStream) -> str:
     """Which tokens keep the model's own activation, in words."""
-    ordinary = stream.filter.ordinary
+    ordinary, names = stream.filter.ordinary, stream.filter.without.values()
     parts = []
     if ordinary.first:
         parts.append(f"the first {'position' if ordinary.first == 1 else f'{ordinary.first} positions'} of a window")
     if ordinary.last:
         parts.append(f"the last {'position' if ordinary.last == 1 else f'{ordinary.last} positions'}")
+    if ordinary.positions:
+        parts.append(f"the positions {', '.join(map(str, ordinary.positions))}")
+    if names:
+        shown = ", ".join([*names][:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        parts.append(f"the token{'' if len(names) == 1 else 's'} {shown}")
     if ordinary.max_norm is not None:
         parts.append(f"activations of norm above {ordinary.max_norm:.4g}")
     return f"{', '.join(parts)}: as in training" if parts else "no token"

@@ -10,9 +10,10 @@ import torch
 import tyro
 
 from fastsae.cli.rules import RuleOptions, rule_options
+from fastsae.data.documents import FIELD, TOKEN_TYPE, TokenType
 from fastsae.data.live import LiveSource
-from fastsae.data.models import load_model
-from fastsae.data.stream import StreamConfig
+from fastsae.data.stream import StreamConfig, load_for
+from fastsae.data.text import load_text
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.config import TrainConfig
 
@@ -120,7 +121,12 @@ class LiveOptions:
     model: str = ""
     """The language model: a folder, a .gguf file, package:NAME for one in an installed package, or a hub name."""
     text: str = ""
-    """Its text: a file, a folder, a glob pattern, package:NAME/PATTERN or debian:NAME."""
+    """Its text: a file, a folder, a glob pattern, package:NAME/PATTERN, debian:NAME or datasets:NAME[:CONFIG][@SPLIT].
+    Files of text, JSON lines (both also .gz, .zst), parquet, or token ids (.npy, .bin)."""
+    text_field: str = FIELD
+    """Field of JSON lines, parquet and data sets with the text, or with the messages of a chat."""
+    token_type: TokenType = TOKEN_TYPE
+    """Type of the ids in .bin files."""
     stream: Annotated[StreamConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=lambda: StreamConfig(hook="")
     )
@@ -138,16 +144,18 @@ class LiveOptions:
         for name, value in (("model", self.model), ("text", self.text), ("hook", self.stream.hook)):
             if value == "":
                 raise ValueError(f"training live needs --live.{name}")
-        model = load_model(
-            self.model, dtype=torch_dtype(self.model_dtype), device=str(checked_device(self.model_device))
-        )
-        return LiveSource(model, self.text, self.stream, buffer_rows=self.buffer_rows, prefetch=self.prefetch)
+        corpus = load_text(self.text, field=self.text_field, token_type=self.token_type)
+        model = load_for(
+            self.model, corpus, self.stream, dtype=torch_dtype(self.model_dtype),
+            device=str(checked_device(self.model_device)),
+        )  # fmt: skip
+        return LiveSource(model, corpus, self.stream, buffer_rows=self.buffer_rows, prefetch=self.prefetch)
 
     @classmethod
     def from_notes(cls, notes: dict[str, Any]) -> LiveOptions:
         """The options that a run's config.json recorded. Raises ValueError if they do not fit this version."""
         try:
-            return cls(**{**notes, "stream": StreamConfig(**notes["stream"])})
+            return cls(**{**notes, "stream": StreamConfig.from_record(notes["stream"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"the run's record of its live data does not fit this version: {error}") from error
 
@@ -164,7 +172,12 @@ class Harvest(Common):
     model: str
     """The language model: a folder, a .gguf file, package:NAME for one in an installed package, or a hub name."""
     text: str
-    """Its text: a file, a folder, a glob pattern, package:NAME/PATTERN or debian:NAME."""
+    """Its text: a file, a folder, a glob pattern, package:NAME/PATTERN, debian:NAME or datasets:NAME[:CONFIG][@SPLIT].
+    Files of text, JSON lines (both also .gz, .zst), parquet, or token ids (.npy, .bin)."""
+    text_field: str = FIELD
+    """Field of JSON lines, parquet and data sets with the text, or with the messages of a chat."""
+    token_type: TokenType = TOKEN_TYPE
+    """Type of the ids in .bin files."""
     stream: Annotated[StreamConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How text becomes rows.")]
     rows: int = 1_000_000
     """Rows (tokens) to store for training; the held-out ones come on top."""
@@ -214,7 +227,11 @@ class LanguageOptions:
     any_model: Switch = False
     """Measure even if the language model is not the one that the run was trained on."""
     text: str | None = None
-    """Text to use instead of the run's own: a file, a folder, a glob pattern, package:NAME/PATTERN or debian:NAME."""
+    """Text to use instead of the run's own: whatever `fastsae harvest` takes."""
+    text_field: str = FIELD
+    """Field of that text, if it is JSON lines, parquet or a data set."""
+    token_type: TokenType = TOKEN_TYPE
+    """Type of its ids, if it is .bin files."""
     hook: str | None = None
     """Where the autoencoder reads: a number of layers, mlp.L, attn.L or a module's name. Left out: the run's."""
     output_hook: str | None = None
