@@ -366,8 +366,8 @@ def test_in_the_language_model(
         *SETTINGS,
     ]
     loads = []
-    load_model = language.load_model
-    monkeypatch.setattr(language, "load_model", lambda *a, **k: loads.append(a) or load_model(*a, **k))
+    load_for = language.load_for
+    monkeypatch.setattr(language, "load_for", lambda *a, **k: loads.append(a) or load_for(*a, **k))
     assert main(command) == 0
     assert not loads
     steps = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep" / "runs").glob("*/checkpoints/*")}
