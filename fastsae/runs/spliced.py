@@ -277,11 +277,10 @@ def _read(
     model: nn.Module, site: Site, batches: tuple[Tensor, ...], where: Where | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows read, rows to replace) of each batch, equal where the site is one hook."""
-    reads, writes = site if isinstance(site, tuple) else (site, site)
-    source, goal = HookedModel(model, reads), HookedModel(model, writes)
+    hooked = HookedModel(model, site)
     for batch in batches:
-        x = source(batch)
-        y = goal(batch) if isinstance(site, tuple) else x
+        parts = hooked.parts(batch)
+        x, y = parts[0], parts[-1]
         chosen = torch.ones(batch.shape, dtype=torch.bool, device=x.device) if where is None else where(x)
         yield x[chosen], y[chosen]
 
