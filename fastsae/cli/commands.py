@@ -28,45 +28,47 @@ from fastsae.cli.options import (
     Train,
     checked_device,
     latent_indices,
+    selection,
     torch_dtype,
 )
 from fastsae.data.harvest import harvest
-from fastsae.data.models import load_model
+from fastsae.data.hooks import Hooks
 from fastsae.data.shards import ShardSource
-from fastsae.data.source import ActivationSource
+from fastsae.data.source import ActivationSource, held_out_targets, target_width
 from fastsae.runs import sweep
+from fastsae.runs.checkpoint import list_checkpoints
 from fastsae.runs.evaluate import EvalResult, evaluate
 from fastsae.runs.opening import (
     EVALUATION,
     OpenedRun,
+    Selection,
     language_of_run,
     open_rows,
     open_run,
     open_with_notes,
     rows_of_run,
+    selection_of,
     version,
 )
 from fastsae.runs.stopping import TrainingInterrupted
-from fastsae.runs.trainer import Trainer
+from fastsae.runs.trainer import CHECKPOINTS, Trainer
 
 
 def run_harvest(options: Harvest) -> int:
     """fastsae harvest"""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    plain = options.device == "cpu" and options.model_dtype == "bfloat16"
     # Pass the name: `harvest` loads the model only if rows are missing, so a second run is instant.
-    model = options.model if plain else load_model(
-        options.model, dtype=torch_dtype(options.model_dtype), device=str(checked_device(options.device))
-    )  # fmt: skip
     manifest = harvest(
-        model,
+        options.model,
         options.text,
         options.out,
         options.stream,
         rows=options.rows,
         rows_per_shard=options.rows_per_shard,
         dtype=torch_dtype(options.dtype),
+        model_dtype=torch_dtype(options.model_dtype),
+        device=str(checked_device(options.device)),
         progress=options.progress,
     )
     held = manifest.held_out.rows if manifest.held_out else 0
@@ -75,6 +77,7 @@ def run_harvest(options: Harvest) -> int:
             "rows": f"{manifest.rows:,} in {len(manifest.shards)} shards",
             "held-out rows": f"{held:,}",
             "d_in": manifest.d_in,
+            **({"hooks": ", ".join(f"{h.hook} ({h.d_in})" for h in manifest.hooks())} if manifest.others else {}),
             **{name.replace("_", " "): _shown(value) for name, value in manifest.stats.items() if name != "rows"},
             "folder": options.out,
         }
@@ -85,16 +88,61 @@ def run_harvest(options: Harvest) -> int:
 def open_source(options: Train) -> tuple[ActivationSource, dict[str, Any]]:
     """The data of `fastsae train`, and its description for the run's notes."""
     if options.data == LIVE:
-        return options.live.open(), {LIVE: dataclasses.asdict(options.live)}
-    return open_with_notes(options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed)
+        for name in ("hook", "tensor", "target_tensor"):
+            if getattr(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for stored rows; training live has --live.hook")
+        target = {"target": list(options.target_hook)} if options.target_hook else {}
+        return options.live.open(options.target_hook), {LIVE: options.live.notes(), **target}
+    return open_with_notes(options.data, selection(options), holdout=options.holdout, seed=options.data_seed)
+
+
+def separate_hooks(options: Train) -> tuple[int | str, ...]:
+    """The hooks that get an autoencoder each; none where there is one autoencoder.
+
+    Raises ValueError where --layers is neither one nor as many as there are hooks.
+    """
+    hooks = options.live.config.hooks if options.data == LIVE else options.hook
+    layers = options.sae.layers
+    if len(hooks) < 2 or layers == len(hooks):
+        return ()
+    if layers != 1:
+        raise ValueError(
+            f"--layers is {layers} with {len(hooks)} hooks: give --layers {len(hooks)} for a crosscoder of all, or "
+            "leave it out for an autoencoder of each"
+        )
+    return hooks
 
 
 def run_train(options: Train) -> int:
     """fastsae train"""
+    separate = separate_hooks(options)
+    if not separate:
+        return train_one(options)
+    if options.data == LIVE:
+        raise ValueError(
+            f"an autoencoder for each of {len(separate)} hooks trains on stored rows: `fastsae harvest` reads them in "
+            f"one pass; live, give --layers {len(separate)} for a crosscoder of all"
+        )
+    for hook in separate:
+        one = dataclasses.replace(options, hook=(hook,), run_dir=options.run_dir / folder_of(hook))
+        print(f"hook {hook}: {one.run_dir}")
+        train_one(one)
+    return 0
+
+
+def folder_of(hook: int | str) -> str:
+    """A folder's name for a hook: mlp.6:input becomes mlp.6-input."""
+    return str(hook).replace(":", "-").replace("/", "-")
+
+
+def train_one(options: Train) -> int:
+    """One autoencoder of `fastsae train`."""
+    if options.resume and not list_checkpoints(options.run_dir / CHECKPOINTS):
+        print(f"fastsae: --resume: {options.run_dir} holds no checkpoint, so a new run begins there", file=sys.stderr)
     source, notes = open_source(options)
     if options.train.eval_every and len(source.held_out()) == 0:
         raise ValueError("no rows are held out to evaluate on; set --holdout, or --eval-every 0 for no evaluation")
-    sae = options.sae.build(source.d_in)
+    sae = options.sae.build(source.d_in, target_width(source))
     trainer = Trainer(
         sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()}
     )
@@ -121,24 +169,41 @@ def run_train(options: Train) -> int:
     return 0
 
 
-def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, str]:
-    """The rows that `fastsae eval` measures on, and their description."""
+def rows_of_options(options: Eval, run: OpenedRun) -> Selection:
+    """Which rows of --data: those that the options name, else the hooks that the run records."""
+    assert options.data is not None
+    if not options.data.is_dir():
+        return Selection(tensor=options.tensor, target_tensor=options.target_tensor)
+    data = (run.config.get("notes") or {}).get("data") or {}
+    recorded = selection_of(data if isinstance(data, dict) else {})
+    hook: Hooks | None = options.language.hook
+    return Selection(hook or recorded.hook, options.language.target_hook or recorded.target)
+
+
+def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    """The rows that `fastsae eval` measures on, their targets and their description."""
     if options.data is not None:
-        source = open_rows(options.data, tensor=options.tensor, holdout=0 if options.all_rows else None)
+        # A folder's held-out rows are files of their own, which holdout=0 would leave out.
+        every = 0 if options.all_rows and not options.data.is_dir() else None
+        source = open_rows(options.data, rows_of_options(options, run), holdout=every)
         if not options.all_rows:
-            return source.held_out(), f"held-out rows of {options.data}"
+            return source.held_out(), held_out_targets(source), f"held-out rows of {options.data}"
         if isinstance(source, ShardSource):
-            total = (source.n_tokens or 0) + len(source.held_out_ids())
-            return source.rows(range(total)), f"all rows of {options.data}"
-        return source.x, f"all rows of {options.data}"
+            ids = range((source.n_tokens or 0) + len(source.held_out_ids()))
+            targets = None if source.d_target is None else source.targets(ids)
+            return source.rows(ids), targets, f"all rows of {options.data}"
+        return source.x, source.target, f"all rows of {options.data}"
     if options.all_rows:
         raise ValueError("--all-rows needs --data: a run is measured on its held-out rows")
     rule_state = rows_of_run(run.config)
     if rule_state is not None:
-        return rule_state.held_out(), f"held-out rows of {run.config['notes']['data']['path']}"
-    live = ((run.config.get("notes") or {}).get("data") or {}).get(LIVE)
+        where = f"held-out rows of {run.config['notes']['data']['path']}"
+        return rule_state.held_out(), held_out_targets(rule_state), where
+    data = (run.config.get("notes") or {}).get("data") or {}
+    live = data.get(LIVE)
     if live:
-        return LiveOptions.from_notes(live).open().held_out(), "held-out text of the run's live stream"
+        stream = LiveOptions.from_notes(live).open(tuple(data.get("target") or ()))
+        return stream.held_out(), held_out_targets(stream), "held-out text of the run's live stream"
     raise ValueError(f"{run.path} does not record its training data; name activations with --data")
 
 
@@ -148,12 +213,18 @@ def run_eval(options: Eval) -> int:
     run.sae.backend = options.backend
     if asks_for_language(options):
         return run_language_eval(options, run)
-    rows, where = held_out_rows(options, run)
+    rows, targets, where = held_out_rows(options, run)
     if len(rows) == 0:
         raise ValueError("no rows are held out; give others with --data, and --all-rows to measure on all of them")
     if rows.shape[1] != run.sae.d_in:
         raise ValueError(f"the rows have {rows.shape[1]} numbers, the autoencoder expects d_in = {run.sae.d_in}")
-    result = evaluate(run.sae, rows, batch_size=options.batch_size)
+    width = run.sae.d_in if targets is None else targets.shape[1]
+    if width != run.sae.d_out:
+        raise ValueError(
+            f"{run.path} is a transcoder to d_out = {run.sae.d_out}, and the targets have {width} numbers; name them "
+            "with --target-hook or --target-tensor"
+        )
+    result = evaluate(run.sae, rows, targets=targets, batch_size=options.batch_size)
     out = options.out or options.run / EVALUATION
     extra = {"step": run.step, "weights": str(run.path), "rows": where}
     result.write(out, with_density=options.density, **extra)
@@ -208,19 +279,23 @@ def run_sweep(options: Sweep) -> int:
     # Imported here: drawing costs a second that no other command should pay.
     from fastsae.report.sweep import write_sweep
 
-    source, notes = open_with_notes(
-        options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed
-    )  # fmt: skip
+    select, language = selection(options), options.language
+    if not Path(options.data).is_dir() and len(options.hook) == 1:  # of a file: where in the model its rows are from
+        select, language = (
+            dataclasses.replace(select, hook=None),
+            dataclasses.replace(language, hook=str(options.hook[0])),
+        )
+    source, notes = open_with_notes(options.data, select, holdout=options.holdout, seed=options.data_seed)
     cells = sweep.grid(
         options.rules, options.l0s, options.d_sae, options.seeds, options.train, options.sae.arguments(),
         options.sae.precision,
     )  # fmt: skip
     further = None
-    if options.spliced or options.language.given():
+    if options.spliced or language.given():
         record = language_of_run({"notes": {"data": notes}})
         further = sweep.Further(
-            "spliced", dataclasses.asdict(options.language),
-            lambda: spliced_in(open_text(options.language, record, options.data, source.d_in, options.sae.device)),
+            "spliced", dataclasses.asdict(language),
+            lambda: spliced_in(open_text(language, record, options.data, source.d_in, options.sae.device), record),
         )  # fmt: skip
     records = sweep.run_sweep(
         cells, source, options.out, notes={"data": notes, "fastsae": version()}, further=further,
