@@ -149,6 +149,21 @@ def test_live(place: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--hook is for stored rows; training live has --live.hook" in message
 
 
+def test_an_autoencoder_of_each_live_hook(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    live = ["--live.model", str(place / "model"), "--live.text", str(place / "text.txt"), "--live.window", "32"]
+    live += ["--live.holdout", "200", "--live.buffer-rows", "600", "--live.hook", "1", "--live.hook", "mlp.1"]
+    run = place / "live-each"
+    assert main(["train", "live", "--run-dir", str(run), *SIZES, *live]) == 0
+    for hook in ("1", "mlp.1"):
+        trained = json.loads((run / hook / "eval.jsonl").read_text().splitlines()[-1])
+        assert evaluated(run / hook)["fvu"] == pytest.approx(trained["fvu"])
+        record = language_of_run(open_run(run / hook).config)
+        assert record is not None
+        assert (str(record.stream.hook), len(record.others)) == (hook, 1)
+    message = refused(capsys, "train", "live", "--run-dir", str(run), *SIZES, *live, "--target-hook", "mlp.0")
+    assert "--target-hook with 2 live hooks: train transcoders one by one" in message
+
+
 def test_a_sweep_of_transcoders(place: Path) -> None:
     sizes = ["--rules", "topk", "--l0s", "4", "--d-sae", "48", "--steps", "4", "--batch-size", "100", "--no-progress"]
     out = ["--out", str(place / "sweep"), "--no-tensorboard", "--spliced"]

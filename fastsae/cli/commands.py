@@ -33,7 +33,9 @@ from fastsae.cli.options import (
 )
 from fastsae.data.harvest import harvest
 from fastsae.data.hooks import Hooks
+from fastsae.data.live import LiveSource
 from fastsae.data.shards import ShardSource
+from fastsae.data.shared import SharedSource
 from fastsae.data.source import ActivationSource, held_out_targets, target_width
 from fastsae.runs import sweep
 from fastsae.runs.checkpoint import list_checkpoints
@@ -51,7 +53,7 @@ from fastsae.runs.opening import (
     version,
 )
 from fastsae.runs.stopping import TrainingInterrupted
-from fastsae.runs.trainer import CHECKPOINTS, Trainer
+from fastsae.runs.trainer import CHECKPOINTS, Trainer, TrainResult, run_together
 
 
 def run_harvest(options: Harvest) -> int:
@@ -119,15 +121,47 @@ def run_train(options: Train) -> int:
     if not separate:
         return train_one(options)
     if options.data == LIVE:
-        raise ValueError(
-            f"an autoencoder for each of {len(separate)} hooks trains on stored rows: `fastsae harvest` reads them in "
-            f"one pass; live, give --layers {len(separate)} for a crosscoder of all"
-        )
+        return train_live(options, separate)
     for hook in separate:
         one = dataclasses.replace(options, hook=(hook,), run_dir=options.run_dir / folder_of(hook))
         print(f"hook {hook}: {one.run_dir}")
         train_one(one)
     return 0
+
+
+def train_live(options: Train, hooks: Sequence[int | str]) -> int:
+    """An autoencoder of each hook of one live stream, trained in step."""
+    if options.target_hook:
+        raise ValueError(f"--target-hook with {len(hooks)} live hooks: train transcoders one by one, or on stored rows")
+    source, notes = open_source(options)
+    assert isinstance(source, LiveSource)
+    trainers = []
+    for hook, reader in zip(hooks, SharedSource(source).readers, strict=True):
+        run_dir = options.run_dir / folder_of(hook)
+        say_if_new(options, run_dir)
+        its = {"data": {**notes, "hook": hook}, "fastsae": version()}
+        sae = options.sae.build(reader.d_in)
+        trainers.append(Trainer(sae, reader, options.train, run_dir, resume=options.resume, notes=its))
+    check_held_out(options, source)
+    try:
+        results = run_together(trainers)
+    except TrainingInterrupted as stop:
+        raise TrainingInterrupted(f"{stop}, with --resume", stop.signal) from None
+    for trainer, result in zip(trainers, results, strict=True):
+        print_training(trainer.run_dir, result)
+    return 0
+
+
+def check_held_out(options: Train, source: ActivationSource) -> None:
+    """Raises ValueError where the run is to be evaluated and no rows are held out."""
+    if options.train.eval_every and len(source.held_out()) == 0:
+        raise ValueError("no rows are held out to evaluate on; set --holdout, or --eval-every 0 for no evaluation")
+
+
+def say_if_new(options: Train, run_dir: Path) -> None:
+    """Says that --resume found nothing to go on from."""
+    if options.resume and not list_checkpoints(run_dir / CHECKPOINTS):
+        print(f"fastsae: --resume: {run_dir} holds no checkpoint, so a new run begins there", file=sys.stderr)
 
 
 def folder_of(hook: int | str) -> str:
@@ -137,11 +171,9 @@ def folder_of(hook: int | str) -> str:
 
 def train_one(options: Train) -> int:
     """One autoencoder of `fastsae train`."""
-    if options.resume and not list_checkpoints(options.run_dir / CHECKPOINTS):
-        print(f"fastsae: --resume: {options.run_dir} holds no checkpoint, so a new run begins there", file=sys.stderr)
+    say_if_new(options, options.run_dir)
     source, notes = open_source(options)
-    if options.train.eval_every and len(source.held_out()) == 0:
-        raise ValueError("no rows are held out to evaluate on; set --holdout, or --eval-every 0 for no evaluation")
+    check_held_out(options, source)
     sae = options.sae.build(source.d_in, target_width(source))
     trainer = Trainer(
         sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()}
@@ -150,6 +182,12 @@ def train_one(options: Train) -> int:
         result = trainer.run()
     except TrainingInterrupted as stop:
         raise TrainingInterrupted(f"{stop}, with --resume", stop.signal) from None
+    print_training(options.run_dir, result)
+    return 0
+
+
+def print_training(run_dir: Path, result: TrainResult) -> None:
+    """The table of `fastsae train`."""
     evaluation = result.evaluation or {}
     where = "held out" if evaluation else "last batch"
     numbers = evaluation or result.metrics
@@ -163,10 +201,9 @@ def train_one(options: Train) -> int:
             },
             "tokens/s": f"{result.metrics.get('tokens_per_s') or 0:,.0f} (last logged steps)",
             "checkpoint": result.checkpoint,
-            "next": f"fastsae report {options.run_dir}",
+            "next": f"fastsae report {run_dir}",
         }
     )
-    return 0
 
 
 def rows_of_options(options: Eval, run: OpenedRun) -> Selection:
@@ -202,8 +239,12 @@ def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, torch.Te
     data = (run.config.get("notes") or {}).get("data") or {}
     live = data.get(LIVE)
     if live:
-        stream = LiveOptions.from_notes(live).open(tuple(data.get("target") or ()))
-        return stream.held_out(), held_out_targets(stream), "held-out text of the run's live stream"
+        stream, own = LiveOptions.from_notes(live).open(tuple(data.get("target") or ())), data.get("hook")
+        where = "held-out text of the run's live stream"
+        if own is not None:  # one of several SAEs on this stream
+            readers = zip(stream.config.hooks, SharedSource(stream).readers, strict=True)
+            return next(reader.held_out() for hook, reader in readers if hook == own), None, where
+        return stream.held_out(), held_out_targets(stream), where
     raise ValueError(f"{run.path} does not record its training data; name activations with --data")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,11 +133,18 @@ class Trainer:
         goes on; metrics.jsonl counts them as "skipped", the number so far, resumed runs included. NonFiniteError comes
         after SKIPS_IN_A_ROW in a row, and with fused=False at the first bad row or loss.
         """
+        with StopSignals() as stop:
+            for _ in self._steps(stop):
+                pass
+        return self._result()
+
+    def _steps(self, stop: StopSignals) -> Generator[None]:
+        """The run, step by step; the directory is held until the last step was asked for what comes after it."""
         if self._begun and self._saved is None:
             raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
         with ExitStack() as stack:
             stack.enter_context(RunLock(self.run_dir))
-            self.stop = stack.enter_context(StopSignals())
+            self.stop = stop
             stack.enter_context(_settings_of_the_run(self.config, self.sae))
             if not self.resume and checkpoint.list_checkpoints(self.checkpoints):
                 raise RunDirError(f"{self.run_dir} holds a run with checkpoints; resume it or give another directory")
@@ -151,8 +158,11 @@ class Trainer:
             )
             if self._saved:
                 self.logs.say(f"going on from step {self.step} of {self.total}: {self._saved}")
-            self._loop()
+            yield  # opened, and where its checkpoint is
+            yield from self._loop()
             self._raise_if_stopped()
+
+    def _result(self) -> TrainResult:
         assert self._saved is not None
         return TrainResult(self.step, self._tokens, self._saved, self.last["metrics"] or {}, self.last["evaluation"])
 
@@ -242,7 +252,7 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _loop(self) -> None:
+    def _loop(self) -> Iterator[None]:
         c = self.config
         if c.eval_every and self.step < self.total and len(self.source.held_out()) == 0:
             raise ValueError("the source holds out no rows to evaluate on; set its holdout, or eval_every to 0")
@@ -292,6 +302,7 @@ class Trainer:
             self.logs.advance()
             if self.guard.ended:
                 raise self.guard.ended
+            yield
 
     def _raise_if_stopped(self) -> None:
         if self.stop.requested is None:
@@ -451,6 +462,37 @@ class Trainer:
     @property
     def _tokens(self) -> int:
         return self.step * self.config.batch_size
+
+
+def run_together(trainers: Sequence[Trainer]) -> list[TrainResult]:
+    """Trains several SAEs in step, each in a directory of its own, as `Trainer.run` each; for readers of one stream.
+
+    A step of one is followed by the same step of the others, and who is behind, as after a kill between two
+    checkpoints, catches up first. Raises as `run`; then all are at the checkpoint that their own message names, or at
+    the last one before.
+    """
+    with StopSignals() as stop, ExitStack() as closing:
+        steps = [trainer._steps(stop) for trainer in trainers]
+        drawn: list[dict[str, Any]] = []  # what each has drawn from the generators that all would share
+        for one in steps:
+            closing.callback(one.close)  # last opened, first closed: they put back threads
+            next(one)
+            drawn.append(rng_state())
+        while stop.requested is None and (left := [i for i, t in enumerate(trainers) if t.step < t.total]):
+            number = min(left, key=lambda i: trainers[i].step)
+            restore_rng_state(drawn[number])
+            next(steps[number])
+            drawn[number] = rng_state()
+        ended: list[TrainingInterrupted] = []
+        for number, one in reversed(list(enumerate(steps))):
+            restore_rng_state(drawn[number])
+            try:
+                next(one, None)
+            except TrainingInterrupted as stopped:
+                ended.append(stopped)
+        if ended:
+            raise ended[-1]
+    return [trainer._result() for trainer in trainers]
 
 
 def _what_to_do(rule: Activation, l0: float) -> str:
