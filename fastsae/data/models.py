@@ -104,9 +104,12 @@ def load_model(
     arguments["local_files_only"] = not download
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **arguments)
-        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **arguments)
-        maker = _maker(config, head)
-        skeleton = _skeleton(maker, config) if check is not None else None
+        maker: Any = transformers.AutoModel
+        skeleton = None
+        if head or check is not None:  # of a .gguf file it takes seconds
+            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **arguments)
+            maker = _maker(config, head)
+            skeleton = _skeleton(maker, config) if check is not None else None
     except LOAD_ERRORS as error:
         raise _not_loaded(spec, error) from error
     if check is not None and skeleton is not None:
