@@ -146,7 +146,7 @@ def test_a_saved_transcoder(place: Path, tmp_path: Path, output: str, d_out: int
     sae = fastsae.SparseAutoencoder(16, 48, fastsae.TopK(4), d_out=d_out, pre_bias=False, seed=5)
     fastsae.save(sae, tmp_path)
     full = ["--model", str(place / "model"), "--model-dtype", "float32", "--text", str(place / "text.txt")]
-    full += ["--window", "32", "--tokens", "128", "--hook", "mlp.1:input", "--output-hook", output]
+    full += ["--window", "32", "--tokens", "128", "--hook", "mlp.1:input", "--target-hook", output]
     record = evaluated(tmp_path, *full)
     name = output if d_out == 32 else "layers.1.mlp"
     assert record["spliced"]["hooks"] == [f"model.layers.1.mlp:input -> model.{name}"] == [record["hooks"][0]["hook"]]
@@ -172,10 +172,10 @@ def test_a_transcoder_without_its_output_or_with_a_wrong_one(
 ) -> None:
     fastsae.save(fastsae.SparseAutoencoder(16, 48, fastsae.TopK(4), d_out=32, seed=5), tmp_path)
     full = ["--model", str(place / "model"), "--text", str(place / "text.txt"), "--window", "32", "--tokens", "64"]
-    for more, numbers in (([], 16), (["--output-hook", "mlp.1"], 16)):
+    for more, numbers in (([], 16), (["--target-hook", "mlp.1"], 16)):
         message = refused(capsys, tmp_path, *full, "--hook", "mlp.1:input", *more)
         assert f"is a transcoder of d_in = 16 to d_out = 32, and what it would replace has {numbers} numbers" in message
-        assert "name the place with --output-hook" in message
+        assert "name the place with --target-hook" in message
 
 
 def test_shares_that_are_undefined_are_dashes_with_the_reason(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

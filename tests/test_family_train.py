@@ -105,7 +105,18 @@ def test_bad_training_settings_are_refused(settings: dict, message: str) -> None
 
 LINES = {
     "batch_topk": ["--k", "4"],
-    "relu": ["--l1", "0.5", "--decoder-norm", "free", "--penalty-warmup", "3", "--no-pre-bias", "--init-norm", "0.1"],
+    "relu": [
+        "--l1",
+        "0.5",
+        "--decoder-norm",
+        "free",
+        "--penalty-warmup",
+        "3",
+        "--pre-bias",
+        "False",
+        "--init-norm",
+        "0.1",
+    ],
     "jumprelu": ["--l0", "0.01", "--threshold", "0.1", "--bandwidth", "0.2", "--optimizer", "adamw"],
     "gated": ["--l1", "0.1", "--weighted", "True", "--moments", "8bit"],
     "matryoshka": ["--k", "4", "--groups", "8", "16", "24"],

@@ -82,7 +82,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     source = ShardSource(make_harvest(folder / "acts"), progress=False)
     config = TrainConfig(steps=12, batch_size=64, lr=1e-2, log_every=2, eval_every=6, tensorboard=False, progress=False)
-    notes = {"data": describe_rows(folder / "acts", tensor=None, holdout=None, seed=0), "by": HOSTILE}
+    notes = {"data": describe_rows(folder / "acts", holdout=None, seed=0), "by": HOSTILE}
     sae = SparseAutoencoder(D, M, TopK(K), seed=0)
     Trainer(sae, source, config, folder / "run", notes=notes).run()
     return folder / "run"

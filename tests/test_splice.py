@@ -340,7 +340,7 @@ def test_a_bf16_model_with_a_float32_sae(model: Tiny, ids: Tensor) -> None:
     [
         (4, None, "the model has 3 layers: hook must be 0 to 3, got 4"),
         ("mlp.3", None, "the model has 3 layers: mlp.L takes L from 0 to 2, got mlp.3"),
-        ("mpl.1", None, r"no module 'mpl.1'; near names: .*; a hook is a number of layers, mlp.L, attn.L or a module"),
+        ("mpl.1", None, r"no module 'mpl.1'; near names: .*; a hook is .*, mlp.L, attn.L, cross.L or a module"),
         ("mlp.1:middle", None, "comes 'input' or 'output', got 'mlp.1:middle'"),
         (
             "layers.1.mlp.0",

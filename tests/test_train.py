@@ -98,8 +98,8 @@ def test_the_centre_of_the_first_batch_is_where_b_dec_starts(tmp_path: Path) -> 
     def note(name: str, run: Trainer) -> None:
         original = run._initialize
 
-        def initialize(x: torch.Tensor) -> None:
-            original(x)
+        def initialize(*batch: Any) -> None:
+            original(*batch)
             seen[name] = run.sae.b_dec.detach().clone()
 
         run._initialize = initialize  # type: ignore[method-assign]
@@ -271,7 +271,7 @@ def test_tensorboard_and_the_bar(tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_a_warning_when_the_encoder_repeats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = FusedTrainStep.__call__
     monkeypatch.setattr(
-        FusedTrainStep, "__call__", lambda self, x: original(self, x) | {"redone": torch.tensor(len(x) // 16)}
+        FusedTrainStep, "__call__", lambda self, x, *y: original(self, x, *y) | {"redone": torch.tensor(len(x) // 16)}
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -287,7 +287,7 @@ def test_threads_and_backend_are_set_for_the_run_only(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=1, threads=1, backend="reference")
     inside: list[Any] = []
     original = run._initialize
-    run._initialize = lambda x: (inside.append((torch.get_num_threads(), run.sae.backend)), original(x))[1]  # type: ignore
+    run._initialize = lambda *x: (inside.append((torch.get_num_threads(), run.sae.backend)), original(*x))[1]  # type: ignore
     run.run()
     assert inside == [(1, "reference")]
     assert (torch.get_num_threads(), run.sae.backend) == (threads, None)

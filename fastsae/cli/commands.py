@@ -28,26 +28,33 @@ from fastsae.cli.options import (
     Train,
     checked_device,
     latent_indices,
+    selection,
     torch_dtype,
 )
 from fastsae.data.harvest import harvest
+from fastsae.data.hooks import Hooks
+from fastsae.data.live import LiveSource
 from fastsae.data.shards import ShardSource
-from fastsae.data.source import ActivationSource
+from fastsae.data.shared import SharedSource
+from fastsae.data.source import ActivationSource, held_out_targets, target_width
 from fastsae.data.text import load_text
 from fastsae.runs import sweep
+from fastsae.runs.checkpoint import list_checkpoints
 from fastsae.runs.evaluate import EvalResult, evaluate
 from fastsae.runs.opening import (
     EVALUATION,
     OpenedRun,
+    Selection,
     language_of_run,
     open_rows,
     open_run,
     open_with_notes,
     rows_of_run,
+    selection_of,
     version,
 )
 from fastsae.runs.stopping import TrainingInterrupted
-from fastsae.runs.trainer import Trainer
+from fastsae.runs.trainer import CHECKPOINTS, Trainer, TrainResult, run_together
 
 
 def run_harvest(options: Harvest) -> int:
@@ -73,6 +80,7 @@ def run_harvest(options: Harvest) -> int:
             "rows": f"{manifest.rows:,} in {len(manifest.shards)} shards",
             "held-out rows": f"{held:,}",
             "d_in": manifest.d_in,
+            **({"hooks": ", ".join(f"{h.hook} ({h.d_in})" for h in manifest.hooks())} if manifest.others else {}),
             **{name.replace("_", " "): _shown(value) for name, value in manifest.stats.items() if name != "rows"},
             "folder": options.out,
         }
@@ -83,16 +91,91 @@ def run_harvest(options: Harvest) -> int:
 def open_source(options: Train) -> tuple[ActivationSource, dict[str, Any]]:
     """The data of `fastsae train`, and its description for the run's notes."""
     if options.data == LIVE:
-        return options.live.open(), {LIVE: dataclasses.asdict(options.live)}
-    return open_with_notes(options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed)
+        for name in ("hook", "tensor", "target_tensor"):
+            if getattr(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for stored rows; training live has --live.hook")
+        target = {"target": list(options.target_hook)} if options.target_hook else {}
+        return options.live.open(options.target_hook), {LIVE: options.live.notes(), **target}
+    return open_with_notes(options.data, selection(options), holdout=options.holdout, seed=options.data_seed)
+
+
+def separate_hooks(options: Train) -> tuple[int | str, ...]:
+    """The hooks that get an autoencoder each; none where there is one autoencoder.
+
+    Raises ValueError where --layers is neither one nor as many as there are hooks.
+    """
+    hooks = options.live.config.hooks if options.data == LIVE else options.hook
+    layers = options.sae.layers
+    if len(hooks) < 2 or layers == len(hooks):
+        return ()
+    if layers != 1:
+        raise ValueError(
+            f"--layers is {layers} with {len(hooks)} hooks: give --layers {len(hooks)} for a crosscoder of all, or "
+            "leave it out for an autoencoder of each"
+        )
+    return hooks
 
 
 def run_train(options: Train) -> int:
     """fastsae train"""
+    separate = separate_hooks(options)
+    if not separate:
+        return train_one(options)
+    if options.data == LIVE:
+        return train_live(options, separate)
+    for hook in separate:
+        one = dataclasses.replace(options, hook=(hook,), run_dir=options.run_dir / folder_of(hook))
+        print(f"hook {hook}: {one.run_dir}")
+        train_one(one)
+    return 0
+
+
+def train_live(options: Train, hooks: Sequence[int | str]) -> int:
+    """An autoencoder of each hook of one live stream, trained in step."""
+    if options.target_hook:
+        raise ValueError(f"--target-hook with {len(hooks)} live hooks: train transcoders one by one, or on stored rows")
     source, notes = open_source(options)
+    assert isinstance(source, LiveSource)
+    trainers = []
+    for hook, reader in zip(hooks, SharedSource(source).readers, strict=True):
+        run_dir = options.run_dir / folder_of(hook)
+        say_if_new(options, run_dir)
+        its = {"data": {**notes, "hook": hook}, "fastsae": version()}
+        sae = options.sae.build(reader.d_in)
+        trainers.append(Trainer(sae, reader, options.train, run_dir, resume=options.resume, notes=its))
+    check_held_out(options, source)
+    try:
+        results = run_together(trainers)
+    except TrainingInterrupted as stop:
+        raise TrainingInterrupted(f"{stop}, with --resume", stop.signal) from None
+    for trainer, result in zip(trainers, results, strict=True):
+        print_training(trainer.run_dir, result)
+    return 0
+
+
+def check_held_out(options: Train, source: ActivationSource) -> None:
+    """Raises ValueError where the run is to be evaluated and no rows are held out."""
     if options.train.eval_every and len(source.held_out()) == 0:
         raise ValueError("no rows are held out to evaluate on; set --holdout, or --eval-every 0 for no evaluation")
-    sae = options.sae.build(source.d_in)
+
+
+def say_if_new(options: Train, run_dir: Path) -> None:
+    """Says that --resume found nothing to go on from."""
+    if options.resume and not list_checkpoints(run_dir / CHECKPOINTS):
+        print(f"fastsae: --resume: {run_dir} holds no checkpoint, so a new run begins there", file=sys.stderr)
+
+
+def folder_of(hook: int | str) -> str:
+    """A folder's name for a hook: mlp.6:input becomes mlp.6-input."""
+    return str(hook).replace(":", "-").replace("/", "-")
+
+
+def train_one(options: Train) -> int:
+    """One autoencoder of `fastsae train`."""
+    say_if_new(options, options.run_dir)
+    source, notes = open_source(options)
+    check_held_out(options, source)
+    sae = options.sae.build(source.d_in, target_width(source))
     trainer = Trainer(
         sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()}
     )
@@ -100,6 +183,12 @@ def run_train(options: Train) -> int:
         result = trainer.run()
     except TrainingInterrupted as stop:
         raise TrainingInterrupted(f"{stop}, with --resume", stop.signal) from None
+    print_training(options.run_dir, result)
+    return 0
+
+
+def print_training(run_dir: Path, result: TrainResult) -> None:
+    """The table of `fastsae train`."""
     evaluation = result.evaluation or {}
     where = "held out" if evaluation else "last batch"
     numbers = evaluation or result.metrics
@@ -113,30 +202,50 @@ def run_train(options: Train) -> int:
             },
             "tokens/s": f"{result.metrics.get('tokens_per_s') or 0:,.0f} (last logged steps)",
             "checkpoint": result.checkpoint,
-            "next": f"fastsae report {options.run_dir}",
+            "next": f"fastsae report {run_dir}",
         }
     )
-    return 0
 
 
-def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, str]:
-    """The rows that `fastsae eval` measures on, and their description."""
+def rows_of_options(options: Eval, run: OpenedRun) -> Selection:
+    """Which rows of --data: those that the options name, else the hooks that the run records."""
+    assert options.data is not None
+    if not options.data.is_dir():
+        return Selection(tensor=options.tensor, target_tensor=options.target_tensor)
+    data = (run.config.get("notes") or {}).get("data") or {}
+    recorded = selection_of(data if isinstance(data, dict) else {})
+    hook: Hooks | None = options.language.hook
+    return Selection(hook or recorded.hook, options.language.target_hook or recorded.target)
+
+
+def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    """The rows that `fastsae eval` measures on, their targets and their description."""
     if options.data is not None:
-        source = open_rows(options.data, tensor=options.tensor, holdout=0 if options.all_rows else None)
+        # A folder's held-out rows are files of their own, which holdout=0 would leave out.
+        every = 0 if options.all_rows and not options.data.is_dir() else None
+        source = open_rows(options.data, rows_of_options(options, run), holdout=every)
         if not options.all_rows:
-            return source.held_out(), f"held-out rows of {options.data}"
+            return source.held_out(), held_out_targets(source), f"held-out rows of {options.data}"
         if isinstance(source, ShardSource):
-            total = (source.n_tokens or 0) + len(source.held_out_ids())
-            return source.rows(range(total)), f"all rows of {options.data}"
-        return source.x, f"all rows of {options.data}"
+            ids = range((source.n_tokens or 0) + len(source.held_out_ids()))
+            targets = None if source.d_target is None else source.targets(ids)
+            return source.rows(ids), targets, f"all rows of {options.data}"
+        return source.x, source.target, f"all rows of {options.data}"
     if options.all_rows:
         raise ValueError("--all-rows needs --data: a run is measured on its held-out rows")
     rule_state = rows_of_run(run.config)
     if rule_state is not None:
-        return rule_state.held_out(), f"held-out rows of {run.config['notes']['data']['path']}"
-    live = ((run.config.get("notes") or {}).get("data") or {}).get(LIVE)
+        where = f"held-out rows of {run.config['notes']['data']['path']}"
+        return rule_state.held_out(), held_out_targets(rule_state), where
+    data = (run.config.get("notes") or {}).get("data") or {}
+    live = data.get(LIVE)
     if live:
-        return LiveOptions.from_notes(live).open().held_out(), "held-out text of the run's live stream"
+        stream, own = LiveOptions.from_notes(live).open(tuple(data.get("target") or ())), data.get("hook")
+        where = "held-out text of the run's live stream"
+        if own is not None:  # one of several SAEs on this stream
+            readers = zip(stream.config.hooks, SharedSource(stream).readers, strict=True)
+            return next(reader.held_out() for hook, reader in readers if hook == own), None, where
+        return stream.held_out(), held_out_targets(stream), where
     raise ValueError(f"{run.path} does not record its training data; name activations with --data")
 
 
@@ -146,12 +255,18 @@ def run_eval(options: Eval) -> int:
     run.sae.backend = options.backend
     if asks_for_language(options):
         return run_language_eval(options, run)
-    rows, where = held_out_rows(options, run)
+    rows, targets, where = held_out_rows(options, run)
     if len(rows) == 0:
         raise ValueError("no rows are held out; give others with --data, and --all-rows to measure on all of them")
     if rows.shape[1] != run.sae.d_in:
         raise ValueError(f"the rows have {rows.shape[1]} numbers, the autoencoder expects d_in = {run.sae.d_in}")
-    result = evaluate(run.sae, rows, batch_size=options.batch_size)
+    width = run.sae.d_in if targets is None else targets.shape[1]
+    if width != run.sae.d_out:
+        raise ValueError(
+            f"{run.path} is a transcoder to d_out = {run.sae.d_out}, and the targets have {width} numbers; name them "
+            "with --target-hook or --target-tensor"
+        )
+    result = evaluate(run.sae, rows, targets=targets, batch_size=options.batch_size)
     out = options.out or options.run / EVALUATION
     extra = {"step": run.step, "weights": str(run.path), "rows": where}
     result.write(out, with_density=options.density, **extra)
@@ -206,19 +321,23 @@ def run_sweep(options: Sweep) -> int:
     # Imported here: drawing costs a second that no other command should pay.
     from fastsae.report.sweep import write_sweep
 
-    source, notes = open_with_notes(
-        options.data, tensor=options.tensor, holdout=options.holdout, seed=options.data_seed
-    )  # fmt: skip
+    select, language = selection(options), options.language
+    if not Path(options.data).is_dir() and len(options.hook) == 1:  # of a file: where in the model its rows are from
+        select, language = (
+            dataclasses.replace(select, hook=None),
+            dataclasses.replace(language, hook=str(options.hook[0])),
+        )
+    source, notes = open_with_notes(options.data, select, holdout=options.holdout, seed=options.data_seed)
     cells = sweep.grid(
         options.rules, options.l0s, options.d_sae, options.seeds, options.train, options.sae.arguments(),
         options.sae.precision,
     )  # fmt: skip
     further = None
-    if options.spliced or options.language.given():
+    if options.spliced or language.given():
         record = language_of_run({"notes": {"data": notes}})
         further = sweep.Further(
-            "spliced", dataclasses.asdict(options.language),
-            lambda: spliced_in(open_text(options.language, record, options.data, source.d_in, options.sae.device)),
+            "spliced", dataclasses.asdict(language),
+            lambda: spliced_in(open_text(language, record, options.data, source.d_in, options.sae.device), record),
         )  # fmt: skip
     records = sweep.run_sweep(
         cells, source, options.out, notes={"data": notes, "fastsae": version()}, further=further,

@@ -97,6 +97,8 @@ def asks_for_language(options: Eval) -> bool:
     """Whether any option of `fastsae eval` needs a language model. Raises ValueError beside one for stored rows."""
     own = [name for name in ("spliced", "also") if getattr(options, name)]
     given = own + options.language.given()
+    if options.data is not None:  # of stored rows they name the hooks of a folder
+        given = [name for name in given if name not in ("hook", "target_hook")]
     if given and (options.data is not None or options.all_rows):
         stored = "--data" if options.data is not None else "--all-rows"
         raise ValueError(
@@ -148,6 +150,8 @@ def open_text(
     Raises ValueError for what is neither given nor recorded, for another model or text than the record's, a text too
     short, a hook of another width than d_in; ImportError where transformers is not installed.
     """
+    if options.hook is None:
+        refuse_crosscoder(record, name)
     config = stream_config(options, record, name)
     corpus = held_out_text(options, record, name)
     spec = options.model or (record.model if record else None)
@@ -167,9 +171,20 @@ def open_text(
             f"the activations at {stream.hooked.name} have {stream.d_in} numbers, the autoencoder expects d_in = {d_in}"
             f"; name the model and hook of {name} with --model and --hook"
         )
-    site: Site = config.hook if options.output_hook is None else (config.hook, options.output_hook)
+    target = options.target_hook or (record.target if record else None)
+    site: Site = config.one_hook if target is None else (config.one_hook, target)
     wanted = options.tokens or math.ceil(config.holdout / stream.rows_per_window) * config.window
     return HeldOutText(model, corpus, stream, site, stream.held_out_windows(wanted))
+
+
+def refuse_crosscoder(record: LanguageRecord | None, name: Any) -> None:
+    """Raises ValueError for a run that reads several hooks at once."""
+    if record and len(record.stream.hooks) > 1:
+        hooks = ", ".join(map(str, record.stream.hooks))
+        raise ValueError(
+            f"{name} is a crosscoder of {hooks}: what it gives for a later hook would replace what the model makes of "
+            "an earlier one, so it is not spliced in; measure it on stored rows, without --spliced"
+        )
 
 
 def measure_in_model(options: Eval, run: OpenedRun) -> InModel:
@@ -188,7 +203,8 @@ def measure_in_model(options: Eval, run: OpenedRun) -> InModel:
         check_widths(opened, its.hooked.name, rows, targets)
         result = evaluate(opened.sae, rows, targets=targets, batch_size=options.batch_size)
         means[site] = (rows if targets is None else targets).double().mean(0)
-        at.append(AtHook(name_of(text.model.model, site), opened, result, left_alone(its)))
+        others = language_of_run(opened.config)
+        at.append(AtHook(name_of(text.model.model, site), opened, result, left_alone(its, others)))
         del rows, targets
     special = at[0].special if len(at) == 1 else "; ".join(f"at {one.hook} {one.special}" for one in at)
     saes = {site: opened.sae for site, (opened, _) in members.items()}
@@ -211,14 +227,18 @@ def check_widths(opened: OpenedRun, name: str, rows: Tensor, targets: Tensor | N
     if width != sae.d_out:
         raise ValueError(
             f"{opened.path} is a transcoder of d_in = {sae.d_in} to d_out = {sae.d_out}, and what it would replace has "
-            f"{width} numbers; name the place with --output-hook"
+            f"{width} numbers; name the place with --target-hook"
         )
 
 
-def spliced_in(text: HeldOutText) -> Callable[[SparseAutoencoder], dict[str, Any]]:
+def spliced_in(
+    text: HeldOutText, record: LanguageRecord | None = None
+) -> Callable[[SparseAutoencoder], dict[str, Any]]:  # fmt: skip
     """What `fastsae sweep` measures of each SAE: `SplicedLoss` as JSON, its ablations measured with the first."""
-    means = {text.site: text.rows(text.site, text.stream)[0].double().mean(0)}
-    where, origin, special = {text.site: text.stream.filter.ordinary}, text.origin(), left_alone(text.stream)
+    rows, targets = text.rows(text.site, text.stream)
+    means = {text.site: (rows if targets is None else targets).double().mean(0)}
+    where, origin = {text.site: text.stream.filter.ordinary}, text.origin()
+    special = left_alone(text.stream, record)
     first: SplicedLoss | None = None
 
     def measure(sae: SparseAutoencoder) -> dict[str, Any]:
@@ -280,8 +300,10 @@ def add_other(
     record = language_of_run(other.config)
     if record is None:
         raise ValueError(f"{path} does not record where its activations were taken; --also takes runs that do")
-    hook = record.stream.hook
-    if hook in members:
+    refuse_crosscoder(record, path)
+    hook = record.stream.one_hook
+    site: Site = hook if record.target is None else (hook, record.target)
+    if site in members:
         raise ValueError(f"{path} is of the hook {hook}, as another of these runs; splice in one of them")
     if not options.language.any_model and (wrong := other_model(text.model, record)):
         raise ValueError(f"{path}: {wrong}; splice in runs of one model, or measure on this one with --any-model")
@@ -295,10 +317,10 @@ def add_other(
         raise ValueError(
             f"{path} was trained on a part of the text that {options.run} held out; give another text with --text"
         )
-    members[hook] = (other, stream)
+    members[site] = (other, stream)
 
 
-def left_alone(stream: ActivationStream) -> str:
+def left_alone(stream: ActivationStream, record: LanguageRecord | None = None) -> str:
     """Which tokens keep the model's own activation, in words."""
     ordinary, names = stream.filter.ordinary, stream.filter.without.values()
     parts = []
@@ -313,4 +335,8 @@ def left_alone(stream: ActivationStream) -> str:
         parts.append(f"the token{'' if len(names) == 1 else 's'} {shown}")
     if ordinary.max_norm is not None:
         parts.append(f"activations of norm above {ordinary.max_norm:.4g}")
-    return f"{', '.join(parts)}: as in training" if parts else "no token"
+    if not parts:
+        return "no token"
+    elsewhere = [] if record is None else [*record.others, *([] if record.target is None else [record.target])]
+    more = f", which also left out tokens by their norms at {', '.join(map(str, elsewhere))}" if elsewhere else ""
+    return f"{', '.join(parts)}: as in training{more}"

@@ -12,10 +12,12 @@ import tyro
 from fastsae.cli.rules import RuleOptions, rule_options
 from fastsae.data.documents import FIELD, TOKEN_TYPE, TokenType
 from fastsae.data.live import LiveSource
-from fastsae.data.stream import StreamConfig, load_for
+from fastsae.data.stream import StreamConfig
 from fastsae.data.text import load_text
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.config import TrainConfig
+from fastsae.runs.opening import Selection
+from fastsae.runs.sweep import transcoder_settings
 
 FloatType = Literal["float32", "bfloat16", "float16"]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -25,8 +27,12 @@ REPLACED = {
     "--l1-norm": "--weighted True or --weighted False",
     "--penalty": "--penalty-kind",
     "--prefixes": "--sampled",
+    "--no-pre-bias": "--pre-bias False",
 }
 """Former options of `fastsae train`: settings of rules now have their fields' names."""
+Hook = int | str
+Repeated = Annotated[tuple[Hook, ...], tyro.conf.UseAppendAction]
+"""An option that may be given several times: --hook 6 --hook mlp.6."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -52,8 +58,9 @@ class Common:
 class Structure:
     """The autoencoder, whatever its rule, size and seed."""
 
-    pre_bias: bool = True
-    """Subtract the decoder's bias from the input before encoding."""
+    pre_bias: bool | None = None
+    """Subtract the decoder's bias from the input before encoding. Left out: yes, but not in a transcoder, whose bias is
+    a mean of targets."""
     decoder_norm: Literal["unit", "free"] = "unit"
     """Keep the decoder's rows at norm 1, or leave them free."""
     normalize: Literal["none", "constant", "layer_norm"] | None = None
@@ -107,11 +114,34 @@ class SaeOptions(Structure):
     init_seed: int = 0
     """Seed of the initial weights."""
 
-    def build(self, d_in: int) -> SparseAutoencoder:
-        """The autoencoder for rows of d_in numbers. Raises ValueError for settings that do not fit together."""
-        sae = SparseAutoencoder(d_in, self.d_sae, self.rule.rule(), **self.arguments(), seed=self.init_seed)
+    def build(self, d_in: int, d_target: int | None = None) -> SparseAutoencoder:
+        """The autoencoder for rows of d_in numbers, or the transcoder to targets of d_target.
+
+        Raises ValueError for settings that do not fit together.
+        """
+        settings = self.arguments()
+        if d_target is not None:
+            settings |= transcoder_settings(settings, d_target)
+        sae = SparseAutoencoder(d_in, self.d_sae, self.rule.rule(), **settings, seed=self.init_seed)
         sae.precision = self.precision
         return sae
+
+
+@dataclasses.dataclass(frozen=True)
+class HarvestStream(StreamConfig):
+    """How text becomes rows."""
+
+    hook: Repeated
+    """Where the activations are taken: a number L for the residual stream after L layers (0: the embeddings), mlp.L or
+    attn.L, or a module's name for its output ("model.layers.14"), with ":input" for its input. May be repeated: one
+    pass reads all of them, and a token is left out at all of them if its norm is too large at any."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveStream(StreamConfig):
+    """How text becomes rows."""
+
+    hook: tyro.conf.Suppress[Any] = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,8 +157,11 @@ class LiveOptions:
     """Field of JSON lines, parquet and data sets with the text, or with the messages of a chat."""
     token_type: TokenType = TOKEN_TYPE
     """Type of the ids in .bin files."""
+    hook: Repeated = ()
+    """Where the activations are taken: a number of layers, mlp.L, attn.L or a module's name, :input for its input. May
+    be repeated: one pass reads all of them."""
     stream: Annotated[StreamConfig, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=lambda: StreamConfig(hook="")
+        default_factory=lambda: LiveStream(hook="")
     )
     buffer_rows: int = 65_536
     """Rows of the shuffle buffer."""
@@ -139,23 +172,34 @@ class LiveOptions:
     prefetch: Switch = False
     """Run the model on a separate thread while the autoencoder trains; for a model on another device."""
 
-    def open(self) -> LiveSource:
+    @property
+    def config(self) -> StreamConfig:
+        """How text becomes rows."""
+        stream = {field.name: getattr(self.stream, field.name) for field in dataclasses.fields(StreamConfig)}
+        return StreamConfig(**{**stream, "hook": self.hook or self.stream.hook})
+
+    def notes(self) -> dict[str, Any]:
+        """For config.json."""
+        return {**dataclasses.asdict(self), "hook": (), "stream": self.config.to_record()}
+
+    def open(self, target: tuple[Hook, ...] = ()) -> LiveSource:
         """Loads the model and starts the stream. Raises ValueError for anything missing or not found."""
-        for name, value in (("model", self.model), ("text", self.text), ("hook", self.stream.hook)):
+        config = self.config
+        for name, value in (("model", self.model), ("text", self.text), ("hook", config.hook)):
             if value == "":
                 raise ValueError(f"training live needs --live.{name}")
         corpus = load_text(self.text, field=self.text_field, token_type=self.token_type)
-        model = load_for(
-            self.model, corpus, self.stream, dtype=torch_dtype(self.model_dtype),
-            device=str(checked_device(self.model_device)),
+        return LiveSource(
+            self.model, corpus, config, target=target or None, buffer_rows=self.buffer_rows, prefetch=self.prefetch,
+            model_dtype=torch_dtype(self.model_dtype), device=str(checked_device(self.model_device)),
         )  # fmt: skip
-        return LiveSource(model, corpus, self.stream, buffer_rows=self.buffer_rows, prefetch=self.prefetch)
 
     @classmethod
     def from_notes(cls, notes: dict[str, Any]) -> LiveOptions:
         """The options that a run's config.json recorded. Raises ValueError if they do not fit this version."""
         try:
-            return cls(**{**notes, "stream": StreamConfig.from_record(notes["stream"])})
+            hook = tuple(notes.get("hook", ()))
+            return cls(**{**notes, "hook": hook, "stream": StreamConfig.from_record(notes["stream"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"the run's record of its live data does not fit this version: {error}") from error
 
@@ -178,7 +222,7 @@ class Harvest(Common):
     """Field of JSON lines, parquet and data sets with the text, or with the messages of a chat."""
     token_type: TokenType = TOKEN_TYPE
     """Type of the ids in .bin files."""
-    stream: Annotated[StreamConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How text becomes rows.")]
+    stream: Annotated[HarvestStream, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How text becomes rows.")]
     rows: int = 1_000_000
     """Rows (tokens) to store for training; the held-out ones come on top."""
     rows_per_shard: int = 65_536
@@ -205,8 +249,15 @@ class Train(Common):
     """Folder of the run: config.json, metrics.jsonl, eval.jsonl, checkpoints/, tensorboard/."""
     resume: Switch = False
     """Continue from the newest checkpoint in the run folder. Without this, a folder with checkpoints is an error."""
+    hook: Repeated = ()
+    """Of a folder with several hooks, the one to train on. Repeated: an autoencoder for each, in a folder of its own
+    under --run-dir; with --layers of as many, one crosscoder of all. For DATA live: --live.hook."""
+    target_hook: Repeated = ()
+    """The hook that a transcoder learns to give for what it reads, as mlp.L for mlp.L:input. Repeated: side by side."""
     tensor: str | None = None
     """Name of the tensor in a .safetensors file. Left out: "activations", or the only one."""
+    target_tensor: str | None = None
+    """Name of the tensor of targets in a .safetensors file: trains a transcoder."""
     holdout: int | None = None
     """Rows held out for evaluation, at the end. Left out: the folder's own; for a file 2,048, at most a tenth."""
     data_seed: int = 0
@@ -233,9 +284,10 @@ class LanguageOptions:
     token_type: TokenType = TOKEN_TYPE
     """Type of its ids, if it is .bin files."""
     hook: str | None = None
-    """Where the autoencoder reads: a number of layers, mlp.L, attn.L or a module's name. Left out: the run's."""
-    output_hook: str | None = None
-    """For a transcoder: what it replaces, as mlp.L. Left out: the place where it reads."""
+    """Where the autoencoder reads: a number of layers, mlp.L, attn.L or a module's name; beside --data, the hook of a
+    folder with several. Left out: the run's."""
+    target_hook: str | None = None
+    """For a transcoder: what it replaces, as mlp.L. Left out: the run's, or the place where it reads."""
     window: int | None = None
     """Tokens in one window of text. Left out: the run's, or 256."""
     tokens: int | None = None
@@ -258,6 +310,8 @@ class Eval(Common):
     """Activations to use instead of the run's own: a folder of `fastsae harvest`, .safetensors or .npy."""
     tensor: str | None = None
     """Name of the tensor in a .safetensors file given as --data."""
+    target_tensor: str | None = None
+    """Name of the tensor of a transcoder's targets in that file."""
     all_rows: Switch = False
     """Measure on every row of --data, not only on its held-out rows."""
     batch_size: int = 4096
@@ -285,7 +339,8 @@ class Eval(Common):
 class SweptLanguage(LanguageOptions):
     """The language model and its text; each of them implies --spliced. "The run" are the activations of the sweep."""
 
-    output_hook: tyro.conf.Suppress[str | None] = None
+    hook: tyro.conf.Suppress[str | None] = None
+    target_hook: tyro.conf.Suppress[str | None] = None
     tokens: Annotated[int | None, tyro.conf.arg(name="text-tokens")] = None
     """Tokens of held-out text to measure on, rounded up to whole windows. Left out: as many as the run holds out."""
 
@@ -318,8 +373,14 @@ class Sweep(Common):
     """Latents of the autoencoder."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial weights. The order of the rows is the same for all."""
+    hook: Repeated = ()
+    """Of a folder with several hooks, the one to train on. Repeated: side by side, with --layers of as many."""
+    target_hook: Repeated = ()
+    """The hook that transcoders learn to give for what they read."""
     tensor: str | None = None
     """Name of the tensor in a .safetensors file. Left out: "activations", or the only one."""
+    target_tensor: str | None = None
+    """Name of the tensor of targets in a .safetensors file: trains transcoders."""
     holdout: int | None = None
     """Rows held out to measure on, at the end. Left out: the folder's own; for a file 2,048, at most a tenth."""
     data_seed: int = 0
@@ -390,6 +451,11 @@ class Info(Common):
 
     json: Switch = False
     """Print JSON."""
+
+
+def selection(options: Train | Sweep) -> Selection:
+    """The rows that the options of a command name."""
+    return Selection(options.hook, options.target_hook, options.tensor, options.target_tensor)
 
 
 def latent_indices(text: str) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from fastsae.data.live import LiveSource
 from fastsae.data.manifest import Manifest
 from fastsae.data.models import LanguageModel, load_model
 from fastsae.data.shards import ShardSource
-from fastsae.data.source import ActivationSource
+from fastsae.data.shared import SharedSource
+from fastsae.data.source import ActivationSource, TargetSource
 from fastsae.data.stream import ActivationStream, StreamConfig
 from fastsae.data.tensor import TensorSource
 from fastsae.data.text import Corpus, TextCorpus, TokenCorpus, load_text
@@ -18,6 +19,6 @@ from fastsae.data.writer import ShardWriter, save_rows
 
 __all__ = [
     "ActivationSource", "ActivationStream", "Context", "Corpus", "LanguageModel", "LiveSource", "Manifest",
-    "Ordinary", "ShardError", "ShardSource", "ShardWriter", "StreamConfig", "TensorSource", "TextCorpus",
-    "TokenCorpus", "harvest", "load_model", "load_text", "save_rows",
+    "Ordinary", "ShardError", "ShardSource", "ShardWriter", "SharedSource", "StreamConfig", "TargetSource",
+    "TensorSource", "TextCorpus", "TokenCorpus", "harvest", "load_model", "load_text", "save_rows",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastsae.data.contexts import token_strings, vocabulary_bytes
 from fastsae.data.filters import Rows
-from fastsae.data.manifest import MANIFEST, Manifest
+from fastsae.data.manifest import MANIFEST, HookFiles, Manifest
 from fastsae.data.models import LanguageModel
 from fastsae.data.stream import ActivationStream, StreamConfig, join_rows, load_for
 from fastsae.data.text import Corpus, load_text
@@ -32,17 +32,18 @@ def harvest(
     rows: int,
     rows_per_shard: int = 65_536,
     dtype: torch.dtype = torch.bfloat16,
-    progress: bool = True,
     model_dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    progress: bool = True,
 ) -> Manifest:
     """Store at least `rows` training rows (whole batches) and config.holdout held-out ones in `folder`.
 
     model, text: spec strings (see `load_model`, `load_text`) or the objects themselves; a model given by its spec is
-    loaded in model_dtype on `device`, only if rows are missing, and only after what can be said of the text without it.
-    dtype: of the stored rows. The folder also stores the windows of
-    token ids, each row's place in them and the tokenizer's strings, so that a row's text can be shown without the
-    model. The text is read once: if it ends early, there are fewer rows and a warning.
+    loaded in model_dtype on `device`, only if rows are missing, and after what can be said of hooks and text without
+    it; a model itself runs in its own dtype, where it is. dtype: of the stored rows. Of several hooks
+    (config.hook) each has files of its own, with the same rows in the same order, all from one pass. The folder also
+    stores the windows of token ids, each row's place in them and the tokenizer's strings, so that a row's text can be
+    shown without the model. The text is read once: if it ends early, there are fewer rows and a warning.
 
     After Ctrl-C, kill -9, an error or a full disk, call it again with the same arguments: it continues after the last
     finished shard. `rows` may then be larger than before.
@@ -67,7 +68,7 @@ def harvest(
     else:
         language_model = model
     stream = ActivationStream(language_model, corpus, config, repeat=False)
-    with ShardWriter(folder, stream.d_in, dtype, settings) as writer:
+    with ShardWriter(folder, stream.widths[0], dtype, settings, _others(stream)) as writer:
         _describe_or_compare(writer, language_model, stream)
         if writer.manifest.position is not None:
             stream.load_state_dict(writer.manifest.position)
@@ -84,6 +85,8 @@ def harvest(
                 if len(shard):
                     writer.manifest.position = stream.state_dict()
                     writer.manifest.stats = stream.stats
+                    for one, its in zip(writer.manifest.others, stream.filters[1:], strict=True):
+                        one.norm_median = its.median
                     writer.append(shard.activations, _context(shard))
                     have += len(shard)
                 if len(shard) < wanted:
@@ -115,7 +118,13 @@ def _describe_or_compare(writer: ShardWriter, language_model: LanguageModel, str
         check_settings(writer.folder, {"model": described}, {"model": writer.manifest.provenance["model"]})
     else:
         version = importlib.metadata.version("torch")
-        writer.manifest.provenance = {"model": described, "layer": stream.hooked.name, "torch": version}
+        writer.manifest.provenance = {"model": described, "layer": stream.hooked.names[0], "torch": version}
+
+
+def _others(stream: ActivationStream) -> list[HookFiles]:
+    """The hooks after the first, without files yet."""
+    places = zip(stream.hooked.hooks, stream.hooked.names, stream.widths, strict=True)
+    return [HookFiles(hook, name, width) for hook, name, width in places][1:]
 
 
 def _read(stream: ActivationStream, wanted: int, bar: tqdm) -> Rows:

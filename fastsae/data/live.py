@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.data.hooks import Hooks, hooks_of
 from fastsae.data.models import LanguageModel
-from fastsae.data.source import check_state, permutation
+from fastsae.data.source import check_state, pair_of, permutation
 from fastsae.data.stream import EARLIER, ActivationStream, StreamConfig, load_for
 from fastsae.data.text import Corpus, load_text
 
@@ -39,6 +40,8 @@ class LiveSource:
     over those two blocks again. Bit-exact on the same machine and thread count.
 
     model, text: spec strings (see `load_model`, `load_text`) or the objects themselves.
+    Of several hooks (config.hook) the activations of a token stand side by side in a row, as a crosscoder reads them.
+    target: the hook, or hooks, that a transcoder learns to give; the same pass reads them.
     buffer_rows: rows in memory, roughly, in the model's dtype. dtype: of the returned rows; None keeps the model's.
     prefetch: compute the next block on a thread while this one is used, for a model on a device of its own; batches
     stay the same. Rows stay on the model's device.
@@ -52,18 +55,27 @@ class LiveSource:
         text: str | Corpus,
         config: StreamConfig,
         *,
+        target: Hooks | None = None,
         buffer_rows: int = 65_536,
         dtype: torch.dtype | None = torch.float32,
+        model_dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
         prefetch: bool = False,
     ):
         if buffer_rows < 4:
             raise ValueError(f"buffer_rows must be at least 4, got {buffer_rows}")
+        targets = () if target is None else hooks_of(target)
+        both = dataclasses.replace(config, hook=(*config.hooks, *targets))
         self.corpus = load_text(text) if isinstance(text, str) else text
-        self.language_model = load_for(model, self.corpus, config) if isinstance(model, str) else model
+        if isinstance(model, str):
+            model = load_for(model, self.corpus, both, dtype=model_dtype, device=device)
+        self.language_model = model
         self.config = config
+        self.target = target
         self.dtype = dtype
-        self._stream = ActivationStream(self.language_model, self.corpus, config)
-        self.d_in = self._stream.d_in
+        self._stream = ActivationStream(self.language_model, self.corpus, both)
+        self.d_in = sum(self._stream.widths[: len(config.hooks)])
+        self.d_target = self._stream.d_in - self.d_in or None
         per_batch = config.windows_per_batch * self._stream.rows_per_window
         self._batches_per_block = max(1, math.ceil(buffer_rows / 2 / per_batch))
         self._worker = ThreadPoolExecutor(1, "fastsae-live") if prefetch else None
@@ -76,7 +88,20 @@ class LiveSource:
         """Counts of the rows computed up to the end of the block being served, dropped rows by reason, the epoch."""
         return dict(self._block.stats) if self._block is not None else self._stream.stats
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the activations at each hook, the targets' last."""
+        return self._stream.widths
+
     def next_batch(self, n: int) -> Tensor:
+        rows = self._next(n)
+        return rows if self.d_target is None else pair_of(rows, self.d_in)[0]
+
+    def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
+        """See TargetSource. Raises ValueError where there are no targets."""
+        return pair_of(self._next(n), self.d_in)
+
+    def _next(self, n: int) -> Tensor:
         if n < 1:
             raise ValueError(f"next_batch needs n >= 1 rows, got {n}")
         parts = []
@@ -91,6 +116,13 @@ class LiveSource:
         return rows if self.dtype is None else rows.to(self.dtype)
 
     def held_out(self) -> Tensor:
+        return self._held_out() if self.d_target is None else pair_of(self._held_out(), self.d_in)[0]
+
+    def held_out_targets(self) -> Tensor:
+        """See TargetSource. Raises ValueError where there are no targets."""
+        return pair_of(self._held_out(), self.d_in)[1]
+
+    def _held_out(self) -> Tensor:
         if self._held is None:
             self._wait()
             rows = self._stream.held_out().activations
@@ -126,9 +158,11 @@ class LiveSource:
             self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _identity(self) -> dict[str, Any]:
+        target = {} if self.target is None else {"target": list(hooks_of(self.target))}
         return {
             "source": "live",
             "config": self.config.to_record(),
+            **target,
             "text": self.corpus.describe(),
             "model": self._model_digest,
             "batches_per_block": self._batches_per_block,
@@ -139,7 +173,7 @@ class LiveSource:
         self._generation = first - 1  # the current one, -1 before the first
         self._previous: _Block | None = None
         self._block: _Block | None = None
-        self._kept = self._pool = torch.zeros(0, self.d_in, dtype=torch.float32, device="cpu")
+        self._kept = self._pool = torch.zeros(0, self._stream.d_in, dtype=torch.float32, device="cpu")
         self._cursor = 0
         self._coming: Future[_Block] | None = None
 

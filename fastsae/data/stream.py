@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.filters import NonFinite, RowFilter, Rows
-from fastsae.data.hooks import HookedModel
+from fastsae.data.hooks import Hook, HookedModel, Hooks, hooks_of
 from fastsae.data.models import LanguageModel, load_model, load_tokenizer
 from fastsae.data.padding import is_text, masked, trimmed
 from fastsae.data.source import check_seed
@@ -34,9 +34,10 @@ EARLIER: dict[str, Any] = {
 class StreamConfig:
     """How text becomes rows."""
 
-    hook: int | str
-    """Where the activations are taken: a number L for the residual stream after L layers (0: the embeddings), or a
-    module's name for its output ("model.layers.14"), or with ":input" for its input."""
+    hook: Hooks
+    """Where the activations are taken: a number L for the residual stream after L layers (0: the embeddings), mlp.L or
+    attn.L, or a module's name for its output ("model.layers.14"), or with ":input" for its input. Several are read in
+    one pass; a token is left out at all of them if its norm is too large at any."""
     window: int = 256
     """Tokens in one window of text."""
     windows_per_batch: int = 16
@@ -67,6 +68,9 @@ class StreamConfig:
     """Seed of the order of the text."""
 
     def __post_init__(self) -> None:
+        hooks = hooks_of(self.hook)
+        # One hook is stored as it always was; several come back from JSON as a list.
+        object.__setattr__(self, "hook", hooks[0] if len(hooks) == 1 else hooks)
         check_seed(self.seed)
         for name, least in (("window", 2), ("windows_per_batch", 1), ("holdout", 0)):
             if getattr(self, name) < least:
@@ -80,6 +84,18 @@ class StreamConfig:
         for position in self.drop_positions:
             if not -self.window <= position < self.window:
                 raise ValueError(f"a window has positions 0 to {self.window - 1}, drop_positions has {position}")
+
+    @property
+    def hooks(self) -> tuple[Hook, ...]:
+        """`hook` as a tuple."""
+        return hooks_of(self.hook)
+
+    @property
+    def one_hook(self) -> Hook:
+        """`hook`, where it is one. Raises ValueError for several."""
+        if isinstance(self.hook, tuple):
+            raise ValueError(f"expected one hook, got {', '.join(map(str, self.hook))}")
+        return self.hook
 
     def to_record(self) -> dict[str, Any]:
         """JSON-able, as it reads after a round trip through JSON."""
@@ -198,13 +214,16 @@ def load_for(
     head: bool = False,
     tokens: int = 0,
 ) -> LanguageModel:
-    """`load_model`, after everything about the text that its tokenizer can tell: loading the model takes longer.
+    """`load_model`, after everything that can be told without weights: of the text by its tokenizer, and of the hooks.
 
-    tokens: of held-out text that have to be there. Raises as `load_model`, `SplitText` and `held_out_windows`.
+    tokens: of held-out text that have to be there. Raises as `load_model`, `SplitText`, `held_out_windows` and
+    `check_model`.
     """
     tokenizer = load_tokenizer(spec)
     held_out_windows(SplitText(corpus, tokenizer, config), tokens)
-    return load_model(spec, dtype=dtype, device=device, head=head, tokenizer=tokenizer)
+    return load_model(
+        spec, dtype=dtype, device=device, head=head, tokenizer=tokenizer, check=lambda found: check_model(found, config)
+    )
 
 
 def held_out_windows(text: SplitText, tokens: int) -> Tensor:
@@ -225,8 +244,11 @@ def held_out_windows(text: SplitText, tokens: int) -> Tensor:
 
 
 class ActivationStream:
-    """The rows of a corpus at one hook of a model, in the order of the text; a position is a few numbers.
+    """The rows of a corpus at the hooks of a model, in the order of the text; a position is a few numbers.
 
+    Rows (n, d_in) have the activations of all hooks side by side, `widths` of them each, from one pass. Each hook has a
+    filter of its own, and a token gives a row if it passes all of them: the input of an MLP is normalized and shows
+    nothing of the huge norms of its output.
     The stream skips the pieces of the corpus that are held out, see `SplitText`.
     Deterministic: the same model, text, settings, thread count and machine give bit-identical rows.
     """
@@ -236,28 +258,45 @@ class ActivationStream:
         self.corpus = corpus
         self.tokenizer = language_model.tokenizer
         self.hooked = HookedModel(language_model.model, config.hook)
-        longest = getattr(getattr(language_model.model, "config", None), "max_position_embeddings", None)
-        if longest is not None and config.window > longest:
-            raise ValueError(f"window is {config.window} tokens, the model takes at most {longest}")
+        _check_window(language_model, config)
         self.text = SplitText(corpus, self.tokenizer, config)
         self.n_train = len(self.text.train_pieces)
         self._windows = self.text.train(repeat)
-        self.filter = self.text.filter(self.hooked.name)
+        self.filters = [self.text.filter(name) for name in self.hooked.names]
+        self._common = 0  # rows that passed all filters
         self.rows_per_window = self.text.rows_per_window
-        self.d_in = self._calibrate()
+        if note := self.hooked.note():
+            log.info("%s", note)
+        self.widths = self._calibrate()
+        self.d_in = sum(self.widths)
+
+    @property
+    def filter(self) -> RowFilter:
+        """That of the first hook."""
+        return self.filters[0]
 
     @property
     def stats(self) -> dict[str, Any]:
-        return {**self.filter.stats, "epoch": self._windows.epoch}
+        """Counts so far, JSON-able. With several hooks those of the first one's filter; `rows_dropped_elsewhere` passed
+        it and not another's.
+        """
+        first = self.filter.stats
+        if len(self.filters) > 1:
+            first |= {"rows": self._common, "rows_dropped_elsewhere": first["rows"] - self._common}
+        return {**first, "epoch": self._windows.epoch}
 
     def next(self) -> Rows | None:
         """The rows of the next batch of windows, or None at the end of a stream that does not repeat."""
         token_ids = self._windows.next(self.config.windows_per_batch)
-        return self._rows(self.filter, token_ids) if len(token_ids) else None
+        if not len(token_ids):
+            return None
+        rows = self._rows(self.filters, token_ids)
+        self._common += len(rows)
+        return rows
 
     def held_out(self) -> Rows:
-        """The first `holdout` rows of the held-out text, through the same filter; fewer if it drops very many."""
-        held_filter = self.filter.twin()  # separate counts: these rows are not part of the stream
+        """The first `holdout` rows of the held-out text, through the same filters; fewer if they drop very many."""
+        held_filters = [one.twin() for one in self.filters]  # separate counts: these rows are not part of the stream
         stream = self.text.held_out()
         parts, have = [], 0
         while have < self.config.holdout:
@@ -265,7 +304,7 @@ class ActivationStream:
             if not len(token_ids):
                 log.warning("only %d of %d held-out rows pass the filter", have, self.config.holdout)
                 break
-            parts.append(self._rows(held_filter, token_ids))
+            parts.append(self._rows(held_filters, token_ids))
             have += len(parts[-1])
         return join_rows(parts, self.d_in, self.config.window, self.config.holdout)
 
@@ -274,40 +313,82 @@ class ActivationStream:
         return held_out_windows(self.text, tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: the place in the text, the median norm and the counts."""
-        return {
-            "pieces": self.n_train,
-            "text": self._windows.state_dict(),
-            "median": self.filter.median,
-            "counts": dict(self.filter.counts),
-        }
+        """JSON-able: the place in the text, and the median norm and the counts of each hook."""
+        first, *others = [{"median": one.median, "counts": dict(one.counts)} for one in self.filters]
+        more = {"others": others, "common": self._common} if others else {}
+        return {"pieces": self.n_train, "text": self._windows.state_dict(), **first, **more}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        here, saved = self.filter.median or 0.0, float(state["median"])
-        # Not to the last bit: other machines round differently. The saved median is used, so the limit does not change.
-        if state["pieces"] != self.n_train or not math.isclose(here, saved, rel_tol=0.01):
-            raise ValueError(
-                f"the saved position is from a text of {state['pieces']} pieces with a median norm of {saved}, "
-                f"but here they are {self.n_train} and {here}: resume with the same model and text"
-            )
+        saved = [state, *state.get("others", [])]
+        if len(saved) != len(self.filters):
+            raise ValueError(f"the saved position is of {len(saved)} hooks, here are {len(self.filters)}")
+        for one, kept in zip(self.filters, saved, strict=True):
+            here, then = one.median or 0.0, float(kept["median"])
+            # Not to the last bit: other machines round differently. The saved median is used: the limit stays.
+            if state["pieces"] != self.n_train or not math.isclose(here, then, rel_tol=0.01):
+                raise ValueError(
+                    f"the saved position is from a text of {state['pieces']} pieces with a median norm of {then}, "
+                    f"but here they are {self.n_train} and {here}: resume with the same model and text"
+                )
         self._windows.load_state_dict(state["text"])
-        self.filter.median = saved
-        self.filter.load_counts(state["counts"])
+        for one, kept in zip(self.filters, saved, strict=True):
+            one.median = float(kept["median"])
+            one.load_counts(kept["counts"])
+        self._common = state.get("common", 0)
 
-    def _rows(self, row_filter: RowFilter, token_ids: Tensor) -> Rows:
-        return row_filter(self._activations(token_ids), token_ids)
+    def _rows(self, filters: Sequence[RowFilter], token_ids: Tensor) -> Rows:
+        parts = self._activations(token_ids)
+        return _in_common([one(part, token_ids) for one, part in zip(filters, parts, strict=True)])
 
-    def _activations(self, token_ids: Tensor) -> Tensor:
-        """(windows, width, d_in) at the hook; positions from `width` on are padding in every window."""
+    def _activations(self, token_ids: Tensor) -> tuple[Tensor, ...]:
+        """(windows, width, d_in) at each hook; positions from `width` on are padding in every window."""
         with masked(self.hooked.model, trimmed(token_ids)) as ids:
-            return self.hooked(ids)
+            return self.hooked.parts(ids)
 
-    def _calibrate(self) -> int:
-        """Fix the median norm from the first batch of the text; returns the width of a row."""
+    def _calibrate(self) -> tuple[int, ...]:
+        """Fix the median norms from the first batch of the text; returns the width of the activations at each hook."""
         token_ids = self.text.train(repeat=False).next(self.config.windows_per_batch)
-        activations = self._activations(token_ids)
-        self.filter.calibrate(activations, token_ids)
-        return activations.shape[2]
+        parts = self._activations(token_ids)
+        for one, part in zip(self.filters, parts, strict=True):
+            one.calibrate(part, token_ids)
+        return tuple(part.shape[2] for part in parts)
+
+
+def check_model(language_model: LanguageModel, config: StreamConfig) -> None:
+    """Raises ValueError for a hook that the model does not have, and for windows that are longer than it takes.
+
+    Weights are not read: the model may lie on the meta device, as `load_model(check=)` gives it.
+    """
+    HookedModel(language_model.model, config.hook)
+    _check_window(language_model, config)
+
+
+def _check_window(language_model: LanguageModel, config: StreamConfig) -> None:
+    settings: Any = getattr(language_model.model, "config", None)
+    text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and config.window > longest:
+        raise ValueError(f"window is {config.window} tokens, the model takes at most {longest}")
+
+
+def _in_common(found: Sequence[Rows]) -> Rows:
+    """The rows of several hooks side by side, of the tokens that are in all of them."""
+    first = found[0]
+    if len(found) == 1:
+        return first
+    width = first.token_ids.shape[1]
+    places = [rows.window * width + rows.position for rows in found]
+    count = torch.zeros(first.token_ids.numel(), dtype=torch.int64, device="cpu")
+    for place in places:
+        count[place] += 1
+    kept = count == len(found)
+    device = first.activations.device
+    columns = [
+        rows.activations[kept[place].to(rows.activations.device)].to(device)
+        for rows, place in zip(found, places, strict=True)
+    ]
+    mine = kept[places[0]]
+    return Rows(torch.cat(columns, dim=1), first.token_ids, first.window[mine], first.position[mine])
 
 
 def join_rows(parts: Sequence[Rows], d_in: int, window: int, most: int | None = None) -> Rows:

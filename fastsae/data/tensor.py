@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsae.data.source import EpochSource, nonfinite_rows, permutation
@@ -14,20 +15,24 @@ class TensorSource(EpochSource):
 
     The last `holdout` rows are held out: activations come in windows of text, so a random choice would leave
     neighbours of nearly every held-out row in training. `x` is not copied.
+    target: the rows' targets (rows, d_target) for a transcoder, in the dtype and on the device of x.
     Raises: ValueError for a wrong shape or dtype, NaN or inf (naming the first row), or a holdout that leaves no row.
     """
 
-    def __init__(self, x: Tensor, holdout: int = 2048, seed: int = 0):
-        if x.ndim != 2 or not x.is_floating_point():
-            raise ValueError(f"expected a float tensor (rows, d_in), got {x.dtype} of shape {tuple(x.shape)}")
+    def __init__(self, x: Tensor, holdout: int = 2048, seed: int = 0, target: Tensor | None = None):
+        _check(x, "rows", "d_in")
+        if target is not None:
+            _check(target, "targets", "d_target")
+            if len(target) != len(x) or (target.dtype, target.device) != (x.dtype, x.device):
+                raise ValueError(
+                    f"expected targets ({len(x)}, d_target) {x.dtype} on {x.device} like the rows, got "
+                    f"{tuple(target.shape)} {target.dtype} on {target.device}"
+                )
         if not 0 <= holdout < len(x):
             raise ValueError(f"holdout must be 0 or more and leave rows to train on: got {holdout} of {len(x)} rows")
-        bad = nonfinite_rows(x)
-        if bool(bad.any()):
-            first = int(bad.nonzero()[0])
-            raise ValueError(f"{int(bad.sum()):,} of {len(x):,} rows hold NaN or inf, first row {first}; drop them")
-        super().__init__(len(x) - holdout, x.shape[1], seed)
+        super().__init__(len(x) - holdout, x.shape[1], seed, None if target is None else target.shape[1])
         self.x = x.detach()
+        self.target = None if target is None else target.detach()
         self._order: tuple[int, Tensor] | None = None
 
     @property
@@ -37,10 +42,28 @@ class TensorSource(EpochSource):
     def held_out(self) -> Tensor:
         return self.x[self._rows_per_epoch :]
 
+    def held_out_targets(self) -> Tensor:
+        """See TargetSource. Raises ValueError where there are no targets."""
+        if self.target is None:
+            raise ValueError("this source has no targets: open it with target=")
+        return self.target[self._rows_per_epoch :]
+
     def _identity(self) -> dict[str, Any]:
-        return {"source": "tensor", "seed": self.seed, "rows": self._rows_per_epoch, "d_in": self.d_in}
+        more = {} if self.d_target is None else {"d_target": self.d_target}
+        return {"source": "tensor", "seed": self.seed, "rows": self._rows_per_epoch, "d_in": self.d_in, **more}
 
     def _take(self, epoch: int, start: int, n: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, permutation(self._rows_per_epoch, self.seed, epoch))
-        return self.x[self._order[1][start : start + n].to(self.x.device)]
+        places = self._order[1][start : start + n].to(self.x.device)
+        return self.x[places] if self.target is None else torch.cat([self.x[places], self.target[places]], dim=1)
+
+
+def _check(x: Tensor, what: str, width: str) -> None:
+    """Raises ValueError for what are no finite rows."""
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"expected a float tensor (rows, {width}), got {x.dtype} of shape {tuple(x.shape)}")
+    bad = nonfinite_rows(x)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"{int(bad.sum()):,} of {len(x):,} {what} hold NaN or inf, first row {first}; drop them")

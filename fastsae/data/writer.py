@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fastsae.atomic import LOCK, is_partial, lock_folder
 from fastsae.data.files import write_atomically
-from fastsae.data.manifest import DTYPES, HELD_OUT, MANIFEST, VOCABULARY, FileEntry, Manifest, differences
+from fastsae.data.manifest import DTYPES, HELD_OUT, MANIFEST, VOCABULARY, FileEntry, HookFiles, Manifest, differences
 from fastsae.data.source import nonfinite_rows
 
 
@@ -24,11 +26,21 @@ class ShardWriter:
     (windows, window) int32, `window` (rows,) int32 and `position` (rows,) int32. Each shard is written,
     fsync'ed and renamed, then the manifest in the same way. A kill in between leaves a file that the manifest does not
     list; the next writer overwrites it.
+    Several hooks have a file each, shard_00000.1.safetensors for the second one: a run reads and verifies those of its
+    own hooks alone. One manifest lists the files of a shard together, so their rows line up after any kill.
+    others: the further hooks, without files; rows then have d_in numbers and, beside them, those of each other hook.
     Raises: ValueError if the folder was made with other settings (naming them) or is not a folder of activations;
     BlockingIOError if another process is writing to it.
     """
 
-    def __init__(self, folder: str | os.PathLike, d_in: int, dtype: torch.dtype, settings: dict[str, Any]):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        d_in: int,
+        dtype: torch.dtype,
+        settings: dict[str, Any],
+        others: Sequence[HookFiles] = (),
+    ):
         self.folder = Path(folder)
         self.dtype = dtype
         name = str(dtype).removeprefix("torch.")
@@ -40,14 +52,17 @@ class ShardWriter:
                 self.manifest = Manifest.read(self.folder)
                 check_settings(
                     self.folder,
-                    {**settings, "d_in": d_in, "dtype": name},
-                    {**self.manifest.settings, "d_in": self.manifest.d_in, "dtype": self.manifest.dtype},
-                )
+                    {**settings, "d_in": d_in, "dtype": name, "others": _places(others)},
+                    {
+                        **self.manifest.settings, "d_in": self.manifest.d_in, "dtype": self.manifest.dtype,
+                        "others": _places(self.manifest.others),
+                    },
+                )  # fmt: skip
                 for entry in self.manifest.entries():
                     entry.check_size(self.folder)
             else:
                 _refuse_strangers(self.folder)
-                self.manifest = Manifest(d_in=d_in, dtype=name, settings=settings)
+                self.manifest = Manifest(d_in=d_in, dtype=name, settings=settings, others=list(others))
         except BaseException:
             os.close(self._lock)
             raise
@@ -63,12 +78,17 @@ class ShardWriter:
     def append(self, activations: Tensor, context: dict[str, Tensor] | None = None) -> None:
         """Write one training shard; the manifest lists it when this returns. `context`: the text tensors, see above."""
         name = f"shard_{len(self.manifest.shards):05d}.safetensors"
-        self.manifest.shards.append(self._write_rows(name, activations, context))
+        first, *others = self._write_rows(name, activations, context)
+        self.manifest.shards.append(first)
+        for one, entry in zip(self.manifest.others, others, strict=True):
+            one.shards.append(entry)
         self.manifest.write(self.folder)
 
     def write_held_out(self, activations: Tensor, context: dict[str, Tensor] | None = None) -> None:
         """Write the rows that are never trained on."""
-        self.manifest.held_out = self._write_rows(HELD_OUT, activations, context)
+        self.manifest.held_out, *others = self._write_rows(HELD_OUT, activations, context)
+        for one, entry in zip(self.manifest.others, others, strict=True):
+            one.held_out = entry
         self.manifest.write(self.folder)
 
     def write_vocabulary(self, data: bytes) -> None:
@@ -77,9 +97,17 @@ class ShardWriter:
         self.manifest.vocabulary = FileEntry(VOCABULARY, 0, len(data), sha256)
         self.manifest.write(self.folder)
 
-    def _write_rows(self, name: str, activations: Tensor, context: dict[str, Tensor] | None) -> FileEntry:
-        if activations.ndim != 2 or activations.shape[1] != self.manifest.d_in:
-            raise ValueError(f"expected activations (rows, {self.manifest.d_in}), got {tuple(activations.shape)}")
+    def _write_rows(self, name: str, activations: Tensor, context: dict[str, Tensor] | None) -> list[FileEntry]:
+        """A file for each hook."""
+        widths = [self.manifest.d_in, *(one.d_in for one in self.manifest.others)]
+        if activations.ndim != 2 or activations.shape[1] != sum(widths):
+            raise ValueError(f"expected activations (rows, {sum(widths)}), got {tuple(activations.shape)}")
+        stem, kind = name.split(".")
+        names = [name, *(f"{stem}.{number}.{kind}" for number in range(1, len(widths)))]
+        columns = zip(names, activations.split(widths, dim=1), strict=True)
+        return [self._write_file(file, column, context) for file, column in columns]
+
+    def _write_file(self, name: str, activations: Tensor, context: dict[str, Tensor] | None) -> FileEntry:
         stored = activations.to("cpu", self.dtype).contiguous()
         bad = nonfinite_rows(stored)
         if bool(bad.any()):
@@ -139,10 +167,17 @@ def _lock(folder: Path) -> int:
         ) from None
 
 
+def _places(others: Sequence[HookFiles]) -> list[str]:
+    """Which further hooks, in words."""
+    return [f"{one.hook} at {one.name} of width {one.d_in}" for one in others]
+
+
 def _refuse_strangers(folder: Path) -> None:
     """A folder without a manifest must be empty, or hold only what an unfinished first shard may have left."""
-    known = {LOCK, VOCABULARY, HELD_OUT, "shard_00000.safetensors"}
-    strange = sorted(p.name for p in folder.iterdir() if p.name not in known and not is_partial(p))
+    known, files = {LOCK, VOCABULARY}, re.compile(r"(held_out|shard_00000)(\.\d+)?\.safetensors")
+    strange = sorted(
+        p.name for p in folder.iterdir() if p.name not in known and not files.fullmatch(p.name) and not is_partial(p)
+    )
     if strange:
         raise ValueError(
             f"{folder} is not empty and holds no activations (it has {strange[0]!r}); give a new or an empty folder"

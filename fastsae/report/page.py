@@ -12,6 +12,7 @@ from typing import Any
 
 from fastsae.atomic import replace_file
 from fastsae.data.shards import ShardSource
+from fastsae.data.source import next_pair
 from fastsae.report import html
 from fastsae.report.contexts import LatentCard, check_latents, latent_cards
 from fastsae.report.plots import all_plots
@@ -124,7 +125,10 @@ def _subtitle(log: RunLog) -> str:
         if isinstance(rule, dict):
             rest = ", ".join(f"{name} {value}" for name, value in rule.items() if name != "kind")
             parts.append(f"{rule.get('kind', '')} ({rest})")
-        parts.append(f"{sae.get('d_in', '?')} inputs, {d_sae:,} latents")
+        d_in, d_out = sae.get("d_in", "?"), sae.get("d_out")
+        target = whole(log.config, "source", "d_target") is not None
+        parts.append(f"{d_in} inputs, {d_sae:,} latents" + (f", {d_out} outputs" if target else ""))
+    parts += hooks_read(log.config)
     step, total = log.last("step"), total_steps(log.config)
     if step is not None:
         if total is None or step >= total:
@@ -132,6 +136,20 @@ def _subtitle(log: RunLog) -> str:
         else:
             parts.append(f"step {step:,.0f} of {total:,}: not finished")
     return " · ".join(parts)
+
+
+def hooks_read(config: Record) -> list[str]:
+    """Where the run reads, and what a transcoder gives; nothing where the run does not say."""
+    try:
+        record = language_of_run(config)
+    except (OSError, ValueError):
+        return []
+    if record is None:
+        return []
+    read = ", ".join(map(str, record.stream.hooks))
+    if len(record.stream.hooks) > 1:
+        read = f"crosscoder of {read}"
+    return [f"hook {read}" if record.target is None else f"transcoder of {read} to {record.target}"]
 
 
 def spliced_section(log: RunLog) -> SplicedSection | None:
@@ -297,7 +315,8 @@ def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, 
         train = log.config.get("train")
         size = whole(log.config, "train", "batch_size")
         if options.time_step and isinstance(train, dict) and train.get("fused") is True and size:
-            timing = time_step(run.sae, source.next_batch(size), options.backend)
+            x, target = next_pair(source, size)
+            timing = time_step(run.sae, x, options.backend, target)
     except (OSError, ValueError, CheckpointError) as error:
         log.notes.append(f"Weights or activations could not be read, so latents or timings are missing: {error}")
     return section, timing

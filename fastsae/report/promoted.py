@@ -68,8 +68,10 @@ def promoted_of_run(run: OpenedRun, latents: Sequence[int], names: Sequence[str]
         model = load_model(record.model, dtype=dtype, head=True, download=False)
         if other := other_model(model, record):
             raise ValueError(other)
-        if not in_residual_stream(model.model, record.stream.hook):
-            raise ValueError(f"what is at {record.stream.hook} is not added to the residual stream")
+        # A transcoder writes at its target; of a crosscoder the last layer's rows are shown.
+        written = record.stream.hooks[-1] if record.target is None else record.target
+        if not in_residual_stream(model.model, written):
+            raise ValueError(f"what is at {written} is not added to the residual stream that the head reads")
         found = promoted(run.sae, latents, unembedding(model.model), names)
     except (ImportError, OSError, ValueError, MemoryError) as error:
         return {}, f"The tokens that the latents promote are left out: {' '.join(str(error).split())}."

@@ -49,25 +49,29 @@ class _OpClock(TorchDispatchMode):
         return result
 
 
-def time_step(sae: SparseAutoencoder, x: Tensor, backend: str | None = None) -> StepTiming:
-    """Times updates on x (n, d_in) on the CPU at learning rate 0; the dead-latent counters advance.
+def time_step(
+    sae: SparseAutoencoder, x: Tensor, backend: str | None = None, target: Tensor | None = None
+) -> StepTiming:  # fmt: skip
+    """Times updates on x (n, d_in), towards target (n, d_out) or x itself, on the CPU at learning rate 0; the
+    dead-latent counters advance.
 
     The total is the median of 5 updates, divided in proportion to the op times of 5 more. Raises ValueError if the
     fused step does not support this module.
     """
     step = FusedTrainStep(sae, lr=0.0, backend=backend)
     x = x.to(sae.W_dec.device, sae.W_dec.dtype)
+    target = None if target is None else target.to(sae.W_dec.device, sae.W_dec.dtype)
     for _ in range(WARM_UP):
-        step(x)
+        step(x, target)
     whole = []
     for _ in range(REPEATS):
         begun = time.perf_counter()
-        step(x)
+        step(x, target)
         whole.append(time.perf_counter() - begun)
     begun = time.perf_counter()
     with _OpClock() as clock:
         for _ in range(REPEATS):
-            step(x)
+            step(x, target)
     watched = time.perf_counter() - begun
     parts = {**clock.seconds, "other": max(0.0, watched - sum(clock.seconds.values()))}
     scale = 1e3 * statistics.median(whole) / sum(parts.values())

@@ -137,6 +137,16 @@ class TrainConfig:
             raise ValueError(f"k_start is {self.k_start}, but the activation has no K to anneal; leave k_start out")
         return AnnealK(self.k_start, k, self.k_anneal)
 
+    def why_not_free(self) -> dict[str, str]:
+        """Of settings that may not change when a run resumes: what would allow it, for those of which one asks."""
+        if self.decay == "constant":
+            return {}
+        what = (
+            f"with decay = {self.decay} the learning rate of every step depends on the length of the whole run, so it "
+            "cannot be made longer or shorter; only a run that began with --decay constant can"
+        )
+        return {"train.steps": what, "train.tokens": what}
+
     def free_settings(self) -> set[str]:
         """Names of settings that may change when a run resumes: the weights do not depend on them.
 

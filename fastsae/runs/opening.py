@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastsae.data.hooks import Hook, Hooks, hooks_of
 from fastsae.data.manifest import MANIFEST, Manifest
 from fastsae.data.models import LanguageModel
 from fastsae.data.shards import ShardSource
@@ -41,26 +42,57 @@ class OpenedRun:
     """The run's config.json."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which rows of a folder or file: the hooks of a folder, or the tensors of a .safetensors file.
+
+    hook           of a folder with several; several of them stand side by side. target: what a transcoder gives.
+    tensor         None: "activations", or the only one there. target_tensor: likewise for a transcoder.
+    """
+
+    hook: Hooks | None = None
+    target: Hooks | None = None
+    tensor: str | None = None
+    target_tensor: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hook", "target"):  # JSON and the command line have lists; none is no choice
+            given = getattr(self, name)
+            if isinstance(given, list | tuple):
+                one = given[0] if len(given) == 1 else tuple(given)
+                object.__setattr__(self, name, one if given else None)
+
+    def notes(self) -> dict[str, Any]:
+        """What is chosen, JSON-able."""
+        given = {name: getattr(self, name) for name in ("hook", "target", "target_tensor")}
+        return {"tensor": self.tensor, **{name: value for name, value in given.items() if value is not None}}
+
+
 def open_rows(
-    path: str | Path, *, tensor: str | None = None, holdout: int | None = None, seed: int = 0
+    path: str | Path, select: Selection | None = None, *, holdout: int | None = None, seed: int = 0
 ) -> ShardSource | TensorSource:
     """The activations at `path`: a folder with a manifest, a .safetensors or a .npy file of rows (n, d_in).
 
-    tensor   name inside a .safetensors file; None: "activations", or the only one there.
+    select   which of them; None: the only ones there.
     holdout  rows never trained on, at the end; None: the folder's own, or 2,048 but at most a tenth of a file.
     Raises FileNotFoundError, ShardError, or ValueError with what was found and what was expected.
     """
-    path = Path(path)
+    path, select = Path(path), select or Selection()
     if path.is_dir():
         if not (path / MANIFEST).is_file():
             raise ValueError(f"{path} holds no activations: expected a {MANIFEST} in it, as `fastsae harvest` writes")
-        return ShardSource(path, holdout=holdout, seed=seed)
+        if select.target_tensor is not None:
+            raise ValueError(f"{path} is a folder, whose targets are a hook's: name it with target (--target-hook)")
+        return ShardSource(path, hook=select.hook, target=select.target, holdout=holdout, seed=seed)
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: expected a folder of `fastsae harvest`, .safetensors or .npy")
-    x = _read_tensor(path, tensor)
+    if select.hook is not None or select.target is not None:
+        raise ValueError(f"{path} is a file, which has no hooks: name its tensors (--tensor, --target-tensor)")
+    x = _read_tensor(path, select.tensor)
     if x.ndim != 2:
         raise ValueError(f"{path} holds {x.dtype} of shape {tuple(x.shape)}, expected rows (n, d_in)")
-    return TensorSource(x, holdout=min(HOLDOUT, len(x) // 10) if holdout is None else holdout, seed=seed)
+    target = None if select.target_tensor is None else _read_tensor(path, select.target_tensor)
+    return TensorSource(x, min(HOLDOUT, len(x) // 10) if holdout is None else holdout, seed, target)
 
 
 def _read_tensor(path: Path, name: str | None) -> Tensor:
@@ -121,17 +153,20 @@ def run_config(run_dir: Path) -> dict[str, Any]:
     return config
 
 
-def describe_rows(path: str | Path, *, tensor: str | None, holdout: int | None, seed: int) -> dict[str, Any]:
+def describe_rows(
+    path: str | Path, select: Selection | None = None, *, holdout: int | None, seed: int
+) -> dict[str, Any]:  # fmt: skip
     """The data's description in a run's notes, from which `rows_of_run` can open it again."""
-    return {"path": str(Path(path).absolute()), "tensor": tensor, "holdout": holdout, "seed": seed}
+    chosen = (select or Selection()).notes()
+    return {"path": str(Path(path).absolute()), **chosen, "holdout": holdout, "seed": seed}
 
 
 def open_with_notes(
-    path: str | Path, *, tensor: str | None = None, holdout: int | None = None, seed: int = 0
+    path: str | Path, select: Selection | None = None, *, holdout: int | None = None, seed: int = 0
 ) -> tuple[ShardSource | TensorSource, dict[str, Any]]:
     """`open_rows`, and what a run trained on them notes as "data": where they are, and how they were harvested."""
-    source = open_rows(path, tensor=tensor, holdout=holdout, seed=seed)
-    notes = describe_rows(path, tensor=tensor, holdout=holdout, seed=seed)
+    source = open_rows(path, select, holdout=holdout, seed=seed)
+    notes = describe_rows(path, select, holdout=holdout, seed=seed)
     return source, notes | ({"harvest": source.manifest.settings} if isinstance(source, ShardSource) else {})
 
 
@@ -150,7 +185,12 @@ def rows_of_run(config: dict[str, Any]) -> ShardSource | TensorSource | None:
             f"the run's record of its data has tensor = {tensor!r}, holdout = {holdout!r}, seed = {seed!r}, expected a "
             "name, a number of rows and a number; was config.json edited? Give the data by name"
         )
-    return open_rows(data["path"], tensor=tensor, holdout=holdout, seed=seed)
+    return open_rows(data["path"], selection_of(data), holdout=holdout, seed=seed)
+
+
+def selection_of(data: dict[str, Any]) -> Selection:
+    """The rows that a run's record of its data names."""
+    return Selection(data.get("hook"), data.get("target"), data.get("tensor"), data.get("target_tensor"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +201,11 @@ class LanguageRecord:
     text: dict[str, Any] | None
     """`Corpus.describe()`, or only its "spec"."""
     stream: StreamConfig
+    """Its hook is the one that the autoencoder reads, or those of a crosscoder."""
+    target: Hook | None = None
+    """The hook that a transcoder gives."""
+    others: tuple[Hook, ...] = ()
+    """Further hooks that were read, whose norms left out tokens too."""
     dtype: str | None = None
     """Type in which the model ran."""
     digest: str | None = None
@@ -180,14 +225,26 @@ def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
         return None
     try:
         live, harvest = data.get("live"), data.get("harvest")
+        target = data.get("target")
+        target = target[0] if isinstance(target, list) and len(target) == 1 else target
         if live:
+            stream = StreamConfig.from_record(live["stream"])
+            own = data.get("hook")  # of several live hooks, that of this run
+            read = stream.hooks if own is None else hooks_of(own)
             given = {key.removeprefix("text_"): live[key] for key in ("text_field", "token_type") if key in live}
-            text = {"spec": live["text"], **given}
-            return LanguageRecord(live["model"], text, StreamConfig.from_record(live["stream"]), live["model_dtype"])
+            return LanguageRecord(
+                live["model"], {"spec": live["text"], **given}, dataclasses.replace(stream, hook=read), target,
+                tuple(hook for hook in stream.hooks if hook not in read), live["model_dtype"],
+            )  # fmt: skip
         if not harvest or "stream" not in harvest:
             return None
         stream = StreamConfig.from_record(harvest["stream"])
-        record = LanguageRecord(harvest["model"], harvest["text"], stream)
+        asked = data.get("hook", stream.hooks[0])
+        read = hooks_of(asked)
+        others = tuple(hook for hook in stream.hooks if str(hook) not in map(str, (*read, target)))
+        record = LanguageRecord(
+            harvest["model"], harvest["text"], dataclasses.replace(stream, hook=read), target, others
+        )
         if not (Path(data["path"]) / MANIFEST).is_file():
             return record
         manifest = Manifest.read(Path(data["path"]))
@@ -196,7 +253,7 @@ def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
             record,
             dtype=model.get("dtype"),
             digest=model.get("digest"),
-            norm_median=manifest.stats.get("norm_median"),
+            norm_median=manifest.of_hook(read[0], Path(data["path"])).norm_median,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -209,7 +266,7 @@ def other_model(model: LanguageModel, record: LanguageRecord) -> str | None:
     here = model.base.describe()
     if record.digest is None or here["dtype"] != record.dtype:  # the digest is of rounded weights
         return None
-    if record.digest in (here["digest"], model.describe()["digest"]):
+    if record.digest in model.digests():
         return None
     return (
         f"the model {model.name} has digest {here['digest']}, the run's activations come from {record.model} with "

@@ -43,13 +43,16 @@ class RunLock:
         self._fd = -1
 
 
-def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
+def claim(
+    run_dir: Path, config: Mapping[str, Any], free: Collection[str], why: Mapping[str, str] | None = None
+) -> None:
     """Writes config.json into a new run directory, or compares it with the existing one.
 
     If the run has saved nothing yet, its settings are overwritten.
 
     config  JSON-able sections of settings.
     free    dotted names that may change from one start to the next, as "train.log_every"; they are updated.
+    why     what would allow a setting to change, by dotted name; the error says so where it is one that differs.
     Raises RunDirError naming every other setting that differs, or a config.json that cannot be read.
     """
     path = run_dir / CONFIG
@@ -70,7 +73,8 @@ def claim(run_dir: Path, config: Mapping[str, Any], free: Collection[str]) -> No
     if not isinstance(saved, dict):
         raise RunDirError(f"{path} holds a {type(saved).__name__}, expected a JSON object; give another directory")
     if found := differences(saved, wanted, free):
-        raise other_settings(run_dir, found)
+        reasons = [reason for name, reason in (why or {}).items() if any(one.startswith(f"{name} ") for one in found)]
+        raise other_settings(run_dir, found, list(dict.fromkeys(reasons)))
     if saved != wanted:
         _write_config(path, wanted)
 
@@ -87,11 +91,11 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], free: Colle
     ]
 
 
-def other_settings(run_dir: Path, found: Sequence[str]) -> RunDirError:
-    """The error for a directory whose run has other settings: those `differences` found."""
+def other_settings(run_dir: Path, found: Sequence[str], reasons: Sequence[str] = ()) -> RunDirError:
+    """The error for a directory whose run has other settings: those `differences` found; reasons: why they may not."""
     return RunDirError(
         f"{run_dir} holds a run with other settings: {'; '.join(found)}. "
-        "Give these settings to continue it, or another directory"
+        "Give these settings to continue it, or another directory" + "".join(f". {reason}" for reason in reasons)
     )
 
 

@@ -284,12 +284,11 @@ def _read(
     model: nn.Module, site: Site, batches: Iterable[Tensor], where: Where | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows read, rows to replace) of each batch, equal where the site is one hook."""
-    reads, writes = site if isinstance(site, tuple) else (site, site)
-    source, goal = HookedModel(model, reads), HookedModel(model, writes)
+    hooked = HookedModel(model, site)
     for batch in map(trimmed, batches):
         with masked(model, batch) as ids:
-            x = source(ids)
-            y = goal(ids) if isinstance(site, tuple) else x
+            parts = hooked.parts(ids)
+        x, y = parts[0], parts[-1]
         choose = in_windows(where, batch)
         chosen = torch.ones(batch.shape, dtype=torch.bool, device=x.device) if choose is None else choose(x)
         yield x[chosen], y[chosen]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fastsae.atomic import write_json
-from fastsae.data.source import ActivationSource
+from fastsae.data.source import ActivationSource, held_out_targets, target_width
 from fastsae.model.rules import Activation, HierarchicalTopK, Matryoshka, variants
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.checkpoint import list_checkpoints, step_of
@@ -63,9 +63,13 @@ class Cell:
     """Further arguments of SparseAutoencoder, such as aux_k or dtype."""
     precision: str = "exact"
 
-    def build(self, d_in: int) -> SparseAutoencoder:
-        """The SAE at its start. Raises ValueError for settings that do not fit together."""
-        sae = SparseAutoencoder(d_in, self.d_sae, self.rule, seed=self.config.seed, **self.sae)
+    def build(self, d_in: int, d_target: int | None = None) -> SparseAutoencoder:
+        """The SAE at its start; d_target: width of a transcoder's targets.
+
+        Raises ValueError for settings that do not fit together.
+        """
+        settings = {**self.sae, **({} if d_target is None else transcoder_settings(self.sae, d_target))}
+        sae = SparseAutoencoder(d_in, self.d_sae, self.rule, seed=self.config.seed, **settings)
         sae.precision = self.precision
         return sae
 
@@ -92,6 +96,14 @@ class Further:
     name: str
     asked: Record
     open: Callable[[], Measure]
+
+
+def transcoder_settings(settings: Mapping[str, Any], d_target: int) -> dict[str, Any]:
+    """What SparseAutoencoder takes for targets of this width: no pre-bias, unless it was asked for. b_dec is a mean of
+    targets, and subtracted from inputs it is noise.
+    """
+    asked = settings.get("pre_bias")
+    return {"d_out": d_target, "pre_bias": False if asked is None else asked}
 
 
 def rule_with_l0(name: str, l0: float, d_sae: int) -> Activation:
@@ -162,11 +174,13 @@ def run_cell(
     Raises as `Trainer.run`.
     """
     run = Path(RUNS) / cell.name
-    sae = cell.build(source.d_in)
+    sae = cell.build(source.d_in, target_width(source))
     config = cell.config if after_step is None else dataclasses.replace(cell.config, progress=False)
     trainer = Trainer(sae, source, config, folder / run, notes=notes, after_step=after_step or (lambda: None))
     result = trainer.run()
-    measured = evaluate(sae, source.held_out(), batch_size=cell.config.batch_size).to_json()
+    measured = evaluate(
+        sae, source.held_out(), targets=held_out_targets(source), batch_size=cell.config.batch_size
+    ).to_json()
     return {
         **_head(cell), "run": str(run), "step": result.step, "tokens": result.tokens,
         "seconds": round(trainer.seconds, 3), **{name: measured[name] for name in MEASURED},
@@ -262,7 +276,9 @@ def identity(source: ActivationSource) -> Record:
     rows = source.held_out()
     if len(rows) == 0:
         raise ValueError("the activations hold out no rows to measure the cells on; give a holdout above 0")
-    some = rows[:IDENTITY_ROWS].float().cpu().contiguous().numpy()
+    targets = held_out_targets(source)
+    first = [part[:IDENTITY_ROWS].float().cpu() for part in (rows, targets) if part is not None]
+    some = torch.cat(first, dim=1).contiguous().numpy()
     place = {"epoch", "cursor"}
     return {
         **{name: value for name, value in source.state_dict().items() if name not in place},
@@ -339,6 +355,8 @@ def _seconds_per_step(
     }  # fmt: skip
     for cell in sorted(cells, key=lambda c: -c.asked_l0):
         if _shape(cell) not in found:
-            trial = Trainer(cell.build(source.d_in), source, cell.config, folder / RUNS / cell.name)
+            trial = Trainer(
+                cell.build(source.d_in, target_width(source)), source, cell.config, folder / RUNS / cell.name
+            )
             found[_shape(cell)] = trial.seconds_per_step()
     return found

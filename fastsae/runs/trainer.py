@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.data.source import ActivationSource
+from fastsae.data.source import ActivationSource, held_out_targets, next_pair, target_width
 from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
 from fastsae.model.rules import Activation, JumpReLU
@@ -47,6 +47,8 @@ from fastsae.training.step import FusedTrainStep, PlainTrainStep
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer"]
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints."""
 CALIBRATION_ROWS = 16_384
 """Rows on which a run's end sets BatchTopK's threshold: their mean L0 is within some 0.5 % of that of all rows."""
 L0_OFF = 0.1
@@ -71,6 +73,8 @@ class TrainResult:
 class Trainer:
     """`Trainer(sae, source, config, run_dir).run()` trains `sae` in place, or goes on with what run_dir holds.
 
+    A source with targets (fastsae.data.source.TargetSource) trains a transcoder.
+
     notes   JSON-able facts for config.json that are no settings, e.g. which model the activations come from.
     resume  False: refuse a directory that has a checkpoint already.
     after_step  called after every step, as for a progress bar of several runs. It may change the SAE, to hold it to a
@@ -92,12 +96,23 @@ class Trainer:
     ):
         if source.d_in != sae.d_in:
             raise ValueError(f"the source has rows of {source.d_in} numbers, the SAE wants d_in = {sae.d_in}")
-        if sae.d_out != sae.d_in:
-            raise ValueError(f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}; a source has no such targets")
-        sae.train().settle_pre_bias_(target_given=False)  # so that config.json says what is trained
+        width = target_width(source)
+        if width is None and sae.d_out != sae.d_in:
+            raise ValueError(
+                f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}, and this source has no targets; open it with "
+                "target="
+            )
+        if width is not None and width != sae.d_out:
+            raise ValueError(f"the source has targets of {width} numbers, the SAE gives d_out = {sae.d_out}")
+        if width is not None and config.resample_at:
+            raise ValueError(
+                f"resample_at is {config.resample_at}: resampling turns both dictionaries of a latent to one input, "
+                "and a transcoder's targets are others; leave it out, and revive dead latents with aux_k"
+            )
+        sae.train().settle_pre_bias_(target_given=width is not None)  # so that config.json says what is trained
         self.sae, self.source, self.config, self.resume = sae, source, config, resume
         self.run_dir, self.notes, self.after_step = Path(run_dir), dict(notes or {}), after_step
-        self.checkpoints = self.run_dir / "checkpoints"
+        self.checkpoints = self.run_dir / CHECKPOINTS
         self.total = config.total_steps(source.n_tokens)
         self.schedule = config.schedule(self.total)
         self.device = sae.W_dec.device
@@ -118,15 +133,22 @@ class Trainer:
         goes on; metrics.jsonl counts them as "skipped", the number so far, resumed runs included. NonFiniteError comes
         after SKIPS_IN_A_ROW in a row, and with fused=False at the first bad row or loss.
         """
+        with StopSignals() as stop:
+            for _ in self._steps(stop):
+                pass
+        return self._result()
+
+    def _steps(self, stop: StopSignals) -> Generator[None]:
+        """The run, step by step; the directory is held until the last step was asked for what comes after it."""
         if self._begun and self._saved is None:
             raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
         with ExitStack() as stack:
             stack.enter_context(RunLock(self.run_dir))
-            self.stop = stack.enter_context(StopSignals())
+            self.stop = stop
             stack.enter_context(_settings_of_the_run(self.config, self.sae))
             if not self.resume and checkpoint.list_checkpoints(self.checkpoints):
                 raise RunDirError(f"{self.run_dir} holds a run with checkpoints; resume it or give another directory")
-            claim(self.run_dir, self._describe(), self._free())
+            claim(self.run_dir, self._describe(), self._free(), why=self.config.why_not_free())
             checkpoint.remove_unfinished(self.checkpoints)
             torch.manual_seed(self.config.seed)
             self.update = self._make_step()
@@ -136,8 +158,11 @@ class Trainer:
             )
             if self._saved:
                 self.logs.say(f"going on from step {self.step} of {self.total}: {self._saved}")
-            self._loop()
+            yield  # opened, and where its checkpoint is
+            yield from self._loop()
             self._raise_if_stopped()
+
+    def _result(self) -> TrainResult:
         assert self._saved is not None
         return TrainResult(self.step, self._tokens, self._saved, self.last["metrics"] or {}, self.last["evaluation"])
 
@@ -153,10 +178,10 @@ class Trainer:
             update = self._make_step()
             for number in range(1 + steps):
                 start = time.perf_counter()
-                x = self.source.next_batch(self.config.batch_size).to(self.device, self.sae.W_dec.dtype)
+                x, target = self._next()
                 if number == 0:
-                    self._initialize(x)
-                numbers(update(x))  # waits for the device
+                    self._initialize(x, target)
+                numbers(update(x, target))  # waits for the device
                 times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
 
@@ -166,10 +191,13 @@ class Trainer:
         return {
             "train": asdict(self.config),
             "sae": {**self.sae.config, "dtype": str(self.sae.W_dec.dtype), "precision": self.sae.precision},
-            "source": {"kind": type(self.source).__name__, "d_in": self.sae.d_in, "n_tokens": self.source.n_tokens},
+            "source": {
+                "kind": type(self.source).__name__, "d_in": self.sae.d_in, "n_tokens": self.source.n_tokens,
+                **({"d_target": self.sae.d_out} if target_width(self.source) is not None else {}),
+            },
             "machine": {"torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads()},
             "notes": self.notes,
-        }
+        }  # fmt: skip
 
     def _free(self) -> set[str]:
         return {"machine", "notes"} | {f"train.{name}" for name in self.config.free_settings()}
@@ -224,7 +252,7 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _loop(self) -> None:
+    def _loop(self) -> Iterator[None]:
         c = self.config
         if c.eval_every and self.step < self.total and len(self.source.held_out()) == 0:
             raise ValueError("the source holds out no rows to evaluate on; set its holdout, or eval_every to 0")
@@ -241,12 +269,12 @@ class Trainer:
         while self.step < self.total and self.stop.requested is None:
             self._begun = True
             with self.timer("data"):
-                x = self.source.next_batch(c.batch_size).to(self.device, self.sae.W_dec.dtype, non_blocking=True)
-                self.guard.look_at_input(x, self.step + 1)
+                x, target = self._next()
+                self.guard.look_at_input(x if target is None else torch.cat([x, target], 1), self.step + 1)
                 if self.step == 0:
-                    self._initialize(x)
+                    self._initialize(x, target)
             with self.timer("step"):
-                metrics = self.update(x)
+                metrics = self.update(x, target)
                 self.step += 1
                 self.guard.look_at_metrics(metrics, self.step)
                 # A bad row is always encoded twice, which says nothing about the fast path: skipped steps do not count.
@@ -274,6 +302,7 @@ class Trainer:
             self.logs.advance()
             if self.guard.ended:
                 raise self.guard.ended
+            yield
 
     def _raise_if_stopped(self) -> None:
         if self.stop.requested is None:
@@ -287,31 +316,37 @@ class Trainer:
             self.stop.requested,
         )
 
-    def _initialize(self, x: Tensor) -> None:
+    def _next(self) -> tuple[Tensor, Tensor | None]:
+        """The next batch and its targets, on the device and in the dtype of the weights."""
+        x, target = next_pair(self.source, self.config.batch_size)
+        x = x.to(self.device, self.sae.W_dec.dtype, non_blocking=True)
+        return x, None if target is None else target.to(self.device, self.sae.W_dec.dtype, non_blocking=True)
+
+    def _initialize(self, x: Tensor, target: Tensor | None) -> None:
         """What the module estimates from data, from the first finite batch; x itself is then a batch as any other."""
         centre = self.config.init_b_dec != "zero" and not bool(self.sae.b_dec.any())
         if centre or not (self.sae.norm.calibrated and self.sae.started):
-            x = self._first_finite(x)
+            x, target = self._first_finite(x, target)
         if not self.sae.norm.calibrated:
             self.sae.calibrate_(x)
         if centre:
-            self.sae.init_from_(x, how=self.config.init_b_dec)
-        self.sae.start_(x)
+            self.sae.init_from_(x, target, how=self.config.init_b_dec)
+        self.sae.start_(x, target)
 
-    def _first_finite(self, x: Tensor) -> Tensor:
-        """x, or the first batch after it without a bad row; the data's position stays where it is.
+    def _first_finite(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x and its target, or the first batch after it without a bad row; the data's position stays where it is.
 
         Raises NonFiniteError where there is none among as many as a run may skip.
         """
-        position, batch = self.source.state_dict(), x
+        position, batch = self.source.state_dict(), (x, target)
         try:
             for _ in range(SKIPS_IN_A_ROW):
-                if not int(bad_rows(batch)[0]):
+                if not any(int(bad_rows(part)[0]) for part in batch if part is not None):
                     return batch
-                batch = self.source.next_batch(self.config.batch_size).to(x.device, x.dtype)
+                batch = self._next()
         finally:
             self.source.load_state_dict(position)
-        raise never_begun(x)
+        raise never_begun(x if target is None else torch.cat([x, target], 1))
 
     def _resample(self) -> None:
         """Dead latents go to coming rows that are reconstructed badly; the data's position stays where it is."""
@@ -360,7 +395,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.guard.read()
-        result = evaluate(self.sae, self.source.held_out(), batch_size=self.config.batch_size)
+        result = evaluate(
+            self.sae, self.source.held_out(), targets=held_out_targets(self.source), batch_size=self.config.batch_size
+        )
         record = {"step": self.step, "tokens": self._tokens, **result.to_json(), "source": self.source.stats}
         if self.sae.activation.asked_l0 is not None:
             record["asked_l0"] = self.sae.activation.asked_l0
@@ -425,6 +462,37 @@ class Trainer:
     @property
     def _tokens(self) -> int:
         return self.step * self.config.batch_size
+
+
+def run_together(trainers: Sequence[Trainer]) -> list[TrainResult]:
+    """Trains several SAEs in step, each in a directory of its own, as `Trainer.run` each; for readers of one stream.
+
+    A step of one is followed by the same step of the others, and who is behind, as after a kill between two
+    checkpoints, catches up first. Raises as `run`; then all are at the checkpoint that their own message names, or at
+    the last one before.
+    """
+    with StopSignals() as stop, ExitStack() as closing:
+        steps = [trainer._steps(stop) for trainer in trainers]
+        drawn: list[dict[str, Any]] = []  # what each has drawn from the generators that all would share
+        for one in steps:
+            closing.callback(one.close)  # last opened, first closed: they put back threads
+            next(one)
+            drawn.append(rng_state())
+        while stop.requested is None and (left := [i for i, t in enumerate(trainers) if t.step < t.total]):
+            number = min(left, key=lambda i: trainers[i].step)
+            restore_rng_state(drawn[number])
+            next(steps[number])
+            drawn[number] = rng_state()
+        ended: list[TrainingInterrupted] = []
+        for number, one in reversed(list(enumerate(steps))):
+            restore_rng_state(drawn[number])
+            try:
+                next(one, None)
+            except TrainingInterrupted as stopped:
+                ended.append(stopped)
+        if ended:
+            raise ended[-1]
+    return [trainer._result() for trainer in trainers]
 
 
 def _what_to_do(rule: Activation, l0: float) -> str:

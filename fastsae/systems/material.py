@@ -118,7 +118,7 @@ class InModel:
 
     def __init__(self, material: Material, source: ShardSource, tokens: int):
         self.model = material.language_model()
-        self.hook = material.stream.hook
+        self.hook = material.stream.one_hook
         corpus = load_text(material.text) if isinstance(material.text, str) else material.text
         stream = ActivationStream(self.model, corpus, material.stream)
         stream.filter.median = source.manifest.stats["norm_median"]  # that of the harvest

@@ -394,15 +394,18 @@ class PlainTrainStep(_TrainStep):
             groups.append({"params": learnt, "weight_decay": 0.0})
         self.optimizer = kinds[optimizer](groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def __call__(self, x: Tensor) -> dict[str, Tensor]:
-        """One update on x (*batch, d_in). Returns 0-d tensors as `FusedTrainStep` does; reads nothing back."""
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """One update on x (*batch, d_in), towards target (*batch, d_out) or x itself.
+
+        Returns 0-d tensors as `FusedTrainStep` does; reads nothing back.
+        """
         sae = self.sae
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
         with self._scheduled(self.step, self.step):
-            _, metrics = self._backward(x, None, None, for_step=False)
+            _, metrics = self._backward(x, target, None, for_step=False)
         norms = [torch.linalg.vector_norm(p.grad.double()) for p in sae.parameters() if p.grad is not None]
         metrics |= {
             "grad_norm": torch.linalg.vector_norm(torch.stack(norms)),

@@ -1,0 +1,105 @@
+"""One live stream for several trainers: a pass of the model feeds an SAE at each of its hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.data.live import LiveSource
+from fastsae.data.source import check_state
+
+
+class SharedSource:
+    """The rows of a LiveSource, kept from the first that some reader has not had to the last that any has.
+
+    Every hook of the source gets a reader with a position of its own, in rows. Readers that keep in step hold one batch
+    in memory; one that runs ahead makes the rows between wait for the others.
+    """
+
+    def __init__(self, source: LiveSource):
+        if source.d_target is not None:
+            raise ValueError("a stream that several SAEs share has no targets: train transcoders one by one")
+        self.source = source
+        ends = [sum(source.widths[: number + 1]) for number in range(len(source.widths))]
+        starts = [0, *ends[:-1]]
+        self.readers = [HookReader(self, slice(*ends_of)) for ends_of in zip(starts, ends, strict=True)]
+        self._begin = self._end = 0  # rows in memory: [begin, end) of the stream
+        self._parts: list[Tensor] = []
+        self._mark: tuple[int, dict[str, Any]] = (0, source.state_dict())  # the newest position that was asked for
+
+    def read(self, at: int, n: int) -> Tensor:
+        """Rows [at, at + n) of the stream, of all hooks."""
+        self._drop()
+        if at < self._begin or min(reader.at for reader in self.readers) > self._end:
+            # Behind what is in memory, or everybody is ahead of the stream: it goes to where the last reader was saved.
+            self._go(min(self.readers, key=lambda reader: reader.at).base)
+        if self._end < at + n:
+            self._parts.append(self.source.next_batch(at + n - self._end))
+            self._end = at + n
+        found, start = [], self._begin
+        for part in self._parts:
+            found.append(part[max(at - start, 0) : max(at + n - start, 0)])
+            start += len(part)
+        return torch.cat(found)
+
+    def mark(self, at: int) -> tuple[int, dict[str, Any]]:
+        """The newest row up to `at` at which the source's state is known, and that state; at the end it is asked."""
+        if at == self._end:
+            self._mark = (at, self.source.state_dict())
+        known = [self._mark, *(reader.base for reader in self.readers)]
+        return max((base for base in known if base[0] <= at), key=lambda base: base[0])
+
+    def _drop(self) -> None:
+        """Forgets the rows that every reader has had."""
+        low = min(reader.at for reader in self.readers)
+        while self._parts and self._begin + len(self._parts[0]) <= low:
+            self._begin += len(self._parts.pop(0))
+        if not self._parts:
+            self._begin = self._end
+
+    def _go(self, base: tuple[int, dict[str, Any]]) -> None:
+        row, state = base
+        self.source.load_state_dict(state)
+        self._begin = self._end = row
+        self._parts, self._mark = [], base
+
+
+class HookReader:
+    """The rows at one hook of a shared stream: an ActivationSource."""
+
+    n_tokens: int | None = None
+
+    def __init__(self, shared: SharedSource, columns: slice):
+        self.shared, self.columns = shared, columns
+        self.d_in = columns.stop - columns.start
+        self.at = 0
+        self.base: tuple[int, dict[str, Any]] = (0, shared.source.state_dict())
+        """A row before `at` from which the stream can be read again, and the source's state there."""
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return self.shared.source.stats
+
+    def next_batch(self, n: int) -> Tensor:
+        if n < 1:
+            raise ValueError(f"next_batch needs n >= 1 rows, got {n}")
+        rows = self.shared.read(self.at, n)[:, self.columns].contiguous()
+        self.at += n
+        return rows
+
+    def held_out(self) -> Tensor:
+        return self.shared.source.held_out()[:, self.columns]
+
+    def state_dict(self) -> dict[str, Any]:
+        row, state = self.base = self.shared.mark(self.at)
+        return {"source": "hook", "columns": self._columns(), "at": self.at, "row": row, "stream": state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_state(state, {"source": "hook", "columns": self._columns()})
+        self.at, self.base = state["at"], (state["row"], dict(state["stream"]))
+
+    def _columns(self) -> list[int]:
+        return [self.columns.start, self.columns.stop]
