@@ -194,7 +194,8 @@ def test_missing_experiments_are_named_in_few_words() -> None:
     grid = [f"grid-{i}" for i in range(4)]
     known = ["one", *grid, "pair-1", "pair-2"]
     assert grouped(["one", *grid, "pair-1", "pair-2"], known) == ["one", "grid-*", "pair-1", "pair-2"]
-    assert grouped(grid[1:], known) == grid[1:], "one of the grid was run"
+    assert grouped(grid[1:], known) == grid[1:], "so few are named"
+    assert grouped(grid, [*grid, "grid-4"]) == ["grid-* (4 of 5)"], "one of the grid was run"
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

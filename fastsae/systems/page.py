@@ -105,12 +105,14 @@ class Run:
 
 
 def grouped(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names, but `grid-*` for more than three that begin with `grid-`, if those are all such names of `known`."""
+    """The names; but more than three that begin with `grid-` as `grid-*`, or `grid-* (4 of 9)` if there are others."""
+    starts = {name: name.partition("-")[0] + "-" for name in known}
     found: dict[str, None] = {}
     for name in names:
-        start = name.partition("-")[0] + "-"
-        alike = [one for one in known if one.startswith(start)]
-        found[f"{start}*" if len(alike) > 3 and set(alike) <= set(names) else name] = None
+        start = starts[name]
+        here, all_of_them = ([one for one in some if starts[one] == start] for some in (names, known))
+        part = "" if len(here) == len(all_of_them) else f" ({len(here)} of {len(all_of_them)})"
+        found[f"{start}*{part}" if len(here) > 3 else name] = None
     return list(found)
 
 
