@@ -231,11 +231,13 @@ def draw_frontier(records: Mapping[str, Any], folder: Path) -> None:
                 one.plot([median(r["l0"]) for r in line], [median(r[name]) for r in line], "o-", color=colour,
                          linewidth=1.2, markersize=3.5, label=_called(rule, ratio))  # fmt: skip
             one.set_xscale("log")
-            one.xaxis.set_major_formatter("{x:g}")
+            asked = sorted({l0 for _, _, l0 in cells})
+            one.set_xticks(asked, [str(l0) for l0 in asked])
+            one.minorticks_off()
             one.set_xlabel("active latents")
             one.set_ylabel(MEASURES[name])
             one.set_title(MODELS[prefix])
-        axes[2 * i].legend(fontsize=7.5)
+        axes[2 * i + 1].legend(fontsize=7.5, loc="lower right")
     save(figure, folder / "frontier.png")
 
 
@@ -258,6 +260,7 @@ def draw_patching(records: Mapping[str, Any], folder: Path) -> None:
             one.set_ylabel("KL(patched ‖ target), nats")
             one.set_title(f"{MODELS[prefix]}; dashed: nothing patched")
         axes[2 * i].set_xscale("symlog", linthresh=1)
+        axes[2 * i].set_xlim(left=0)
         axes[2 * i].xaxis.set_major_formatter("{x:g}")
         axes[2 * i + 1].legend(fontsize=7)
     save(figure, folder / "ioi.png")
