@@ -177,7 +177,7 @@ def test_a_sweep_of_transcoders(place: Path) -> None:
     assert record["spliced"]["hooks"] == ["model.layers.1.mlp:input -> model.layers.1.mlp"]
 
 
-def test_targets_in_a_file(place: Path) -> None:
+def test_targets_in_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import save_file
 
     x = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
@@ -189,6 +189,10 @@ def test_targets_in_a_file(place: Path) -> None:
     kept = evaluated(run)
     again = evaluated(run, "--data", str(place / "pairs.safetensors"), *names)
     assert kept["fvu"] == pytest.approx(again["fvu"])
+    asked = ["--hook", "mlp.1:input", "--model", str(place / "model"), "--text", str(place / "text.txt"), "--l0s", "4"]
+    sizes = ["--out", str(place / "swept"), "--rules", "topk", "--d-sae", "48", "--steps", "4", "--batch-size", "100"]
+    message = refused(capsys, "sweep", str(place / "pairs.safetensors"), *names, *asked, *sizes, "--no-progress")
+    assert "has targets of a transcoder; name their place with --target-hook" in message
 
 
 def test_what_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,3 +228,25 @@ def test_resume_without_a_run_is_said_and_what_would_allow_a_longer_one(
     assert "train.steps is 6 there and 9 here" in message
     assert "only a run that began with --decay constant can" in message
     assert "constant" not in refused(capsys, *begin[:-1], "--steps", "6", "--lr", "0.5", "--resume")
+
+
+def test_a_transcoder_to_two_hooks_side_by_side(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It trains and has a report. Only one hook can be put into a model, which is said before one is loaded."""
+    run, two = tmp_path / "two", ["--hook", "mlp.1:input", "--target-hook", "mlp.1", "--target-hook", "2"]
+    assert main(["train", str(place / "acts"), "--run-dir", str(run), *SIZES, *two]) == 0
+    record = language_of_run(open_run(run).config)
+    assert record is not None
+    assert (record.targets, record.others) == (("mlp.1", 2), (1,))
+    assert main(["report", str(run)]) == 0
+    html = (run / "report.html").read_text()
+    assert "transcoder of mlp.1:input to mlp.1, 2" in html
+    assert "only one hook can be put into a model" in refused(capsys, "eval", str(run), "--spliced")
+
+
+def test_a_hook_that_is_called_by_its_modules_name_is_not_another_one(place: Path, tmp_path: Path) -> None:
+    name = ShardSource(place / "acts", hook="2").manifest.hooks()[1].name
+    run = tmp_path / "named"
+    assert main(["train", str(place / "acts"), "--run-dir", str(run), *SIZES, "--hook", name]) == 0
+    record = language_of_run(open_run(run).config)
+    assert record is not None
+    assert record.others == (1, "mlp.1:input", "mlp.1")

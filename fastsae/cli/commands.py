@@ -34,6 +34,7 @@ from fastsae.cli.options import (
 from fastsae.data.harvest import harvest
 from fastsae.data.hooks import Hooks
 from fastsae.data.live import LiveSource
+from fastsae.data.manifest import MANIFEST, Manifest
 from fastsae.data.shards import ShardSource
 from fastsae.data.shared import SharedSource
 from fastsae.data.source import ActivationSource, held_out_targets, target_width
@@ -322,11 +323,13 @@ def run_sweep(options: Sweep) -> int:
     from fastsae.report.sweep import write_sweep
 
     select, language = selection(options), options.language
-    if not Path(options.data).is_dir() and len(options.hook) == 1:  # of a file: where in the model its rows are from
-        select, language = (
-            dataclasses.replace(select, hook=None),
-            dataclasses.replace(language, hook=str(options.hook[0])),
-        )
+    if not _says_its_hooks(Path(options.data)):  # then --hook and --target-hook say where in a model the rows are from
+        hook, target = (one[0] if len(one) == 1 else None for one in (options.hook, options.target_hook))
+        if hook is not None:
+            select, language = dataclasses.replace(select, hook=None), dataclasses.replace(language, hook=str(hook))
+        if target is not None:
+            select = dataclasses.replace(select, target=None)
+            language = dataclasses.replace(language, target_hook=str(target))
     source, notes = open_with_notes(options.data, select, holdout=options.holdout, seed=options.data_seed)
     cells = sweep.grid(
         options.rules, options.l0s, options.d_sae, options.seeds, options.train, options.sae.arguments(),
@@ -335,8 +338,10 @@ def run_sweep(options: Sweep) -> int:
     further = None
     if options.spliced or language.given():
         record = language_of_run({"notes": {"data": notes}})
+        if target_width(source) is not None and not (language.target_hook or (record and record.targets)):
+            raise ValueError(f"{options.data} has targets of a transcoder; name their place with --target-hook")
         further = sweep.Further(
-            "spliced", dataclasses.asdict(language),
+            "spliced", {name: getattr(language, name) for name in language.given()},
             lambda: spliced_in(open_text(language, record, options.data, source.d_in, options.sae.device), record),
         )  # fmt: skip
     records = sweep.run_sweep(
@@ -346,6 +351,11 @@ def run_sweep(options: Sweep) -> int:
     print(write_sweep(options.out))
     print(f"\nwritten to {options.out}: sweep.json, table.md, pareto.svg, sweep.html")
     return 1 if any("failed" in records[cell.name] for cell in cells) else 0
+
+
+def _says_its_hooks(data: Path) -> bool:
+    """Whether a folder says which hooks its rows are of; a file does not, nor do rows that a program saved."""
+    return (data / MANIFEST).is_file() and Manifest.read(data).hooks()[0].hook is not None
 
 
 def run_reproduce(options: Reproduce) -> int:

@@ -152,6 +152,7 @@ def open_text(
     """
     if options.hook is None:
         refuse_crosscoder(record, name)
+    target = options.target_hook or (record.target if record else None)
     config = stream_config(options, record, name)
     corpus = held_out_text(options, record, name)
     spec = options.model or (record.model if record else None)
@@ -171,7 +172,6 @@ def open_text(
             f"the activations at {stream.hooked.name} have {stream.d_in} numbers, the autoencoder expects d_in = {d_in}"
             f"; name the model and hook of {name} with --model and --hook"
         )
-    target = options.target_hook or (record.target if record else None)
     site: Site = config.one_hook if target is None else (config.one_hook, target)
     wanted = options.tokens or math.ceil(config.holdout / stream.rows_per_window) * config.window
     return HeldOutText(model, corpus, stream, site, stream.held_out_windows(wanted))
@@ -337,6 +337,7 @@ def left_alone(stream: ActivationStream, record: LanguageRecord | None = None) -
         parts.append(f"activations of norm above {ordinary.max_norm:.4g}")
     if not parts:
         return "no token"
-    elsewhere = [] if record is None else [*record.others, *([] if record.target is None else [record.target])]
+    filtered = record is not None and record.stream.norm_factor is not None
+    elsewhere = [*record.others, *record.targets] if record is not None and filtered else []
     more = f", which also left out tokens by their norms at {', '.join(map(str, elsewhere))}" if elsewhere else ""
     return f"{', '.join(parts)}: as in training{more}"

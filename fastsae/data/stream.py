@@ -51,7 +51,8 @@ class StreamConfig:
     """More positions of every window to drop, counted from 0; negative ones from the end of its text."""
     special_tokens: Literal["drop", "keep"] = "drop"
     """Rows of the tokenizer's special tokens inside a text (end of text, marks of a chat). Those that the tokenizer
-    puts around every window are dropped either way, unless --keep-tokens names them."""
+    puts around every window are dropped either way, unless keep_tokens names them; the first position also needs
+    drop_first to be off."""
     drop_tokens: tuple[str, ...] = ()
     """More tokens whose rows are dropped, by name, or by id as #13."""
     keep_tokens: tuple[str, ...] = ()

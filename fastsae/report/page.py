@@ -149,7 +149,8 @@ def hooks_read(config: Record) -> list[str]:
     read = ", ".join(map(str, record.stream.hooks))
     if len(record.stream.hooks) > 1:
         read = f"crosscoder of {read}"
-    return [f"hook {read}" if record.target is None else f"transcoder of {read} to {record.target}"]
+    given = ", ".join(map(str, record.targets))
+    return [f"transcoder of {read} to {given}" if given else f"hook {read}"]
 
 
 def spliced_section(log: RunLog) -> SplicedSection | None:

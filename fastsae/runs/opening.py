@@ -202,8 +202,8 @@ class LanguageRecord:
     """`Corpus.describe()`, or only its "spec"."""
     stream: StreamConfig
     """Its hook is the one that the autoencoder reads, or those of a crosscoder."""
-    target: Hook | None = None
-    """The hook that a transcoder gives."""
+    targets: tuple[Hook, ...] = ()
+    """The hook that a transcoder gives, or several, side by side."""
     others: tuple[Hook, ...] = ()
     """Further hooks that were read, whose norms left out tokens too."""
     dtype: str | None = None
@@ -212,6 +212,16 @@ class LanguageRecord:
     """Of the model's weights, see `LanguageModel.describe`; of a model of that `dtype`."""
     norm_median: float | None = None
     """The median norm that the norm filter multiplies."""
+
+    @property
+    def target(self) -> Hook | None:
+        """The one hook that a transcoder gives; None of an autoencoder. Raises ValueError for several."""
+        if len(self.targets) > 1:
+            raise ValueError(
+                f"this transcoder gives {', '.join(map(str, self.targets))} side by side, and only one hook can be put "
+                "into a model; measure it on stored rows, without --spliced"
+            )
+        return self.targets[0] if self.targets else None
 
 
 def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
@@ -225,15 +235,14 @@ def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
         return None
     try:
         live, harvest = data.get("live"), data.get("harvest")
-        target = data.get("target")
-        target = target[0] if isinstance(target, list) and len(target) == 1 else target
+        targets = () if data.get("target") is None else hooks_of(data["target"])
         if live:
             stream = StreamConfig.from_record(live["stream"])
             own = data.get("hook")  # of several live hooks, that of this run
             read = stream.hooks if own is None else hooks_of(own)
             given = {key.removeprefix("text_"): live[key] for key in ("text_field", "token_type") if key in live}
             return LanguageRecord(
-                live["model"], {"spec": live["text"], **given}, dataclasses.replace(stream, hook=read), target,
+                live["model"], {"spec": live["text"], **given}, dataclasses.replace(stream, hook=read), targets,
                 tuple(hook for hook in stream.hooks if hook not in read), live["model_dtype"],
             )  # fmt: skip
         if not harvest or "stream" not in harvest:
@@ -241,19 +250,22 @@ def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
         stream = StreamConfig.from_record(harvest["stream"])
         asked = data.get("hook", stream.hooks[0])
         read = hooks_of(asked)
-        others = tuple(hook for hook in stream.hooks if str(hook) not in map(str, (*read, target)))
+        others = tuple(hook for hook in stream.hooks if str(hook) not in map(str, (*read, *targets)))
         record = LanguageRecord(
-            harvest["model"], harvest["text"], dataclasses.replace(stream, hook=read), target, others
+            harvest["model"], harvest["text"], dataclasses.replace(stream, hook=read), targets, others
         )
         if not (Path(data["path"]) / MANIFEST).is_file():
             return record
-        manifest = Manifest.read(Path(data["path"]))
+        path = Path(data["path"])
+        manifest = Manifest.read(path)
         model = manifest.provenance.get("model") or {}
+        used = [manifest.of_hook(hook, path) for hook in (*read, *targets)]  # which a run may call by the module's name
         return dataclasses.replace(
             record,
+            others=tuple(one.hook for one in manifest.hooks() if one not in used and one.hook is not None),
             dtype=model.get("dtype"),
             digest=model.get("digest"),
-            norm_median=manifest.of_hook(read[0], Path(data["path"])).norm_median,
+            norm_median=used[0].norm_median,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(

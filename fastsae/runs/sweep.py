@@ -316,14 +316,19 @@ class _Book:
             return False
         if found := differences(record["settings"], cell.settings(), cell.free()):
             raise other_settings(run, found)
-        asked = None if further is None else json.loads(json.dumps(further.asked))
-        as_asked = further is None or record.get(further.name, {}).get("asked") == asked
+        as_asked = further is None or _given(record.get(further.name, {}).get("asked")) == _given(further.asked)
         return record["step"] >= cell.config.total_steps(source.n_tokens) and as_asked
 
     def put(self, cell: Cell, record: Record) -> None:
         # As read back: tuples become lists.
         self.records[cell.name] = json.loads(json.dumps({**record, "settings": cell.settings()}))
         write_json(self.folder / FILE, self.content)
+
+
+def _given(asked: Any) -> Any:
+    """What was asked, as it is stored and without what was left out: versions differ in which options there are."""
+    asked = json.loads(json.dumps(asked))
+    return {name: value for name, value in asked.items() if value is not None} if isinstance(asked, dict) else asked
 
 
 def _head(cell: Cell) -> Record:
