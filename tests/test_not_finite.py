@@ -242,8 +242,8 @@ def test_off_the_cpu_bad_numbers_are_recorded_and_raised_when_numbers_are_read()
 def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     run = trainer(tmp_path)
 
-    def spoil_after_the_update(x: Tensor) -> dict[str, Tensor]:
-        metrics = update(x)
+    def spoil_after_the_update(x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        metrics = update(x, target)
         if run.step == 13:
             with torch.no_grad():
                 run.sae.b_enc[7] = float("inf")
@@ -257,7 +257,7 @@ def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
         spoil_after_the_update.state_dict = update.state_dict  # type: ignore[attr-defined]
         return spoil_after_the_update
 
-    update: Callable[[Tensor], dict[str, Tensor]]
+    update: Callable[[Tensor, Tensor | None], dict[str, Tensor]]
     run._make_step = patched  # type: ignore[method-assign, assignment]
     with pytest.raises(
         NonFiniteError, match="after step 14 the parameter b_enc holds NaN or infinity; it is not saved"
