@@ -328,9 +328,9 @@ def test_shares_are_of_the_pairs_that_the_probe_finds() -> None:
 
 def test_the_stored_results_have_the_settings_of_today() -> None:
     stored = read(RESULTS / "othello" / "results.json", "othello")["experiments"]
-    small = system.experiments(blocks=4, games=30_000, read=1000, scored=400)
+    today = system.experiments()
     for name, record in stored.items():
-        assert record["settings"] == {"seeds": 3, **json.loads(json.dumps(small[name].settings))}, name
+        assert record["settings"] == {"seeds": 3, **json.loads(json.dumps(today[name].settings))}, name
     told = figures.result(stored)
     assert f"legal in {stored['model']['legal']['top_1']:.1%} of positions" in told
-    assert f"finds {figures.counts(stored['probe-1'])[0]} of 192 pairs" in told
+    assert f"At layer 4 a linear probe finds {figures.counts(stored['probe-4'])[0]} of 192 pairs" in told
