@@ -321,18 +321,37 @@ def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     # Structs that do not fit each other: a caller in Python may pass them, and C++ refuses them.
     A, small = memory.matrix("W", W), memory.matrix("W", W[: M // 2])
-    code = memory.codes(codes.acts, codes.indices, None, M)
-    yield "decode, a dictionary of half the latents", lambda: _cpu.decode(code, small, memory.matrix("x", x), 1)
+    code, f32 = memory.codes(codes.acts, codes.indices, None, M), _cpu.Dtype.f32
+    wrong = memory.codes(codes.acts, codes.indices + 2, None, M)
+    few = memory.codes(codes.acts[:4], codes.indices[:4], None, M)
+    tokens, numbers = memory.matrix("x", x), _cpu.Numbers(x.data_ptr(), N * D, f32)
+    yield "decode, a dictionary of half the latents", lambda: _cpu.decode(code, small, tokens, 1)
     yield "decode, out of half the tokens", lambda: _cpu.decode(code, A, memory.matrix("x", x[: N // 2]), 1)
     yield "decode, out bfloat16", lambda: _cpu.decode(code, A, memory.matrix("x", x.bfloat16()), 1)
-    yield "decode, no thread", lambda: _cpu.decode(code, A, memory.matrix("x", x), 0)
-    yield "active_dot, half the tokens", lambda: _cpu.active_dot(memory.matrix("x", x[: N // 2]), code, A, 0, 1)
-    yield "a matrix of -1 rows", lambda: _cpu.Matrix(0, -1, 4, 4, _cpu.Dtype.f32)
-    yield "a matrix past int64", lambda: _cpu.Matrix(0, 2**40, 2**40, 2**40, _cpu.Dtype.f32)
-    yield "codes of too few slots", lambda: _cpu.Codes(0, 0, 0, 4, 4, 15, 8, _cpu.Dtype.f32)
-    yield "codes of 2^31 latents", lambda: _cpu.Codes(0, 0, 0, 4, 4, 16, 2**31, _cpu.Dtype.f32)
-    ends = torch.tensor([0, N * K], dtype=torch.int64, device=CPU)
-    yield "codes that end past their slots", lambda: memory.codes(codes.acts[0], codes.indices[0], ends, M)
+    yield "decode, out of one row", lambda: _cpu.decode(code, A, memory.matrix("x", x[:1].expand(N, D)), 1)
+    yield "decode, no thread", lambda: _cpu.decode(code, A, tokens, 0)
+    yield "decode, codes outside", lambda: _cpu.decode(wrong, A, tokens, 1)
+    yield "active_dot, half the tokens", lambda: _cpu.active_dot(memory.matrix("x", x[: N // 2]), code, A, numbers, 1)
+    yield "active_dot, out of x's size", lambda: _cpu.active_dot(tokens, code, A, numbers, 1)
+    yield "by_latent, an order of fewer slots", lambda: _cpu.by_latent(code, memory.sort(few)[0], 1)
+    yield "active_outer, another code's order", lambda: _cpu.active_outer(few, memory.sort(code)[0], tokens, A, 1)
+    yield (
+        "active_outer, an order of the same size",
+        lambda: ops.active_outer(codes, x, by_latent=ops.by_latent(SparseCodes(codes.acts, codes.indices.flip(0), M))),
+    )
+    yield "a matrix of -1 rows", lambda: _cpu.Matrix(_cpu.Numbers(0, 0, f32), -1, 4, 4)
+    yield "a matrix past int64", lambda: _cpu.Matrix(_cpu.Numbers(0, 0, f32), 2**40, 2**40, 2**40)
+    yield "a matrix past its numbers", lambda: _cpu.Matrix(numbers, N + 1, D, D)
+    yield "a matrix of integers", lambda: _cpu.Matrix(_cpu.Numbers(16, 16, _cpu.Dtype.i32), 4, 4, 4)
+    yield "numbers without an address", lambda: _cpu.Numbers(0, 1, f32)
+    yield "numbers at an odd address", lambda: _cpu.Numbers(17, 1, f32)
+    yield "fewer than no numbers", lambda: _cpu.Numbers(16, -1, f32)
+    yield "codes of too few slots", lambda: _cpu.Codes(numbers, numbers, None, 4, 4, 8)
+    indices = _cpu.Numbers(16, N * D, _cpu.Dtype.i32)
+    yield "codes of 2^31 latents", lambda: _cpu.Codes(numbers, indices, None, N, D, 2**31)
+    ends = torch.tensor([0, N * K + 1], dtype=torch.int64, device=CPU)
+    past = memory.codes(codes.acts.flatten(), codes.indices.flatten(), ends, M)
+    yield "codes that end past their slots", lambda: _cpu.by_latent(past, memory.sort(past)[0], 1)
 
 
 if __name__ == "__main__":

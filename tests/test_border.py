@@ -206,4 +206,4 @@ def test_addresses_are_made_in_one_place() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
     ]
-    assert not wrong, f"use fastsae.backends.cpu.memory.address: {wrong}"
+    assert not wrong, f"use fastsae.backends.cpu.memory.numbers: {wrong}"

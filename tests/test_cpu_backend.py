@@ -213,23 +213,31 @@ def test_slots_and_rows_past_2_to_the_31(isa: str) -> None:
     The memory before them does not exist; the pointers are shifted so that the first accesses land in real memory.
     """
     _cpu.use_isa(isa)
-    far, f32 = 2**32, _cpu.Dtype.f32
+    far, f32, i32, i64 = 2**32, _cpu.Dtype.f32, _cpu.Dtype.i32, _cpu.Dtype.i64
     acts, indices = torch.tensor([2.0, 3.0, 5.0]), torch.tensor([1, 1, 1], dtype=torch.int32)
     offsets = far + torch.tensor([0, 1, 3])
-    places = (acts.data_ptr() - 4 * far, indices.data_ptr() - 4 * far, offsets.data_ptr())
-    codes = _cpu.Codes(*places, n=2, k=0, slots=far + 3, d_sae=2, dtype=f32)
+    places = (
+        _cpu.Numbers(acts.data_ptr() - 4 * far, far + 3, f32),
+        _cpu.Numbers(indices.data_ptr() - 4 * far, far + 3, i32),
+        _cpu.Numbers(offsets.data_ptr(), 3, i64),
+    )
+    codes = _cpu.Codes(*places, n=2, k=0, d_sae=2)
     row, x, out = torch.arange(20.0), torch.ones(2, 20), torch.empty(2, 20)
-    W = _cpu.Matrix(row.data_ptr() - 4 * far, 2, 20, far, f32)
+    W = _cpu.Matrix(_cpu.Numbers(row.data_ptr() - 4 * far, far + 20, f32), 2, 20, far)
 
     _cpu.decode(codes, W, cpu_memory.matrix("out", out), 2)
     assert torch.equal(out, torch.stack([2 * row, 8 * row]))
 
     dots = torch.empty(3)
-    _cpu.active_dot(cpu_memory.matrix("x", x), codes, W, dots.data_ptr() - 4 * far, 2)
+    _cpu.active_dot(cpu_memory.matrix("x", x), codes, W, _cpu.Numbers(dots.data_ptr() - 4 * far, far + 3, f32), 2)
     assert dots.tolist() == [190.0] * 3
 
     order = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.int32), torch.empty(3, dtype=torch.int64)
-    by_latent = _cpu.LatentOrder(*(t.data_ptr() for t in order))
+    # Of as many entries as the code has slots; only the first three are written.
+    sizes = ((3, i64), (far + 3, i32), (far + 3, i64))
+    by_latent = _cpu.LatentOrder(
+        *(_cpu.Numbers(t.data_ptr(), n, dtype) for t, (n, dtype) in zip(order, sizes, strict=True))
+    )
     _cpu.by_latent(codes, by_latent, 2)
     assert [t.tolist() for t in order] == [[0, 0, 3], [0, 1, 1], [far, far + 1, far + 2]]
 

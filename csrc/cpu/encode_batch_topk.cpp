@@ -113,7 +113,7 @@ int64_t encode_batch_topk(const EncodeArgs& a, const RaggedCodes& out) {
     const Scored all = score_above(a, bar);
     redone += all.scored_in_full;
     // A latent left out scores no more than the bar: as many as wanted above it are the best.
-    if (bar <= 0.f || (wanted && int64_t(all.scores.size()) >= wanted)) {
+    if (bar <= 0.f || int64_t(all.scores.size()) >= wanted) {
       write_best(all, wanted, out);
       break;
     }

@@ -35,7 +35,7 @@ struct OptimizerArgs {
   double kept;                   // 1 - lr · weight decay
 };
 
-// A parameter with its moments. data is null for the encoder of a tied SAE, m and v where the optimizer has none.
+// A parameter with its moments, which are null where the optimizer has none. Memory of no numbers is null too.
 struct Parameter {
   void *data, *m, *v;
   float *m_scales, *v_scales;   // of 8-bit moments, one for every 128 numbers of a row
@@ -45,6 +45,7 @@ struct Parameter {
 
 struct UpdateArgs {
   Parameter W_enc, W_dec, b_enc, b_dec;
+  bool tied;               // the encoder is W_dec, and there is no W_enc
   int64_t latents, d_in, d_out;
   Dtype dtype;             // of the weights
   std::vector<UpdateTerm> terms;

@@ -38,7 +38,7 @@ template <class T> struct Updater {
   const RowGradients<T> gradients{a};
   T* const enc = static_cast<T*>(a.W_enc.data);
   T* const dec = static_cast<T*>(a.W_dec.data);
-  const bool tied = !enc;
+  const bool tied = a.tied;
 
   Keys keys[4];   // of the i-th parameter's streams, 2i and 2i + 1
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsae import _cpu, env
 from fastsae.backends import buffers
-from fastsae.backends.cpu.memory import CPU, DTYPES, address, codes, latent_order, matrix, sort
+from fastsae.backends.cpu.memory import CPU, DTYPES, codes, latent_order, matrix, numbers, sort
 from fastsae.backends.cpu.screen import encode_above, encode_batch_topk, encode_topk, prepare_screen
 from fastsae.backends.cpu.update import update_latents_
 from fastsae.reference import wide
@@ -44,9 +44,9 @@ def supports(op: str, *tensors: Tensor, **info: Any) -> str | None:
     if op != "update_latents_":
         odd = [dtype for dtype in floating if dtype not in served]
         if odd:
-            return f"{op} has no kernel for {odd[0]}"
+            return f"{op} has no kernel for {odd[0]}; cast to {' or '.join(map(str, served))}"
     elif torch.float16 in floating:
-        return "update_latents_ has no kernel for torch.float16"
+        return "update_latents_ has no kernel for torch.float16; cast to torch.float32 or torch.bfloat16"
     return None
 
 
@@ -74,7 +74,7 @@ def decode_error(
 def active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     code = codes(acts, indices, offsets, W.shape[0])
     out = buffers.zeros(acts.shape, acts.dtype, CPU)  # zeros: a ragged code's spare slots are not written
-    place = address("out", out, acts.dtype, tuple(acts.shape))
+    place = numbers("out", out, acts.dtype, tuple(acts.shape))
     _cpu.active_dot(matrix("x", x), code, matrix("W", W), place, torch.get_num_threads())
     return out
 
@@ -83,14 +83,15 @@ def active_outer(
     acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, by_latent: list[Tensor] | None
 ) -> Tensor:
     code = codes(acts, indices, offsets, d_sae)
-    order = sort(code) if by_latent is None else by_latent
+    order, _held = sort(code) if by_latent is None else (latent_order(code, *by_latent), by_latent)
     out = buffers.empty((d_sae, x.shape[1]), x.dtype, CPU)
-    _cpu.active_outer(code, latent_order(code, *order), matrix("x", x), matrix("out", out), torch.get_num_threads())
+    _cpu.active_outer(code, order, matrix("x", x), matrix("out", out), torch.get_num_threads())
     return out
 
 
 def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    return sort(codes(acts, indices, offsets, d_sae))
+    offsets, tokens, slots = sort(codes(acts, indices, offsets, d_sae))[1]
+    return offsets, tokens, slots
 
 
 __all__ = [

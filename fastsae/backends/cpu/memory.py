@@ -1,11 +1,11 @@
-"""How tensors are passed to the C++ extension: addresses, shapes and dtypes, nothing copied.
+"""How tensors are passed to the C++ extension: addresses, sizes and dtypes, nothing copied.
 
-Every address that C++ gets is made here, and only here: from a tensor on the CPU, of the dtype that C++ expects, whose
-storage holds every number that C++ will read or write there. csrc/cpu/bind.cpp checks that the sizes of a call fit
-together. The raw op (fastsae.ops) checks the values that C++ uses as indices (codes, rows).
+Every address that C++ gets is made here, and only here, as _cpu.Numbers: the address of a tensor on the CPU, how many
+numbers lie there and of which dtype. This module checks that the tensor's storage holds them all. csrc/cpu/given.h
+checks that they are as many, and of the dtype, as a kernel reads or writes, and that values used as indices lie inside.
 
-The caller keeps the tensors alive during the call. torch is imported before the extension, so that both use one OpenMP
-runtime.
+The caller keeps the tensors alive during the call, and no other thread writes them. torch is imported before the
+extension, so that both use one OpenMP runtime.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from fastsae.backends import buffers
 
 CPU = torch.device("cpu")
 DTYPES = {float32: _cpu.Dtype.f32, bf16: _cpu.Dtype.bf16, float64: _cpu.Dtype.f64}
+KINDS = DTYPES | {int32: _cpu.Dtype.i32, int64: _cpu.Dtype.i64, torch.float8_e4m3fn: _cpu.Dtype.fp8}
 
 
-def _place(name: str, t: Tensor, dtype: torch.dtype, span: int) -> int:
-    """The address of `span` numbers of dtype, the first of t and those after it. A few microseconds.
+def _place(name: str, t: Tensor, dtype: torch.dtype, span: int) -> _cpu.Numbers:
+    """`span` numbers of dtype, the first of t and those after it. A few microseconds.
 
     Raises TypeError for another dtype, ValueError if they do not lie in t's memory, or not on the CPU.
     """
@@ -42,16 +43,16 @@ def _place(name: str, t: Tensor, dtype: torch.dtype, span: int) -> int:
             f"{name} of shape {tuple(t.shape)} lies at address {place}, expected memory that begins at a multiple of "
             f"its element size, {t.itemsize}; pass .clone()"
         )
-    return place
+    return _cpu.Numbers(place, span, KINDS[dtype])
 
 
-def address(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """The address of the numbers of a contiguous tensor of this shape; 0 for None.
+def numbers(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> _cpu.Numbers | None:
+    """The numbers of a contiguous tensor of this shape; None for None.
 
     Raises TypeError for another dtype, ValueError for another shape or a tensor not contiguous in the CPU's memory.
     """
     if t is None:
-        return 0
+        return None
     if t.shape != shape:
         raise ValueError(f"{name} has shape {tuple(t.shape)} where C++ expects {shape}")
     if not t.is_contiguous():
@@ -72,7 +73,7 @@ def matrix(name: str, t: Tensor) -> _cpu.Matrix:
     if rows and cols > 1 and step != 1:
         raise ValueError(f"{name} has strides {t.stride()}, expected contiguous rows; pass .contiguous()")
     span = (rows - 1) * apart + cols if t.numel() else 0
-    return _cpu.Matrix(_place(name, t, t.dtype, span), rows, cols, apart, DTYPES[t.dtype])
+    return _cpu.Matrix(_place(name, t, t.dtype, span), rows, cols, apart if rows > 1 else cols)
 
 
 def codes(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> _cpu.Codes:
@@ -83,30 +84,35 @@ def codes(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> 
     if len(shape) != (2 if offsets is None else 1):
         raise ValueError(f"acts have shape {shape}, expected (N, K), or (capacity,) where there are offsets")
     n, k = shape if offsets is None else (offsets.numel() - 1, 0)
-    starts = address("offsets", offsets, int64, (n + 1,))
-    if offsets is not None and (n < 0 or int(offsets[-1]) > shape[0]):
-        raise ValueError(f"offsets end at {offsets[-1:].tolist()}, expected at most the capacity {shape[0]}")
-    place = address("acts", acts, acts.dtype, shape)
+    if n < 0:
+        raise ValueError("offsets are empty, expected one number more than there are tokens")
     return _cpu.Codes(
-        place, address("indices", indices, int32, shape), starts, n, k, acts.numel(), d_sae, DTYPES[acts.dtype]
+        numbers("acts", acts, acts.dtype, shape),
+        numbers("indices", indices, int32, shape),
+        numbers("offsets", offsets, int64, (n + 1,)),
+        n,
+        k,
+        d_sae,
     )
 
 
 def latent_order(code: _cpu.Codes, offsets: Tensor, tokens: Tensor, slots: Tensor) -> _cpu.LatentOrder:
     """The order of this code: offsets (d_sae + 1,) int64, tokens int32 and slots int64 for as many slots as it has."""
     return _cpu.LatentOrder(
-        address("by_latent's offsets", offsets, int64, (code.d_sae + 1,)),
-        address("by_latent's tokens", tokens, int32, (code.slots,)),
-        address("by_latent's slots", slots, int64, (code.slots,)),
+        numbers("by_latent's offsets", offsets, int64, (code.d_sae + 1,)),
+        numbers("by_latent's tokens", tokens, int32, (code.slots,)),
+        numbers("by_latent's slots", slots, int64, (code.slots,)),
     )
 
 
-def sort(code: _cpu.Codes) -> tuple[Tensor, Tensor, Tensor]:
-    """A code's latent order (offsets, tokens, slots); -1 past the last entry, so that a read past it shows."""
-    order = (
+def sort(code: _cpu.Codes) -> tuple[_cpu.LatentOrder, list[Tensor]]:
+    """A code's latent order, and the tensors that hold it: offsets, tokens, slots; -1 past the last entry, so that a
+    read past it shows."""
+    held = [
         buffers.empty((code.d_sae + 1,), int64, CPU),
         buffers.full((code.slots,), -1, int32, CPU),
         buffers.full((code.slots,), -1, int64, CPU),
-    )
-    _cpu.by_latent(code, latent_order(code, *order), torch.get_num_threads())
-    return order
+    ]
+    order = latent_order(code, *held)
+    _cpu.by_latent(code, order, torch.get_num_threads())
+    return order, held

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import _cpu
 from fastsae.backends import buffers
-from fastsae.backends.cpu.memory import CPU, address, matrix
+from fastsae.backends.cpu.memory import CPU, matrix, numbers
 from fastsae.codes import Screen
 
 _Tensors = list[Tensor]
@@ -41,17 +41,20 @@ def view(tensors: _Tensors, latents: int, d: int) -> _cpu.Screen:
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(f"the screen is tensors of shapes {shapes}, expected words, tables and a format; make it anew")
     words, tables, code = tensors
-    address("the screen's format", code, torch.int32, tuple(code.shape))
+    numbers("the screen's format", code, torch.int32, tuple(code.shape))
     fmt = _cpu.Format(int(code))
     if not _cpu.format_supported(fmt):
         raise ValueError(f"the screen is in {fmt.name}, which {_cpu.isa()} has no code for; make it anew")
     size, positions = _sizes(latents, d, fmt)
     if tables.shape != (3, positions) or words.shape != (size,):
         raise ValueError(f"the screen is of another dictionary than W ({latents}, {d}); make it anew")
-    place = address("the screen's words", words, torch.int32, (size,))
-    table = address("the screen's tables", tables, torch.float32, (3, positions))
-    rows = [table and table + i * positions * tables.itemsize for i in range(3)]
-    return _cpu.Screen(place, *rows, fmt, latents, d)
+    return _cpu.Screen(
+        numbers("the screen's words", words, torch.int32, (size,)),
+        numbers("the screen's tables", tables, torch.float32, (3, positions)),
+        fmt,
+        latents,
+        d,
+    )
 
 
 def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format) -> tuple[_cpu.Screen, _Tensors]:
@@ -59,7 +62,7 @@ def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format) -> tuple[_cpu.Screen,
     latents = W.shape[0] if rows is None else rows.shape[0]
     tensors = allocate(latents, W.shape[1], fmt)
     screen = view(tensors, latents, W.shape[1])
-    _cpu.prepare_screen(matrix("W", W), address("rows", rows, torch.int32, (latents,)), screen, torch.get_num_threads())
+    _cpu.prepare_screen(matrix("W", W), numbers("rows", rows, torch.int32, (latents,)), screen, torch.get_num_threads())
     return screen, tensors
 
 
@@ -114,9 +117,9 @@ def _encode_args(
 ) -> _cpu.EncodeArgs:
     each = (W.shape[0],)
     return _cpu.EncodeArgs(
-        matrix("x", x), matrix("W", W), address("b", b, torch.float32, each),
-        address("scale", scale, torch.float32, each), address("rows", rows, torch.int32, (narrow.latents,)),
-        narrow.latents, index_offset, k, rescore, redo, narrow, torch.get_num_threads(),
+        matrix("x", x), matrix("W", W), numbers("b", b, torch.float32, each),
+        numbers("scale", scale, torch.float32, each), numbers("rows", rows, torch.int32, (narrow.latents,)),
+        index_offset, k, rescore, redo, narrow, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -175,10 +178,9 @@ def encode_above(
     (acts, indices, offsets), places = _ragged(n, capacity)
     above, redone = _cpu.encode_above(
         args,
-        address("threshold", per_latent, torch.float32, (W.shape[0],)),
-        address("threshold", bars, torch.float32, (n, 1)),
+        numbers("threshold", per_latent, torch.float32, (W.shape[0],)),
+        numbers("threshold", bars, torch.float32, (n, 1)),
         *places,
-        capacity,
     )
     del held
     overflow = buffers.scalar(above > capacity, torch.bool, CPU)
@@ -190,7 +192,7 @@ def encode_batch_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args, held = arguments(x, W, b, k, None, None, 0, screen, precision)
     (acts, indices, offsets), places = _ragged(x.shape[0], x.shape[0] * k)
-    redone = _cpu.encode_batch_topk(args, *places, acts.numel())
+    redone = _cpu.encode_batch_topk(args, *places)
     del held
     return acts.to(x.dtype), indices, offsets, _count(redone)
 
@@ -199,15 +201,15 @@ def _count(n: int) -> Tensor:
     return buffers.scalar(n, torch.int64, CPU)
 
 
-def _fixed(n: int, k: int) -> tuple[_Tensors, list[int]]:
-    """acts fp32 and indices (n, k), which C++ fills, and their addresses."""
+def _fixed(n: int, k: int) -> tuple[_Tensors, list[_cpu.Numbers]]:
+    """acts fp32 and indices (n, k), which C++ fills, and their numbers."""
     dtypes, shape = (torch.float32, torch.int32), (n, k)
     held = [buffers.empty(shape, dtype, CPU) for dtype in dtypes]
-    return held, [address("the result", t, dtype, shape) for t, dtype in zip(held, dtypes, strict=True)]
+    return held, [numbers("the result", t, dtype, shape) for t, dtype in zip(held, dtypes, strict=True)]
 
 
-def _ragged(n: int, capacity: int) -> tuple[_Tensors, list[int]]:
-    """acts fp32 and indices (capacity,), offsets (n + 1,), which C++ fills in part, and their addresses."""
+def _ragged(n: int, capacity: int) -> tuple[_Tensors, list[_cpu.Numbers]]:
+    """acts fp32 and indices (capacity,), offsets (n + 1,), which C++ fills in part, and their numbers."""
     layout = ((torch.float32, (capacity,)), (torch.int32, (capacity,)), (torch.int64, (n + 1,)))
     held = [buffers.zeros(shape, dtype, CPU) for dtype, shape in layout]
-    return held, [address("the result", t, dtype, shape) for t, (dtype, shape) in zip(held, layout, strict=True)]
+    return held, [numbers("the result", t, dtype, shape) for t, (dtype, shape) in zip(held, layout, strict=True)]

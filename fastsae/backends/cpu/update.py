@@ -12,10 +12,10 @@ from fastsae import _cpu
 from fastsae.backends import buffers
 from fastsae.backends.contract import UpdateArguments
 from fastsae.backends.cpu import screen as cpu_screen
-from fastsae.backends.cpu.memory import CPU, DTYPES, address, codes, latent_order, matrix, sort
+from fastsae.backends.cpu.memory import CPU, codes, matrix, numbers, sort
 from fastsae.reference import EightBit, Moment, scales_shape, wide
 
-STORED = {torch.bfloat16: _cpu.Stored.bf16, torch.float8_e4m3fn: _cpu.Stored.fp8}
+NARROW = (torch.bfloat16, torch.float8_e4m3fn)
 
 
 def update_latents_(call: UpdateArguments) -> Tensor:
@@ -26,20 +26,18 @@ def update_latents_(call: UpdateArguments) -> Tensor:
     parameters = [
         _parameter(call, name, p, moments[name], stream=2 * i) for i, (name, p) in enumerate(call.parameters().items())
     ]
-    if call.tied:
-        parameters.insert(0, _cpu.Parameter(0, 0, 0, 0, 0, _cpu.Stored.wide, 0))
     held: list[Any] = []  # what C++ reads lives as long as this
     terms = _terms(call, held)
     parts = _parts(call, held)
-    no_copy = _cpu.Screen(0, 0, 0, 0, _cpu.Format.f32, latents, d_in)
+    no_copy = _cpu.Screen(None, None, _cpu.Format.f32, latents, d_in)
     refreshed = call.screen and not call.norms_only
     stats = buffers.empty((4,), torch.float64, CPU)
     _cpu.update_latents(
+        *([None] if call.tied else []),
         *parameters,
         latents=latents,
         d_in=d_in,
         d_out=d_out,
-        dtype=DTYPES[call.W_dec.dtype],
         terms=terms,
         parts=parts,
         optimizer=_optimizer(call),
@@ -52,7 +50,7 @@ def update_latents_(call: UpdateArguments) -> Tensor:
         step=int(call.step),
         screen=cpu_screen.view(call.screen, latents, d_in) if refreshed else no_copy,
         threads=torch.get_num_threads(),
-        stats=address("stats", stats, torch.float64, (4,)),
+        stats=numbers("stats", stats, torch.float64, (4,)),
     )
     del held
     return stats
@@ -64,15 +62,15 @@ def _parameter(call: UpdateArguments, name: str, p: Tensor, moments: tuple[Momen
     shape = {"W_enc": (latents, d_in), "W_dec": (latents, d_out), "b_enc": (latents,), "b_dec": (d_out,)}[name]
     if len(moments) != len(kinds):
         raise ValueError(f"got {len(moments)} moments of {name}, expected {len(kinds)}, those of {call.optimizer}")
-    places, scales = [0, 0], [0, 0]
-    numbers = [moment.codes if isinstance(moment, EightBit) else moment for moment in moments]
-    stored = next((t.dtype for t in numbers if t.dtype in STORED), wide(p).dtype)
-    for i, (kind, moment, held) in enumerate(zip(kinds, moments, numbers, strict=True)):
-        places[i] = address(f"moment {kind} of {name}", held, stored, shape)
+    places: list[_cpu.Numbers | None] = [None, None]
+    scales: list[_cpu.Numbers | None] = [None, None]
+    stored = [moment.codes if isinstance(moment, EightBit) else moment for moment in moments]
+    dtype = next((t.dtype for t in stored if t.dtype in NARROW), wide(p).dtype)
+    for i, (kind, moment, held) in enumerate(zip(kinds, moments, stored, strict=True)):
+        places[i] = numbers(f"moment {kind} of {name}", held, dtype, shape)
         if isinstance(moment, EightBit):
-            scales[i] = address(f"the scales of {kind} of {name}", moment.scales, torch.float32, scales_shape(held))
-    place = address(name, p, call.W_dec.dtype, shape)
-    return _cpu.Parameter(place, *places, *scales, STORED.get(stored, _cpu.Stored.wide), stream)
+            scales[i] = numbers(f"the scales of {kind} of {name}", moment.scales, torch.float32, scales_shape(held))
+    return _cpu.Parameter(numbers(name, p, call.W_dec.dtype, shape), *places, *scales, stream)
 
 
 def _optimizer(call: UpdateArguments) -> _cpu.OptimizerArgs:
@@ -95,14 +93,10 @@ def _terms(call: UpdateArguments, held: list[Any]) -> list[_cpu.UpdateTerm]:
         acts, x, grad = t.acts.to(call.W_dec.dtype), wide(t.x).contiguous(), wide(t.grad).contiguous()
         dacts = None if t.dacts is None else wide(t.dacts).contiguous()
         code = codes(acts, t.indices, t.offsets, call.W_dec.shape[0])
-        order = sort(code)
-        given = address("dacts", dacts, x.dtype, tuple(acts.shape))
-        terms.append(
-            _cpu.UpdateTerm(
-                code, latent_order(code, *order), matrix("x", x), matrix("grad", grad), given, t.has_bias
-            )
-        )  # fmt: skip
-        held.append((acts, x, grad, dacts, order))
+        order, of_order = sort(code)
+        given = numbers("dacts", dacts, x.dtype, tuple(acts.shape))
+        terms.append(_cpu.UpdateTerm(code, order, matrix("x", x), matrix("grad", grad), given, t.has_bias))
+        held.append((acts, x, grad, dacts, of_order))
     return terms
 
 
@@ -119,7 +113,7 @@ def _parts(call: UpdateArguments, held: list[Any]) -> _cpu.UpdateParts:
     places = []
     for name, (t, shape) in given.items():
         read = None if t is None else wide(t.detach()).contiguous()
-        places.append(address(name, read, dtype, shape))
+        places.append(numbers(name, read, dtype, shape))
         held.append(read)
     pull, *others = places
     return _cpu.UpdateParts(pull, segments, *others)
