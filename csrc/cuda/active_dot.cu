@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 void active_dot(const Where& where, const Array& x, const Array& acts, const Array& indices, const Maybe& offsets,
                 const Array& W, const Array& out) {
+  fit("x", x, fit_code(acts, indices, offsets), W.cols), fit("out", out, acts.rows, acts.cols);
   by_dtype(W.dtype, [&](auto t) {
     using T = decltype(t);
     const Codes<T> c = codes<T>(acts, indices, offsets, W.rows);

@@ -40,6 +40,8 @@ template <bool ALIGNED, class T> struct Store {
 
 void active_outer(const Where& where, const Array& starts, const Array& tokens, const Array& slots, const Array& acts,
                   const Array& x, const Array& out, const Maybe& first_piece, int64_t piece_length, const Maybe& sums) {
+  fit("starts", starts, out.rows + 1), fit("tokens", tokens, acts.size()), fit("slots", slots, acts.size());
+  fit("out", out, out.rows, x.cols), fit_pieces(first_piece, out.rows, piece_length, sums, x.cols);
   by_dtype(x.dtype, [&](auto t) {
     using T = decltype(t);
     const LatentRows<T> rows{starts.as<int64_t>(), tokens.as<int32_t>(), slots.as<int64_t>(), acts.as<T>(), x.rows,

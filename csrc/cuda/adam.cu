@@ -31,6 +31,8 @@ __global__ void __launch_bounds__(WARP, 1)
 
 void step_numbers(const Where& where, const Array& lr, const Array& step, const Maybe& skip, double beta1, double beta2,
                   int64_t seed, const Array& numbers, const Array& keys) {
+  fit("lr", lr, 1), fit("step", step, 1), fit("skip", skip, 1), fit("numbers", numbers, 3);
+  fit("keys", keys, counted("keys", keys.rows));
   launch(where, "step_numbers", step_numbers_kernel, {dim3(1), dim3(WARP)}, lr.as<double>(), step.as<int64_t>(),
          pointer<uint8_t>(skip), beta1, beta2, static_cast<uint32_t>(seed), numbers.as<float>(), keys.as<uint32_t>(),
          static_cast<int>(keys.rows));

@@ -21,11 +21,6 @@ struct Tensor {  // as it was given; `array` is what kernels get
   }
 };
 
-inline const char* name_of(Dtype t) {
-  static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int32", "int64", "bool"};
-  return names[static_cast<int>(t)];
-}
-
 // torch's dtypes, in the order of ours. They are never released: the interpreter may end first.
 inline std::vector<py::handle>& known_dtypes() {
   static std::vector<py::handle> known;
@@ -57,6 +52,10 @@ inline Tensor read_tensor(py::handle t) {
   r.dimensions = static_cast<int>(shape.size());
   r.array.rows = shape.size() > 0 ? shape[0].cast<int64_t>() : 1;
   r.array.cols = shape.size() > 1 ? shape[1].cast<int64_t>() : 1;
+  const py::object storage = t.attr("untyped_storage")();
+  const int64_t there = storage.attr("nbytes")().cast<int64_t>() / size_of(r.array.dtype);
+  if (r.array.size() && t.attr("storage_offset")().cast<int64_t>() + r.array.size() > there)
+    throw py::value_error("got a " + r.shape() + " tensor whose storage holds " + std::to_string(there) + " numbers; was it freed?");
   if (!t.attr("is_contiguous")().cast<bool>())
     throw py::value_error("got a " + r.shape() + " tensor that is not contiguous; pass t.contiguous()");
   if (reinterpret_cast<uintptr_t>(r.array.data) % size_of(r.array.dtype))

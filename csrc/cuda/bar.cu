@@ -186,6 +186,10 @@ __global__ void __launch_bounds__(THREADS, FLAT ? 3 : 2) bars_kernel(Sample<S> s
 void bars(const Where& where, const Array& scores, const Array& table, const Array& bounds, const Array& count,
           const Array& out, int64_t chunks, int64_t step, int64_t limit, int64_t rank) {
   const int64_t N = out.rows, width = table.cols;
+  counted("chunks", chunks), counted("limit", limit), counted("rank", rank), counted("width", width), counted("N", N);
+  in_range("step", step, 1, std::numeric_limits<int32_t>::max()), in_range("limit", limit, 0, scores.cols);
+  fit("scores", scores, N, scores.cols), fit("bounds", bounds, 4, N), fit("count", count, 1), fit("out", out, N);
+  fit("table", table, 5 * chunks, width);
   if (!N) return;
   // As many tokens to a block as leave every multiprocessor one.
   const int per_block = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(TOKENS, N / WANTED_BLOCKS)));

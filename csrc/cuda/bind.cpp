@@ -15,6 +15,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fastsae's CUDA ops on torch tensors; use fastsae.ops instead";
   py::register_local_exception<Error>(m, "Error", PyExc_RuntimeError);
   learn_dtypes();
+#ifdef FASTSAE_SOURCES
+  m.attr("sources") = FASTSAE_SOURCES;  // their digest: fastsae/backends/sources.py
+#endif
   py::class_<Where>(m, "Where", py::module_local()).def(py::init([](int device, uintptr_t stream) {
     return Where{device, reinterpret_cast<void*>(stream)};
   }), py::arg("device"), py::arg("stream"));

@@ -69,6 +69,9 @@ int key_bits(int64_t latents) {  // of 0 .. latents
 
 void list_slots(const Where& where, const Array& acts, const Array& indices, const Maybe& offsets, int64_t latents,
                 const Array& keys, const Array& rows, const Maybe& values, int64_t first_row) {
+  const int64_t tokens = fit_code(acts, indices, offsets), slots = counted("slots", acts.size());
+  fit("keys", keys, slots), fit("rows", rows, slots), fit("values", values, slots), counted("latents", latents);
+  counted("rows", first_row), counted("rows", first_row + tokens);
   by_dtype(acts.dtype, [&](auto t) {
     using T = decltype(t);
     launch(where, "list_slots", list_slots_kernel<T>, one_each(acts.size()), codes<T>(acts, indices, offsets, latents),
@@ -77,13 +80,19 @@ void list_slots(const Where& where, const Array& acts, const Array& indices, con
 }
 
 int64_t sort_workspace(const Where&, int64_t slots, int64_t latents) {
-  return static_cast<int64_t>(sort_bytes(static_cast<int>(slots), key_bits(latents)));
+  return static_cast<int64_t>(sort_bytes(counted("slots", slots), key_bits(counted("latents", latents))));
 }
 
 void sort_slots(const Where& where, const Array& keys, const Array& rows, const Maybe& values, int64_t latents,
                 const Array& numbers, const Array& sorted_keys, const Array& order, const Array& workspace,
                 const Array& starts, const Array& sorted_rows, const Array& sorted_slots, const Maybe& sorted_values) {
   const int64_t slots = keys.rows;
+  fit("keys", keys, counted("slots", slots)), fit("rows", rows, slots), fit("values", values, slots);
+  fit("numbers", numbers, slots), fit("sorted_keys", sorted_keys, slots), fit("order", order, slots);
+  fit("starts", starts, counted("latents", latents) + int64_t{1}), fit("sorted_rows", sorted_rows, slots);
+  fit("sorted_slots", sorted_slots, slots), fit("sorted_values", sorted_values, slots);
+  if (values.has_value() != sorted_values.has_value()) throw std::invalid_argument("values without sorted_values, or these alone");
+  if (slots) fit_workspace(workspace, sort_bytes(static_cast<int>(slots), key_bits(latents)));
   if (slots)
     sort(where, {keys.as<int32_t>(), numbers.as<int32_t>(), sorted_keys.as<int32_t>(), order.as<int32_t>(),
                  static_cast<int>(slots), key_bits(latents)},

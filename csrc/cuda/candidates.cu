@@ -102,6 +102,13 @@ constexpr int HELD = 4096;   // 32 KiB
 void select(const Where& where, const Array& values, const Array& places, const Array& counts, const Array& table,
             const Array& bounds, const Array& bars, const Maybe& rows, const Array& latents, const Array& scores,
             const Array& found, const Array& certified, int64_t k, int64_t chunks, bool exact, float roundoff) {
+  const int64_t N = counts.rows;
+  fit("counts", counts, counted("N", N)), fit("values", values, N, counted("survivors", values.cols));
+  fit("places", places, N, values.cols), fit("bounds", bounds, 4, N), fit("bars", bars, N);
+  fit("table", table, 5 * counted("chunks", chunks), counted("width", table.cols));
+  if (rows) fit("rows", rows, rows->rows);
+  fit("latents", latents, N, counted("candidates", latents.cols)), fit("scores", scores, N, latents.cols);
+  fit("found", found, N), fit("certified", certified, N), counted("k", k);
   const int held = static_cast<int>(std::min<int64_t>(values.cols, HELD));
   const Survivors s{values.as<const float>(), places.as<const int32_t>(), counts.as<const int32_t>(),
                     table.as<const float>(), bounds.as<const float>(), bars.as<const float>(),

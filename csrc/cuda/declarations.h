@@ -1,5 +1,5 @@
 // The host functions that bind.cpp shows to Python, one group a source file. Each puts its kernels on where.stream and
-// throws before it launches anything where it cannot; shapes and dtypes were checked above (fastsae.ops.checks).
+// throws before it launches anything where it cannot, or where sizes or dtypes do not fit (fit.h).
 #pragma once
 #include "ops.h"
 

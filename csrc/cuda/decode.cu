@@ -65,6 +65,7 @@ template <bool ALIGNED, class T> struct Subtract {
 
 void decode(const Where& where, const Array& acts, const Array& indices, const Maybe& offsets, const Array& W,
             const Array& out, const Maybe& first_piece, int64_t piece_length, const Maybe& sums) {
+  fit("out", out, fit_code(acts, indices, offsets), W.cols), fit_pieces(first_piece, out.rows, piece_length, sums, W.cols);
   by_dtype(W.dtype, [&](auto t) {
     using T = decltype(t);
     const TokenRows<T> rows{codes<T>(acts, indices, offsets, W.rows)};
@@ -79,6 +80,9 @@ void decode(const Where& where, const Array& acts, const Array& indices, const M
 void decode_error(const Where& where, const Array& acts, const Array& indices, const Maybe& offsets, const Array& W,
                   const Array& target, const Maybe& bias, const Array& error, const Array& squares, const Maybe& first_piece,
                   int64_t piece_length, const Maybe& sums) {
+  const int64_t n = fit_code(acts, indices, offsets);
+  fit("target", target, n, W.cols), fit("error", error, n, W.cols), fit("bias", bias, W.cols);
+  fit("squares", squares, decode_tiles(W.dtype, W.cols), n), fit_pieces(first_piece, n, piece_length, sums, W.cols);
   by_dtype(W.dtype, [&](auto t) {
     using T = decltype(t);
     const TokenRows<T> rows{codes<T>(acts, indices, offsets, W.rows)};

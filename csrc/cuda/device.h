@@ -16,6 +16,8 @@
 
 #include <cstdint>
 
+#include "ops.h"
+
 namespace fastsae {
 
 template <class T> using Plain = T;
@@ -35,6 +37,9 @@ template <class T> __device__ T* dynamic_shared() {
   return reinterpret_cast<T*>(memory);
 }
 #endif
+
+template <> struct DtypeOf<bf16> { static constexpr Dtype value = Dtype::bf16; };
+template <> struct DtypeOf<f16> { static constexpr Dtype value = Dtype::f16; };
 
 // -- values: computed in float, rounded once, to nearest even, when stored ---------------------------------------------
 

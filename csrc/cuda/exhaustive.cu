@@ -123,6 +123,11 @@ __global__ void __launch_bounds__(SELECT_WARPS* WARP, 1) rest_kernel(Redo s, Enc
 void exhaustive_top_k(const Where& where, const Array& x, const Array& W, const Array& b, const Maybe& gate, const Maybe& rows,
                       const Array& count, const Array& tokens, const Array& listed, const Array& acts,
                       const Array& indices, int64_t offset, int64_t last, const Array& scratch) {
+  const int64_t positions = rows ? rows->rows : W.rows;
+  fit_encoder(x, W, b, gate), fit("rows", rows, positions), fit("count", count, 1), fit("listed", listed, 1);
+  fit("acts", acts, x.rows, counted("k", acts.cols)), fit("indices", indices, x.rows, acts.cols);
+  fit("tokens", tokens, x.rows + 1), fit("scratch", scratch, counted("slots", scratch.rows), positions);
+  counted("offset", offset), counted("last", last);
   if (!acts.size()) return;
   const Redo s{pointer<const int32_t>(rows), count.as<const int32_t>(), tokens.as<const int32_t>(),
                listed.as<const int32_t>(), scratch.as<float>(), {acts.data, acts.dtype}, indices.as<int32_t>(), x.rows,

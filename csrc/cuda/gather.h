@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS<ALIGNED, T>)
 
 // Blocks of whole warps that cover a row of D columns, and several rows where those are short.
 template <class T> Shape gather_shape(int64_t owners, int64_t D) {
-  const unsigned across = static_cast<unsigned>(std::min<int64_t>(GATHER_THREADS, ceil_div(ceil_div(D, V<T>), WARP) * WARP));
+  const int64_t packs = ceil_div(ceil_div(D, V<T>), WARP) * WARP;
+  const unsigned across = static_cast<unsigned>(std::clamp<int64_t>(packs, WARP, GATHER_THREADS));  // no column: no block
   const unsigned down = std::max(1u, 128 / across);
   return {dim3(ceil_div(owners, down), ceil_div(D, across * V<T>)), dim3(across, down)};
 }

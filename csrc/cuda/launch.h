@@ -5,6 +5,7 @@
 #include <string>
 
 #include "device.h"
+#include "fit.h"
 #include "ops.h"
 
 namespace fastsae {

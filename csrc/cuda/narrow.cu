@@ -85,6 +85,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) narrow_kernel(const T* t, L* 
 
 void narrow_rows(const Where& where, const Array& t, const Array& low, const Array& scale, const Array& norm,
                  const Array& residual) {
+  in_range("columns of low", low.cols, t.cols, std::numeric_limits<int32_t>::max());
+  fit("low", low, t.rows, low.cols), fit("scale", scale, t.rows), fit("norm", norm, t.rows), fit("residual", residual, t.rows);
   by_dtype(t.dtype, [&](auto of_t) {
     using T = decltype(of_t);
     const auto run = [&](auto of_low) {

@@ -5,6 +5,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace fastsae {
 
@@ -20,6 +21,20 @@ inline int64_t size_of(Dtype t) {
   throw std::invalid_argument("there is no such dtype");
 }
 
+template <class T> struct DtypeOf;  // of the type that a kernel reads it as; bf16 and f16: device.h
+template <> struct DtypeOf<float> { static constexpr Dtype value = Dtype::f32; };
+template <> struct DtypeOf<double> { static constexpr Dtype value = Dtype::f64; };
+template <> struct DtypeOf<int32_t> { static constexpr Dtype value = Dtype::i32; };
+template <> struct DtypeOf<uint32_t> { static constexpr Dtype value = Dtype::i32; };
+template <> struct DtypeOf<int64_t> { static constexpr Dtype value = Dtype::i64; };
+template <> struct DtypeOf<unsigned long long> { static constexpr Dtype value = Dtype::i64; };
+template <> struct DtypeOf<uint8_t> { static constexpr Dtype value = Dtype::b8; };
+
+inline const char* name_of(Dtype t) {
+  static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int32", "int64", "bool"};
+  return names[static_cast<int>(t)];
+}
+
 // A contiguous tensor of at most two dimensions; a vector has cols = 1, a scalar both.
 struct Array {
   void* data;
@@ -27,7 +42,13 @@ struct Array {
   Dtype dtype;
 
   int64_t size() const { return rows * cols; }
-  template <class T> T* as() const { return static_cast<T*>(data); }
+  // Throws where the memory holds another dtype.
+  template <class T> T* as() const {
+    constexpr Dtype expected = DtypeOf<std::remove_const_t<T>>::value;
+    if (dtype != expected)
+      throw std::invalid_argument(std::string("a tensor is of ") + name_of(dtype) + ", expected " + name_of(expected));
+    return static_cast<T*>(data);
+  }
 };
 using Maybe = std::optional<Array>;
 

@@ -23,11 +23,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 }  // namespace
 
 int64_t piece_workspace(const Where&, int64_t latents) {
-  return static_cast<int64_t>(scan_bytes(static_cast<int>(latents + 1)));
+  return static_cast<int64_t>(scan_bytes(counted("latents", latents) + 1));
 }
 
 void piece_starts(const Where& where, const Array& starts, int64_t length, const Array& workspace, const Array& first) {
   const int64_t latents = starts.rows - 1;
+  fit("starts", starts, counted("latents", latents) + int64_t{1}), fit("first", first, starts.rows);
+  in_range("the length of a piece", length, 1, std::numeric_limits<int64_t>::max());
+  fit_workspace(workspace, scan_bytes(static_cast<int>(latents + 1)));
   launch(where, "count_pieces", count_pieces_kernel, {dim3(ceil_div(latents + 1, THREADS)), dim3(THREADS)},
          starts.as<int64_t>(), first.as<int32_t>(), latents, length);
   inclusive_sum(where, first.as<int32_t>(), static_cast<int>(latents + 1), workspace.data,

@@ -171,6 +171,8 @@ __global__ void __launch_bounds__(THREADS, 2)
 void run_listed(const char* name, const Where& where, const Array& latents, const Array& scores, const Array& found,
                 const Array& thresholds, bool per_latent, const int64_t* offsets, int64_t* totals, const Code& code) {
   const int64_t N = found.rows;
+  fit("found", found, counted("N", N)), fit("latents", latents, N, counted("candidates", latents.cols));
+  fit("scores", scores, N, latents.cols), fit("thresholds", thresholds, per_latent ? thresholds.rows : N);
   launch(where, name, listed_kernel, {dim3(ceil_div(N, LIST_THREADS / WARP)), dim3(LIST_THREADS)},
          latents.as<const int32_t>(), scores.as<const float>(), found.as<const int32_t>(),
          Thresholds{thresholds.as<const float>(), per_latent, thresholds.rows}, offsets, totals, code, N, latents.cols);
@@ -180,11 +182,13 @@ void run_listed(const char* name, const Where& where, const Array& latents, cons
 
 void count_listed(const Where& where, const Array& latents, const Array& scores, const Array& found, const Array& thresholds,
                   bool per_latent, const Array& totals) {
+  fit("totals", totals, found.rows);
   run_listed("count_listed", where, latents, scores, found, thresholds, per_latent, nullptr, totals.as<int64_t>(), {});
 }
 
 void emit_listed(const Where& where, const Array& latents, const Array& scores, const Array& found, const Array& thresholds,
                  bool per_latent, const Array& offsets, const Array& acts, const Array& indices) {
+  fit("offsets", offsets, found.rows + 1), fit("acts", acts, acts.rows), fit("indices", indices, acts.rows);
   run_listed("emit_listed", where, latents, scores, found, thresholds, per_latent, offsets.as<const int64_t>(), nullptr,
              {{acts.data, acts.dtype}, indices.as<int32_t>(), acts.rows});
 }
@@ -192,6 +196,11 @@ void emit_listed(const Where& where, const Array& latents, const Array& scores, 
 void every_latent(const Where& where, const Array& x, const Array& W, const Array& b, const Array& tokens, const Array& listed,
                   const Array& acts, const Array& indices, const Maybe& totals, const Maybe& offsets,
                   const Maybe& thresholds, bool per_latent, const Maybe& least, const Maybe& ties) {
+  fit_encoder(x, W, b), fit("tokens", tokens, tokens.rows), fit("listed", listed, 1);
+  in_range("rows of tokens", tokens.rows, x.rows, x.rows + 1);
+  fit("acts", acts, acts.rows), fit("indices", indices, acts.rows), fit("totals", totals, x.rows);
+  fit("offsets", offsets, x.rows + 1), fit("thresholds", thresholds, per_latent ? W.rows : x.rows);
+  fit("least", least, 1), fit("ties", ties, x.rows);
   const Walk s{tokens.as<const int32_t>(), listed.as<const int32_t>(),
                {pointer<const float>(thresholds), per_latent, W.rows}, pointer<const int32_t>(least),
                pointer<int64_t>(ties), pointer<int64_t>(totals), pointer<const int64_t>(offsets),
@@ -207,6 +216,7 @@ void every_latent(const Where& where, const Array& x, const Array& W, const Arra
 
 void histogram(const Where& where, const Array& x, const Array& W, const Array& b, const Array& needed, const Maybe& prefix,
                const Array& bins) {
+  fit_encoder(x, W, b), fit("needed", needed, 1), fit("prefix", prefix, 1), fit("bins", bins, 1 << 16);
   const int64_t groups = ceil_div(x.rows, TOKENS), tiles = ceil_div(W.rows, WARPS * DOTS);
   const int64_t shares = groups ? std::min(tiles, ceil_div(MOST_BLOCKS, groups)) : 0;
   by_dtype(W.dtype, [&](auto t) {

@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) rescore_kernel(Encoder<T> enc
 
 void rescore(const Where& where, const Array& x, const Array& W, const Array& b, const Maybe& gate, const Array& latents,
              const Array& counts, const Array& scores) {
+  fit_encoder(x, W, b, gate);
+  fit("latents", latents, x.rows, latents.cols), fit("scores", scores, x.rows, latents.cols), fit("counts", counts, x.rows);
   if (!x.rows || !latents.cols) return;
   const int64_t shares = std::min(ceil_div(WANTED_BLOCKS, x.rows), ceil_div(latents.cols, DOTS * (THREADS / WARP)));
   by_dtype(W.dtype, [&](auto t) {

@@ -2,6 +2,7 @@
 // stored in a dtype of their own.
 #pragma once
 #include "dots.h"
+#include "fit.h"
 #include "ops.h"
 
 namespace fastsae {
@@ -10,6 +11,11 @@ template <class T> struct Encoder {
   const T *x, *W, *b, *gate;  // gate may be null
   int64_t latents, D;
 };
+
+inline void fit_encoder(const Array& x, const Array& W, const Array& b, const Maybe& gate = {}) {
+  counted("tokens", x.rows), counted("latents", W.rows);
+  fit("x", x, x.rows, W.cols), fit("b", b, W.rows), fit("gate", gate, W.rows);
+}
 
 template <class T>
 Encoder<T> encoder(const Array& x, const Array& W, const Array& b, const Maybe& gate = {}) {

@@ -190,6 +190,12 @@ void append(const Where& where, const Array& scores, int64_t row_stride, const A
             int64_t chunk, int64_t stride, int64_t base, bool per_latent, float roundoff) {
   const int64_t N = counts.rows;
   if (!N) return;
+  counted("row_stride", row_stride), counted("chunk", chunk), counted("stride", stride), counted("base", base);
+  fit("counts", counts, counted("N", N)), fit("values", values, N, counted("survivors", values.cols));
+  fit("places", places, N, values.cols), fit("table", table, 5, counted("width", table.cols));
+  fit("bounds", bounds, 4, N), fit("limit", limit, 1), fit("scores", scores, scores.rows);
+  in_range("numbers of scores", scores.rows, (N - 1) * row_stride + table.cols, std::numeric_limits<int64_t>::max());
+  if (!per_latent) fit("bars", bars, N);
   const auto run = [&](auto of_scores) {
     using S = decltype(of_scores);
     const Chunk<S> s{scores.as<const S>(), table.as<const float>(), bounds.as<const float>(),

@@ -101,6 +101,11 @@ constexpr int FEW = 512;  // candidates: 16 to a lane
 
 void top_k(const Where& where, const Array& latents, const Array& scores, const Array& counts, const Array& certified,
            const Array& acts, const Array& indices, int64_t offset, int64_t last) {
+  const int64_t N = acts.rows;
+  fit("indices", indices, N, counted("k", acts.cols)), fit("latents", latents, N, counted("candidates", latents.cols));
+  fit("scores", scores, N, latents.cols), fit("counts", counts, N), fit("certified", certified, N);
+  counted("offset", offset), counted("last", last), counted("N", N);
+  if (latents.cols & (latents.cols - 1)) throw std::invalid_argument("candidates are not a power of two");
   if (!acts.size()) return;
   int places = 1;
   while (places < std::min(acts.cols, latents.cols)) places *= 2;

@@ -112,7 +112,11 @@ void update_bias(const Where& where, const Array& b, const Array& m, const Array
                  const Maybe& pre_bias, const Array& sums, const Array& stats, const Array& numbers, const Array& keys,
                  double eps, double beta1, double rest1, double beta2, double rest2, bool stochastic) {
   const int64_t D = b.rows;
-  int64_t parts = 0;
+  int64_t parts = 0, wanted = pre_bias ? bias_parts(pre_bias->rows) : 0;
+  for (const Array& t : grads) fit("a gradient", t, t.rows, D), wanted += bias_parts(t.rows);
+  fit("b", b, D), fit("m", m, D), fit("v", v, D), fit("numbers", numbers, 3), fit("stats", stats, bias_programs(D), 4);
+  if (pre_bias) fit("pre_bias", pre_bias, pre_bias->rows, D);
+  fit("sums", sums, wanted, D), in_range("keys", keys.rows, 2, 8);
   const auto add = [&](const Array& t) {
     by_dtype(t.dtype, [&](auto zero) {
       using T = decltype(zero);

@@ -6,32 +6,13 @@ fibers stand for a GPU's threads (tests/emulation). FASTSAE_CUDA_EMULATION selec
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from fastsae import env
+from fastsae.backends import extension
 
-NAME = "fastsae._cuda"
-
-
-def _load() -> ModuleType:
-    path = env.cuda_emulation()
-    if path is None:
-        return importlib.import_module(NAME)
-    spec = importlib.util.spec_from_file_location(NAME, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"FASTSAE_CUDA_EMULATION is {path!r}, expected an extension module built from csrc/cuda")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[NAME] = module
-    return module
-
-
-library = _load()
+library = extension.load("_cuda", env.cuda_emulation())
 EMULATED: bool = library.emulated
 
 

@@ -56,6 +56,7 @@ def encode_topk(
     if rows is None:
         count = buffers.scalar(buffers.count_int32("latents", positions), torch.int32, x.device)
     else:
+        rows = rows.clamp(max=W.shape[0] - 1)  # the host does not see a row past W: no kernel may read there
         count = (rows >= 0).sum(dtype=torch.int32)
     p = plan(n, positions, k, screen.low.itemsize)
     table = tables(screen, b, scale, None, rows, p.chunks, p.width, strided=True)

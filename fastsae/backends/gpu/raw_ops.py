@@ -34,7 +34,7 @@ def refusal(op: str, tensors: Iterable[Tensor], device: str) -> str | None:
             return f"it computes on {device} tensors here, and a tensor is on {t.device}"
         eight_bit = op == "update_latents_" and t.dtype == torch.float8_e4m3fn  # a moment
         if t.is_floating_point() and t.dtype not in DTYPES and t.ndim and not eight_bit:
-            return f"{op} has no kernel for {t.dtype}"
+            return f"{op} has no kernel for {t.dtype}; cast to {' or '.join(map(str, DTYPES))}"
         if op.startswith(("encode", "prepare")) and t.ndim == 2 and t.shape[1] > WIDEST:
             return f"a row has {t.shape[1]} columns, and the screen's scale allows {WIDEST}"
     return None
