@@ -80,7 +80,7 @@ def test_bad_values(changes: dict, message: str) -> None:
             {"decoder_pull": torch.ones(M, 1).double()},
             "decoder_pull is torch.float64 but W_dec has torch.float32; cast",
         ),
-        ({"decoder_pull": torch.ones(M, 1).int()}, "decoder_pull is torch.int32 but W_dec has torch.float32"),
+        ({"decoder_pull": torch.ones(M, 1).int()}, "decoder_pull has dtype torch.int32, expected a floating dtype"),
         ({"db_enc": torch.ones(M).double()}, "db_enc is torch.float64 but W_dec has torch.float32"),
         ({"added": [torch.ones(M, D).double(), torch.ones(M, D), torch.ones(M)]}, r"added\[0\] is torch.float64"),
         ({**eight_bit(), "moments": [m.to(EIGHT) for m in update_arguments()["moments"]]}, "moments are torch.float8"),

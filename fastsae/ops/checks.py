@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,44 @@ from torch import Tensor
 from fastsae.codes import SparseCodes
 from fastsae.reference import MOMENTS_OF
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+"""Eight bits are for moments: torch neither multiplies nor promotes them."""
 MOST = 2**31 - 1
 """Tokens and latents are counted in int32."""
 
 
-# -- sizes, dtypes, devices -------------------------------------------------------------------------------------------
+# -- memory, sizes, dtypes, devices -----------------------------------------------------------------------------------
+
+
+def given(name: str, value: Any) -> None:
+    """An argument that must be there is. torch hands None to an op in place of a tensor."""
+    if value is None:
+        raise TypeError(f"{name} is None, expected a value")
+
+
+def has_memory(name: str, value: Any) -> None:
+    """Each tensor in an argument of a raw op is dense, and its numbers lie in its storage. Other arguments pass.
+
+    torch keeps the shape of a tensor whose storage was taken away, and raises errors of its own, without a name, where
+    such a tensor is read.
+    """
+    if isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            given(f"{name}[{i}]", item)
+            has_memory(f"{name}[{i}]", item)
+    if not isinstance(value, Tensor):
+        return
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} is a {value.layout} tensor, expected a dense one; pass {name}.to_dense()")
+    if not value.numel():
+        return
+    last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    needed = (value.storage_offset() + last + 1) * value.itemsize
+    if (there := value.untyped_storage().nbytes()) < needed:
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} has a storage of {there} bytes, expected {needed}; was its memory "
+            "freed, or is it a tensor without memory of its own?"
+        )
 
 
 def fits_int32(name: str, n: int) -> None:
@@ -38,6 +72,19 @@ def same_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} is on {t.device} but {other_name} is on {other.device}; move one with .to(...)")
 
 
+def one_device(named: dict[str, Any]) -> None:
+    """All tensors of a call are on one device, those in lists and those of no numbers too: torch would take the meta
+    device for the call's, where nothing is computed."""
+    seen: dict[torch.device, str] = {}
+    for name, value in named.items():
+        for t in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(t, Tensor):
+                seen.setdefault(t.device, name)
+    if len(seen) > 1:
+        said = ", ".join(f"{name} is on {device}" for device, name in seen.items())
+        raise ValueError(f"{said}, expected all tensors on one device; move them with .to(...)")
+
+
 def same_kind(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     """Same dtype and device. Autocast, if it is on, has cast before."""
     if t.dtype != other.dtype:
@@ -48,12 +95,16 @@ def same_kind(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     same_device(name, t, other_name, other)
 
 
+def floating(name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATING:
+        raise TypeError(f"{name} has dtype {t.dtype}, expected a floating dtype: float32, bfloat16, float64, float16")
+
+
 def dictionary(name: str, W: Tensor) -> None:
     if W.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(W.shape)}, expected (M, D): one latent per row")
     fits_int32(f"the number of rows of {name}", W.shape[0])
-    if not W.is_floating_point():
-        raise TypeError(f"{name} has dtype {W.dtype}, expected a floating dtype: float32, bfloat16, float64, float16")
+    floating(name, W)
 
 
 def rows(name: str, x: Tensor, W: Tensor) -> None:

@@ -25,6 +25,8 @@ from fastsae.ops.register import define, empty_ints, no_gradients
 _raw = torch.ops.fastsae
 
 PRECISIONS = ("exact", "screened", "fp32")
+MOST_SLOTS = 2**59
+"""So that int64 counts their bytes."""
 
 
 # -- what all encoders share ------------------------------------------------------------------------------------------
@@ -285,11 +287,10 @@ def _check_above(
     given, latents, n = tuple(threshold.shape), W.shape[0], x.shape[0]
     if given not in ((), (latents,), (n, 1)):
         raise ValueError(f"threshold has shape {given}, expected (), ({latents},) or ({n}, 1)")
-    if not threshold.is_floating_point():
-        raise TypeError(f"threshold has dtype {threshold.dtype}, expected a floating dtype")
+    check_that.floating("threshold", threshold)
     check_that.same_device("threshold", threshold, "W", W)
-    if capacity < 0:
-        raise ValueError(f"capacity is {capacity}, expected 0 or more slots")
+    if not 0 <= capacity <= MOST_SLOTS:
+        raise ValueError(f"capacity is {capacity}, expected 0 to {MOST_SLOTS} slots")
 
 
 def _setup_ragged(ctx: Any, inputs: Any, output: Any) -> None:

@@ -229,8 +229,7 @@ def _check_active_outer(
 
 def _check_code_of_size(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
     check_that.code(acts, indices, offsets)
-    if not acts.is_floating_point():
-        raise TypeError(f"acts have dtype {acts.dtype}, expected a floating dtype")
+    check_that.floating("acts", acts)
     if d_sae < 0:
         raise ValueError(f"d_sae is {d_sae}, expected 0 or more latents")
     check_that.fits_int32("d_sae", d_sae)

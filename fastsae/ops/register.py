@@ -8,13 +8,14 @@ The check of an op keeps a backend inside its memory, so it runs for every call,
 raises for a wrong shape when it traces. Values are checked in real tensors on the CPU only, because reading one on a
 GPU is a host sync.
 
-Autocast: the ops run in the weights' dtype. x and acts are cast to W's dtype (x to that of acts where there is no W),
+Autocast: the ops run in the weights' dtype, and autocast is off inside them. x and acts are cast to W's dtype (x to that of acts where there is no W),
 weights never. Backends get contiguous tensors only: other arguments are copied first, except those that the op writes,
 which must be contiguous.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import choose
+from fastsae.ops import checks as check_that
 
 CODE = "Tensor acts, Tensor indices, Tensor? offsets"
 """A flat code in a schema."""
@@ -52,13 +54,19 @@ def define(
     """
 
     def bound(given: dict[str, Any]) -> list[Any]:
+        for name, value in given.items():
+            if name not in optional:
+                check_that.given(name, value)
         return [bundle(**given)] if bundle else list(given.values())
 
     def run(*args: Any) -> Any:
         *given, backend = args
         named = dict(zip(names, given, strict=True))
+        for name, value in named.items():
+            check_that.has_memory(name, value)
         # Before anything is copied: an expanded view may be too large to copy.
         check(*bound(named))
+        check_that.one_device(named)
         named = {n: v if n in mutates else _contiguous(v) for n, v in named.items()}
         arguments = bound(named)
         if check_values is not None:
@@ -68,26 +76,38 @@ def define(
         return getattr(module, op)(*arguments)
 
     def run_fake(*args: Any) -> Any:
-        arguments = bound(dict(zip(names, args[:-1], strict=True)))
+        named = dict(zip(names, args[:-1], strict=True))
+        arguments = bound(named)
         check(*arguments)
+        check_that.one_device(named)
         return fake(*arguments)
 
-    def autocast(*args: Any) -> Any:
+    def autocast(device: str, *args: Any) -> Any:
         *given, backend = args
         named = dict(zip(names, given, strict=True))
-        dtype, device = named[to].dtype, named[to].device.type
+        for name in (to, *cast) if cast else ():  # which the cast reads
+            check_that.given(name, named[name])
+            check_that.has_memory(name, named[name])
         with torch.autocast(device, enabled=False):
-            return raw(*(v.to(dtype) if n in cast else v for n, v in named.items()), backend)
+            return raw(*(v.to(named[to].dtype) if n in cast else v for n, v in named.items()), backend)
+
+    def lazily_negated(*args: Any, **named: Any) -> Any:
+        raise TypeError(
+            f"a tensor of fastsae.{op} is negated when it is read (t.is_neg()), which torch cannot write back; pass "
+            "t.resolve_neg()"
+        )
 
     custom = torch.library.custom_op(f"fastsae::{op}", run, mutates_args=mutates, schema=schema)
     custom.register_fake(run_fake)
     raw = getattr(torch.ops.fastsae, op).default
     names = [argument.name for argument in raw._schema.arguments][:-1]
+    optional = {a.name for a in raw._schema.arguments if isinstance(a.type, torch.OptionalType)}
     if backward is not None:
         custom.register_autograd(backward, setup_context=setup)
-    if cast:
-        for device in ("CPU", "CUDA"):
-            _LIBRARY.impl(op, autocast, f"Autocast{device}")
+    if mutates:
+        _LIBRARY.impl(op, lazily_negated, "Negative")
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(op, functools.partial(autocast, device), f"Autocast{device.upper()}")
 
 
 def empty_ints(like: Tensor, *shape: Any, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -112,7 +132,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 def _contiguous(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.contiguous()
+        return value.resolve_neg().contiguous()  # contiguous() alone keeps a lazy negation, which no kernel sees
     if isinstance(value, (list, tuple)):
         return [_contiguous(item) for item in value]
     return value

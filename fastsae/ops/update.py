@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -169,6 +171,8 @@ def _check_parameters(call: UpdateArguments) -> None:
 def _check_written(name: str, t: Tensor) -> None:
     if not t.is_contiguous():
         raise ValueError(f"{name} is not contiguous, and it is updated in place; pass a contiguous tensor")
+    if t.is_inference() and not torch.is_inference_mode_enabled():  # torch would see it when all is written
+        raise ValueError(f"{name} was made under torch.inference_mode, and it is updated outside of it; pass .clone()")
 
 
 def _check_moments(call: UpdateArguments) -> None:
@@ -257,9 +261,8 @@ def _check_parts(call: UpdateArguments) -> None:
 def _check_gradient(name: str, t: Tensor, W_dec: Tensor) -> None:
     """A dtype narrower than the weights', as from autocast, is widened before it is read."""
     check_that.same_device(name, t, "W_dec", W_dec)
-    if not t.is_floating_point() or torch.promote_types(t.dtype, torch.float32) != torch.promote_types(
-        W_dec.dtype, torch.float32
-    ):
+    check_that.floating(name, t)
+    if torch.promote_types(t.dtype, torch.float32) != torch.promote_types(W_dec.dtype, torch.float32):
         raise TypeError(f"{name} is {t.dtype} but W_dec has {W_dec.dtype}; cast with .to({W_dec.dtype})")
 
 
@@ -288,6 +291,28 @@ def _check_values(call: UpdateArguments) -> None:
         raise ValueError(f"step is {int(call.step)}: step counts this one, expected >= 1")
     for term in call.terms():
         check_that.code_inside(term.indices, term.offsets, call.W_dec.shape[0])
+    _check_apart(call)
+
+
+def _check_apart(call: UpdateArguments) -> None:
+    """What is written shares no memory with another argument: a latent's new row would be read as an old one."""
+    places = []
+    for field in fields(call):
+        value = getattr(call, field.name)
+        for i, t in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(t, Tensor) and t.numel():
+                name = f"{field.name}[{i}]" if isinstance(value, list) else field.name
+                places.append((t.data_ptr(), t.data_ptr() + t.nbytes, field.name in WRITTEN, name))
+    # By address: the memory that reaches furthest so far, and the written memory that does.
+    furthest = written = (0, 0, False, "")
+    for place in sorted(places):
+        before = furthest if place[2] else written
+        if place[0] < before[1]:
+            raise ValueError(
+                f"{before[3]} and {place[3]} share memory, and one of them is updated in place; pass .clone() of one"
+            )
+        furthest = max(furthest, place, key=itemgetter(1))
+        written = max(written, place, key=itemgetter(1)) if place[2] else written
 
 
 # offsets[i] of a fixed-K term, and dacts[i] where the acts' gradients are computed inside, are empty tensors; scales,
