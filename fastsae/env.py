@@ -2,6 +2,7 @@
 
 FASTSAE_BACKEND   the backend that backend=None takes ("reference", "cpu", ...); a call that it cannot serve raises
 FASTSAE_CPU_ISA   the widest instruction set that the cpu backend may use, in its own names (see `fastsae info`)
+FASTSAE_CPU_BUILD  another build of the C++ extension, for tests (`make test-asan`)
 FASTSAE_CUDA_EMULATION  a build of the CUDA kernels for the CPU, for tests (tests/emulation)
 TRITON_INTERPRET  Triton's own: "1" runs its kernels in an interpreter on the CPU, for tests
 """
@@ -19,6 +20,11 @@ def default_backend() -> str | None:
 def cpu_isa() -> str | None:
     """The instruction set named by FASTSAE_CPU_ISA, or None."""
     return os.environ.get("FASTSAE_CPU_ISA") or None
+
+
+def cpu_build() -> str | None:
+    """The extension module named by FASTSAE_CPU_BUILD, or None."""
+    return os.environ.get("FASTSAE_CPU_BUILD") or None
 
 
 def cuda_emulation() -> str | None:

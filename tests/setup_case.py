@@ -42,6 +42,8 @@ class Tree:
         for name in ("exports.map", "tiny.h", "tiny.cu"):
             (self.cuda / name).touch()
         copy(ROOT / "setup.py", root)
+        (root / "fastsae" / "backends").mkdir()
+        copy(ROOT / "fastsae" / "backends" / "sources.py", root / "fastsae" / "backends")
         self.given: dict[str, Any] = {}
         monkeypatch.setattr(setuptools, "setup", self.given.update)
         spec = importlib.util.spec_from_file_location("setup_of_a_tiny_tree", root / "setup.py")

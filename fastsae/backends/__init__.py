@@ -9,10 +9,14 @@ them as one fastsae.backends.contract.UpdateArguments), and
                                             info its other arguments by name
     by_name_only() -> bool                  whether it serves only calls with backend=<its name>, as an interpreter does
     prepare_screen(W, b, x, k) -> Screen | None    its low-precision copy of an encoder, or None if it uses none
+
+Where backend=None takes a slower backend than the tensors' device could have, a BackendWarning says it once, with the
+reason and with what mends it.
 """
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -20,15 +24,17 @@ import torch
 from torch import Tensor
 
 from fastsae import env
-from fastsae.backends import reference
-from fastsae.backends.errors import BackendError
+from fastsae.backends import extension, reference
+from fastsae.backends.errors import BackendError, BackendWarning
 
 
 def _built_cpu() -> ModuleType | str:
     try:
-        from fastsae.backends import cpu
+        extension.load("_cpu", env.cpu_build())
     except ImportError as error:
-        return f"the C++ extension is not built ({error}); install fastsae where there is a C++ compiler"
+        return f"the C++ extension cannot be used ({error}); where there is a C++ compiler: {extension.command()}"
+    from fastsae.backends import cpu
+
     return cpu
 
 
@@ -36,7 +42,7 @@ def _built_triton() -> ModuleType | str:
     try:
         from fastsae.backends import triton
     except ImportError as error:
-        return f"Triton is not installed ({error}); it comes with torch's CUDA builds, or as the package triton"
+        return f"Triton is not installed ({error}); it comes with torch's CUDA builds, and alone by: pip install triton"
     return triton
 
 
@@ -44,7 +50,8 @@ def _built_cuda() -> ModuleType | str:
     try:
         from fastsae.backends import cuda
     except ImportError as error:
-        return f"the CUDA extension is not built ({error}); install fastsae where there is nvcc, the CUDA compiler"
+        build = extension.command("FASTSAE_CUDA=require")
+        return f"the CUDA extension cannot be used ({error}); where there is nvcc, the CUDA compiler: {build}"
     return cuda
 
 
@@ -57,7 +64,12 @@ _REGISTRY: tuple[tuple[str, ModuleType | str], ...] = (
 )
 
 
-__all__ = ["BackendError", "backends", "check_name", "choose"]
+OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+"""The backends that are made for a device; another one is slower there."""
+
+__all__ = ["BackendError", "BackendWarning", "backends", "check_name", "choose"]
+
+_said: set[tuple[str, str]] = set()
 
 
 def backends() -> dict[str, dict[str, Any]]:
@@ -84,7 +96,7 @@ def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> Modul
     """
     backend = backend or env.default_backend()
     check_name(backend)
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     # `rows` of encode_topk: Triton's product reads those that are listed, cuBLAS needs a copy of the whole capacity.
     has_rows = op == "encode_topk" and any(t.dtype == torch.int32 and t.ndim == 1 for t in tensors)
     for name, module in sorted(_REGISTRY, key=lambda entry: has_rows and entry[0] != "triton"):
@@ -100,7 +112,29 @@ def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> Modul
             if reason is None and backend is None and module.by_name_only():
                 reason = f"it serves only calls with backend={name!r}"
             if reason is None:
+                if backend is None:
+                    _say_slower(op, name, reasons, tensors)
                 return module
-        reasons.append(f"{name}: {reason}")
+        reasons.append((name, reason))
     advice = "; pass backend=None to let it choose" if backend else ""
-    raise BackendError(f"no backend can serve fastsae.{op} here ({'; '.join(reasons)}){advice}")
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    raise BackendError(f"no backend can serve fastsae.{op} here ({said}){advice}")
+
+
+def _say_slower(op: str, chosen: str, reasons: list[tuple[str, str]], tensors: tuple[Tensor, ...]) -> None:
+    """Warns, once for each reason, that a backend made for the tensors' device was passed over. reasons: of those that
+    were tried before the chosen one."""
+    made_for_it = OF_DEVICE.get(tensors[0].device.type, ()) if tensors else ()
+    passed = [(name, reason) for name, reason in reasons if name in made_for_it]
+    fresh = {(name, reason.replace(op, "")) for name, reason in passed} - _said
+    if not fresh:
+        return
+    _said.update(fresh)
+    slow = ", dense PyTorch and many times slower" if chosen == "reference" else ""
+    warnings.warn(
+        f"fastsae.{op} runs on the {chosen} backend{slow}: "
+        + "; ".join(f"{name}: {reason}" for name, reason in passed)
+        + f". With backend={chosen!r} you ask for that, and nothing is said.",
+        BackendWarning,
+        stacklevel=2,
+    )

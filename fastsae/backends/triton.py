@@ -24,7 +24,9 @@ def available() -> str | None:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version not in SUPPORTED:
         wanted = " or ".join(".".join(map(str, v)) for v in SUPPORTED)
-        return f"Triton {triton.__version__} is installed, expected {wanted}"
+        least, most = SUPPORTED[0], SUPPORTED[-1]
+        install = f"pip install 'triton>={least[0]}.{least[1]},<{most[0]}.{most[1] + 1}'"
+        return f"Triton {triton.__version__} is installed, expected {wanted}: {install}"
     if not env.triton_is_interpreted() and not torch.cuda.is_available():
         return "there is no GPU that torch can use (torch.cuda.is_available() is False)"
     return None

@@ -1,0 +1,47 @@
+"""How a compiled extension is found: fastsae._cpu or fastsae._cuda, or another build of one, which a test names.
+
+An extension that is older than its sources is refused: it may take other arguments than the Python code beside it
+passes. This is seen where the sources lie beside the package, as in a clone; an installed wheel has none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from fastsae.backends.sources import digest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str, instead: str | None = None) -> ModuleType:
+    """fastsae.<name>, or the extension module at the path `instead`, under the same name.
+
+    Raises ImportError if it is missing or broken, or older than its sources.
+    """
+    full = f"fastsae.{name}"
+    if instead is None:
+        module = importlib.import_module(full)
+        _check_current(module, ROOT / "csrc" / name.removeprefix("_"))
+        return module
+    spec = importlib.util.spec_from_file_location(full, instead)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{instead!r} is not an extension module, expected a build of csrc/{name.removeprefix('_')}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[full] = module
+    return module
+
+
+def _check_current(module: ModuleType, folder: Path) -> None:
+    if folder.is_dir() and getattr(module, "sources", None) != digest(folder):
+        raise ImportError(f"{module.__file__} is older than its sources in {folder}")
+
+
+def command(variables: str = "") -> str:
+    """What builds the extensions anew; variables: FASTSAE_CUDA=require, or nothing."""
+    target = f"-e {ROOT}" if (ROOT / "setup.py").is_file() else "--force-reinstall --no-binary :all: fastsae-engine"
+    return f"{variables} pip install --no-deps {target}".strip()
