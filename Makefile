@@ -3,6 +3,7 @@
 #   make demo    harvest real activations, train a TopK SAE, compare with dense PyTorch, write a report
 #   make test    the test suite                    make lint    ruff and mypy
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
+#   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
 #   make bench   time whole steps and write bench/results/, then redraw plots and the README's table
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
 #   make venv    the environment alone             make clean   remove what make made
@@ -32,7 +33,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test test-cuda emulation lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
+.PHONY: help venv demo test test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -107,10 +108,24 @@ emulation: $(VENV)/.installed
 	$(MAKE) -j $$(nproc) $(EMULATION)/_cuda.so
 
 # The sanitizer must be loaded before Python, together with the library that throws exceptions.
+WATCHED := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
+
 test-cuda: emulation
-	env FASTSAE_CUDA_EMULATION=$(CURDIR)/$(EMULATION)/_cuda.so ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	env FASTSAE_CUDA_EMULATION=$(CURDIR)/$(EMULATION)/_cuda.so $(WATCHED) \
 	  $(BIN)/python -m pytest -n auto --dist loadfile -k cuda $(ARGS)
+
+# The C++ extension under the same two sanitizers, in a folder of its own. `make test-asan CALLS=20000` takes longer.
+ASAN := build/asan
+CALLS ?= 1000
+test-asan: $(VENV)/.installed
+	FASTSAE_CUDA=skip FASTSAE_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext \
+	  --build-temp $(ASAN)/objects --build-lib $(ASAN)/lib
+	env FASTSAE_CPU_BUILD=$$(ls $(CURDIR)/$(ASAN)/lib/fastsae/_cpu*.so) $(WATCHED) \
+	  $(BIN)/python -m bench.hostile --calls $(CALLS) --backend cpu
+	env FASTSAE_CPU_BUILD=$$(ls $(CURDIR)/$(ASAN)/lib/fastsae/_cpu*.so) $(WATCHED) \
+	  $(BIN)/python -m pytest -p no:cacheprovider -n auto --dist loadfile -k "not reference and not triton and not cuda" \
+	  tests/test_ops.py tests/test_cpu_backend.py tests/test_screening.py tests/test_update.py tests/test_border.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
