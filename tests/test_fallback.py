@@ -49,7 +49,9 @@ def said(dtype: torch.dtype = torch.float32, device: str = "cpu", backend: str |
 # -- the C++ extension -------------------------------------------------------------------------------------------------
 
 TWICE = """
-import warnings, torch
+import sys, warnings, torch
+# An editable install's finder would find, for a module that the copy lacks, the one of the clone.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
 warnings.simplefilter("always")
 import fastsae
 from fastsae import ops
