@@ -187,7 +187,7 @@ void bars(const Where& where, const Array& scores, const Array& table, const Arr
           const Array& out, int64_t chunks, int64_t step, int64_t limit, int64_t rank) {
   const int64_t N = out.rows, width = table.cols;
   counted("chunks", chunks), counted("limit", limit), counted("rank", rank), counted("width", width), counted("N", N);
-  in_range("step", step, 1, std::numeric_limits<int32_t>::max()), in_range("limit", limit, 0, scores.cols);
+  in_range("step", step, 1, std::numeric_limits<int32_t>::max()), in_range("limit", limit, 0, std::min(scores.cols, chunks * width));
   fit("scores", scores, N, scores.cols), fit("bounds", bounds, 4, N), fit("count", count, 1), fit("out", out, N);
   fit("table", table, 5 * chunks, width);
   if (!N) return;

@@ -130,7 +130,7 @@ void exhaustive_top_k(const Where& where, const Array& x, const Array& W, const 
   counted("offset", offset), counted("last", last);
   if (!acts.size()) return;
   const Redo s{pointer<const int32_t>(rows), count.as<const int32_t>(), tokens.as<const int32_t>(),
-               listed.as<const int32_t>(), scratch.as<float>(), {acts.data, acts.dtype}, indices.as<int32_t>(), x.rows,
+               listed.as<const int32_t>(), scratch.as<float>(), acts_of(acts), indices.as<int32_t>(), x.rows,
                scratch.cols, static_cast<int>(scratch.rows), static_cast<int>(acts.cols), static_cast<int>(offset),
                static_cast<int>(last)};
   const int64_t blocks = std::max<int64_t>(1, std::min(MOST_BLOCKS, ceil_div(s.positions, SCORE_WARPS * DOTS)));

@@ -190,7 +190,7 @@ void emit_listed(const Where& where, const Array& latents, const Array& scores, 
                  bool per_latent, const Array& offsets, const Array& acts, const Array& indices) {
   fit("offsets", offsets, found.rows + 1), fit("acts", acts, acts.rows), fit("indices", indices, acts.rows);
   run_listed("emit_listed", where, latents, scores, found, thresholds, per_latent, offsets.as<const int64_t>(), nullptr,
-             {{acts.data, acts.dtype}, indices.as<int32_t>(), acts.rows});
+             {acts_of(acts), indices.as<int32_t>(), acts.rows});
 }
 
 void every_latent(const Where& where, const Array& x, const Array& W, const Array& b, const Array& tokens, const Array& listed,
@@ -204,7 +204,7 @@ void every_latent(const Where& where, const Array& x, const Array& W, const Arra
   const Walk s{tokens.as<const int32_t>(), listed.as<const int32_t>(),
                {pointer<const float>(thresholds), per_latent, W.rows}, pointer<const int32_t>(least),
                pointer<int64_t>(ties), pointer<int64_t>(totals), pointer<const int64_t>(offsets),
-               {{acts.data, acts.dtype}, indices.as<int32_t>(), acts.rows}, x.rows};
+               {acts_of(acts), indices.as<int32_t>(), acts.rows}, x.rows};
   by_dtype(W.dtype, [&](auto t) {
     using T = decltype(t);
     by_alignment([&](auto aligned) {

@@ -57,4 +57,9 @@ struct Acts {
   }
 };
 
+inline Acts acts_of(const Array& a) {
+  by_dtype(a.dtype, [](auto) {});  // refuses the others
+  return {a.data, a.dtype};
+}
+
 }  // namespace fastsae

@@ -110,7 +110,7 @@ void top_k(const Where& where, const Array& latents, const Array& scores, const 
   int places = 1;
   while (places < std::min(acts.cols, latents.cols)) places *= 2;
   const Candidates s{latents.as<const int32_t>(), scores.as<const float>(), counts.as<const int32_t>(),
-                     certified.as<const int32_t>(), {acts.data, acts.dtype}, indices.as<int32_t>(), acts.rows, latents.cols,
+                     certified.as<const int32_t>(), acts_of(acts), indices.as<int32_t>(), acts.rows, latents.cols,
                      static_cast<int>(acts.cols), places, static_cast<int>(offset), static_cast<int>(last)};
   if (latents.cols <= FEW)
     launch(where, "top_k", top_k_kernel<1, 4, 8>, {dim3(ceil_div(s.N, 4)), dim3(128), sizeof(uint64_t) * places * 4}, s);

@@ -117,6 +117,7 @@ void update_bias(const Where& where, const Array& b, const Array& m, const Array
   fit("b", b, D), fit("m", m, D), fit("v", v, D), fit("numbers", numbers, 3), fit("stats", stats, bias_programs(D), 4);
   if (pre_bias) fit("pre_bias", pre_bias, pre_bias->rows, D);
   fit("sums", sums, wanted, D), in_range("keys", keys.rows, 2, 8);
+  const uint32_t* random = keys.as<uint32_t>();
   const auto add = [&](const Array& t) {
     by_dtype(t.dtype, [&](auto zero) {
       using T = decltype(zero);
@@ -134,7 +135,7 @@ void update_bias(const Where& where, const Array& b, const Array& m, const Array
       using T = decltype(t);
       using Moment = decltype(moment);
       launch(where, "update_bias", update_bias_kernel<T, Moment>, bias_shape(D),
-             Stepped<T, Moment>{b.as<T>(), m.as<Moment>(), v.as<Moment>(), Keys{stochastic ? keys.as<uint32_t>() : nullptr}},
+             Stepped<T, Moment>{b.as<T>(), m.as<Moment>(), v.as<Moment>(), Keys{stochastic ? random : nullptr}},
              sums.as<float>(), parts, added, D, step, stats.as<double>());
     });
   });

@@ -67,6 +67,7 @@ void update_rows(const Where& where, const std::vector<Maybe>& params, const std
   fit_update(params, moments, entries, split, first_piece, piece_length, workspaces, pre_bias, programs);
   fit("stats", stats, stats.rows, 4), in_range("rows of stats", stats.rows, programs, std::numeric_limits<int32_t>::max());
   fit("numbers", numbers, 3), fit("keys", keys, 8);
+  const uint32_t* random = keys.as<uint32_t>();
   const Maybe &W_enc = params[0], &dacts = workspaces[2];
   const Array &W_dec = *params[1], &b_enc = *params[2], &grad = *entries[5];
   foresee_bias(where, W_dec.dtype, moments[2]->dtype);
@@ -81,7 +82,7 @@ void update_rows(const Where& where, const std::vector<Maybe>& params, const std
       const int of_dec = W_enc ? 2 : 0;  // its first stream of random bits
       const auto stepped = [&](const Maybe& p, int i, int stream) {
         return Stepped<T, Moment>{pointer<T>(p), pointer<Moment>(moments[i]), pointer<Moment>(moments[i + 1]),
-                                  Keys{stochastic ? keys.as<uint32_t>() + stream : nullptr}};
+                                  Keys{stochastic ? random + stream : nullptr}};
       };
       const Update<T, Moment> u{stepped(W_enc, 0, 0), stepped(W_dec, 2, of_dec), stepped(b_enc, 4, of_dec + 2),
                                 W_dec.rows, W_enc ? W_enc->cols : W_dec.cols, W_dec.cols, step,

@@ -50,7 +50,7 @@ const Thread& thread();
 struct Settings {
   uint64_t seed = 0;         // 0: threads and blocks in order
   int capability = 90;
-  std::string refuse;        // the name of a kernel whose launch fails
+  std::string refuse;        // the name of a kernel whose launch fails; "*": each
 };
 Settings& settings();
 inline int capability() { return settings().capability; }

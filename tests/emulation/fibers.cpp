@@ -217,7 +217,7 @@ Settings& settings() { return machine().settings; }
 const Thread& thread() { return machine().fibers[machine().current].thread; }
 
 std::string refusal(const char* name, size_t shared) {
-  if (machine().settings.refuse == name) return "told to refuse it";
+  if (machine().settings.refuse == "*" || machine().settings.refuse == name) return "told to refuse it";
   return shared > static_cast<size_t>(most_shared()) ? "more shared memory than a block can have" : "";
 }
 
