@@ -63,6 +63,20 @@ def shuffled_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     library.emulate()
 
 
+@pytest.fixture(autouse=True)
+def narrow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cpu backend's narrow copies, for a few tokens too: tests are small, and would meet none. test_few_tokens.py
+    holds both ways against each other.
+    """
+    import fastsae  # late, as above
+
+    if fastsae.backends()["cpu"]["available"]:
+        from fastsae.backends.cpu import screen
+
+        monkeypatch.setattr(screen, "FEW", 0)
+        monkeypatch.setattr(screen, "FEW_KEPT", 0)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread for a test of many tiny ops: on a busy machine, threads that wait for each other make it ten times

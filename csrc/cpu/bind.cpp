@@ -84,6 +84,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("prepare_screen",
         [](const Matrix& W, const Maybe& rows, const Screen& out, int threads) {
           threads_fit(threads);
+          if (out.blocks && out.is_absent()) refuse("a screen", "no memory", "some");
           ops().prepare_screen(W, rows_of_screen(W, rows, out), out, threads);
         },
         release_gil());

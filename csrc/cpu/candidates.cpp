@@ -86,18 +86,4 @@ Tiles guess_bars(const ScreenCall& call, int64_t wanted, Lists& lists) {
   return {sample.first, sample.step, true};
 }
 
-template <class T>
-static void score_all_typed(const EncodeArgs& a, const float* x, const float* per_latent, float bar,
-                            std::vector<Ranked>& out) {
-  for (int64_t i = 0; i < a.row_count; ++i) {
-    const float s = exact_score<T>(a, x, i);
-    if (!(s <= (per_latent ? per_latent[i] : bar))) out.push_back(rank_of(s, a.latent(i)));
-  }
-}
-
-void score_all(const EncodeArgs& a, const float* x, const float* per_latent, float bar, std::vector<Ranked>& out) {
-  if (a.W.dtype == Dtype::bf16) return score_all_typed<bf16>(a, x, per_latent, bar, out);
-  score_all_typed<float>(a, x, per_latent, bar, out);
-}
-
 }  // namespace fastsae::FASTSAE_ISA

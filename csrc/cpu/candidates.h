@@ -79,8 +79,4 @@ int64_t sample_step(int64_t blocks);
 // multiplied twice. Where the dictionary is too small for a sample to pay, bars stay 0 and all tiles come back.
 Tiles guess_bars(const ScreenCall& call, int64_t wanted, Lists& lists);
 
-// Every considered latent scored exactly for one token; those above its threshold (per_latent, or `bar` where that is null)
-// are kept, NaN included.
-void score_all(const EncodeArgs& args, const float* x, const float* per_latent, float bar, std::vector<Ranked>& out);
-
 }  // namespace fastsae::FASTSAE_ISA

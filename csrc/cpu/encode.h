@@ -27,6 +27,7 @@ struct Screen {
   Format format;
   int64_t latents, d, blocks, words_per_row;
 
+  bool is_absent() const { return !scale; }   // there is no narrow copy: every latent is scored in fp32
   int64_t latent_at(int64_t position) const { return position / kLanes + position % kLanes * blocks; }
   int64_t position_of(int64_t latent) const { return latent % blocks * kLanes + latent / blocks; }
 };

@@ -99,7 +99,8 @@ void write_best(const Scored& all, int64_t wanted, const RaggedCodes& out) {
 int64_t encode_batch_topk(const EncodeArgs& a, const RaggedCodes& out) {
   const int64_t N = a.x.rows, wanted = std::min(out.capacity, N * a.row_count);
   double share = 1;
-  std::vector<float> sample = sample_scores(a, latent_terms(a, nullptr), share);
+  std::vector<float> sample;
+  if (!a.screen.is_absent()) sample = sample_scores(a, latent_terms(a, nullptr), share);
   int64_t redone = 0;
   out.offsets[0] = 0;
   for (double margin = 1.2;; margin *= 4) {

@@ -5,7 +5,7 @@
 // found is a rival; rivals of all tokens are scored latent by latent, so that the rows gathered are those of x, which stay in
 // L3, and not those of W, which do not. A token whose K-th score does not clear the guessed bar has no certificate; it is
 // redone with bar 0, under which nothing that counts is left out. What even then does not fit its list (masses of ties) or is
-// not finite is scored in fp32 in full.
+// not finite is scored in fp32 in full (exhaustive.h), and so are all tokens where there is no narrow copy.
 //
 // Flops 2·N·M·D narrow, about 8·N·K·D in fp32. Bytes: the packed copy once per panel from L3, N·K rows of W, some 3·N·K of x.
 // The result is the K best by (fp32 score, lower index), whatever the panel, the bar or the number of threads.
@@ -13,8 +13,7 @@
 
 #include <numeric>
 
-#include "candidates.h"
-#include "guard.h"
+#include "exhaustive.h"
 #include "registry.h"
 
 namespace fastsae::FASTSAE_ISA {
@@ -188,24 +187,49 @@ std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms
   return undecided;
 }
 
-// Every latent in fp32 for the tokens that nothing else decides.
-void encode_in_full(const EncodeArgs& a, const std::vector<int64_t>& tokens, const FixedCodes& out) {
-  Guard guard;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
-  for (int64_t j = 0; j < int64_t(tokens.size()); ++j)
-    guard.run([&] {
-      std::vector<float> buffer(a.x.cols);
-      std::vector<Ranked> best;
-      score_all(a, as_floats(a.x, tokens[j], buffer.data()), nullptr, 0.f, best);
-      write_code(a, best, tokens[j], out);
+// Every latent in fp32 for these tokens.
+template <class T> void encode_in_full(const EncodeArgs& a, const std::vector<int64_t>& tokens, const FixedCodes& out) {
+  struct Best {
+    std::vector<Ranked> found;
+    float bar = 0;   // the k-th score when the list was last cut
+  };
+  const size_t most = 2 * a.k + 64;
+  std::vector<float> widened(a.x.dtype == Dtype::f32 ? 0 : std::min<int64_t>(kScoredTokens, tokens.size()) * a.x.cols);
+  for (size_t from = 0; from < tokens.size(); from += kScoredTokens) {
+    const int64_t count = std::min<int64_t>(kScoredTokens, tokens.size() - from);
+    std::vector<const float*> rows(count);
+    for (int64_t t = 0; t < count; ++t)
+      rows[t] = as_floats(a.x, tokens[from + t], widened.empty() ? nullptr : &widened[t * a.x.cols]);
+    std::vector<Best> all(a.threads * count);
+    score_every_latent<T>(a, rows, [&](int64_t, int64_t first, int64_t last, const float* scores) {
+      for (int64_t t = 0; t < count; ++t) {
+        Best& best = all[omp_get_thread_num() * count + t];
+        for (int64_t i = first; i < last; ++i) {
+          const float score = scores[t * kScoredLatents + i - first];
+          if (score < best.bar) continue;
+          keep_positive(a, score, i, best.found);
+          if (best.found.size() < most) continue;
+          best.bar = kth_score(best.found, a.k);
+          best.found.resize(a.k);
+        }
+      }
     });
-  guard.rethrow();
+    for (int64_t t = 0; t < count; ++t) {
+      std::vector<Ranked>& best = all[t].found;
+      for (int64_t thread = 1; thread < a.threads; ++thread) {
+        const std::vector<Ranked>& more = all[thread * count + t].found;
+        best.insert(best.end(), more.begin(), more.end());
+      }
+      write_code(a, best, tokens[from + t], out);
+    }
+  }
 }
 
 template <class T> TopkCounts encode_topk_typed(const EncodeArgs& a, const FixedCodes& out) {
-  const LatentTerms terms = latent_terms(a, nullptr);
   std::vector<int64_t> all(a.x.rows);
   std::iota(all.begin(), all.end(), int64_t(0));
+  if (a.screen.is_absent()) return encode_in_full<T>(a, all, out), TopkCounts{0, 0};
+  const LatentTerms terms = latent_terms(a, nullptr);
   TopkCounts counts{0, 0};
   // Tokens in lots of kAtOnce; those without a certificate come back.
   const auto encode_lots = [&](const std::vector<int64_t>& tokens, bool guess, int64_t& rivals) {
@@ -222,7 +246,7 @@ template <class T> TopkCounts encode_topk_typed(const EncodeArgs& a, const Fixed
   counts.redone = int64_t(again.size());
   if (!a.redo) return counts;
   int64_t more = 0;
-  encode_in_full(a, encode_lots(again, false, more), out);
+  encode_in_full<T>(a, encode_lots(again, false, more), out);
   return counts;
 }
 

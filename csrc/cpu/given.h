@@ -226,7 +226,6 @@ inline const int32_t* rows_of_screen(const Matrix& W, const Maybe& rows, const S
   fits("columns of the screen", s.d, W.cols);
   in_range("latents of W", W.rows, 0, kMostInt32), in_range("latents of the screen", s.latents, 0, W.rows);
   if (W.dtype == Dtype::f64) refuse("the dtype of W", "float64", "float32 or bfloat16");
-  if (s.blocks && !s.scale) refuse("a screen", "no narrow copy", "one");
   if (!rows) return fits("latents of the screen", s.latents, W.rows), nullptr;
   const int32_t* given = take<int32_t>("rows", rows, s.latents);
   for (int64_t i = 0; i < s.latents; ++i) in_range("a latent in rows", given[i], 0, W.rows - 1);
@@ -241,7 +240,8 @@ inline EncodeArgs encode_args(const Matrix& x, const Matrix& W, const Numbers& b
   in_range("index_offset", index_offset, 0, kMostInt32 - W.rows);
   in_range("k", k, 0, kMostInt32);
   // A row with a norm past fp32 has no screened score (screen.cpp), so a call that would trust it alone may not.
-  const bool screened = std::all_of(s.norm, s.norm + s.blocks * kLanes, [](float norm) { return std::isfinite(norm); });
+  const int64_t positions = s.is_absent() ? 0 : s.blocks * kLanes;
+  const bool screened = std::all_of(s.norm, s.norm + positions, [](float norm) { return std::isfinite(norm); });
   return {x, W, take<float>("b", bias, W.rows), take<float>("scale", scale, W.rows), given, s.latents, index_offset, k,
           rescore || !screened, redo, s, threads};
 }

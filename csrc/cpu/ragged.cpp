@@ -13,7 +13,7 @@
 #include <numeric>
 #include <utility>
 
-#include "guard.h"
+#include "exhaustive.h"
 #include "registry.h"
 
 namespace fastsae::FASTSAE_ISA {
@@ -114,8 +114,35 @@ void score_panel(const EncodeArgs& a, const Lot& lot, const float* per_latent, i
   }
 }
 
+// Every latent scored for some tokens of the lot, in fp32: those above their thresholds.
+template <class T>
+void find_in_full(const EncodeArgs& a, const std::vector<int64_t>& tokens, const std::vector<const float*>& rows,
+                  const float* per_latent, const float* bars, Survivors& out) {
+  for (size_t from = 0; from < tokens.size(); from += kScoredTokens) {
+    const int64_t count = std::min<int64_t>(kScoredTokens, tokens.size() - from), parts = int64_t(out.parts.size());
+    const std::vector<const float*> some(rows.begin() + from, rows.begin() + from + count);
+    out.parts.resize(parts + blocks_of_scores(a));
+    score_every_latent<T>(a, some, [&](int64_t block, int64_t first, int64_t last, const float* scores) {
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t i = first; i < last; ++i) {
+          const float score = scores[t * kScoredLatents + i - first];
+          if (!(score <= (per_latent ? per_latent[i] : bars[tokens[from + t]])))
+            out.parts[parts + block].add(tokens[from + t], a.screen.position_of(i), score);
+        }
+    });
+  }
+}
+
 template <class T>
 void survivors_typed(const EncodeArgs& a, const float* per_latent, const float* bars, Survivors& out) {
+  if (a.screen.is_absent()) {
+    std::vector<float> widened(a.x.dtype == Dtype::f32 ? 0 : a.x.rows * a.x.cols);
+    std::vector<int64_t> all(a.x.rows);
+    std::vector<const float*> rows(a.x.rows);
+    for (int64_t n = 0; n < a.x.rows; ++n)
+      all[n] = n, rows[n] = as_floats(a.x, n, widened.empty() ? nullptr : &widened[n * a.x.cols]);
+    return find_in_full<T>(a, all, rows, per_latent, bars, out);
+  }
   const LatentTerms terms = latent_terms(a, per_latent);
   const Lot lot = narrow_lot(a, bars);
   const ScreenKernel& kernel = kernel_for(a.screen.format);
@@ -125,7 +152,7 @@ void survivors_typed(const EncodeArgs& a, const float* per_latent, const float* 
   const int64_t groups = (tiles + at_once - 1) / at_once, panels = int64_t(lot.panels.size());
   // Few groups would leave threads idle: then the tokens are cut as well.
   const int64_t cuts = std::max<int64_t>(1, std::min(panels, 4 * a.threads / std::max<int64_t>(1, groups)));
-  out.parts.resize(groups * cuts + 1);
+  out.parts.resize(groups * cuts);
   std::vector<Scratch> scratch(a.threads);
   const int64_t room = lot.panel * at_once * per_tile + kLanes;
   for (Scratch& s : scratch) s.found.reset(new uint32_t[room]), s.by_token.reset(new uint32_t[room]);
@@ -145,15 +172,12 @@ void survivors_typed(const EncodeArgs& a, const float* per_latent, const float* 
     });
   guard.rethrow();
 
-  Found& full = out.parts.back();
-  std::vector<Ranked> exact;
-  for (int64_t n = 0; n < a.x.rows; ++n) {
-    if (!lot.odd[n]) continue;
-    ++out.scored_in_full;
-    exact.clear();
-    score_all(a, lot.rows[n], per_latent, bars[n], exact);
-    for (const Ranked r : exact) full.add(n, a.screen.position_of(index_of(r)), score_of(r));
-  }
+  std::vector<int64_t> odd;
+  std::vector<const float*> rows;
+  for (int64_t n = 0; n < a.x.rows; ++n)
+    if (lot.odd[n]) odd.push_back(n), rows.push_back(lot.rows[n]);
+  find_in_full<T>(a, odd, rows, per_latent, bars, out);
+  out.scored_in_full = int64_t(odd.size());
 }
 
 // Calls visit(token, position, score) for the survivors of tokens [first, last), part after part.

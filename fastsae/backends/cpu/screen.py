@@ -35,6 +35,11 @@ def _sizes(latents: int, d: int, fmt: _cpu.Format) -> tuple[int, int]:
     return 0 if fmt == _cpu.Format.f32 else blocks * _cpu.words_per_row(fmt, d) * 16, blocks * 16
 
 
+def absent(latents: int, d: int) -> _cpu.Screen:
+    """No narrow copy: an encoder scores every latent in fp32, an update has nothing to refresh."""
+    return _cpu.Screen(None, None, _cpu.Format.f32, latents, d)
+
+
 def view(tensors: _Tensors, latents: int, d: int) -> _cpu.Screen:
     """The C++ view of a narrow copy. Raises ValueError for one of another dictionary or processor; TypeError."""
     if len(tensors) != 3 or tensors[2].numel() != 1:
@@ -79,6 +84,10 @@ def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None)
 RIVALS_WORTH = 0.02
 REDONE_WORTH = 0.01
 PROBED = 192
+
+# Up to so many tokens every latent is scored in fp32: a copy costs more to make, or to read, than it saves. FEW_KEPT
+# where a narrow one is kept already. `python -m bench.few` measures where they cross.
+FEW, FEW_KEPT = 128, 12
 PROBED_K = 32  # stands for a threshold, which has no K
 
 
@@ -139,15 +148,18 @@ def arguments(
     gain = None if scale is None else scale.float().contiguous()
     considered = None if rows is None else rows[rows >= 0].contiguous()
     count = W.shape[0] if considered is None else considered.shape[0]
-    if screen is not None and considered is None and precision != "fp32":
-        held = screen
-    elif precision == "fp32":
-        held = fill(W, considered, _cpu.Format.f32)[1]
-    else:
-        held = _best_copy(x, W, bias, k, considered, gain)[1]
-    narrow, rescore = view(held, count, W.shape[1]), precision != "screened"
+    kept = screen if considered is None and precision != "fp32" else None
+    narrow = absent(count, W.shape[1]) if kept is None else view(kept, count, W.shape[1])
+    if x.shape[0] <= (FEW if kept is None or int(kept[2]) == int(_cpu.Format.f32) else FEW_KEPT):
+        narrow, kept = absent(count, W.shape[1]), []
+    elif kept is None and precision == "fp32":
+        narrow, kept = fill(W, considered, _cpu.Format.f32)
+    elif kept is None:
+        kept = _best_copy(x, W, bias, k, considered, gain)[1]
+        narrow = view(kept, count, W.shape[1])
+    rescore = precision != "screened"
     args = _encode_args(x, W, bias, k, considered, gain, index_offset, narrow, rescore=rescore, redo=True)
-    return args, [bias, gain, considered, held]
+    return args, [bias, gain, considered, kept]
 
 
 def encode_topk(

@@ -29,7 +29,7 @@ def update_latents_(call: UpdateArguments) -> Tensor:
     held: list[Any] = []  # what C++ reads lives as long as this
     terms = _terms(call, held)
     parts = _parts(call, held)
-    no_copy = _cpu.Screen(None, None, _cpu.Format.f32, latents, d_in)
+    no_copy = cpu_screen.absent(latents, d_in)
     refreshed = call.screen and not call.norms_only
     stats = buffers.empty((4,), torch.float64, CPU)
     _cpu.update_latents(
