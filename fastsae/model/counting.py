@@ -33,15 +33,39 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _under_hooks() -> bool:
+    """Whether hooks on saved tensors are set, as they are where a non-reentrant checkpoint runs a forward again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def first_run() -> int:
     """When the forward pass that runs now ran first, in autograd's numbers: nodes made before have smaller ones."""
     node = torch._C._current_autograd_node() if in_backward() else None
     if node is None:
         return torch._C._autograd._get_sequence_nr()
-    # A reentrant checkpoint's node came just before its forward pass, which made no nodes. Any other node that needs a
-    # checkpoint is of the forward pass itself, and torch then runs it again under hooks on saved tensors.
-    plain = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return node._sequence_nr() + (0 if plain else 1)
+    # A reentrant checkpoint's node came just before its forward pass, which made no nodes. A non-reentrant checkpoint
+    # is run again by a node of the forward pass itself.
+    return node._sequence_nr() + (0 if _under_hooks() else 1)
+
+
+@torch.library.custom_op("fastsae::counts_here", mutates_args=(), schema="(Tensor x) -> Tensor")
+def counts_here(x: Tensor) -> Tensor:
+    """True, 0-d on x's device, in a compiled forward pass, which counts while it runs.
+
+    Raises RuntimeError where a non-reentrant checkpoint runs it again: its graph would count twice, and see other
+    counters. An op, so that it asks when the graph runs.
+    """
+    if in_backward() and _under_hooks():
+        raise RuntimeError(
+            "an activation checkpoint runs a compiled forward pass of an SAE again, which would count its tokens "
+            "twice; compile the function that calls torch.utils.checkpoint, or pass it use_reentrant=True"
+        )
+    return torch.ones((), dtype=torch.bool, device=x.device)
+
+
+@counts_here.register_fake
+def _counts_here_fake(x: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.bool)
 
 
 # -- once, at the end of a backward pass ------------------------------------------------------------------------------

@@ -369,6 +369,9 @@ class SparseAutoencoder(Parameters):
 
     def _objective(self, x: Tensor, target: Tensor | None, for_step: bool) -> Objective:
         rule, ledger = self.rule, self._ledger()
+        here = None  # in a graph, whose forward pass has to count by itself
+        if torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and not for_step:
+            here = counting.counts_here(x)
         held = ledger is not None
         if held and self.training and counting.several(self):
             raise RuntimeError(
@@ -426,8 +429,11 @@ class SparseAutoencoder(Parameters):
             found |= dead_losses
             loss = loss if more is None else loss + more
         count = self._counter(loss, batch)
-        if self.training and not for_step:
-            self._count_at_backward(count, pre.acts, errors.error)
+        if here is not None:
+            count(here)
+        elif self.training and not for_step and not torch.compiler.is_compiling():
+            made = torch.ones_like(loss.detach(), dtype=torch.bool)
+            counting.when_passed((pre.acts, errors.error), lambda: count(made))
         return Objective(ready, loss, found, errors.error, codes, batch.counts, dead, errors.last, codes.redone, count)
 
     def _ledger(self) -> ledgers.Ledger | None:
@@ -543,14 +549,6 @@ class SparseAutoencoder(Parameters):
             rule.observe(measured, rule_state, made)
 
         return count
-
-    def _count_at_backward(self, count: Callable[[Tensor], None], *ends: Tensor) -> None:
-        """Counts when a backward pass has gone through what made one of `ends`, once: see `forward`."""
-        made = torch.ones((), dtype=torch.bool, device=ends[0].device)
-        if not torch.compiler.is_compiling():
-            counting.when_passed(ends, lambda: count(made))
-        elif torch.is_grad_enabled():
-            count(made)
 
     def counts_of(self, codes: SparseCodes) -> Tensor:
         """On how many tokens each latent is active in `codes`: int64 (M,)."""

@@ -192,7 +192,7 @@ class SAEBatch(nn.Module):
         if not torch.compiler.is_compiling():
             counting.when_passed((out.A, out.recon), lambda: self._count(batch, finite))
         elif torch.is_grad_enabled():
-            self._count(batch, finite)
+            self._count(batch, finite & counting.counts_here(x))
         return replace(out, losses=losses)
 
     def _counted(self, A: Tensor) -> counting.Counted:
