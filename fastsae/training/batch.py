@@ -21,6 +21,7 @@ from fastsae.model.parameters import normalize_rows_, project_rows_, weight_of_o
 from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
 from fastsae.model.sae import SparseAutoencoder, outside_graph
 from fastsae.reference import Forward
+from fastsae.training.optimizers import refuse_processes
 
 BATCH_WORTH = 2**18
 """N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures it."""
@@ -289,7 +290,7 @@ class BatchTrainStep:
 
     lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. They are elementwise, so the SAEs do not
     affect each other. schedule: multiplier of lr from the number of updates done.
-    measure: also return mse, fvu, l0 and dead (latents).
+    measure: also return mse, fvu, l0 and dead (latents). independent: as FusedTrainStep's.
     Raises ValueError for another optimizer, and for a weight decay of adam.
     """
 
@@ -303,12 +304,14 @@ class BatchTrainStep:
         optimizer: str = "adam",
         schedule: Callable[[int], float] | None = None,
         measure: bool = True,
+        independent: bool = False,
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}, a batch's step has {', '.join(OPTIMIZERS)}")
         if optimizer == "adam" and weight_decay:
             raise ValueError(f"adam has no weight_decay, got {weight_decay}; take optimizer='adamw'")
         self.batch, self.lr, self.schedule, self.measure, self.step = batch, lr, schedule, measure, 0
+        self.independent = independent
         self.optimizer = OPTIMIZERS[optimizer](
             batch.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
@@ -317,7 +320,9 @@ class BatchTrainStep:
         """One update on x (N, d_in), the same for all, or (B, N, d_in).
 
         Returns (B,) tensors: "loss" and its parts, with `measure` "mse", "fvu", "l0", "dead", from before the update.
+        Raises RuntimeError in one of several processes, unless `independent`.
         """
+        refuse_processes(self.independent)
         batch = self.batch
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)
