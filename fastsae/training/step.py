@@ -43,7 +43,7 @@ class _TrainStep:
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(
                 f"sae is a {type(sae).__module__}.{type(sae).__name__}, expected a SparseAutoencoder, which a step "
-                "calls without a wrapper; pass the wrapped module, or train the wrapper in a loop with a torch optimizer"
+                "calls without a wrapper; pass the module inside, or train the wrapper in a loop with a torch optimizer"
             )
         self.sae, self.penalty_schedule, self.k_schedule = sae, penalty_schedule, k_schedule
         if k_schedule is not None:
