@@ -20,8 +20,8 @@ from fastsae.model import counting, losses
 from fastsae.model.parameters import normalize_rows_, project_rows_, weight_of_old
 from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
 from fastsae.model.sae import SparseAutoencoder, outside_graph
+from fastsae.ops import checks
 from fastsae.reference import Forward
-from fastsae.training.optimizers import refuse_processes
 
 BATCH_WORTH = 2**18
 """N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures it."""
@@ -322,7 +322,7 @@ class BatchTrainStep:
         Returns (B,) tensors: "loss" and its parts, with `measure` "mse", "fvu", "l0", "dead", from before the update.
         Raises RuntimeError in one of several processes, unless `independent`.
         """
-        refuse_processes(self.independent)
+        checks.one_process(self.independent)
         batch = self.batch
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from fastsae import ops
@@ -279,7 +278,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def refuse(self) -> None:
         """Raises RuntimeError where a step would: see `step`."""
-        refuse_processes(self.independent)
+        checks.one_process(self.independent)
         for member in self._members:
             self._check(member)
             member.ledger.check()
@@ -598,17 +597,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise TypeError(
             "an optimizer of fastsae.optim belongs to its module and cannot be copied or pickled; save its "
             "state_dict(), and load it into a new one made for the copied module"
-        )
-
-
-def refuse_processes(independent: bool) -> None:
-    """Raises RuntimeError in one of several processes, unless each trains an SAE of its own."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several and not independent and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"this is one of {torch.distributed.get_world_size()} processes, and this step sums no gradients over "
-            "processes, so their weights would drift apart; use a torch optimizer with DistributedDataParallel, or "
-            "pass independent=True where each process trains an SAE of its own"
         )
 
 

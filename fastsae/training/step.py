@@ -22,7 +22,7 @@ from fastsae.model.parameters import DENSE_ABOVE
 from fastsae.model.sae import Objective, SparseAutoencoder
 from fastsae.ops import checks
 from fastsae.training.graph import StepGraph, check_graph
-from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer, refuse_processes
+from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer
 
 FORMAT = 3
 GRAPH_WARMUP = 2
@@ -407,7 +407,7 @@ class PlainTrainStep(_TrainStep):
         Returns 0-d tensors as `FusedTrainStep` does; reads nothing back. Raises RuntimeError in one of several
         processes, unless `independent`.
         """
-        refuse_processes(self.independent)
+        checks.one_process(self.independent)
         sae = self.sae
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.step))
         for group in self.optimizer.param_groups:
