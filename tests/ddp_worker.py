@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections import namedtuple
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import fastsae
+from fastsae.training.batch import BatchTrainStep, SAEBatch
+from fastsae.training.step import PlainTrainStep
+from tests.counts_case import buffers
 from tests.family_case import RULES, D, M, family_sae, tokens
 
 RANKS, STEPS, N = 2, 3, 20
@@ -57,6 +64,105 @@ def train_alone(rank: int) -> dict[str, Tensor]:
         optimizer.step()
         step(x)
     return {f"{how}.{k}": v for how, one in (("loop", sae), ("step", other)) for k, v in one.state_dict().items()}
+
+
+BY_TOKEN = ("topk", "relu", "jumprelu", "jumprelu-tanh", "gated", "matryoshka", "hierarchical_topk", "group_max")
+"""Rules that look at each token alone: two processes train as one does."""
+BY_BATCH = ("batch_topk", "matryoshka-weights", "matryoshka-sampled")
+"""Rules that choose among a batch's tokens: each process among its own."""
+
+
+class Checkpointed(nn.Module):
+    """A model that does not keep what its SAE computes."""
+
+    Out = namedtuple("Out", "loss")
+
+    def __init__(self, sae: fastsae.SparseAutoencoder, reentrant: bool):
+        super().__init__()
+        self.sae, self.reentrant = sae, reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        return self.Out(checkpoint(lambda t: self.sae(t).loss, x.requires_grad_(), use_reentrant=self.reentrant))
+
+
+def sampled() -> fastsae.SparseAutoencoder:
+    """Prefixes are drawn from the count of batches, and AuxK looks at dead latents: all depends on the counts."""
+    rule = fastsae.Matryoshka(fastsae.TopK(5), sampled=4, shortest=3)
+    sae = family_sae(rule, aux_k=3, dead_after=N, dead=False)
+    with torch.no_grad():
+        sae.b_enc[::3] -= 3.0
+    return sae
+
+
+WRAPPED: dict[str, Callable[[fastsae.SparseAutoencoder], nn.Module]] = {
+    "plain": lambda sae: DistributedDataParallel(sae),
+    "reentrant": lambda sae: DistributedDataParallel(Checkpointed(sae, True)),
+    "not_reentrant": lambda sae: DistributedDataParallel(Checkpointed(sae, False)),
+    "compiled": lambda sae: DistributedDataParallel(torch.compile(sae, backend="eager")),  # type: ignore[arg-type]
+    "no_broadcast": lambda sae: DistributedDataParallel(sae, broadcast_buffers=False),
+}
+
+
+def train_wrapped(how: str, rank: int | None) -> dict[str, Tensor]:
+    """As `train`, with two microbatches a step; the first process alone looks at something, in eval mode."""
+    sae = sampled()
+    model: Any = sae if rank is None else WRAPPED[how](sae)
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-2, eps=1e-4)
+    for i in range(STEPS):
+        with contextlib.nullcontext() if rank is None else model.no_sync():
+            model(batch(10 * i, rank)).loss.backward()
+        model(batch(10 * i + 1, rank)).loss.backward()
+        if rank == 0 and how == "no_broadcast":
+            model.eval()
+            with torch.no_grad():
+                model(batch(50, rank))
+            model.train()
+        adam.step()
+        adam.zero_grad()
+    return buffers(sae) | {n: p.detach() for n, p in sae.named_parameters()}
+
+
+def codes_of(rule: str, rank: int) -> dict[str, Tensor]:
+    """What a process has counted after each of a few steps, and the codes (STEPS, N / RANKS, M) of its tokens."""
+    sae = sae_of(rule)
+    model, adam = DistributedDataParallel(sae), torch.optim.Adam(sae.parameters(), lr=1e-2, eps=1e-4)
+    codes = []
+    for i in range(STEPS):
+        out = model(batch(i, rank))
+        out.loss.backward()
+        codes.append(out.codes.to_dense().detach())
+        adam.step()
+        adam.zero_grad()
+    return buffers(sae) | {n: p.detach() for n, p in sae.named_parameters()} | {"codes": torch.stack(codes)}
+
+
+def not_finite(rank: int | None) -> dict[str, Tensor]:
+    """A batch with a NaN in the second process's tokens does not count, in any process; the next one does."""
+    sae = sae_of("topk")
+    model = sae if rank is None else DistributedDataParallel(sae)
+    for i in range(2):
+        x = batch(i, None)
+        if i == 0:
+            x[N - 1, 2] = torch.nan
+        model(x if rank is None else x[rank * N // RANKS :][: N // RANKS]).loss.backward()
+        sae.zero_grad()
+    return buffers(sae)
+
+
+def many() -> SAEBatch:
+    return SAEBatch(2, D, M, [fastsae.BatchTopK(3), fastsae.BatchTopK(5)], dead_after=N, dtype=torch.float64)
+
+
+def codes_of_many(rank: int) -> dict[str, Tensor]:
+    """As `codes_of`: codes (STEPS, 2, N / RANKS, M)."""
+    saes, codes = many(), []
+    model = DistributedDataParallel(saes)
+    for i in range(STEPS):
+        out = model(batch(i, rank))
+        out.losses["loss"].sum().backward()
+        codes.append(out.A.detach())
+        saes.zero_grad()
+    return buffers(saes) | {"codes": torch.stack(codes)}
 
 
 STARTED = ("first_process", "own_rows", "loaded")
@@ -108,6 +214,30 @@ def by_step(sae: fastsae.SparseAutoencoder) -> None:
     fastsae.FusedTrainStep(sae)(tokens(N))
 
 
+def by_plain_step(sae: fastsae.SparseAutoencoder) -> None:
+    PlainTrainStep(sae, lr=1e-3)(tokens(N))
+
+
+def by_batch_step(sae: fastsae.SparseAutoencoder) -> None:
+    BatchTrainStep(many(), lr=1e-3)(tokens(N))
+
+
+def by_wrapped_optimizer(sae: fastsae.SparseAutoencoder) -> None:
+    model = DistributedDataParallel(sae)
+    optimizer = fastsae.optim.Adam(model, independent=True)
+    model(tokens(N)).loss.backward()
+    optimizer.step()
+
+
+def by_join(sae: fastsae.SparseAutoencoder) -> None:
+    model = DistributedDataParallel(sae)
+    with model.join():
+        model(tokens(N)).loss.backward()
+
+
+ATTEMPTS = (by_optimizer, by_step, by_plain_step, by_batch_step, by_wrapped_optimizer, by_join)
+
+
 def refusal(attempt: Callable[[fastsae.SparseAutoencoder], None]) -> tuple[str, bool]:
     """The error message, and whether the weights are unchanged."""
     sae = sae_of("topk")
@@ -122,8 +252,11 @@ def refusal(attempt: Callable[[fastsae.SparseAutoencoder], None]) -> tuple[str, 
 def main(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    found = {rule: train(rule, rank) for rule in ("topk", "jumprelu")}
-    refused = {attempt.__name__: refusal(attempt) for attempt in (by_optimizer, by_step)}
+    found = {rule: train(rule, rank) for rule in BY_TOKEN}
+    found |= {how: train_wrapped(how, rank) for how in WRAPPED}
+    found |= {f"codes.{rule}": codes_of(rule, rank) for rule in (*BY_BATCH, "jumprelu-target")}
+    found |= {"not_finite": not_finite(rank), "many": codes_of_many(rank)}
+    refused = {attempt.__name__: refusal(attempt) for attempt in ATTEMPTS}
     refused["without_start"] = without_start(rank)
     found |= {how: train_started(how, rank) for how in STARTED}
     torch.save({"found": found, "refused": refused, "alone": train_alone(rank)}, f"{out}/{rank}.pt")

@@ -151,10 +151,10 @@ def test_ghosts_pull_as_computed_by_hand() -> None:
     torch.testing.assert_close(w[0], torch.tensor([2.7, 0.1], dtype=torch.float64))
     expected = torch.tensor([-3.0, -0.1], dtype=torch.float64).exp().log1p().sum()
     target = inputs(0, 1, 2, 2)
-    torch.testing.assert_close(batch.ghost_loss(x, target, target - error)[0], expected)
+    torch.testing.assert_close(batch.ghost_loss(x, target, target - error, batch.dead)[0], expected)
     batch.b_dec.data = torch.tensor([[1.0, -2.0]]).double()  # the encoder sees x - b_dec
     moved = x + batch.b_dec.detach()
-    torch.testing.assert_close(batch.ghost_loss(moved, target, target - error)[0], expected)
+    torch.testing.assert_close(batch.ghost_loss(moved, target, target - error, batch.dead)[0], expected)
 
 
 def test_one_member_is_a_single_sae() -> None:

@@ -1,4 +1,4 @@
-"""Two processes under DistributedDataParallel train and count like one process; a fused update there is refused."""
+"""Two processes under DistributedDataParallel train and count like one process; steps that sum nothing are refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import ddp_worker
+from tests.counts_case import ByHand, assert_same
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,12 +26,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         for rank in range(ddp_worker.RANKS)
     ]
     for process in running:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(ddp_worker.RANKS)]
 
 
-@pytest.mark.parametrize("rule", ["topk", "jumprelu"])
+@pytest.mark.parametrize("rule", ddp_worker.BY_TOKEN)
 def test_two_processes_train_and_count_as_one(rule: str, ranks: list[dict]) -> None:
     expected = ddp_worker.train(rule, None)
     few = expected["dead"].sum(1)
@@ -47,6 +48,48 @@ def check(ranks: list[dict], name: str, expected: dict[str, torch.Tensor]) -> No
             torch.testing.assert_close(
                 rank["found"][name][key], value, rtol=1e-9, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}"
             )
+
+
+@pytest.mark.parametrize("how", ddp_worker.WRAPPED)
+def test_microbatches_checkpoints_and_graphs_train_and_count_as_one_process(how: str, ranks: list[dict]) -> None:
+    expected = ddp_worker.train_wrapped(how, None)
+    assert int(expected["fired_over"]) == 2 * ddp_worker.STEPS * ddp_worker.N
+    check(ranks, how, expected)
+
+
+@pytest.mark.parametrize("rule", [*ddp_worker.BY_BATCH, "jumprelu-target"])
+def test_batches_of_all_processes_count_in_each(rule: str, ranks: list[dict]) -> None:
+    """Where each process chooses among its own tokens: the union of what they chose, and the mean of the least acts."""
+    sae = ddp_worker.sae_of(rule)
+    truth, found = ByHand(sae), [rank["found"][f"codes.{rule}"] for rank in ranks]
+    for codes in zip(*(one["codes"] for one in found), strict=True):
+        truth.count(*codes)
+    for one in found:
+        for name, counter in sae.named_buffers():
+            counter.copy_(one[name])
+        truth.check(sae)
+        assert_same({n: t for n, t in one.items() if n != "codes"}, {n: t for n, t in found[0].items() if n != "codes"})
+    if rule != "jumprelu-target":
+        assert not torch.equal(found[0]["codes"].ne(0).sum((1, 2)), torch.zeros(ddp_worker.STEPS))
+
+
+def test_a_batch_of_saes_counts_over_processes(ranks: list[dict]) -> None:
+    saes = ddp_worker.many()
+    truths, found = [ByHand(saes.to_sae(i)) for i in range(2)], [rank["found"]["many"] for rank in ranks]
+    for codes in zip(*(one["codes"] for one in found), strict=True):
+        for i, truth in enumerate(truths):
+            truth.count(*(A[i] for A in codes))
+    for one in found:
+        for name, counter in saes.named_buffers():
+            counter.copy_(one[name])
+        for i, truth in enumerate(truths):
+            truth.check(saes.to_sae(i), density=False)
+
+
+def test_a_batch_that_is_not_finite_in_one_process_counts_in_none(ranks: list[dict]) -> None:
+    expected = ddp_worker.not_finite(None)
+    assert int(expected["fired_over"]) == ddp_worker.N
+    check(ranks, "not_finite", expected)
 
 
 @pytest.mark.parametrize("how", ddp_worker.STARTED)
@@ -67,11 +110,17 @@ def test_processes_that_were_not_started_say_what_to_call(ranks: list[dict]) -> 
         assert unchanged
 
 
-@pytest.mark.parametrize("attempt", ["by_optimizer", "by_step"])
-def test_a_fused_update_in_several_processes_is_refused(attempt: str, ranks: list[dict]) -> None:
+REFUSED = {
+    "by_wrapped_optimizer": "whose gradients an optimizer of fastsae.optim keeps as terms",
+    "by_join": "give every process the same number of batches",
+}
+
+
+@pytest.mark.parametrize("attempt", [attempt.__name__ for attempt in ddp_worker.ATTEMPTS])
+def test_what_sums_nothing_over_processes_is_refused(attempt: str, ranks: list[dict]) -> None:
     for rank in ranks:
         message, unchanged = rank["refused"][attempt]
-        assert "this is one of 2 processes" in message
+        assert REFUSED.get(attempt, "this is one of 2 processes") in message
         assert unchanged
 
 

@@ -48,10 +48,10 @@ def real() -> Tensor:
 
 
 def test_the_running_threshold_is_a_mean_whose_weights_sum_to_one() -> None:
-    rule = fastsae.BatchTopK(2, decay=0.5)
+    rule, made = fastsae.BatchTopK(2, decay=0.5), torch.tensor(True)
     state = rule.new_buffers()
     for least, expected in ((8.0, 8.0), (2.0, (4 + 2) / 1.5 - 0.0), (math.inf, 4.0), (6.0, (2 + 1 + 6) / 1.75)):
-        rule.move_(state, torch.tensor(least))
+        rule.observe(torch.tensor(least), state, made)
         assert float(state["threshold"]) == pytest.approx(expected, rel=1e-6)
     assert float(state["threshold_weight"]) == 1 - 0.5**3  # a batch without an act above 0 does not count
 
@@ -59,7 +59,7 @@ def test_the_running_threshold_is_a_mean_whose_weights_sum_to_one() -> None:
 def test_after_one_batch_the_mean_is_its_value_bit_for_bit() -> None:
     for decay in (0.0, 0.3, 0.9, 0.999):
         state = fastsae.BatchTopK(2, decay=decay).new_buffers()
-        fastsae.BatchTopK(2, decay=decay).move_(state, torch.tensor(1.2345678))
+        fastsae.BatchTopK(2, decay=decay).observe(torch.tensor(1.2345678), state, torch.tensor(True))
         assert torch.equal(state["threshold"], torch.tensor(1.2345678))
 
 

@@ -39,6 +39,8 @@ def resample_(
     `step`'s optimizer becomes 0, and their dead-latent counters restart. dead: bool (M,), None: `sae.dead`. The draw
     depends on the seed and the inputs only.
 
+    In several processes call it in each with the same rows and seed, or their weights drift apart.
+
     A host sync. Raises ValueError if no input is given or none has a finite error above 0, and for d_out != d_in, where
     an input cannot become a decoder row. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
     """

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsae import ops, reference
 from fastsae.codes import Screen, SparseCodes
-from fastsae.model import dense, losses
+from fastsae.model import counting, dense, losses
 from fastsae.model.calibrate import Tail, blocks_of, pre_acts, start_rule_
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import TokenStats
@@ -62,7 +61,8 @@ class Objective:
     loss and losses: 0-d float64. error (N, d_out) = recon - target, normalized. codes: None where every latent was
     looked at densely. counts (M,) int64: on how many tokens each latent was active; active: their sum. dead (M,) bool:
     after this batch. squares: of the error, 0-d. redone: tokens encoded twice, or None. count(made) counts the batch,
-    if a step was made of it (0-d bool); the backward pass does where it is not `for_step`.
+    if a step was made of it (0-d bool); the backward pass does where it is not `for_step`. In several processes under
+    DistributedDataParallel, counts are of all of them.
     """
 
     ready: Inputs
@@ -322,8 +322,21 @@ class SparseAutoencoder(Parameters):
         return self.norm.restore(recon, stats)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> ForwardResult:
-        """Encode, decode and measure. In training mode with the losses on dead latents; its backward pass then counts
-        which latents fired.
+        """Encode, decode and measure. In training mode with the losses on dead latents, and the batch then counts.
+
+        A batch counts once, at the end of the first backward pass that goes through it, whether or not an optimizer
+        steps afterwards: dead-latent counters, densities, BatchTopK's running threshold, a driven penalty weight, drawn
+        prefixes. In tokens: m microbatches count as their tokens, and move a running threshold m times. What does not
+        count: a forward pass alone (under no_grad, in inference mode, or without a backward pass), eval mode, a second
+        backward pass of the same graph, one that fails, and a batch whose loss is not finite. A step that an optimizer
+        or a GradScaler skips has had its backward pass, and counts, unless the loss was not finite; `FusedTrainStep`
+        knows whether the step was made, and counts then only.
+
+        Activation checkpointing, reentrant or not, counts once and sees the same counters in both runs. Under
+        torch.compile a forward pass counts when it runs with gradients enabled, since its graph has no other place.
+        Under DistributedDataParallel the batches of all processes count together, in every process, as one batch: sums,
+        and for BatchTopK, where each process keeps the N·k largest of its own N tokens, the threshold moves by the mean
+        of their smallest acts. Every process has to run the same forward passes in training mode.
         """
         found = self.objective(x, target)
         batch, dtype = tuple(x.shape[:-1]), wide(self.W_dec).dtype
@@ -349,8 +362,22 @@ class SparseAutoencoder(Parameters):
                 start(self, x, target)
             else:
                 self.start_(x, target)
+        if torch.compiler.is_compiling() or not self.training or for_step:
+            return self._objective(x, target, for_step)
+        with counting.as_first_seen(self):
+            return self._objective(x, target, for_step)
+
+    def _objective(self, x: Tensor, target: Tensor | None, for_step: bool) -> Objective:
         rule, ledger = self.rule, self._ledger()
+        here = None  # in a graph, whose forward pass has to count by itself
+        if torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and not for_step:
+            here = counting.counts_here(x)
         held = ledger is not None
+        if held and self.training and counting.several(self):
+            raise RuntimeError(
+                "DistributedDataParallel wraps an SAE whose gradients an optimizer of fastsae.optim keeps as terms, "
+                "and it cannot sum these over processes; delete that optimizer and use a torch optimizer"
+            )
         ready = self.inputs(x, target, held=held)
         if ledger is not None:
             ledger.set_pre_bias(self.pre_bias)  # a first target may have switched it off
@@ -394,16 +421,20 @@ class SparseAutoencoder(Parameters):
             loss = loss + found["gate"]
         if rule.shaped and not for_step:
             codes = codes.keep(codes.acts != 0)
-        counts, tokens = over_replicas(self.counts_of(codes), n)
-        dead = torch.where(counts > 0, 0, self.tokens_since_fired + tokens) >= self.dead_after
+        measured = rule.measure(codes.detach()) if self.training else None
+        batch = self._over_processes(counting.Counted(self.counts_of(codes), n, measured))
+        dead = torch.where(batch.counts > 0, 0, self.tokens_since_fired + batch.tokens) >= self.dead_after
         if self.training:
             more, dead_losses = self.dead_latent_loss(ready, errors.error, dead, denominator, options, held)
             found |= dead_losses
             loss = loss if more is None else loss + more
-        count = self._counter(loss, codes, counts, tokens)
-        if self.training and not for_step:
-            self._count_at_backward(count, pre.acts, loss)
-        return Objective(ready, loss, found, errors.error, codes, counts, dead, errors.last, codes.redone, count)
+        count = self._counter(loss, batch)
+        if here is not None:
+            count(here)
+        elif self.training and not for_step and not torch.compiler.is_compiling():
+            made = torch.ones_like(loss.detach(), dtype=torch.bool)
+            counting.when_passed((pre.acts, errors.error), lambda: count(made))
+        return Objective(ready, loss, found, errors.error, codes, batch.counts, dead, errors.last, codes.redone, count)
 
     def _ledger(self) -> ledgers.Ledger | None:
         return ledgers.open_ledger(
@@ -479,14 +510,14 @@ class SparseAutoencoder(Parameters):
         total, error, found = dense.objective(self, ready.encoder_input, goal, gate_goal, centred, denominator, weight)
         n = ready.target.shape[0]
         self.active_share = float(found.selected) / (n * self.d_sae)
-        counts, tokens = over_replicas(found.counts, n)
-        dead = torch.where(counts > 0, 0, self.tokens_since_fired + tokens) >= self.dead_after
+        batch = counting.Counted(found.counts, n, None)
+        dead = torch.where(batch.counts > 0, 0, self.tokens_since_fired + n) >= self.dead_after
         options = self.encode_options(held=True)
         more, dead_losses = self.dead_latent_loss(ready, error, dead, denominator, options)
         loss = total if more is None else total + more
-        count = self._counter(loss, None, counts, tokens)
+        count = self._counter(loss, batch)
         by_name = {self.loss: found.squares / denominator, **found.losses, **dead_losses}
-        return Objective(ready, loss, by_name, error, None, counts, dead, found.squares, None, count)
+        return Objective(ready, loss, by_name, error, None, batch.counts, dead, found.squares, None, count)
 
     # -- dead latents, densities and the decoder's norm ---------------------------------------------------------------
 
@@ -495,43 +526,29 @@ class SparseAutoencoder(Parameters):
         """Latents that have not fired for `dead_after` tokens: bool (M,)."""
         return self.tokens_since_fired >= self.dead_after
 
-    def _counter(
-        self, loss: Tensor, codes: SparseCodes | None, counts: Tensor, tokens: int | Tensor
-    ) -> Callable[[Tensor], None]:
-        """count(made), which counts this batch if made, a 0-d bool, is true and its loss is finite."""
-        codes = None if codes is None else codes.detach()
+    def _over_processes(self, batch: counting.Counted) -> counting.Counted:
+        """In training the batch of all processes."""
+        if not self.training:
+            return batch
+        return outside_graph("over_processes")(self, batch)
+
+    def _counter(self, loss: Tensor, batch: counting.Counted) -> Callable[[Tensor], None]:
+        """count(made), which counts this batch if made, a 0-d bool, is true and its loss is finite everywhere."""
+        rule, (counts, tokens, measured) = self.rule, batch
         finite = loss.detach().isfinite()
+        if self.training:
+            finite = outside_graph("in_all_processes")(self, finite)
 
         @torch.no_grad()
         def count(made: Tensor) -> None:
-            made = made & finite
+            if not torch.compiler.is_compiling():
+                counting.keep_counters(self, ("tokens_since_fired", *self._rule_names[1]))
+            made, rule_state = made & finite, self.rule_state
             self.count_fired_(counts, tokens, made)
-            self.rule.steer(self.rule_state, counts.sum().double() / tokens, made)
-            if codes is not None:
-                self.rule.observe(codes, self.rule_state, made)
+            rule.steer(rule_state, counts.sum().double() / tokens, made)
+            rule.observe(measured, rule_state, made)
 
         return count
-
-    def _count_at_backward(self, count: Callable[[Tensor], None], source: Tensor, loss: Tensor) -> None:
-        """Counts when a backward pass goes through `source`, once.
-
-        So a forward pass alone counts nothing: under no_grad, to look at something, or run again by activation
-        checkpointing.
-        """
-        made = torch.ones_like(loss.detach(), dtype=torch.bool)
-        if torch.compiler.is_compiling():
-            count(made)  # a compiled graph runs its forward once, and its backward cannot do this
-            return
-        node = source.grad_fn if source.grad_fn is not None else loss.grad_fn
-        counted: list[bool] = []
-
-        def at_backward(_: Any) -> None:
-            if not counted:
-                counted.append(True)
-                count(made)
-
-        if node is not None:
-            node.register_prehook(at_backward)
 
     def counts_of(self, codes: SparseCodes) -> Tensor:
         """On how many tokens each latent is active in `codes`: int64 (M,)."""
@@ -569,13 +586,12 @@ class SparseAutoencoder(Parameters):
         self.fired_over.zero_()
 
 
-def over_replicas(counts: Tensor, n: int) -> tuple[Tensor, int | Tensor]:
-    """counts (M,) and the number of tokens n, summed over the replicas where DistributedDataParallel runs this."""
+def outside_graph(name: str) -> Callable[..., Any]:
+    """A function of fastsae.model.counting that asks other processes: where there are any, no graph can hold it."""
     if torch.compiler.is_compiling():
-        return counts, n
-    replicas = DistributedDataParallel._get_active_ddp_module()
-    if replicas is None:
-        return counts, n
-    packed = torch.cat([counts, counts.new_tensor([n])])
-    torch.distributed.all_reduce(packed, group=replicas.process_group)
-    return packed[:-1], packed[-1]
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return lambda _, given: given
+        from fastsae.model import uncompiled
+
+        return getattr(uncompiled, name)
+    return getattr(counting, name)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from fastsae.codes import SparseCodes
@@ -240,4 +241,16 @@ def no_nan(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name} holds {int(bad.sum())} values that are NaN or infinite, the first at {where}; expected finite "
             "activations; drop those rows, or pass check=False to let them propagate"
+        )
+
+
+def one_process(independent: bool) -> None:
+    """Raises RuntimeError in one of several processes, unless each trains an SAE of its own."""
+    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    size = torch.distributed.get_world_size() if running and not independent else 1
+    if size > 1:
+        raise RuntimeError(
+            f"this is one of {size} processes, and this step sums no gradients over them, so their weights would drift "
+            "apart; use a torch optimizer with DistributedDataParallel, or pass independent=True where each process "
+            "trains an SAE of its own"
         )

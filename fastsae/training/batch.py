@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsae import reference
-from fastsae.model import losses
+from fastsae.model import counting, losses
 from fastsae.model.parameters import normalize_rows_, project_rows_, weight_of_old
 from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
-from fastsae.model.sae import SparseAutoencoder
+from fastsae.model.sae import SparseAutoencoder, outside_graph
+from fastsae.ops import checks
 from fastsae.reference import Forward
 
 BATCH_WORTH = 2**18
@@ -157,8 +158,15 @@ class SAEBatch(nn.Module):
     def forward(self, x: Tensor, target: Tensor | None = None) -> Forward:
         """A (B, N, M), recon (B, N, d_out), losses by name (B,), of x (N, d_in) or (B, N, d_in).
 
-        In training mode it counts which latents fired, and "loss" includes the ghost loss.
+        In training mode "loss" includes the ghost loss, and the batch counts, as of `SparseAutoencoder.forward`: at the
+        end of the backward pass, once, for each SAE whose loss is finite.
         """
+        if not self.training or torch.compiler.is_compiling():
+            return self._forward(x, target)
+        with counting.as_first_seen(self):
+            return self._forward(x, target)
+
+    def _forward(self, x: Tensor, target: Tensor | None) -> Forward:
         if target is None and self.d_out != self.d_in:
             raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target=")
         x = self.checked(x, self.d_in, "x")
@@ -175,11 +183,36 @@ class SAEBatch(nn.Module):
             )  # fmt: skip
         if not self.training:
             return out
-        self.observe_(out.A.detach())
-        if self.ghost is None:
-            return out
-        ghost = self.ghost_loss(x, goal, out.recon.detach())
-        return replace(out, losses={**out.losses, "ghost": ghost, "loss": out.losses["loss"] + self.ghost_coef * ghost})
+        batch = outside_graph("over_processes")(self, self._counted(out.A.detach()))
+        losses = out.losses
+        if self.ghost is not None:
+            dead = torch.where(batch.counts, 0, self.tokens_since_fired + batch.tokens) >= self.dead_after
+            ghost = self.ghost_loss(x, goal, out.recon.detach(), dead)
+            losses = {**losses, "ghost": ghost, "loss": losses["loss"] + self.ghost_coef * ghost}
+        finite = outside_graph("in_all_processes")(self, losses["loss"].detach().isfinite())
+        if not torch.compiler.is_compiling():
+            counting.when_passed((out.A, out.recon), lambda: self._count(batch, finite))
+        elif torch.is_grad_enabled():
+            self._count(batch, finite & counting.counts_here(x))
+        return replace(out, losses=losses)
+
+    def _counted(self, A: Tensor) -> counting.Counted:
+        """What of a batch's code A (B, N, M) counts."""
+        measured = None
+        if self.activation.mean_k is not None:
+            acts = torch.where(A > 0, A, torch.inf).float()
+            measured = acts.amin((-2, -1)) if A.shape[-2] else acts.new_full((len(self),), torch.inf)
+        return counting.Counted((A != 0).any(-2), A.shape[-2], measured)
+
+    @torch.no_grad()
+    def _count(self, batch: counting.Counted, made: Tensor) -> None:
+        """Counts a batch for the SAEs where made (B,) is true."""
+        rule_state = {name: getattr(self, name) for name in self._rule_names}
+        if not torch.compiler.is_compiling():
+            counting.keep_counters(self, ("tokens_since_fired", *self.activation.new_buffers()))
+        since = torch.where(batch.counts, 0, self.tokens_since_fired + batch.tokens)
+        self.tokens_since_fired.copy_(torch.where(made[:, None], since, self.tokens_since_fired))
+        self.activation.observe(batch.measured, rule_state, made)
 
     def _kept_forward(self, weights: dict[str, Tensor], x: Tensor, goal: Tensor) -> Forward:
         """`reference.forward` of a rule that keeps some of relu(pre) as it is, with as few autograd nodes as possible.
@@ -222,22 +255,13 @@ class SAEBatch(nn.Module):
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, places, first.expand_as(flat))
         return kept.view_as(pre).logical_and_(reference.is_above(pre, pre.new_zeros(())))
 
-    @torch.no_grad()
-    def observe_(self, A: Tensor) -> None:
-        """Counts which latents are active in A (B, N, M), and updates a BatchTopK's threshold, as `observe` does."""
-        self.tokens_since_fired.add_(A.shape[-2]).masked_fill_((A != 0).any(-2), 0)
-        rule = getattr(self.activation, "inner", self.activation)
-        if isinstance(rule, BatchTopK):
-            rule_state = {name: getattr(self, name) for name in self._rule_names}
-            rule.move_(rule_state, torch.where(A > 0, A, torch.inf).amin((-2, -1)).float())
-
-    def ghost_loss(self, x: Tensor, target: Tensor, recon: Tensor) -> Tensor:
+    def ghost_loss(self, x: Tensor, target: Tensor, recon: Tensor, dead: Tensor) -> Tensor:
         """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩) of each SAE, (B,): `losses.ghost_pull` with an axis.
 
-        u, w: means of the encoder's input and of target - recon, each token weighted by its squared error, held fixed.
+        dead: bool (B, M). u, w: means of the encoder's input and of target - recon, each token weighted by its squared
+        error, held fixed.
         The rows are the raw parameters, also for norm "forward": a row that turns also grows, and turns more slowly.
         """
-        dead = self.dead
         if dead.device.type == "cpu" and not bool(dead.any()):  # on a GPU this check would be a host sync
             return recon.new_zeros(len(self))
         named = dict(self.named_parameters())
@@ -266,7 +290,7 @@ class BatchTrainStep:
 
     lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. They are elementwise, so the SAEs do not
     affect each other. schedule: multiplier of lr from the number of updates done.
-    measure: also return mse, fvu, l0 and dead (latents).
+    measure: also return mse, fvu, l0 and dead (latents). independent: as FusedTrainStep's.
     Raises ValueError for another optimizer, and for a weight decay of adam.
     """
 
@@ -280,12 +304,14 @@ class BatchTrainStep:
         optimizer: str = "adam",
         schedule: Callable[[int], float] | None = None,
         measure: bool = True,
+        independent: bool = False,
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}, a batch's step has {', '.join(OPTIMIZERS)}")
         if optimizer == "adam" and weight_decay:
             raise ValueError(f"adam has no weight_decay, got {weight_decay}; take optimizer='adamw'")
         self.batch, self.lr, self.schedule, self.measure, self.step = batch, lr, schedule, measure, 0
+        self.independent = independent
         self.optimizer = OPTIMIZERS[optimizer](
             batch.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
@@ -294,7 +320,9 @@ class BatchTrainStep:
         """One update on x (N, d_in), the same for all, or (B, N, d_in).
 
         Returns (B,) tensors: "loss" and its parts, with `measure` "mse", "fvu", "l0", "dead", from before the update.
+        Raises RuntimeError in one of several processes, unless `independent`.
         """
+        checks.one_process(self.independent)
         batch = self.batch
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)

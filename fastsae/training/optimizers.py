@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from fastsae import ops
@@ -279,7 +278,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def refuse(self) -> None:
         """Raises RuntimeError where a step would: see `step`."""
-        self._refuse_ranks()
+        checks.one_process(self.independent)
         for member in self._members:
             self._check(member)
             member.ledger.check()
@@ -450,15 +449,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
 
     # -- refusals -----------------------------------------------------------------------------------------------------
-
-    def _refuse_ranks(self) -> None:
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if several and not self.independent and torch.distributed.get_world_size() > 1:
-            raise RuntimeError(
-                f"this is one of {torch.distributed.get_world_size()} processes, and a fused update sums no gradients "
-                "over processes, so their weights would drift apart; use a torch optimizer with "
-                "DistributedDataParallel, or pass independent=True where each process trains an SAE of its own"
-            )
 
     def _check(self, member: _Member) -> None:
         """Raises RuntimeError for parameters that are not what they were."""

@@ -40,6 +40,11 @@ class _TrainStep:
         penalty_schedule: Callable[[Any], Any] | None,
         k_schedule: Callable[[int], int] | None,
     ):
+        if not isinstance(sae, SparseAutoencoder):
+            raise TypeError(
+                f"sae is a {type(sae).__module__}.{type(sae).__name__}, expected a SparseAutoencoder, which a step "
+                "calls without a wrapper; pass the module inside, or train the wrapper in a loop with a torch optimizer"
+            )
         self.sae, self.penalty_schedule, self.k_schedule = sae, penalty_schedule, k_schedule
         if k_schedule is not None:
             sae.activation.with_k(k_schedule(0)).check(sae.d_sae)
@@ -360,7 +365,8 @@ class PlainTrainStep(_TrainStep):
     Slower, any backend, and readable: the curve that the fused step is held against.
 
     lr: peak learning rate; schedule: step -> multiplier, with step counting the updates done before; optimizer: "adam"
-    or "adamw"; clip_norm, penalty_schedule, k_schedule: as FusedTrainStep's. Raises ValueError for another optimizer.
+    or "adamw"; clip_norm, penalty_schedule, k_schedule, independent: as FusedTrainStep's. Raises ValueError for another
+    optimizer.
     """
 
     def __init__(
@@ -376,6 +382,7 @@ class PlainTrainStep(_TrainStep):
         clip_norm: float | None = None,
         penalty_schedule: Callable[[int], float] | None = None,
         k_schedule: Callable[[int], int] | None = None,
+        independent: bool = False,
     ):
         super().__init__(sae, penalty_schedule, k_schedule)
         kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -385,7 +392,7 @@ class PlainTrainStep(_TrainStep):
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}, expected a number above 0, or None")
         self.lr, self.schedule, self.clip_norm = lr, schedule, clip_norm
-        self.step = 0
+        self.step, self.independent = 0, independent
         # A rule's own parameters do not decay: a threshold of 1 is no resting place.
         learnt = list(sae.rule_parameters.values())
         others = [p for name, p in sae.named_parameters() if name not in sae.rule_parameters]
@@ -397,8 +404,10 @@ class PlainTrainStep(_TrainStep):
     def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """One update on x (*batch, d_in), towards target (*batch, d_out) or x itself.
 
-        Returns 0-d tensors as `FusedTrainStep` does; reads nothing back.
+        Returns 0-d tensors as `FusedTrainStep` does; reads nothing back. Raises RuntimeError in one of several
+        processes, unless `independent`.
         """
+        checks.one_process(self.independent)
         sae = self.sae
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.step))
         for group in self.optimizer.param_groups:

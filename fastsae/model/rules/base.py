@@ -195,10 +195,16 @@ class Activation(ABC):
         """Disjoint parts of a code, each with the weight of the error of it and all parts before it together."""
         return [(codes, 1.0)]
 
-    def observe(self, codes: SparseCodes, rule_state: RuleState, made: Tensor) -> None:  # noqa: B027 (most have none)
-        """Updates the rule's buffers in place after the step of a training batch; no gradient, no host sync.
+    def measure(self, codes: SparseCodes) -> Tensor | None:
+        """What `observe` wants to know of the code of a training batch: 0-d float32, infinite where it says nothing;
+        None for a rule that wants nothing. Several processes take the mean of theirs. No gradient, no host sync.
+        """
+        return None
 
-        made: 0-d bool on the device, whether the step was made; if not, the buffers do not change.
+    def observe(self, measured: Tensor | None, rule_state: RuleState, made: Tensor) -> None:  # noqa: B027 (most have none)
+        """Updates the rule's buffers in place when a training batch counts; no gradient, no host sync.
+
+        measured: of `measure`. made: bool on the device, whether the batch counts; if not, the buffers do not change.
         """
 
     def weight(self, rule_state: RuleState) -> Tensor | float:

@@ -130,9 +130,12 @@ class Matryoshka(Activation):
         )
         return [(codes.keep(part == g), weight) for g, weight in enumerate(self.each_weight)]
 
+    def measure(self, codes: SparseCodes) -> Tensor | None:
+        return self.inner.measure(codes)
+
     @torch.no_grad()
-    def observe(self, codes: SparseCodes, rule_state: RuleState, made: Tensor) -> None:
-        self.inner.observe(codes, rule_state, made)
+    def observe(self, measured: Tensor | None, rule_state: RuleState, made: Tensor) -> None:
+        self.inner.observe(measured, rule_state, made)
         if self.sampled is not None:
             rule_state["batches"].add_(made)
 

@@ -71,6 +71,8 @@ class BatchTopK(Activation):
     first, and is never behind by more than some 1/(1 - decay) batches: the smallest act falls by half in a few
     hundred. Both are float32 and saved with the module (`threshold`, `threshold_weight`). Before any training t is -1,
     and inference selects by batch. `sae.calibrate_threshold_(x)` sets t from rows, as a run does at its end.
+    Under DistributedDataParallel each process selects among its own tokens, and t moves by the mean of their smallest
+    acts, in all of them.
     Source: Bussmann, Leask & Nanda 2024 (arXiv 2412.06410), eq. 4 and 5; the division: Kingma & Ba 2015, section 3.
     """
 
@@ -123,20 +125,21 @@ class BatchTopK(Activation):
         return select_above(x, W, b, rule_state["threshold"], options, capacity)
 
     @torch.no_grad()
-    def observe(self, codes: SparseCodes, rule_state: RuleState, made: Tensor) -> None:
-        acts = torch.where(codes.occupied() & (codes.acts > 0) & made, codes.acts, torch.inf).float()
-        if acts.numel() == 0:
-            return
-        self.move_(rule_state, acts.amin())
+    def measure(self, codes: SparseCodes) -> Tensor:
+        """The smallest act."""
+        acts = torch.where(codes.occupied() & (codes.acts > 0), codes.acts, torch.inf).float()
+        return acts.amin() if acts.numel() else acts.new_full((), torch.inf)
 
-    def move_(self, rule_state: RuleState, least: Tensor) -> None:
-        """Moves the running threshold, in place, by a batch's smallest act (infinite if none is above 0)."""
+    @torch.no_grad()
+    def observe(self, measured: Tensor | None, rule_state: RuleState, made: Tensor) -> None:
+        """Moves the running threshold by the smallest act of a batch."""
+        assert measured is not None
         threshold, weight = rule_state["threshold"], rule_state["threshold_weight"]
-        some = torch.isfinite(least)
+        some = made & torch.isfinite(measured)
         heavier = self.decay * weight + (1 - self.decay)
         # The first share is exactly 1, and so the first mean exactly the first batch's.
         share = torch.where(weight == 0, 1.0, (1 - self.decay) / heavier)
-        threshold.copy_(torch.where(some, torch.lerp(threshold, least, share), threshold))
+        threshold.copy_(torch.where(some, torch.lerp(threshold, measured, share), threshold))
         weight.copy_(torch.where(some, heavier, weight))
 
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:

@@ -1,0 +1,263 @@
+"""Counting batches of training: each once, over all processes, in the order in which they came.
+
+What is counted: tokens and firings of each latent, a running threshold, a driven penalty weight, drawn prefixes. A
+batch counts at the end of the first backward pass that goes through its forward pass in training mode. So a forward
+pass alone counts nothing, and all that one backward pass goes through sees the same counters, computed again or not.
+
+Activation checkpointing computes a forward pass again, inside the backward pass, when other batches may have counted
+since. It then sees the counters of its first run: torch numbers the nodes of autograd as they are made, so the node
+whose backward pass runs it again says when that was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+KEPT = 16
+"""Counted batches after which a checkpointed forward pass can still be computed again; each keeps (M,) numbers."""
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs: a forward pass in it is one that activation checkpointing computes again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _under_hooks() -> bool:
+    """Whether hooks on saved tensors are set, as they are where a non-reentrant checkpoint runs a forward again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def first_run() -> int:
+    """When the forward pass that runs now ran first, in autograd's numbers: nodes made before have smaller ones."""
+    node = torch._C._current_autograd_node() if in_backward() else None
+    if node is None:
+        return torch._C._autograd._get_sequence_nr()
+    # A reentrant checkpoint's node came just before its forward pass, which made no nodes. A non-reentrant checkpoint
+    # is run again by a node of the forward pass itself.
+    return node._sequence_nr() + (0 if _under_hooks() else 1)
+
+
+@torch.library.custom_op("fastsae::counts_here", mutates_args=(), schema="(Tensor x) -> Tensor")
+def counts_here(x: Tensor) -> Tensor:
+    """True, 0-d on x's device, in a compiled forward pass, which counts while it runs.
+
+    Raises RuntimeError where a non-reentrant checkpoint runs it again: its graph would count twice, and see other
+    counters. An op, so that it asks when the graph runs.
+    """
+    if in_backward() and _under_hooks():
+        raise RuntimeError(
+            "an activation checkpoint runs a compiled forward pass of an SAE again, which would count its tokens "
+            "twice; compile the function that calls torch.utils.checkpoint, or pass it use_reentrant=True"
+        )
+    return torch.ones((), dtype=torch.bool, device=x.device)
+
+
+@counts_here.register_fake
+def _counts_here_fake(x: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.bool)
+
+
+# -- once, at the end of a backward pass ------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Batch:
+    number: tuple[int, int]
+    count: Callable[[], None]
+    counted: bool = False
+
+
+@dataclass(eq=False)
+class _Passed:
+    """The batches that a running backward pass went through. Its end is a callback of torch's engine, which alone keeps
+    this object: of a backward pass that fails nothing counts, and nothing stays.
+    """
+
+    batches: dict[tuple[int, int], _Batch] = field(default_factory=dict)
+    over: bool = False
+
+    def end(self) -> None:
+        self.over = True
+        for _, batch in sorted(self.batches.items()):
+            if not batch.counted:
+                batch.counted = True
+                batch.count()
+
+
+_numbers = itertools.count()
+_passed: weakref.WeakValueDictionary[int, _Passed] = weakref.WeakValueDictionary()  # by torch's number of the pass
+
+
+def _of_this_pass() -> _Passed:
+    number = torch._C._current_graph_task_id()
+    found = _passed.get(number)
+    if found is None:
+        found = _passed[number] = _Passed()
+        torch.autograd.Variable._execution_engine.queue_callback(found.end)  # type: ignore[no-untyped-call]
+    return found
+
+
+def when_passed(ends: Iterable[Tensor], count: Callable[[], None]) -> None:
+    """Calls count once, at the end of the first backward pass that goes through what made one of these tensors.
+
+    Batches of one backward pass count in the order of their forward passes.
+    """
+    batch = _Batch((first_run(), next(_numbers)), count)
+    # A reentrant checkpoint runs a backward pass of its own inside this one, which is the one to wait for.
+    outer = _of_this_pass() if in_backward() else None
+
+    def pass_through(_: Any) -> None:
+        passed = _of_this_pass() if outer is None or outer.over else outer
+        passed.batches[batch.number] = batch
+
+    for node in {end.grad_fn for end in ends} - {None}:
+        node.register_prehook(pass_through)  # type: ignore[union-attr]
+
+
+# -- the counters of a forward pass that is computed again ------------------------------------------------------------
+
+
+class _Kept(NamedTuple):
+    first: int
+    state: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class _History:
+    """The counters of a module before the last KEPT batches, each with autograd's number at the first forward pass that
+    saw them; first: that number for the counters as they are now, None if no forward pass saw them.
+    """
+
+    states: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT))
+    first: int | None = None
+    forgotten: bool = False
+
+    def at(self, number: int) -> dict[str, Tensor] | None:
+        """The counters that the last forward pass before that number saw; None for those of now."""
+        if self.first is not None and self.first <= number:
+            return None
+        for kept in reversed(self.states):
+            if kept.first <= number:
+                return kept.state
+        if self.forgotten:
+            raise RuntimeError(
+                f"an activation checkpoint computes a forward pass again after more than {KEPT} batches were counted "
+                "since, and what it saw is not kept that long; go backward sooner, or do not checkpoint the SAE"
+            )
+        return None
+
+
+_histories: weakref.WeakKeyDictionary[nn.Module, _History] = weakref.WeakKeyDictionary()
+
+
+def _history(module: nn.Module) -> _History:
+    return _histories.setdefault(module, _History())
+
+
+@contextmanager
+def as_first_seen(module: nn.Module) -> Iterator[None]:
+    """A forward pass of training: computed again by a checkpoint, it reads the counters that its first run read.
+
+    Raises RuntimeError where they are not kept any more, see KEPT.
+    """
+    history, old = _history(module), None
+    if in_backward():
+        old = history.at(first_run())
+    elif history.first is None:
+        history.first = first_run()
+    now = {name: module._buffers[name] for name in old or ()}
+    module._buffers.update(old or {})
+    try:
+        yield
+    finally:
+        module._buffers.update(now)
+
+
+def keep_counters(module: nn.Module, names: Iterable[str]) -> None:
+    """Before a batch changes these buffers: keeps them, where a forward pass saw them."""
+    history = _history(module)
+    if history.first is not None:
+        history.forgotten |= len(history.states) == KEPT
+        state = {name: t.clone() for name in names if (t := module._buffers[name]) is not None}
+        history.states.append(_Kept(history.first, state))
+        history.first = None
+
+
+# -- over all processes -----------------------------------------------------------------------------------------------
+
+_groups: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def processes_of(module: nn.Module) -> Any:
+    """The process group over which DistributedDataParallel runs this forward pass; None where it does not.
+
+    Raises RuntimeError inside `DistributedDataParallel.join()`.
+    """
+    if in_backward():  # which is not inside DistributedDataParallel; the first run of this forward pass was
+        return _groups.get(module)
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None:
+        _groups.pop(module, None)
+        return None
+    if wrapper._join_config.enable:
+        raise RuntimeError(
+            "DistributedDataParallel.join() answers for a process without inputs in its own sums only, and an SAE sums "
+            "its counts over processes too; give every process the same number of batches"
+        )
+    _groups[module] = wrapper.process_group
+    return wrapper.process_group
+
+
+def several(module: nn.Module) -> bool:
+    """Whether DistributedDataParallel runs this forward pass in more than one process."""
+    group = processes_of(module)
+    return group is not None and group.size() > 1
+
+
+class Counted(NamedTuple):
+    """A batch of one SAE, or of B: counts (*B, M), on how many tokens each latent was active, int64, or whether on any,
+    bool; tokens: how many there were; measured (*B,): what `Activation.measure` says, None for a rule without.
+    """
+
+    counts: Tensor
+    tokens: int | Tensor
+    measured: Tensor | None
+
+
+def over_processes(module: nn.Module, batch: Counted) -> Counted:
+    """The batch of all processes together: sums, and the mean of what was measured where it is finite."""
+    group = processes_of(module)
+    if group is None:
+        return batch
+    counts, tokens, measured = batch
+    one = counts.new_zeros(counts.shape[:-1]) if measured is None else measured
+    known = one.isfinite()
+    parts = [counts, known, torch.where(known, one, 0), torch.full_like(one, tokens, dtype=torch.float64)]  # type: ignore[arg-type]
+    packed = torch.cat([part.double().flatten() for part in parts])  # whole numbers below 2⁵³ stay exact
+    torch.distributed.all_reduce(packed, group=group)
+    split = packed.split([part.numel() for part in parts])
+    total, found, sums, n = (t.view(part.shape) for t, part in zip(split, parts, strict=True))
+    if measured is not None:
+        measured = torch.where(found > 0, sums / found.clamp(min=1), torch.inf).to(measured.dtype)
+    return Counted(total.to(counts.dtype), n.flatten()[0].long(), measured)
+
+
+def in_all_processes(module: nn.Module, good: Tensor) -> Tensor:
+    """Where it is true in every process: bool, of the shape of `good`."""
+    group = processes_of(module)
+    if group is None:
+        return good
+    agreed = good.to(torch.int32)
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=group)
+    return agreed.bool()
