@@ -36,6 +36,7 @@ from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import Optimizer as Rule
 from fastsae.reference import scales_shape
 from fastsae.training.screen import KeptScreen
+from fastsae.training.skipped import COUNTED, SKIPPED
 
 MOMENTS = ("fp32", "bf16", "8bit")
 KEYS = {"m": "exp_avg", "v": "exp_avg_sq"}
@@ -166,6 +167,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self.made: Tensor | None = None
         self._warned = False
+        self.describe: Callable[[], str] | None = None  # what the first skipped step's warning says of its inputs
         given = [params] if isinstance(params, (nn.Module, Dictionaries)) else list(params)
         groups: Any = [one for g in given for one in _split(g if isinstance(g, Mapping) else {"params": g})]
         self._plain: list[int] = []  # the groups of parameters that are no SAE's
@@ -441,13 +443,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.skipped += (~made).to(self.skipped.device)
         if not self._warned and made.device.type == "cpu" and not bool(made):
             self._warned = True
-            warnings.warn(
-                "a gradient is not finite (NaN, infinite or too large to square), or the learning rate, so this step "
-                "changed nothing; look for such numbers in the inputs. Further ones are counted in optimizer.skipped "
-                "without a warning",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            where = "look for such numbers in the inputs" if self.describe is None else self.describe()
+            warnings.warn(f"{SKIPPED}: {where}. {COUNTED}", RuntimeWarning, stacklevel=4)
 
     # -- refusals -----------------------------------------------------------------------------------------------------
 
