@@ -247,10 +247,10 @@ def test_a_live_source_names_the_tokens_of_a_batch(prefetch: bool) -> None:
         rows = range(0, len(batch), 17)
         for row, name in zip(rows, origin(rows), strict=True):
             found = re.fullmatch(
-                r"token (\d+) of window [0-3] after .*, piece (\d+), token (\d+), epoch 0: it ends tokens \[(.*)\]", name
+                r"token \d+ of window [0-3] after .*, piece \d+, token \d+, epoch 0: it ends tokens \[(.*)\]", name
             )
             assert found is not None, name
-            token = int(found[4].split(",")[-1])
+            token = int(found[1].split(",")[-1])
             assert torch.allclose(batch[row], row_of[token].float(), rtol=1e-5), name
     source.close()
 

@@ -397,7 +397,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         pull = [] if taken.decoder_pull is None else [taken.decoder_pull]
         bounded = gradients_are_bounded(given["terms"], [*taken.dense.values(), *pull], d.W_dec)
         if bounded.device.type == "cpu" and not bool(bounded):
-            bounded = self._update(index, given, norms_only=True, **numbers).sum().isfinite()
+            # Before clip_rows, which would make 0 of what cannot be squared.
+            squares = self._update(index, {**given, "clip_rows": None}, norms_only=True, **numbers).sum()
+            bounded = squares <= torch.finfo(torch.promote_types(d.W_dec.dtype, torch.float32)).max
         for grad in others.values():
             bounded = bounded & can_be_squared(grad)
         if scale is not None:

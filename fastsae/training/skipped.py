@@ -1,4 +1,4 @@
-"""What is said of a step that was not made: which rows of its batch are at fault."""
+"""What is said of a step that was not made: which rows of its batch are at fault. And what torch's Adam cannot step."""
 
 from __future__ import annotations
 
@@ -43,3 +43,12 @@ def said(bad: int, of: int, worst: list[int], what: str) -> str:
         return f"the rows of {what} are finite, the largest is row {worst[0]}"
     named = ", ".join(map(str, worst[:bad]))
     return f"{bad} of {of} rows of {what} hold NaN or infinity: {named}{', ...' if bad > len(worst) else ''}"
+
+
+def refuse_float16(W: Tensor) -> None:
+    """Raises ValueError for float16 weights under torch's Adam, which keeps moments in their dtype."""
+    if W.dtype == torch.float16:
+        raise ValueError(
+            "the weights are float16, in which the second moments of torch's Adam underflow: it would step by m / eps; "
+            "use FusedTrainStep, whose moments are float32, or bfloat16 weights"
+        )

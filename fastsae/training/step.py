@@ -32,7 +32,7 @@ from fastsae.ops import checks
 from fastsae.ops.gradients import can_be_squared, moves_little
 from fastsae.training.graph import StepGraph, check_graph
 from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer
-from fastsae.training.skipped import COUNTED, SKIPPED, say_rows
+from fastsae.training.skipped import COUNTED, SKIPPED, refuse_float16, say_rows
 
 FORMAT = 3
 GRAPH_WARMUP = 2
@@ -399,11 +399,7 @@ class PlainTrainStep(_TrainStep):
         checks.optimizer(optimizer, betas, eps, weight_decay)
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}, expected a number above 0, or None")
-        if sae.W_dec.dtype == torch.float16:
-            raise ValueError(
-                "the weights are float16, in which torch's Adam would keep second moments that underflow; use "
-                "FusedTrainStep, whose moments are float32, or bfloat16 weights"
-            )
+        refuse_float16(sae.W_dec)
         self.lr, self.schedule, self.clip_norm = lr, schedule, clip_norm
         self.step, self._warned = 0, False
         self.skipped = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
