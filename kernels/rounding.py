@@ -30,7 +30,8 @@ def stream_key(seed, step, stream):
 def round_to_bf16(t, key, index):
     """t (float32) rounded up or down at random; index: uint32, the flat place of each number in its tensor."""
     bits = t.to(tl.uint32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    noise = tl.where(finite, mix(key ^ index) & 0xFFFF, 0).to(tl.uint32)
+    # bfloat16's largest number stays, which would become infinite, and so do infinities and NaN.
+    small = (bits & 0x7FFFFFFF) < 0x7F7F0000
+    noise = tl.where(small, mix(key ^ index) & 0xFFFF, 0).to(tl.uint32)
     bits = tl.add(bits, noise, sanitize_overflow=False)
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

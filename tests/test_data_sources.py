@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastsae.data import ActivationSource, ShardError, ShardSource, TensorSource, save_rows
-from fastsae.data.source import permutation
+from fastsae.data.source import NamesRows, permutation
 
 
 def numbered(rows: int, d_in: int = 4) -> torch.Tensor:
@@ -53,6 +54,23 @@ def test_every_training_row_once_an_epoch_and_no_held_out_row(kind: str, folder:
     across = source.next_batch(5000)  # more than two epochs at once
     assert across.shape == (5000, 4)
     assert across.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["tensor", "shards"])
+def test_a_source_names_the_rows_of_a_batch(kind: str, folder: Path) -> None:
+    source = make(kind, folder)
+    assert isinstance(source, NamesRows)
+    kept = []
+    for n in (700, 1200, 600, 3):  # the third goes on in the next epoch
+        ids = ids_of(source.next_batch(n))
+        kept.append((ids, source.origin()))
+    for ids, origin in kept:  # long after the batch
+        rows = [0, len(ids) // 2, len(ids) - 1]
+        for row, name in zip(rows, origin(rows), strict=True):
+            number, place = re.fullmatch(r"row ([\d,]+) of (.*)", name).groups()
+            shard = re.fullmatch(r".*/shard_(\d+)\.safetensors", place)
+            assert (shard is None) == (kind == "tensor")
+            assert ids[row] == int(number.replace(",", "")) + (0 if shard is None else 700 * int(shard[1]))
 
 
 @pytest.mark.parametrize("kind", ["tensor", "shards"])

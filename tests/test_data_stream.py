@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 from fastsae.data import ActivationSource, ActivationStream, LiveSource, TokenCorpus
 from fastsae.data.filters import RowFilter
 from fastsae.data.hooks import HookedModel
+from fastsae.data.shared import SharedSource
+from fastsae.data.source import NamesRows
 from fastsae.data.windows import WindowStream
 from tests.data_case import D_IN, HUGE_TOKEN, VOCABULARY, ToyLayer, ToyModel, toy_config, toy_corpus, toy_model
 
@@ -223,6 +226,33 @@ def test_a_live_source_serves_every_row_once_and_mixed() -> None:
     held = {tuple(row) for row in source.held_out().tolist()}
     assert len(held) == 60
     assert not held & set(text_order)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_live_source_names_the_tokens_of_a_batch(prefetch: bool) -> None:
+    """Every token of the text is unique and the model looks at no other: a row says which token it is of."""
+    corpus = TokenCorpus(np.arange(3000).reshape(60, 50))
+    model = toy_model(3000)
+    every = torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(3000)])  # the first is an attention sink
+    row_of = HookedModel(model.model, toy_config().hook)(every[None])[0, 1:]
+    source = LiveSource(model, corpus, toy_config(), buffer_rows=400, prefetch=prefetch)
+    assert isinstance(source, NamesRows)
+    kept = []
+    for n in (100, 333, 250, 40):  # across generations
+        kept.append((source.next_batch(n), source.origin()))
+    shared = SharedSource(LiveSource(model, corpus, toy_config(), buffer_rows=400)).readers[0]
+    for n in (30, 200):
+        kept.append((shared.next_batch(n), shared.origin()))
+    for batch, origin in kept:
+        rows = range(0, len(batch), 17)
+        for row, name in zip(rows, origin(rows), strict=True):
+            found = re.fullmatch(
+                r"token \d+ of window [0-3] after .*, piece \d+, token \d+, epoch 0: it ends tokens \[(.*)\]", name
+            )
+            assert found is not None, name
+            token = int(found[1].split(",")[-1])
+            assert torch.allclose(batch[row], row_of[token].float(), rtol=1e-5), name
+    source.close()
 
 
 @pytest.mark.parametrize("prefetch", [False, True])

@@ -138,7 +138,11 @@ def test_no_cycle_on_a_floor() -> None:
     [
         (("reference", "codes", "env", "atomic"), {"torch"}),
         (("backends.buffers",), {"torch"}),
-        (("backends.gpu", "backends.contract"), {"torch", "fastsae.reference", "fastsae.backends.buffers"}),
+        (("backends.blank",), {"torch", "fastsae.backends.buffers"}),
+        (
+            ("backends.gpu", "backends.contract"),
+            {"torch", "fastsae.reference", "fastsae.backends.buffers", "fastsae.backends.blank"},
+        ),
         (("kernels",), {"torch", "triton", "fastsae.backends.gpu", "fastsae.backends.buffers"}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,

@@ -1,7 +1,9 @@
-"""Numbers that are not finite: a fused run skips such a batch, a plain run stops, and neither saves a bad parameter."""
+"""Numbers that are not finite: a run skips such a batch, names the rows of the data, and saves no bad number."""
 
 from __future__ import annotations
 
+import math
+import re
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from fastsae.report import ReportOptions, write_report
 from fastsae.runs.checkpoint import read_state
-from fastsae.runs.stopping import SKIPS_IN_A_ROW, FiniteGuard, NonFiniteError, SkipGuard, TrainingInterrupted, bad_rows
+from fastsae.runs.stopping import SKIPS_IN_A_ROW, NonFiniteError, SkipGuard, TrainingInterrupted
 from fastsae.runs.trainer import Trainer
+from fastsae.training.skipped import say_rows, worst_rows
 from tests.test_faults import Hook, at, saved_steps
 from tests.train_case import config, curve, lines, module, saved_bytes, source, trainer
 
@@ -55,17 +58,19 @@ def told(seen: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in seen if str(w.message).startswith("step ")]
 
 
-# -- a fused step skips -----------------------------------------------------------------------------------------------
+# -- a step skips -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("how", [{"moments": "fp32"}, {"moments": "bf16"}, {"fused": False}], ids=str)
 @pytest.mark.parametrize(
     ("bad", "value"),
     # The last case: nine in a row, a good batch, and two more. That is not ten in a row.
     [([10], NAN), ([10], float("inf")), ([10], 3e38), ([1], NAN), ([1], -float("inf")), ([*range(8, 17), 18, 19], NAN)],
 )
-def test_a_bad_batch_acts_like_a_batch_left_out(tmp_path: Path, bad: list[int], value: float, moments: str) -> None:
-    settings = {"decay": "constant", "moments": moments}
+def test_a_bad_batch_acts_like_a_batch_left_out(
+    tmp_path: Path, bad: list[int], value: float, how: dict[str, Any]
+) -> None:
+    settings = {"decay": "constant", **how}
     run = trainer(tmp_path / "run", spoil(bad, [5, 6, 40], value), **settings)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -139,6 +144,39 @@ def test_a_run_that_begins_with_bad_batches_only_ends_before_its_first_step(tmp_
         run.run()
     assert saved_steps(tmp_path) == []
     assert not run.sae.b_dec.any()
+    with pytest.raises(RuntimeError, match="stopped at step 0 before a checkpoint; make a new Trainer"):
+        run.run()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("value", [NAN, 3e38])
+def test_the_end_names_the_rows_of_the_data(tmp_path: Path, value: float, fused: bool) -> None:
+    """The source's own rows are spoilt: the row that the message names is one of them."""
+    data = source()
+    data.x = data.x.clone()
+    data.x[::3, 2] = value
+    settings = {"init_b_dec": "zero", "eval_every": 0, "fused": fused}
+    run = Trainer(module(), data, config(**settings), tmp_path)
+    with pytest.warns(RuntimeWarning), pytest.raises(NonFiniteError) as caught:
+        run.run()
+    named = [int(number) for number in re.findall(r"is row (\d+) of the tensor", str(caught.value))]
+    bad = math.isnan(value)
+    assert len(named) == (5 if bad else 1)
+    assert all(number % 3 == 0 for number in named)
+    assert ("; and " in str(caught.value)) == bad
+
+
+def test_the_worst_rows_are_the_bad_ones_and_then_the_largest() -> None:
+    x = torch.ones(9, 3)
+    x[2, 1], x[7, 0], x[4, 2] = float("inf"), NAN, -50.0
+    bad, worst = worst_rows(x)
+    assert int(bad) == 2
+    assert worst[:3].tolist() == [2, 7, 4]
+    big = torch.full((4, 8), 1e38)  # whose sum overflows
+    assert int(worst_rows(big)[0]) == 0
+    assert say_rows(x) == "2 of 9 rows of x hold NaN or infinity: 2, 7"
+    assert say_rows(x[3:7].reshape(2, 2, 3)) == "the rows of x are finite, the largest is row 1"
+    assert say_rows(torch.ones(9, 2), x) == "2 of 9 rows of x hold NaN or infinity: 2, 7"
 
 
 def test_off_the_cpu_skips_are_recorded_and_reported_when_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +185,7 @@ def test_off_the_cpu_skips_are_recorded_and_reported_when_numbers_are_read(monke
     def step(x: Tensor, number: int) -> None:
         nonlocal skipped
         skipped += int(not bool(torch.isfinite(x).all()))
-        guard.look_at_input(x, number)
+        guard.look_at_input(x)
         guard.look_at_metrics({"skipped": torch.tensor(skipped)}, number)
 
     good, bad = torch.ones(6, 4), torch.ones(6, 4)
@@ -173,69 +211,6 @@ def test_off_the_cpu_skips_are_recorded_and_reported_when_numbers_are_read(monke
         step(good, 4)
 
 
-# -- torch's optimizers would apply it: stop -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
-def test_without_a_fused_step_bad_rows_stop_a_run_before_they_touch_a_parameter(tmp_path: Path, value: float) -> None:
-    run = trainer(tmp_path / "run", spoil(10, [5, 6, 40], value), fused=False)
-    with pytest.raises(NonFiniteError) as caught:
-        run.run()
-    assert caught.value.step == 10
-    assert str(caught.value).startswith("step 10: 3 of 48 rows of activations hold NaN or infinity, the first is row 5")
-    assert all(bool(torch.isfinite(p).all()) for p in run.sae.parameters())
-    assert saved_steps(tmp_path / "run") == [7]
-    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 10))
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-def test_a_second_run_after_bad_rows_ahead_of_the_first_checkpoint_is_refused(tmp_path: Path, batch: int) -> None:
-    run = trainer(tmp_path, spoil(batch, [5], NAN), fused=False)
-    with pytest.raises(NonFiniteError):
-        run.run()
-    with pytest.raises(RuntimeError, match=f"stopped at step {batch - 1} before a checkpoint; make a new Trainer"):
-        run.run()
-
-
-def test_rows_whose_sum_overflows_are_not_bad_rows() -> None:
-    big = torch.full((4, 8), 1e38)
-    assert not torch.isfinite(big.sum())
-    assert [int(value) for value in bad_rows(big)] == [0, 0]
-
-
-def test_without_a_fused_step_a_loss_that_overflows_stops_a_run(tmp_path: Path) -> None:
-    run = trainer(tmp_path, spoil(10, [0], 3e38), fused=False)
-    with pytest.raises(NonFiniteError, match="step 10: the loss is not finite although the activations are"):
-        run.run()
-    assert saved_steps(tmp_path) == [7]
-
-
-def test_off_the_cpu_bad_numbers_are_recorded_and_raised_when_numbers_are_read() -> None:
-    """The path of devices where a check is not cheap, run on CPU tensors: the error names the first bad step."""
-    guard = FiniteGuard(torch.device("cpu"))
-    guard._immediate = False
-    good, bad = torch.ones(6, 4), torch.ones(6, 4)
-    bad[1, 2], bad[4, 0] = NAN, float("inf")
-    fine, broken = {"loss": torch.tensor(1.0)}, {"loss": torch.tensor(NAN)}
-    guard.look_at_input(good, 1)
-    guard.look_at_metrics(fine, 1)
-    guard.read()
-    guard.look_at_input(bad, 2)
-    guard.look_at_metrics(broken, 2)
-    guard.look_at_input(bad[1:2], 3)
-    guard.look_at_metrics(broken, 3)
-    with pytest.raises(NonFiniteError, match=r"step 2: 2 of 6 rows of activations .* the first is row 1") as caught:
-        guard.read()
-    assert caught.value.step == 2
-
-    guard = FiniteGuard(torch.device("cpu"))
-    guard._immediate = False
-    guard.look_at_metrics(broken, 5)
-    guard.look_at_input(bad, 6)
-    with pytest.raises(NonFiniteError, match="step 5: the loss is not finite"):
-        guard.read()
-
-
 # -- nothing bad is saved or measured ---------------------------------------------------------------------------------
 
 
@@ -255,6 +230,7 @@ def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
         nonlocal update
         update = make_step()
         spoil_after_the_update.state_dict = update.state_dict  # type: ignore[attr-defined]
+        spoil_after_the_update.skipped = update.skipped  # type: ignore[attr-defined]
         return spoil_after_the_update
 
     update: Callable[[Tensor, Tensor | None], dict[str, Tensor]]

@@ -33,10 +33,11 @@ FASTSAE_INLINE float from_bits(uint32_t u) {
   return v;
 }
 
-// Round up with probability equal to the fraction dropped: 16 random bits are added below the bits that stay.
+// Round up with probability equal to the fraction dropped: 16 random bits are added below the bits that stay. Not from
+// bf16's largest number on, 0x7f7f: above it is infinity.
 FASTSAE_INLINE bf16 round_at_random(float v, uint32_t key, uint32_t index) {
   const uint32_t u = bits_of(v);
-  const uint32_t noise = (u & 0x7f800000u) == 0x7f800000u ? 0u : mix(key ^ index) & 0xffffu;
+  const uint32_t noise = (u & 0x7fffffffu) >= 0x7f7f0000u ? 0u : mix(key ^ index) & 0xffffu;
   return {uint16_t((u + noise) >> 16)};
 }
 

@@ -25,7 +25,8 @@ __device__ inline uint32_t stream_key(uint32_t seed, uint32_t step, uint32_t str
 // t rounded up or down at random, so that its mean is t. index: its place in the tensor, mod 2³².
 __device__ inline bf16 round_at_random(float t, uint32_t key, uint32_t index) {
   uint32_t bits = __float_as_uint(t);
-  if ((bits & 0x7F800000u) != 0x7F800000u) bits += mix(key ^ index) & 0xFFFFu;  // infinities and NaN stay
+  // bf16's largest number stays, which would become infinite, and so do infinities and NaN.
+  if ((bits & 0x7FFFFFFFu) < 0x7F7F0000u) bits += mix(key ^ index) & 0xFFFFu;
   return __ushort_as_bfloat16(static_cast<unsigned short>(bits >> 16));
 }
 

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsae.data.filters import Rows
 from fastsae.data.hooks import Hooks, hooks_of
 from fastsae.data.models import LanguageModel
 from fastsae.data.source import check_state, pair_of, permutation
-from fastsae.data.stream import EARLIER, ActivationStream, StreamConfig, load_for
+from fastsae.data.stream import EARLIER, ActivationStream, StreamConfig, join_rows, load_for
 from fastsae.data.text import Corpus, load_text
 
 _HALVES, _MIX = 0, 1  # which of a block's permutations a key belongs to
+_AROUND = 8  # tokens before a row's own that its place shows
 
 
 @dataclasses.dataclass
 class _Block:
-    """The rows of a fixed number of windows, the stream's position before them and its stats after them."""
+    """The rows of a fixed number of windows, the stream's position before them and its stats after them.
+
+    text: these windows, and the window and position of each row, without activations; starts: how many windows there
+    are before each pass of the model, and where that pass began in the text.
+    """
 
     number: int
     rows: Tensor
     before: dict[str, Any]
     stats: dict[str, Any]
+    text: Rows
+    starts: list[tuple[int, str]]
+
+    def place(self, row: int, tokenizer: Any) -> str:
+        """Where a row comes from, in words."""
+        window, position = int(self.text.window[row]), int(self.text.position[row])
+        first, where = next(start for start in reversed(self.starts) if start[0] <= window)
+        ids = self.text.token_ids[window, max(0, position - _AROUND) : position + 1].tolist()
+        text = f"tokens {ids}" if tokenizer is None else repr(tokenizer.decode(ids))
+        return f"token {position} of window {window - first} after {where}: it ends {text}"
 
 
 class LiveSource:
@@ -80,6 +96,7 @@ class LiveSource:
         self._batches_per_block = max(1, math.ceil(buffer_rows / 2 / per_batch))
         self._worker = ThreadPoolExecutor(1, "fastsae-live") if prefetch else None
         self._held: Tensor | None = None
+        self._last: list[tuple[Tensor, _Block | None, _Block | None]] = []  # of the last batch
         self._model_digest = self.language_model.describe()["digest"]
         self._reset(0)
 
@@ -105,15 +122,35 @@ class LiveSource:
         if n < 1:
             raise ValueError(f"next_batch needs n >= 1 rows, got {n}")
         parts = []
+        self._last = []
         while n > 0:
             if self._cursor == len(self._pool):
                 self._advance()
             rows = self._pool[self._cursor : self._cursor + n]
+            self._last.append((self._pool_from[self._cursor : self._cursor + n], self._previous, self._block))
             self._cursor += len(rows)
             n -= len(rows)
             parts.append(rows)
         rows = torch.cat(parts)
         return rows if self.dtype is None else rows.to(self.dtype)
+
+    def origin(self) -> Callable[[Sequence[int]], list[str]]:
+        """See NamesRows."""
+        last, tokenizer = self._last, self.language_model.tokenizer
+
+        def places(rows: Sequence[int]) -> list[str]:
+            found = []
+            for row in rows:
+                parts = iter(last)
+                while row >= len((part := next(parts))[0]):
+                    row -= len(part[0])
+                at, previous, block = int(part[0][row]), part[1], part[2]
+                from_block = previous if at < 0 else block
+                assert from_block is not None
+                found.append(from_block.place(~at if at < 0 else at, tokenizer))
+            return found
+
+        return places
 
     def held_out(self) -> Tensor:
         return self._held_out() if self.d_target is None else pair_of(self._held_out(), self.d_in)[0]
@@ -174,6 +211,8 @@ class LiveSource:
         self._previous: _Block | None = None
         self._block: _Block | None = None
         self._kept = self._pool = torch.zeros(0, self._stream.d_in, dtype=torch.float32, device="cpu")
+        # Of each row its number in the block; ~number of those from the block before, which were kept.
+        self._kept_from = self._pool_from = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._cursor = 0
         self._coming: Future[_Block] | None = None
 
@@ -187,10 +226,14 @@ class LiveSource:
         number = self._generation + 1
         block = self._compute(number) if self._coming is None else self._coming.result()
         self._coming = None if self._worker is None else self._worker.submit(self._compute, number + 1)
-        order = permutation(len(block.rows), self.config.seed, number, _HALVES).to(block.rows.device)
+        order = permutation(len(block.rows), self.config.seed, number, _HALVES)
         half = (len(order) + 1) // 2
+        places = torch.cat([~self._kept_from, order[:half]])
+        mix = permutation(len(places), self.config.seed, number, _MIX)
+        self._pool_from, self._kept_from = places[mix], order[half:]
+        order = order.to(block.rows.device)
         pool = torch.cat([self._kept.to(block.rows), block.rows[order[:half]]])
-        self._pool = pool[permutation(len(pool), self.config.seed, number, _MIX).to(pool.device)]
+        self._pool = pool[mix.to(pool.device)]
         self._kept = block.rows[order[half:]]
         # Not a slice of the rows: it would keep all of them in memory.
         self._previous, self._block = self._block, dataclasses.replace(block, rows=block.rows[:0].clone())
@@ -198,8 +241,15 @@ class LiveSource:
 
     def _compute(self, number: int) -> _Block:
         before = self._stream.state_dict()
-        parts = [self._stream.next() for _ in range(self._batches_per_block)]
-        rows = torch.cat([part.activations for part in parts if part is not None])
+        parts: list[Rows] = []
+        starts: list[tuple[int, str]] = []
+        for _ in range(self._batches_per_block):
+            starts.append((sum(len(part.token_ids) for part in parts), self._stream.where()))
+            if (part := self._stream.next()) is not None:
+                parts.append(part)
+        joined = join_rows(parts, self._stream.d_in, self.config.window)
+        rows = joined.activations
         if not len(rows):
             raise ValueError(f"the filter drops every row of {self._batches_per_block} batches: {self._stream.stats}")
-        return _Block(number, rows, before, self._stream.stats)
+        text = dataclasses.replace(joined, activations=rows[:0].clone())
+        return _Block(number, rows, before, self._stream.stats, text, starts)

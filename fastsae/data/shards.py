@@ -231,7 +231,17 @@ class ShardSource(EpochSource):
             **({"columns": more, "d_in": self.d_in} if more else {}),
         }
 
-    def _take(self, epoch: int, start: int, n: int) -> Tensor:
+    def _place(self, epoch: int, index: int) -> str:
+        pool, begin, chunks = self._pool_of(epoch, index)
+        counts = chunks[:, 2]
+        order = permutation(int(counts.sum()), self.seed, epoch, _ROWS, pool)
+        at = int((order == begin).nonzero())  # before the pool was shuffled
+        chunk = int(torch.searchsorted(counts.cumsum(0), at, right=True))
+        number, start, _ = chunks[chunk].tolist()
+        return f"row {start + at - int(counts[:chunk].sum()):,} of {self._shards[number].path}"
+
+    def _pool_of(self, epoch: int, index: int) -> tuple[int, int, Tensor]:
+        """The pool of a row of the epoch's order, the row's place in it, and its chunks."""
         if self._epoch_chunks is None or self._epoch_chunks[0] != epoch:
             chunks = self._chunks[permutation(len(self._chunks), self.seed, epoch, _CHUNKS)]
             ends = chunks[:, 2].cumsum(0)
@@ -240,12 +250,16 @@ class ShardSource(EpochSource):
             self._epoch_chunks = (epoch, chunks, last + 1)
         _, chunks, bounds = self._epoch_chunks
         ends = chunks[:, 2].cumsum(0)[bounds - 1]
-        pool = int(torch.searchsorted(ends, start, right=True))
+        pool = int(torch.searchsorted(ends, index, right=True))
+        first = int(bounds[pool - 1]) if pool else 0
+        begin = index - (int(ends[pool - 1]) if pool else 0)
+        return pool, begin, chunks[first : int(bounds[pool])]
+
+    def _take(self, epoch: int, start: int, n: int) -> Tensor:
+        pool, begin, chunks = self._pool_of(epoch, start)
         if self._pool is None or self._pool[:2] != (epoch, pool):
             self._pool = None  # free the old pool before allocating the new one
-            first = int(bounds[pool - 1]) if pool else 0
-            self._pool = (epoch, pool, self._gather(epoch, pool, chunks[first : int(bounds[pool])]))
-        begin = start - (int(ends[pool - 1]) if pool else 0)
+            self._pool = (epoch, pool, self._gather(epoch, pool, chunks))
         rows = self._pool[2][begin : begin + n]
         return rows.clone() if self.dtype in (None, rows.dtype) else rows.to(self.dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class SharedSource:
         self.readers = [HookReader(self, slice(*ends_of)) for ends_of in zip(starts, ends, strict=True)]
         self._begin = self._end = 0  # rows in memory: [begin, end) of the stream
         self._parts: list[Tensor] = []
+        self._origins: list[Callable[[Sequence[int]], list[str]]] = []  # of each part
         self._mark: tuple[int, dict[str, Any]] = (0, source.state_dict())  # the newest position that was asked for
 
     def read(self, at: int, n: int) -> Tensor:
@@ -38,6 +39,7 @@ class SharedSource:
             self._go(min(self.readers, key=lambda reader: reader.at).base)
         if self._end < at + n:
             self._parts.append(self.source.next_batch(at + n - self._end))
+            self._origins.append(self.source.origin())
             self._end = at + n
         found, start = [], self._begin
         for part in self._parts:
@@ -57,6 +59,7 @@ class SharedSource:
         low = min(reader.at for reader in self.readers)
         while self._parts and self._begin + len(self._parts[0]) <= low:
             self._begin += len(self._parts.pop(0))
+            self._origins.pop(0)
         if not self._parts:
             self._begin = self._end
 
@@ -64,7 +67,24 @@ class SharedSource:
         row, state = base
         self.source.load_state_dict(state)
         self._begin = self._end = row
-        self._parts, self._mark = [], base
+        self._parts, self._origins, self._mark = [], [], base
+
+    def origin(self, at: int) -> Callable[[Sequence[int]], list[str]]:
+        """Where the rows come from that are in memory from `at` on: see NamesRows."""
+        begin, parts = (
+            self._begin,
+            [(len(part), origin) for part, origin in zip(self._parts, self._origins, strict=True)],
+        )
+
+        def place(row: int) -> str:
+            left = at + row - begin
+            for length, origin in parts:
+                if left < length:
+                    return origin([left])[0]
+                left -= length
+            raise IndexError(f"row {row} is not in the batch")
+
+        return lambda rows: [place(row) for row in rows]
 
 
 class HookReader:
@@ -76,6 +96,7 @@ class HookReader:
         self.shared, self.columns = shared, columns
         self.d_in = columns.stop - columns.start
         self.at = 0
+        self._origin: Callable[[Sequence[int]], list[str]] = lambda rows: []
         self.base: tuple[int, dict[str, Any]] = (0, shared.source.state_dict())
         """A row before `at` from which the stream can be read again, and the source's state there."""
 
@@ -87,8 +108,13 @@ class HookReader:
         if n < 1:
             raise ValueError(f"next_batch needs n >= 1 rows, got {n}")
         rows = self.shared.read(self.at, n)[:, self.columns].contiguous()
+        self._origin = self.shared.origin(self.at)
         self.at += n
         return rows
+
+    def origin(self) -> Callable[[Sequence[int]], list[str]]:
+        """See NamesRows."""
+        return self._origin
 
     def held_out(self) -> Tensor:
         return self.shared.source.held_out()[:, self.columns]

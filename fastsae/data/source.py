@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -52,6 +52,21 @@ class TargetSource(ActivationSource, Protocol):
 
     def held_out_targets(self) -> Tensor:
         """The targets (holdout, d_target) of the held-out rows."""
+
+
+@runtime_checkable
+class NamesRows(Protocol):
+    """A source that knows where its rows come from."""
+
+    def origin(self) -> Callable[[Sequence[int]], list[str]]:
+        """Of the batch returned last: the places of rows, in words, by their numbers in it. It stays right when the
+        source goes on, and keeps no rows.
+        """
+
+
+def origin_of(source: ActivationSource) -> Callable[[Sequence[int]], list[str]] | None:
+    """`NamesRows.origin`; None where the source does not know, or has returned no batch."""
+    return source.origin() if isinstance(source, NamesRows) else None
 
 
 def target_width(source: ActivationSource) -> int | None:
@@ -127,6 +142,7 @@ class EpochSource:
         self._rows_per_epoch = n_tokens
         self._epoch = 0
         self._cursor = 0
+        self._last = 0  # the row, counted over all epochs, with which the last batch began
 
     def _identity(self) -> dict[str, Any]:
         """Settings that a saved position must match: JSON-able, with at least the entry `source`."""
@@ -135,6 +151,15 @@ class EpochSource:
     def _take(self, epoch: int, start: int, n: int) -> Tensor:
         """Between 1 and n rows of the epoch's order, from index `start` on, their targets beside them."""
         raise NotImplementedError
+
+    def _place(self, epoch: int, index: int) -> str:
+        """Where the row at an index of the epoch's order is stored, in words."""
+        raise NotImplementedError
+
+    def origin(self) -> Callable[[Sequence[int]], list[str]]:
+        """See NamesRows."""
+        first = self._last
+        return lambda rows: [self._place(*divmod(first + row, self._rows_per_epoch)) for row in rows]
 
     def next_batch(self, n: int) -> Tensor:
         rows = self._next(n)
@@ -147,6 +172,7 @@ class EpochSource:
     def _next(self, n: int) -> Tensor:
         if n < 1:
             raise ValueError(f"next_batch needs n >= 1 rows, got {n}")
+        self._last = self._epoch * self._rows_per_epoch + self._cursor
         parts = []
         while n > 0:
             rows = self._take(self._epoch, self._cursor, min(n, self._rows_per_epoch - self._cursor))

@@ -181,6 +181,8 @@ def _steering(sae: SparseAutoencoder, name: str, latents: Mapping[int, float | T
         values = torch.stack(given) if given else rows[:0, 0]
         # Only the latents that are set: x̂' - x̂ is exactly 0 where they have their values already.
         change = (values - acts_of(sae.encode(rows), chosen)) @ sae.W_dec[chosen]
+        # A token that is no number has other acts of NaN than the chosen ones.
+        change = torch.where(torch.isfinite(rows).all(-1, keepdim=True), change, torch.nan)
         stats = sae.norm.statistics(rows)
         return y + (change if stats is None else change * stats.scale).to(y.device)
 

@@ -286,6 +286,10 @@ class ActivationStream:
             first |= {"rows": self._common, "rows_dropped_elsewhere": first["rows"] - self._common}
         return {**first, "epoch": self._windows.epoch}
 
+    def where(self) -> str:
+        """The place in the text from which `next` reads on, in words."""
+        return f"{self.corpus.describe().get('spec', type(self.corpus).__name__)}, {self._windows.where()}"
+
     def next(self) -> Rows | None:
         """The rows of the next batch of windows, or None at the end of a stream that does not repeat."""
         token_ids = self._windows.next(self.config.windows_per_batch)

@@ -52,10 +52,16 @@ class TensorSource(EpochSource):
         more = {} if self.d_target is None else {"d_target": self.d_target}
         return {"source": "tensor", "seed": self.seed, "rows": self._rows_per_epoch, "d_in": self.d_in, **more}
 
-    def _take(self, epoch: int, start: int, n: int) -> Tensor:
+    def _place(self, epoch: int, index: int) -> str:
+        return f"row {int(self._order_of(epoch)[index]):,} of the tensor"
+
+    def _order_of(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, permutation(self._rows_per_epoch, self.seed, epoch))
-        places = self._order[1][start : start + n].to(self.x.device)
+        return self._order[1]
+
+    def _take(self, epoch: int, start: int, n: int) -> Tensor:
+        places = self._order_of(epoch)[start : start + n].to(self.x.device)
         return self.x[places] if self.target is None else torch.cat([self.x[places], self.target[places]], dim=1)
 
 

@@ -101,6 +101,13 @@ class WindowStream:
         documents = self.corpus.token_documents(piece, self.tokenizer) if isinstance(self.corpus, ByDocument) else []
         return torch.from_numpy(np.concatenate([self._apart(ids) for ids in (np.zeros(0, np.int64), *documents)]))
 
+    def where(self) -> str:
+        """The place in the text from which `next` reads on, in words."""
+        at_end = self._at_end()
+        number = "the start" if at_end else f"piece {self.pieces[self._place()]:,}"
+        unit = "token" if self.pack == "windows" else "window"
+        return f"{number}, {unit} {0 if at_end else self._offset:,}, epoch {self.epoch + at_end:,}"
+
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "piece": self._piece, "offset": self._offset}
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsae import reference
 from fastsae.model.parameters import Parameters
+from fastsae.ops.encode import infinite_as_nan
 from fastsae.ops.gradients import weighted_rows
 from fastsae.ops.sums import fixed_sum, sum_of_squares
 from fastsae.reference import wide
@@ -57,7 +58,16 @@ def objective(
     task = DenseTask(sae, centred, weight.detach(), list(sae.rule_parameters))
     over = torch.as_tensor(denominator, dtype=torch.float64, device=x.device)
     total, error = _Dense.apply(
-        x, goal, gate_goal, over, sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, task, *sae.rule_parameters.values()
+        infinite_as_nan(x),
+        goal,
+        gate_goal,
+        over,
+        sae.W_enc,
+        sae.W_dec,
+        sae.b_enc,
+        sae.b_dec,
+        task,
+        *sae.rule_parameters.values(),
     )
     return total, error, task
 

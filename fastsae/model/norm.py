@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastsae.reference import wide
+
 MODES = ("none", "constant", "layer_norm")
 _EPS = 1e-5  # as torch.nn.LayerNorm
 
@@ -65,8 +67,11 @@ class InputNorm(nn.Module):
         if self.mode == "none":
             return None
         if self.mode == "layer_norm":
-            variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-            return TokenStats(mean, (variance + _EPS).sqrt())
+            # In float16 the variance of activations of a few hundred overflows.
+            variance, mean = torch.var_mean(wide(x), dim=-1, correction=0, keepdim=True)
+            # One that overflows in float32 too makes the token NaN; divided by infinity, it would be 0.
+            scale = torch.where(variance < torch.inf, variance + _EPS, torch.nan).sqrt()
+            return TokenStats(mean.to(x.dtype), scale.to(x.dtype))
         if not self.calibrated:
             raise RuntimeError("normalize='constant' has no scale yet: call sae.calibrate_(x) once on sample inputs")
         return TokenStats(None, self.scale)

@@ -60,7 +60,7 @@ def resample_(
     if len(chosen) < len(latents):
         more = torch.multinomial(chance.cpu(), len(latents) - len(chosen), replacement=True, generator=generator)
         chosen = torch.cat([chosen, more])
-    direction = inputs[chosen.to(inputs.device)]
+    direction = inputs[chosen.to(inputs.device)].double()  # a norm of 10¹⁹ or more overflows in float32
     direction = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True).clamp_min(1e-30)
     live = ~dead
 

@@ -22,6 +22,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 """Eight bits are for moments: torch neither multiplies nor promotes them."""
 MOST = 2**31 - 1
 """Tokens and latents are counted in int32."""
+LEAST_EPS = 1.2e-38
+"""Of Adam: the smallest normal float32, rounded up, which its kernels add in."""
 
 
 # -- memory, sizes, dtypes, devices -----------------------------------------------------------------------------------
@@ -224,6 +226,11 @@ def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: f
     one_of("optimizer", kind, tuple(MOMENTS_OF))
     if not (eps >= 0 and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(f"betas {betas}, eps {eps}: expected 0 <= beta < 1 and eps >= 0")
+    if "v" in MOMENTS_OF[kind] and eps < LEAST_EPS:
+        raise ValueError(
+            f"eps is {eps}, expected at least {LEAST_EPS}: a latent that never had a gradient would divide 0 by 0; "
+            "pass 1e-8, for instance"
+        )
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0")
     if kind == "adam" and weight_decay:

@@ -4,7 +4,8 @@ P = (x Wᵀ + b)·s are the pre-acts, with s = 1 except in encode_topk, and A is
 
     A = P|active    dx = (dA·s) W,  dW = (dA·s)ᵀ x,  db = Σₙ dA·s,  ds = Σₙ dA·P
 
-The selection of the active latents has no gradient, and an empty slot has none.
+The selection of the active latents has no gradient, and an empty slot has none. A token with NaN or infinity in x has
+acts of NaN, and changes no other token's.
 """
 
 from __future__ import annotations
@@ -49,7 +50,19 @@ def _flat_input(x: Tensor, W: Tensor, check: bool) -> Tensor:
     flat = check_that.flat_rows("x", x, W.shape[-1])
     if check:
         check_that.no_nan("x", x)
-    return flat
+    return infinite_as_nan(flat)
+
+
+def infinite_as_nan(x: Tensor) -> Tensor:
+    """x with NaN for infinity: a token that is no number has scores that are none, where relu(-∞) would be 0.
+
+    Otherwise x to the last bit, and x itself where a CPU finds at once that there is none.
+    """
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+    plain = plain and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    if plain and bool(torch.isfinite(x.detach().sum())):  # a sum that overflows costs a copy, no more
+        return x
+    return torch.add(x, x, alpha=0)  # x + 0 · x, in one pass
 
 
 def _check_encoder(x: Tensor, W: Tensor, b: Tensor, precision: str) -> None:
@@ -331,7 +344,10 @@ def encode_batch_topk(
     backend: str | None = None,
     check: bool = False,
 ) -> SparseCodes:
-    """The N·k largest of relu(x Wᵀ + b) over the whole batch: ragged codes of capacity N·k, zeros are never stored."""
+    """The N·k largest of relu(x Wᵀ + b) over the whole batch: ragged codes of capacity N·k, zeros are never stored.
+
+    A token with NaN or infinity in x has NaN at the first k latents; the others get what they would without it.
+    """
     flat, kept = _flat_input(x, W, check), screen_tensors(screen, backend)
 
     def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:

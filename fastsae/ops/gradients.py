@@ -1,9 +1,18 @@
-"""The gradients of an encoder from raw ops: for autograd's formulas, and for a ledger that keeps no terms."""
+"""The gradients of an encoder from raw ops: for autograd's formulas, and for a ledger that keeps no terms.
+
+And what a step asks of gradients and its rate before it changes anything: whether it leaves finite numbers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastsae.codes import UpdateTerm
+from fastsae.reference import MOMENTS_OF
 
 _raw = torch.ops.fastsae
 
@@ -44,3 +53,52 @@ def encoder_gradients(
         if needs_b:
             db = latent_sums(grad, indices, offsets, W.shape[0], order, backend)
     return dx, dW, db
+
+
+def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Whether the norms of all gradients are finite for certain: 0-d bool on like's device; NaN and infinity are not.
+
+    With ‖·‖ the norm of a whole matrix and decoder rows of norm 1, ‖dW_dec_i‖ ≤ ‖acts‖ ‖grad‖, ‖dW_enc_i‖ ≤
+    max(‖grad‖, ‖dacts‖) ‖x‖ and ‖db_dec‖ ≤ √N ‖grad‖. They are held against the square root of the largest number,
+    since norms and second moments square them; decoder rows may be longer by 10³.
+    """
+    worst = []
+    norms: dict[int, Tensor] = {}  # terms share their inputs
+
+    def norm(t: Tensor) -> Tensor:
+        if id(t) not in norms:
+            norms[id(t)] = whole_norm(t)
+        return norms[id(t)]
+
+    terms = list(terms)
+    for term in terms:
+        grad = norm(term.grad)
+        worst.append(term.grad.shape[0] ** 0.5 * grad)
+        if term.codes.acts.numel():
+            slope = grad if term.dacts is None else torch.maximum(grad, norm(term.dacts))
+            worst.append(torch.maximum(norm(term.codes.acts) * grad, slope * norm(term.x)))
+    worst += map(whole_norm, dense)
+    if not worst:
+        return torch.ones((), dtype=torch.bool, device=like.device)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return (torch.stack(worst) <= torch.finfo(wide).max ** 0.5 * 1e-3).all()
+
+
+def can_be_squared(grad: Tensor) -> Tensor:
+    """Whether the squares of a gradient, and with them Adam's second moments, are finite: 0-d bool on its device."""
+    return whole_norm(grad).isfinite()
+
+
+def whole_norm(t: Tensor) -> Tensor:
+    """The norm of all numbers, 0-d float64: torch's fastest pass over them. Infinite where a square overflows."""
+    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double()
+
+
+def moves_little(kind: str, group: Mapping[str, Any], like: Tensor, *, lr: Tensor, step: Tensor) -> Tensor:
+    """Whether a step at this rate, 0-d float64, leaves weights of like's dtype finite: 0-d bool on the rate's device.
+
+    NaN and infinity do not. kind, group: the optimizer and its settings; step: 0-d, counts this one.
+    """
+    # lr / (1 - β₁ᵗ) is Adam's own; its moves are below 10³ in units of it.
+    size = lr / (1 - group["betas"][0] ** step.double()) if "v" in MOMENTS_OF[kind] else lr
+    return (size * max(1.0, group["weight_decay"])).abs() <= torch.finfo(like.dtype).max * 1e-3

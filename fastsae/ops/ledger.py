@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastsae import reference
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
-from fastsae.ops.gradients import encoder_gradients, latent_sums, weighted_rows
+from fastsae.ops.gradients import encoder_gradients, gradients_are_bounded, latent_sums, weighted_rows
 from fastsae.reference import wide
 
 _raw = torch.ops.fastsae
@@ -385,7 +385,8 @@ class Ledger:
 
     def finite(self) -> Tensor:
         """Whether no gradient can be infinite or NaN: 0-d bool on the device. See `gradients_are_bounded`."""
-        return gradients_are_bounded(self._all_terms(), self._dense.values(), self.parameters["W_dec"])
+        pull = [] if self._pull is None else [self._pull]
+        return gradients_are_bounded(self._all_terms(), [*self._dense.values(), *pull], self.parameters["W_dec"])
 
     # -- dense gradients from terms ----------------------------------------------------------------------------------
 
@@ -482,40 +483,6 @@ def _same_slots(codes: SparseCodes, indices: Tensor, offsets: Tensor | None) -> 
         return mine.shape == indices.shape and mine.stride() == indices.stride()
     same = codes.offsets.data_ptr() == offsets.data_ptr() and codes.offsets.shape == offsets.shape
     return same and mine.numel() <= indices.numel()
-
-
-def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Whether the norms of all gradients are finite for certain: 0-d bool on like's device; NaN and infinity are not.
-
-    With ‖·‖ the norm of a whole matrix and decoder rows of norm 1, ‖dW_dec_i‖ ≤ ‖acts‖ ‖grad‖, ‖dW_enc_i‖ ≤
-    max(‖grad‖, ‖dacts‖) ‖x‖ and ‖db_dec‖ ≤ √N ‖grad‖. They are held against the square root of the largest number,
-    since norms and second moments square them; decoder rows may be longer by 10³.
-    """
-    worst = []
-    norms: dict[int, Tensor] = {}  # terms share their inputs
-
-    def norm(t: Tensor) -> Tensor:
-        if id(t) not in norms:
-            norms[id(t)] = whole_norm(t)
-        return norms[id(t)]
-
-    terms = list(terms)
-    for term in terms:
-        grad = norm(term.grad)
-        worst.append(term.grad.shape[0] ** 0.5 * grad)
-        if term.codes.acts.numel():
-            slope = grad if term.dacts is None else torch.maximum(grad, norm(term.dacts))
-            worst.append(torch.maximum(norm(term.codes.acts) * grad, slope * norm(term.x)))
-    worst += map(whole_norm, dense)
-    if not worst:
-        return torch.ones((), dtype=torch.bool, device=like.device)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return (torch.stack(worst) <= torch.finfo(wide).max ** 0.5 * 1e-3).all()
-
-
-def whole_norm(t: Tensor) -> Tensor:
-    """The norm of all numbers, 0-d float64: torch's fastest pass over them. Infinite where a square overflows."""
-    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double()
 
 
 # -- the ops while a ledger is open -----------------------------------------------------------------------------------

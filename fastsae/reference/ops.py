@@ -38,14 +38,21 @@ def keep_top_k(pre: Tensor, k: int) -> Tensor:
     return torch.zeros_like(pre).scatter(-1, latents, values)
 
 
-def batch_top_k(pre: Tensor, k: int) -> Tensor:
+def batch_top_k(pre: Tensor, k: int | Tensor) -> Tensor:
     """A (N, M): relu(pre) with all but the N·k largest of the batch set to 0 (BatchTopK, arXiv:2412.06410 eq. 4).
 
-    Ties go to the lower token, then to the lower latent.
+    Ties go to the lower token, then to the lower latent. A token whose scores are all NaN keeps its first k, and the
+    others what they would keep without it. k: a number, or one for each of the leading axes.
     """
-    flat = torch.relu(pre).flatten(-2)
-    values, places = top_k(flat, pre.shape[-2] * k)
-    return torch.zeros_like(flat).scatter(-1, places, values).view_as(pre)
+    k = torch.as_tensor(k, dtype=torch.int64, device=pre.device)[..., None]
+    positive, blank = torch.relu(pre), pre.isnan().all(-1, keepdim=True)
+    flat = torch.where(blank, 0, positive).flatten(-2)
+    wanted = k * (pre.shape[-2] - blank.sum((-2, -1))[..., None])
+    order = torch.sort(flat, dim=-1, descending=True, stable=True).indices
+    first = torch.arange(flat.shape[-1], dtype=torch.int64, device=pre.device).expand_as(flat) < wanted
+    kept = torch.zeros_like(first).scatter(-1, order, first).view_as(pre)
+    latents = torch.arange(pre.shape[-1], dtype=torch.int64, device=pre.device)
+    return torch.where(torch.where(blank, latents < k[..., None], kept), positive, 0)
 
 
 def keep_group_max(pre: Tensor, k: int) -> Tensor:

@@ -81,10 +81,11 @@ def round_to_bf16(t: Tensor, seed: int, step: Tensor, stream: int) -> Tensor:
     """t (float32) as bfloat16, rounded up or down at random so that the mean is t.
 
     The 16 random bits of an element are the low half of `_random_bits`. Adding them to float32's bits before dropping
-    the low half carries with probability equal to the dropped fraction.
+    the low half carries with probability equal to the dropped fraction. A number beyond bfloat16's largest becomes
+    that one, not infinity.
     """
     noise, bits = _random_bits(t, seed, step, stream) & 0xFFFF, _bits(t)
-    bits = torch.where(t.isfinite(), bits + noise, bits) & 0xFFFF0000
+    bits = torch.where((bits & 0x7FFFFFFF) < 0x7F7F0000, bits + noise, bits) & 0xFFFF0000
     return _from_bits(bits).bfloat16()
 
 

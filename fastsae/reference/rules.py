@@ -2,7 +2,8 @@
 
 Every function takes pre-acts of any shape, and per-latent numbers that broadcast to it: the dense (N, M) with (M,), or
 the slots of a code with what belongs to each slot's latent. So dense and sparse SAEs share these formulas. A bandwidth
-is a number, or likewise one for each latent, which gets no gradient.
+is a number, or likewise one for each latent, which gets no gradient. A pre-act of NaN is above every threshold, so that
+a token that is no number has acts that are none.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastsae.reference.ops import is_above
+
 
 class _Jump(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
-        return torch.where(pre > threshold, pre, 0)
+        return torch.where(is_above(pre, threshold), pre, 0)
 
     @staticmethod
     @once_differentiable
@@ -27,7 +30,7 @@ class _Jump(torch.autograd.Function):
         pre, threshold = ctx.saved_tensors
         band = in_band(pre, threshold, ctx.bandwidth)
         dthreshold = torch.where(band, -threshold / ctx.bandwidth * grads[0], 0)
-        return torch.where(pre > threshold, grads[0], 0), dthreshold.sum_to_size(threshold.shape), None
+        return torch.where(is_above(pre, threshold), grads[0], 0), dthreshold.sum_to_size(threshold.shape), None
 
 
 class _Step(torch.autograd.Function):
@@ -35,7 +38,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor | float, through: bool) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth, ctx.through = bandwidth, through
-        return (pre > threshold).to(pre.dtype)
+        return is_above(pre, threshold).to(pre.dtype)
 
     @staticmethod
     @once_differentiable
@@ -75,4 +78,4 @@ def gated(gate: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
     (arXiv 2404.16014), eq. 5 to 8.
     """
     magnitude = torch.relu(torch.exp(r_mag) * (gate - b_gate) + b_mag)
-    return torch.where(gate > 0, magnitude, 0)
+    return torch.where(is_above(gate, gate.new_zeros(())), magnitude, 0)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastsae.training.skipped import worst_rows
 
 SKIPS_IN_A_ROW = 10
 """Steps in a row that changed nothing, after which a run ends: the next batches will be no better."""
@@ -70,53 +71,12 @@ class StopSignals:
         os.write(2, line.encode())
 
 
-class FiniteGuard:
-    """For torch's optimizers, which would write NaN: ends a run at the first bad batch or loss.
-
-    On a CPU each batch is looked at before it is trained on, so that no parameter is touched by a bad one. On another
-    device the looks are queued with the step's own work and read where the run reads numbers anyway (`read`).
-    """
-
-    ended: NonFiniteError | None = None
-    """None: this guard raises where it finds something."""
-
-    def __init__(self, device: torch.device):
-        self._immediate = device.type == "cpu"
-        self._input = torch.zeros(4, dtype=torch.int64, device=device)  # first bad step (0: none), and its rows
-        self._loss = torch.zeros((), dtype=torch.int64, device=device)  # first step with a bad loss
-
-    def look_at_input(self, x: Tensor, step: int) -> None:
-        """x (n, D) of the given step (from 1). Raises NonFiniteError on a CPU; elsewhere only notes it."""
-        rows, first = bad_rows(x)
-        if self._immediate:
-            if int(rows):
-                raise _stopped_at_rows(step, int(rows), x.shape[0], int(first))
-            return
-        found = torch.stack([torch.full_like(rows, step), rows, torch.full_like(rows, x.shape[0]), first])
-        self._input = torch.where((self._input[0] == 0) & (rows > 0), found, self._input)
-
-    def look_at_metrics(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """What the step returned. Raises NonFiniteError for a bad loss on a CPU; elsewhere only notes it."""
-        bad = ~torch.isfinite(metrics["loss"].detach())
-        if self._immediate:
-            if bool(bad):
-                raise _stopped_at_loss(step)
-            return
-        self._loss = torch.where((self._loss == 0) & bad, torch.full_like(self._loss, step), self._loss)
-
-    def read(self) -> None:
-        """Raises NonFiniteError if any look since the start found something. Waits for the device."""
-        if self._immediate:
-            return
-        first, *rows, loss = torch.cat([self._input, self._loss[None]]).tolist()
-        if first and (not loss or first <= loss):
-            raise _stopped_at_rows(first, *rows)
-        if loss:
-            raise _stopped_at_loss(loss)
+Origin = Callable[[Sequence[int]], list[str]]
+"""Where rows of a batch come from, by their numbers in it: see fastsae.data.source.origin_of."""
 
 
 class SkipGuard:
-    """For a fused step, which makes no update of a bad batch: says once where, and ends a run that only skips.
+    """A step makes no update of a bad batch: this says once where, and ends a run that only skips.
 
     `ended` is the error to raise when SKIPS_IN_A_ROW steps in a row were skipped; nothing is wrong with the weights
     then, so they can be saved first. On a CPU it is set after that very step. On another device the numbers are noted
@@ -129,35 +89,39 @@ class SkipGuard:
     def __init__(self, device: torch.device, skipped: int):
         self.ended: NonFiniteError | None = None
         self._immediate, self._skipped = device.type == "cpu", skipped
-        self._x: Tensor | None = None
-        self._noted: list[tuple[int, int, Tensor]] = []  # step, rows of the batch, (skipped, bad rows, first of them)
+        self._seen: tuple[Tensor, Origin | None] | None = None
+        # Step, rows of the batch, where they come from, (skipped, bad rows, the worst of them).
+        self._noted: list[tuple[int, int, Origin | None, Tensor]] = []
         self._in_a_row, self._began, self._said = 0, (0, ""), False
 
-    def look_at_input(self, x: Tensor, step: int) -> None:
-        """x (n, D) of the given step (from 1); its rows are counted when the step has said whether it skipped."""
-        self._x = x
+    def look_at_input(self, x: Tensor, origin: Origin | None = None) -> None:
+        """x (n, D) of the coming step; its rows are counted when the step has said whether it skipped."""
+        self._seen = (x, origin)
 
     def look_at_metrics(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """What the step returned for the input before: "skipped" is the running number. Warns at the first skip."""
-        x, self._x = self._x, None
-        assert x is not None
+        """What the step (from 1) returned for the input before: "skipped" is the running number. Warns at the first
+        skip.
+        """
+        assert self._seen is not None
+        (x, origin), self._seen = self._seen, None
         if self._immediate and int(metrics["skipped"]) == self._skipped:
             self._in_a_row = 0
             return
-        self._noted.append((step, x.shape[0], torch.stack([metrics["skipped"], *bad_rows(x)])))
+        bad, worst = worst_rows(x)
+        self._noted.append((step, x.shape[0], origin, torch.cat([torch.stack([metrics["skipped"], bad]), worst])))
         if self._immediate or len(self._noted) == READ_AFTER:
             self.read()
 
     def read(self) -> None:
         """Takes in what was noted: warns at the first skip, sets `ended`. Waits for the device."""
         noted, self._noted = self._noted, []
-        values = torch.stack([found for _, _, found in noted]).tolist() if noted else []
-        for (step, of, _), (skipped, rows, first) in zip(noted, values, strict=True):
+        for step, of, origin, found in noted:
+            skipped, bad, *worst = found.tolist()
             if skipped == self._skipped:
                 self._in_a_row = 0
                 continue
             self._skipped, self._in_a_row = skipped, self._in_a_row + 1
-            what = _rows(rows, of, first) if rows else "the loss or a gradient is not finite although the rows are"
+            what = _rows(bad, of, worst[0]) if bad else "the loss or a gradient is not finite although the rows are"
             if self._in_a_row == 1:
                 self._began = (step, what)
             if not self._said:
@@ -173,7 +137,8 @@ class SkipGuard:
                 self.ended = NonFiniteError(
                     f"step {begin}: {what}. From there to step {step}, {SKIPS_IN_A_ROW} steps in a row changed "
                     "nothing, so training stopped; everything up to there is saved. "
-                    + (DROP if rows else f"Go on from an earlier checkpoint and {CALM}"),
+                    + _named(f"step {step}", bad, worst, origin)
+                    + (DROP if bad else f"Go on from an earlier checkpoint and {CALM}"),
                     begin,
                 )
 
@@ -192,36 +157,30 @@ def look_at_parameters(module: nn.Module, step: int) -> None:
             )
 
 
-def bad_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """How many rows of x (n, D) hold NaN or infinity, and the first of them (0 where there is none): 0-d int64."""
-    # The largest magnitude hands on NaN and, unlike a sum, cannot overflow; it needs no mask as large as x.
-    bad = ~torch.isfinite(torch.linalg.vector_norm(x, ord=math.inf, dim=-1))
-    return bad.sum(), bad.int().argmax()
+def bad_rows(x: Tensor) -> int:
+    """How many rows of x (n, D) hold NaN or infinity. Waits for the device."""
+    return int(worst_rows(x)[0])
 
 
 def _rows(rows: int, of: int, first: int) -> str:
     return f"{rows} of {of} rows of activations hold NaN or infinity, the first is row {first} of the batch"
 
 
-def never_begun(x: Tensor) -> NonFiniteError:
+def _named(when: str, bad: int, worst: list[int], origin: Origin | None) -> str:
+    """Where the worst rows of a batch come from: the bad ones, or else the largest; nothing where it is not known."""
+    if origin is None or not worst:
+        return ""
+    rows = worst[:bad] if bad else worst[:1]
+    places = "; ".join(f"row {row} is {place}" for row, place in zip(rows, origin(rows), strict=True))
+    more = f"; and {bad - len(rows)} more" if bad > len(rows) else ""
+    return f"In {when}{'' if bad else ', the largest'}: {places}{more}. "
+
+
+def never_begun(x: Tensor, origin: Origin | None) -> NonFiniteError:
     """The error of a run whose first batches, x (n, D) and those after it, are all bad."""
-    rows, first = (int(value) for value in bad_rows(x))
+    bad, worst = worst_rows(x)
     return NonFiniteError(
-        f"step 1: {_rows(rows, x.shape[0], first)}, and each of the first {SKIPS_IN_A_ROW} batches holds such rows. "
-        f"Training did not begin. {DROP}",
+        f"step 1: {_rows(int(bad), x.shape[0], int(worst[0]))}, and each of the first {SKIPS_IN_A_ROW} batches holds "
+        f"such rows. Training did not begin. {_named('step 1', int(bad), worst.tolist(), origin)}{DROP}",
         1,
-    )
-
-
-def _stopped_at_rows(step: int, rows: int, of: int, first: int) -> NonFiniteError:
-    return NonFiniteError(
-        f"step {step}: {_rows(rows, of, first)}. Training stopped and nothing of this step is saved. {DROP}", step
-    )
-
-
-def _stopped_at_loss(step: int) -> NonFiniteError:
-    return NonFiniteError(
-        f"step {step}: the loss is not finite although the activations are. Training stopped and nothing of this step "
-        f"is saved; {CALM}",
-        step,
     )

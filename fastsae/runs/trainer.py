@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.data.source import ActivationSource, held_out_targets, next_pair, target_width
+from fastsae.data.source import ActivationSource, held_out_targets, next_pair, origin_of, target_width
 from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
 from fastsae.model.rules import Activation, JumpReLU
@@ -35,7 +35,6 @@ from fastsae.runs.rng import restore_rng_state, rng_state
 from fastsae.runs.rundir import RunDirError, RunLock, claim
 from fastsae.runs.stopping import (
     SKIPS_IN_A_ROW,
-    FiniteGuard,
     SkipGuard,
     StopSignals,
     TrainingInterrupted,
@@ -129,9 +128,10 @@ class Trainer:
         KeyboardInterrupt). Raises RunDirError (directory in use, or of another run), CheckpointError and LogWriteError
         (disk full), NonFiniteError (bad numbers), RuntimeError (a second call, none saved); each says what is saved.
 
-        A fused step makes no update of a batch whose loss or gradients are not finite. The run warns at the first and
-        goes on; metrics.jsonl counts them as "skipped", the number so far, resumed runs included. NonFiniteError comes
-        after SKIPS_IN_A_ROW in a row, and with fused=False at the first bad row or loss.
+        A step makes no update of a batch whose loss or gradients are not finite (fastsae.training.step), and the run
+        goes on as if the batch had been left out. It warns at the first; metrics.jsonl counts them as "skipped", the
+        number so far, resumed runs included. After SKIPS_IN_A_ROW in a row it saves and raises NonFiniteError, which
+        names the rows of the data that made the last one: those that are not finite, or else the largest.
         """
         with StopSignals() as stop:
             for _ in self._steps(stop):
@@ -257,11 +257,8 @@ class Trainer:
         if c.eval_every and self.step < self.total and len(self.source.held_out()) == 0:
             raise ValueError("the source holds out no rows to evaluate on; set its holdout, or eval_every to 0")
         self.sae.train()
-        skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.guard: FiniteGuard | SkipGuard = FiniteGuard(self.device)
-        if isinstance(self.update, FusedTrainStep):
-            skipped = self.update.skipped.clone()
-            self.guard = SkipGuard(self.device, int(skipped))
+        skipped = self.update.skipped.clone()
+        self.guard = SkipGuard(self.device, int(skipped))
         self.timer = PartTimer()
         self._window = self._resampled = 0
         self._redone = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -270,7 +267,7 @@ class Trainer:
             self._begun = True
             with self.timer("data"):
                 x, target = self._next()
-                self.guard.look_at_input(x if target is None else torch.cat([x, target], 1), self.step + 1)
+                self.guard.look_at_input(_side_by_side(x, target), origin_of(self.source))
                 if self.step == 0:
                     self._initialize(x, target)
             with self.timer("step"):
@@ -278,7 +275,7 @@ class Trainer:
                 self.step += 1
                 self.guard.look_at_metrics(metrics, self.step)
                 # A bad row is always encoded twice, which says nothing about the fast path: skipped steps do not count.
-                before, skipped = skipped, metrics.get("skipped", skipped)
+                before, skipped = skipped, metrics["skipped"]
                 self._redone += torch.where(skipped == before, metrics.pop("redone", 0), 0)
                 self._window += 1
                 self.after_step()
@@ -338,15 +335,15 @@ class Trainer:
 
         Raises NonFiniteError where there is none among as many as a run may skip.
         """
-        position, batch = self.source.state_dict(), (x, target)
+        position, origin, batch = self.source.state_dict(), origin_of(self.source), (x, target)
         try:
             for _ in range(SKIPS_IN_A_ROW):
-                if not any(int(bad_rows(part)[0]) for part in batch if part is not None):
+                if not bad_rows(_side_by_side(*batch)):
                     return batch
                 batch = self._next()
         finally:
             self.source.load_state_dict(position)
-        raise never_begun(x if target is None else torch.cat([x, target], 1))
+        raise never_begun(_side_by_side(x, target), origin)
 
     def _resample(self) -> None:
         """Dead latents go to coming rows that are reconstructed badly; the data's position stays where it is."""
@@ -493,6 +490,10 @@ def run_together(trainers: Sequence[Trainer]) -> list[TrainResult]:
         if ended:
             raise ended[-1]
     return [trainer._result() for trainer in trainers]
+
+
+def _side_by_side(x: Tensor, target: Tensor | None) -> Tensor:
+    return x if target is None else torch.cat([x, target], 1)
 
 
 def _what_to_do(rule: Activation, l0: float) -> str:

@@ -21,7 +21,10 @@ from fastsae.model.parameters import normalize_rows_, project_rows_, weight_of_o
 from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
 from fastsae.model.sae import SparseAutoencoder, outside_graph
 from fastsae.ops import checks
+from fastsae.ops.encode import infinite_as_nan
+from fastsae.ops.gradients import moves_little
 from fastsae.reference import Forward
+from fastsae.training.skipped import refuse_float16
 
 BATCH_WORTH = 2**18
 """N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures it."""
@@ -171,7 +174,7 @@ class SAEBatch(nn.Module):
             raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target=")
         x = self.checked(x, self.d_in, "x")
         goal = x if target is None else self.checked(target, self.d_out, "target")
-        weights = self.weights()
+        weights, x = self.weights(), infinite_as_nan(x)
         if isinstance(self.activation, (TopK, BatchTopK, GroupMax)):
             out = self._kept_forward(weights, x, goal)
         else:
@@ -248,12 +251,12 @@ class SAEBatch(nn.Module):
 
     def _kept_of_each(self, pre: Tensor) -> Tensor:
         """`_kept` of a TopK or BatchTopK whose k, `ks` (B,), differs from SAE to SAE."""
-        by_token = isinstance(self.activation, TopK)
-        flat, ks = (pre, self.ks[:, None]) if by_token else (pre.flatten(1), self.ks * pre.shape[1])
-        _, places = reference.top_k(torch.relu(flat), flat.shape[-1])
-        first = torch.arange(flat.shape[-1], dtype=torch.int64, device=pre.device) < ks[..., None]
-        kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, places, first.expand_as(flat))
-        return kept.view_as(pre).logical_and_(reference.is_above(pre, pre.new_zeros(())))
+        if not isinstance(self.activation, TopK):
+            return reference.batch_top_k(pre, self.ks) != 0
+        _, places = reference.top_k(torch.relu(pre), pre.shape[-1])
+        first = torch.arange(pre.shape[-1], dtype=torch.int64, device=pre.device) < self.ks[:, None, None]
+        kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, places, first.expand_as(pre))
+        return kept.logical_and_(reference.is_above(pre, pre.new_zeros(())))
 
     def ghost_loss(self, x: Tensor, target: Tensor, recon: Tensor, dead: Tensor) -> Tensor:
         """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩) of each SAE, (B,): `losses.ghost_pull` with an axis.
@@ -291,7 +294,10 @@ class BatchTrainStep:
     lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. They are elementwise, so the SAEs do not
     affect each other. schedule: multiplier of lr from the number of updates done.
     measure: also return mse, fvu, l0 and dead (latents). independent: as FusedTrainStep's.
-    Raises ValueError for another optimizer, and for a weight decay of adam.
+    skipped: int64 (B,), steps that changed nothing of an SAE, since its loss or a gradient of it was not finite; see
+    fastsae.training.step. The others go on. It reads one bool back for that. Adam's count of steps, which corrects its
+    means at the start, is one for all: a step that only some skip counts for them too.
+    Raises ValueError for another optimizer, for a weight decay of adam, and for float16 weights.
     """
 
     def __init__(
@@ -310,6 +316,9 @@ class BatchTrainStep:
             raise ValueError(f"optimizer is {optimizer!r}, a batch's step has {', '.join(OPTIMIZERS)}")
         if optimizer == "adam" and weight_decay:
             raise ValueError(f"adam has no weight_decay, got {weight_decay}; take optimizer='adamw'")
+        W = batch.get_parameter("W_dec")
+        refuse_float16(W)
+        self.skipped = torch.zeros(len(batch), dtype=torch.int64, device=W.device)
         self.batch, self.lr, self.schedule, self.measure, self.step = batch, lr, schedule, measure, 0
         self.independent = independent
         self.optimizer = OPTIMIZERS[optimizer](
@@ -319,11 +328,12 @@ class BatchTrainStep:
     def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """One update on x (N, d_in), the same for all, or (B, N, d_in).
 
-        Returns (B,) tensors: "loss" and its parts, with `measure` "mse", "fvu", "l0", "dead", from before the update.
-        Raises RuntimeError in one of several processes, unless `independent`.
+        Returns (B,) tensors: "loss" and its parts, with `measure` "mse", "fvu", "l0", "dead", from before the update;
+        "skipped". Raises RuntimeError in one of several processes, unless `independent`.
         """
         checks.one_process(self.independent)
         batch = self.batch
+        counters = {name: t.clone() for name, t in batch.named_buffers() if name not in ("ks", "penalty_scale")}
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -340,23 +350,59 @@ class BatchTrainStep:
                     "l0": (out.A != 0).sum((-2, -1), dtype=out.A.dtype) / max(x.shape[-2], 1),
                     "dead": batch.dead.sum(-1),
                 }
-            W = batch.get_parameter("W_dec")
-            if batch.decoder_norm == "unit":
-                assert W.grad is not None
-                project_rows_(W.grad, W)
-            self.optimizer.step()
-            if batch.decoder_norm == "unit":
-                normalize_rows_(W)
-        self.step += 1
-        return metrics
+            made = self._may_step(out.losses["loss"])
+            self.skipped += ~made
+            stays = None if bool(made.all()) else (~made).nonzero().squeeze(1)
+            if stays is not None:
+                for name, old in counters.items():
+                    batch.get_buffer(name)[stays] = old[stays]
+            if stays is None or len(stays) < len(batch):
+                self._update(stays)
+                self.step += 1
+        return metrics | {"skipped": self.skipped.clone()}
+
+    def _may_step(self, loss: Tensor) -> Tensor:
+        """Which SAEs may make this step: bool (B,)."""
+        group, W = self.optimizer.param_groups[0], self.batch.get_parameter("W_dec")
+        lr = torch.tensor(group["lr"], dtype=torch.float64, device=W.device)
+        made = loss.isfinite() & moves_little(
+            "adam", group, W, lr=lr, step=torch.full_like(self.skipped, self.step + 1)
+        )
+        for p in self.batch.parameters():
+            if p.grad is not None:
+                made = made & torch.linalg.vector_norm(p.grad.flatten(1), dim=1).isfinite()
+        return made
+
+    def _update(self, stays: Tensor | None) -> None:
+        """One step of all SAEs but those with these indices."""
+        parameters, W = list(self.batch.parameters()), self.batch.get_parameter("W_dec")
+        kept = [] if stays is None else [p[stays].clone() for p in parameters]
+        moments = [] if stays is None else [self._moments_of(p, stays) for p in parameters]
+        if self.batch.decoder_norm == "unit":
+            assert W.grad is not None
+            project_rows_(W.grad, W)
+        self.optimizer.step()
+        if self.batch.decoder_norm == "unit":
+            normalize_rows_(W)
+        for p, old, held in zip(parameters, kept, moments, strict=False):
+            p[stays] = old
+            for name, moment in held.items():
+                self.optimizer.state[p][name][stays] = moment
+
+    def _moments_of(self, p: Tensor, which: Tensor) -> dict[str, Tensor]:
+        """Copies; before the first step they are 0."""
+        names = ("exp_avg", "exp_avg_sq")
+        state = self.optimizer.state.get(p) or dict.fromkeys(names, torch.zeros_like(p))
+        return {name: state[name][which].clone() for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """{"step", "optimizer"}: resuming needs this and the batch's own state."""
-        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+        """{"step", "skipped", "optimizer"}: resuming needs this and the batch's own state."""
+        return {"step": self.step, "skipped": self.skipped.clone(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` returned."""
         self.step = state["step"]
+        self.skipped.copy_(state.get("skipped", torch.zeros_like(self.skipped)))  # older states have none
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -394,4 +440,5 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
 
 def _variance(target: Tensor) -> Tensor:
     """Σ_n ‖target_n - mean‖², (B,)."""
-    return (target - target.mean(-2, keepdim=True)).square().sum((-2, -1))
+    mean = target.mean(-2, keepdim=True)
+    return losses.unless_rounding((target - mean).square().sum((-2, -1)), mean.squeeze(-2), target.shape[-2])

@@ -7,8 +7,9 @@
     optimizer.zero_grad()
 
 They behave as torch's own: param_groups with "lr" and "weight_decay", closures, hooks, state_dict. What differs: a step
-spends the gradients (every .grad is None after it), and a step whose gradients are not finite changes nothing and is
-counted in `skipped`.
+spends the gradients (every .grad is None after it), and a step never destroys its parameters. One whose gradients are
+NaN, infinite or too large to square, or whose learning rate is, changes nothing (no parameter, moment or count) and is
+counted in `skipped`; every other step leaves finite numbers.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from fastsae import ops
 from fastsae.codes import SparseCodes, UpdateTerm
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.ops import checks
-from fastsae.ops.ledger import Ledger, LedgerGradient, Taken, gradients_are_bounded
+from fastsae.ops.gradients import can_be_squared, gradients_are_bounded, moves_little
+from fastsae.ops.ledger import Ledger, LedgerGradient, Taken
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import Optimizer as Rule
 from fastsae.reference import scales_shape
 from fastsae.training.screen import KeptScreen
+from fastsae.training.skipped import COUNTED, SKIPPED
 
 MOMENTS = ("fp32", "bf16", "8bit")
 KEYS = {"m": "exp_avg", "v": "exp_avg_sq"}
@@ -127,9 +130,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     independent   with several processes of torch.distributed: True says that each trains an SAE of its own. Without it
                   a step is refused, since nothing here sums gradients over processes.
 
-    skipped: 0-d int64, steps not made because a gradient was not finite, counted for each SAE; made: 0-d bool, whether
-    the last step was made, of every SAE; grad_norm: 0-d float64, of all gradients of the last step, before projection
-    and clipping.
+    skipped: 0-d int64, steps not made because a gradient or the rate was not finite, counted for each SAE; made: 0-d
+    bool, whether the last step was made, of every SAE; grad_norm: 0-d float64, of all gradients of the last step,
+    before projection and clipping.
     """
 
     kind: ClassVar[str]
@@ -163,6 +166,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self.made: Tensor | None = None
         self._warned = False
+        self.describe: Callable[[], str] | None = None  # what the first skipped step's warning says of its inputs
         given = [params] if isinstance(params, (nn.Module, Dictionaries)) else list(params)
         groups: Any = [one for g in given for one in _split(g if isinstance(g, Mapping) else {"params": g})]
         self._plain: list[int] = []  # the groups of parameters that are no SAE's
@@ -318,12 +322,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             others = {name: g * clip.to(g.dtype) for name, g in others.items()}
         made = self._finite(index, given, taken, others, scale, numbers)
         stats = self._update(index, given, grad_scale=scale, skip=~made, **numbers)
-        self._step_others(index, others, lr_factor, count, made)
+        main, rules = self._groups[index]
+        for name, grad in others.items():
+            its_group = self.param_groups[rules if name in d.undecayed and rules is not None else main]
+            self._step_elementwise(d.others[name], grad, its_group, lr_factor, count, made)
+            d.others[name].grad = None
         self.state[d.W_dec]["step"].copy_(torch.where(made, count, count - 1))
         member.screen.remember()
         member.ledger.drop()
-        for name in others:
-            d.others[name].grad = None
         self._count_skipped(made)
         return stats.sum() * _square(taken.factor) + of_others, made
 
@@ -345,8 +351,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )  # fmt: skip
             x = d.W_dec.new_zeros(1, d.encoder_weight.shape[1])
             terms.append(UpdateTerm(none, x, dense["b_dec"].reshape(1, d_out), has_bias=True))
-        states = [self.state[p] for p in d.main.values()]
-        keys = [KEYS[letter] for letter in self.rule_letters]
+        states, keys = [self.state[p] for p in d.main.values()], [KEYS[letter] for letter in self.rule_letters]
         return {
             "terms": terms,
             "added": added,
@@ -388,22 +393,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         then computed.
         """
         d = self._members[index].dictionaries
-        bounded = gradients_are_bounded(given["terms"], taken.dense.values(), d.W_dec)
+        pull = [] if taken.decoder_pull is None else [taken.decoder_pull]
+        bounded = gradients_are_bounded(given["terms"], [*taken.dense.values(), *pull], d.W_dec)
         if bounded.device.type == "cpu" and not bool(bounded):
-            bounded = self._update(index, given, norms_only=True, **numbers).sum().isfinite()
-        for t in (*others.values(), *([] if scale is None else [scale]), numbers["lr"]):
-            bounded = bounded & t.isfinite().all()
-        return bounded
-
-    def _step_others(
-        self, index: int, grads: dict[str, Tensor], lr_factor: Tensor | float, step: Tensor, made: Tensor
-    ) -> None:
-        """One step of an SAE's parameters beside the dictionaries."""
-        d = self._members[index].dictionaries
-        main, rules = self._groups[index]
-        for name, grad in grads.items():
-            group = self.param_groups[rules if name in d.undecayed and rules is not None else main]
-            self._step_elementwise(d.others[name], grad, group, lr_factor, step, made)
+            # Before clip_rows, which would make 0 of what cannot be squared.
+            squares = self._update(index, {**given, "clip_rows": None}, norms_only=True, **numbers).sum()
+            bounded = squares <= torch.finfo(torch.promote_types(d.W_dec.dtype, torch.float32)).max
+        for grad in others.values():
+            bounded = bounded & can_be_squared(grad)
+        if scale is not None:
+            bounded = bounded & scale.isfinite()
+        return bounded & moves_little(self.kind, self.param_groups[self._groups[index][0]], d.W_dec, **numbers)
 
     def _step_plain(self, group: dict[str, Any], lr_factor: Tensor | float) -> tuple[Tensor, Tensor] | None:
         """One step of a group of tensors that are no SAE's. Returns as `_step_member`."""
@@ -412,7 +412,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             return None
         device = next(iter(grads)).device
         squares: Any = sum(sum_of_squares(g.reshape(1, -1)).to(device) for g in grads.values())
-        made = squares.isfinite() & _on_device(group["lr"], squares).isfinite()
+        made = squares.isfinite()
+        for p in grads:
+            numbers = {"lr": _on_device(group["lr"], p) * lr_factor, "step": self.state[p]["step"] + 1}
+            made = made & moves_little(self.kind, group, p, **numbers).to(device)
         clip = None if self.clip_norm is None else (self.clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         for p, grad in grads.items():
             clipped = grad if clip is None else grad * clip.to(grad.device, grad.dtype)
@@ -441,12 +444,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.skipped += (~made).to(self.skipped.device)
         if not self._warned and made.device.type == "cpu" and not bool(made):
             self._warned = True
-            warnings.warn(
-                "a gradient is not finite (NaN, infinite or too large to square), so this step changed nothing; look "
-                "for such numbers in the inputs. Further ones are counted in optimizer.skipped without a warning",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            where = "look for such numbers in the inputs" if self.describe is None else self.describe()
+            warnings.warn(f"{SKIPPED}: {where}. {COUNTED}", RuntimeWarning, stacklevel=4)
 
     # -- refusals -----------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,20 @@
 
 Both are a face over what any loop does: the module's objective, backward(), optimizer.step(). The numbers are the same;
 the fused one stores no gradient of a dictionary, and can be captured in a CUDA graph. For rules that fix how many
-latents are active nothing is read back from the device: learning rate, step count and metrics are 0-d tensors. A
+latents are active it reads nothing back from the device: learning rate, step count and metrics are 0-d tensors. A
 threshold rule asks once a step how many latents were above, and goes the dense way while they are too many.
+
+A step never destroys a run. Where the loss or a gradient is NaN, infinite or too large to square, or the rate is, the
+call changes nothing: no parameter, moment, dead-latent counter, running threshold, penalty weight or count of updates.
+It returns the metrics as they were, and `skipped` counts it; the next call goes on as if the batch had been left out.
+After any other call all of these are finite. On a CPU the first skipped step warns, with the rows of x that are not
+finite or else the largest (`fastsae.training.skipped.say_rows`); a `Trainer` also names the rows of the data, and stops
+after ten skipped steps in a row. Off the CPU a bound decides, see `fastsae.ops.gradients.gradients_are_bounded`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +29,10 @@ from fastsae.model import losses
 from fastsae.model.parameters import DENSE_ABOVE
 from fastsae.model.sae import Objective, SparseAutoencoder
 from fastsae.ops import checks
+from fastsae.ops.gradients import can_be_squared, moves_little
 from fastsae.training.graph import StepGraph, check_graph
 from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer
+from fastsae.training.skipped import COUNTED, SKIPPED, refuse_float16, say_rows
 
 FORMAT = 3
 GRAPH_WARMUP = 2
@@ -208,7 +218,7 @@ class FusedTrainStep(_TrainStep):
 
     @property
     def skipped(self) -> Tensor:
-        """Steps that were not made because a gradient was not finite: 0-d int64 on the device."""
+        """Steps that were not made because the loss, a gradient or the rate was not finite: 0-d int64 on the device."""
         return self.optimizer.skipped
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -220,7 +230,7 @@ class FusedTrainStep(_TrainStep):
         requires a gradient, that of the whole loss flows into it, as by any backward().
         Returns 0-d tensors: loss (what was minimized), mse, fvu and the other parts of `ForwardResult.losses` (all in
         normalized units), l0 (mean active latents), redone (tokens whose selection was repeated), dead (latents),
-        grad_norm (before projection), lr, skipped (steps so far that changed nothing, since a gradient was not finite),
+        grad_norm (before projection), lr, skipped (steps so far that changed nothing, see the top of this module),
         outer. Counts are int64, and float64 where a CUDA graph gives them.
         Raises ValueError for an empty batch and what `sae.inputs` raises; nothing has changed then.
         """
@@ -244,14 +254,16 @@ class FusedTrainStep(_TrainStep):
                 found, metrics = self._backward(x, target, outer, for_step=True)
             factor = 1.0 if self.schedule is None else self.schedule(self.count)
             lr = self._lr * factor
-            optimizer.step_scheduled(factor)
+            # The optimizer sees gradients alone: at a rate of NaN it makes no step.
+            optimizer.describe = lambda: say_rows(x, target)
+            optimizer.step_scheduled(factor * torch.where(metrics["loss"].isfinite(), lr.new_ones(()), torch.nan))
         except BaseException:
             optimizer.zero_grad()  # nothing of a step that failed stays
             if x.is_leaf:
                 x.grad = x_grad
             raise
         finally:
-            sae.backend = was_backend
+            sae.backend, optimizer.describe = was_backend, None
         assert optimizer.made is not None
         assert optimizer.grad_norm is not None
         found.count(optimizer.made)
@@ -362,11 +374,13 @@ class FusedTrainStep(_TrainStep):
 class PlainTrainStep(_TrainStep):
     """g = ∇loss(sae(x));  project g;  torch.optim.Adam or AdamW;  renormalize: the same step by torch's own optimizer.
 
-    Slower, any backend, and readable: the curve that the fused step is held against.
+    Slower, any backend, and readable: the curve that the fused step is held against. It reads one bool back: whether
+    the step may be made.
 
     lr: peak learning rate; schedule: step -> multiplier, with step counting the updates done before; optimizer: "adam"
-    or "adamw"; clip_norm, penalty_schedule, k_schedule, independent: as FusedTrainStep's. Raises ValueError for another
-    optimizer.
+    or "adamw"; clip_norm, penalty_schedule, k_schedule, independent: as FusedTrainStep's. skipped: as FusedTrainStep's.
+    Raises ValueError for another optimizer, and for float16 weights: torch's Adam keeps moments in their dtype, where
+    the squares of small gradients are 0, and then steps by m / eps.
     """
 
     def __init__(
@@ -391,8 +405,10 @@ class PlainTrainStep(_TrainStep):
         checks.optimizer(optimizer, betas, eps, weight_decay)
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}, expected a number above 0, or None")
+        refuse_float16(sae.W_dec)
         self.lr, self.schedule, self.clip_norm = lr, schedule, clip_norm
-        self.step, self.independent = 0, independent
+        self.step, self.independent, self._warned = 0, independent, False
+        self.skipped = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
         # A rule's own parameters do not decay: a threshold of 1 is no resting place.
         learnt = list(sae.rule_parameters.values())
         others = [p for name, p in sae.named_parameters() if name not in sae.rule_parameters]
@@ -404,8 +420,8 @@ class PlainTrainStep(_TrainStep):
     def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """One update on x (*batch, d_in), towards target (*batch, d_out) or x itself.
 
-        Returns 0-d tensors as `FusedTrainStep` does; reads nothing back. Raises RuntimeError in one of several
-        processes, unless `independent`.
+        Returns 0-d tensors as `FusedTrainStep` does. Raises RuntimeError in one of several processes, unless
+        `independent`.
         """
         checks.one_process(self.independent)
         sae = self.sae
@@ -413,20 +429,33 @@ class PlainTrainStep(_TrainStep):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        with self._scheduled(self.step, self.step):
-            _, metrics = self._backward(x, target, None, for_step=False)
-        norms = [torch.linalg.vector_norm(p.grad.double()) for p in sae.parameters() if p.grad is not None]
-        metrics |= {
-            "grad_norm": torch.linalg.vector_norm(torch.stack(norms)),
-            "lr": torch.tensor(lr, dtype=torch.float64, device=sae.W_dec.device),
-        }
-        sae.project_gradients_()
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.clip_norm)
-        self.optimizer.step()
-        sae.normalize_decoder_()
-        self.step += 1
-        return metrics
+        with self._scheduled(self.step, self.step + int(self.skipped)):
+            found, metrics = self._backward(x, target, None, for_step=True)
+        grads = [p.grad for p in sae.parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(grad.double()) for grad in grads]
+        rate = torch.tensor(lr, dtype=torch.float64, device=sae.W_dec.device)
+        metrics |= {"grad_norm": torch.linalg.vector_norm(torch.stack(norms)), "lr": rate}
+        made = self._may_step(found, grads, rate)
+        found.count(made)
+        self.skipped += ~made
+        if not bool(made) and not self._warned:
+            self._warned = True
+            warnings.warn(f"{SKIPPED}: {say_rows(x, target)}. {COUNTED}", RuntimeWarning, stacklevel=2)
+        if bool(made):
+            sae.project_gradients_()
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(sae.parameters(), self.clip_norm)
+            self.optimizer.step()
+            sae.normalize_decoder_()
+            self.step += 1
+        return metrics | {"skipped": self.skipped.clone()}
+
+    def _may_step(self, found: Objective, grads: list[Tensor], lr: Tensor) -> Tensor:
+        made = found.loss.detach().isfinite()
+        for grad in grads:
+            made = made & can_be_squared(grad)
+        group, step = self.optimizer.param_groups[0], torch.full_like(self.skipped, self.step + 1)
+        return made & moves_little("adam", group, self.sae.W_dec, lr=lr, step=step)
 
     @torch.no_grad()
     def forget_rows_(self, latents: Tensor) -> None:
@@ -439,13 +468,15 @@ class PlainTrainStep(_TrainStep):
                     self.optimizer.state[p][moment][latents] = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """{"step", "optimizer"}: numbers and tensors, the optimizer's by parameter name."""
-        return {"step": self.step, "optimizer": named_state(self.sae, self.optimizer)}
+        """{"step", "skipped", "optimizer"}: numbers and tensors, the optimizer's by parameter name."""
+        named = named_state(self.sae, self.optimizer)
+        return {"step": self.step, "skipped": int(self.skipped), "optimizer": named}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` returned. Raises KeyError or ValueError where it belongs to another module."""
         load_named_state(self.sae, self.optimizer, state["optimizer"])
         self.step = state["step"]
+        self.skipped.fill_(state.get("skipped", 0))  # older states have none
 
 
 def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsae import _cpu
 from fastsae.backends import buffers
+from fastsae.backends.blank import blank_tokens, with_blank
 from fastsae.backends.cpu.memory import CPU, matrix, numbers
 from fastsae.codes import Screen
 
@@ -202,11 +203,24 @@ def encode_above(
 def encode_batch_topk(
     x: Tensor, W: Tensor, b: Tensor, k: int, screen: _Tensors | None, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    args, held = arguments(x, W, b, k, None, None, 0, screen, precision)
-    (acts, indices, offsets), places = _ragged(x.shape[0], x.shape[0] * k)
+    n, blank = x.shape[0], blank_tokens(x)
+    anybody = bool(blank.any())
+    numbered = x[~blank].contiguous() if anybody else x
+    args, held = arguments(numbered, W, b, k, None, None, 0, screen, precision)
+    (acts, indices, offsets), places = _ragged(numbered.shape[0], numbered.shape[0] * k)
     redone = _cpu.encode_batch_topk(args, *places)
     del held
-    return acts.to(x.dtype), indices, offsets, _count(redone)
+    acts = acts.to(x.dtype)
+    if not anybody:
+        return acts, indices, offsets, _count(redone)
+    (most, latents, ends), _ = _ragged(n, n * k)
+    most = most.to(x.dtype).zero_()
+    most[: acts.shape[0]] = acts
+    latents.zero_()[: acts.shape[0]] = indices
+    ends[0] = 0
+    ends[1:] = torch.where(blank, 0, torch.ones_like(ends[1:]))
+    ends[1:] = offsets[ends[1:].cumsum(0)]
+    return *with_blank(most, latents, ends, blank, k), _count(redone)
 
 
 def _count(n: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import buffers
+from fastsae.backends.blank import blank_tokens, with_blank
 from fastsae.backends.gpu.encode_above import list_slots, pack, survivors_above
 from fastsae.backends.gpu.narrow import Narrow, narrowed, screening_copy
 from fastsae.backends.gpu.product import chunk_product, fp32_sums
@@ -27,6 +28,8 @@ SAMPLE_SHARE = 16
 LEAST_SAMPLE = 1024
 SAMPLE = 1 << 21
 LEAST_ROOM = 1 << 16
+NAN_BIN = 0x7FFF
+"""The upper bits of NaN's key."""
 
 
 def sampled_bar(stages: EncodeStages, x: Tensor, b: Tensor, k: int, screen: Narrow) -> Tensor:
@@ -59,31 +62,37 @@ def encode_batch_topk(
         acts, indices = (buffers.zeros((0,), dtype, x.device) for dtype in (x.dtype, torch.int32))
         return acts, indices, none.new_zeros(1), none
     screen, exact = screening_copy(stages, W, screen, precision), precision != "screened"
-    bar = sampled_bar(stages, x, b, k, screen)
-    bars = bar.expand(n).contiguous()
-    lists = survivors_above(stages, x, W, b, bars, False, list_slots(n, latents, 4 * k), screen, exact)
+    blank = blank_tokens(x)
+    owed = (n - blank.sum()) * k  # to the others
+    # Zeros stand in for a blank token, and its bar is above all of their scores.
+    numbered = torch.where(blank[:, None], 0, x)
+    bar = sampled_bar(stages, numbered, b, k, screen)
+    bars = torch.where(blank, float("inf"), bar)
+    lists = survivors_above(stages, numbered, W, b, bars, False, list_slots(n, latents, 4 * k), screen, exact)
     room = min(n * latents, max(3 * wanted, LEAST_ROOM))
-    scores, found, offsets, total = pack(stages, x, W, b, bars, False, lists, room, torch.float32)
-    acts, indices, offsets = _largest(scores, found, offsets, wanted, x.dtype)
-    failed = (total > room) | ((total < wanted) & (bar > 0))
-    offsets = _redo(stages, x, W, b, wanted, failed, acts, indices, offsets)
-    return acts, indices, offsets, torch.where(failed, n, lists.listed.long())
+    scores, found, offsets, total = pack(stages, numbered, W, b, bars, False, lists, room, torch.float32)
+    acts, indices, offsets = _largest(scores, found, offsets, wanted, owed, x.dtype)
+    failed = (total > room) | ((total < owed) & (bar > 0))
+    offsets = _redo(stages, x, W, b, blank, owed, failed, acts, indices, offsets)
+    return *with_blank(acts, indices, offsets, blank, k), torch.where(failed, n, lists.listed.long())
 
 
 def _largest(
-    scores: Tensor, latents: Tensor, offsets: Tensor, wanted: int, dtype: torch.dtype
+    scores: Tensor, latents: Tensor, offsets: Tensor, capacity: int, wanted: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `wanted` largest entries of a ragged code, in order; of equal ones the first, as a stable sort keeps them."""
+    """The `wanted` (0-d, at most capacity) largest entries of a ragged code, in order; of equal ones the first, as a
+    stable sort keeps them.
+    """
     room = scores.shape[0]
     there = buffers.arange(room, torch.int64, scores.device) < offsets[-1]
-    order = torch.sort(torch.where(there, scores, float("-inf")), descending=True, stable=True).indices[:wanted]
-    kept = torch.zeros_like(there).scatter_(0, order, torch.ones_like(order, dtype=torch.bool))
+    order = torch.sort(torch.where(there, scores, float("-inf")), descending=True, stable=True).indices
+    kept = torch.zeros_like(there).scatter_(0, order, buffers.arange(room, torch.int64, scores.device) < wanted)
     kept &= there & (scores.to(dtype) != 0)  # a narrow dtype can round a score to 0
     rank = kept.cumsum(0)
-    place = torch.where(kept, rank - 1, wanted)
-    acts = buffers.zeros((wanted + 1,), dtype, scores.device).scatter_(0, place, scores.to(dtype))
-    indices = buffers.zeros((wanted + 1,), torch.int32, scores.device).scatter_(0, place, latents)
-    return acts[:wanted], indices[:wanted], torch.cat([rank.new_zeros(1), rank])[offsets]
+    place = torch.where(kept, rank - 1, capacity)
+    acts = buffers.zeros((capacity + 1,), dtype, scores.device).scatter_(0, place, scores.to(dtype))
+    indices = buffers.zeros((capacity + 1,), torch.int32, scores.device).scatter_(0, place, latents)
+    return acts[:capacity], indices[:capacity], torch.cat([rank.new_zeros(1), rank])[offsets]
 
 
 def _digit(bins: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,21 +108,31 @@ def _redo(
     x: Tensor,
     W: Tensor,
     b: Tensor,
-    wanted: int,
+    blank: Tensor,
+    wanted: Tensor,
     failed: Tensor,
     acts: Tensor,
     indices: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    """Where `failed` (0-d bool) writes acts and indices anew from every score; returns the offsets that hold then."""
+    """Where `failed` (0-d bool) writes acts and indices anew, from every score of the tokens that are not blank;
+    returns the offsets that hold then.
+    """
     n = x.shape[0]
     needed = failed.int()
-    upper, above = _digit(stages.histogram(x, W, b, needed, None), torch.full_like(needed, wanted))
-    lower, above_too = _digit(stages.histogram(x, W, b, needed, upper), wanted - above)
+    x = torch.where(blank[:, None], float("nan"), x)
+    # All M scores of a blank token have NaN's key 0x7FFFFFFF, the last one in both histograms.
+    blanks = blank.sum() * (b.shape[0] * needed)
+    bins = stages.histogram(x, W, b, needed, None)
+    bins[NAN_BIN] -= blanks
+    upper, above = _digit(bins, wanted)
+    bins = stages.histogram(x, W, b, needed, upper)
+    bins[-1] -= torch.where(upper == NAN_BIN, blanks, 0)
+    lower, above_too = _digit(bins, wanted - above)
     # Fewer positive scores than wanted: all of them are above key 0.
     least = torch.where(upper < 0, 0, (upper << 16) | lower.clamp(min=0)).int()
     quota = torch.where(upper < 0, 0, wanted - above - above_too)
-    everyone, listed = buffers.arange(n, torch.int32, x.device), needed * n
+    everyone, listed = blank.int().argsort(stable=True).int(), needed * (n - blank.sum()).int()
     totals, ties = buffers.zeros((2, n), torch.int64, x.device)
     stages.every_latent(x, W, b, everyone, listed, acts, indices, totals=totals, least=least, ties=ties)
     admitted = (quota - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)

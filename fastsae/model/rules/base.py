@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from fastsae import ops
+from fastsae import ops, reference
 from fastsae.codes import Screen, SparseCodes
 
 RuleState = Mapping[str, Tensor]
@@ -136,8 +136,8 @@ class Activation(ABC):
         return None
 
     def considered(self, pre: Tensor, rows: RuleState) -> Tensor:
-        """Which pre-acts `select` returns in training, for a threshold rule: bool."""
-        return pre > 0
+        """Which pre-acts `select` returns in training, for a threshold rule: bool. NaN is one of them."""
+        return reference.is_above(pre, pre.new_zeros(()))
 
     @abstractmethod
     def check(self, d_sae: int) -> None:

@@ -322,7 +322,7 @@ class JumpReLU(_Targeted):
         return select_above(x, W, b, bar, options, capacity)
 
     def considered(self, pre: Tensor, rows: RuleState) -> Tensor:
-        return pre > rows["threshold"] - self.width(rows["threshold"]) / 2
+        return reference.is_above(pre, rows["threshold"] - self.width(rows["threshold"]) / 2)
 
     def per_latent(self, rule_state: RuleState) -> dict[str, Tensor]:
         return {"threshold": rule_state["log_threshold"].exp()}

@@ -146,7 +146,7 @@ class BatchTopK(Activation):
         threshold = rule_state.get("threshold")
         if training or threshold is None or bool((threshold < 0).any()):
             return reference.batch_top_k(pre, self.k)
-        return torch.where(pre > threshold[..., None, None].to(pre.dtype), pre, 0)
+        return torch.where(reference.is_above(pre, threshold[..., None, None].to(pre.dtype)), pre, 0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""What is said of a step that was not made: which rows of its batch are at fault. And what torch's Adam cannot step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+SKIPPED = (
+    "a gradient is not finite (NaN, infinite or too large to square), or the loss or the rate, so this step changed "
+    "nothing"
+)
+COUNTED = "Further ones are counted in `skipped` without a warning"
+NAMED = 5
+"""Rows that are named at most."""
+
+
+def worst_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """How many rows of x (n, D) hold NaN or infinity, 0-d int64, and the worst min(n, NAMED) rows, int64.
+
+    First come those that are not finite, ascending, then the others by their largest magnitude. No host sync.
+    """
+    # The largest magnitude hands on NaN and, unlike a sum, cannot overflow; it needs no mask as large as x.
+    size = torch.linalg.vector_norm(x, ord=math.inf, dim=-1).double()
+    bad, n = ~torch.isfinite(size), x.shape[0]
+    above = torch.finfo(torch.float64).max * (
+        0.5 + 0.5 * torch.arange(n, 0, -1, dtype=torch.float64, device=x.device) / n
+    )
+    return bad.sum(), torch.where(bad, above, size).topk(min(n, NAMED)).indices
+
+
+def say_rows(x: Tensor, target: Tensor | None = None) -> str:
+    """Which rows of x (*batch, D), and of its target, are not finite, or else the largest. Waits for the device."""
+    both = [t.detach().reshape(-1, t.shape[-1]) for t in (x, target) if t is not None]
+    bad, rows = worst_rows(torch.cat([t.to(both[0].dtype) for t in both], 1))
+    return said(int(bad), both[0].shape[0], rows.tolist(), "x")
+
+
+def said(bad: int, of: int, worst: list[int], what: str) -> str:
+    """`worst_rows` in words."""
+    if not bad:
+        return f"the rows of {what} are finite, the largest is row {worst[0]}"
+    named = ", ".join(map(str, worst[:bad]))
+    return f"{bad} of {of} rows of {what} hold NaN or infinity: {named}{', ...' if bad > len(worst) else ''}"
+
+
+def refuse_float16(W: Tensor) -> None:
+    """Raises ValueError for float16 weights under torch's Adam, which keeps moments in their dtype."""
+    if W.dtype == torch.float16:
+        raise ValueError(
+            "the weights are float16, in which the second moments of torch's Adam underflow: it would step by m / eps; "
+            "use FusedTrainStep, whose moments are float32, or bfloat16 weights"
+        )
