@@ -177,6 +177,23 @@ def test_every_option_is_documented(command, capsys):
         assert len(help_text.split()) >= 2, block
 
 
+@pytest.mark.parametrize("command", ["harvest", "train", "sweep", "eval"])
+def test_help_begins_with_the_options_that_matter(command, capsys):
+    assert main([command, "--help"]) == 0
+    top, boxes = capsys.readouterr().out.split("positional arguments", 1)
+    first, listed = top.partition("most calls give")[::2]
+    assert first.startswith(f"usage: fastsae {command}")
+    essential = commands.OPTIONS[command].essential
+    assert 3 <= len(essential) <= 8
+    for name, text in essential.items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", listed, re.M), name
+        assert re.search(rf"{name}\b", boxes), f"{name} is no option of {command}"
+        assert name.startswith("--") or name.isupper()
+    # Whatever must be given is among them.
+    required = re.findall(r"(--[a-z][a-z0-9-]+) [^-]*?\(required\)", boxes)
+    assert set(required) <= set(essential), required
+
+
 def test_help_and_version_say_where_to_look(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
