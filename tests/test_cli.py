@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,21 @@ def test_resume_continues_and_must_be_requested(place, capsys):
     assert main([*longer, "--resume"]) == 0
     assert open_run(place / "longer").step == 9
     assert "lr is 0.0002 there and 0.5 here" in fails(capsys, [*longer, "--resume", "--lr", "0.5"])
+
+
+def test_eval_of_a_checkpoint_writes_beside_the_run_and_not_into_it(place, capsys):
+    checkpoint = open_run(place / "run").path
+    before = {p.name: p.read_bytes() for p in checkpoint.iterdir()}
+    assert main(["eval", str(checkpoint)]) == 0
+    assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before
+    record = json.loads((place / "run" / f"evaluation_{checkpoint.name}.json").read_text())
+    assert checkpoint.name.endswith(str(record["step"]))
+    assert f"evaluation_{checkpoint.name}.json" in capsys.readouterr().out
+    assert "not a run: a report needs" in fails(capsys, ["report", str(checkpoint)])
+    assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before
+    shutil.copytree(checkpoint, place / "copied")  # an autoencoder of its own
+    assert main(["eval", str(place / "copied"), "--data", str(place / "rows.npy")]) == 0
+    assert (place / "copied" / "evaluation.json").is_file()
 
 
 def test_eval_on_other_rows(place, capsys):
