@@ -226,18 +226,7 @@ def test_a_peer_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_shapes_of_ones_own_are_measured_and_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With their memory, which a process of its own measures: it has to know the shape as well."""
-    given = [
-        "--shape",
-        "64,24,300,5",
-        "33,16,64,1",
-        "--contestants",
-        "fastsae",
-        "dense fp32",
-        "--rounds",
-        "1",
-        "--turn",
-        "0",
-    ]
+    given = ["--quick", "--shape", "64,24,300,5", "33,16,64,1", "--contestants", "fastsae", "dense fp32"]
     assert main([*given, "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "shape-64-24-300-5.json").read_text())
