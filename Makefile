@@ -22,6 +22,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= $(VENV)-peers
 TORCH ?= torch==2.13.0
+# Only where torch has not brought one along: its CUDA builds do.
+TRITON ?= triton==3.7.1
 # For instance --index-url=..., to take torch's CPU build: the default one brings gigabytes of CUDA along.
 TORCH_ARGS ?=
 ARGS ?=
@@ -43,20 +45,22 @@ venv: $(VENV)/.installed
 # -- the environment: one stamp for each layer, each depending on the one below ----------------------------------------
 
 $(VENV)/.made:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.11 or 3.12 needed: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.11 or newer needed: make PYTHON=python3.12")'
 	@c++ --version > /dev/null 2>&1 || { echo "no C++ compiler found (c++): install one, for example the package g++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 # Without a GPU a CPU build is enough, where pip can see one (pip.conf, PIP_FIND_LINKS, TORCH_ARGS).
 $(VENV)/.torch: $(VENV)/.made
-	@echo "installing $(TORCH)"
+	@echo "installing $(TORCH): a minute for a CPU build, several for the CUDA build, which downloads gigabytes"
 	@if command -v nvidia-smi > /dev/null; then $(PIP) install $(TORCH_ARGS) '$(TORCH)'; \
 	else $(PIP) install $(TORCH_ARGS) '$(TORCH)+cpu' 2> /dev/null || $(PIP) install $(TORCH_ARGS) '$(TORCH)'; fi
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	@echo "installing fastsae-engine and building its C++ extension"
+	@$(BIN)/python -c 'import triton' 2> /dev/null || { echo "installing $(TRITON)"; $(PIP) install '$(TRITON)'; }
+	@echo "installing fastsae-engine: packages are downloaded, then its C++ extension is compiled; a minute or two on"
+	@echo "two cores, and pip says nothing meanwhile$(if $(filter skip,$(FASTSAE_CUDA)),,; the CUDA extension takes minutes more)"
 	$(PIP) install -e '.[test,lm]'
 	@touch $@
 
@@ -140,6 +144,7 @@ bench: $(PEERS)/.installed $(VENV)/.demo
 	$(PEERS)/bin/python -m bench $(ARGS)
 	$(PEERS)/bin/python -m bench $(ARGS) --cases random --isa avx2 --contestants fastsae 'dense fp32' 'dense bf16' 'sparse eager' 'sparse eager bf16'
 	$(PEERS)/bin/python -m bench $(ARGS) --sweep
+	$(PEERS)/bin/python -m bench $(ARGS) --shape 2048,768,12288,32 512,1024,65536,32 1024,4096,32768,32 --contestants fastsae 'dense fp32' 'dense bf16' 'sparse eager' 'sparse eager bf16'
 	$(PEERS)/bin/python -m bench.plot
 
 bench-quick: $(VENV)/.installed

@@ -92,7 +92,7 @@ def shown(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.batch", description=__doc__)
     parser.add_argument("--out", type=Path, default=None, help="default: bench/results/<device>/batch")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each size")
     parser.add_argument("--threads", type=int, default=1)

@@ -77,10 +77,31 @@ SWEEP = (
 """One size changed at a time: how fastsae's step grows. The base belongs to all four lines."""
 
 BY_NAME = {case.name: case for case in (*CASES, *SWEEP)}
+_SHAPE = "shape-"
+
+
+def of_shape(text: str) -> Case:
+    """The case "shape-N-D-M-K" of "N,D,M,K": random inputs and weights. Raises ValueError for other text."""
+    try:
+        N, D, M, K = map(int, text.replace("_", "").split(","))
+    except ValueError:
+        raise ValueError(
+            f"the shape is {text!r}, expected four whole numbers N,D,M,K such as 2048,768,12288,32"
+        ) from None
+    return Case(f"{_SHAPE}{N}-{D}-{M}-{K}", N, D, M, K)
+
+
+def named(name: str) -> Case:
+    """The case of that name, also one of `of_shape`. Raises KeyError for another name."""
+    if name.startswith(_SHAPE):
+        return of_shape(name.removeprefix(_SHAPE).replace("-", ","))
+    return BY_NAME[name]
 
 
 def quick(case: Case) -> Case:
-    """The same case at a size that takes milliseconds: for tests and for trying a script."""
+    """The same case at a size that takes milliseconds: for tests and for trying a script. A given shape stays."""
+    if case.name.startswith(_SHAPE):
+        return case
     return replace(case, N=256, D=min(case.D, 64) if case.distribution != "real" else case.D, M=1024, K=8)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -27,11 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import fastsae.kernels
-import triton
 from fastsae.kernels.variants import Variant
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.cache import get_cache_manager
 
 from fastsae import env
 from fastsae.atomic import replace_file
@@ -44,18 +40,20 @@ REPORT = "run `make kernels-report`"
 
 @dataclass(frozen=True)
 class Target:
-    """shared_limit: bytes a block may have. products: patterns of tensor-core instructions, any of which will do."""
+    """gpu: Triton's GPUTarget (backend, architecture, threads of a warp). shared_limit: bytes a block may have.
+    products: patterns of tensor-core instructions, any of which will do.
+    """
 
-    gpu: GPUTarget
+    gpu: tuple[str, int | str, int]
     shared_limit: int
     products: dict[str, str]
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, {"mma": r"\bmma\.sync"}),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, {"wgmma": r"\bwgmma\.mma_async"}),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, {"tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, {"mfma": r"\bv_mfma"}),
+    "sm_80": Target(("cuda", 80, 32), 163 << 10, {"mma": r"\bmma\.sync"}),
+    "sm_90": Target(("cuda", 90, 32), 227 << 10, {"wgmma": r"\bwgmma\.mma_async"}),
+    "sm_100": Target(("cuda", 100, 32), 227 << 10, {"tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}),
+    "gfx942": Target(("hip", "gfx942", 64), 64 << 10, {"mfma": r"\bv_mfma"}),
 }
 
 # -- what there is to compile ------------------------------------------------------------------------------------------
@@ -88,7 +86,10 @@ def costs(module: str) -> dict[str, str]:
 # -- one compilation, in a worker --------------------------------------------------------------------------------------
 
 
-def source_of(variant: Variant) -> ASTSource:
+def source_of(variant: Variant) -> Any:
+    """Triton's ASTSource of a variant."""
+    from triton.compiler import ASTSource
+
     names = variant.kernel.arg_names
     aligned = [name for name, kind in variant.signature.items() if kind.startswith("*")] + list(variant.aligned)
     return ASTSource(
@@ -101,20 +102,25 @@ def source_of(variant: Variant) -> ASTSource:
 
 def compile_one(module: str, name: str, target: str) -> dict[str, Any]:
     """The record of one variant on one target. Raises what Triton raises."""
+    # Here and not above: `--help`, and what nvcc compiles (bench.ptxas), need no Triton.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.cache import get_cache_manager
+
     _, variant = variants_of([module])[name]
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    if variant.maxnreg is not None and TARGETS[target].gpu.backend == "cuda":
+    if variant.maxnreg is not None and TARGETS[target].gpu[0] == "cuda":
         options["maxnreg"] = variant.maxnreg
-    log = io.StringIO()
+    log, gpu = io.StringIO(), GPUTarget(*TARGETS[target].gpu)
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
-        kernel = triton.compile(source_of(variant), target=TARGETS[target].gpu, options=options)
+        kernel = triton.compile(source_of(variant), target=gpu, options=options)
         cache = get_cache_manager(kernel.hash)
         if (known := cache.get_file(RECORD)) is not None:
             return json.loads(Path(known).read_text())
         if "ptx" in kernel.asm and "Used" not in log.getvalue():  # already cached: ptxas has to run again for its log
             triton.knobs.compilation.always_compile = True
-            kernel = triton.compile(source_of(variant), target=TARGETS[target].gpu, options=options)
+            kernel = triton.compile(source_of(variant), target=gpu, options=options)
     record = measured(dict(kernel.asm), log.getvalue(), TARGETS[target])
     record |= {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     cache.put(json.dumps(record), RECORD, binary=False)
@@ -157,6 +163,8 @@ def compile_all(
     modules: Sequence[str], targets: Sequence[str] = tuple(TARGETS), only: str = "", workers: int = 2
 ) -> dict[str, Any]:
     """{"triton", "kernels": {variant: {"module", "product", "targets": {target: record or {"error"}}}}, "costs"}."""
+    import triton
+
     variants = {name: found for name, found in variants_of(modules).items() if only in name}
     kernels: dict[str, Any] = {
         name: {"module": module, "product": variant.product, "targets": dict.fromkeys(targets)}
@@ -303,6 +311,8 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    if importlib.util.find_spec("triton") is None:
+        parser.error("Triton is not installed; it comes with torch's CUDA builds, and alone by: pip install triton")
     if env.triton_is_interpreted():
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
     report = compile_all(kernel_modules(), options.targets, options.only, options.workers)

@@ -46,7 +46,7 @@ def extra_peak(case_name: str, contestant: str, is_quick: bool) -> dict[str, int
     """In this process: bytes beyond the lasting state, and the lasting state's own bytes."""
     from bench import cases, contestants, real
 
-    case = cases.BY_NAME[case_name]
+    case = cases.named(case_name)
     if is_quick:
         case = cases.quick(case)
     inputs = cases.build(case, real.rows, real.trained)
@@ -79,7 +79,9 @@ def measure(case_name: str, contestant: str, threads: int, is_quick: bool = Fals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak extra memory of one contestant's step, as JSON.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.memory", description="Peak extra memory of one contestant's step, as JSON."
+    )
     parser.add_argument("--case", required=True)
     parser.add_argument("--contestant", required=True)
     parser.add_argument("--threads", type=int, default=2)

@@ -6,6 +6,7 @@ Writes <device>/*.svg and *.png beside the results, and replaces what stands bet
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,21 @@ def cases_table(found: Sequence[dict[str, Any]]) -> str:
     return table(head, lines)
 
 
+def smaller(folder: Path, found: Sequence[dict[str, Any]]) -> list[str]:
+    """A line on shapes smaller than the headline's, which gain less: of `--shape`, and of the family's real runs."""
+    said = []
+    for result in found:
+        case, ratio = result["case"], times(result, "dense fp32")
+        if case["name"].startswith("shape-") and ratio != "-":
+            said.append(f"{ratio} at N={case['N']}, D={case['D']}, M={case['M']}, K={case['K']}")
+    quality = folder / "family" / "quality.json"
+    for entry in json.loads(quality.read_text())["entries"].values() if quality.exists() else ():
+        if entry["rule"] == {"kind": "topk", "k": 32} and "times" in entry:
+            s, ratio = entry["settings"], entry["times"]["dense fp32"]["ms"] / entry["times"]["fastsae"]["ms"]
+            said.append(f"{ratio:.1f}× at N={s['batch']}, M={s['M']}, K=32 on real activations")
+    return [f"Other shapes, against dense fp32: {'; '.join(said)}."] if said else []
+
+
 def engine(result: dict[str, Any]) -> dict[str, Any]:
     """What the cpu backend reported: its instruction set and its screening format."""
     detail = result["machine"]["backends"].get("cpu", {}).get("detail", {})
@@ -136,6 +152,7 @@ def section(folder: Path) -> str:
         sizes = f"N={case['N']}, D={case['D']}, M={case['M']}, K={case['K']}"
         blocks += [provenance(main), f"{sizes}, random inputs and weights:", contestants_table(main)]
         blocks += [f"Left out: {name}: {reason}" for name, reason in main["left_out"].items()]
+    blocks += smaller(folder, found)
     shown = [result for result in found if not result["case"]["name"].startswith("sweep-")]
     blocks += ["All cases, each against the others in the same run:", cases_table(shown)]
     pictures = [f"![{p.stem}]({p.relative_to(ROOT)})" for p in sorted(folder.glob("*.svg")) if ROOT in p.parents]

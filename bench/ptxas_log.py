@@ -8,8 +8,6 @@ import subprocess
 from math import prod
 from typing import Any
 
-import triton
-
 from bench.compiled import one_number
 
 ENTRY = re.compile(
@@ -81,6 +79,8 @@ def short_name(demangled: str) -> str:
 def said_by(program: str, *arguments: str, said: str | None = None) -> str:
     found = shutil.which(program)
     if found is None and program == "cuobjdump":  # Triton brings one, the toolkit's smaller packages do not
+        import triton
+
         found = triton.knobs.nvidia.cuobjdump.path
     if found is None:
         raise FileNotFoundError(f"{program} is not installed (package binutils)")

@@ -51,6 +51,15 @@ def parser() -> argparse.ArgumentParser:
         help=f"which cases, of: {', '.join(cases.BY_NAME)} (default: the first five)",
     )
     p.add_argument(
+        "--shape",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=shape,
+        metavar="N,D,M,K",
+        help="sizes of your own instead of --cases, random inputs and weights: tokens, width, latents, active ones",
+    )
+    p.add_argument(
         "--contestants",
         nargs="+",
         default=list(contestants.NAMES),
@@ -73,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="toy sizes, one round, results only if --out is given")
     p.add_argument("--held", action="store_true", help=argparse.SUPPRESS)  # set on the process that --isa starts
     return p  # fmt: skip
+
+
+def shape(text: str) -> str:
+    """The name of the case of that shape. Raises argparse's error, so that --help's usage is printed."""
+    try:
+        return cases.of_shape(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def rotating(inputs: Inputs, act: Callable[[torch.Tensor], object]) -> Callable[[], object]:
@@ -207,11 +224,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.rounds, options.turn = 1, 0.0
     if options.sweep:
         options.cases, options.contestants = [case.name for case in cases.SWEEP], ["fastsae"]
+    options.cases = options.shape or options.cases
     torch.set_num_threads(options.threads)
     begun = time.perf_counter()
     for name in options.cases:
         try:
-            result = run_case(cases.BY_NAME[name], options)
+            result = run_case(cases.named(name), options)
         except (check.WrongResult, real.NoActivations) as error:
             print(f"error: case {name}: {error}", file=sys.stderr)
             return 1

@@ -74,7 +74,7 @@ def overview() -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m bench.systems", description=__doc__).parse_args()
     texts = {README: overview()}
     for name, (found, results) in stored().items():
         publish(name, found, results)

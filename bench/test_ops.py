@@ -19,6 +19,8 @@ from bench import cases, real
 from bench.cases import Case, Inputs
 from fastsae import SparseCodes, UpdateTerm, ops
 
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install pytest-benchmark")
+
 Workload = tuple[Case, Inputs, SparseCodes, Tensor]
 
 

@@ -2,7 +2,8 @@
 
 With FASTSAE_CUDA_EMULATION the CUDA kernels run on the CPU (tests/emulation), with another thread order in each test.
 
-TRITON_INTERPRET has to be set before anything imports Triton, and processes that tests start inherit it.
+TRITON_INTERPRET has to be set before anything imports Triton, and processes that tests start inherit it. Where Triton
+is of a version that the mended interpreter does not know, its tests are skipped as on a machine without Triton.
 """
 
 from __future__ import annotations
@@ -15,12 +16,24 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+not_interpreted: str | None = None
+"""Why the tests of Triton's kernels are skipped, where Triton is there."""
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         from tests import interpreter
 
-        interpreter.mend()
+        try:
+            interpreter.mend()
+        except ImportError as error:
+            not_interpreted = f"the tests of Triton's kernels are skipped: {error}"
+            del os.environ["TRITON_INTERPRET"]  # so that the backend is not available, here and in processes of tests
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not_interpreted:
+        terminalreporter.write_line(not_interpreted)
+
 
 # Interpreted kernels run a thousand times slower than compiled ones. So every case runs in float32 with one threshold
 # and one precision, and only these cases run with all dtypes, thresholds and precisions. On a GPU everything runs.

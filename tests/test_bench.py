@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from bench.timing import Mark, Sample, Stopwatch, interleaved, unmarked
 from fastsae import Screen, SparseCodes, ops
 from fastsae.data import save_rows
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = Case("tiny", N=48, D=20, M=96, K=5)
 
 
@@ -135,6 +138,14 @@ def test_cases_are_reproducible_and_named_once() -> None:
     assert not torch.equal(one.batches[0], one.batches[1])
     assert len(cases.BY_NAME) == len(cases.CASES) + len(cases.SWEEP)
     assert (cases.PRIMARY.N, cases.PRIMARY.D, cases.PRIMARY.M, cases.PRIMARY.K) == (4096, 768, 24576, 32)
+    assert cases.of_shape("2048,768,12_288,32") == Case("shape-2048-768-12288-32", 2048, 768, 12288, 32)
+    for case in (cases.PRIMARY, cases.SWEEP[3], cases.of_shape("9,8,7,6")):
+        assert cases.named(case.name) == case
+    for text in ("2048,768,12288", "a,b,c,d", "", "1,2,3,4,5"):
+        with pytest.raises(ValueError, match="expected four whole numbers N,D,M,K"):
+            cases.of_shape(text)
+    with pytest.raises(ValueError, match="expected 1 <= K <= M"):
+        cases.of_shape("4,4,4,5")
     with pytest.raises(ValueError, match="trained weights go with real inputs"):
         Case("x", weights="trained")
     with pytest.raises(ValueError, match="expected 1 <= K <= M"):
@@ -211,6 +222,60 @@ def test_a_peer_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # -- the scripts -------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_of_ones_own_are_measured_and_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With their memory, which a process of its own measures: it has to know the shape as well."""
+    given = ["--quick", "--shape", "64,24,300,5", "33,16,64,1", "--contestants", "fastsae", "dense fp32"]
+    assert main([*given, "--out", str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    result = json.loads((folder / "shape-64-24-300-5.json").read_text())
+    assert {key: result["case"][key] for key in "NDMK"} == {"N": 64, "D": 24, "M": 300, "K": 5}
+    assert set(result["contestants"]) == {"fastsae", "dense fp32"}
+    assert {"extra_peak_bytes", "memory_not_measured"} & set(result["contestants"]["fastsae"])
+    assert not (folder / "random.json").exists()
+    assert "2 cases in" in capsys.readouterr().out
+    text = plot.section(folder)
+    for result, sizes in zip(results.read(folder), ("N=33, D=16, M=64, K=1", "N=64, D=24, M=300, K=5"), strict=True):
+        assert f"{plot.times(result, 'dense fp32')} at {sizes}" in text
+    with pytest.raises(SystemExit):
+        main(["--shape", "1,2,3"])
+    assert "the shape is '1,2,3', expected four whole numbers N,D,M,K" in capsys.readouterr().err
+
+
+SCRIPTS = sorted(
+    {"bench" if p.name == "__main__.py" and p.parent == ROOT / "bench"
+     else ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+     for p in (ROOT / "bench").rglob("*.py") if "ArgumentParser" in p.read_text() or p.name == "__main__.py"}
+    - {"bench.run", "bench.gpu.options"}
+)  # fmt: skip
+
+
+def test_every_script_has_help_without_triton_pytest_and_the_peers() -> None:
+    """One process for all: a child of it, forked, for each."""
+    hidden = ("triton", "pytest", "pytest_benchmark", "sae_lens", "transformers", "sparsify", "dictionary_learning")
+    code = f"""
+import os, runpy, sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+import fastsae
+for name in sys.argv[1:]:
+    print("##", name, flush=True)
+    child = os.fork()
+    if not child:
+        sys.argv[:] = [name, "--help"]
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+    assert {"bench", "bench.compiled", "bench.ptxas", "bench.gpu", "bench.family", "bench.plot"} <= set(SCRIPTS)
+    run = subprocess.run([sys.executable, "-c", code, *SCRIPTS], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stdout[-500:] + run.stderr[-1500:]
+    for name, said in zip(SCRIPTS, run.stdout.split("## ")[1:], strict=True):
+        assert said.startswith(f"{name}\nusage: "), said
+        assert len(said.splitlines()) > 3
 
 
 def test_bench_writes_results_plots_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,21 @@ def test_resume_continues_and_must_be_requested(place, capsys):
     assert "lr is 0.0002 there and 0.5 here" in fails(capsys, [*longer, "--resume", "--lr", "0.5"])
 
 
+def test_eval_of_a_checkpoint_writes_beside_the_run_and_not_into_it(place, capsys):
+    checkpoint = open_run(place / "run").path
+    before = {p.name: p.read_bytes() for p in checkpoint.iterdir()}
+    assert main(["eval", str(checkpoint)]) == 0
+    assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before
+    record = json.loads((place / "run" / f"evaluation_{checkpoint.name}.json").read_text())
+    assert checkpoint.name.endswith(str(record["step"]))
+    assert f"evaluation_{checkpoint.name}.json" in capsys.readouterr().out
+    assert "not a run: a report needs" in fails(capsys, ["report", str(checkpoint)])
+    assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before
+    shutil.copytree(checkpoint, place / "copied")  # an autoencoder of its own
+    assert main(["eval", str(place / "copied"), "--data", str(place / "rows.npy")]) == 0
+    assert (place / "copied" / "evaluation.json").is_file()
+
+
 def test_eval_on_other_rows(place, capsys):
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
     save_file({"a": x, "b": x.bfloat16()}, place / "two.safetensors")
@@ -175,6 +191,23 @@ def test_every_option_is_documented(command, capsys):
         # Without names, defaults and types, some help text must be left.
         help_text = re.sub(r"--[\w.-]+|\((default|required)[^)]*\)|\{.*?\}|\b[A-Z]+\b", "", block)
         assert len(help_text.split()) >= 2, block
+
+
+@pytest.mark.parametrize("command", ["harvest", "train", "sweep", "eval"])
+def test_help_begins_with_the_options_that_matter(command, capsys):
+    assert main([command, "--help"]) == 0
+    top, boxes = capsys.readouterr().out.split("positional arguments", 1)
+    first, listed = top.partition("most calls give")[::2]
+    assert first.startswith(f"usage: fastsae {command}")
+    essential = commands.OPTIONS[command].essential
+    assert 3 <= len(essential) <= 8
+    for name, text in essential.items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", listed, re.M), name
+        assert re.search(rf"{name}\b", boxes), f"{name} is no option of {command}"
+        assert name.startswith("--") or name.isupper()
+    # Whatever must be given is among them.
+    required = re.findall(r"(--[a-z][a-z0-9-]+) [^-]*?\(required\)", boxes)
+    assert set(required) <= set(essential), required
 
 
 def test_help_and_version_say_where_to_look(capsys):

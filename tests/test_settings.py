@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 import fastsae
 from fastsae.backends import BackendWarning
@@ -195,6 +196,98 @@ def test_a_state_of_other_settings_is_refused_before_anything_changes(case: str,
         module.load_state_dict(state.state_dict())
     for name, value in mine.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_weights_of_another_rule_are_refused_in_every_way_of_loading(strict: bool) -> None:
+    """L0 would silently be another: 33 instead of 4."""
+    theirs, relu = decided(), fresh(fastsae.ReLU(l1=1.0))
+    both = r"activation\.k \(got 4, .*activation\.kind \(got 'topk', expected 'relu'\)"
+    for load_it in (
+        lambda: relu.load_state_dict(theirs.state_dict(), strict=strict),
+        lambda: relu.load_state_dict(theirs.state_dict(), strict=strict, assign=True),
+        lambda: set_model_state_dict(
+            relu, get_model_state_dict(theirs), options=StateDictOptions(strict=strict)
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=both):
+            load_it()
+    # Inside a larger module, whose load_state_dict is torch's own, the settings are removed by name.
+    outer, state = nn.Sequential(nn.Tanh(), relu), nn.Sequential(nn.Tanh(), theirs).state_dict()
+    with pytest.raises(ValueError, match=r"remove '1\._extra_state' from the state to load it anyway"):
+        outer.load_state_dict(state, strict=strict)
+    del state["1._extra_state"]
+    outer.load_state_dict(state, strict=strict)
+    assert torch.equal(relu.W_enc, theirs.W_enc)
+
+
+def batch(rule: Any = None, **settings: Any) -> fastsae.SAEBatch:
+    return fastsae.SAEBatch(3, D, M, rule or fastsae.TopK(4), **settings)
+
+
+OTHER_BATCHES = {
+    "rule": (lambda: batch(fastsae.ReLU(l1=1.0)), r"activation\.kind \(got 'topk', expected 'relu'\)"),
+    "k of one": (
+        lambda: batch([fastsae.TopK(4), fastsae.TopK(5), fastsae.TopK(4)]),
+        r"activation\.k \(got 4, expected \[4, 5, 4\]\)",
+    ),
+    "pre_bias": (lambda: batch(pre_bias=False), r"pre_bias \(got True, expected False\)"),
+    "encoder_norm": (lambda: batch(encoder_norm="forward"), r"encoder_norm \(got 'free', expected 'forward'\)"),
+    "decoder_norm": (lambda: batch(decoder_norm="forward"), r"decoder_norm \(got 'unit', expected 'forward'\)"),
+    "loss": (lambda: batch(loss="fvu"), r"loss \(got 'mse', expected 'fvu'\)"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_BATCHES)
+def test_a_batch_of_saes_records_its_settings_too(case: str) -> None:
+    make, message = OTHER_BATCHES[case]
+    mine, theirs = make(), batch(seeds=(7, 8, 9))
+    before = mine.get_parameter("W_enc").clone()
+    with pytest.raises(ValueError, match=message):
+        mine.load_state_dict(theirs.state_dict())
+    assert torch.equal(mine.get_parameter("W_enc"), before)
+    mine.load_state_dict(theirs.state_dict(), allow_other_config=True)
+    assert torch.equal(mine.get_parameter("W_enc"), theirs.get_parameter("W_enc"))
+
+
+def test_a_batch_takes_the_state_of_an_equal_one_and_one_without_settings() -> None:
+    rules = [fastsae.TopK(4), fastsae.TopK(5), fastsae.TopK(4)]
+    for state in (batch(rules, seeds=(7, 8, 9)).state_dict(), batch(rules, seeds=(4, 5, 6), ghost="pull").state_dict()):
+        again = batch(rules)
+        assert not (keys := again.load_state_dict(state)).missing_keys + keys.unexpected_keys
+        assert torch.equal(again.get_parameter("W_enc"), state["W_enc"])
+        state.pop(EXTRA_STATE)
+        batch(rules).load_state_dict(state)
+    for one, other in ((batch(), fresh()), (fresh(), batch())):
+        with pytest.raises(ValueError, match="the state is of an SAE with other settings"):
+            one.load_state_dict(other.state_dict())  # type: ignore[attr-defined]
+
+
+STEPS: dict[str, Any] = {
+    "fused": lambda rule, **more: fastsae.FusedTrainStep(fresh(rule), 1e-3, **more),
+    "plain": lambda rule, **more: PlainTrainStep(fresh(rule), lr=1e-3, **more),
+    "batch": lambda rule, **more: fastsae.BatchTrainStep(batch(rule), 1e-3, **more),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_the_state_of_a_step_is_of_one_sae_and_one_optimizer(kind: str) -> None:
+    make, x = STEPS[kind], tokens(24, D)
+    theirs = make(fastsae.TopK(4))
+    theirs(x.float() if kind == "batch" else x)
+    state = copy.deepcopy(theirs.state_dict())
+    for mine, message in (
+        (make(fastsae.TopK(5)), r"activation\.k \(got 4, expected 5\)"),
+        (make(fastsae.GroupMax(5)), r"activation\.kind \(got 'topk', expected 'group_max'\)"),
+        (make(fastsae.TopK(4), optimizer="adamw"), r"optimizer \(got 'Adam', expected 'AdamW'\)"),
+    ):
+        before = mine.state_dict()["optimizer"]["param_groups"]
+        with pytest.raises(ValueError, match=message):
+            mine.load_state_dict(state)
+        assert mine.state_dict()["optimizer"]["param_groups"] == before
+        mine.load_state_dict(state, allow_other_config=True)
+    state.pop("settings")  # of an older fastsae
+    make(fastsae.TopK(5)).load_state_dict(state)
 
 
 def test_other_settings_can_be_allowed() -> None:

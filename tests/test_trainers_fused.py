@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae.model.sae import SparseAutoencoder
+from fastsae.training.step import PlainTrainStep
 from tests.dense_sae import sae_for_test, tokens
 
 STEPS, MICRO = 12, 2
@@ -172,3 +173,37 @@ def test_copies_of_a_trained_module_hold_no_terms() -> None:
     twin = copy.deepcopy(sae)
     assert all(p.grad is None or type(p.grad) is Tensor for p in twin.parameters())
     optimizer.step()
+
+
+def test_a_step_says_what_to_do_with_a_wrapped_module(tmp_path: Path) -> None:
+    sae = fresh()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        wrapped: Any = torch.nn.parallel.DistributedDataParallel(sae)
+        for make in (fastsae.FusedTrainStep, PlainTrainStep):
+            with pytest.raises(TypeError, match=r"sae is a DistributedDataParallel.* a torch optimizer.*pass \.module"):
+                make(wrapped, lr=1e-3)
+        for use in (lambda: fastsae.save(wrapped, tmp_path), lambda: fastsae.resample_(wrapped, batches()[0])):
+            with pytest.raises(TypeError, match=r"expected a SparseAutoencoder; pass the module inside it, \.module"):
+                use()
+    finally:
+        torch.distributed.destroy_process_group()
+    for made_of, hint in (
+        (torch.nn.Sequential(sae), "pass the one inside it"),
+        (fastsae.SAEBatch(2, 16, 64, fastsae.TopK(4)), r"take one SAE of it, \.to_sae\(i\).*BatchTrainStep"),
+        (torch.nn.Linear(2, 2), "expected a SparseAutoencoder$"),
+    ):
+        with pytest.raises(TypeError, match=hint):
+            fastsae.FusedTrainStep(made_of)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batch is a SparseAutoencoder, expected an SAEBatch"):
+        fastsae.BatchTrainStep(sae, 1e-3)  # type: ignore[arg-type]
+    # A compiled module is the SAE; and the learning rate of a step is set in any of three ways.
+    step = fastsae.FusedTrainStep(torch.compile(sae, backend="eager"), lr=1e-3)  # type: ignore[arg-type]
+    assert float(step(batches()[0])["lr"]) == 1e-3
+    step.lr = 1e-4
+    assert float(step(batches()[0])["lr"]) == 1e-4
+    step.lr.fill_(1e-5)
+    assert float(step(batches()[0])["lr"]) == 1e-5
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step.optimizer, T_max=4)
+    schedule.step()
+    assert 0 < float(step(batches()[0])["lr"]) < 1e-5

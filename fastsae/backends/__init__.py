@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastsae import env
-from fastsae.backends import extension, reference
+from fastsae.backends import extension, reference, versions
 from fastsae.backends.errors import BackendError, BackendWarning
 
 
@@ -70,6 +70,7 @@ OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 __all__ = ["BackendError", "BackendWarning", "backends", "check_name", "choose"]
 
 _said: set[tuple[str, str]] = set()
+versions.warn_of("torch", torch.__version__)
 
 
 def backends() -> dict[str, dict[str, Any]]:

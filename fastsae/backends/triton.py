@@ -13,22 +13,18 @@ import triton
 from torch import Tensor
 
 from fastsae import env
+from fastsae.backends import versions
 from fastsae.backends.gpu.raw_ops import RawOps, refusal
 from fastsae.codes import Screen
 from fastsae.kernels import stages
 
-SUPPORTED = ((3, 6), (3, 7))
-
 
 def available() -> str | None:
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version not in SUPPORTED:
-        wanted = " or ".join(".".join(map(str, v)) for v in SUPPORTED)
-        least, most = SUPPORTED[0], SUPPORTED[-1]
-        install = f"pip install 'triton>={least[0]}.{least[1]},<{most[0]}.{most[1] + 1}'"
-        return f"Triton {triton.__version__} is installed, expected {wanted}: {install}"
+    if reason := versions.too_old("triton", triton.__version__):
+        return reason
     if not env.triton_is_interpreted() and not torch.cuda.is_available():
         return "there is no GPU that torch can use (torch.cuda.is_available() is False)"
+    versions.warn_of("triton", triton.__version__)
     return None
 
 

@@ -7,6 +7,7 @@ usage, 130 Ctrl-C (143 SIGTERM).
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -123,11 +124,22 @@ def parse(options: type, command: str, arguments: list[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, prog=f"fastsae {command}", args=arguments)
+            return tyro.cli(options, prog=f"fastsae {command}", args=arguments, description=described(options))
     except SystemExit as stop:
         if not stop.code:
             return None
         raise UsageError(_flattened(complaint.getvalue(), command)) from None
+
+
+def described(options: type) -> str:
+    """What stands above the options in a command's --help: what it does, and first of all the options that matter."""
+    about = inspect.cleandoc(options.__doc__ or "")
+    chosen: dict[str, str] = getattr(options, "essential", {})
+    if not chosen:
+        return about
+    width = max(map(len, chosen)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, text in chosen.items()]
+    return "\n".join([about, "", "The options that most calls give; every other one has a default:", *lines])
 
 
 def _flattened(box: str, command: str) -> str:

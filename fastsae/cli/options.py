@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -105,11 +105,17 @@ class Structure:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SaeOptions(Structure):
-    """The autoencoder."""
+class Size:
+    """How many latents."""
 
     d_sae: int
     """Latents of the autoencoder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaeOptions(Structure, Size):  # the last base's options come first
+    """The autoencoder."""
+
     rule: Annotated[RuleOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor_factory=_rule_options)]
     init_seed: int = 0
     """Seed of the initial weights."""
@@ -237,6 +243,13 @@ class Harvest(Common):
     """CPU threads. Left out: torch's default."""
     progress: bool = True
     """Show a progress bar on stderr."""
+    essential: ClassVar[dict[str, str]] = {
+        "FOLDER": "where the activations go",
+        "--model": "a folder, a .gguf file, package:NAME or a hub name",
+        "--text": "a file, a folder, a glob pattern, package:..., datasets:...",
+        "--hook": "how many layers to read after, as 12; or mlp.L, attn.L, a module's name",
+        "--rows": "how many tokens to store",
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,11 +275,22 @@ class Train(Common):
     """Rows held out for evaluation, at the end. Left out: the folder's own; for a file 2,048, at most a tenth."""
     data_seed: int = 0
     """Seed of the order of the rows."""
-    sae: Annotated[SaeOptions, tyro.conf.OmitArgPrefixes]
     train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How to train.")] = dataclasses.field(
         default_factory=TrainConfig
     )
+    sae: Annotated[SaeOptions, tyro.conf.OmitArgPrefixes]
     live: LiveOptions = dataclasses.field(default_factory=LiveOptions)
+    essential: ClassVar[dict[str, str]] = {
+        "DATA": "a folder of `fastsae harvest`, a file of rows, or live",
+        "--run-dir": "where the run goes",
+        "--d-sae": "how many latents",
+        "--activation": "the rule: topk, unless another is named",
+        "--k": "active latents per token; of relu, gated and jumprelu --target-l0",
+        "--lr": "the learning rate, 1e-3 for a short run",
+        "--steps": "how many updates, of --batch-size tokens; one pass over the data if left out",
+        "--resume": "go on with a run that was stopped",
+    }
+    """What most calls give: --help begins with it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,7 +341,8 @@ class Eval(Common):
     batch_size: int = 4096
     """Tokens per batch."""
     out: Path | None = None
-    """File for the JSON. Left out: evaluation.json in the folder of the run or autoencoder."""
+    """File for the JSON. Left out: evaluation.json in the folder of the run or autoencoder; of a checkpoint
+    evaluation_step_N.json in the run's."""
     density: Switch = False
     """Also write the density of every latent."""
     spliced: Switch = False
@@ -333,6 +358,11 @@ class Eval(Common):
     """Backend of the ops, see `fastsae info`. Left out: the fastest that supports them."""
     device: str = "cpu"
     """Device of the autoencoder and the language model: cpu, cuda, cuda:1."""
+    essential: ClassVar[dict[str, str]] = {
+        "RUN": "a run, a checkpoint or a saved autoencoder",
+        "--spliced": "also what the language model loses with the reconstruction in place",
+        "--data": "other activations than the run's own",
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -389,8 +419,17 @@ class Sweep(Common):
     """Also measure what the language model of the activations loses with each reconstruction in their place, on
     held-out text: cross-entropy and KL."""
     language: Annotated[SweptLanguage, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SweptLanguage)
-    sae: Annotated[Structure, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Structure)
     train: Annotated[SweptConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SweptConfig)
+    sae: Annotated[Structure, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Structure)
+    essential: ClassVar[dict[str, str]] = {
+        "DATA": "a folder of `fastsae harvest`, or a file of rows",
+        "--out": "where table, plot and runs go",
+        "--rules": "as topk jumprelu",
+        "--l0s": "active latents per token, as 16 32 64",
+        "--d-sae": "how many latents; several sizes may be given",
+        "--lr": "the learning rate, 1e-3 for a short run",
+        "--steps": "updates of each; one pass over the data if left out",
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 import torch
@@ -14,18 +12,13 @@ from torch import Tensor, nn
 from fastsae.model.initial import unit_rows
 from fastsae.model.norm import InputNorm
 from fastsae.model.rules import Activation, activation_from_config
-from fastsae.model.settings import Config, check_rule_dtype, check_settings, check_state_config
+from fastsae.model.settings import EXTRA_STATE, Config, RecordsSettings, check_rule_dtype, check_settings, config_of
 from fastsae.ops.ledger import LedgerGradient
 
 _SETTINGS = (
     "d_in", "d_sae", "d_out", "pre_bias", "decoder_norm", "tied", "skip", "layers", "init_norm", "aux_k", "aux_coef",
     "ghost", "ghost_coef", "dead_after", "loss",
 )  # fmt: skip
-EXTRA_STATE = "_extra_state"
-"""torch's name in a state dict for what `get_extra_state` returns."""
-EXTRA_BYTES = 4096
-"""The extra state is padded to a multiple of this: DCP loads in place, which needs a tensor of the saved size."""
-
 
 DENSE_ABOVE = 0.04
 """A threshold rule's training step is dense where more than this share of the latents is active."""
@@ -44,7 +37,7 @@ def normalize_rows_(W: Tensor) -> None:
     W.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
 
 
-class Parameters(nn.Module):
+class Parameters(RecordsSettings):
     """The parameters, buffers and settings of an SAE; SparseAutoencoder's docstring says what each means."""
 
     W_enc: nn.Parameter | None
@@ -219,56 +212,23 @@ class Parameters(nn.Module):
 
     # -- the state dict records the settings --------------------------------------------------------------------------
 
-    def get_extra_state(self) -> Tensor:
-        """`config` as JSON, padded with blanks: uint8 on the CPU, for torch.save, safetensors and DCP alike."""
-        text = json.dumps(self.config).encode()
-        padded = text.ljust(-len(text) % EXTRA_BYTES + len(text))
-        return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
-
     def set_extra_state(self, state: Tensor) -> None:
         """Takes pre_bias from the state if this SAE left it open; `load_state_dict` checks the other settings.
 
         Raises ValueError for what `get_extra_state` did not write.
         """
-        decided = _config_of(state).get("pre_bias")
+        decided = config_of(state).get("pre_bias")
         if self._pre_bias_open and decided is not None:
             self.pre_bias, self._pre_bias_open, self._pre_bias_asked = decided, False, True
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False, allow_other_config: bool = False
-    ) -> Any:
-        """As torch's, but it refuses the state of an SAE with other settings, before it changes anything.
-
-        Settings that do not change what the weights mean may differ, see fastsae.model.settings.MAY_DIFFER.
-        allow_other_config: load the tensors without comparing settings. A state without settings, such as plain tensors
-        by name, is never compared.
-        Raises ValueError naming each setting that differs, with what was got and expected.
-        """
-        if allow_other_config:
-            state_dict = copy.copy(state_dict)
-            state_dict.pop(EXTRA_STATE, None)  # type: ignore[attr-defined]
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
-    ) -> None:
-        # Checked here, so that it also works inside a larger module, and before torch copies a tensor.
-        key = prefix + EXTRA_STATE
-        if key in state_dict:
-            check_state_config(_config_of(state_dict[key]), self.config)
-        else:
+    def _of_older(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        if prefix + EXTRA_STATE not in state_dict:
             self._pre_bias_open = False  # saved before pre_bias could be open
-        lacks = prefix + "threshold" in state_dict and prefix + "threshold_weight" not in state_dict
-        if lacks and "threshold_weight" in self._rule_names[1]:
-            old = weight_of_old(state_dict[prefix + "threshold"])
-            state_dict = {**state_dict, prefix + "threshold_weight": old}
         if prefix + "start_done" in state_dict and not state_dict[prefix + "start_done"].is_meta:
             self.started = not self.activation.from_data or bool(state_dict[prefix + "start_done"])
         elif prefix + "b_enc" in state_dict:
             self.started = True  # biases and thresholds are the state's; data is not to overwrite them
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if key in missing:
-            missing.remove(key)
+        return with_threshold_weight(state_dict, prefix, self._rule_names[1])
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **factory: Any) -> Self:
@@ -326,6 +286,15 @@ class Parameters(nn.Module):
         return ", ".join([*settings, f"activation={self.activation!r}"])
 
 
+def with_threshold_weight(state_dict: Mapping[str, Any], prefix: str, buffers: Collection[str]) -> Mapping[str, Any]:
+    """The state with the threshold_weight that a module with these buffers has and an older state lacks."""
+    lacks = prefix + "threshold" in state_dict and prefix + "threshold_weight" not in state_dict
+    if lacks and "threshold_weight" in buffers:
+        old = weight_of_old(state_dict[prefix + "threshold"])
+        return {**state_dict, prefix + "threshold_weight": old}
+    return state_dict
+
+
 def weight_of_old(threshold: Tensor) -> Tensor:
     """The threshold_weight of a state that was saved before there was one: float32, of the threshold's shape.
 
@@ -341,18 +310,3 @@ def weight_of_old(threshold: Tensor) -> Tensor:
             stacklevel=2,
         )
     return known.to(threshold.dtype)
-
-
-def _config_of(state: Any) -> dict[str, Any]:
-    """The settings in an extra state. Raises ValueError for anything else."""
-    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1:
-        try:
-            config = json.loads(bytes(state.tolist()))
-        except ValueError:
-            config = None
-        if isinstance(config, dict):
-            return config
-    raise ValueError(
-        f"{EXTRA_STATE} in the state is {type(state).__name__}, expected uint8 (n,) holding a JSON object, as "
-        "`get_extra_state` writes it; pass allow_other_config=True to load the tensors without it"
-    )

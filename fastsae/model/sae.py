@@ -586,6 +586,20 @@ class SparseAutoencoder(Parameters):
         self.fired_over.zero_()
 
 
+def check_is_sae(given: object, name: str) -> None:
+    """Raises TypeError, with what to pass instead, where `given` is no SparseAutoencoder, plain or compiled."""
+    if isinstance(getattr(given, "_orig_mod", given), SparseAutoencoder):
+        return
+    hint = ""
+    if isinstance(given, DistributedDataParallel):
+        hint = "; pass the module inside it, .module"
+    elif isinstance(given, torch.nn.Module) and any(isinstance(m, SparseAutoencoder) for m in given.modules()):
+        hint = "; pass the one inside it"
+    elif hasattr(given, "to_sae"):
+        hint = "; take one SAE of it, .to_sae(i), or train all of them by a BatchTrainStep"
+    raise TypeError(f"{name} is a {type(given).__name__}, expected a SparseAutoencoder{hint}")
+
+
 def outside_graph(name: str) -> Callable[..., Any]:
     """A function of fastsae.model.counting that asks other processes: where there are any, no graph can hold it."""
     if torch.compiler.is_compiling():

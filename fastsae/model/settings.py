@@ -1,13 +1,15 @@
-"""Checks that the settings of a SparseAutoencoder fit together; errors say what was got, expected, and what to do."""
+"""Settings: checks that they fit together, and state dicts that record them; errors say what was got and expected."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastsae.model import losses
 from fastsae.model.rules import Activation
@@ -18,6 +20,10 @@ MAY_DIFFER = ("aux_k", "aux_coef", "dead_after", "ghost", "ghost_coef", "init_no
 """Settings that only training uses: they do not change what the weights mean."""
 RULES_MAY_DIFFER = ("activation.decay", "activation.inner.decay")
 """The same of a rule."""
+EXTRA_STATE = "_extra_state"
+"""torch's name in a state dict for what `get_extra_state` returns."""
+EXTRA_BYTES = 4096
+"""The extra state is padded to a multiple of this: DCP loads in place, which needs a tensor of the saved size."""
 
 
 class Config(dict[str, Any]):
@@ -82,10 +88,59 @@ def check_rule_dtype(rule: Activation, dtype: torch.dtype) -> None:
         )
 
 
-def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+class RecordsSettings(nn.Module):
+    """A module whose state dict has its `config` beside the tensors, and which refuses that of other settings."""
+
+    @property
+    def config(self) -> Config:
+        """The settings as JSON."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        """`config` as JSON, padded with blanks: uint8 on the CPU, for torch.save, safetensors and DCP alike."""
+        text = json.dumps(self.config).encode()
+        padded = text.ljust(-len(text) % EXTRA_BYTES + len(text))
+        return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: `load_state_dict` compares the settings, and a state sets none."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False, allow_other_config: bool = False
+    ) -> Any:
+        """As torch's, but it refuses the state of a module with other settings, before it changes anything.
+
+        Settings that do not change what the weights mean may differ, see fastsae.model.settings.MAY_DIFFER.
+        allow_other_config: load the tensors without comparing settings; with strict=False also where one of the rules
+        has tensors that the other lacks. A state without settings, such as plain tensors by name, is never compared.
+        Raises ValueError naming each setting that differs, with what was got and expected.
+        """
+        if allow_other_config:
+            state_dict = copy.copy(state_dict)
+            state_dict.pop(EXTRA_STATE, None)  # type: ignore[attr-defined]
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        # Checked here, so that it also works inside a larger module, and before torch copies a tensor.
+        key = prefix + EXTRA_STATE
+        if key in state_dict:
+            instead = f"remove {key!r} from the state" if prefix else "pass allow_other_config=True"
+            check_state_config(config_of(state_dict[key], instead), self.config, instead)
+        super()._load_from_state_dict(self._of_older(state_dict, prefix), prefix, metadata, strict, missing, *rest)
+        if key in missing:
+            missing.remove(key)
+
+    def _of_older(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """The state, which fits, with what one of an older fastsae lacks."""
+        return state_dict
+
+
+def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any], instead: str) -> None:
     """Raises ValueError naming each setting in which a state's config differs from the module's.
 
-    Those in MAY_DIFFER and RULES_MAY_DIFFER are not compared.
+    Those in MAY_DIFFER and RULES_MAY_DIFFER are not compared. instead: what to do to load the tensors all the same.
 
     A pre_bias that either leaves open fits any other. A setting that the state lacks is not compared.
     """
@@ -102,9 +157,24 @@ def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any]) -> N
     ]
     if differing:
         raise ValueError(
-            f"the state is of an SAE with other settings: {', '.join(differing)}. Build the SAE with these settings "
-            "(SparseAutoencoder.from_config), or pass allow_other_config=True to load the tensors anyway"
+            f"the state is of an SAE with other settings: {', '.join(differing)}. Build the SAE with these settings, "
+            f"or {instead} to load it anyway"
         )
+
+
+def config_of(state: Any, instead: str = "pass allow_other_config=True") -> dict[str, Any]:
+    """The settings in an extra state. Raises ValueError for anything else."""
+    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1:
+        try:
+            config = json.loads(bytes(state.tolist()))
+        except ValueError:
+            config = None
+        if isinstance(config, dict):
+            return config
+    raise ValueError(
+        f"{EXTRA_STATE} in the state is {type(state).__name__}, expected uint8 (n,) holding a JSON object, as "
+        f"`get_extra_state` writes it; {instead} to load the tensors without it"
+    )
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ steps of single SAEs in turn are faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from fastsae import reference
 from fastsae.model import counting, losses
-from fastsae.model.parameters import normalize_rows_, project_rows_, weight_of_old
+from fastsae.model.parameters import normalize_rows_, project_rows_, with_threshold_weight
 from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
 from fastsae.model.sae import SparseAutoencoder, outside_graph
+from fastsae.model.settings import Config, RecordsSettings
 from fastsae.ops import checks
 from fastsae.ops.encode import infinite_as_nan
 from fastsae.ops.gradients import moves_little
 from fastsae.reference import Forward
 from fastsae.training.skipped import refuse_float16
+from fastsae.training.step import check_settings_of, settings_of
 
 BATCH_WORTH = 2**18
 """N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures it."""
@@ -32,7 +34,7 @@ NORMS = ("unit", "forward", "free")
 COEFFICIENT = {"relu": "l1", "gated": "l1", "jumprelu": "l0"}
 
 
-class SAEBatch(nn.Module):
+class SAEBatch(RecordsSettings):
     """B SAEs that differ in their seeds and, where `activation` is a list, in their rule's coefficient or k.
 
     n             B, the number of SAEs.
@@ -113,12 +115,16 @@ class SAEBatch(nn.Module):
         self.register_buffer("penalty_scale", scale.to(device, first.W_dec.dtype), persistent=False)
         self.register_buffer("ks", ks.to(device), persistent=False)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        lacks = prefix + "threshold" in state_dict and prefix + "threshold_weight" not in state_dict
-        if lacks and "threshold_weight" in self._rule_names:
-            old = weight_of_old(state_dict[prefix + "threshold"])
-            state_dict = {**state_dict, prefix + "threshold_weight": old}
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    @property
+    def config(self) -> Config:
+        """The settings as JSON, which a state dict records: in "activation", those that differ are lists of B."""
+        kept = {name: value for name, value in self.settings.items() if name != "dtype"}
+        norms = {"decoder_norm": self.decoder_norm, "encoder_norm": self.encoder_norm}
+        sizes = {"n": len(self), "d_in": self.d_in, "d_sae": self.d_sae, "d_out": self.d_out}
+        return Config(kept | norms | sizes | {"activation": _together([rule.config() for rule in self.rules])})
+
+    def _of_older(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        return with_threshold_weight(state_dict, prefix, self._rule_names)
 
     def _single(self, d_in: int, d_sae: int, rule: Activation, seed: int) -> SparseAutoencoder:
         return SparseAutoencoder(d_in, d_sae, rule, **self.settings, seed=seed)
@@ -312,6 +318,8 @@ class BatchTrainStep:
         measure: bool = True,
         independent: bool = False,
     ):
+        if not isinstance(batch, SAEBatch):
+            raise TypeError(f"batch is a {type(batch).__name__}, expected an SAEBatch; FusedTrainStep trains one SAE")
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}, a batch's step has {', '.join(OPTIMIZERS)}")
         if optimizer == "adam" and weight_decay:
@@ -396,11 +404,19 @@ class BatchTrainStep:
         return {name: state[name][which].clone() for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """{"step", "skipped", "optimizer"}: resuming needs this and the batch's own state."""
-        return {"step": self.step, "skipped": self.skipped.clone(), "optimizer": self.optimizer.state_dict()}
+        """{"step", "skipped", "optimizer", "settings"}: resuming needs this and the batch's own state."""
+        return {
+            "step": self.step, "skipped": self.skipped.clone(), "optimizer": self.optimizer.state_dict(),
+            "settings": settings_of(self.optimizer, self.batch.config),
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any], allow_other_config: bool = False) -> None:
+        """Puts back what `state_dict` returned. Raises ValueError where it is of other settings.
+
+        allow_other_config: as of FusedTrainStep.
+        """
+        if not allow_other_config:
+            check_settings_of(state, self.state_dict())
         self.step = state["step"]
         self.skipped.copy_(state.get("skipped", torch.zeros_like(self.skipped)))  # older states have none
         self.optimizer.load_state_dict(state["optimizer"])
@@ -436,6 +452,15 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
     if name == "k":
         return most, scale, torch.tensor(values, dtype=torch.int64, device="cpu")
     return most, torch.tensor(values, dtype=torch.float64, device="cpu") / max(values), ks
+
+
+def _together(values: list[Any]) -> Any:
+    """One value for all that are the same, a list of those that differ; of dicts, name by name."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    if isinstance(values[0], dict):
+        return {name: _together([value[name] for value in values]) for name in values[0]}
+    return values
 
 
 def _variance(target: Tensor) -> Tensor:

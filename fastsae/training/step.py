@@ -18,16 +18,18 @@ after ten skipped steps in a row. Off the CPU a bound decides, see `fastsae.ops.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fastsae.model import losses
 from fastsae.model.parameters import DENSE_ABOVE
-from fastsae.model.sae import Objective, SparseAutoencoder
+from fastsae.model.sae import Objective, SparseAutoencoder, check_is_sae
+from fastsae.model.settings import Config, check_state_config
 from fastsae.ops import checks
 from fastsae.ops.gradients import can_be_squared, moves_little
 from fastsae.training.graph import StepGraph, check_graph
@@ -50,11 +52,14 @@ class _TrainStep:
         penalty_schedule: Callable[[Any], Any] | None,
         k_schedule: Callable[[int], int] | None,
     ):
-        if not isinstance(sae, SparseAutoencoder):
+        if isinstance(sae, DistributedDataParallel):
             raise TypeError(
-                f"sae is a {type(sae).__module__}.{type(sae).__name__}, expected a SparseAutoencoder, which a step "
-                "calls without a wrapper; pass the module inside, or train the wrapper in a loop with a torch optimizer"
+                f"sae is a {type(sae).__name__}, whose gradients this step does not sum over processes. Train it in a "
+                "loop of your own with a torch optimizer, project_gradients_() before its step and "
+                "normalize_decoder_() after; or, where each process trains an SAE of its own, pass .module, and "
+                "independent=True to a fused step"
             )
+        check_is_sae(sae, "sae")
         self.sae, self.penalty_schedule, self.k_schedule = sae, penalty_schedule, k_schedule
         if k_schedule is not None:
             sae.activation.with_k(k_schedule(0)).check(sae.d_sae)
@@ -350,19 +355,24 @@ class FusedTrainStep(_TrainStep):
             "active_share": self.sae.active_share,
             "skipped": int(self.skipped),
             "optimizer": named_state(self.sae, self.optimizer),
+            "settings": settings_of(self.optimizer, self.sae.config),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], allow_other_config: bool = False) -> None:
         """Restores what `state_dict` gave, bit for bit; lr, betas, eps, weight decay and seed become the saved ones.
 
-        Raises ValueError, and changes nothing, when it is of another format or does not fit this module.
+        allow_other_config: do not compare the settings of the SAE and the kind of optimizer, which older states lack.
+        Raises ValueError, and changes nothing, when it is of another format, or of other settings, or does not fit this
+        module.
         """
         expected = self.state_dict()
-        if set(state) != set(expected) or state["format"] != FORMAT:
+        if set(state) | {"settings"} != set(expected) or state["format"] != FORMAT:
             raise ValueError(
                 f"got a state with keys {sorted(state)} and format {state.get('format')}, expected {sorted(expected)} "
                 f"and format {FORMAT}"
             )
+        if not allow_other_config:
+            check_settings_of(state, expected)
         load_named_state(self.sae, self.optimizer, state["optimizer"])
         self._lr.fill_(state["lr"])
         self.optimizer.seed = state["seed"]
@@ -468,15 +478,35 @@ class PlainTrainStep(_TrainStep):
                     self.optimizer.state[p][moment][latents] = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """{"step", "skipped", "optimizer"}: numbers and tensors, the optimizer's by parameter name."""
-        named = named_state(self.sae, self.optimizer)
-        return {"step": self.step, "skipped": int(self.skipped), "optimizer": named}
+        """{"step", "skipped", "optimizer", "settings"}: numbers and tensors, the optimizer's by parameter name."""
+        return {
+            "step": self.step, "skipped": int(self.skipped), "optimizer": named_state(self.sae, self.optimizer),
+            "settings": settings_of(self.optimizer, self.sae.config),
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` returned. Raises KeyError or ValueError where it belongs to another module."""
+    def load_state_dict(self, state: dict[str, Any], allow_other_config: bool = False) -> None:
+        """Puts back what `state_dict` returned. Raises KeyError or ValueError where it belongs to another module.
+
+        allow_other_config: as of FusedTrainStep.
+        """
+        if not allow_other_config:
+            check_settings_of(state, self.state_dict())
         load_named_state(self.sae, self.optimizer, state["optimizer"])
         self.step = state["step"]
         self.skipped.fill_(state.get("skipped", 0))  # older states have none
+
+
+def settings_of(optimizer: torch.optim.Optimizer, config: Config) -> dict[str, Any]:
+    """What a step's state means: the kind of the optimizer, and the settings of what it trains."""
+    return {"optimizer": type(optimizer).__name__, "sae": config.to_dict()}
+
+
+def check_settings_of(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ValueError naming each setting in which a step's state differs; one without settings is not compared."""
+    if "settings" in state:
+        theirs, ours = state["settings"], expected["settings"]
+        names = {"optimizer": theirs["optimizer"]}, {"optimizer": ours["optimizer"]}
+        check_state_config(names[0] | theirs["sae"], names[1] | ours["sae"], "pass allow_other_config=True")
 
 
 def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

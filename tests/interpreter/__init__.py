@@ -17,11 +17,7 @@ All of this replaces private parts of Triton, so only some versions are supporte
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-from triton.runtime import interpreter as stock
-
-SUPPORTED = ((3, 6), (3, 7))
+SUPPORTED = ((3, 6), (3, 7), (3, 8), (3, 9))
 
 
 class OutOfBounds(IndexError):
@@ -31,16 +27,22 @@ class OutOfBounds(IndexError):
 def mend() -> None:
     """Replaces what is broken or slow in the interpreter of this process; a second call changes nothing.
 
-    Raises ImportError outside Triton 3.6-3.7, and where Triton was imported without TRITON_INTERPRET=1.
+    Raises ImportError for a Triton that is not SUPPORTED, and one that was imported without TRITON_INTERPRET=1.
     """
+    import triton
+
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) not in SUPPORTED:
-        wanted = " and ".join(".".join(map(str, version)) for version in SUPPORTED)
+        wanted = " to ".join(".".join(map(str, version)) for version in (SUPPORTED[0], SUPPORTED[-1]))
         raise ImportError(
             f"the mended interpreter replaces private parts of Triton {wanted}, found {triton.__version__}"
         )
+    # Late: other versions may lack them, and nothing of Triton may be imported before the switch is set.
+    import triton.language as tl
+    from triton.runtime import interpreter as stock
+
     if not isinstance(tl.sum, stock.InterpretedFunction):
         raise ImportError("Triton was imported before TRITON_INTERPRET=1 was set, so its kernels are compiled ones")
-    from tests.interpreter import kept, launch, memory, numbers, reductions  # they need internals of those versions
+    from tests.interpreter import kept, launch, memory, numbers, reductions
 
     if not hasattr(stock, "mended_for_fastsae"):
         stock.mended_for_fastsae = True
