@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastsae.model.initial import unit_rows
 from fastsae.model.norm import InputNorm
 from fastsae.model.rules import Activation, activation_from_config
-from fastsae.model.settings import Config, check_rule_dtype, check_settings, check_state_config
+from fastsae.model.settings import Config, check_creation, check_rule_dtype, check_settings, check_state_config
 from fastsae.ops.ledger import LedgerGradient
 
 _SETTINGS = (
@@ -95,6 +95,7 @@ class Parameters(nn.Module):
         self.aux_k, self.aux_coef, self.ghost, self.ghost_coef = aux_k, aux_coef, ghost, ghost_coef
         self.dead_after, self.loss = dead_after, loss
         check_settings(self)
+        check_creation(dtype, seed)
         check_rule_dtype(activation, rule_dtype)
         self.rule_dtype = rule_dtype
         self.backend: str | None = None
@@ -266,6 +267,7 @@ class Parameters(nn.Module):
             self.started = not self.activation.from_data or bool(state_dict[prefix + "start_done"])
         elif prefix + "b_enc" in state_dict:
             self.started = True  # biases and thresholds are the state's; data is not to overwrite them
+        refuse_misfits(self, state_dict, prefix, strict)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if key in missing:
             missing.remove(key)
@@ -324,6 +326,32 @@ class Parameters(nn.Module):
     def extra_repr(self) -> str:
         settings = [f"{name}={getattr(self, name)!r}" for name in _SETTINGS]
         return ", ".join([*settings, f"activation={self.activation!r}"])
+
+
+def refuse_misfits(module: nn.Module, state: Mapping[str, Any], prefix: str, strict: bool) -> None:
+    """Raises torch's error for a state that does not fit the module, before any tensor is copied: torch copies those
+    that fit, and raises afterwards.
+    """
+    own = {prefix + name: t for name, t in module.state_dict().items() if name != EXTRA_STATE}
+    theirs = {name for name in state if name.startswith(prefix) and name != prefix + EXTRA_STATE}
+    said = []
+    if strict and own.keys() - theirs:
+        said.append(f"Missing key(s) in state_dict: {', '.join(sorted(own.keys() - theirs))}.")
+    if strict and theirs - own.keys():
+        said.append(f"Unexpected key(s) in state_dict: {', '.join(sorted(theirs - own.keys()))}.")
+    for name in sorted(own.keys() & theirs):
+        given, here = state[name], own[name]
+        if not isinstance(given, Tensor):
+            said.append(f"{name} is a {type(given).__name__}, expected a tensor.")
+        elif given.shape != here.shape and not (here.ndim == 0 and given.shape == (1,)):
+            said.append(
+                f"size mismatch for {name}: copying a param with shape {given.shape} from checkpoint, the shape in "
+                f"current model is {here.shape}."
+            )
+        elif given.is_meta and not here.is_meta:
+            said.append(f"{name} is on meta and has no values.")
+    if said:
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(module).__name__}:\n\t" + "\n\t".join(said))
 
 
 def weight_of_old(threshold: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from fastsae.model import losses
 from fastsae.model.rules import Activation
+from fastsae.ops.checks import at_least_0
 
 DECODER_NORMS = ("unit", "free")
 GHOSTS = (None, "residual", "pull")
@@ -59,18 +59,25 @@ def check_settings(sae: Any) -> None:
             raise ValueError(f"ghost='pull' turns encoder and decoder towards the same inputs, got {sizes}")
     if sae.d_out % sae.layers or sae.d_in % sae.layers:
         raise ValueError(f"layers is {sae.layers}, expected a divisor of d_in = {sae.d_in} and d_out = {sae.d_out}")
-    if not (math.isfinite(sae.init_norm) and sae.init_norm > 0):
+    for name in ("init_norm", "aux_coef", "ghost_coef"):
+        at_least_0(name, getattr(sae, name))
+    if sae.init_norm == 0:
         raise ValueError(f"init_norm is {sae.init_norm}, expected a number above 0")
     if sae.tied and sae.decoder_norm == "unit" and sae.init_norm != 1:
         raise ValueError(f"init_norm is {sae.init_norm}, but tied unit rows start at 1; leave it out, or free them")
-    if sae.aux_k is not None and not 1 <= sae.aux_k <= sae.d_sae:
-        raise ValueError(f"aux_k is {sae.aux_k}, expected 1 <= aux_k <= d_sae = {sae.d_sae}, or None")
+    whole = isinstance(sae.aux_k, int) and not isinstance(sae.aux_k, bool)
+    if sae.aux_k is not None and not (whole and 1 <= sae.aux_k <= sae.d_sae):
+        raise ValueError(f"aux_k is {sae.aux_k!r}, expected 1 <= aux_k <= d_sae = {sae.d_sae}, or None")
     if sae.aux_k is not None and sae.ghost is not None:
         raise ValueError(f"aux_k is {sae.aux_k} and ghost is {sae.ghost!r}: both revive dead latents; give one of them")
-    for name in ("aux_coef", "ghost_coef"):
-        value = getattr(sae, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value}, expected a number of at least 0")
+
+
+def check_creation(dtype: Any, seed: Any) -> None:
+    """Raises ValueError for a dtype that weights cannot have, and for a seed that is no number."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f"dtype is {dtype!r}, expected a floating one of torch, such as torch.float32, or None")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(f"seed is {seed!r}, expected a whole number, or None")
 
 
 def check_rule_dtype(rule: Activation, dtype: torch.dtype) -> None:

@@ -8,9 +8,9 @@ The check of an op keeps a backend inside its memory, so it runs for every call,
 raises for a wrong shape when it traces. Values are checked in real tensors on the CPU only, because reading one on a
 GPU is a host sync.
 
-Autocast: the ops run in the weights' dtype, and autocast is off inside them. x and acts are cast to W's dtype (x to that of acts where there is no W),
-weights never. Backends get contiguous tensors only: other arguments are copied first, except those that the op writes,
-which must be contiguous.
+Autocast: the ops run in the weights' dtype, and autocast is off inside them. x and acts are cast to W's dtype (x to
+that of acts where there is no W), weights never. Backends get contiguous tensors only: other arguments are copied
+first, except those that the op writes, which must be contiguous.
 """
 
 from __future__ import annotations
