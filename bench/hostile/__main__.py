@@ -14,7 +14,7 @@ from bench.results import RESULTS
 
 CASES = {"calls": 2000, "modules": 300, "files": 100, "interruptions": 10}
 """Of each kind of a part, without --minutes and --cases."""
-TURN = 20.0
+TURN = 60.0
 """Seconds for which a part runs until another one's turn comes, so that a run that is stopped has looked everywhere."""
 
 
@@ -38,7 +38,7 @@ def turns(asked: dict[str, list[str]], first: int, cases: int | None, minutes: f
         yield from ({p: range(first, first + (cases or CASES[name])) for p in kinds} for name, kinds in asked.items())
         return
     begun, spent, number = time.monotonic(), dict.fromkeys(asked, 0.0), dict.fromkeys(asked, first)
-    size = {name: max(1, CASES[name] // 10) for name in asked}
+    size = {name: max(1, CASES[name] // 5) for name in asked}
     while (left := 60 * minutes - (time.monotonic() - begun)) > 0:
         name = min(spent, key=lambda one: spent[one])
         start = time.monotonic()
