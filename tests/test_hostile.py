@@ -28,6 +28,7 @@ from fastsae.data.stream import ActivationStream
 from fastsae.model import files as saved_files
 from fastsae.model import parameters
 from fastsae.training.optimizers import FusedOptimizer
+from fastsae.training.step import PlainTrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = {name for name, entry in fastsae.backends().items() if entry["available"]}
@@ -192,6 +193,9 @@ def verdicts(place: str, cases: int, seed: int = SEED) -> list[run.Found]:
 def planted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     """Breaks the product where the parameter says; gives what must be seen."""
     part, seen = request.param
+    files._stored.cache_clear()
+    if part in ("rows", "harvest"):
+        files._stored()  # before it is broken
     if part == "forward":
         real = SparseAutoencoder.restored
         monkeypatch.setattr(SparseAutoencoder, "restored", lambda *a: real(*a) * 1.01)
@@ -207,7 +211,6 @@ def planted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         monkeypatch.setattr(ActivationStream, "load_state_dict", lambda self, state: None)  # begins anew
     elif part == "states":
         monkeypatch.setattr(parameters, "refuse_misfits", lambda *a: None)
-    files._stored.cache_clear()
     yield seen
     files._stored.cache_clear()
 
@@ -250,7 +253,7 @@ def test_an_error_of_torch_or_python_is_no_refusal() -> None:
     def found(act: Any) -> str:
         try:
             act()
-        except Exception as error:
+        except run.ERRORS as error:
             return run.judge_raised(error).verdict
         raise AssertionError
 
@@ -288,6 +291,65 @@ def test_the_page_is_what_the_stored_results_give(tmp_path: Path) -> None:
 
 
 # -- what they found ---------------------------------------------------------------------------------------------------
+
+
+def test_an_sae_with_a_backend_of_its_own_trains_under_an_optimizer_without_one() -> None:
+    """The optimizer's copy of the encoder was another backend's, and the step was refused."""
+    x = torch.randn(9, 8)
+    ends = []
+    for own, given in ((None, "reference"), ("reference", None), ("reference", "cpu" if "cpu" in AVAILABLE else None)):
+        sae = SparseAutoencoder(8, 16, fastsae.TopK(3), seed=0)
+        sae.backend = own
+        optimizer = fastsae.optim.Adam(sae, lr=0.01, eps=1e-2, backend=given)
+        sae(x).loss.backward()
+        optimizer.step()
+        ends.append(sae.W_dec.detach())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain", "batch", "module"])
+def test_what_is_no_dense_tensor_is_named(kind: str) -> None:
+    sae = SparseAutoencoder(4, 8, fastsae.TopK(2), seed=0)
+    batch = fastsae.SAEBatch(2, 4, 8, fastsae.TopK(2))
+    call: Any = {
+        "fused": lambda: fastsae.FusedTrainStep(sae), "plain": lambda: PlainTrainStep(sae, lr=0.1),
+        "batch": lambda: fastsae.BatchTrainStep(batch, lr=0.1), "module": lambda: sae,
+    }[kind]()  # fmt: skip
+    for x in ([[1.0] * 4], None, torch.zeros(3, 4).to_sparse(), torch.zeros(3, 4, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"^x (is a|is stored|has dtype)"):
+            call(x)
+    if kind == "batch":
+        call(torch.randn(3, 4).bfloat16())
+        with pytest.raises(ValueError, match="empty batch"):
+            call(torch.zeros(0, 4))
+        before = batch.tokens_since_fired.clone()
+        with pytest.raises(RuntimeError, match="inference_mode"), torch.inference_mode():
+            call(torch.randn(3, 4))
+        assert torch.equal(batch.tokens_since_fired, before)
+
+
+def test_a_plain_step_runs_in_its_own_dtype_under_autocast() -> None:
+    ends = []
+    for setting in ("as it is", "autocast bfloat16"):
+        sae = SparseAutoencoder(4, 8, fastsae.TopK(2), skip=True, seed=0)
+        step, x = PlainTrainStep(sae, lr=0.1, clip_norm=0.1), torch.ones(5, 4)
+        with spoil.under(setting):
+            step(x)
+            step(x)
+        ends.append(sae.W_dec.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_saved_sae_with_one_flipped_bit_is_damaged_and_equal_ones_have_equal_files(tmp_path: Path) -> None:
+    sae = SparseAutoencoder(4, 8, fastsae.TopK(2), seed=0)
+    paths = [fastsae.save(sae, tmp_path / name) / "sae.safetensors" for name in ("a", "b")]
+    data = bytearray(paths[0].read_bytes())
+    assert data == paths[1].read_bytes()
+    data[-5] ^= 1
+    paths[0].write_bytes(data)
+    with pytest.raises(saved_files.SavedModuleError, match="is damaged: its settings and tensors have sha256"):
+        fastsae.load(tmp_path / "a")
 
 
 def test_written_memory_is_not_shared() -> None:

@@ -179,11 +179,11 @@ def hunt(plan: Plan) -> dict[str, Tally]:
     while left:
         # glibc fills freed and fresh memory with a pattern, so that a read of either gives another answer. One thread
         # from the start: interruptions fork, and a fork must not leave an OpenMP team behind.
-        environment = {"MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1", **os.environ}
-        command = [sys.executable, "-m", "bench.hostile", "--work", Plan(plan.seed, left, plan.backend).to_json()]
+        command = ["env", "MALLOC_PERTURB_=165", "OMP_NUM_THREADS=1", sys.executable, "-m", "bench.hostile"]
+        command += ["--work", Plan(plan.seed, left, plan.backend).to_json()]
         with tempfile.TemporaryFile("w+") as errors:
             done = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
             )
             at, said = _listen(done, found)
             code = done.wait()

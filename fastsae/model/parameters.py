@@ -373,7 +373,7 @@ def weight_of_old(threshold: Tensor) -> Tensor:
 
 def _config_of(state: Any) -> dict[str, Any]:
     """The settings in an extra state. Raises ValueError for anything else."""
-    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1:
+    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1 and not state.is_meta:
         try:
             config = json.loads(bytes(state.tolist()))
         except ValueError:
