@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,15 +17,8 @@ from safetensors.torch import save_file
 
 from fastsae.atomic import is_partial
 from fastsae.data import Manifest, ShardError, ShardSource, ShardWriter, harvest, save_rows
-from fastsae.data import manifest as manifests
 from fastsae.data.files import write_atomically
-from tests.data_case import toy_config, toy_corpus, toy_model
-
-
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """With the checksum of what it says now, as a program that wrote it so would have given it."""
-    content = {name: value for name, value in manifest.items() if name not in ("format", "version", "sha256")}
-    return manifest | {"sha256": manifests._digest(content)}
+from tests.data_case import sealed, toy_config, toy_corpus, toy_model
 
 
 @pytest.fixture

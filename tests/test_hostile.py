@@ -268,9 +268,10 @@ def test_the_result_is_stored_and_shown(tmp_path: Path, capsys: pytest.CaptureFi
     arguments = ["--parts", "calls/by_latent", "--minutes", "0.02", "--results", str(tmp_path), "--seed", "5"]
     page_path = tmp_path / "page.md"
     page_path.write_text(f"before\n{page.BEGIN}\n{page.END}\nafter\n")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "renew", lambda results: None)
-        hostile.main(arguments)
+        with pytest.raises(SystemExit) as ended:
+            hostile.main(arguments)
     assert ended.value.code == 0
     assert "| calls | " in capsys.readouterr().out
     page.renew(tmp_path, page_path)

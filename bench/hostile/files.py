@@ -6,6 +6,7 @@ place. What is loaded then must be what was stored, bit for bit; or one error of
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -146,10 +147,8 @@ def _trainer(folder: Path, seed: int = 1, stop: int | None = None) -> None:
 
     data: Any = train_case.hooked(train_case.source(), before)
     settings = train_case.config(steps=STEPS, checkpoint_every=3, eval_every=6, keep=9)
-    try:
+    with contextlib.suppress(_Stop):
         Trainer(train_case.module(seed=seed), data, settings, folder).run()
-    except _Stop:
-        pass
 
 
 def _copied(kind: str, folder: Path) -> tuple[Path, Path]:
