@@ -126,7 +126,7 @@ test-asan: $(VENV)/.installed
 	FASTSAE_CUDA=skip FASTSAE_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext \
 	  --build-temp $(ASAN)/objects --build-lib $(ASAN)/lib
 	env FASTSAE_CPU_BUILD=$$(ls $(CURDIR)/$(ASAN)/lib/fastsae/_cpu*.so) $(WATCHED) \
-	  $(BIN)/python -m bench.hostile --calls $(CALLS) --backend cpu
+	  $(BIN)/python -m bench.hostile --parts calls --cases $(CALLS) --backend cpu
 	env FASTSAE_CPU_BUILD=$$(ls $(CURDIR)/$(ASAN)/lib/fastsae/_cpu*.so) $(WATCHED) \
 	  $(BIN)/python -m pytest -p no:cacheprovider -n auto --dist loadfile -k "not reference and not triton and not cuda" \
 	  tests/test_ops.py tests/test_cpu_backend.py tests/test_screening.py tests/test_update.py tests/test_border.py $(ARGS)

@@ -241,7 +241,7 @@ def with_numbers(page: str, text: str, first: str = BEGIN, last: str = END) -> s
 
 def renew(results_folder: Path, readme: Path) -> int:
     """Plots every device and puts its tables into the README. Returns the number of devices."""
-    folders = sorted(folder for folder in results_folder.glob("*") if any(folder.glob("*.json")))
+    folders = sorted(folder for folder in results_folder.glob("*") if results.read(folder))
     for folder in folders:
         plot(folder)
         results.write_csv(folder)

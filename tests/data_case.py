@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.data import LanguageModel, StreamConfig, TokenCorpus
+from fastsae.data import manifest as manifests
 
 VOCABULARY = 50
 D_IN = 8
@@ -64,3 +65,9 @@ def toy_corpus(documents: int = 60, length: int = 50, seed: int = 0) -> TokenCor
 
 def toy_config(**changes: Any) -> StreamConfig:
     return StreamConfig(**{"hook": 2, "window": 16, "windows_per_batch": 4, "holdout": 60, **changes})
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With the checksum of what it says now, as a program that wrote it so would have given it."""
+    content = {name: value for name, value in manifest.items() if name not in ("format", "version", "sha256")}
+    return manifest | {"sha256": manifests._digest(content)}

@@ -242,5 +242,5 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
             call(torch.zeros(N, D))
     with pytest.raises(ValueError, match="a batch's step has adam, adamw"):
         BatchTrainStep(batch, 1e-3, optimizer="lion")
-    with pytest.raises(ValueError, match="adam has no weight_decay"):
+    with pytest.raises(ValueError, match="optimizer 'adam', which has none"):
         BatchTrainStep(batch, 1e-3, weight_decay=0.1)

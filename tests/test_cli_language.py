@@ -21,6 +21,7 @@ from fastsae.runs.evaluate import evaluate
 from fastsae.runs.opening import language_of_run, open_run
 from fastsae.runs.spliced import spliced_loss
 from tests.cli_case import write_text, write_tiny_model
+from tests.data_case import sealed
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -257,7 +258,7 @@ def test_the_norm_limit_is_that_of_the_training_at_every_hook(place: Path, tmp_p
     """Not that of the text which is measured on: half of it leaves out more, whichever run comes first."""
     run, manifest = copied(place, tmp_path, "mlp")
     manifest["stats"]["norm_median"] *= 0.8
-    (tmp_path / "acts-mlp" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "acts-mlp" / "manifest.json").write_text(json.dumps(sealed(manifest)))
     limit = f"the token <s>, activations of norm above {1.2 * manifest['stats']['norm_median']:.4g}: as in training"
     few = evaluated(run, "--spliced", "--tokens", "192")
     every = evaluated(place / "mlp", "--spliced", "--tokens", "192")
@@ -276,7 +277,7 @@ def test_another_run_of_another_model_or_trained_on_this_text(
 
     other, manifest = copied(place, tmp_path, "mlp")
     manifest["provenance"]["model"]["digest"] = "of another"
-    (tmp_path / "acts-mlp" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "acts-mlp" / "manifest.json").write_text(json.dumps(sealed(manifest)))
     message = refused(capsys, place / "residual", "--also", str(other), "--tokens", "64")
     assert f"{other}: the model {place / 'model'} has digest" in message
     assert "splice in runs of one model" in message

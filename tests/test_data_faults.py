@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from fastsae.atomic import is_partial
 from fastsae.data import Manifest, ShardError, ShardSource, ShardWriter, harvest, save_rows
 from fastsae.data.files import write_atomically
-from tests.data_case import toy_config, toy_corpus, toy_model
+from tests.data_case import sealed, toy_config, toy_corpus, toy_model
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_missing_shard_and_a_foreign_one_are_named(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     save_file({"activations": torch.zeros(300, 7)}, path)
     manifest["shards"][0]["bytes"] = path.stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(ShardError, match=r"activations torch.float32 \(300, 7\), the manifest says .* \(300, 8\)"):
         ShardSource(folder, verify="size").next_batch(800)
 
@@ -75,7 +75,7 @@ def test_a_missing_shard_and_a_foreign_one_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "has format version 2, this program reads 1"),
+        (lambda m: m.update(version=3), "has format version 3, this program reads 2"),
         (lambda m: m.update(format="other"), "not a manifest of activations"),
         (lambda m: m.pop("shards"), "manifest.json is damaged"),
         (lambda m: m.update(surprise=1), "manifest.json is damaged"),
@@ -87,12 +87,24 @@ def test_a_damaged_or_foreign_manifest(folder: Path, change, message: str) -> No
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
     with pytest.raises(ShardError, match=message):
         ShardSource(folder)
     path.write_text('{"format": "fastsae')
     with pytest.raises(ShardError, match=r"manifest\.json is damaged"):
         ShardSource(folder)
+
+
+def test_a_manifest_that_changed_is_damaged_and_an_older_one_without_checksum_is_read(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["stats"]["rows"] = 7
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match=r"manifest\.json is damaged: its sha256 is another"):
+        ShardSource(folder)
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest | {"version": 1}))
+    assert ShardSource(folder).n_tokens == 800
 
 
 def test_a_writer_refuses_other_settings_foreign_files_and_a_second_writer(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from fastsae.data import writer as writing
 from fastsae.data.hooks import HookedModel
 from fastsae.data.source import TargetSource, held_out_targets, next_pair
 from tests.cli_case import write_text, write_tiny_model
-from tests.data_case import D_IN, HUGE_TOKEN, toy_config, toy_corpus, toy_model
+from tests.data_case import D_IN, HUGE_TOKEN, sealed, toy_config, toy_corpus, toy_model
 
 
 def config(*hooks: int | str, **changes: Any) -> StreamConfig:
@@ -197,7 +197,7 @@ def test_a_folder_of_one_hook_is_as_before_and_of_several_names_them(tmp_path: P
         ShardSource(tmp_path / "two", hook="mlp.0", target=2).load_state_dict(state)
     content = json.loads((tmp_path / "two" / "manifest.json").read_text())
     content["others"][0]["shards"].pop()
-    (tmp_path / "two" / "manifest.json").write_text(json.dumps(content))
+    (tmp_path / "two" / "manifest.json").write_text(json.dumps(sealed(content)))
     with pytest.raises(ShardError, match=r"the hook mlp\.0 has other rows than the first one"):
         ShardSource(tmp_path / "two", hook=2)
 

@@ -331,7 +331,7 @@ def test_bad_settings_are_refused():
     sae = sae_for_test()
     for message, settings in {
         "moments is 'fp8'": {"moments": "fp8"},
-        "lr -1": {"lr": -1.0},
+        "lr is -1": {"lr": -1.0},
         "0 <= beta < 1": {"betas": (0.9, 1.0)},
         "eps nan": {"eps": float("nan")},
     }.items():

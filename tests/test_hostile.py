@@ -1,4 +1,4 @@
-"""A share of the hostile calls of bench.hostile, and that it sees what it is meant to see.
+"""A share of the hostile cases of bench.hostile, and that each part sees what it is meant to see.
 
 `make test-asan` makes more of them under AddressSanitizer; `python -m bench.hostile --minutes 60` goes on for an hour.
 """
@@ -17,28 +17,57 @@ import pytest
 import torch
 
 import fastsae
-from bench.hostile import calls, run, spoil, truth
-from fastsae import ops
+from bench.hostile import __main__ as hostile
+from bench.hostile import calls, files, interruptions, page, run, spoil, truth
+from bench.hostile import ops as ops_part
+from bench.results import RESULTS
+from fastsae import SparseAutoencoder, ops
+from fastsae.data import ShardError
+from fastsae.data.manifest import FileEntry
+from fastsae.data.stream import ActivationStream
+from fastsae.model import files as saved_files
+from fastsae.model import parameters
+from fastsae.training.optimizers import FusedOptimizer
+from fastsae.training.step import PlainTrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = {name for name, entry in fastsae.backends().items() if entry["available"]}
 needs_cpu = pytest.mark.skipif(
     "cpu" not in AVAILABLE, reason="the C++ extension is not built: the cpu backend is missing"
 )
-CALLS = 150
+CASES = {"calls": 150, "modules": 12, "files": 12, "interruptions": 1}
+"""Of each kind."""
 EMULATED = 8  # of each op, of a backend that runs its kernels on the CPU, slowly
 SEED = 1
 
 
+def hunted(name: str, cases: int) -> dict[str, run.Tally]:
+    """The first cases of each kind of a part, none of them wrong."""
+    found = run.hunt(run.Plan(SEED, {f"{name}/{kind}": (0, cases) for kind in run.part(name).KINDS}))
+    assert {place: tally.cases for place, tally in found.items()} == dict.fromkeys(found, cases)
+    bad = [
+        f"{what}\n{run.again(place, SEED, number, None)}"
+        for place, tally in found.items()
+        for number, what in tally.wrong + tally.crashed
+    ]
+    assert not bad, "\n".join(bad)
+    return found
+
+
 @needs_cpu
 def test_no_hostile_call_crashes_or_answers_wrongly() -> None:
-    found = run.hunt(run.Plan(SEED, {op: (0, CALLS) for op in (*calls.RAW_OPS, run.STRUCTS)}))
-    assert {op: tally.calls for op, tally in found.items()} == dict.fromkeys(found, CALLS)
-    wrong = [f"{what}\n{run.again(op, SEED, n, None)}" for op, tally in found.items() for n, what in tally.wrong]
-    assert not wrong, "\n".join(wrong)
     # Otherwise the calls are so harmless, or so harmful, that nothing is learnt.
-    for op, tally in found.items():
-        assert min(tally.right, tally.refused) > CALLS / 8, f"{op}: {tally.right} right, {tally.refused} refused"
+    for place, tally in hunted("calls", CASES["calls"]).items():
+        assert min(tally.right, tally.refused) > CASES["calls"] / 8, f"{place}: {tally.right}, {tally.refused} refused"
+
+
+@pytest.mark.parametrize("name", ["modules", "files", "interruptions"])
+def test_no_case_of_the_other_parts_is_wrong(name: str) -> None:
+    found = hunted(name, CASES[name])
+    assert sum(tally.right for tally in found.values()) > 0
+    assert sum(tally.refused for tally in found.values()) > 0
+    if name == "interruptions":
+        assert sum(tally.kills for tally in found.values()) > 0
 
 
 @pytest.fixture
@@ -57,8 +86,8 @@ def test_the_kernels_of_a_gpu_on_the_cpu(backend: str, op: str) -> None:
         call = spoil.make(op, SEED, number, backend)
         if call.arguments["backend"] != backend:
             continue  # a spoiled one
-        kind, what = run.outcome(call)
-        assert kind != "wrong", f"{call}: {what}\n{run.again(op, SEED, number, backend)}"
+        found = ops_part.outcome(call)
+        assert found.verdict != "wrong", f"{call}: {found.what}\n{run.again(f'calls/{op}', SEED, number, backend)}"
 
 
 # -- that faults are seen ----------------------------------------------------------------------------------------------
@@ -104,7 +133,7 @@ def test_a_wrong_result_is_seen(op: str) -> None:
         truth.JUDGES[op](call.arguments, WRONG[op](result))
 
 
-def outcome_of(monkeypatch: pytest.MonkeyPatch, answer: Any, **arguments: Any) -> tuple[str, str]:
+def outcome_of(monkeypatch: pytest.MonkeyPatch, answer: Any, **arguments: Any) -> run.Found:
     """Of a decode that does what `answer` does."""
     call = calls.Call("decode", valid("decode").arguments | arguments)
 
@@ -113,8 +142,8 @@ def outcome_of(monkeypatch: pytest.MonkeyPatch, answer: Any, **arguments: Any) -
         def decode(**given: Any) -> Any:
             return answer(given)
 
-    monkeypatch.setattr(run.torch.ops, "fastsae", Ops)
-    return run.outcome(call)
+    monkeypatch.setattr(ops_part.torch.ops, "fastsae", Ops)
+    return ops_part.outcome(call)
 
 
 def test_what_an_op_may_not_do_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,34 +158,199 @@ def test_what_an_op_may_not_do_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     for answer in (fails(KeyError("W")), fails(RuntimeError("unknown")), fails(ValueError(""))):
         assert outcome_of(monkeypatch, answer)[0] == "wrong"
         monkeypatch.undo()
-    kind, what = outcome_of(monkeypatch, lambda given: given["W"].add_(1))
-    assert (kind, what.split(";")[0]) == ("wrong", "changed W")
+    found = outcome_of(monkeypatch, lambda given: given["W"].add_(1))
+    assert (found.verdict, found.what.split(";")[0]) == ("wrong", "changed W")
 
 
-@needs_cpu
-def test_a_crash_is_named_with_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that dies at its 4th call: the calls around it are made all the same."""
+def test_a_crash_is_named_with_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies at its 4th case: the cases around it are run all the same."""
     program = (
-        "import os, sys\nfrom bench.hostile import run, spoil\nreal = spoil.make\n"
+        "import os, sys\nfrom bench.hostile import ops, spoil\nreal = spoil.make\n"
         "def make(op, seed, number, backend):\n"
         "    if number == 3: os.kill(os.getpid(), 11)\n"
         "    return real(op, seed, number, backend)\n"
-        "spoil.make = make\nfrom bench.hostile.__main__ import main\nmain()\n"
+        "spoil.make = make\nfrom bench.hostile.__main__ import main\nmain(sys.argv[1:])\n"
     )
-    real = subprocess.run
+    real = subprocess.Popen
 
     def dies(command: list[str], **given: Any) -> Any:
         return real([sys.executable, "-c", program, *command[command.index("--work") :]], **given)
 
-    monkeypatch.setattr(run.subprocess, "run", dies)
-    found = run.hunt(run.Plan(SEED, {"by_latent": (0, 6), "decode": (0, 2)}))
-    assert {op: tally.calls for op, tally in found.items()} == {"by_latent": 6, "decode": 2}
-    ((number, what),) = found["by_latent"].wrong
+    monkeypatch.setattr(run.subprocess, "Popen", dies)
+    found = run.hunt(run.Plan(SEED, {"calls/by_latent": (0, 6), "calls/decode": (0, 2)}, "reference"))
+    assert {place: tally.cases for place, tally in found.items()} == {"calls/by_latent": 6, "calls/decode": 2}
+    ((number, what),) = found["calls/by_latent"].crashed
     assert number == 3
     assert "the process ended with -11" in what
 
 
+def verdicts(place: str, cases: int, seed: int = SEED) -> list[run.Found]:
+    name, kind = place.split("/")
+    return [run.part(name).case(kind, seed, number, "reference")[1]() for number in range(cases)]
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Breaks the product where the parameter says; gives what must be seen."""
+    part, seen = request.param
+    files._stored.cache_clear()
+    if part in ("rows", "harvest"):
+        files._stored()  # before it is broken
+    if part == "forward":
+        real = SparseAutoencoder.restored
+        monkeypatch.setattr(SparseAutoencoder, "restored", lambda *a: real(*a) * 1.01)
+    elif part == "fused":
+        step = FusedOptimizer._update
+        monkeypatch.setattr(FusedOptimizer, "_update", lambda self, i, given, **more: step(
+            self, i, given, **more | {"lr": more["lr"] * 1.5}))  # fmt: skip
+    elif part == "saved":
+        monkeypatch.setattr(saved_files, "_digest", lambda config, tensors: "always the same")
+    elif part == "rows":
+        monkeypatch.setattr(FileEntry, "check_content", lambda self, folder: None)
+    elif part == "harvest":
+        monkeypatch.setattr(ActivationStream, "load_state_dict", lambda self, state: None)  # begins anew
+    elif part == "states":
+        monkeypatch.setattr(parameters, "refuse_misfits", lambda *a: None)
+    yield seen
+    files._stored.cache_clear()
+
+
+@pytest.mark.usefixtures("cpu_tensors", "one_thread")
+@pytest.mark.parametrize(
+    ("planted", "place", "cases"),
+    [
+        (("forward", "recon is"), "modules/forward", 12),
+        (("fused", " is ["), "modules/fused", 12),
+        (("saved", "another module"), "files/saved", 30),
+        (("rows", "other rows"), "files/rows", 30),
+        (("harvest", "went on to other rows"), "files/harvest", 12),
+        (("states", "changed state."), "files/states", 40),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+    indirect=["planted"],
+)
+def test_a_planted_fault_is_found(planted: str, place: str, cases: int) -> None:
+    wrong = [found.what for found in verdicts(place, cases) if found.verdict == "wrong"]
+    assert any(planted in what for what in wrong), wrong
+
+
+def test_a_lost_kill_and_a_torn_file_are_found(tmp_path: Path) -> None:
+    """An interrupted harvest that goes on elsewhere, and a run without one of its lines."""
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    _, act, compare = interruptions._harvest(calls.Draw("planted", 0, 0))
+    act(whole)
+    act(other)
+    assert compare(whole, other) == []
+    (other / ".manifest.json.7.partial").touch()
+    assert compare(whole, other) == [".manifest.json.7.partial is only in one folder"]
+    shard = other / "shard_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(ShardError, match="is damaged"):
+        compare(whole, other)
+
+
+def test_an_error_of_torch_or_python_is_no_refusal() -> None:
+    def found(act: Any) -> str:
+        try:
+            act()
+        except run.ERRORS as error:
+            return run.judge_raised(error).verdict
+        raise AssertionError
+
+    sae = SparseAutoencoder(4, 8, fastsae.TopK(2))
+    assert found(lambda: sae(torch.zeros(3, 5))) == "refused"
+    assert found(lambda: sae.encode_options(surprise=1)) == "refused"  # Python's words for an argument
+    assert found(lambda: torch.zeros(3) @ torch.zeros(4)) == "wrong"
+    assert found(lambda: fastsae.SparseCodes.to_dense(None)) == "wrong"  # type: ignore[arg-type]
+
+
+def test_the_result_is_stored_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--parts", "calls/by_latent", "--minutes", "0.02", "--results", str(tmp_path), "--seed", "5"]
+    page_path = tmp_path / "page.md"
+    page_path.write_text(f"before\n{page.BEGIN}\n{page.END}\nafter\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "renew", lambda results: None)
+        with pytest.raises(SystemExit) as ended:
+            hostile.main(arguments)
+    assert ended.value.code == 0
+    assert "| calls | " in capsys.readouterr().out
+    page.renew(tmp_path, page_path)
+    text = page_path.read_text()
+    assert text.startswith("before")
+    assert "seed 5" in text
+    assert "| by_latent | " in text
+    with pytest.raises(SystemExit):
+        hostile.main(["--parts", "nothing"])
+    assert "there is no part 'nothing'; there are calls, modules, files, interruptions" in capsys.readouterr().err
+
+
+def test_the_page_is_what_the_stored_results_give(tmp_path: Path) -> None:
+    copy = tmp_path / "page.md"
+    copy.write_text(page.PAGE.read_text())
+    page.renew(RESULTS, copy)
+    assert copy.read_text() == page.PAGE.read_text(), "run python -m bench.hostile --draw"
+
+
 # -- what they found ---------------------------------------------------------------------------------------------------
+
+
+def test_an_sae_with_a_backend_of_its_own_trains_under_an_optimizer_without_one() -> None:
+    """The optimizer's copy of the encoder was another backend's, and the step was refused."""
+    x = torch.randn(9, 8)
+    ends = []
+    for own, given in ((None, "reference"), ("reference", None), ("reference", "cpu" if "cpu" in AVAILABLE else None)):
+        sae = SparseAutoencoder(8, 16, fastsae.TopK(3), seed=0)
+        sae.backend = own
+        optimizer = fastsae.optim.Adam(sae, lr=0.01, eps=1e-2, backend=given)
+        sae(x).loss.backward()
+        optimizer.step()
+        ends.append(sae.W_dec.detach())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain", "batch", "module"])
+def test_what_is_no_dense_tensor_is_named(kind: str) -> None:
+    sae = SparseAutoencoder(4, 8, fastsae.TopK(2), seed=0)
+    batch = fastsae.SAEBatch(2, 4, 8, fastsae.TopK(2))
+    call: Any = {
+        "fused": lambda: fastsae.FusedTrainStep(sae), "plain": lambda: PlainTrainStep(sae, lr=0.1),
+        "batch": lambda: fastsae.BatchTrainStep(batch, lr=0.1), "module": lambda: sae,
+    }[kind]()  # fmt: skip
+    for x in ([[1.0] * 4], None, torch.zeros(3, 4).to_sparse(), torch.zeros(3, 4, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"^x (is a|is stored|has dtype)"):
+            call(x)
+    if kind == "batch":
+        call(torch.randn(3, 4).bfloat16())
+        with pytest.raises(ValueError, match="empty batch"):
+            call(torch.zeros(0, 4))
+        before = batch.tokens_since_fired.clone()
+        with pytest.raises(RuntimeError, match="inference_mode"), torch.inference_mode():
+            call(torch.randn(3, 4))
+        assert torch.equal(batch.tokens_since_fired, before)
+
+
+def test_a_plain_step_runs_in_its_own_dtype_under_autocast() -> None:
+    ends = []
+    for setting in ("as it is", "autocast bfloat16"):
+        sae = SparseAutoencoder(4, 8, fastsae.TopK(2), skip=True, seed=0)
+        step, x = PlainTrainStep(sae, lr=0.1, clip_norm=0.1), torch.ones(5, 4)
+        with spoil.under(setting):
+            step(x)
+            step(x)
+        ends.append(sae.W_dec.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_saved_sae_with_one_flipped_bit_is_damaged_and_equal_ones_have_equal_files(tmp_path: Path) -> None:
+    sae = SparseAutoencoder(4, 8, fastsae.TopK(2), seed=0)
+    paths = [fastsae.save(sae, tmp_path / name) / "sae.safetensors" for name in ("a", "b")]
+    data = bytearray(paths[0].read_bytes())
+    assert data == paths[1].read_bytes()
+    data[-5] ^= 1
+    paths[0].write_bytes(data)
+    with pytest.raises(saved_files.SavedModuleError, match="is damaged: its settings and tensors have sha256"):
+        fastsae.load(tmp_path / "a")
 
 
 def test_written_memory_is_not_shared() -> None:

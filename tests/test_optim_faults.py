@@ -189,8 +189,8 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         "moments is '4bit'": lambda: adam(sae, moments="4bit"),
         "moments='8bit' goes with adam and adamw": lambda: fastsae.optim.Lion(sae, moments="8bit"),
         "clip_norm is 0": lambda: adam(sae, clip_norm=0),
-        "lr -1": lambda: fastsae.optim.Adam(sae, lr=-1),
-        "lr nan": lambda: fastsae.optim.Adam(sae, lr=float("nan")),
+        "lr is -1": lambda: fastsae.optim.Adam(sae, lr=-1),
+        "lr is nan": lambda: fastsae.optim.Adam(sae, lr=float("nan")),
         "which has none": lambda: adam(sae, weight_decay=0.1),
         "do not require a gradient": lambda: adam(sae.requires_grad_(False)),
     }.items():

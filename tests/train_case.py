@@ -61,7 +61,7 @@ class Hooked:
         self.inner.load_state_dict(state)
 
 
-def hooked(inner: Any, before: Callable[[int, Tensor], Tensor | None]) -> Hooked:
+def hooked(inner: Any, before: Callable[[int, Tensor], Tensor | None]) -> Any:
     """`Hooked` under the inner source's class name: a run directory records that name and may be shared with it."""
     return type(type(inner).__name__, (Hooked,), {})(inner, before)
 
@@ -84,8 +84,8 @@ def trainer(
     run_dir: Path, hook: Callable[[int, Tensor], Tensor | None] | None = None, kind: str = "tensor", **settings: Any
 ) -> Trainer:
     data = source(kind)
-    sae = module(d_in=data.d_in)
-    return Trainer(sae, data if hook is None else hooked(data, hook), config(**settings), run_dir)
+    sae, data = module(d_in=data.d_in), data if hook is None else hooked(data, hook)
+    return Trainer(sae, data, config(**settings), run_dir)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,17 @@
-"""Hostile calls of every raw op: wrong dtypes, strides and sizes, memory that is gone or shared, torch's defaults
-changed midway. Each must raise an error with a message, or return what float64 arithmetic says.
+"""Hostile cases of everything that a user can reach. Each must raise an error in words, or give what float64 arithmetic
+or an undisturbed run gives.
 
-    python -m bench.hostile                           2,000 calls of each op, seed 0
-    python -m bench.hostile --seed 7 --minutes 60     other calls, seed after seed, for an hour
-    python -m bench.hostile --ops decode --seed 3 --first 1234 --calls 1     one call again, as a fault names it
-    make test-asan CALLS=20000                        the same under AddressSanitizer
+    python -m bench.hostile --minutes 60              all parts for an hour; renews docs/reliability.md
+    python -m bench.hostile --parts files --cases 50  50 cases of each kind of a part
+    python -m bench.hostile --parts calls/decode --seed 3 --first 1234 --cases 1    one case again, as a fault names it
+    make test-asan CALLS=20000                        the calls under AddressSanitizer
 
-calls.py draws valid calls, and spoil.py makes them hostile: a call depends on its op, seed and number alone. structs.py
-calls the C++ extension by itself. truth.py judges results in NumPy, which torch's defaults do not reach. run.py makes
-the calls in a process of their own, so that a crash is seen and named.
+    calls          ops.py: every raw op, and the C++ extension by itself (structs.py). calls.py draws valid calls,
+                   spoil.py makes them hostile, truth.py judges results in NumPy, which torch's defaults do not reach
+    modules        modules.py: modules, training steps and optimizers; dense.py is their truth in float64
+    files          files.py: damaged, missing, swapped and outdated files
+    interruptions  interruptions.py: kill -9, full disks, two writers
+
+A case depends on its kind, seed and number alone. run.py runs the cases in a process of their own, so that a crash is
+seen and named; page.py stores and shows what came out.
 """

@@ -3,44 +3,88 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from bench.hostile import run
-from bench.hostile.calls import RAW_OPS
+from bench.hostile import page, run
+from bench.results import RESULTS
+
+CASES = {"calls": 2000, "modules": 300, "files": 100, "interruptions": 10}
+"""Of each kind of a part, without --minutes and --cases."""
+TURN = 60.0
+"""Seconds for which a part runs until another one's turn comes, so that a run that is stopped has looked everywhere."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.hostile", description="hostile calls of every raw op")
-    parser.add_argument("--ops", default=",".join((*RAW_OPS, run.STRUCTS)), help="raw ops and structs, with commas")
+def places(asked: str) -> dict[str, list[str]]:
+    """The kinds of each part that is asked for, as "part/kind". Raises ValueError for what there is not."""
+    found: dict[str, list[str]] = {}
+    for one in asked.split(","):
+        name, _, kind = one.partition("/")
+        if name not in run.PARTS:
+            raise ValueError(f"there is no part {name!r}; there are {', '.join(run.PARTS)}")
+        kinds = run.part(name).KINDS
+        if kind and kind not in kinds:
+            raise ValueError(f"there is no kind {kind!r} in {name}; there are {', '.join(kinds)}")
+        found.setdefault(name, []).extend(f"{name}/{k}" for k in ([kind] if kind else kinds))
+    return found
+
+
+def turns(asked: dict[str, list[str]], first: int, cases: int | None, minutes: float) -> Iterator[dict[str, range]]:
+    """The numbers of the cases that come next. With minutes, those of the part with the least time so far."""
+    if not minutes:
+        yield from ({p: range(first, first + (cases or CASES[name])) for p in kinds} for name, kinds in asked.items())
+        return
+    begun, spent, number = time.monotonic(), dict.fromkeys(asked, 0.0), dict.fromkeys(asked, first)
+    size = {name: max(1, CASES[name] // 5) for name in asked}
+    while (left := 60 * minutes - (time.monotonic() - begun)) > 0:
+        name = min(spent, key=lambda one: spent[one])
+        start = time.monotonic()
+        yield {place: range(number[name], number[name] + size[name]) for place in asked[name]}
+        took = time.monotonic() - start
+        spent[name] += took
+        number[name] += size[name]
+        size[name] = max(1, int(min(4 * size[name], size[name] * min(TURN, left) / took)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.hostile", description="hostile cases; see bench/hostile")
+    parser.add_argument("--parts", default=",".join(run.PARTS), help="parts, or kinds as part/kind, with commas (all)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="go on for so long, and store the result")
     parser.add_argument("--seed", type=int, default=0, help="0")
-    parser.add_argument("--first", type=int, default=0, help="number of the first call (0)")
-    parser.add_argument("--calls", type=int, default=2000, help="calls of each op (2000)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="go on with the next seeds for so long")
-    parser.add_argument("--backend", help="the backend of every call; without it each call draws one")
-    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    ops = given.ops.split(",")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case (0)")
+    parser.add_argument("--cases", type=int, help=f"of each kind, without --minutes ({CASES})")
+    parser.add_argument("--backend", help="of every call and module; without it each draws one")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of stored results (bench/results)")
+    parser.add_argument("--draw", action="store_true", help="only renew docs/reliability.md from the stored results")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
     if given.work:
-        return run.work(run.Plan(**json.loads(given.work[1])), Path(given.work[0]))
-    end, failed = time.monotonic() + 60 * given.minutes, False
-    for seed in itertools.count(given.seed):
-        start, calls = time.perf_counter(), (given.first, given.first + given.calls)
-        for op, found in run.hunt(run.Plan(seed, {op: calls for op in ops}, given.backend)).items():
-            print(
-                f"{op} seed {seed}: {found.calls} calls, {found.right} right, {found.refused} refused, "
-                f"{len(found.wrong)} wrong"
-            )
-            for number, what in found.wrong[:20]:
-                print(f"  {what}\n    {run.again(op, seed, number, given.backend)}")
-            failed |= bool(found.wrong)
-        print(f"seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-        if time.monotonic() >= end:
-            break
-    sys.exit(failed)
+        return run.work(run.Plan(**json.loads(given.work)))
+    if given.draw:
+        return page.renew(given.results)
+    try:
+        asked = places(given.parts)
+    except ValueError as error:
+        parser.error(str(error))
+    begun, found = time.monotonic(), {place: run.Tally() for kinds in asked.values() for place in kinds}
+    for turn in turns(asked, given.first, given.cases, given.minutes):
+        now = run.hunt(run.Plan(given.seed, {p: (r.start, r.stop) for p, r in turn.items()}, given.backend))
+        for place, tally in now.items():
+            found[place].add(tally)
+            bad = [("wrong", *one) for one in tally.wrong] + [("crashed", *one) for one in tally.crashed]
+            for how, number, what in bad[:20]:
+                print(f"{place} {how}: {what}\n    {run.again(place, given.seed, number, given.backend)}", flush=True)
+        name = next(iter(turn)).split("/")[0]
+        print(f"{(time.monotonic() - begun) / 60:6.1f} min  {page.line(name, page.parts(found)[name])}", flush=True)
+        if given.minutes:
+            page.store(given.results, found, given.seed, (time.monotonic() - begun) / 60)
+    print(page.table(page.parts(found)))
+    if given.minutes:
+        page.renew(given.results)
+    sys.exit(any(tally.wrong or tally.crashed for tally in found.values()))
 
 
 if __name__ == "__main__":

@@ -1,39 +1,48 @@
-"""Hostile calls in a process of their own: `outcome` of one, `work` through many, and `hunt`, which starts and watches
-the process that works. The worker notes each call's number before it makes it, so that a crash names its call.
+"""Cases in a process of their own: `work` goes through many and says each before it begins, `hunt` starts and watches
+the process that works. So a crash names its case, and another process goes on after it.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import json
+import linecache
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
-from bench.hostile import spoil, structs, truth
-from bench.hostile.calls import Call
-from bench.hostile.spoil import readable
+import fastsae
 from fastsae.backends import BackendError
-from fastsae.backends.contract import WRITTEN
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = str(Path(fastsae.__file__).parent)
+PARTS = {"calls": "ops", "modules": "modules", "files": "files", "interruptions": "interruptions"}
+"""The parts, and the file of each here."""
 REFUSALS = (ValueError, TypeError, IndexError, BackendError)
-"""What a raw op raises for what it does not take. BackendError: no backend can."""
-UNEXPECTED = (RuntimeError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, BufferError)
-"""What it must not raise. An error that is neither ends the worker, which is seen too."""
+"""What refuses arguments. BackendError: no backend can."""
+ERRORS = (
+    *REFUSALS, RuntimeError, OSError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError,
+    BufferError,
+)  # fmt: skip
+"""What a case looks at. An error that is none of these ends the worker, which is seen too."""
 OF_TORCH = (
     "fastsae::",  # torch found that an argument is not of the schema's type
     "Could not run 'fastsae::",  # ... or that no op takes tensors of this layout
     "can't allocate memory",
     "Inference tensors cannot be saved for backward",
+    "does not require grad and does not have a grad_fn",  # backward() under no_grad
+    "got an unexpected keyword argument",
+    "device type at start of device string",
     "a leaf Variable that requires grad",
     "Inplace update to inference tensor outside InferenceMode",
     ".tolist() is not supported for tensor subclasses",  # one stands where a list is expected
@@ -42,199 +51,186 @@ OF_TORCH = (
 )
 """Beginnings or parts of the RuntimeErrors that torch raises itself, before or after our code."""
 SLOW = 20.0
-"""Seconds for one call, which takes a millisecond."""
-STRUCTS = "structs"
-"""In place of a raw op: the C++ extension by itself (structs.py)."""
+"""Seconds of work for one case, which takes some milliseconds."""
+LONG = 300.0
+"""Seconds after which a case has no end."""
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
+class Found(NamedTuple):
+    """How a case ended: "right", "refused" or "wrong", and what was wrong; kills: processes killed in it."""
+
+    verdict: str
+    what: str = ""
+    kills: int = 0
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, spoil.Wrapped):
-        return _copied(value.inner)
-    if isinstance(value, Tensor):
-        return value.detach().clone() if readable(value) else value
-    return [_copied(v) for v in value] if isinstance(value, list) else value
+class Part(Protocol):
+    """A file of cases. A case depends on its kind, seed and number alone."""
+
+    KINDS: tuple[str, ...]
+
+    def case(self, kind: str, seed: int, number: int, backend: str | None) -> tuple[str, Callable[[], Found]]:
+        """The case in words, and what runs and judges it."""
 
 
-def _bits(value: Any) -> list[bytes]:
-    with torch.inference_mode(False):
-        return [
-            bytes(t.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy())
-            for t in _tensors(_copied(value))
-            if readable(t) and t.layout == torch.strided and t.numel()
-        ]
+def part(name: str) -> Part:
+    found: Any = importlib.import_module(f"bench.hostile.{PARTS[name]}")
+    return found
 
 
-def outcome(call: Call) -> tuple[str, str]:
-    """("right" | "refused" | "wrong", what): one call, judged. Changes no setting of torch for long."""
-    given = call.arguments
-    before, bits = {name: _copied(value) for name, value in given.items()}, {n: _bits(v) for n, v in given.items()}
-    # A backend that does not screen does not look at a screen.
-    whole = all(map(readable, _tensors([value for name, value in given.items() if name != "screen"])))
-    error: BaseException | None = None
-    result: Any = None
-    try:
-        with spoil.under(call.setting):
-            result = getattr(torch.ops.fastsae, call.op)(**given)
-    except (*REFUSALS, *UNEXPECTED) as raised:
-        error = raised
-    written = () if error is not None or call.op != "update_latents_" else WRITTEN
-    changed = [name for name in given if name not in written and _bits(given[name]) != bits[name]]
-    if changed:
-        return "wrong", f"changed {', '.join(changed)}; then {type(error).__name__}: {error}"
-    if error is not None:
-        return _judge_error(error)
-    if not whole:
-        return "wrong", "returned, and an argument has no memory to read"
-    try:
-        with torch.inference_mode(False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if _is_stale(call) or _spreads(before):
-                pass
-            elif call.op == "update_latents_":
-                truth.update_latents_(before, result, given)
-            else:
-                as_called = truth.as_cast(Call(call.op, before, [], call.setting))
-                truth.JUDGES[call.op](as_called, result)
-    except truth.Wrong as wrong:
-        return "wrong", str(wrong)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as raised:
-        return "wrong", f"returned something for arguments that have no meaning: {type(raised).__name__}: {raised}"
-    return "right", ""
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def _is_stale(call: Call) -> bool:
-    """Whether a screen may be of another W: then results follow the screen, as ops.prepare_screen says."""
-    return bool(call.arguments.get("screen")) and any("W" in said or "screen" in said for said in call.spoiled)
-
-
-def _spreads(given: dict[str, Any]) -> bool:
-    """Whether numbers that are not finite spread to others: the reference multiplies all of A and W; 0 · inf is NaN."""
-    if given["backend"] == "cpu":
-        return False
-    return not all(truth.is_finite(t) for t in _tensors(list(given.values())))
-
-
-def _judge_error(error: BaseException) -> tuple[str, str]:
+def judge_error(error: BaseException) -> Found:
+    """Of a raw op: refused where the error is of a refusal's type, or torch's own, and has words."""
     said = str(error).strip()
-    documented = isinstance(error, REFUSALS) or any(part in said for part in OF_TORCH)
+    documented = isinstance(error, REFUSALS) or any(words in said for words in OF_TORCH)
     if isinstance(error, MemoryError) or (documented and len(said) > 10):
-        return "refused", type(error).__name__
-    return "wrong", f"raised {type(error).__name__} without a refusal's words: {said[:300]!r}"
+        return Found("refused", type(error).__name__)
+    return Found("wrong", f"raised {type(error).__name__} without a refusal's words: {said[:300]!r}")
 
 
-# -- many calls --------------------------------------------------------------------------------------------------------
+def judge_raised(error: BaseException) -> Found:
+    """Of everything above the raw ops, more strictly: a line of fastsae must have raised the error, in words."""
+    said, trace = str(error).strip(), error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None
+    place = trace.tb_frame.f_code.co_filename, trace.tb_lineno
+    ours = place[0].startswith(PACKAGE) and linecache.getline(*place).strip().startswith("raise ")
+    if len(said) > 10 and (ours or any(words in said for words in OF_TORCH)):
+        return Found("refused", type(error).__name__)
+    return Found("wrong", f"{place[0]}:{place[1]} raised {type(error).__name__}, no refusal's words: {said[:300]!r}")
+
+
+# -- many cases --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Tally:
-    calls: int = 0
+    """What came of the cases of a kind. wrong, crashed: numbers, and what is wrong with their cases."""
+
     right: int = 0
     refused: int = 0
-    wrong: list[tuple[int, str]] = field(default_factory=list)  # numbers and what is wrong with their calls
+    wrong: list[tuple[int, str]] = field(default_factory=list)
+    crashed: list[tuple[int, str]] = field(default_factory=list)
+    kills: int = 0
+    seconds: float = 0.0
 
-    def count(self, kind: str, number: int, what: str) -> None:
-        self.calls += 1
-        self.right += kind == "right"
-        self.refused += kind == "refused"
-        if kind == "wrong":
-            self.wrong.append((number, what))
+    @property
+    def cases(self) -> int:
+        return self.right + self.refused + len(self.wrong) + len(self.crashed)
+
+    def count(self, number: int, found: Found) -> None:
+        self.right += found.verdict == "right"
+        self.refused += found.verdict == "refused"
+        self.kills += found.kills
+        if found.verdict == "wrong":
+            self.wrong.append((number, found.what))
 
     def add(self, other: Tally) -> None:
-        self.calls, self.right, self.refused = (
-            self.calls + other.calls,
-            self.right + other.right,
-            self.refused + other.refused,
-        )
-        self.wrong += other.wrong
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass
 class Plan:
-    """The calls first .. end of each op."""
+    """The cases first .. end of each kind, as "part/kind"."""
 
     seed: int
-    calls: dict[str, tuple[int, int]]
+    cases: dict[str, tuple[int, int]]
     backend: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(vars(self))
 
 
-def work(plan: Plan, note: Path) -> None:
-    """Makes the calls and prints the tally of each op, a line of JSON. Notes each call before it: op and number."""
+def work(plan: Plan) -> None:
+    """Runs the cases; prints, in JSON lines, each one's place, words and verdict."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    place = os.open(note, os.O_WRONLY)
-    for op, (first, end) in plan.calls.items():
-        tally = Tally()
+    for place, (first, end) in plan.cases.items():
+        name, kind = place.split("/")
         for number in range(first, end):
-            os.pwrite(place, f"{op:>20} {number:20d} {'while it was made':1000}".encode(), 0)
-            start = time.process_time()  # not that of a busy machine
-            if op == STRUCTS:
-                said, (kind, what) = op, structs.outcome(plan.seed, number)
-            else:
-                call = spoil.make(op, plan.seed, number, plan.backend)
-                said = str(call)
-                os.pwrite(place, f"{said:1000.1000}".encode(), 42)
-                kind, what = outcome(call)
+            _say([place, number])
+            faulthandler.dump_traceback_later(LONG, exit=True)
+            start, clock = time.process_time(), time.perf_counter()  # the first is not that of a busy machine
+            said, run = part(name).case(kind, plan.seed, number, plan.backend)
+            _say(said)
+            found = run()
             if (seconds := time.process_time() - start) > SLOW:
-                kind, what = "wrong", f"took {seconds:.0f} s"
-            tally.count(kind, number, f"{said}: {what}")
-        print(json.dumps({op: vars(tally)}), flush=True)
+                found = Found("wrong", f"took {seconds:.0f} s", found.kills)
+            if found.verdict == "wrong":
+                found = found._replace(what=f"{said}: {found.what}")
+            _say({"found": found, "seconds": time.perf_counter() - clock})
+            faulthandler.cancel_dump_traceback_later()
 
 
-def hunt(plan: Plan, timeout: float = 1800) -> dict[str, Tally]:
-    """The tallies of these calls by op, made in another process. A process that ends early is a wrong call, and another
-    process makes the calls after it."""
-    found = {op: Tally() for op in plan.calls}
-    with tempfile.TemporaryDirectory() as folder:
-        note = Path(folder) / "call"
-        while plan.calls:
-            note.write_text(" " * 42)
-            # glibc fills freed and fresh memory with a pattern, so that a read of either gives another answer.
-            command = ["env", "MALLOC_PERTURB_=165", sys.executable, "-m", "bench.hostile"]
-            command += ["--work", str(note), plan.to_json()]
-            try:
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-                out, ended = done.stdout, f"the process ended with {done.returncode}:\n{_end(done.stderr)}"
-            except subprocess.TimeoutExpired as late:
-                out, ended = (late.stdout or b"").decode(), f"no end after {timeout:.0f} s"
-            for line in out.splitlines():
-                if line.startswith("{"):
-                    for op, tally in json.loads(line).items():
-                        found[op].add(Tally(**tally))
-                        del plan.calls[op]
-            if not plan.calls:
+def _say(value: Any) -> None:
+    os.write(1, json.dumps(value).encode() + b"\n")  # at once: nothing is lost where the process ends
+
+
+def hunt(plan: Plan) -> dict[str, Tally]:
+    """The tallies of these cases by "part/kind", run in another process. A process that ends early is a crash of the
+    case that it was at, and another process runs the cases after it.
+    """
+    found = {place: Tally() for place in plan.cases}
+    left = dict(plan.cases)
+    while left:
+        # glibc fills freed and fresh memory with a pattern, so that a read of either gives another answer. One thread
+        # from the start: interruptions fork, and a fork must not leave an OpenMP team behind.
+        command = ["env", "MALLOC_PERTURB_=165", "OMP_NUM_THREADS=1", sys.executable, "-m", "bench.hostile"]
+        command += ["--work", Plan(plan.seed, left, plan.backend).to_json()]
+        with tempfile.TemporaryFile("w+") as errors:
+            done = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+            )
+            at, said = _listen(done, found)
+            code = done.wait()
+            errors.seek(0)
+            ended = f"the process ended with {code}:\n{_end(errors.read())}"
+        if code == 0:
+            break
+        if at is None:
+            raise RuntimeError(f"the worker made no case: {ended}")
+        place, number = at
+        found[place].crashed.append((number, f"{said}: {ended}"))
+        for earlier in list(left):
+            end = left.pop(earlier)[1]
+            if earlier == place:
+                left = {**({place: (number + 1, end)} if number + 1 < end else {}), **left}
                 break
-            op, number, what = (*note.read_text(errors="replace").split(maxsplit=2), "", "", "")[:3]
-            if not op:
-                raise RuntimeError(f"the worker made no call: {ended}")
-            # Counted again without the call that ended the process.
-            first, end = plan.calls[op]
-            at = int(number)
-            found[op].count("wrong", at, f"{what.strip()}: {ended}")
-            done_before = Plan(plan.seed, {op: (first, at)}, plan.backend)
-            if at > first:
-                found[op].add(hunt(done_before, timeout)[op])
-            plan.calls[op] = (at + 1, end)
     return found
+
+
+def _listen(worker: subprocess.Popen[str], found: dict[str, Tally]) -> tuple[tuple[str, int] | None, str]:
+    """Counts what the worker says, to its end; the case that it was at, and its words."""
+    at: tuple[str, int] | None = None
+    said = "while it was made"
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue  # not ours
+        if isinstance(value, list):
+            at, said = (value[0], value[1]), "while it was made"
+        elif isinstance(value, str):
+            said = value
+        elif isinstance(value, dict) and at is not None:
+            found[at[0]].count(at[1], Found(*value["found"]))
+            found[at[0]].seconds += value["seconds"]
+    return at, said
 
 
 def _end(text: str) -> str:
     lines = text.splitlines()
-    start = next(
-        (i for i, line in enumerate(lines) if "ERROR: AddressSanitizer" in line or "runtime error" in line), None
-    )
+    signs = ("ERROR: AddressSanitizer", "runtime error", "Timeout (")
+    start = next((i for i, line in enumerate(lines) if any(sign in line for sign in signs)), None)
     return "\n".join(lines[start : start + 25] if start is not None else lines[-15:])
 
 
-def again(op: str, seed: int, number: int, backend: str | None) -> str:
-    """The command that makes one call again."""
+def again(place: str, seed: int, number: int, backend: str | None) -> str:
+    """The command that runs one case again."""
     named = f" --backend {backend}" if backend else ""
-    return f"python -m bench.hostile --ops {op} --seed {seed} --first {number} --calls 1{named}"
+    return f"python -m bench.hostile --parts {place} --seed {seed} --first {number} --cases 1{named}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,8 @@ from fastsae.data.files import ShardError, write_atomically
 from fastsae.data.stream import EARLIER
 
 FORMAT = "fastsae-activations"
-VERSION = 1
+VERSION = 2
+"""1 had no checksum of the manifest itself, whose position a harvest goes on from."""
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 HELD_OUT = "held_out.safetensors"
@@ -126,8 +128,8 @@ class Manifest:
         content = dataclasses.asdict(self)
         if not self.others:
             del content["others"]  # as it was before there were several hooks, for older versions to read
-        text = json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=1)
-        write_atomically(folder / MANIFEST, text.encode())
+        named = {"format": FORMAT, "version": VERSION, "sha256": _digest(content), **content}
+        write_atomically(folder / MANIFEST, json.dumps(named, indent=1).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -140,8 +142,10 @@ class Manifest:
             if content.pop("format") != FORMAT:
                 raise ShardError(f"{path} is not a manifest of activations: expected format {FORMAT!r}")
             version = content.pop("version")
-            if version != VERSION:
+            if version not in (1, VERSION):
                 raise ShardError(f"{path} has format version {version}, this program reads {VERSION}")
+            if version > 1 and content.pop("sha256") != _digest(content):
+                raise ShardError(f"{path} is damaged: its sha256 is another; restore it or harvest again")
             content["shards"] = [_entry(entry) for entry in content["shards"]]
             for name in ("held_out", "vocabulary"):
                 content[name] = None if content[name] is None else _entry(content[name])
@@ -159,6 +163,11 @@ class Manifest:
             if theirs != (rows, held) or not isinstance(one.d_in, int) or one.d_in < 1:
                 raise ShardError(f"{path} is damaged: the hook {one.hook} has other rows than the first one")
         return manifest
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    as_read = json.loads(json.dumps(content))  # tuples are lists there, and every key is text
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _hook_files(content: dict[str, Any]) -> HookFiles:

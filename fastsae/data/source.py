@@ -121,7 +121,7 @@ def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for name, here in expected.items():
         if name not in state:
             raise ValueError(f"this is not the saved position of a {expected['source']} source: it has no {name!r}")
-        if state[name] != here:
+        if type(state[name]) is not type(here) or state[name] != here:
             raise ValueError(
                 f"the saved position belongs to another source: {name} is {state[name]!r} in it and {here!r} here; "
                 "resume with the data and settings of the original run"

@@ -1,12 +1,13 @@
 """An SAE on disk: config.json (what it is) and sae.safetensors (its state), in one directory.
 
-The header of sae.safetensors holds the same configuration, so that `load` detects files of two different
-saves. Each file is written under a temporary name, fsync'ed and renamed, so an interrupted save leaves the old
-file or the new one, never half of one. Nothing is pickled.
+The header of sae.safetensors holds the same configuration, so that `load` detects files of two different saves, and a
+checksum of settings and tensors. Each file is written under a temporary name, fsync'ed and renamed, so an interrupted
+save leaves the old file or the new one, never half of one. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -22,7 +23,7 @@ from fastsae.model.sae import SparseAutoencoder, check_is_sae
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 ARCHITECTURE, VERSION = "fastsae.SparseAutoencoder", 1
-_HEADER = "fastsae"
+_HEADER, _DIGEST = "fastsae", "sha256"
 
 
 class SavedModuleError(ValueError):
@@ -46,7 +47,8 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         target = root / WEIGHTS
-        replace_file(target, lambda path: save_file(tensors, path, metadata={_HEADER: json.dumps(config)}))
+        header = {_HEADER: json.dumps(config), _DIGEST: _digest(config, tensors)}
+        replace_file(target, lambda path: _write_tensors(path, tensors, header))
         target = root / CONFIG
         replace_file(target, lambda path: _write_text(path, text + "\n"))
     except (OSError, SafetensorError) as error:
@@ -62,7 +64,7 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
     version, or when its tensors do not match the configuration.
     """
     root = Path(directory)
-    header, shapes = _read_header(root / WEIGHTS)
+    header, digest, shapes = _read_header(root / WEIGHTS)
     config = _read_config(root / CONFIG, header, root / WEIGHTS)
     settings = {name: value for name, value in config.items() if name not in ("architecture", "version", "dtype")}
     try:
@@ -77,6 +79,11 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
     with safe_open(root / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
         # Cloned out of the mapped file: the copy is aligned, and replacing the file does not change it.
         tensors = {name: file.get_tensor(name).clone() for name in expected}
+    if digest is not None and digest != (got := _digest(config, tensors)):
+        raise SavedModuleError(
+            f"{root / WEIGHTS} is damaged: its settings and tensors have sha256 {got}, expected {digest}; take another "
+            "copy of it"
+        )
     sae.load_state_dict({**tensors, EXTRA_STATE: sae.get_extra_state()}, assign=True)
     sae.begin_counts_(device or "cpu")
     return sae.eval()
@@ -85,6 +92,31 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
 def _tensors(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
     """The state without the settings: the header of the file has them, readable without torch."""
     return {name: t for name, t in sae.state_dict().items() if name != EXTRA_STATE}
+
+
+def _digest(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """The sha256 of the settings and of every tensor's name, shape, dtype and bytes."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(t.shape)} {t.dtype} ".encode())
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file with its metadata in order: that library writes them in another one each time, and equal
+    modules are to have equal files.
+    """
+    save_file(tensors, path, metadata=metadata)
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = metadata
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise SavedModuleError(f"{path}: its header has {size} bytes, expected {len(text)}; use safetensors >= 0.5")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -102,16 +134,21 @@ def _dtype(name: Any) -> torch.dtype:
     return dtype
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-    """The configuration in the header (None if there is none) and each tensor's shape and dtype; reads no tensor."""
+def _read_header(
+    path: Path,
+) -> tuple[dict[str, Any] | None, str | None, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """The configuration and the digest in the header (None where there is none), and each tensor's shape and dtype;
+    reads no tensor.
+    """
     if not path.is_file():
         raise SavedModuleError(f"{path} is not there; expected a directory written by fastsae.save")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_HEADER)
+            metadata = file.metadata() or {}
+            text = metadata.get(_HEADER)
             # The header's size is checked against the file's by safetensors: a truncated file does not get this far.
             found = {name: _described(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-        return (None if text is None else json.loads(text)), found
+        return (None if text is None else json.loads(text)), metadata.get(_DIGEST), found
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise SavedModuleError(
             f"{path} is truncated or no safetensors file: {error}; take another copy of it"

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from fastsae.model.initial import unit_rows
 from fastsae.model.norm import InputNorm
 from fastsae.model.rules import Activation, activation_from_config
-from fastsae.model.settings import EXTRA_STATE, Config, RecordsSettings, check_rule_dtype, check_settings, config_of
+from fastsae.model.settings import (
+    EXTRA_STATE,
+    Config,
+    RecordsSettings,
+    check_creation,
+    check_rule_dtype,
+    check_settings,
+    config_of,
+)
 from fastsae.ops.ledger import LedgerGradient
 
 _SETTINGS = (
@@ -88,6 +96,7 @@ class Parameters(RecordsSettings):
         self.aux_k, self.aux_coef, self.ghost, self.ghost_coef = aux_k, aux_coef, ghost, ghost_coef
         self.dead_after, self.loss = dead_after, loss
         check_settings(self)
+        check_creation(dtype, seed)
         check_rule_dtype(activation, rule_dtype)
         self.rule_dtype = rule_dtype
         self.backend: str | None = None
@@ -222,13 +231,16 @@ class Parameters(RecordsSettings):
             self.pre_bias, self._pre_bias_open, self._pre_bias_asked = decided, False, True
 
     def _of_older(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        return with_threshold_weight(state_dict, prefix, self._rule_names[1])
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + EXTRA_STATE not in state_dict:
             self._pre_bias_open = False  # saved before pre_bias could be open
         if prefix + "start_done" in state_dict and not state_dict[prefix + "start_done"].is_meta:
             self.started = not self.activation.from_data or bool(state_dict[prefix + "start_done"])
         elif prefix + "b_enc" in state_dict:
             self.started = True  # biases and thresholds are the state's; data is not to overwrite them
-        return with_threshold_weight(state_dict, prefix, self._rule_names[1])
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **factory: Any) -> Self:

@@ -191,7 +191,7 @@ class SparseAutoencoder(Parameters):
                 "the rule's thresholds are not set yet, and each process sees rows of its own; call sae.start_(x) on a "
                 "batch before wrapping the module in DistributedDataParallel"
             )
-        self._check_target(x, target)
+        self.check_input(x, target)
         rows = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
         good = torch.isfinite(rows).all(-1)
         if target is not None:
@@ -214,21 +214,16 @@ class SparseAutoencoder(Parameters):
     def _checked(self, x: Tensor, width: int, name: str) -> Tensor:
         """x in the weights' dtype. Raises as `_check`."""
         self._check(x, width, name)
-        return x.to(self.W_dec.dtype)
+        return x.to(self.W_dec.dtype).resolve_neg()  # an update could not read a lazy negation
 
     def _check(self, x: Tensor, width: int, name: str) -> None:
         """Raises ValueError or TypeError when the shape, dtype or device of x does not fit."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor({name})")
+        check_dense(name, x, self.W_dec.device)
         if x.ndim < 2 or x.shape[-1] != width:
             hint = "; for one token pass its row as a batch, x[None]" if x.ndim == 1 else ""
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (*batch, {width}){hint}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}, expected a floating-point one")
-        if x.device != self.W_dec.device:
-            raise ValueError(f"{name} is on {x.device}, the SAE on {self.W_dec.device}; move one of them")
 
-    def _check_target(self, x: Tensor, target: Tensor | None) -> None:
+    def check_input(self, x: Tensor, target: Tensor | None) -> None:
         """Raises ValueError or TypeError where the target does not fit x (*batch, d_in)."""
         self._check(x, self.d_in, "x")
         if target is not None:
@@ -249,7 +244,7 @@ class SparseAutoencoder(Parameters):
 
         held: encoder_input has no gradient of b_dec, which the encoder hands on then (`EncodeOptions.pre_bias`).
         """
-        self._check_target(x, target)
+        self.check_input(x, target)
         normal, stats = self._normal(x)
         goal = normal
         if target is not None:
@@ -598,6 +593,18 @@ def check_is_sae(given: object, name: str) -> None:
     elif hasattr(given, "to_sae"):
         hint = "; take one SAE of it, .to_sae(i), or train all of them by a BatchTrainStep"
     raise TypeError(f"{name} is a {type(given).__name__}, expected a SparseAutoencoder{hint}")
+
+
+def check_dense(name: str, x: Any, device: torch.device) -> None:
+    """Raises ValueError or TypeError for what is no dense floating tensor on this device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor({name})")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} is stored as {x.layout}, expected a dense tensor: {name}.to_dense()")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating-point one")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, the SAE on {device}; move one of them")
 
 
 def outside_graph(name: str) -> Callable[..., Any]:

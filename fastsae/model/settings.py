@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastsae.model import losses
 from fastsae.model.rules import Activation
+from fastsae.ops.checks import at_least_0
 
 DECODER_NORMS = ("unit", "free")
 GHOSTS = (None, "residual", "pull")
@@ -65,18 +65,25 @@ def check_settings(sae: Any) -> None:
             raise ValueError(f"ghost='pull' turns encoder and decoder towards the same inputs, got {sizes}")
     if sae.d_out % sae.layers or sae.d_in % sae.layers:
         raise ValueError(f"layers is {sae.layers}, expected a divisor of d_in = {sae.d_in} and d_out = {sae.d_out}")
-    if not (math.isfinite(sae.init_norm) and sae.init_norm > 0):
+    for name in ("init_norm", "aux_coef", "ghost_coef"):
+        at_least_0(name, getattr(sae, name))
+    if sae.init_norm == 0:
         raise ValueError(f"init_norm is {sae.init_norm}, expected a number above 0")
     if sae.tied and sae.decoder_norm == "unit" and sae.init_norm != 1:
         raise ValueError(f"init_norm is {sae.init_norm}, but tied unit rows start at 1; leave it out, or free them")
-    if sae.aux_k is not None and not 1 <= sae.aux_k <= sae.d_sae:
-        raise ValueError(f"aux_k is {sae.aux_k}, expected 1 <= aux_k <= d_sae = {sae.d_sae}, or None")
+    whole = isinstance(sae.aux_k, int) and not isinstance(sae.aux_k, bool)
+    if sae.aux_k is not None and not (whole and 1 <= sae.aux_k <= sae.d_sae):
+        raise ValueError(f"aux_k is {sae.aux_k!r}, expected 1 <= aux_k <= d_sae = {sae.d_sae}, or None")
     if sae.aux_k is not None and sae.ghost is not None:
         raise ValueError(f"aux_k is {sae.aux_k} and ghost is {sae.ghost!r}: both revive dead latents; give one of them")
-    for name in ("aux_coef", "ghost_coef"):
-        value = getattr(sae, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value}, expected a number of at least 0")
+
+
+def check_creation(dtype: Any, seed: Any) -> None:
+    """Raises ValueError for a dtype that weights cannot have, and for a seed that is no number."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f"dtype is {dtype!r}, expected a floating one of torch, such as torch.float32, or None")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(f"seed is {seed!r}, expected a whole number, or None")
 
 
 def check_rule_dtype(rule: Activation, dtype: torch.dtype) -> None:
@@ -128,13 +135,41 @@ class RecordsSettings(nn.Module):
         if key in state_dict:
             instead = f"remove {key!r} from the state" if prefix else "pass allow_other_config=True"
             check_state_config(config_of(state_dict[key], instead), self.config, instead)
-        super()._load_from_state_dict(self._of_older(state_dict, prefix), prefix, metadata, strict, missing, *rest)
+        state_dict = self._of_older(state_dict, prefix)
+        refuse_misfits(self, state_dict, prefix, strict)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if key in missing:
             missing.remove(key)
 
     def _of_older(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """The state, which fits, with what one of an older fastsae lacks."""
         return state_dict
+
+
+def refuse_misfits(module: nn.Module, state: Mapping[str, Any], prefix: str, strict: bool) -> None:
+    """Raises torch's error for a state that does not fit the module, before any tensor is copied: torch copies those
+    that fit, and raises afterwards.
+    """
+    own = {prefix + name: t for name, t in module.state_dict().items() if name != EXTRA_STATE}
+    theirs = {name for name in state if name.startswith(prefix) and name != prefix + EXTRA_STATE}
+    said = []
+    if strict and own.keys() - theirs:
+        said.append(f"Missing key(s) in state_dict: {', '.join(sorted(own.keys() - theirs))}.")
+    if strict and theirs - own.keys():
+        said.append(f"Unexpected key(s) in state_dict: {', '.join(sorted(theirs - own.keys()))}.")
+    for name in sorted(own.keys() & theirs):
+        given, here = state[name], own[name]
+        if not isinstance(given, Tensor):
+            said.append(f"{name} is a {type(given).__name__}, expected a tensor.")
+        elif given.shape != here.shape and not (here.ndim == 0 and given.shape == (1,)):
+            said.append(
+                f"size mismatch for {name}: copying a param with shape {given.shape} from checkpoint, the shape in "
+                f"current model is {here.shape}."
+            )
+        elif given.is_meta and not here.is_meta:
+            said.append(f"{name} is on meta and has no values.")
+    if said:
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(module).__name__}:\n\t" + "\n\t".join(said))
 
 
 def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any], instead: str) -> None:
@@ -164,7 +199,7 @@ def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any], inst
 
 def config_of(state: Any, instead: str = "pass allow_other_config=True") -> dict[str, Any]:
     """The settings in an extra state. Raises ValueError for anything else."""
-    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1:
+    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1 and not state.is_meta:
         try:
             config = json.loads(bytes(state.tolist()))
         except ValueError:

@@ -8,7 +8,9 @@ costs a host sync unless its docstring says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -221,18 +223,43 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {list(allowed)}")
 
 
-def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: float = 0.0) -> None:
+@contextmanager
+def reading_a_state(what: str) -> Iterator[None]:
+    """Raises ValueError where what is read in here is not nested as a state of `what` is."""
+    try:
+        yield
+    except (AttributeError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"this is no state of {what}: {type(error).__name__}: {error}") from error
+
+
+def at_least_0(name: str, value: Any) -> None:
+    """Raises ValueError for anything but a finite number of 0 or more, or a 0-d tensor of one, which is read."""
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} is {value!r}, expected a number >= 0")
+
+
+def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: float = 0.0, lr: float = 0.0) -> None:
     """An optimizer's settings. Raises ValueError."""
     one_of("optimizer", kind, tuple(MOMENTS_OF))
-    if not (eps >= 0 and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}, expected two numbers")
+    for name, value in (
+        ("betas[0]", betas[0]),
+        ("betas[1]", betas[1]),
+        ("eps", eps),
+        ("weight_decay", weight_decay),
+        ("lr", lr),
+    ):
+        at_least_0(name, value)
+    if not all(beta < 1 for beta in betas):
         raise ValueError(f"betas {betas}, eps {eps}: expected 0 <= beta < 1 and eps >= 0")
     if "v" in MOMENTS_OF[kind] and eps < LEAST_EPS:
         raise ValueError(
             f"eps is {eps}, expected at least {LEAST_EPS}: a latent that never had a gradient would divide 0 by 0; "
             "pass 1e-8, for instance"
         )
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0")
     if kind == "adam" and weight_decay:
         raise ValueError(
             f"weight_decay is {weight_decay} and optimizer 'adam', which has none; pass optimizer='adamw' for "

@@ -19,7 +19,7 @@ from fastsae import reference
 from fastsae.model import counting, losses
 from fastsae.model.parameters import normalize_rows_, project_rows_, with_threshold_weight
 from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
-from fastsae.model.sae import SparseAutoencoder, outside_graph
+from fastsae.model.sae import SparseAutoencoder, check_dense, outside_graph
 from fastsae.model.settings import Config, RecordsSettings
 from fastsae.ops import checks
 from fastsae.ops.encode import infinite_as_nan
@@ -92,6 +92,8 @@ class SAEBatch(RecordsSettings):
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}")
         if tied and encoder_norm != "free":
             raise ValueError("a tied encoder is the decoder's rows, which decoder_norm normalizes; drop encoder_norm")
+        if not isinstance(activation, (Activation, Sequence)):
+            raise ValueError(f"activation is {activation!r}, expected a rule, as fastsae.TopK(32), or a list of {n}")
         self.rules = (activation,) * n if isinstance(activation, Activation) else tuple(activation)
         self.activation, scale, ks = _common(self.rules, n)
         self.settings: dict[str, Any] = {
@@ -159,10 +161,14 @@ class SAEBatch(RecordsSettings):
         return self.tokens_since_fired >= self.dead_after
 
     def checked(self, x: Tensor, width: int, name: str) -> Tensor:
-        """x (B, N, width) from that or from (N, width), shared by all. Raises ValueError for another shape."""
+        """x (B, N, width) in the weights' dtype, from that or from (N, width), shared by all.
+
+        Raises ValueError or TypeError for another shape, what is no dense floating tensor, or one on another device.
+        """
+        check_dense(name, x, self.tokens_since_fired.device)
         if x.ndim not in (2, 3) or x.shape[-1] != width or (x.ndim == 3 and x.shape[0] != len(self)):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (N, {width}) or ({len(self)}, N, {width})")
-        return x.expand(len(self), *x.shape[-2:])
+        return x.to(self.get_parameter("W_dec").dtype).expand(len(self), *x.shape[-2:])
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Forward:
         """A (B, N, M), recon (B, N, d_out), losses by name (B,), of x (N, d_in) or (B, N, d_in).
@@ -180,6 +186,8 @@ class SAEBatch(RecordsSettings):
             raise ValueError(f"d_out = {self.d_out} is not d_in = {self.d_in}; pass target=")
         x = self.checked(x, self.d_in, "x")
         goal = x if target is None else self.checked(target, self.d_out, "target")
+        if goal.shape[-2] != x.shape[-2]:
+            raise ValueError(f"target has {goal.shape[-2]} tokens, expected {x.shape[-2]} as x")
         weights, x = self.weights(), infinite_as_nan(x)
         if isinstance(self.activation, (TopK, BatchTopK, GroupMax)):
             out = self._kept_forward(weights, x, goal)
@@ -322,8 +330,7 @@ class BatchTrainStep:
             raise TypeError(f"batch is a {type(batch).__name__}, expected an SAEBatch; FusedTrainStep trains one SAE")
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}, a batch's step has {', '.join(OPTIMIZERS)}")
-        if optimizer == "adam" and weight_decay:
-            raise ValueError(f"adam has no weight_decay, got {weight_decay}; take optimizer='adamw'")
+        checks.optimizer(optimizer, betas, eps, weight_decay, lr)
         W = batch.get_parameter("W_dec")
         refuse_float16(W)
         self.skipped = torch.zeros(len(batch), dtype=torch.int64, device=W.device)
@@ -341,12 +348,19 @@ class BatchTrainStep:
         """
         checks.one_process(self.independent)
         batch = self.batch
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("a step needs gradients, and torch.inference_mode() is on; leave it for the step")
+        n = batch.checked(x, batch.d_in, "x").shape[-2]
+        if n == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
+        losses.check_tokens(batch.loss, n)
         counters = {name: t.clone() for name, t in batch.named_buffers() if name not in ("ks", "penalty_scale")}
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        out = batch(x, target)
-        out.losses["loss"].sum().backward()
+        with torch.enable_grad():
+            out = batch(x, target)
+            out.losses["loss"].sum().backward()
         metrics = {name: value.detach() for name, value in out.losses.items()}
         with torch.no_grad():
             if self.measure:

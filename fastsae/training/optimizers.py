@@ -15,7 +15,6 @@ counted in `skipped`; every other step leaves finite numbers.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Container, Mapping
@@ -34,7 +33,7 @@ from fastsae.ops.ledger import Ledger, LedgerGradient, Taken
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import Optimizer as Rule
 from fastsae.reference import scales_shape
-from fastsae.training.screen import KeptScreen
+from fastsae.training.screen import KeptScreen, shared_backend
 from fastsae.training.skipped import COUNTED, SKIPPED
 
 MOMENTS = ("fp32", "bf16", "8bit")
@@ -99,8 +98,9 @@ class _Member:
         self.ledger = Ledger(d.W_enc, d.W_dec, d.b_enc, d.b_dec, d.pre_bias)
         sae = self.sae  # a closure over self would keep a dropped optimizer, and its ledger, alive
         self.screen = KeptScreen(
-            d.encoder_weight, d.b_enc, lambda: d.k if sae is None else sae.rule.screen_k, d.screened, backend
-        )
+            d.encoder_weight, d.b_enc, lambda: d.k if sae is None else sae.rule.screen_k, d.screened,
+            lambda: backend if sae is None else shared_backend(sae.backend, backend),
+        )  # fmt: skip
         self.ledger.kept = self.screen
 
     def parameters(self) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups: Any = [one for g in given for one in _split(g if isinstance(g, Mapping) else {"params": g})]
         self._plain: list[int] = []  # the groups of parameters that are no SAE's
         self._complete = False
-        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if not self._members:
             raise TypeError("params holds no SparseAutoencoder or Dictionaries; pass the module, or use torch.optim")
         device = self._members[0].dictionaries.W_dec.device
@@ -193,9 +193,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         settings = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
         lr = settings["lr"]
-        if not (isinstance(lr, Tensor) or (lr >= 0 and math.isfinite(lr))):
-            raise ValueError(f"lr {lr}: expected 0 or more")
-        checks.optimizer(self.kind, settings["betas"], settings["eps"], settings["weight_decay"])
+        rate = 0.0 if isinstance(lr, Tensor) else lr
+        checks.optimizer(self.kind, settings["betas"], settings["eps"], settings["weight_decay"], rate)
         if plain:
             super().add_param_group({**settings, "params": given})
             self._plain.append(len(self.param_groups) - 1)
@@ -510,6 +509,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return found
 
     @torch.no_grad()
+    @checks.reading_a_state("an optimizer of fastsae.optim")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, bit for bit; also the state of a torch optimizer over sae.parameters().
 
@@ -534,8 +534,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len(steps) > len(self._members):
             raise ValueError(f"the parameters of an SAE made {sorted(steps)} steps, expected one number for all")
         for group in groups:
-            betas = tuple(group.get("betas", (0.0, 0.0)))
-            checks.optimizer(self.kind, betas, group.get("eps", 0.0), group.get("weight_decay", 0.0))
+            betas, eps = tuple(group.get("betas", (0.0, 0.0))), group.get("eps", 0.0)
+            checks.optimizer(self.kind, betas, eps, group.get("weight_decay", 0.0), group["lr"])
             wrong = [name for name in ("maximize", "amsgrad") if group.get(name)]
             if wrong:
                 raise ValueError(f"the state is of an optimizer with {', '.join(wrong)}, which fastsae.optim has not")
@@ -579,7 +579,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             theirs = saved[key]
             if not isinstance(theirs, Tensor):
                 theirs = torch.tensor(theirs, dtype=ours.dtype, device="cpu")
-            if key != "step" and (theirs.shape != ours.shape or (theirs.dtype != ours.dtype)):
+            if theirs.shape != ours.shape or (key != "step" and theirs.dtype != ours.dtype):
                 raise ValueError(
                     f"{key} of parameter {number} is {theirs.dtype} {tuple(theirs.shape)}, expected {ours.dtype} "
                     f"{tuple(ours.shape)}; was it saved with other moments, or for another SAE?"

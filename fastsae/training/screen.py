@@ -17,6 +17,14 @@ SCREEN_TRIAL = 2
 REDONE_LIMIT = 0.01
 
 
+def shared_backend(encoder: str | None, update: str | None) -> str | None:
+    """Whose copy both can read, of the backends that they were given; None: the fastest's.
+
+    No backend reads another one's copy: of two different ones it is the reference's, which keeps none.
+    """
+    return encoder or update if None in (encoder, update) or encoder == update else "reference"
+
+
 class KeptScreen:
     """`update_latents_` maintains the copy; this class decides when to rebuild it.
 
@@ -25,13 +33,15 @@ class KeptScreen:
     `screen` is None where the backend or the rule uses none.
 
     W (M, D_in), b (M,): the encoder. k: says how many latents are active per token, or None. used: whether the encoder
-    uses a screen at all.
+    uses a screen at all. backend: says whose copy it is.
 
     The current inputs determine the format. Speed depends on it, and with precision="screened" the selection too: such
     a run is reproducible only from its start, not from a state loaded in the middle.
     """
 
-    def __init__(self, W: Tensor, b: Tensor, k: Callable[[], int | None], used: bool, backend: str | None):
+    def __init__(
+        self, W: Tensor, b: Tensor, k: Callable[[], int | None], used: bool, backend: Callable[[], str | None]
+    ):
         self.W, self.b, self.k, self.used, self.backend = W, b, k, used, backend
         self.in_place = False  # a CUDA graph needs it at the same address
         self.screen: Screen | None = None
@@ -44,7 +54,7 @@ class KeptScreen:
         """Rebuilds the copy."""
         fresh = None
         if self.used:
-            fresh = ops.prepare_screen(self.W, self.b, x=encoder_input, k=self.k(), backend=self.backend)
+            fresh = ops.prepare_screen(self.W, self.b, x=encoder_input, k=self.k(), backend=self.backend())
         if self.in_place and self.screen is not None and fresh is not None:
             for place, made in zip(self.screen.tensors, fresh.tensors, strict=True):
                 place.copy_(made)
@@ -82,10 +92,12 @@ class KeptScreen:
         return self._age >= SCREEN_LIFE or (self._age >= SCREEN_TRIAL and float(self.redone) > REDONE_LIMIT)
 
     def _signature(self) -> tuple[Any, ...]:
-        return self.W.data_ptr(), self.W._version, self.b.data_ptr(), self.b._version
+        return self.W.data_ptr(), self.W._version, self.b.data_ptr(), self.b._version, self.backend()
 
     def _fingerprint(self) -> Tensor:
         """One weight of every row and every bias, as bits, so that NaN equals itself. 0.06 ms at M = 24576, D = 768."""
         W, b = self.W.detach(), self.b.detach()
         rows = torch.arange(W.shape[0], dtype=torch.int64, device=W.device)
-        return torch.cat([W.take(rows * W.shape[1] + rows * 7919 % W.shape[1]), b]).view(torch.uint8)
+        parts = (W.take(rows * W.shape[1] + rows * 7919 % W.shape[1]), b)
+        # Not by torch.cat of these: under autocast it has a dtype of its own.
+        return torch.cat([part.view(torch.uint8) for part in parts])

@@ -170,9 +170,7 @@ class FusedTrainStep(_TrainStep):
         dense_above: float = DENSE_ABOVE,
     ):
         super().__init__(sae, penalty_schedule, k_schedule)
-        if not lr >= 0:
-            raise ValueError(f"lr {lr}: expected 0 or more")
-        checks.optimizer(optimizer, betas, eps, weight_decay)
+        checks.optimizer(optimizer, betas, eps, weight_decay, lr)
         if not 0 <= dense_above <= 1:
             raise ValueError(f"dense_above is {dense_above}, expected a share in [0, 1]")
         if cuda_graph:
@@ -203,8 +201,8 @@ class FusedTrainStep(_TrainStep):
 
     @lr.setter
     def lr(self, value: float | Tensor) -> None:
-        if not isinstance(value, Tensor) and not value >= 0:
-            raise ValueError(f"lr {value}: expected 0 or more")
+        if not isinstance(value, Tensor):
+            checks.at_least_0("lr", value)
         self._lr.fill_(value)
 
     @property
@@ -239,11 +237,10 @@ class FusedTrainStep(_TrainStep):
         outer. Counts are int64, and float64 where a CUDA graph gives them.
         Raises ValueError for an empty batch and what `sae.inputs` raises; nothing has changed then.
         """
+        self.sae.check_input(x, target)
         if self.cuda_graph and (outer is not None or x.requires_grad):
             raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
-        kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
-        # Under autocast the ops run in the weights' dtype; so does what torch computes around them.
-        with torch.autocast(kind, enabled=False):
+        with _in_own_dtype(x):
             return self._replayed(x, target) if self.cuda_graph else self._step(x, target, outer)
 
     def _step(self, x: Tensor, target: Tensor | None, outer: Outer | None = None) -> dict[str, Tensor]:
@@ -366,6 +363,8 @@ class FusedTrainStep(_TrainStep):
         module.
         """
         expected = self.state_dict()
+        if not isinstance(state, dict):
+            raise ValueError(f"got a state that is a {type(state).__name__}, expected a dict of {sorted(expected)}")
         if set(state) | {"settings"} != set(expected) or state["format"] != FORMAT:
             raise ValueError(
                 f"got a state with keys {sorted(state)} and format {state.get('format')}, expected {sorted(expected)} "
@@ -373,6 +372,9 @@ class FusedTrainStep(_TrainStep):
             )
         if not allow_other_config:
             check_settings_of(state, expected)
+        for name in ("lr", "seed", "skipped", "active_share"):
+            if not (name == "active_share" and state[name] is None):
+                checks.at_least_0(f"{name} of the state", state[name])
         load_named_state(self.sae, self.optimizer, state["optimizer"])
         self._lr.fill_(state["lr"])
         self.optimizer.seed = state["seed"]
@@ -412,7 +414,7 @@ class PlainTrainStep(_TrainStep):
         kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         if optimizer not in kinds:
             raise ValueError(f"optimizer is {optimizer!r}, a plain step has {', '.join(kinds)}; use a fused step")
-        checks.optimizer(optimizer, betas, eps, weight_decay)
+        checks.optimizer(optimizer, betas, eps, weight_decay, lr)
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}, expected a number above 0, or None")
         refuse_float16(sae.W_dec)
@@ -434,6 +436,11 @@ class PlainTrainStep(_TrainStep):
         `independent`.
         """
         checks.one_process(self.independent)
+        self.sae.check_input(x, target)
+        with _in_own_dtype(x):
+            return self._step(x, target)
+
+    def _step(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         sae = self.sae
         lr = self.lr * (1.0 if self.schedule is None else self.schedule(self.step))
         for group in self.optimizer.param_groups:
@@ -450,7 +457,7 @@ class PlainTrainStep(_TrainStep):
         self.skipped += ~made
         if not bool(made) and not self._warned:
             self._warned = True
-            warnings.warn(f"{SKIPPED}: {say_rows(x, target)}. {COUNTED}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{SKIPPED}: {say_rows(x, target)}. {COUNTED}", RuntimeWarning, stacklevel=3)
         if bool(made):
             sae.project_gradients_()
             if self.clip_norm is not None:
@@ -485,12 +492,16 @@ class PlainTrainStep(_TrainStep):
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], allow_other_config: bool = False) -> None:
-        """Puts back what `state_dict` returned. Raises KeyError or ValueError where it belongs to another module.
+        """Puts back what `state_dict` returned. Raises ValueError where it belongs to another module.
 
         allow_other_config: as of FusedTrainStep.
         """
+        if not isinstance(state, dict) or not {"step", "optimizer"} <= set(state) <= set(self.state_dict()):
+            raise ValueError(f"got {state!r:.60}, expected a state with step and optimizer")
         if not allow_other_config:
             check_settings_of(state, self.state_dict())
+        for name in ("step", "skipped"):
+            checks.at_least_0(f"{name} of the state", state.get(name, 0))
         load_named_state(self.sae, self.optimizer, state["optimizer"])
         self.step = state["step"]
         self.skipped.fill_(state.get("skipped", 0))  # older states have none
@@ -501,12 +512,18 @@ def settings_of(optimizer: torch.optim.Optimizer, config: Config) -> dict[str, A
     return {"optimizer": type(optimizer).__name__, "sae": config.to_dict()}
 
 
+@checks.reading_a_state("a step")
 def check_settings_of(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises ValueError naming each setting in which a step's state differs; one without settings is not compared."""
     if "settings" in state:
         theirs, ours = state["settings"], expected["settings"]
         names = {"optimizer": theirs["optimizer"]}, {"optimizer": ours["optimizer"]}
         check_state_config(names[0] | theirs["sae"], names[1] | ours["sae"], "pass allow_other_config=True")
+
+
+def _in_own_dtype(x: Tensor) -> torch.autocast:
+    """Under autocast the ops run in the weights' dtype; so does, in here, what torch computes around them."""
+    return torch.autocast(x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu", enabled=False)
 
 
 def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -521,6 +538,7 @@ def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dic
     return {"state": {ordered[i]: dict(s) for i, s in state["state"].items()}, "param_groups": groups}
 
 
+@checks.reading_a_state("an optimizer")
 def load_named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Puts back what `named_state` gave. Raises ValueError, and changes nothing, where it is of other parameters."""
     names = {id(p): name for name, p in sae.named_parameters()}
@@ -531,10 +549,18 @@ def load_named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, s
             f"got optimizer state for {sorted({*saved, *state['state']})}, expected it for {sorted(ordered)}"
         )
     for name, moments in state["state"].items():
+        like = sae.get_parameter(name)
         for key in ("exp_avg", "exp_avg_sq"):
-            got, expected = moments.get(key), sae.get_parameter(name)
-            if got is not None and got.shape != expected.shape:
-                raise ValueError(f"{key} of {name} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+            got = moments.get(key)
+            if got is not None and (got.shape != like.shape or got.is_meta != like.is_meta):
+                here, there = (f"{tuple(t.shape)} on {t.device}" for t in (like, got))
+                raise ValueError(f"{key} of {name} is {there}, expected {here}")
+        if not isinstance(optimizer, FusedOptimizer):  # torch's takes anything
+            checks.at_least_0(f"step of {name}", moments["step"])
+            if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(f"the state of {name} has {sorted(moments)}, expected step, exp_avg and exp_avg_sq")
+    for group in state["param_groups"]:
+        checks.optimizer("adamw", group["betas"], group["eps"], group["weight_decay"], group["lr"])
     number = {name: i for i, name in enumerate(ordered)}
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
     optimizer.load_state_dict(
