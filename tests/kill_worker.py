@@ -16,9 +16,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from fastsae.runs import checkpoint, logs, rundir
 from fastsae.training.step import FusedTrainStep, PlainTrainStep
@@ -119,6 +121,7 @@ def run_case(directory: Path, settings: dict[str, Any], kills: list[list[Any]]) 
 def main() -> None:
     directory, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
+    tqdm.set_lock(RLock())  # its own is shared with forks: a child that is killed would hold it for ever
     outcome = {name: run_case(directory / name, case["settings"], case["kills"]) for name, case in cases.items()}
     (directory / "outcome.json").write_text(json.dumps(outcome))
 

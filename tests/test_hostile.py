@@ -26,7 +26,7 @@ from fastsae.data import ShardError
 from fastsae.data.manifest import FileEntry
 from fastsae.data.stream import ActivationStream
 from fastsae.model import files as saved_files
-from fastsae.model import parameters
+from fastsae.model import settings as model_settings
 from fastsae.training.optimizers import FusedOptimizer
 from fastsae.training.step import PlainTrainStep
 
@@ -210,7 +210,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     elif part == "harvest":
         monkeypatch.setattr(ActivationStream, "load_state_dict", lambda self, state: None)  # begins anew
     elif part == "states":
-        monkeypatch.setattr(parameters, "refuse_misfits", lambda *a: None)
+        monkeypatch.setattr(model_settings, "refuse_misfits", lambda *a: None)
     yield seen
     files._stored.cache_clear()
 

@@ -19,7 +19,10 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from threading import RLock
 from typing import Any
+
+from tqdm import tqdm
 
 import fastsae
 from bench.hostile.calls import Draw
@@ -50,6 +53,7 @@ def case(kind: str, seed: int, number: int, backend: str | None) -> tuple[str, C
 @cache
 def _warm() -> None:
     """Loads what a first run and a first harvest load, before any fork."""
+    tqdm.set_lock(RLock())  # its own is shared with forks: one that is killed would hold it for ever
     with tempfile.TemporaryDirectory() as folder:
         for number, make in enumerate((_run, _harvest)):
             make(Draw("warm", 0, number))[1](Path(folder) / str(number))

@@ -2,7 +2,7 @@
 hostile batches while torch's settings change.
 
 Each call must raise an error of fastsae in words and change nothing, or give what dense.py gives. Whatever was in the
-batch, parameters, moments and counters stay finite, where a step says how many it skipped.
+batch, parameters, moments and counters stay finite.
 """
 
 from __future__ import annotations
@@ -349,6 +349,7 @@ def _train(kind: str) -> Callable[..., Found]:
         if isinstance(sae, Found):
             return sae
         given, bad = _step_settings(draw, kind)
+        bad = bad or (kind == "plain" and sae.W_dec.dtype == torch.float16)
         said.append(", ".join(f"{k}={v!r}" for k, v in given.items()))
         made = attempt(sae.state_dict, "as it is", not bad, lambda: _maker(kind, sae, given))
         if isinstance(made, Found):
@@ -373,18 +374,16 @@ def _train(kind: str) -> Callable[..., Found]:
             if isinstance(out, Found):
                 last = out
                 continue
-            if (kind == "optimizer" or "skipped" in out) and not narrow:
+            if not narrow:
                 _stays_finite(held)
             elif not all(_is_finite(t) for _, t in floating(held())):
-                return last  # torch's optimizers take what they are given
+                return last
             last = Found("right")
             values = {"x": _as_read(x, sae.d_in, sae.W_dec.dtype)}
             if target is not None:
                 values["target"] = _as_read(target, sae.d_out, sae.W_dec.dtype)
             if not all(bool(dense.moderate(t).all()) for t in values.values()):
                 continue
-            if kind == "plain" and sae.W_dec.dtype == torch.float16:
-                continue  # torch's Adam squares gradients in that dtype
             if not all(bool(t.isfinite().all()) and float(t.abs().max()) < 1e3 for t in before.params.values()):
                 continue
             compute = _of_step(sae, rule, before, moments, count + 1)
@@ -425,6 +424,7 @@ def _in_batch(draw: Draw, settings: dict[str, Any], bad: bool, backend: str | No
         return judge_raised(error)  # many rules do not fit a batch
     _moved(draw, batch)
     given, bad = _step_settings(draw, "batch")
+    bad = bad or settings["dtype"] == torch.float16
     said.append(", ".join(f"{k}={v!r}" for k, v in given.items()))
     made = attempt(batch.state_dict, "as it is", not bad, lambda: fastsae.BatchTrainStep(batch, **given))
     if isinstance(made, Found):
@@ -442,8 +442,7 @@ def _in_batch(draw: Draw, settings: dict[str, Any], bad: bool, backend: str | No
     out = attempt(held, setting, fine, lambda: made(x, target))
     if isinstance(out, Found):
         return out
-    if "skipped" in out:
-        _stays_finite(held)
+    _stays_finite(held)
     if target is not None or x.ndim != 2:
         return Found("right")
     values = {"x": _as_read(x, batch.d_in, settings["dtype"])}

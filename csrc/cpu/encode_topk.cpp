@@ -50,8 +50,9 @@ void shortlist(const EncodeArgs& a, const Lists& lists, int64_t in_panel, Tokens
   const float* value = lists.value.get() + in_panel * lists.capacity;
   const int32_t* where = lists.where.get() + in_panel * lists.capacity;
   order.clear();
+  // A copy with NaN in it lets padding pass, which is no latent.
   for (int64_t j = 0; j < lists.size[in_panel]; ++j)
-    order.push_back(rank_of(value[j], a.screen.latent_at(where[j])));
+    if (const int64_t i = a.screen.latent_at(where[j]); i < a.screen.latents) order.push_back(rank_of(value[j], i));
   const int64_t first = std::min<int64_t>(a.k, order.size());
   best_first(order, first);
   std::vector<Ranked>& best = tokens.best[t];

@@ -16,6 +16,8 @@ from fastsae.backends import buffers
 
 def blank_tokens(x: Tensor) -> Tensor:
     """Bool (N,), of x (N, D)."""
+    if not x.shape[1]:
+        return buffers.zeros((x.shape[0],), torch.bool, x.device)
     # The largest magnitude hands on NaN and cannot overflow.
     return ~torch.isfinite(torch.linalg.vector_norm(x, ord=math.inf, dim=1))
 

@@ -125,39 +125,52 @@ class RecordsSettings(nn.Module):
         if allow_other_config:
             state_dict = copy.copy(state_dict)
             state_dict.pop(EXTRA_STATE, None)  # type: ignore[attr-defined]
+        self._compare_settings(state_dict, "")
+        state_dict = self._of_older(state_dict, "")
+        if strict:
+            self._refuse_names(state_dict)
         return super().load_state_dict(state_dict, strict, assign)
+
+    def _compare_settings(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        key = prefix + EXTRA_STATE
+        if key in state_dict:
+            instead = f"remove {key!r} from the state" if prefix else "pass allow_other_config=True"
+            check_state_config(config_of(state_dict[key], instead), self.config, instead)
+
+    def _refuse_names(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises torch's error for missing and unknown names, which torch raises when it has copied the others."""
+        ours, theirs = ({name for name in state if name != EXTRA_STATE} for state in (self.state_dict(), state_dict))
+        said = [
+            f"{what} key(s) in state_dict: {', '.join(sorted(names))}."
+            for what, names in (("Missing", ours - theirs), ("Unexpected", theirs - ours))
+            if names
+        ]
+        if said:
+            raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n\t" + "\n\t".join(said))
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         # Checked here, so that it also works inside a larger module, and before torch copies a tensor.
-        key = prefix + EXTRA_STATE
-        if key in state_dict:
-            instead = f"remove {key!r} from the state" if prefix else "pass allow_other_config=True"
-            check_state_config(config_of(state_dict[key], instead), self.config, instead)
+        self._compare_settings(state_dict, prefix)
         state_dict = self._of_older(state_dict, prefix)
-        refuse_misfits(self, state_dict, prefix, strict)
+        refuse_misfits(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if key in missing:
-            missing.remove(key)
+        if prefix + EXTRA_STATE in missing:
+            missing.remove(prefix + EXTRA_STATE)
 
     def _of_older(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """The state, which fits, with what one of an older fastsae lacks."""
         return state_dict
 
 
-def refuse_misfits(module: nn.Module, state: Mapping[str, Any], prefix: str, strict: bool) -> None:
-    """Raises torch's error for a state that does not fit the module, before any tensor is copied: torch copies those
-    that fit, and raises afterwards.
+def refuse_misfits(module: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Raises torch's error for tensors that do not fit the module's, before any is copied: torch copies those that
+    fit, and raises afterwards.
     """
     own = {prefix + name: t for name, t in module.state_dict().items() if name != EXTRA_STATE}
-    theirs = {name for name in state if name.startswith(prefix) and name != prefix + EXTRA_STATE}
     said = []
-    if strict and own.keys() - theirs:
-        said.append(f"Missing key(s) in state_dict: {', '.join(sorted(own.keys() - theirs))}.")
-    if strict and theirs - own.keys():
-        said.append(f"Unexpected key(s) in state_dict: {', '.join(sorted(theirs - own.keys()))}.")
-    for name in sorted(own.keys() & theirs):
+    for name in sorted(own.keys() & state.keys()):
         given, here = state[name], own[name]
         if not isinstance(given, Tensor):
             said.append(f"{name} is a {type(given).__name__}, expected a tensor.")

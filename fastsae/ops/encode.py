@@ -50,7 +50,7 @@ def _flat_input(x: Tensor, W: Tensor, check: bool) -> Tensor:
     flat = check_that.flat_rows("x", x, W.shape[-1])
     if check:
         check_that.no_nan("x", x)
-    return infinite_as_nan(flat)
+    return infinite_as_nan(flat) if flat.dtype.itemsize > 1 else flat  # the op refuses 8 bits
 
 
 def infinite_as_nan(x: Tensor) -> Tensor:

@@ -559,8 +559,9 @@ def load_named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, s
             checks.at_least_0(f"step of {name}", moments["step"])
             if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
                 raise ValueError(f"the state of {name} has {sorted(moments)}, expected step, exp_avg and exp_avg_sq")
-    for group in state["param_groups"]:
-        checks.optimizer("adamw", group["betas"], group["eps"], group["weight_decay"], group["lr"])
+    if not isinstance(optimizer, FusedOptimizer):
+        for group in state["param_groups"]:
+            checks.optimizer("adamw", group["betas"], group["eps"], group["weight_decay"], group["lr"])
     number = {name: i for i, name in enumerate(ordered)}
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
     optimizer.load_state_dict(
