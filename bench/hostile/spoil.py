@@ -358,12 +358,15 @@ def make(op: str, seed: int, number: int, backend: str | None = None) -> Call:
     call = Call(op, MAKERS[op](draw))
     if backend is not None:
         call.arguments["backend"] = backend
+    tensors = {name for name, value in call.arguments.items() if isinstance(value, Tensor)}
     for _ in range(draw.of((0, 1, 1, 1, 1, 1, 2, 2, 3))):
         try:
             if draw.chance(0.15):
                 said = alias(draw, call.arguments)
             else:
                 name = draw.of([n for n in call.arguments if n != "backend" or draw.chance(0.1)])
+                if isinstance(call.arguments[name], Tensor) and name not in tensors:
+                    continue  # torch's error prints a tensor where there should be none, and would read lost memory
                 what, call.arguments[name] = spoil_value(draw, call.arguments[name])
                 said = what and f"{name} {what}"
         except (RuntimeError, TypeError, ValueError, IndexError):

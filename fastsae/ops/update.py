@@ -283,7 +283,7 @@ def _check_terms(call: UpdateArguments) -> None:
             check_that.same_kind(f"{of}.{name}", t, f"{of}.codes.acts", term.acts)
         if dacts.numel():
             check_that.shape(f"{of}.dacts", dacts, term.acts.shape, ", that of codes.acts, or none")
-            _check_gradient(f"{of}.dacts", dacts, call.W_dec)
+        _check_gradient(f"{of}.dacts", dacts, call.W_dec)
 
 
 def _check_values(call: UpdateArguments) -> None:
