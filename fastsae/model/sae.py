@@ -581,10 +581,14 @@ class SparseAutoencoder(Parameters):
         self.fired_over.zero_()
 
 
-def check_is_sae(given: object, name: str) -> None:
-    """Raises TypeError, with what to pass instead, where `given` is no SparseAutoencoder, plain or compiled."""
-    if isinstance(getattr(given, "_orig_mod", given), SparseAutoencoder):
-        return
+def as_sae(given: object, name: str) -> SparseAutoencoder:
+    """The SparseAutoencoder that `given` is, or that torch.compile wrapped: the wrapper names parameters otherwise.
+
+    Raises TypeError, with what to pass instead, for anything else.
+    """
+    sae = getattr(given, "_orig_mod", given)
+    if isinstance(sae, SparseAutoencoder):
+        return sae
     hint = ""
     if isinstance(given, DistributedDataParallel):
         hint = "; pass the module inside it, .module"

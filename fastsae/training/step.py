@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsae.model import losses
 from fastsae.model.parameters import DENSE_ABOVE
-from fastsae.model.sae import Objective, SparseAutoencoder, check_is_sae
+from fastsae.model.sae import Objective, SparseAutoencoder, as_sae
 from fastsae.model.settings import Config, check_state_config
 from fastsae.ops import checks
 from fastsae.ops.gradients import can_be_squared, moves_little
@@ -57,10 +57,10 @@ class _TrainStep:
                 f"sae is a {type(sae).__name__}, whose gradients this step does not sum over processes. Train it in a "
                 "loop of your own with a torch optimizer, project_gradients_() before its step and "
                 "normalize_decoder_() after; or, where each process trains an SAE of its own, pass .module, and "
-                "independent=True to a fused step"
+                "independent=True"
             )
-        check_is_sae(sae, "sae")
-        self.sae, self.penalty_schedule, self.k_schedule = sae, penalty_schedule, k_schedule
+        self.sae = sae = as_sae(sae, "sae")
+        self.penalty_schedule, self.k_schedule = penalty_schedule, k_schedule
         if k_schedule is not None:
             sae.activation.with_k(k_schedule(0)).check(sae.d_sae)
 
@@ -170,6 +170,7 @@ class FusedTrainStep(_TrainStep):
         dense_above: float = DENSE_ABOVE,
     ):
         super().__init__(sae, penalty_schedule, k_schedule)
+        sae = self.sae
         checks.optimizer(optimizer, betas, eps, weight_decay, lr)
         if not 0 <= dense_above <= 1:
             raise ValueError(f"dense_above is {dense_above}, expected a share in [0, 1]")
@@ -411,6 +412,7 @@ class PlainTrainStep(_TrainStep):
         independent: bool = False,
     ):
         super().__init__(sae, penalty_schedule, k_schedule)
+        sae = self.sae
         kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         if optimizer not in kinds:
             raise ValueError(f"optimizer is {optimizer!r}, a plain step has {', '.join(kinds)}; use a fused step")
