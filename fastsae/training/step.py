@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsae.model import losses
@@ -88,6 +88,7 @@ class _TrainStep:
         if n == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
         losses.check_tokens(sae.loss, n)
+        checks.gradients_possible()
         with torch.enable_grad():
             found = sae.objective(x, target, for_step=for_step)
             loss, behind = found.loss, None
@@ -241,7 +242,7 @@ class FusedTrainStep(_TrainStep):
         self.sae.check_input(x, target)
         if self.cuda_graph and (outer is not None or x.requires_grad):
             raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
-        with _in_own_dtype(x):
+        with in_own_dtype(x):
             return self._replayed(x, target) if self.cuda_graph else self._step(x, target, outer)
 
     def _step(self, x: Tensor, target: Tensor | None, outer: Outer | None = None) -> dict[str, Tensor]:
@@ -439,7 +440,7 @@ class PlainTrainStep(_TrainStep):
         """
         checks.one_process(self.independent)
         self.sae.check_input(x, target)
-        with _in_own_dtype(x):
+        with in_own_dtype(x):
             return self._step(x, target)
 
     def _step(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
@@ -523,7 +524,7 @@ def check_settings_of(state: Mapping[str, Any], expected: Mapping[str, Any]) -> 
         check_state_config(names[0] | theirs["sae"], names[1] | ours["sae"], "pass allow_other_config=True")
 
 
-def _in_own_dtype(x: Tensor) -> torch.autocast:
+def in_own_dtype(x: Tensor) -> torch.autocast:
     """Under autocast the ops run in the weights' dtype; so does, in here, what torch computes around them."""
     return torch.autocast(x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu", enabled=False)
 
@@ -541,7 +542,7 @@ def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dic
 
 
 @checks.reading_a_state("an optimizer")
-def load_named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_named_state(sae: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Puts back what `named_state` gave. Raises ValueError, and changes nothing, where it is of other parameters."""
     names = {id(p): name for name, p in sae.named_parameters()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
