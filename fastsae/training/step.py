@@ -31,7 +31,9 @@ from fastsae.model.parameters import DENSE_ABOVE
 from fastsae.model.sae import Objective, SparseAutoencoder, as_sae
 from fastsae.model.settings import Config, check_state_config
 from fastsae.ops import checks
-from fastsae.ops.gradients import can_be_squared, moves_little
+from fastsae.ops.gradients import moves_little
+from fastsae.ops.sums import sum_of_squares
+from fastsae.reference import wide
 from fastsae.training.graph import StepGraph, check_graph
 from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer
 from fastsae.training.skipped import COUNTED, SKIPPED, refuse_float16, say_rows
@@ -449,13 +451,14 @@ class PlainTrainStep(_TrainStep):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        with self._scheduled(self.step, self.step + int(self.skipped)):
+        calls = self.step if self.k_schedule is None else self.step + int(self.skipped)  # a host sync
+        with self._scheduled(self.step, calls):
             found, metrics = self._backward(x, target, None, for_step=True)
-        grads = [p.grad for p in sae.parameters() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(grad.double()) for grad in grads]
+        grads = [wide(p.grad) for p in sae.parameters() if p.grad is not None]
+        squares = torch.stack([sum_of_squares(grad.reshape(-1, grad.shape[-1])) for grad in grads]).sum()
         rate = torch.tensor(lr, dtype=torch.float64, device=sae.W_dec.device)
-        metrics |= {"grad_norm": torch.linalg.vector_norm(torch.stack(norms)), "lr": rate}
-        made = self._may_step(found, grads, rate)
+        metrics |= {"grad_norm": squares.sqrt(), "lr": rate}
+        made = self._may_step(found, squares, rate)
         found.count(made)
         self.skipped += ~made
         if not bool(made) and not self._warned:
@@ -470,12 +473,11 @@ class PlainTrainStep(_TrainStep):
             self.step += 1
         return metrics | {"skipped": self.skipped.clone()}
 
-    def _may_step(self, found: Objective, grads: list[Tensor], lr: Tensor) -> Tensor:
-        made = found.loss.detach().isfinite()
-        for grad in grads:
-            made = made & can_be_squared(grad)
-        group, step = self.optimizer.param_groups[0], torch.full_like(self.skipped, self.step + 1)
-        return made & moves_little("adam", group, self.sae.W_dec, lr=lr, step=step)
+    def _may_step(self, found: Objective, squares: Tensor, lr: Tensor) -> Tensor:
+        """squares: the squared norm of all gradients, 0-d float64, which a norm in their own dtype has to hold."""
+        W, group, step = self.sae.W_dec, self.optimizer.param_groups[0], torch.full_like(self.skipped, self.step + 1)
+        held = squares <= torch.finfo(wide(W).dtype).max
+        return found.loss.detach().isfinite() & held & moves_little("adam", group, W, lr=lr, step=step)
 
     @torch.no_grad()
     def forget_rows_(self, latents: Tensor) -> None:
