@@ -196,9 +196,13 @@ def test_off_the_cpu_skips_are_recorded_and_reported_when_numbers_are_read(monke
         for number, x in enumerate([good, *[bad] * 9, good, *[bad] * 12, good], start=1):
             step(x, number)
         assert guard.ended is None
-    with pytest.warns(RuntimeWarning, match="step 2: 2 of 6 rows of activations .* row 1 of the batch") as seen:
-        guard.read()
+    reads, to_list = [], Tensor.tolist
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "tolist", lambda t: reads.append(t.shape) or to_list(t))
+        with pytest.warns(RuntimeWarning, match="step 2: 2 of 6 rows of activations .* row 1 of the batch") as seen:
+            guard.read()
     assert len(seen) == 1
+    assert len(reads) == 1, "each read waits for the device"
     assert guard.ended is not None
     assert guard.ended.step == 12
     assert "From there to step 21, 10 steps in a row" in str(guard.ended)
