@@ -324,8 +324,8 @@ class SparseAutoencoder(Parameters):
         prefixes. In tokens: m microbatches count as their tokens, and move a running threshold m times. What does not
         count: a forward pass alone (under no_grad, in inference mode, or without a backward pass), eval mode, a second
         backward pass of the same graph, one that fails, and a batch whose loss is not finite. A step that an optimizer
-        or a GradScaler skips has had its backward pass, and counts, unless the loss was not finite; `FusedTrainStep`
-        knows whether the step was made, and counts then only.
+        or a GradScaler skips has had its backward pass, and counts, unless the loss was not finite; a train step knows
+        whether it was made, and counts then only.
 
         Activation checkpointing, reentrant or not, counts once and sees the same counters in both runs. Under
         torch.compile a forward pass counts when it runs with gradients enabled, since its graph has no other place.
