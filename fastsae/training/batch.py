@@ -7,6 +7,7 @@ steps of single SAEs in turn are faster.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from fastsae.ops import checks
 from fastsae.ops.encode import infinite_as_nan
 from fastsae.ops.gradients import moves_little
 from fastsae.reference import Forward
-from fastsae.training.skipped import refuse_float16
+from fastsae.training.skipped import COUNTED, SKIPPED, refuse_float16, say_rows
 from fastsae.training.step import check_settings_of, in_own_dtype, load_named_state, settings_of
 
 BATCH_WORTH = 2**18
@@ -313,8 +314,9 @@ class BatchTrainStep:
     affect each other. schedule: multiplier of lr from the number of updates done.
     measure: also return mse, fvu, l0 and dead (latents). independent: as FusedTrainStep's.
     skipped: int64 (B,), steps that changed nothing of an SAE, since its loss or a gradient of it was not finite; see
-    fastsae.training.step. The others go on. It reads one bool back for that. Adam's count of steps, which corrects its
-    means at the start, is one for all: a step that only some skip counts for them too.
+    fastsae.training.step. The others go on, and the first such step warns. It reads one bool back for that. Adam's
+    count of steps, which corrects its means at the start, is one for all: a step that only some skip counts for them
+    too.
     Raises ValueError for another optimizer, for a weight decay of adam, and for float16 weights.
     """
 
@@ -339,7 +341,7 @@ class BatchTrainStep:
         refuse_float16(W)
         self.skipped = torch.zeros(len(batch), dtype=torch.int64, device=W.device)
         self.batch, self.lr, self.schedule, self.measure, self.step = batch, lr, schedule, measure, 0
-        self.independent = independent
+        self.independent, self._warned = independent, False
         self.optimizer = OPTIMIZERS[optimizer](
             batch.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
@@ -381,6 +383,7 @@ class BatchTrainStep:
             if stays is not None:
                 for name, old in counters.items():
                     batch.get_buffer(name)[stays] = old[stays]
+                self._warn(stays, x)
             if stays is None or len(stays) < len(batch):
                 self._update(stays)
                 self.step += 1
@@ -397,6 +400,14 @@ class BatchTrainStep:
             if p.grad is not None:
                 made = made & torch.linalg.vector_norm(p.grad.flatten(1), dim=1).isfinite()
         return made
+
+    def _warn(self, stays: Tensor, x: Tensor) -> None:
+        """Says, once, which SAEs did not make a step, and which rows of x (N, d_in) or (B, N, d_in) may be at fault."""
+        if not self._warned:
+            self._warned = True
+            which = ", ".join(str(i) if x.ndim == 2 else f"{i} ({say_rows(x[i])})" for i in stays.tolist())
+            of_all = f"; {say_rows(x)}" if x.ndim == 2 else ""
+            warnings.warn(f"{SKIPPED} of SAE {which}{of_all}. {COUNTED}", RuntimeWarning, stacklevel=3)
 
     def _update(self, stays: Tensor | None) -> None:
         """One step of all SAEs but those with these indices."""
