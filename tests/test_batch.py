@@ -322,3 +322,17 @@ def test_fvu_of_bfloat16_is_of_the_variance_in_float32() -> None:
         torch.testing.assert_close(found["fvu"].double(), found["mse"].double() * N / variance, rtol=2**-6, atol=0)
         torch.testing.assert_close(found["loss"].double(), found["fvu"].double(), rtol=2**-4, atol=0)
         assert found["skipped"].tolist() == [0, 0]
+
+
+def test_a_compiled_batch_steps_counts_and_skips_as_an_ordinary_one() -> None:
+    batches = [SAEBatch(2, D, M, TopK(3), dead_after=60) for _ in range(2)]
+    compiled: Any = torch.compile(batches[1], backend="eager")
+    steps = [BatchTrainStep(batches[0], lr=1e-2), BatchTrainStep(compiled, lr=1e-2)]
+    x = [inputs(seed, 2, N, D).float() for seed in range(3)]
+    x[1][1, 3, 0] = torch.nan
+    for one in x:
+        got = [step(one) for step in steps]
+        torch.testing.assert_close(got[1], got[0], equal_nan=True)
+    assert steps[1].skipped.tolist() == [0, 1]
+    torch.testing.assert_close(batches[1].state_dict(), batches[0].state_dict())
+    steps[0].load_state_dict(steps[1].state_dict())

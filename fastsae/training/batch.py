@@ -310,6 +310,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adam
 class BatchTrainStep:
     """`metrics = step(x)`: gradient, projection of a unit decoder's, Adam or AdamW, renormalization, for all at once.
 
+    batch: an SAEBatch, or torch.compile of one, which then computes its forward pass.
     lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. They are elementwise, so the SAEs do not
     affect each other. schedule: multiplier of lr from the number of updates done.
     measure: also return mse, fvu, l0 and dead (latents). independent: as FusedTrainStep's.
@@ -332,6 +333,8 @@ class BatchTrainStep:
         measure: bool = True,
         independent: bool = False,
     ):
+        self._forward = batch
+        batch = getattr(batch, "_orig_mod", batch)  # torch.compile's wrapper names parameters otherwise
         if not isinstance(batch, SAEBatch):
             raise TypeError(f"batch is a {type(batch).__name__}, expected an SAEBatch; FusedTrainStep trains one SAE")
         if optimizer not in OPTIMIZERS:
@@ -364,7 +367,7 @@ class BatchTrainStep:
             self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad(), in_own_dtype(x):
-            out = batch(x, target)
+            out = self._forward(x, target)
             out.losses["loss"].sum().backward()
         metrics = {name: value.detach() for name, value in out.losses.items()}
         with torch.no_grad(), in_own_dtype(x):
