@@ -254,3 +254,11 @@ def test_nan_in_the_held_out_rows_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hold 1 rows with NaN or infinity, the first is row 4"):
         run.run()
     assert saved_steps(tmp_path) == [7]
+
+
+def test_a_finite_target_that_is_wider_than_x_is_named_as_finite() -> None:
+    x, target = torch.ones(3, 2, dtype=torch.float16), torch.ones(3, 2)
+    target[1] = 1e6
+    assert say_rows(x, target) == "the rows of x are finite, the largest is row 1"
+    x[2, 0] = NAN
+    assert say_rows(x, target) == "1 of 3 rows of x hold NaN or infinity: 2"
