@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from fastsae import Gated, GroupMax, JumpReLU, Matryoshka, ReLU, SparseAutoencod
 from fastsae.model import losses
 from fastsae.model.rules import Activation, BatchTopK
 from fastsae.training.batch import BatchTrainStep, SAEBatch
-from fastsae.training.step import PlainTrainStep
+from fastsae.training.step import FusedTrainStep, PlainTrainStep
 
 B, N, D, M = 3, 40, 10, 24
 SEEDS = (5, 0, 9)
@@ -244,3 +246,93 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         BatchTrainStep(batch, 1e-3, optimizer="lion")
     with pytest.raises(ValueError, match="optimizer 'adam', which has none"):
         BatchTrainStep(batch, 1e-3, weight_decay=0.1)
+
+
+def test_a_state_of_another_batch_is_refused_and_changes_nothing() -> None:
+    """Without settings in it, as older states are, or by allow_other_config: torch's fused Adam would read past the
+    moments of a smaller batch.
+    """
+    steps = [BatchTrainStep(SAEBatch(n, D, m, TopK(3)), lr=1e-2) for n, m in ((2, M), (2, 8), (3, M))]
+    for step in steps:
+        step(inputs(0, N, D).float())
+    step = steps[0]
+    good = copy.deepcopy(step.state_dict())
+    states = [{**other.state_dict(), "step": 7} for other in steps[1:]]
+    states += [{**good, "step": -1}, {**good, "skipped": torch.zeros(5, dtype=torch.int64)}]
+    states += [{**good, "step": 7, "optimizer": {}}, {"step": 7}, {}]
+    for state in states:
+        with pytest.raises(ValueError, match=r"expected|no state of a step of a batch"):
+            step.load_state_dict(state, allow_other_config=True)
+        assert step.step == 1
+        assert step.skipped.tolist() == [0, 0]
+        for name, held in step.optimizer.state_dict()["state"].items():
+            assert all(torch.equal(t, good["optimizer"]["state"][name][key]) for key, t in held.items())
+    del good["skipped"], good["settings"]  # an older one
+    step.load_state_dict(good)
+
+
+def test_a_frozen_parameter_stays_and_a_skipped_sae_too() -> None:
+    batch = SAEBatch(B, D, M, TopK(3), seeds=SEEDS)
+    batch.get_parameter("b_dec").requires_grad_(False)
+    step, x = BatchTrainStep(batch, lr=1e-2), inputs(0, B, N, D).float()
+    x[1, 0, 0] = torch.nan
+    before = {name: p.detach().clone() for name, p in batch.named_parameters()}
+    with pytest.warns(
+        RuntimeWarning, match=r"nothing of SAE 1 \(1 of 40 rows of x hold NaN or infinity: 0\)\. Further"
+    ):
+        assert step(x)["skipped"].tolist() == [0, 1, 0]
+    for name, p in batch.named_parameters():
+        same = [torch.equal(new, old) for new, old in zip(p, before[name], strict=True)]
+        assert same == ([True] * 3 if name == "b_dec" else [False, True, False])
+
+
+def test_steps_compute_in_their_own_dtype_under_autocast_and_refuse_inference_mode() -> None:
+    x = inputs(0, N, D).float()
+    for make in (BatchTrainStep, PlainTrainStep, FusedTrainStep):
+        saes: list[Any] = [SAEBatch(2, D, M, TopK(3)) if make is BatchTrainStep else SparseAutoencoder(D, M, TopK(3))]
+        saes.append(copy.deepcopy(saes[0]))
+        steps: list[Any] = [make(sae, lr=1e-2) for sae in saes]
+        steps[0](x)
+        with torch.autocast("cpu", torch.bfloat16):
+            steps[1](x)
+        assert all(map(torch.equal, saes[0].parameters(), saes[1].parameters()))
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\) is on; leave it"):
+            steps[0](x)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_fvu_of_one_token_repeated_is_skipped(rule: str) -> None:
+    """Its variance is the rounding of a mean: a divisor that would make a loss of 10¹⁴ of it."""
+    step = BatchTrainStep(SAEBatch(2, D, M, RULES[rule], loss="fvu"), lr=1e-2)
+    row = 7 + inputs(0, 1, D).float()
+    with pytest.warns(RuntimeWarning, match="nothing of SAE 0, 1; the rows of x are finite, the largest is row"):
+        assert step(row.expand(200, D))["skipped"].tolist() == [1, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert step(row.expand(200, D))["skipped"].tolist() == [2, 2]
+
+
+def test_fvu_of_bfloat16_is_of_the_variance_in_float32() -> None:
+    """Far from 0 the mean of rows, rounded to bfloat16, is off by more than they spread."""
+    x = (inputs(0, N, D) + 60).bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):
+        step = BatchTrainStep(SAEBatch(2, D, M, TopK(3), loss="fvu", dtype=dtype), lr=1e-2)
+        found = step(x)
+        variance = (x.double() - x.double().mean(0)).square().sum()
+        torch.testing.assert_close(found["fvu"].double(), found["mse"].double() * N / variance, rtol=2**-6, atol=0)
+        torch.testing.assert_close(found["loss"].double(), found["fvu"].double(), rtol=2**-4, atol=0)
+        assert found["skipped"].tolist() == [0, 0]
+
+
+def test_a_compiled_batch_steps_counts_and_skips_as_an_ordinary_one() -> None:
+    batches = [SAEBatch(2, D, M, TopK(3), dead_after=60) for _ in range(2)]
+    compiled: Any = torch.compile(batches[1], backend="eager")
+    steps = [BatchTrainStep(batches[0], lr=1e-2), BatchTrainStep(compiled, lr=1e-2)]
+    x = [inputs(seed, 2, N, D).float() for seed in range(3)]
+    x[1][1, 3, 0] = torch.nan
+    for one in x:
+        got = [step(one) for step in steps]
+        torch.testing.assert_close(got[1], got[0], equal_nan=True)
+    assert steps[1].skipped.tolist() == [0, 1]
+    torch.testing.assert_close(batches[1].state_dict(), batches[0].state_dict())
+    steps[0].load_state_dict(steps[1].state_dict())

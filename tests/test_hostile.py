@@ -18,7 +18,7 @@ import torch
 
 import fastsae
 from bench.hostile import __main__ as hostile
-from bench.hostile import calls, files, interruptions, page, run, spoil, truth
+from bench.hostile import calls, dense, files, interruptions, page, run, spoil, truth
 from bench.hostile import ops as ops_part
 from bench.results import RESULTS
 from fastsae import SparseAutoencoder, ops
@@ -232,6 +232,25 @@ def planted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 def test_a_planted_fault_is_found(planted: str, place: str, cases: int) -> None:
     wrong = [found.what for found in verdicts(place, cases) if found.verdict == "wrong"]
     assert any(planted in what for what in wrong), wrong
+
+
+@pytest.mark.usefixtures("cpu_tensors", "one_thread")
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("plain", 112), ("optimizer", 69)],
+    ids=["float16 under torch's Adam", "fvu of one target repeated"],
+)
+def test_what_a_step_cannot_make_is_no_fault(kind: str, number: int) -> None:
+    found = run.part("modules").case(kind, 0, number, None)[1]()
+    assert found.verdict != "wrong", found.what
+
+
+def test_fvu_of_one_row_repeated_has_no_truth() -> None:
+    rows = torch.arange(6, dtype=torch.float64).reshape(3, 2) + 0.1
+    assert dense.divides("fvu", rows)
+    assert not dense.divides("fvu", rows[:1].expand(7, 2))
+    assert not dense.divides("fvu", torch.zeros_like(rows))
+    assert dense.divides("mse", rows[:1].expand(7, 2))
 
 
 def test_a_lost_kill_and_a_torn_file_are_found(tmp_path: Path) -> None:

@@ -196,9 +196,13 @@ def test_off_the_cpu_skips_are_recorded_and_reported_when_numbers_are_read(monke
         for number, x in enumerate([good, *[bad] * 9, good, *[bad] * 12, good], start=1):
             step(x, number)
         assert guard.ended is None
-    with pytest.warns(RuntimeWarning, match="step 2: 2 of 6 rows of activations .* row 1 of the batch") as seen:
-        guard.read()
+    reads, to_list = [], Tensor.tolist
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "tolist", lambda t: reads.append(t.shape) or to_list(t))
+        with pytest.warns(RuntimeWarning, match="step 2: 2 of 6 rows of activations .* row 1 of the batch") as seen:
+            guard.read()
     assert len(seen) == 1
+    assert len(reads) == 1, "each read waits for the device"
     assert guard.ended is not None
     assert guard.ended.step == 12
     assert "From there to step 21, 10 steps in a row" in str(guard.ended)
@@ -250,3 +254,11 @@ def test_nan_in_the_held_out_rows_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hold 1 rows with NaN or infinity, the first is row 4"):
         run.run()
     assert saved_steps(tmp_path) == [7]
+
+
+def test_a_finite_target_that_is_wider_than_x_is_named_as_finite() -> None:
+    x, target = torch.ones(3, 2, dtype=torch.float16), torch.ones(3, 2)
+    target[1] = 1e6
+    assert say_rows(x, target) == "the rows of x are finite, the largest is row 1"
+    x[2, 0] = NAN
+    assert say_rows(x, target) == "1 of 3 rows of x hold NaN or infinity: 2"

@@ -328,6 +328,32 @@ def test_a_state_without_settings_loads_as_before() -> None:
         sae.load_state_dict(state)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_part_of_a_state_loads_where_it_need_not_be_strict(nested: bool) -> None:
+    sae = fresh(seed=4)
+    module, prefix = (nn.ModuleDict({"sae": sae}), "sae.") if nested else (sae, "")
+    before = {name: t.clone() for name, t in sae.state_dict().items()}
+    part = {prefix + "W_enc": decided().W_enc.detach(), prefix + "other": torch.zeros(3)}
+    missing, unexpected = module.load_state_dict(part, strict=False)
+    assert set(missing) == {prefix + name for name in before if name not in ("W_enc", EXTRA_STATE)}
+    assert unexpected == [prefix + "other"]
+    assert torch.equal(sae.W_enc, decided().W_enc)
+    assert torch.equal(sae.W_dec, before["W_dec"])
+    with pytest.raises(RuntimeError, match=r"Missing key.*\n.*Unexpected key"):
+        module.load_state_dict(part)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*b_enc"):
+        module.load_state_dict({prefix + "W_enc": before["W_enc"], prefix + "b_enc": torch.zeros(3)}, strict=False)
+    assert torch.equal(sae.W_enc, decided().W_enc)
+
+
+def test_a_hook_may_rename_what_a_state_has() -> None:
+    sae, state = fresh(seed=4), decided().state_dict()
+    state["encoder"] = state.pop("W_enc")
+    sae.register_load_state_dict_pre_hook(lambda m, state, *rest: state.update(W_enc=state.pop("encoder")))
+    sae.load_state_dict(state)
+    assert torch.equal(sae.W_enc, decided().W_enc)
+
+
 @pytest.mark.parametrize("extra", [torch.zeros(3), torch.zeros(3, dtype=torch.uint8), {"k": 4}, None])
 def test_malformed_settings_in_a_state_are_refused(extra: Any) -> None:
     with pytest.raises(ValueError, match=r"_extra_state in the state is .*, expected uint8 \(n,\)"):

@@ -207,3 +207,21 @@ def test_a_step_says_what_to_do_with_a_wrapped_module(tmp_path: Path) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step.optimizer, T_max=4)
     schedule.step()
     assert 0 < float(step(batches()[0])["lr"]) < 1e-5
+
+
+def test_a_compiled_module_is_its_sae_to_steps_and_files(tmp_path: Path) -> None:
+    """torch.compile's wrapper names the parameters otherwise, and is another object than the one an optimizer holds."""
+    for make in (fastsae.FusedTrainStep, PlainTrainStep):
+        sae = fresh()
+        compiled: Any = torch.compile(sae, backend="eager")
+        step = make(compiled, lr=1e-3)
+        step(batches()[0])
+        assert make(fresh(), lr=1e-3).load_state_dict(step.state_dict()) is None  # of the same names
+        before = step.optimizer.state[sae.W_dec]["exp_avg"].clone()
+        step.forget_rows_(torch.arange(3))
+        moments = step.optimizer.state[sae.W_dec]["exp_avg"]
+        assert bool(before[:3].any())
+        assert not bool(moments[:3].any())
+        assert torch.equal(moments[3:], before[3:])
+    fastsae.save(compiled, tmp_path)
+    assert all(map(torch.equal, fastsae.load(tmp_path).parameters(), sae.parameters()))

@@ -33,6 +33,14 @@ def moderate(t: Tensor) -> Tensor:
     return (flat.isfinite() & (flat.abs() < MODERATE)).all(-1)
 
 
+def divides(loss: str, goal: Tensor) -> bool:
+    """Whether a loss of these rows (N, D) has a truth: fvu divides by their variance, which of one row repeated is
+    rounding, and by nothing then.
+    """
+    spread = (goal - goal.mean(0)).square().sum()
+    return loss != "fvu" or bool(spread > 1e-12 * goal.square().sum())
+
+
 @dataclass
 class Before:
     """What a module held before a call, in float64 where it is floating."""

@@ -287,6 +287,8 @@ def _forward(draw: Draw, settings: dict[str, Any], bad: bool, backend: str | Non
                 continue
             got = {"recon": got["recon"][known]}
             values = {name: t[known] for name, t in values.items()}
+        if not dense.divides(sae.loss, values.get("target", values["x"])):
+            continue
         compute = _of_forward(sae, before)
         with torch.inference_mode(False):
             dense.agree(
@@ -384,6 +386,8 @@ def _train(kind: str) -> Callable[..., Found]:
                 values["target"] = _as_read(target, sae.d_out, sae.W_dec.dtype)
             if not all(bool(dense.moderate(t).all()) for t in values.values()):
                 continue
+            if not dense.divides(sae.loss, values.get("target", values["x"])):
+                continue
             if not all(bool(t.isfinite().all()) and float(t.abs().max()) < 1e3 for t in before.params.values()):
                 continue
             compute = _of_step(sae, rule, before, moments, count + 1)
@@ -446,7 +450,7 @@ def _in_batch(draw: Draw, settings: dict[str, Any], bad: bool, backend: str | No
     if target is not None or x.ndim != 2:
         return Found("right")
     values = {"x": _as_read(x, batch.d_in, settings["dtype"])}
-    if not bool(dense.moderate(values["x"]).all()) or x.shape[0] < 2:
+    if not bool(dense.moderate(values["x"]).all()) or not dense.divides(batch.loss, values["x"]) or x.shape[0] < 2:
         return Found("right")
 
     def compute(v: dict[str, Tensor]) -> dict[str, Tensor]:

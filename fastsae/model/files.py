@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from fastsae.atomic import replace_file
 from fastsae.model.parameters import EXTRA_STATE
-from fastsae.model.sae import SparseAutoencoder, check_is_sae
+from fastsae.model.sae import SparseAutoencoder, as_sae
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 ARCHITECTURE, VERSION = "fastsae.SparseAutoencoder", 1
@@ -36,7 +36,7 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
     Raises SavedModuleError naming the file that could not be written, for instance because the disk is full; an older
     file of that name is then unchanged. Raises TypeError for a module that holds or wraps one.
     """
-    check_is_sae(sae, "sae")
+    sae = as_sae(sae, "sae")
     root = Path(directory)
     config = {"architecture": ARCHITECTURE, "version": VERSION, "dtype": _dtype_name(sae.W_dec.dtype), **sae.config}
     tensors = {name: t.detach().contiguous() for name, t in _tensors(sae).items()}

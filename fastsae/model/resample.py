@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastsae.model.sae import SparseAutoencoder, check_is_sae
+from fastsae.model.sae import SparseAutoencoder, as_sae
 
 
 class HasRows(Protocol):
@@ -44,7 +44,7 @@ def resample_(
     A host sync. Raises ValueError if no input is given or none has a finite error above 0, and for d_out != d_in, where
     an input cannot become a decoder row. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
     """
-    check_is_sae(sae, "sae")
+    sae = as_sae(sae, "sae")
     if sae.d_out != sae.d_in:
         raise ValueError(f"resampling turns both dictionaries to one input, got d_in = {sae.d_in}, d_out = {sae.d_out}")
     dead = sae.dead if dead is None else dead

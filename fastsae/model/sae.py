@@ -324,8 +324,8 @@ class SparseAutoencoder(Parameters):
         prefixes. In tokens: m microbatches count as their tokens, and move a running threshold m times. What does not
         count: a forward pass alone (under no_grad, in inference mode, or without a backward pass), eval mode, a second
         backward pass of the same graph, one that fails, and a batch whose loss is not finite. A step that an optimizer
-        or a GradScaler skips has had its backward pass, and counts, unless the loss was not finite; `FusedTrainStep`
-        knows whether the step was made, and counts then only.
+        or a GradScaler skips has had its backward pass, and counts, unless the loss was not finite; a train step knows
+        whether it was made, and counts then only.
 
         Activation checkpointing, reentrant or not, counts once and sees the same counters in both runs. Under
         torch.compile a forward pass counts when it runs with gradients enabled, since its graph has no other place.
@@ -581,10 +581,14 @@ class SparseAutoencoder(Parameters):
         self.fired_over.zero_()
 
 
-def check_is_sae(given: object, name: str) -> None:
-    """Raises TypeError, with what to pass instead, where `given` is no SparseAutoencoder, plain or compiled."""
-    if isinstance(getattr(given, "_orig_mod", given), SparseAutoencoder):
-        return
+def as_sae(given: object, name: str) -> SparseAutoencoder:
+    """The SparseAutoencoder that `given` is, or that torch.compile wrapped: the wrapper names parameters otherwise.
+
+    Raises TypeError, with what to pass instead, for anything else.
+    """
+    sae = getattr(given, "_orig_mod", given)
+    if isinstance(sae, SparseAutoencoder):
+        return sae
     hint = ""
     if isinstance(given, DistributedDataParallel):
         hint = "; pass the module inside it, .module"

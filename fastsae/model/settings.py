@@ -127,7 +127,7 @@ class RecordsSettings(nn.Module):
             state_dict.pop(EXTRA_STATE, None)  # type: ignore[attr-defined]
         self._compare_settings(state_dict, "")
         state_dict = self._of_older(state_dict, "")
-        if strict:
+        if strict and not self._load_state_dict_pre_hooks:  # which may rename what does not fit
             self._refuse_names(state_dict)
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -154,7 +154,8 @@ class RecordsSettings(nn.Module):
         # Checked here, so that it also works inside a larger module, and before torch copies a tensor.
         self._compare_settings(state_dict, prefix)
         state_dict = self._of_older(state_dict, prefix)
-        refuse_misfits(self, state_dict, prefix)
+        if not self._load_state_dict_pre_hooks:
+            refuse_misfits(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if prefix + EXTRA_STATE in missing:
             missing.remove(prefix + EXTRA_STATE)

@@ -278,6 +278,12 @@ def no_nan(name: str, x: Tensor) -> None:
         )
 
 
+def gradients_possible() -> None:
+    """Raises RuntimeError under torch.inference_mode(), which, unlike no_grad(), torch.enable_grad() does not undo."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("a step needs gradients, and torch.inference_mode() is on; leave it for the step")
+
+
 def one_process(independent: bool) -> None:
     """Raises RuntimeError in one of several processes, unless each trains an SAE of its own."""
     running = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -58,12 +58,14 @@ def forward(
     layers: int = 1,
     penalty_scale: Tensor | float = 1.0,
     training: bool = True,
+    unit: Tensor | int | None = None,
 ) -> Forward:
     """recon = A W_dec + b_dec (+ x W_skipᵀ),  A = rule((x - b_dec if pre_bias else x) W_encᵀ + b_enc), and the loss
 
     Σ_parts w·Σ‖recon_part - target‖²/unit + scale·weight·penalty + the gate's Σ‖·‖²/unit. The first sum is "nested"
     where there are several parts; "mse" or "fvu" is the error of the last one, which has all of them.
-    params: W_enc (left out: tied), W_dec, b_enc, b_dec, W_skip (left out: no skip connection).
+    params: W_enc (left out: tied), W_dec, b_enc, b_dec, W_skip (left out: no skip connection). unit: None is N ("mse")
+    or the batch's total variance ("fvu").
     """
     target = x if target is None else target
     W_dec, b_dec, b_enc = params["W_dec"], params["b_dec"].unsqueeze(-2), params["b_enc"]
@@ -71,9 +73,10 @@ def forward(
     rule_state = {"b_enc": b_enc, **(rule_state or {})}
     rows = {name: t.unsqueeze(-2) for name, t in rule.per_latent(rule_state).items()}
     A = rule.dense(pre, rows, rule_state, training)
-    unit: Tensor | int = target.shape[-2] or 1
-    if loss == "fvu":
+    if unit is None and loss == "fvu":
         unit = (target - target.mean(-2, keepdim=True)).square().sum((-2, -1))
+    elif unit is None:
+        unit = target.shape[-2] or 1
     offset = b_dec.expand(target.shape)
     if "W_skip" in params:
         offset = offset + x @ params["W_skip"].mT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -115,8 +116,9 @@ class SkipGuard:
     def read(self) -> None:
         """Takes in what was noted: warns at the first skip, sets `ended`. Waits for the device."""
         noted, self._noted = self._noted, []
+        values = iter(torch.cat([found for *_, found in noted]).tolist() if noted else ())
         for step, of, origin, found in noted:
-            skipped, bad, *worst = found.tolist()
+            skipped, bad, *worst = itertools.islice(values, found.numel())
             if skipped == self._skipped:
                 self._in_a_row = 0
                 continue

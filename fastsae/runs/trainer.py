@@ -25,7 +25,7 @@ from fastsae.data.source import ActivationSource, held_out_targets, next_pair, o
 from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
 from fastsae.model.rules import Activation, JumpReLU
-from fastsae.model.sae import SparseAutoencoder, check_is_sae
+from fastsae.model.sae import SparseAutoencoder, as_sae
 from fastsae.runs import checkpoint
 from fastsae.runs.checkpoint import CheckpointError
 from fastsae.runs.config import TrainConfig
@@ -93,7 +93,7 @@ class Trainer:
         notes: Mapping[str, Any] | None = None,
         after_step: Callable[[], object] = lambda: None,
     ):
-        check_is_sae(sae, "sae")
+        sae = as_sae(sae, "sae")
         if source.d_in != sae.d_in:
             raise ValueError(f"the source has rows of {source.d_in} numbers, the SAE wants d_in = {sae.d_in}")
         width = target_width(source)

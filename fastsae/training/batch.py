@@ -7,6 +7,7 @@ steps of single SAEs in turn are faster.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,8 +26,8 @@ from fastsae.ops import checks
 from fastsae.ops.encode import infinite_as_nan
 from fastsae.ops.gradients import moves_little
 from fastsae.reference import Forward
-from fastsae.training.skipped import refuse_float16
-from fastsae.training.step import check_settings_of, settings_of
+from fastsae.training.skipped import COUNTED, SKIPPED, refuse_float16, say_rows
+from fastsae.training.step import check_settings_of, in_own_dtype, load_named_state, settings_of
 
 BATCH_WORTH = 2**18
 """N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures it."""
@@ -196,7 +197,7 @@ class SAEBatch(RecordsSettings):
             rule: Any = self.activation  # a frozen dataclass, where the protocol has a plain attribute
             out = reference.forward(
                 weights, x, rule, rule_state, target=goal, pre_bias=self.pre_bias, loss=self.loss,
-                penalty_scale=self.penalty_scale, training=self.training,
+                penalty_scale=self.penalty_scale, training=self.training, unit=self._unit(goal),
             )  # fmt: skip
         if not self.training:
             return out
@@ -244,8 +245,12 @@ class SAEBatch(RecordsSettings):
         A = torch.where(self._kept(pre.detach()), pre, 0)
         recon = torch.baddbmm(b_dec, A, W_dec)
         squared = F.mse_loss(recon, goal, reduction="none").sum((-2, -1))  # its gradient is one pass over the error
-        loss = squared / (_variance(goal) if self.loss == "fvu" else max(x.shape[1], 1))
+        loss = squared / self._unit(goal)
         return Forward(A, recon, {self.loss: loss, "loss": loss})
+
+    def _unit(self, goal: Tensor) -> Tensor | int:
+        """What the squared error of goal (B, N, d_out) is divided by."""
+        return _variance(goal) if self.loss == "fvu" else max(goal.shape[-2], 1)
 
     def _kept(self, pre: Tensor) -> Tensor:
         """Where the rule keeps relu(pre) and it is not 0: bool (B, N, M). NaN counts as the largest."""
@@ -305,12 +310,14 @@ OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adam
 class BatchTrainStep:
     """`metrics = step(x)`: gradient, projection of a unit decoder's, Adam or AdamW, renormalization, for all at once.
 
+    batch: an SAEBatch, or torch.compile of one, which then computes its forward pass.
     lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. They are elementwise, so the SAEs do not
     affect each other. schedule: multiplier of lr from the number of updates done.
     measure: also return mse, fvu, l0 and dead (latents). independent: as FusedTrainStep's.
     skipped: int64 (B,), steps that changed nothing of an SAE, since its loss or a gradient of it was not finite; see
-    fastsae.training.step. The others go on. It reads one bool back for that. Adam's count of steps, which corrects its
-    means at the start, is one for all: a step that only some skip counts for them too.
+    fastsae.training.step. The others go on, and the first such step warns. It reads one bool back for that. Adam's
+    count of steps, which corrects its means at the start, is one for all: a step that only some skip counts for them
+    too.
     Raises ValueError for another optimizer, for a weight decay of adam, and for float16 weights.
     """
 
@@ -326,6 +333,8 @@ class BatchTrainStep:
         measure: bool = True,
         independent: bool = False,
     ):
+        self._forward = batch
+        batch = getattr(batch, "_orig_mod", batch)  # torch.compile's wrapper names parameters otherwise
         if not isinstance(batch, SAEBatch):
             raise TypeError(f"batch is a {type(batch).__name__}, expected an SAEBatch; FusedTrainStep trains one SAE")
         if optimizer not in OPTIMIZERS:
@@ -335,7 +344,7 @@ class BatchTrainStep:
         refuse_float16(W)
         self.skipped = torch.zeros(len(batch), dtype=torch.int64, device=W.device)
         self.batch, self.lr, self.schedule, self.measure, self.step = batch, lr, schedule, measure, 0
-        self.independent = independent
+        self.independent, self._warned = independent, False
         self.optimizer = OPTIMIZERS[optimizer](
             batch.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
@@ -348,8 +357,7 @@ class BatchTrainStep:
         """
         checks.one_process(self.independent)
         batch = self.batch
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("a step needs gradients, and torch.inference_mode() is on; leave it for the step")
+        checks.gradients_possible()
         n = batch.checked(x, batch.d_in, "x").shape[-2]
         if n == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
@@ -358,13 +366,13 @@ class BatchTrainStep:
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            out = batch(x, target)
+        with torch.enable_grad(), in_own_dtype(x):
+            out = self._forward(x, target)
             out.losses["loss"].sum().backward()
         metrics = {name: value.detach() for name, value in out.losses.items()}
-        with torch.no_grad():
+        with torch.no_grad(), in_own_dtype(x):
             if self.measure:
-                goal = x if target is None else target
+                goal = (x if target is None else target).to(out.recon.dtype)
                 squares = (out.recon - goal).square().sum((-2, -1))
                 metrics |= {
                     "mse": squares / max(x.shape[-2], 1),
@@ -378,6 +386,7 @@ class BatchTrainStep:
             if stays is not None:
                 for name, old in counters.items():
                     batch.get_buffer(name)[stays] = old[stays]
+                self._warn(stays, x)
             if stays is None or len(stays) < len(batch):
                 self._update(stays)
                 self.step += 1
@@ -395,21 +404,30 @@ class BatchTrainStep:
                 made = made & torch.linalg.vector_norm(p.grad.flatten(1), dim=1).isfinite()
         return made
 
+    def _warn(self, stays: Tensor, x: Tensor) -> None:
+        """Says, once, which SAEs did not make a step, and which rows of x (N, d_in) or (B, N, d_in) may be at fault."""
+        if not self._warned:
+            self._warned = True
+            which = ", ".join(str(i) if x.ndim == 2 else f"{i} ({say_rows(x[i])})" for i in stays.tolist())
+            of_all = f"; {say_rows(x)}" if x.ndim == 2 else ""
+            warnings.warn(f"{SKIPPED} of SAE {which}{of_all}. {COUNTED}", RuntimeWarning, stacklevel=3)
+
     def _update(self, stays: Tensor | None) -> None:
         """One step of all SAEs but those with these indices."""
-        parameters, W = list(self.batch.parameters()), self.batch.get_parameter("W_dec")
+        parameters = [p for p in self.batch.parameters() if p.grad is not None]  # a frozen one has none
+        W = self.batch.get_parameter("W_dec")
         kept = [] if stays is None else [p[stays].clone() for p in parameters]
         moments = [] if stays is None else [self._moments_of(p, stays) for p in parameters]
-        if self.batch.decoder_norm == "unit":
-            assert W.grad is not None
+        if self.batch.decoder_norm == "unit" and W.grad is not None:
             project_rows_(W.grad, W)
         self.optimizer.step()
         if self.batch.decoder_norm == "unit":
             normalize_rows_(W)
-        for p, old, held in zip(parameters, kept, moments, strict=False):
-            p[stays] = old
-            for name, moment in held.items():
-                self.optimizer.state[p][name][stays] = moment
+        if stays is not None:
+            for p, old, held in zip(parameters, kept, moments, strict=True):
+                p[stays] = old
+                for name, moment in held.items():
+                    self.optimizer.state[p][name][stays] = moment
 
     def _moments_of(self, p: Tensor, which: Tensor) -> dict[str, Tensor]:
         """Copies; before the first step they are 0."""
@@ -424,16 +442,24 @@ class BatchTrainStep:
             "settings": settings_of(self.optimizer, self.batch.config),
         }  # fmt: skip
 
+    @checks.reading_a_state("a step of a batch")
     def load_state_dict(self, state: dict[str, Any], allow_other_config: bool = False) -> None:
-        """Puts back what `state_dict` returned. Raises ValueError where it is of other settings.
+        """Puts back what `state_dict` returned. Raises ValueError, and changes nothing, where it is of other settings,
+        or does not fit this batch.
 
         allow_other_config: as of FusedTrainStep.
         """
         if not allow_other_config:
             check_settings_of(state, self.state_dict())
+        checks.at_least_0("step of the state", state["step"])
+        skipped = state.get("skipped", torch.zeros_like(self.skipped))  # older states have none
+        checks.shape("skipped of the state", skipped, self.skipped.shape)
+        names, saved = [name for name, _ in self.batch.named_parameters()], state["optimizer"]
+        groups = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
+        moments = {names[i]: held for i, held in saved["state"].items()}
+        load_named_state(self.batch, self.optimizer, {"state": moments, "param_groups": groups})
         self.step = state["step"]
-        self.skipped.copy_(state.get("skipped", torch.zeros_like(self.skipped)))  # older states have none
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped.copy_(skipped)
 
 
 def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, Tensor]:
@@ -478,6 +504,7 @@ def _together(values: list[Any]) -> Any:
 
 
 def _variance(target: Tensor) -> Tensor:
-    """Σ_n ‖target_n - mean‖², (B,)."""
+    """Σ_n ‖target_n - mean‖², (B,), float32 at least: a mean of 30 deviations, in bfloat16, would be all rounding."""
+    target = reference.wide(target)
     mean = target.mean(-2, keepdim=True)
     return losses.unless_rounding((target - mean).square().sum((-2, -1)), mean.squeeze(-2), target.shape[-2])

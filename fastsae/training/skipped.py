@@ -33,7 +33,8 @@ def worst_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def say_rows(x: Tensor, target: Tensor | None = None) -> str:
     """Which rows of x (*batch, D), and of its target, are not finite, or else the largest. Waits for the device."""
     both = [t.detach().reshape(-1, t.shape[-1]) for t in (x, target) if t is not None]
-    bad, rows = worst_rows(torch.cat([t.to(both[0].dtype) for t in both], 1))
+    dtype = torch.promote_types(both[0].dtype, both[-1].dtype)  # a narrower one would make infinity of large numbers
+    bad, rows = worst_rows(torch.cat([t.to(dtype) for t in both], 1))
     return said(int(bad), both[0].shape[0], rows.tolist(), "x")
 
 

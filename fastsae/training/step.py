@@ -23,15 +23,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsae.model import losses
 from fastsae.model.parameters import DENSE_ABOVE
-from fastsae.model.sae import Objective, SparseAutoencoder, check_is_sae
+from fastsae.model.sae import Objective, SparseAutoencoder, as_sae
 from fastsae.model.settings import Config, check_state_config
 from fastsae.ops import checks
-from fastsae.ops.gradients import can_be_squared, moves_little
+from fastsae.ops.gradients import moves_little
+from fastsae.ops.sums import sum_of_squares
+from fastsae.reference import wide
 from fastsae.training.graph import StepGraph, check_graph
 from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer
 from fastsae.training.skipped import COUNTED, SKIPPED, refuse_float16, say_rows
@@ -57,10 +59,10 @@ class _TrainStep:
                 f"sae is a {type(sae).__name__}, whose gradients this step does not sum over processes. Train it in a "
                 "loop of your own with a torch optimizer, project_gradients_() before its step and "
                 "normalize_decoder_() after; or, where each process trains an SAE of its own, pass .module, and "
-                "independent=True to a fused step"
+                "independent=True"
             )
-        check_is_sae(sae, "sae")
-        self.sae, self.penalty_schedule, self.k_schedule = sae, penalty_schedule, k_schedule
+        self.sae = sae = as_sae(sae, "sae")
+        self.penalty_schedule, self.k_schedule = penalty_schedule, k_schedule
         if k_schedule is not None:
             sae.activation.with_k(k_schedule(0)).check(sae.d_sae)
 
@@ -88,6 +90,7 @@ class _TrainStep:
         if n == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
         losses.check_tokens(sae.loss, n)
+        checks.gradients_possible()
         with torch.enable_grad():
             found = sae.objective(x, target, for_step=for_step)
             loss, behind = found.loss, None
@@ -170,6 +173,7 @@ class FusedTrainStep(_TrainStep):
         dense_above: float = DENSE_ABOVE,
     ):
         super().__init__(sae, penalty_schedule, k_schedule)
+        sae = self.sae
         checks.optimizer(optimizer, betas, eps, weight_decay, lr)
         if not 0 <= dense_above <= 1:
             raise ValueError(f"dense_above is {dense_above}, expected a share in [0, 1]")
@@ -240,7 +244,7 @@ class FusedTrainStep(_TrainStep):
         self.sae.check_input(x, target)
         if self.cuda_graph and (outer is not None or x.requires_grad):
             raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
-        with _in_own_dtype(x):
+        with in_own_dtype(x):
             return self._replayed(x, target) if self.cuda_graph else self._step(x, target, outer)
 
     def _step(self, x: Tensor, target: Tensor | None, outer: Outer | None = None) -> dict[str, Tensor]:
@@ -411,6 +415,7 @@ class PlainTrainStep(_TrainStep):
         independent: bool = False,
     ):
         super().__init__(sae, penalty_schedule, k_schedule)
+        sae = self.sae
         kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         if optimizer not in kinds:
             raise ValueError(f"optimizer is {optimizer!r}, a plain step has {', '.join(kinds)}; use a fused step")
@@ -437,7 +442,7 @@ class PlainTrainStep(_TrainStep):
         """
         checks.one_process(self.independent)
         self.sae.check_input(x, target)
-        with _in_own_dtype(x):
+        with in_own_dtype(x):
             return self._step(x, target)
 
     def _step(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
@@ -446,13 +451,14 @@ class PlainTrainStep(_TrainStep):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        with self._scheduled(self.step, self.step + int(self.skipped)):
+        calls = self.step if self.k_schedule is None else self.step + int(self.skipped)  # a host sync
+        with self._scheduled(self.step, calls):
             found, metrics = self._backward(x, target, None, for_step=True)
-        grads = [p.grad for p in sae.parameters() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(grad.double()) for grad in grads]
+        grads = [wide(p.grad) for p in sae.parameters() if p.grad is not None]
+        squares = torch.stack([sum_of_squares(grad.reshape(-1, grad.shape[-1])) for grad in grads]).sum()
         rate = torch.tensor(lr, dtype=torch.float64, device=sae.W_dec.device)
-        metrics |= {"grad_norm": torch.linalg.vector_norm(torch.stack(norms)), "lr": rate}
-        made = self._may_step(found, grads, rate)
+        metrics |= {"grad_norm": squares.sqrt(), "lr": rate}
+        made = self._may_step(found, squares, rate)
         found.count(made)
         self.skipped += ~made
         if not bool(made) and not self._warned:
@@ -467,12 +473,11 @@ class PlainTrainStep(_TrainStep):
             self.step += 1
         return metrics | {"skipped": self.skipped.clone()}
 
-    def _may_step(self, found: Objective, grads: list[Tensor], lr: Tensor) -> Tensor:
-        made = found.loss.detach().isfinite()
-        for grad in grads:
-            made = made & can_be_squared(grad)
-        group, step = self.optimizer.param_groups[0], torch.full_like(self.skipped, self.step + 1)
-        return made & moves_little("adam", group, self.sae.W_dec, lr=lr, step=step)
+    def _may_step(self, found: Objective, squares: Tensor, lr: Tensor) -> Tensor:
+        """squares: the squared norm of all gradients, 0-d float64, which a norm in their own dtype has to hold."""
+        W, group, step = self.sae.W_dec, self.optimizer.param_groups[0], torch.full_like(self.skipped, self.step + 1)
+        held = squares <= torch.finfo(wide(W).dtype).max
+        return found.loss.detach().isfinite() & held & moves_little("adam", group, W, lr=lr, step=step)
 
     @torch.no_grad()
     def forget_rows_(self, latents: Tensor) -> None:
@@ -521,7 +526,7 @@ def check_settings_of(state: Mapping[str, Any], expected: Mapping[str, Any]) -> 
         check_state_config(names[0] | theirs["sae"], names[1] | ours["sae"], "pass allow_other_config=True")
 
 
-def _in_own_dtype(x: Tensor) -> torch.autocast:
+def in_own_dtype(x: Tensor) -> torch.autocast:
     """Under autocast the ops run in the weights' dtype; so does, in here, what torch computes around them."""
     return torch.autocast(x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu", enabled=False)
 
@@ -539,7 +544,7 @@ def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dic
 
 
 @checks.reading_a_state("an optimizer")
-def load_named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_named_state(sae: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Puts back what `named_state` gave. Raises ValueError, and changes nothing, where it is of other parameters."""
     names = {id(p): name for name, p in sae.named_parameters()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
