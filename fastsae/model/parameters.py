@@ -175,7 +175,7 @@ class Parameters(RecordsSettings):
             getattr(self, name).copy_(start)
         if self.W_dec.is_meta:
             return
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(int(seed))
         self.W_dec.copy_(unit_rows(self.d_sae, self.d_out, self.W_dec.dtype, generator))
         if self.W_enc is not None:
             same = self.d_in == self.d_out

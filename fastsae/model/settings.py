@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,7 @@ def check_creation(dtype: Any, seed: Any) -> None:
     """Raises ValueError for a dtype that weights cannot have, and for a seed that is no number."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"dtype is {dtype!r}, expected a floating one of torch, such as torch.float32, or None")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
         raise ValueError(f"seed is {seed!r}, expected a whole number, or None")
 
 
