@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -443,3 +444,34 @@ def test_the_judge_does_not_depend_on_torchs_defaults() -> None:
     with spoil.under("default dtype bfloat16"):
         assert truth.array(torch.from_numpy(np.ones(2, np.float32))).dtype == np.float64
     assert os.environ.get("FASTSAE_BACKEND") is None
+
+
+def test_a_penalty_starts_finite_from_a_batch_without_a_loss() -> None:
+    sae = fastsae.SparseAutoencoder(1, 16, fastsae.ReLU(target_l0=4), normalize="layer_norm", loss="fvu", seed=0)
+    sae.train()(torch.randn(4, 1))
+    assert bool(torch.isfinite(sae.get_buffer("log_coef")))
+
+
+def test_a_state_on_meta_or_with_rows_for_a_number_is_refused_and_changes_nothing() -> None:
+    sae = fastsae.SparseAutoencoder(8, 16, fastsae.TopK(4), seed=0)
+    optimizer, plain = fastsae.optim.Adam(sae), fastsae.training.step.PlainTrainStep(sae, lr=1e-3)
+    sae(torch.randn(4, 8)).loss.backward()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    meta = copy.deepcopy(before)
+    meta["state"][1]["exp_avg"] = meta["state"][1]["exp_avg"].to("meta")
+    with pytest.raises(ValueError, match="exp_avg of parameter 1 of the state is on meta and has no values"):
+        optimizer.load_state_dict(meta)
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(t, before["state"][i][key]) for key, t in state.items())
+    state = plain.state_dict()
+    state["optimizer"]["param_groups"][0]["foreach"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"foreach of the state has shape \(3,\), expected one value"):
+        plain.load_state_dict(state)
+
+
+def test_groups_are_encoded_in_float16_under_autocast() -> None:
+    sae = fastsae.SparseAutoencoder(8, 16, fastsae.GroupMax(2), dtype=torch.float16, seed=0)
+    x = torch.randn(3, 8).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sae.encode(x).indices, sae.encode(x.clone()).indices)

@@ -221,6 +221,16 @@ def test_a_token_that_is_no_number_is_scored_in_full():
         assert acts[2].isnan().all()
 
 
+def test_a_copy_with_nan_lets_no_padding_pass():
+    """Its positions are no latents: rows past the end of W were read."""
+    x, W, b, _ = gaussian(N=3, D=16, M=17)
+    for fmt in FORMATS:
+        screen = cpu_screen.fill(W, None, fmt)[1]
+        screen[0].fill_(-1)  # NaN in bf16
+        _, indices, _ = cpu_screen.encode_topk(x, W, b, 8, None, None, 0, screen, "exact")
+        assert int(indices.max()) < 17, fmt
+
+
 def test_screened_precision_is_close_and_fp32_is_exact():
     x, W, b, k = gaussian(N=300, D=256, M=8192)
     exact = encode(x, W, b, k, _cpu.fastest_format(256))

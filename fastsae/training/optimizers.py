@@ -579,6 +579,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             theirs = saved[key]
             if not isinstance(theirs, Tensor):
                 theirs = torch.tensor(theirs, dtype=ours.dtype, device="cpu")
+            if theirs.is_meta and not ours.is_meta:
+                raise ValueError(f"{key} of parameter {number} of the state is on meta and has no values")
             if theirs.shape != ours.shape or (key != "step" and theirs.dtype != ours.dtype):
                 raise ValueError(
                     f"{key} of parameter {number} is {theirs.dtype} {tuple(theirs.shape)}, expected {ours.dtype} "

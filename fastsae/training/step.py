@@ -567,6 +567,9 @@ def load_named_state(sae: nn.Module, optimizer: torch.optim.Optimizer, state: di
     if not isinstance(optimizer, FusedOptimizer):
         for group in state["param_groups"]:
             checks.optimizer("adamw", group["betas"], group["eps"], group["weight_decay"], group["lr"])
+            for name, value in group.items():  # torch takes anything
+                if isinstance(value, Tensor) and value.ndim:
+                    raise ValueError(f"{name} of the state has shape {tuple(value.shape)}, expected one value")
     number = {name: i for i, name in enumerate(ordered)}
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
     optimizer.load_state_dict(

@@ -124,7 +124,9 @@ class _Targeted(_Threshold):
     @torch.no_grad()
     def start_weight(self, rule_state: RuleState, zero: float, penalty: float) -> None:
         if self.fixed is None:
-            rule_state["log_coef"].fill_(math.log(self.first_share * max(zero, TINY) / max(penalty, TINY)))
+            # A batch of one repeated token has no loss to measure by: it counts as 1, and the controller does the rest.
+            zero, penalty = (max(v, TINY) if math.isfinite(v) else 1.0 for v in (zero, penalty))
+            rule_state["log_coef"].fill_(math.log(self.first_share * zero / penalty))
         rule_state["start_done"].fill_(1)
 
     @torch.no_grad()

@@ -190,7 +190,8 @@ class GroupMax(Activation):
                 ops.encode_topk(x, rows, bias, 1, index_offset=i * size, **own)
                 for i, (rows, bias) in enumerate(zip(W.split(size), b.split(size), strict=True))
             ]
-            acts, indices = torch.cat([c.acts for c in found], -1), torch.cat([c.indices for c in found], -1)
+            with torch.autocast(x.device.type, enabled=False):  # on a CPU it has no float16 for cat
+                acts, indices = torch.cat([c.acts for c in found], -1), torch.cat([c.indices for c in found], -1)
             indices = torch.where(acts != 0, indices, W.shape[0] - 1)
             order = (acts == 0).int().argsort(dim=-1, stable=True)  # empty slots last
             redone = [c.redone for c in found if c.redone is not None]
