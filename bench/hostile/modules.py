@@ -293,7 +293,7 @@ def _forward(draw: Draw, settings: dict[str, Any], bad: bool, backend: str | Non
             continue  # tokens of two numbers become ±1, and their variance is rounding
         compute = _of_forward(sae, before)
         # recon is the target and its error, so it is rounded where the target is.
-        largest = float(values["target"].abs().max()) if "target" in values else 0.0
+        largest = max(values["target"].abs().flatten().tolist(), default=0.0) if "target" in values else 0.0
         rounded = 4 * roundoff(_computed_in(dtype, setting)) * largest
         with torch.inference_mode(False):
             dense.agree(
