@@ -371,6 +371,10 @@ def _train(kind: str) -> Callable[..., Found]:
         def held() -> dict[str, Any]:
             return {"sae": sae.state_dict(), "optimizer": optimizer.state_dict()["state"]}
 
+        def unless_counted() -> dict[str, Any]:
+            """What a refused step leaves: in a loop of one's own the backward pass has counted before it."""
+            return held() if kind != "optimizer" else held() | {"sae": dict(sae.named_parameters())}
+
         # Gradients that float64 holds and such moments do not: see docs/reliability.md.
         narrow = sae.W_dec.dtype == torch.float64 and given.get("moments", "fp32") != "fp32"
         last = Found("right")
@@ -378,7 +382,7 @@ def _train(kind: str) -> Callable[..., Found]:
             x, target, setting, fine = _batch(draw, sae, sae.W_dec.dtype, said)
             before, (moments, count) = Before.of(sae), _moments(sae, optimizer)
             sae.train()
-            out = attempt(held, setting, fine, partial(step, x, target))
+            out = attempt(unless_counted, setting, fine, partial(step, x, target))
             if isinstance(out, Found):
                 last = out
                 continue

@@ -369,7 +369,7 @@ class FusedTrainStep(_TrainStep):
         expected = self.state_dict()
         if not isinstance(state, dict):
             raise ValueError(f"got a state that is a {type(state).__name__}, expected a dict of {sorted(expected)}")
-        if set(state) | {"settings"} != set(expected) or state["format"] != FORMAT:
+        if set(state) | {"settings"} != set(expected) or repr(state["format"]) != repr(FORMAT):
             raise ValueError(
                 f"got a state with keys {sorted(state)} and format {state.get('format')}, expected {sorted(expected)} "
                 f"and format {FORMAT}"
