@@ -60,7 +60,7 @@ $(VENV)/.torch: $(VENV)/.made
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@$(BIN)/python -c 'import triton' 2> /dev/null || { echo "installing $(TRITON)"; $(PIP) install '$(TRITON)'; }
 	@echo "installing fastsae-engine: packages are downloaded, then its C++ extension is compiled; a minute or two on"
-	@echo "two cores, and pip says nothing meanwhile$(if $(filter skip,$(FASTSAE_CUDA)),,; the CUDA extension takes minutes more)"
+	@echo "two idle cores, and pip says nothing meanwhile$(if $(filter skip,$(FASTSAE_CUDA)),,; the CUDA extension takes minutes more)"
 	$(PIP) install -e '.[test,lm]'
 	@touch $@
 

@@ -73,9 +73,10 @@ def main() -> None:
         prog="python -m bench.few", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="left out: bench/results/<device>")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--shape", type=int, nargs=3, default=(768, 24576, 32), metavar=("D", "M", "K"))
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="how many at a time (%(default)s)")
+    shape = (768, 24576, 32)
+    parser.add_argument("--shape", type=int, nargs=3, default=shape, metavar=("D", "M", "K"), help="%(default)s")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of every contestant (%(default)s)")
     options = parser.parse_args()
     D, M, k = options.shape
     results = [measure(N, D, M, k, options.rounds) for N in options.tokens]
@@ -84,6 +85,7 @@ def main() -> None:
     about = {"format": 1, "machine": describe(), "threads": torch.get_num_threads()}
     write_json(path, about | {"D": D, "M": M, "K": k, "results": results})
     print(shown(results))
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":
