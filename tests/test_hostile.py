@@ -29,6 +29,7 @@ from fastsae.data.stream import ActivationStream
 from fastsae.model import files as saved_files
 from fastsae.model import settings as model_settings
 from fastsae.training.optimizers import FusedOptimizer
+from fastsae.training.skipped import worst_rows
 from fastsae.training.step import PlainTrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -468,6 +469,17 @@ def test_a_state_on_meta_or_with_rows_for_a_number_is_refused_and_changes_nothin
     state["optimizer"]["param_groups"][0]["foreach"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"foreach of the state has shape \(3,\), expected one value"):
         plain.load_state_dict(state)
+    plain(torch.randn(4, 8))
+    state = plain.state_dict()
+    state["optimizer"]["state"]["b_enc"]["step"] = 1.5
+    with pytest.raises(ValueError, match=r"step of b_enc is 1\.5, expected a whole number"):
+        plain.load_state_dict(state)
+
+
+def test_the_worst_rows_of_eight_bits_are_named() -> None:
+    x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [-3.0, 0.0]]).to(torch.float8_e4m3fn)
+    bad, rows = worst_rows(x)
+    assert (int(bad), rows.tolist()) == (1, [1, 2, 0])
 
 
 def test_groups_are_encoded_in_float16_under_autocast() -> None:

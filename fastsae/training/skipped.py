@@ -22,6 +22,7 @@ def worst_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     First come those that are not finite, ascending, then the others by their largest magnitude. No host sync.
     """
     # The largest magnitude hands on NaN and, unlike a sum, cannot overflow; it needs no mask as large as x.
+    x = x.float() if x.dtype.itemsize == 1 else x  # 8 bits have no norm
     size = torch.linalg.vector_norm(x, ord=math.inf, dim=-1).double()
     bad, n = ~torch.isfinite(size), x.shape[0]
     above = torch.finfo(torch.float64).max * (

@@ -562,6 +562,8 @@ def load_named_state(sae: nn.Module, optimizer: torch.optim.Optimizer, state: di
                 raise ValueError(f"{key} of {name} is {there}, expected {here}")
         if not isinstance(optimizer, FusedOptimizer):  # torch's takes anything
             checks.at_least_0(f"step of {name}", moments["step"])
+            if float(moments["step"]) % 1:
+                raise ValueError(f"step of {name} is {moments['step']!r}, expected a whole number")
             if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
                 raise ValueError(f"the state of {name} has {sorted(moments)}, expected step, exp_avg and exp_avg_sq")
     if not isinstance(optimizer, FusedOptimizer):
