@@ -454,8 +454,8 @@ def test_a_penalty_starts_finite_from_a_batch_without_a_loss() -> None:
 
 
 def test_a_state_on_meta_or_with_rows_for_a_number_is_refused_and_changes_nothing() -> None:
-    sae = fastsae.SparseAutoencoder(8, 16, fastsae.TopK(4), seed=0)
-    optimizer, plain = fastsae.optim.Adam(sae), fastsae.training.step.PlainTrainStep(sae, lr=1e-3)
+    sae, other = (fastsae.SparseAutoencoder(8, 16, fastsae.TopK(4), seed=0) for _ in range(2))
+    optimizer, plain = fastsae.optim.Adam(sae), PlainTrainStep(other, lr=1e-3)
     sae(torch.randn(4, 8)).loss.backward()
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict())
