@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fastsae
 from fastsae.cli import commands
 from fastsae.cli import options as config
 from fastsae.cli.main import COMMANDS, main
@@ -134,6 +135,16 @@ def test_resume_continues_and_must_be_requested(place, capsys):
     assert main([*longer, "--resume"]) == 0
     assert open_run(place / "longer").step == 9
     assert "lr is 0.0002 there and 0.5 here" in fails(capsys, [*longer, "--resume", "--lr", "0.5"])
+
+
+def test_a_file_of_another_run_in_a_checkpoint_is_refused(place, tmp_path, capsys):
+    checkpoint = open_run(place / "run").path
+    own = checkpoint.parent.parent
+    copied = shutil.copytree(own, tmp_path / "run") / "checkpoints" / checkpoint.name
+    fastsae.save(fastsae.SparseAutoencoder(8, 16, fastsae.TopK(4), seed=5), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "sae.safetensors", copied)
+    assert main(["eval", str(copied)]) == 1
+    assert "sae.safetensors" in capsys.readouterr().err
 
 
 def test_eval_of_a_checkpoint_writes_beside_the_run_and_not_into_it(place, capsys):

@@ -29,7 +29,7 @@ from fastsae.data.stream import ActivationStream
 from fastsae.model import files as saved_files
 from fastsae.model import settings as model_settings
 from fastsae.training.optimizers import FusedOptimizer
-from fastsae.training.skipped import worst_rows
+from fastsae.training.skipped import say_rows
 from fastsae.training.step import PlainTrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -477,9 +477,9 @@ def test_a_state_on_meta_or_with_rows_for_a_number_is_refused_and_changes_nothin
 
 
 def test_the_worst_rows_of_eight_bits_are_named() -> None:
-    x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [-3.0, 0.0]]).to(torch.float8_e4m3fn)
-    bad, rows = worst_rows(x)
-    assert (int(bad), rows.tolist()) == (1, [1, 2, 0])
+    x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [-3.0, 0.0]])
+    for target in (None, x.double()):
+        assert "1 of 3 rows of x hold NaN or infinity: 1" in say_rows(x.to(torch.float8_e4m3fn), target)
 
 
 def test_groups_are_encoded_in_float16_under_autocast() -> None:

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +122,13 @@ def _seal(directory: Path, step: int) -> None:
     write_json(directory / MANIFEST, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raises CheckpointError naming the first file that is missing, truncated or changed.
+def verify_checkpoint(path: Path, only: Collection[str] | None = None) -> None:
+    """Raises CheckpointError naming the first file, of these or of all, that is missing, truncated or changed.
 
     Raises UnreadableError if a file exists but cannot be read; its content may still be right.
     """
     try:
-        _verify(path)
+        _verify(path, only)
     except OSError as error:
         raise UnreadableError(
             f"cannot read {error.filename or path} to verify it: {error.strerror or error}; it may be whole, so "
@@ -136,7 +136,7 @@ def verify_checkpoint(path: Path) -> None:
         ) from error
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path, only: Collection[str] | None) -> None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
@@ -153,6 +153,8 @@ def _verify(path: Path) -> None:
     if STATE not in files:
         raise CheckpointError(f"{path / MANIFEST} is damaged: it does not list {STATE}")
     for name, (size, digest) in files.items():
+        if only is not None and name not in only:
+            continue
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{file} is missing")

@@ -21,7 +21,7 @@ from fastsae.data.stream import StreamConfig
 from fastsae.data.tensor import TensorSource
 from fastsae.model.files import WEIGHTS, load
 from fastsae.model.sae import SparseAutoencoder
-from fastsae.runs.checkpoint import CheckpointError, newest_valid, step_of
+from fastsae.runs.checkpoint import CheckpointError, newest_valid, step_of, verify_checkpoint
 from fastsae.runs.rundir import CONFIG
 
 EVALUATION = "evaluation.json"
@@ -131,6 +131,8 @@ def open_run(path: str | Path, *, device: str | None = None) -> OpenedRun:
     if (path / WEIGHTS).is_file():
         is_checkpoint = path.parent.name == "checkpoints" and path.name.startswith("step_")
         config = run_config(path.parent.parent) if is_checkpoint else {}
+        if is_checkpoint and (path / MANIFEST).is_file():
+            verify_checkpoint(path, only=(WEIGHTS, CONFIG))  # a file of another run is a whole module too
         return OpenedRun(load(path, device), path, step_of(path) if is_checkpoint else None, config)
     checkpoint, problems = newest_valid(path / "checkpoints")
     if checkpoint is None:

@@ -22,7 +22,6 @@ def worst_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     First come those that are not finite, ascending, then the others by their largest magnitude. No host sync.
     """
     # The largest magnitude hands on NaN and, unlike a sum, cannot overflow; it needs no mask as large as x.
-    x = x.float() if x.dtype.itemsize == 1 else x  # 8 bits have no norm
     size = torch.linalg.vector_norm(x, ord=math.inf, dim=-1).double()
     bad, n = ~torch.isfinite(size), x.shape[0]
     above = torch.finfo(torch.float64).max * (
@@ -34,6 +33,7 @@ def worst_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def say_rows(x: Tensor, target: Tensor | None = None) -> str:
     """Which rows of x (*batch, D), and of its target, are not finite, or else the largest. Waits for the device."""
     both = [t.detach().reshape(-1, t.shape[-1]) for t in (x, target) if t is not None]
+    both = [t.float() if t.dtype.itemsize == 1 else t for t in both]  # 8 bits have no norm, and no wider dtype
     dtype = torch.promote_types(both[0].dtype, both[-1].dtype)  # a narrower one would make infinity of large numbers
     bad, rows = worst_rows(torch.cat([t.to(dtype) for t in both], 1))
     return said(int(bad), both[0].shape[0], rows.tolist(), "x")
