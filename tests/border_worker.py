@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import fastsae
+from bench.hostile.spoil import gone, halved, odd_address
 from fastsae import SparseCodes, UpdateTerm, ops
 from fastsae.codes import Screen
 from fastsae.reference import MOMENTS_OF, scales_shape
@@ -220,27 +221,6 @@ def main(setting: str, when: str) -> None:
 # -- what the border refuses -------------------------------------------------------------------------------------------
 
 
-def _emptied(t: Tensor) -> Tensor:
-    """t without its memory, as a sharded parameter is between two uses."""
-    t = t.clone()
-    t.untyped_storage().resize_(0)
-    return t
-
-
-def _halved(t: Tensor) -> Tensor:
-    """t with half of its memory."""
-    t = t.clone()
-    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
-    return t
-
-
-def _misaligned(t: Tensor) -> Tensor:
-    """A copy of t at an odd address."""
-    memory = bytearray(1 + t.numel() * t.itemsize)
-    memory[1:] = bytes(t.view(-1).view(torch.uint8).numpy())
-    return torch.frombuffer(memory, dtype=t.dtype, offset=1).view(t.shape)
-
-
 def screens(p: Problem) -> dict[str, list[Tensor]]:
     """Screens that do not belong to W."""
     words, tables, code = p.screen.tensors
@@ -255,8 +235,8 @@ def screens(p: Problem) -> dict[str, list[Tensor]]:
         "tables bfloat16": [words, tables.bfloat16(), code],
         "words apart": [torch.stack([words, words], 1)[:, 0], tables, code],
         "tables transposed": [words, tables.mT.contiguous().mT, code],
-        "words without memory": [_emptied(words), tables, code],
-        "tables without memory": [words, _emptied(tables), code],
+        "words without memory": [gone(words), tables, code],
+        "tables without memory": [words, gone(tables), code],
         "unknown format": [words, tables, torch.full_like(code, 99)],
         "format float": [words, tables, code.float()],
         "two tensors": [words, tables],
@@ -284,9 +264,9 @@ def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"encode_above, screen {name}", lambda s=kept: ops.encode_above(x, W, b, 1.5, N * K, screen=s)
         yield f"encode_batch_topk, screen {name}", lambda s=kept: ops.encode_batch_topk(x, W, b, K, screen=s)
     for name, spoil in (
-        ("without memory", _emptied),
-        ("of half its memory", _halved),
-        ("at an odd address", _misaligned),
+        ("without memory", gone),
+        ("of half its memory", halved),
+        ("at an odd address", odd_address),
     ):
         yield f"encode_topk, W {name}", lambda f=spoil: ops.encode_topk(x, f(W), b, K, backend="cpu")
         yield f"encode_topk, b {name}", lambda f=spoil: ops.encode_topk(x, W, f(b), K, backend="cpu")
@@ -299,7 +279,7 @@ def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"update_latents_, {what} {name}", lambda g=given: ops.update_latents_(**g)
         for i in range(8):
             moments = list(p.updates["update adam 8bit"]["moments"])
-            if moments[i].itemsize == 1 and spoil is _misaligned:
+            if moments[i].itemsize == 1 and spoil is odd_address:
                 continue  # single bytes need no alignment
             moments[i] = spoil(moments[i])
             given = {**p.updates["update adam 8bit"], "moments": moments}

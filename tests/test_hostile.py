@@ -419,7 +419,7 @@ def test_a_decode_error_of_no_columns(backend: str) -> None:
 @pytest.mark.parametrize("setting", ["as it is", "autocast bfloat16"])
 def test_a_tensor_that_is_none_is_named(what: str, setting: str) -> None:
     W = torch.randn(8, 4)
-    spoiled = {"None": None, "sparse": W.to_sparse(), "freed": spoil._gone(W)}[what]
+    spoiled = {"None": None, "sparse": W.to_sparse(), "freed": spoil.gone(W)}[what]
     with pytest.raises((TypeError, ValueError), match=r"^W "), spoil.under(setting):
         torch.ops.fastsae.encode_topk(
             torch.randn(2, 4), spoiled, torch.zeros(8), 2, None, None, 0, None, "exact", "reference"

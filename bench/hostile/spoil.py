@@ -39,20 +39,20 @@ class Wrapped(Tensor):
         return func(*bare[0], **bare[1])
 
 
-def _gone(t: Tensor) -> Tensor:
+def gone(t: Tensor) -> Tensor:
     """Without its memory, as a sharded parameter is between two uses."""
     t = t.clone()
     t.untyped_storage().resize_(0)
     return t
 
 
-def _halved(t: Tensor) -> Tensor:
+def halved(t: Tensor) -> Tensor:
     t = t.clone()
     t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
     return t
 
 
-def _odd_address(t: Tensor) -> Tensor:
+def odd_address(t: Tensor) -> Tensor:
     if not t.numel():
         return t
     memory = bytearray(1 + t.numel() * t.itemsize)
@@ -99,7 +99,7 @@ DTYPES = (
 )  # fmt: skip
 TENSOR: dict[str, Callable[[Tensor], Any]] = {
     **{str(dtype).removeprefix("torch."): _as(dtype) for dtype in DTYPES},
-    "without memory": _gone, "with half its memory": _halved, "at an odd address": _odd_address,
+    "without memory": gone, "with half its memory": halved, "at an odd address": odd_address,
     "columns apart": _apart, "transposed": _transposed, "expanded": _expanded, "overlapping": _overlapping,
     "at an offset": _offset, "a lazy negation": _negated,
     "cut": lambda t: t[:-1] if t.ndim else t, "doubled": lambda t: torch.cat([t, t]) if t.ndim else t,
