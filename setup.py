@@ -29,7 +29,7 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-digest = runpy.run_path(str(ROOT / "fastsae" / "backends" / "sources.py"))["digest"]
+digest = runpy.run_path(str(ROOT / "fastsae" / "backends" / "extension.py"))["digest"]
 CPU, CUDA = ROOT / "csrc" / "cpu", ROOT / "csrc" / "cuda"
 HOST = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON = [*HOST, "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized"]

@@ -43,7 +43,7 @@ class Tree:
             (self.cuda / name).touch()
         copy(ROOT / "setup.py", root)
         (root / "fastsae" / "backends").mkdir()
-        copy(ROOT / "fastsae" / "backends" / "sources.py", root / "fastsae" / "backends")
+        copy(ROOT / "fastsae" / "backends" / "extension.py", root / "fastsae" / "backends")
         self.given: dict[str, Any] = {}
         monkeypatch.setattr(setuptools, "setup", self.given.update)
         spec = importlib.util.spec_from_file_location("setup_of_a_tiny_tree", root / "setup.py")

@@ -22,7 +22,7 @@ import torch
 import fastsae
 from fastsae import ops
 from fastsae.backends import BackendError, BackendWarning, extension, reference, versions
-from fastsae.backends.sources import digest
+from fastsae.backends.extension import digest
 
 backends = importlib.import_module("fastsae.backends")  # fastsae.backends is its function of the same name
 ROOT = Path(__file__).resolve().parent.parent

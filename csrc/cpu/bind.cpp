@@ -11,7 +11,7 @@ using release_gil = py::call_guard<py::gil_scoped_release>;
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastsae's CPU ops on raw memory; use fastsae.ops instead";
-  m.attr("sources") = FASTSAE_SOURCES;  // their digest: fastsae/backends/sources.py
+  m.attr("sources") = FASTSAE_SOURCES;  // their digest: fastsae/backends/extension.py
 
   py::enum_<Kind>(m, "Dtype")
       .value("f32", Kind::f32)

@@ -16,7 +16,7 @@ PYBIND11_MODULE(_cuda, m) {
   py::register_local_exception<Error>(m, "Error", PyExc_RuntimeError);
   learn_dtypes();
 #ifdef FASTSAE_SOURCES
-  m.attr("sources") = FASTSAE_SOURCES;  // their digest: fastsae/backends/sources.py
+  m.attr("sources") = FASTSAE_SOURCES;  // their digest: fastsae/backends/extension.py
 #endif
   py::class_<Where>(m, "Where", py::module_local()).def(py::init([](int device, uintptr_t stream) {
     return Where{device, reinterpret_cast<void*>(stream)};

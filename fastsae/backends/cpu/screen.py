@@ -85,11 +85,11 @@ def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None)
 RIVALS_WORTH = 0.02
 REDONE_WORTH = 0.01
 PROBED = 192
+PROBED_K = 32  # stands for a threshold, which has no K
 
 # Up to so many tokens every latent is scored in fp32: a copy costs more to make, or to read, than it saves. FEW_KEPT
 # where a narrow one is kept already. `python -m bench.few` measures where they cross.
 FEW, FEW_KEPT = 128, 12
-PROBED_K = 32  # stands for a threshold, which has no K
 
 
 def _best_copy(
