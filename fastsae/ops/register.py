@@ -88,7 +88,7 @@ def define(
         for name in (to, *cast) if cast else ():  # which the cast reads
             check_that.given(name, named[name])
             check_that.has_memory(name, named[name])
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return raw(*(v.to(named[to].dtype) if n in cast else v for n, v in named.items()), backend)
 
     def lazily_negated(*args: Any, **named: Any) -> Any:
@@ -108,6 +108,14 @@ def define(
         _LIBRARY.impl(op, lazily_negated, "Negative")
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(op, functools.partial(autocast, device), f"Autocast{device.upper()}")
+
+
+def without_autocast(device: str) -> torch.autocast:
+    """Under autocast the ops run in the weights' dtype; so does, in here, what torch computes around them on a device.
+
+    A device type that has no autocast (meta) has none to turn off.
+    """
+    return torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False)
 
 
 def empty_ints(like: Tensor, *shape: Any, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -25,9 +25,10 @@ from fastsae.model.settings import Config, RecordsSettings
 from fastsae.ops import checks
 from fastsae.ops.encode import infinite_as_nan
 from fastsae.ops.gradients import moves_little
+from fastsae.ops.register import without_autocast
 from fastsae.reference import Forward
 from fastsae.training.skipped import COUNTED, SKIPPED, refuse_float16, say_rows
-from fastsae.training.step import check_settings_of, in_own_dtype, load_named_state, settings_of
+from fastsae.training.step import check_settings_of, load_named_state, settings_of
 
 BATCH_WORTH = 2**18
 """N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures it."""
@@ -366,11 +367,11 @@ class BatchTrainStep:
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.enable_grad(), in_own_dtype(x):
+        with torch.enable_grad(), without_autocast(x.device.type):
             out = self._forward(x, target)
             out.losses["loss"].sum().backward()
         metrics = {name: value.detach() for name, value in out.losses.items()}
-        with torch.no_grad(), in_own_dtype(x):
+        with torch.no_grad(), without_autocast(x.device.type):
             if self.measure:
                 goal = (x if target is None else target).to(out.recon.dtype)
                 squares = (out.recon - goal).square().sum((-2, -1))

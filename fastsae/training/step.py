@@ -32,6 +32,7 @@ from fastsae.model.sae import Objective, SparseAutoencoder, as_sae
 from fastsae.model.settings import Config, check_state_config
 from fastsae.ops import checks
 from fastsae.ops.gradients import moves_little
+from fastsae.ops.register import without_autocast
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import wide
 from fastsae.training.graph import StepGraph, check_graph
@@ -244,7 +245,7 @@ class FusedTrainStep(_TrainStep):
         self.sae.check_input(x, target)
         if self.cuda_graph and (outer is not None or x.requires_grad):
             raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
-        with in_own_dtype(x):
+        with without_autocast(x.device.type):
             return self._replayed(x, target) if self.cuda_graph else self._step(x, target, outer)
 
     def _step(self, x: Tensor, target: Tensor | None, outer: Outer | None = None) -> dict[str, Tensor]:
@@ -442,7 +443,7 @@ class PlainTrainStep(_TrainStep):
         """
         checks.one_process(self.independent)
         self.sae.check_input(x, target)
-        with in_own_dtype(x):
+        with without_autocast(x.device.type):
             return self._step(x, target)
 
     def _step(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
@@ -524,11 +525,6 @@ def check_settings_of(state: Mapping[str, Any], expected: Mapping[str, Any]) -> 
         theirs, ours = state["settings"], expected["settings"]
         names = {"optimizer": theirs["optimizer"]}, {"optimizer": ours["optimizer"]}
         check_state_config(names[0] | theirs["sae"], names[1] | ours["sae"], "pass allow_other_config=True")
-
-
-def in_own_dtype(x: Tensor) -> torch.autocast:
-    """Under autocast the ops run in the weights' dtype; so does, in here, what torch computes around them."""
-    return torch.autocast(x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu", enabled=False)
 
 
 def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

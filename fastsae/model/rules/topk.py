@@ -20,6 +20,7 @@ from fastsae.model.rules.base import (
     select_above,
     whole_number,
 )
+from fastsae.ops.register import without_autocast
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class GroupMax(Activation):
                 ops.encode_topk(x, rows, bias, 1, index_offset=i * size, **own)
                 for i, (rows, bias) in enumerate(zip(W.split(size), b.split(size), strict=True))
             ]
-            with torch.autocast(x.device.type, enabled=False):  # on a CPU it has no float16 for cat
+            with without_autocast(x.device.type):  # on a CPU it has no float16 for cat
                 acts, indices = torch.cat([c.acts for c in found], -1), torch.cat([c.indices for c in found], -1)
             indices = torch.where(acts != 0, indices, W.shape[0] - 1)
             order = (acts == 0).int().argsort(dim=-1, stable=True)  # empty slots last
