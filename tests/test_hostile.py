@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastsae
 from bench.hostile import __main__ as hostile
@@ -28,6 +29,7 @@ from fastsae.data.manifest import FileEntry
 from fastsae.data.stream import ActivationStream
 from fastsae.model import files as saved_files
 from fastsae.model import settings as model_settings
+from fastsae.training.batch import BatchTrainStep
 from fastsae.training.optimizers import FusedOptimizer
 from fastsae.training.skipped import say_rows
 from fastsae.training.step import PlainTrainStep
@@ -110,6 +112,7 @@ def valid(op: str) -> calls.Call:
         call = spoil.make(op, SEED, number, "reference")
         rows = call.arguments.get("x", call.arguments.get("W"))
         plain = not call.spoiled and call.setting == "as it is" and call.arguments.get("rows") is None
+        plain = plain and call.arguments.get("capacity", 1) > 0  # a code without slots has nothing wrong in it
         if plain and rows is not None and min(rows.shape) > 2:
             return call
     raise AssertionError("no call is left as it is")
@@ -205,6 +208,19 @@ def planted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         step = FusedOptimizer._update
         monkeypatch.setattr(FusedOptimizer, "_update", lambda self, i, given, **more: step(
             self, i, given, **more | {"lr": more["lr"] * 1.5}))  # fmt: skip
+    elif part == "batch":
+        moved = BatchTrainStep._update
+
+        def faster(self: BatchTrainStep, stays: torch.Tensor | None) -> None:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= 1.001
+            moved(self, stays)
+
+        monkeypatch.setattr(BatchTrainStep, "_update", faster)
+    elif part == "unit rows":  # divided by a norm that is held fixed
+        monkeypatch.setattr(
+            F, "normalize", lambda t, dim: t / torch.linalg.vector_norm(t.detach(), dim=dim, keepdim=True)
+        )
     elif part == "saved":
         monkeypatch.setattr(saved_files, "_digest", lambda config, tensors: "always the same")
     elif part == "rows":
@@ -223,6 +239,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     [
         (("forward", "recon is"), "modules/forward", 12),
         (("fused", " is ["), "modules/fused", 12),
+        (("batch", " is ["), "modules/batch", 12),
+        (("unit rows", "W_dec is ["), "modules/batch", 24),
         (("saved", "another module"), "files/saved", 30),
         (("rows", "other rows"), "files/rows", 30),
         (("harvest", "went on to other rows"), "files/harvest", 12),
@@ -245,6 +263,14 @@ def test_a_planted_fault_is_found(planted: str, place: str, cases: int) -> None:
 def test_what_a_step_cannot_make_is_no_fault(kind: str, number: int) -> None:
     found = run.part("modules").case(kind, 0, number, None)[1]()
     assert found.verdict != "wrong", found.what
+
+
+@pytest.mark.usefixtures("cpu_tensors", "one_thread")
+@pytest.mark.parametrize(("seed", "number"), [(21, 781), (11, 561)])
+def test_a_gradient_that_is_rounding_alone_is_no_fault(seed: int, number: int) -> None:
+    """A row of one number, divided by its norm, is ±1: its gradient is 0, and in float32 what g - u⟨u, g⟩ leaves."""
+    found = run.part("modules").case("batch", seed, number, None)[1]()
+    assert found.verdict == "right", found.what
 
 
 def test_fvu_of_one_row_repeated_has_no_truth() -> None:

@@ -95,13 +95,27 @@ def forward(
     return found | {"loss": found["loss"] + sae.ghost_coef * found["ghost"]}
 
 
-def batch_forward(batch: SAEBatch, i: int, before: Before, p: Mapping[str, Tensor], x: Tensor) -> Tensors:
-    """The same of the i-th SAE of a batch without ghosts; p: of all of them."""
+def unit_factors(batch: SAEBatch) -> Tensors:
+    """1 for each number of the rows that a batch divides by their norm: inputs of `batch_forward`.
+
+    The gradient g of such a row u is projected, g - u ⟨u, g⟩, and how near to 0 that comes is the rounding of u,
+    relative to g. No change of the row before its division shows that: one number becomes ±1, whatever it was.
+    """
+    norms = {"W_enc": batch.encoder_norm, "W_dec": batch.decoder_norm}
+    named = dict(batch.named_parameters())
+    return {f"unit {n}": torch.ones_like(named[n], dtype=torch.float64) for n in norms.keys() & named.keys()
+            if norms[n] == "forward"}  # fmt: skip
+
+
+def batch_forward(
+    batch: SAEBatch, i: int, before: Before, p: Mapping[str, Tensor], x: Tensor, units: Mapping[str, Tensor]
+) -> Tensors:
+    """The same of the i-th SAE of a batch without ghosts; p: of all of them; units: `unit_factors`, or near them."""
     names = dict(batch.named_parameters())
     own = {name: p[name][i] for name in names}
-    for name, norm in (("W_enc", batch.encoder_norm), ("W_dec", batch.decoder_norm)):
-        if norm == "forward" and name in own:
-            own[name] = torch.nn.functional.normalize(own[name], dim=-1)
+    for name in own:
+        if f"unit {name}" in units:
+            own[name] = _unit_rows(own[name], units[f"unit {name}"][i])
     rule = batch.rules[i]
     state = {name: t[i] for name, t in before.buffers.items() if name in ("threshold", "threshold_weight")}
     state |= {name: own[name] for name in names if name not in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -109,6 +123,14 @@ def batch_forward(batch: SAEBatch, i: int, before: Before, p: Mapping[str, Tenso
         own, x, rule, state, pre_bias=batch.pre_bias, loss=batch.loss, training=batch.training
     )  # fmt: skip
     return {**out.losses, "A": out.A, "recon": out.recon}
+
+
+def _unit_rows(W: Tensor, factors: Tensor) -> Tensor:
+    """The rows u of W divided by their norm, times factors near 1; these rows also project the gradient."""
+    norm = torch.linalg.vector_norm(W.detach(), dim=-1, keepdim=True)
+    u = W.detach() / norm * factors
+    moved = (W - W.detach()) / norm
+    return u + moved - (moved * u).sum(-1, keepdim=True) * u
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------

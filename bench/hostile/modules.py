@@ -465,14 +465,15 @@ def _in_batch(draw: Draw, settings: dict[str, Any], bad: bool, backend: str | No
 
     def compute(v: dict[str, Tensor]) -> dict[str, Tensor]:
         def loss(p: dict[str, Tensor]) -> Tensor:
-            each = [dense.batch_forward(batch, i, before, p, v["x"])["loss"] for i in range(len(batch))]
+            each = [dense.batch_forward(batch, i, before, p, v["x"], v)["loss"] for i in range(len(batch))]
             return torch.stack(each).sum()
 
         with torch.enable_grad():
             return rule({n: v[n] for n in before.params}, loss, {}, 1, batch.decoder_norm == "unit")
 
     got = {name: p.detach().clone() for name, p in batch.named_parameters()}
-    dense.agree(got, compute, before.params | values, draw, _computed_in(settings["dtype"], setting))
+    inputs = before.params | values | dense.unit_factors(batch)
+    dense.agree(got, compute, inputs, draw, _computed_in(settings["dtype"], setting))
     return Found("right")
 
 
