@@ -122,6 +122,7 @@ def test_an_extension_that_cannot_be_used_is_said_once_with_the_command(copy: Pa
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("imported")
     (warning,) = [line for line in done.stderr.splitlines() if "BackendWarning" in line]
+    assert warning.startswith("<string>:"), "not at the line that called"
     assert "runs on the reference backend, dense PyTorch and many times slower" in warning
     assert reason in warning
     assert f"pip install --no-deps -e {copy}" in warning

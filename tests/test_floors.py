@@ -27,7 +27,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
-    "reference": 0, "codes": 0, "env": 0, "atomic": 0,
+    "reference": 0, "codes": 0, "env": 0, "atomic": 0, "warn": 0, "progress": 0,
     "backends": 1, "kernels": 1, "_cpu": 1, "_cuda": 1,
     "ops": 2,
     "model": 3,

@@ -16,7 +16,6 @@ reason and with what mends it.
 
 from __future__ import annotations
 
-import warnings
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from fastsae import env
 from fastsae.backends import extension, reference, versions
 from fastsae.backends.errors import BackendError, BackendWarning
+from fastsae.warn import warn
 
 
 def _built_cpu() -> ModuleType | str:
@@ -132,10 +132,9 @@ def _say_slower(op: str, chosen: str, reasons: list[tuple[str, str]], tensors: t
         return
     _said.update(fresh)
     slow = ", dense PyTorch and many times slower" if chosen == "reference" else ""
-    warnings.warn(
+    warn(
         f"fastsae.{op} runs on the {chosen} backend{slow}: "
         + "; ".join(f"{name}: {reason}" for name, reason in passed)
         + f". With backend={chosen!r} you ask for that, and nothing is said.",
         BackendWarning,
-        stacklevel=2,
     )

@@ -7,10 +7,10 @@ release of itself. They are used, and warned about once.
 from __future__ import annotations
 
 import re
-import warnings
 from functools import cache
 
 from fastsae.backends.errors import BackendWarning
+from fastsae.warn import warn
 
 OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 """pyproject.toml has the same."""
@@ -52,4 +52,4 @@ def warn_of(name: str, version: str) -> None:
     """Warns of a torch or Triton that is older or newer than those that were tested; a second call says nothing."""
     said = too_old(name, version) or untried(name, version)
     if said is not None:
-        warnings.warn(said, BackendWarning, stacklevel=2)
+        warn(said, BackendWarning)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
@@ -22,6 +21,7 @@ from fastsae.model.settings import (
     config_of,
 )
 from fastsae.ops.ledger import LedgerGradient
+from fastsae.warn import warn
 
 _SETTINGS = (
     "d_in", "d_sae", "d_out", "pre_bias", "decoder_norm", "tied", "skip", "layers", "init_norm", "aux_k", "aux_coef",
@@ -201,11 +201,10 @@ class Parameters(RecordsSettings):
             self.pre_bias = False
         if not torch.compiler.is_compiling():  # a warning is a graph break
             what = "is now off" if was_open else "stays on, since this SAE was trained without a target before"
-            warnings.warn(
+            warn(
                 f"a target was given and pre_bias was left None: it {what}. Pass pre_bias=False (b_dec is a mean of "
                 "targets, not of x) or pre_bias=True at construction",
                 UserWarning,
-                stacklevel=4,
             )
 
     @property
@@ -315,10 +314,9 @@ def weight_of_old(threshold: Tensor) -> Tensor:
     """
     known = torch.zeros_like(threshold, dtype=torch.bool) if threshold.is_meta else threshold >= 0
     if not known.is_meta and bool(known.any()):
-        warnings.warn(
+        warn(
             f"this state's BatchTopK threshold {threshold.tolist()} is of an older fastsae, whose running mean was "
             "slow: L0 may be far from k at inference. Set it with sae.calibrate_threshold_(x) on rows of the data",
             UserWarning,
-            stacklevel=2,
         )
     return known.to(threshold.dtype)

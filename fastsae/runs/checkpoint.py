@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 from fastsae.atomic import fsync_path, sha256_of, write_json
 from fastsae.model.files import SavedModuleError
 from fastsae.runs.state_tree import join_state, split_state
+from fastsae.warn import warn
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -228,11 +228,10 @@ def prune(root: Path, keep: int) -> None:
             os.rename(path, doomed)
             shutil.rmtree(doomed)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"cannot delete the old checkpoint {path}: {error}; training goes on, the newest are safe. "
                 "It uses disk space until you delete it",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
 

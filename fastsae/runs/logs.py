@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastsae.progress import bar
+from fastsae.warn import warn
 from fastsae.atomic import replace_file
 
 
@@ -190,9 +191,7 @@ class TensorBoardLog:
             try:
                 writer.close()
             except OSError as error:
-                warnings.warn(
-                    f"the last TensorBoard events could not be written: {error}", RuntimeWarning, stacklevel=2
-                )
+                warn(f"the last TensorBoard events could not be written: {error}", RuntimeWarning)
 
 
 class ProgressBar:

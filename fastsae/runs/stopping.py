@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.training.skipped import worst_rows
+from fastsae.warn import warn
 
 SKIPS_IN_A_ROW = 10
 """Steps in a row that changed nothing, after which a run ends: the next batches will be no better."""
@@ -128,11 +128,10 @@ class SkipGuard:
                 self._began = (step, what)
             if not self._said:
                 self._said = True
-                warnings.warn(
+                warn(
                     f"step {step}: {what}. The step changed nothing and the run goes on; further ones are counted "
                     'without a warning, as "skipped" in metrics.jsonl',
                     RuntimeWarning,
-                    stacklevel=2,
                 )
             if self._in_a_row == SKIPS_IN_A_ROW and self.ended is None:
                 begin, what = self._began

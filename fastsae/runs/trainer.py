@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -43,6 +42,7 @@ from fastsae.runs.stopping import (
     never_begun,
 )
 from fastsae.training.step import FusedTrainStep, PlainTrainStep
+from fastsae.warn import warn
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer"]
 
@@ -214,11 +214,14 @@ class Trainer:
             "optimizer": c.optimizer, "weight_decay": c.weight_decay, "clip_norm": c.clip_norm,
             "penalty_schedule": c.penalty_schedule(), "k_schedule": c.k_schedule(self.sae.activation.screen_k),
         }  # fmt: skip
-        if not c.fused:
-            return PlainTrainStep(self.sae, **common)
-        return FusedTrainStep(
-            self.sae, **common, clip_rows=c.clip_rows, moments=c.moments, seed=c.seed, backend=self.sae.backend
-        )
+        step: FusedTrainStep | PlainTrainStep
+        if c.fused:
+            more = {"clip_rows": c.clip_rows, "moments": c.moments, "seed": c.seed, "backend": self.sae.backend}
+            step = FusedTrainStep(self.sae, **common, **more)
+        else:
+            step = PlainTrainStep(self.sae, **common)
+        step.first_skip.said = True  # SkipGuard says it, with the rows of the data
+        return step
 
     def _go_to_checkpoint(self) -> None:
         """Loads the newest checkpoint that verifies, if there is any; newer broken ones are named and set aside."""
@@ -245,10 +248,9 @@ class Trainer:
         moved = checkpoint.set_aside_newer(self.checkpoints, self.step)  # only now that this one was loaded
         checkpoint.prune(self.checkpoints, self.config.keep)  # a kill may have come between a checkpoint and this
         for problem in problems:
-            warnings.warn(
+            warn(
                 f"{problem}. Going on from {path} instead; kept for a look: {', '.join(str(m) for m in moved)}",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -384,11 +386,10 @@ class Trainer:
         if l0 is None or abs(l0 / rule.asked_l0 - 1) <= L0_OFF:
             return
         where = "held-out rows" if self.config.eval_every else "the last batch"
-        warnings.warn(
+        warn(
             f"{self.run_dir}: the run ended at L0 {l0:.4g} on {where}, and {rule.asked_l0:.4g} was asked for "
             f"({l0 / rule.asked_l0 - 1:+.0%}). {_what_to_do(rule, l0)}",
             RuntimeWarning,
-            stacklevel=2,
         )
 
     def _evaluate(self) -> None:
@@ -429,11 +430,10 @@ class Trainer:
         self._redone.zero_()
         if share > REDONE_LIMIT and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"step {self.step}: the encoder repeated its selection for {share:.1%} of the tokens, expected at most "
                 f"{REDONE_LIMIT:.0%}. The results are exact, but it costs time; look at redone_share in metrics.jsonl",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
     def _checkpoint(self) -> None:

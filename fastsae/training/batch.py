@@ -7,7 +7,6 @@ steps of single SAEs in turn are faster.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,7 @@ from fastsae.ops.encode import infinite_as_nan
 from fastsae.ops.gradients import moves_little
 from fastsae.ops.register import without_autocast
 from fastsae.reference import Forward
-from fastsae.training.skipped import COUNTED, SKIPPED, refuse_float16, say_rows
+from fastsae.training.skipped import FirstSkip, refuse_float16, say_rows
 from fastsae.training.step import check_settings_of, load_named_state, settings_of
 
 BATCH_WORTH = 2**18
@@ -105,6 +104,7 @@ class SAEBatch(RecordsSettings):
         }  # fmt: skip
         members = [self._single(d_in, d_sae, rule, seed) for rule, seed in zip(self.rules, seeds, strict=True)]
         first = members[0]
+        self.counts = True  # False: who calls it counts, as a step that may skip
         self.seeds, self.pre_bias, self.loss = seeds, pre_bias, loss
         self.ghost, self.ghost_coef, self.dead_after = ghost, ghost_coef, dead_after
         self.d_in, self.d_sae, self.d_out = first.d_in, first.d_sae, first.d_out
@@ -178,7 +178,7 @@ class SAEBatch(RecordsSettings):
         In training mode "loss" includes the ghost loss, and the batch counts, as of `SparseAutoencoder.forward`: at the
         end of the backward pass, once, for each SAE whose loss is finite.
         """
-        if not self.training or torch.compiler.is_compiling():
+        if not self.training or not self.counts or torch.compiler.is_compiling():
             return self._forward(x, target)
         with counting.as_first_seen(self):
             return self._forward(x, target)
@@ -202,29 +202,31 @@ class SAEBatch(RecordsSettings):
             )  # fmt: skip
         if not self.training:
             return out
-        batch = outside_graph("over_processes")(self, self._counted(out.A.detach()))
+        batch = outside_graph("over_processes")(self, self.counted(out.A))
         losses = out.losses
         if self.ghost is not None:
             dead = torch.where(batch.counts, 0, self.tokens_since_fired + batch.tokens) >= self.dead_after
             ghost = self.ghost_loss(x, goal, out.recon.detach(), dead)
             losses = {**losses, "ghost": ghost, "loss": losses["loss"] + self.ghost_coef * ghost}
+        if not self.counts:
+            return replace(out, losses=losses)
         finite = outside_graph("in_all_processes")(self, losses["loss"].detach().isfinite())
         if not torch.compiler.is_compiling():
-            counting.when_passed((out.A, out.recon), lambda: self._count(batch, finite))
+            counting.when_passed((out.A, out.recon), lambda: self.count_(batch, finite))
         elif torch.is_grad_enabled():
-            self._count(batch, finite & counting.counts_here(x))
+            self.count_(batch, finite & counting.counts_here(x))
         return replace(out, losses=losses)
 
-    def _counted(self, A: Tensor) -> counting.Counted:
+    def counted(self, A: Tensor) -> counting.Counted:
         """What of a batch's code A (B, N, M) counts."""
-        measured = None
+        A, measured = A.detach(), None
         if self.activation.mean_k is not None:
             acts = torch.where(A > 0, A, torch.inf).float()
             measured = acts.amin((-2, -1)) if A.shape[-2] else acts.new_full((len(self),), torch.inf)
         return counting.Counted((A != 0).any(-2), A.shape[-2], measured)
 
     @torch.no_grad()
-    def _count(self, batch: counting.Counted, made: Tensor) -> None:
+    def count_(self, batch: counting.Counted, made: Tensor) -> None:
         """Counts a batch for the SAEs where made (B,) is true."""
         rule_state = {name: getattr(self, name) for name in self._rule_names}
         if not torch.compiler.is_compiling():
@@ -345,7 +347,7 @@ class BatchTrainStep:
         refuse_float16(W)
         self.skipped = torch.zeros(len(batch), dtype=torch.int64, device=W.device)
         self.batch, self.lr, self.schedule, self.measure, self.step = batch, lr, schedule, measure, 0
-        self.independent, self._warned = independent, False
+        self.independent, self.first_skip = independent, FirstSkip()
         self.optimizer = OPTIMIZERS[optimizer](
             batch.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
@@ -363,15 +365,21 @@ class BatchTrainStep:
         if n == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
         losses.check_tokens(batch.loss, n)
-        counters = {name: t.clone() for name, t in batch.named_buffers() if name not in ("ks", "penalty_scale")}
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"] = self.lr * self.schedule(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad(), without_autocast(x.device.type):
-            out = self._forward(x, target)
+            batch.counts, counts = False, batch.counts
+            try:
+                out = self._forward(x, target)
+            finally:
+                batch.counts = counts
             out.losses["loss"].sum().backward()
         metrics = {name: value.detach() for name, value in out.losses.items()}
         with torch.no_grad(), without_autocast(x.device.type):
+            made = self._may_step(out.losses["loss"])
+            self.skipped += ~made
+            batch.count_(batch.counted(out.A), made)
             if self.measure:
                 goal = (x if target is None else target).to(out.recon.dtype)
                 squares = (out.recon - goal).square().sum((-2, -1))
@@ -381,13 +389,9 @@ class BatchTrainStep:
                     "l0": (out.A != 0).sum((-2, -1), dtype=out.A.dtype) / max(x.shape[-2], 1),
                     "dead": batch.dead.sum(-1),
                 }
-            made = self._may_step(out.losses["loss"])
-            self.skipped += ~made
             stays = None if bool(made.all()) else (~made).nonzero().squeeze(1)
             if stays is not None:
-                for name, old in counters.items():
-                    batch.get_buffer(name)[stays] = old[stays]
-                self._warn(stays, x)
+                self.first_skip(lambda: self._say(stays, x))
             if stays is None or len(stays) < len(batch):
                 self._update(stays)
                 self.step += 1
@@ -405,13 +409,11 @@ class BatchTrainStep:
                 made = made & torch.linalg.vector_norm(p.grad.flatten(1), dim=1).isfinite()
         return made
 
-    def _warn(self, stays: Tensor, x: Tensor) -> None:
-        """Says, once, which SAEs did not make a step, and which rows of x (N, d_in) or (B, N, d_in) may be at fault."""
-        if not self._warned:
-            self._warned = True
-            which = ", ".join(str(i) if x.ndim == 2 else f"{i} ({say_rows(x[i])})" for i in stays.tolist())
-            of_all = f"; {say_rows(x)}" if x.ndim == 2 else ""
-            warnings.warn(f"{SKIPPED} of SAE {which}{of_all}. {COUNTED}", RuntimeWarning, stacklevel=3)
+    @staticmethod
+    def _say(stays: Tensor, x: Tensor) -> str:
+        """Which SAEs did not make a step, and which rows of x (N, d_in) or (B, N, d_in) may be at fault."""
+        which = ", ".join(str(i) if x.ndim == 2 else f"{i} ({say_rows(x[i])})" for i in stays.tolist())
+        return f" of SAE {which}" + (f"; {say_rows(x)}" if x.ndim == 2 else "")
 
     def _update(self, stays: Tensor | None) -> None:
         """One step of all SAEs but those with these indices."""

@@ -15,7 +15,6 @@ counted in `skipped`; every other step leaves finite numbers.
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import Optimizer as Rule
 from fastsae.reference import scales_shape
 from fastsae.training.screen import KeptScreen, shared_backend
-from fastsae.training.skipped import COUNTED, SKIPPED
+from fastsae.training.skipped import FirstSkip
 
 MOMENTS = ("fp32", "bf16", "8bit")
 KEYS = {"m": "exp_avg", "v": "exp_avg_sq"}
@@ -165,7 +164,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._groups: list[tuple[int, int | None]] = []  # of each member: its group, and its rule's
         self.grad_norm: Tensor | None = None
         self.made: Tensor | None = None
-        self._warned = False
+        self.first_skip = FirstSkip()
         self.describe: Callable[[], str] | None = None  # what the first skipped step's warning says of its inputs
         given = [params] if isinstance(params, (nn.Module, Dictionaries)) else list(params)
         groups: Any = [one for g in given for one in _split(g if isinstance(g, Mapping) else {"params": g})]
@@ -441,10 +440,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _count_skipped(self, made: Tensor) -> None:
         self.skipped += (~made).to(self.skipped.device)
-        if not self._warned and made.device.type == "cpu" and not bool(made):
-            self._warned = True
-            where = "look for such numbers in the inputs" if self.describe is None else self.describe()
-            warnings.warn(f"{SKIPPED}: {where}. {COUNTED}", RuntimeWarning, stacklevel=4)
+        if not self.first_skip.said and made.device.type == "cpu" and not bool(made):
+            describe = self.describe or (lambda: "look for such numbers in the inputs")
+            self.first_skip(lambda: f": {describe()}")
 
     # -- refusals -----------------------------------------------------------------------------------------------------
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from fastsae.warn import warn
 
 SKIPPED = (
     "a gradient is not finite (NaN, infinite or too large to square), or the loss or the rate, so this step changed "
@@ -14,6 +17,19 @@ SKIPPED = (
 COUNTED = "Further ones are counted in `skipped` without a warning"
 NAMED = 5
 """Rows that are named at most."""
+
+
+class FirstSkip:
+    """Warns of the first step that was not made, and of no other. `said`: whether that was done, here or elsewhere."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def __call__(self, what: Callable[[], str]) -> None:
+        """what: which rows or SAEs, in words, which follow SKIPPED."""
+        if not self.said:
+            self.said = True
+            warn(f"{SKIPPED}{what()}. {COUNTED}", RuntimeWarning)
 
 
 def worst_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ after ten skipped steps in a row. Off the CPU a bound decides, see `fastsae.ops.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +36,7 @@ from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import wide
 from fastsae.training.graph import StepGraph, check_graph
 from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer
-from fastsae.training.skipped import COUNTED, SKIPPED, refuse_float16, say_rows
+from fastsae.training.skipped import FirstSkip, refuse_float16, say_rows
 
 FORMAT = 3
 GRAPH_WARMUP = 2
@@ -228,6 +227,11 @@ class FusedTrainStep(_TrainStep):
     def skipped(self) -> Tensor:
         """Steps that were not made because the loss, a gradient or the rate was not finite: 0-d int64 on the device."""
         return self.optimizer.skipped
+
+    @property
+    def first_skip(self) -> FirstSkip:
+        """What warns of the first of them."""
+        return self.optimizer.first_skip
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -425,7 +429,7 @@ class PlainTrainStep(_TrainStep):
             raise ValueError(f"clip_norm is {clip_norm}, expected a number above 0, or None")
         refuse_float16(sae.W_dec)
         self.lr, self.schedule, self.clip_norm = lr, schedule, clip_norm
-        self.step, self.independent, self._warned = 0, independent, False
+        self.step, self.independent, self.first_skip = 0, independent, FirstSkip()
         self.skipped = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
         # A rule's own parameters do not decay: a threshold of 1 is no resting place.
         learnt = list(sae.rule_parameters.values())
@@ -462,9 +466,8 @@ class PlainTrainStep(_TrainStep):
         made = self._may_step(found, squares, rate)
         found.count(made)
         self.skipped += ~made
-        if not bool(made) and not self._warned:
-            self._warned = True
-            warnings.warn(f"{SKIPPED}: {say_rows(x, target)}. {COUNTED}", RuntimeWarning, stacklevel=3)
+        if not bool(made):
+            self.first_skip(lambda: f": {say_rows(x, target)}")
         if bool(made):
             sae.project_gradients_()
             if self.clip_norm is not None:
