@@ -20,6 +20,7 @@ from fastsae import FusedTrainStep, SparseAutoencoder, reference
 from fastsae.model.resample import resample_
 from fastsae.model.rules import Activation
 from fastsae.training.batch import BatchTrainStep, SAEBatch
+from fastsae.training.optimizers import OPTIMIZERS as FUSED
 from fastsae.training.step import PlainTrainStep
 from tests import truth
 
@@ -310,6 +311,29 @@ def test_bfloat16_moments_stay_finite_at_their_limit() -> None:
         assert found[:4].abs().max() == torch.finfo(torch.bfloat16).max
         assert found[4] == INF
         assert bool(found[5].isnan())
+
+
+@pytest.mark.parametrize("moments", ["bf16", "8bit"])
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("scale", [1e8, 1e10, 1e13, 1e18, 1e19, 1e20, 1e30, 1e60])
+def test_float64_weights_with_narrow_moments(kind: str, moments: str, scale: float) -> None:
+    """Gradients whose squares float64 holds, and bf16 and 8 bits do not, past 3e38."""
+    if moments == "8bit" and kind not in ("adam", "adamw"):
+        pytest.skip("8 bits go with Adam and AdamW")
+    sae = SparseAutoencoder(D, M, fastsae.TopK(3), dtype=torch.float64, decoder_norm="free", skip=True, seed=0)
+    given: dict[str, Any] = {} if kind == "signsgd" else {"betas": (0.0, 0.0)}  # the moment is the last square
+    if kind == "adam":
+        given["clip_norm"] = 1.0
+    optimizer = FUSED[kind](sae, lr=1e-3, moments=moments, **given)
+    for steps, factor in enumerate((1.0, scale, 1.0)):
+        before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+        (sae(rows(seed=steps).double()).loss * factor).backward()
+        optimizer.step()
+        held = [*sae.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+        assert all(bool(t.double().isfinite().all()) for t in held)
+        moved = any(not torch.equal(p, before[name]) for name, p in sae.named_parameters())
+        assert moved == bool(optimizer.made)
+    assert int(optimizer.skipped) == (scale > 1e18 and kind != "signsgd")  # which keeps no moments
 
 
 def test_an_eps_that_divides_0_by_0_is_refused() -> None:

@@ -55,12 +55,23 @@ def encoder_gradients(
     return dx, dW, db
 
 
-def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], like: Tensor) -> Tensor:
+NARROW = 3e38
+"""The largest second moment that bf16 and 8 bits hold, less what their rounding may add."""
+
+
+def largest_square(dtype: torch.dtype, narrow: bool) -> float:
+    """How large the squared norm of all gradients of weights of a dtype may be; narrow: whether moments are bf16 or 8
+    bits, which hold no more than float32 does."""
+    most = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+    return min(most, NARROW) if narrow else most
+
+
+def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], like: Tensor, largest: float) -> Tensor:
     """Whether the norms of all gradients are finite for certain: 0-d bool on like's device; NaN and infinity are not.
 
     With ‖·‖ the norm of a whole matrix and decoder rows of norm 1, ‖dW_dec_i‖ ≤ ‖acts‖ ‖grad‖, ‖dW_enc_i‖ ≤
-    max(‖grad‖, ‖dacts‖) ‖x‖ and ‖db_dec‖ ≤ √N ‖grad‖. They are held against the square root of the largest number,
-    since norms and second moments square them; decoder rows may be longer by 10³.
+    max(‖grad‖, ‖dacts‖) ‖x‖ and ‖db_dec‖ ≤ √N ‖grad‖. They are held against the square root of `largest_square`, since
+    norms and second moments square them; decoder rows may be longer by 10³.
     """
     worst = []
     norms: dict[int, Tensor] = {}  # terms share their inputs
@@ -80,8 +91,7 @@ def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], 
     worst += map(whole_norm, dense)
     if not worst:
         return torch.ones((), dtype=torch.bool, device=like.device)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return (torch.stack(worst) <= torch.finfo(wide).max ** 0.5 * 1e-3).all()
+    return (torch.stack(worst) <= largest**0.5 * 1e-3).all()
 
 
 def can_be_squared(grad: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastsae import reference
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
-from fastsae.ops.gradients import encoder_gradients, gradients_are_bounded, latent_sums, weighted_rows
+from fastsae.ops.gradients import encoder_gradients, gradients_are_bounded, largest_square, latent_sums, weighted_rows
 from fastsae.reference import wide
 
 _raw = torch.ops.fastsae
@@ -386,7 +386,10 @@ class Ledger:
     def finite(self) -> Tensor:
         """Whether no gradient can be infinite or NaN: 0-d bool on the device. See `gradients_are_bounded`."""
         pull = [] if self._pull is None else [self._pull]
-        return gradients_are_bounded(self._all_terms(), [*self._dense.values(), *pull], self.parameters["W_dec"])
+        W = self.parameters["W_dec"]
+        return gradients_are_bounded(
+            self._all_terms(), [*self._dense.values(), *pull], W, largest_square(W.dtype, narrow=False)
+        )
 
     # -- dense gradients from terms ----------------------------------------------------------------------------------
 

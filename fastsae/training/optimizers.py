@@ -27,7 +27,7 @@ from fastsae import ops
 from fastsae.codes import SparseCodes, UpdateTerm
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.ops import checks
-from fastsae.ops.gradients import can_be_squared, gradients_are_bounded, moves_little
+from fastsae.ops.gradients import can_be_squared, gradients_are_bounded, largest_square, moves_little
 from fastsae.ops.ledger import Ledger, LedgerGradient, Taken
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import Optimizer as Rule
@@ -392,11 +392,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         d = self._members[index].dictionaries
         pull = [] if taken.decoder_pull is None else [taken.decoder_pull]
-        bounded = gradients_are_bounded(given["terms"], [*taken.dense.values(), *pull], d.W_dec)
+        largest = largest_square(d.W_dec.dtype, narrow=self.moments != "fp32" and bool(self.rule_letters))
+        bounded = gradients_are_bounded(given["terms"], [*taken.dense.values(), *pull], d.W_dec, largest)
         if bounded.device.type == "cpu" and not bool(bounded):
             # Before clip_rows, which would make 0 of what cannot be squared.
             squares = self._update(index, {**given, "clip_rows": None}, norms_only=True, **numbers).sum()
-            bounded = squares <= torch.finfo(torch.promote_types(d.W_dec.dtype, torch.float32)).max
+            bounded = squares <= largest
         for grad in others.values():
             bounded = bounded & can_be_squared(grad)
         if scale is not None:
