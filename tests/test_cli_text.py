@@ -104,3 +104,13 @@ def test_what_is_wrong_with_a_text_is_one_line_and_early(
             lines = capsys.readouterr().err.strip().splitlines()
             assert message in lines[-1]
             assert "error: " in lines[-1]
+
+
+def test_few_held_out_rows_of_short_documents_are_measured(place: Path, tmp_path: Path) -> None:
+    """Tokens of whole windows were asked for, more than the held-out documents have."""
+    (tmp_path / "short.jsonl").write_bytes(text_case.as_lines("text", ["w1 w2 w3 w4"] * 3000))
+    text = ["--model", str(place / "model"), "--text", str(tmp_path / "short.jsonl"), "--hook", "1"]
+    few = ["--window", "48", "--holdout", "8", "--pack", "documents", "--model-dtype", "float32", "--no-progress"]
+    assert main(["harvest", str(tmp_path / "acts"), *text, *few, "--rows", "600"]) == 0
+    assert main(["train", str(tmp_path / "acts"), "--run-dir", str(tmp_path / "run"), *SIZES]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--spliced", "--no-progress"]) == 0

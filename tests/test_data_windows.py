@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,52 @@ def test_a_padded_window_has_the_activations_of_its_document_alone(make: Any, tm
     assert count == stream.stats["rows"] > 500
     assert stream.stats["rows_dropped_first"] == 2 * (stream.stats["tokens"] - count) / 2
     assert not model.model._forward_pre_hooks
+
+
+def test_two_threads_hook_and_mask_one_model_in_turn() -> None:
+    """Each with a mask of its own: one pass has it, with the hook of its own stream, or the rows are another's."""
+    tokenizer = text_case.letters()
+    model = bert(tokenizer)
+    draw = torch.Generator().manual_seed(0)
+    documents = [torch.randint(3, 7, (1 + i % 9,), generator=draw).tolist() for i in range(200)]
+
+    def stream(first: int) -> ActivationStream:
+        text = TokenCorpus(documents[first:] + documents[:first])
+        return ActivationStream(
+            model, text, config(pack="documents", holdout=0, shuffle_text=False, windows_per_batch=1 + first),
+            repeat=False,
+        )  # fmt: skip
+
+    expected = [torch.cat([rows.activations for rows in all_rows(stream(first))]) for first in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        found = [threads.submit(all_rows, one) for one in [stream(first) for first in range(3)]]
+        for rows, wanted in zip(found, expected, strict=True):
+            assert torch.equal(torch.cat([one.activations for one in rows.result()]), wanted)
+    assert not model.model._forward_pre_hooks
+
+
+def test_a_live_buffer_of_short_documents_is_as_large_as_asked_for() -> None:
+    """Counted in full windows it held a fourth of that, and the rows of a document came in one batch."""
+    model = llama(text_case.letters())
+    text = TokenCorpus([[3, 4, 5]] * 400)
+
+    def source(buffer_rows: int = 400) -> LiveSource:
+        return LiveSource(
+            model, text, config(pack="documents", holdout=0, windows_per_batch=2), buffer_rows=buffer_rows
+        )
+
+    one = source()
+    one.next_batch(1)
+    assert one.state_dict()["generation"] == 0
+    one.next_batch(99)  # the first generation is half of the first block
+    assert one.state_dict()["generation"] == 0
+    one.next_batch(150)
+    assert one.state_dict() == {**one.state_dict(), "generation": 1, "rows_per_block": 200}
+    other = source()
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.next_batch(300), one.next_batch(300))
+    with pytest.raises(ValueError, match=r"belongs to another source: .* is 10 in it and 15 here"):
+        source(600).load_state_dict(one.state_dict())
 
 
 def test_windows_without_padding_get_no_mask() -> None:

@@ -174,6 +174,8 @@ def open_text(
         )
     site: Site = config.one_hook if target is None else (config.one_hook, target)
     wanted = options.tokens or math.ceil(config.holdout / stream.rows_per_window) * config.window
+    if config.pack == "documents" and not options.tokens:
+        wanted = config.holdout  # of short documents no more is held out for sure: as many tokens as there are rows
     return HeldOutText(model, corpus, stream, site, stream.held_out_windows(wanted))
 
 

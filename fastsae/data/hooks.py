@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from fastsae.data.padding import lock_of
 
 Hook: TypeAlias = int | str
 
@@ -71,7 +72,6 @@ class HookedModel:
             other = seen.setdefault((place.module, place.takes_input), one)
             if other is not one:
                 raise ValueError(f"the hooks {other!r} and {one!r} are one place, {place.name}; give it once")
-        self._lock = threading.Lock()  # a second thread's pass would run into this one's hooks
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +94,7 @@ class HookedModel:
             if isinstance(found, Tensor):
                 seen[number] = found.clone()  # the pass goes on, and may write into it
 
-        with self._lock, torch.no_grad(), contextlib.ExitStack() as stack:
+        with lock_of(self.model), torch.no_grad(), contextlib.ExitStack() as stack:
             for number, place in enumerate(self._places):
                 stack.enter_context(_watching(place, number, take))
             with contextlib.suppress(_Reached):

@@ -94,6 +94,7 @@ class LiveSource:
         self.d_target = self._stream.d_in - self.d_in or None
         per_batch = config.windows_per_batch * self._stream.rows_per_window
         self._batches_per_block = max(1, math.ceil(buffer_rows / 2 / per_batch))
+        self._rows_per_block = math.ceil(buffer_rows / 2) if config.pack == "documents" else 0
         self._worker = ThreadPoolExecutor(1, "fastsae-live") if prefetch else None
         self._held: Tensor | None = None
         self._last: list[tuple[Tensor, _Block | None, _Block | None]] = []  # of the last batch
@@ -203,6 +204,7 @@ class LiveSource:
             "text": self.corpus.describe(),
             "model": self._model_digest,
             "batches_per_block": self._batches_per_block,
+            **({"rows_per_block": self._rows_per_block} if self._rows_per_block else {}),
         }
 
     def _reset(self, first: int) -> None:
@@ -243,10 +245,13 @@ class LiveSource:
         before = self._stream.state_dict()
         parts: list[Rows] = []
         starts: list[tuple[int, str]] = []
-        for _ in range(self._batches_per_block):
+        have = 0
+        # The windows of short documents are far from full: more of them make a block.
+        while len(starts) < self._batches_per_block or 0 < have < self._rows_per_block:
             starts.append((sum(len(part.token_ids) for part in parts), self._stream.where()))
             if (part := self._stream.next()) is not None:
                 parts.append(part)
+                have += len(part)
         joined = join_rows(parts, self._stream.d_in, self.config.window)
         rows = joined.activations
         if not len(rows):

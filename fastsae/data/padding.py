@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,13 +27,23 @@ def trimmed(token_ids: Tensor) -> Tensor:
     return token_ids[:, : max(used, 1)]
 
 
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> Any:
+    """Held while hooks are on a model: a pass of another thread would run into them. One thread may take it again."""
+    with _making:
+        return _locks.setdefault(model, threading.RLock())
+
+
 @contextlib.contextmanager
 def masked(model: nn.Module, token_ids: Tensor) -> Iterator[Tensor]:
     """Token ids (windows, window) for the model, with ids it knows in the place of PAD; in the block it gets a mask.
 
     The mask goes to every forward pass of the model in the block, which must be of these windows. Windows without PAD
     get none, so that the model's bits stay those of full windows. A model whose forward takes no `attention_mask` gets
-    none either: if it is causal, what comes last changes nothing before it.
+    none either: if it is causal, what comes last changes nothing before it. Other threads that hook the model wait.
     """
     mask = is_text(token_ids)
     if bool(mask.all()):
@@ -43,6 +55,7 @@ def masked(model: nn.Module, token_ids: Tensor) -> Iterator[Tensor]:
         return args, {**kwargs, "attention_mask": mask.to(device, torch.int64)}
 
     takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
-    handle = model.register_forward_pre_hook(give, with_kwargs=True) if takes_mask else contextlib.nullcontext()
-    with handle:
+    with lock_of(model), contextlib.ExitStack() as stack:
+        if takes_mask:
+            stack.enter_context(model.register_forward_pre_hook(give, with_kwargs=True))
         yield token_ids.where(mask, 0)
