@@ -19,6 +19,7 @@ from fastsae.data.models import LanguageModel
 from fastsae.data.stream import ActivationStream, StreamConfig, join_rows, load_for
 from fastsae.data.text import Corpus, load_text
 from fastsae.data.writer import ShardWriter, check_settings
+from fastsae.progress import bar
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +79,10 @@ def harvest(
             held = stream.held_out()
             writer.write_held_out(held.activations, _context(held))
         have = writer.manifest.rows
-        with tqdm(desc="harvest", total=rows, initial=have, unit="tok", disable=None if progress else True) as bar:
+        with bar(rows, "tok", progress, what="harvest", done=have) as shown:
             while have < rows:
                 wanted = min(rows_per_shard, rows - have)
-                shard = _read(stream, wanted, bar)
+                shard = _read(stream, wanted, shown)
                 if len(shard):
                     writer.manifest.position = stream.state_dict()
                     writer.manifest.stats = stream.stats
@@ -127,15 +128,15 @@ def _others(stream: ActivationStream) -> list[HookFiles]:
     return [HookFiles(hook, name, width) for hook, name, width in places][1:]
 
 
-def _read(stream: ActivationStream, wanted: int, bar: tqdm) -> Rows:
+def _read(stream: ActivationStream, wanted: int, shown: tqdm) -> Rows:
     """The next batches of the stream until there are `wanted` rows, or all remaining ones."""
     parts: list[Rows] = []
     have = 0
     while have < wanted and (part := stream.next()) is not None:
         parts.append(part)
         have += len(part)
-        bar.update(len(part))
-        bar.set_postfix(too_large=stream.stats["rows_dropped_norm"], refresh=False)
+        shown.update(len(part))
+        shown.set_postfix(too_large=stream.stats["rows_dropped_norm"], refresh=False)
     return join_rows(parts, stream.d_in, stream.config.window)
 
 

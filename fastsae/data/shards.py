@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastsae.data.contexts import Context, context_of, read_vocabulary
 from fastsae.data.files import ShardError
@@ -17,6 +16,7 @@ from fastsae.data.hooks import Hook, Hooks, hooks_of
 from fastsae.data.manifest import HookFiles, Manifest
 from fastsae.data.reader import ShardContext, ShardReader, Verify
 from fastsae.data.source import EpochSource, permutation
+from fastsae.progress import bar
 
 CHUNK_ROWS = 256  # rows read from one place: about one window of text, 300 kB of bf16 at d_in 576
 _CHUNKS, _ROWS = 0, 1  # which of an epoch's permutations a key belongs to
@@ -103,8 +103,10 @@ class ShardSource(EpochSource):
     def verify(self, progress: bool = True) -> None:
         """Compare every file's sha256 with the manifest's. Raises ShardError naming the first that differs."""
         files = [shard for column in self._columns for shard in column]
-        for shard in tqdm(files, desc="checksums", unit="file", disable=None if progress else True):
-            shard.verify()
+        with bar(len(files), "file", progress, what="checksums") as shown:
+            for shard in files:
+                shard.verify()
+                shown.update()
         if self.manifest.vocabulary is not None:
             self.manifest.vocabulary.check_content(self.folder)
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from fastsae.atomic import replace_file
 from fastsae.progress import bar
 from fastsae.warn import warn
-from fastsae.atomic import replace_file
 
 
 class LogWriteError(RuntimeError):
@@ -195,17 +194,10 @@ class TensorBoardLog:
 
 
 class ProgressBar:
-    """One line on stderr: steps, tokens/s, loss, fvu, l0. Rarely redrawn where stderr is a file."""
+    """One line on stderr: steps, tokens/s, loss, fvu, l0. See `fastsae.progress.bar`."""
 
     def __init__(self, steps: int, start: int, enabled: bool) -> None:
-        self._bar = tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            disable=not enabled,
-            dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        )
+        self._bar = bar(steps, "step", enabled, done=start)
 
     def advance(self) -> None:
         """One step more. Costs no device sync: numbers are shown as of the last logged step."""

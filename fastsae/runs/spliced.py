@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastsae.data.filters import in_windows
 from fastsae.data.hooks import HookedModel, device_of, find, run
 from fastsae.data.models import LanguageModel
 from fastsae.data.padding import is_text, masked, trimmed
 from fastsae.data.splice import Edit, Site, Where, check_apart, edited, splice, where_of
+from fastsae.progress import bar
 
 if TYPE_CHECKING:
     from fastsae.model.sae import SparseAutoencoder
@@ -139,7 +139,7 @@ def spliced_loss(
         ce = dict.fromkeys(("untouched", *contexts), 0.0)
         kl = dict.fromkeys(contexts, 0.0)
         squares = dict.fromkeys(contexts, 0.0)
-        with tqdm(desc="eval", total=len(token_ids), unit="window", disable=None if progress else True) as bar:
+        with bar(len(token_ids), "window", progress, what="eval") as shown:
             for batch in batches:
                 target = batch[:, 1:].flatten().to(device_of(module))
                 with _noted(module, hooks, where, batch, chosen):
@@ -154,7 +154,7 @@ def spliced_loss(
                     kl[name] += sums.kl
                     squares[name] += sums.squares
                     del changed  # before the next pass: logits are the largest tensors here
-                bar.update(len(batch))
+                shown.update(len(batch))
     ce = {name: total / n for name, total in ce.items()}
     kl = {name: total / n for name, total in kl.items()}
     share = replaced / (len(hooks) * int(is_text(token_ids).sum()))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from fastsae.atomic import lock_folder, replace_file
+from fastsae.progress import bar
 from fastsae.runs.logs import duration
 from fastsae.systems.page import PAGE, About, Run, render
 from fastsae.systems.results import Results, Table, markdown
@@ -110,11 +110,11 @@ def reproduce(
             expected = sum(system.seconds(experiments[one], seeds) for one in missing)
             log.info("%d experiments, about %s on one core", len(missing), duration(expected))
         total = sum(system.ticks(experiments[one], seeds) for one in missing)
-        with tqdm(total=total, disable=not progress, unit=system.unit) as bar:
+        with bar(total, system.unit, progress) as ticks:
             for one in missing:
-                bar.set_description(one)
+                ticks.set_description(one)
                 start = time.perf_counter()
-                record, shown = system.perform(experiments[one], range(seeds), bar.update, folder)
+                record, shown = system.perform(experiments[one], range(seeds), ticks.update, folder)
                 system.draw_one(one, experiments[one], shown, folder)
                 record["seconds"] = round(time.perf_counter() - start, 1)
                 results.put(one, settings[one], record, list(experiments))

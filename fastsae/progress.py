@@ -1,0 +1,31 @@
+"""Progress bars on stderr; in a log, where stderr is no terminal, a line now and then."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+LOG_SECONDS = 30.0
+"""Between two lines, at least, where stderr is no terminal."""
+
+
+class _Lines:
+    """A bar's states as lines, where it would draw each over the one before."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def bar(total: int, unit: str, enabled: bool, *, what: str | None = None, done: int = 0) -> tqdm:
+    """A bar of `total` units, of which some are done; what: a name in front of it. Not enabled: it shows nothing."""
+    drawn = sys.stderr.isatty()
+    seconds = 0.2 if drawn else LOG_SECONDS
+    return tqdm(
+        desc=what, total=total, initial=done, unit=unit, disable=not enabled, dynamic_ncols=drawn or None,
+        mininterval=seconds, maxinterval=max(seconds, 10.0), file=None if drawn else _Lines(),
+    )  # fmt: skip
