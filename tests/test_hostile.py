@@ -327,6 +327,11 @@ def test_the_result_is_stored_and_shown(tmp_path: Path, capsys: pytest.CaptureFi
     assert "seed 5" in text
     assert "| by_latent | " in text
     with pytest.raises(SystemExit):
+        hostile.main(["--help"])
+    help_text = capsys.readouterr().out
+    assert "python -m bench.hostile --minutes 60              all parts for an hour" in help_text, "lines are not kept"
+    assert "{'calls'" not in help_text
+    with pytest.raises(SystemExit):
         hostile.main(["--parts", "nothing"])
     assert "there is no part 'nothing'; there are calls, modules, files, interruptions" in capsys.readouterr().err
 

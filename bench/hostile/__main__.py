@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import bench.hostile
 from bench.hostile import page, run
 from bench.results import RESULTS
 
@@ -50,12 +51,17 @@ def turns(asked: dict[str, list[str]], first: int, cases: int | None, minutes: f
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.hostile", description="hostile cases; see bench/hostile")
+    shown = ", ".join(f"{number:,} of {name}" for name, number in CASES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.hostile",
+        description=bench.hostile.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--parts", default=",".join(run.PARTS), help="parts, or kinds as part/kind, with commas (all)")
     parser.add_argument("--minutes", type=float, default=0.0, help="go on for so long, and store the result")
     parser.add_argument("--seed", type=int, default=0, help="0")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (0)")
-    parser.add_argument("--cases", type=int, help=f"of each kind, without --minutes ({CASES})")
+    parser.add_argument("--cases", type=int, help=f"of each kind, without --minutes ({shown})")
     parser.add_argument("--backend", help="of every call and module; without it each draws one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of stored results (bench/results)")
     parser.add_argument("--draw", action="store_true", help="only renew docs/reliability.md from the stored results")
