@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(run: Path, *more: str) -> dict[str, Any]:
     assert main(["eval", str(run), *more]) == 0
-    return json.loads((run / "evaluation.json").read_text())
+    return json.loads(max(run.glob("evaluation*.json"), key=lambda path: path.stat().st_mtime_ns).read_text())
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 1) -> str:

@@ -59,7 +59,7 @@ def test_from_text_to_report(
         assert re.search(rf"^dropped tokens +{re.escape(listed)}$", shown, re.M)
     assert main(["train", acts, "--run-dir", run, *SIZES]) == 0
     assert main(["eval", run, "--spliced", "--no-progress"]) == 0
-    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    record = json.loads((tmp_path / "run" / "evaluation_spliced.json").read_text())
     assert "the tokens <end>, <|user|>, <|assistant|>" in record["spliced"]["special"]
     assert "as in training" in capsys.readouterr().out
     assert record["spliced"]["text"]["digest"] == manifest.settings["text"]["digest"]
@@ -72,7 +72,7 @@ def test_from_text_to_report(
     assert main(["train", "live", "--run-dir", live, *SIZES, *more]) == 0
     assert main(["eval", live, "--no-progress"]) == 0
     assert main(["eval", live, "--spliced", "--no-progress"]) == 0
-    live_record = json.loads((tmp_path / "live" / "evaluation.json").read_text())
+    live_record = json.loads((tmp_path / "live" / "evaluation_spliced.json").read_text())
     assert live_record["spliced"]["n_windows"] == record["spliced"]["n_windows"]
     assert live_record["spliced"]["ce_untouched"] == pytest.approx(record["spliced"]["ce_untouched"], rel=1e-5)
 

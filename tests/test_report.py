@@ -213,6 +213,9 @@ def test_evaluation_by_hand_takes_the_place_of_an_older_one(run, tmp_path):
     assert read_run(folder).last("fvu", of="evals") == 0.123
     (folder / "evaluation.json").write_text(json.dumps({"step": 1, "fvu": 9}))
     assert read_run(folder).last("fvu", of="evals") != 9
+    (folder / "evaluation.json").write_text(json.dumps({"step": 12, "fvu": 0.123}))
+    (folder / "evaluation_spliced.json").write_text(json.dumps({"step": 12, "fvu": 0.5, "spliced": {}}))
+    assert [(e["step"], e["fvu"]) for e in read_run(folder).evals][1:] == [(12, 0.123), (12, 0.5)]
     (folder / "evaluation.json").write_text("{")
     assert "evaluation.json is unreadable and left out." in read_run(folder).notes
 

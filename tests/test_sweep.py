@@ -381,7 +381,7 @@ def test_in_the_language_model(
     for record, line in zip(records.values(), lines, strict=True):
         run = tmp_path / "sweep" / record["run"]
         assert main(["eval", str(run), "--spliced", "--no-progress"]) == 0
-        loss = json.loads((run / "evaluation.json").read_text())["spliced"]
+        loss = json.loads((run / "evaluation_spliced.json").read_text())["spliced"]
         for key in ("ce_untouched", "ce_spliced", "ce_mean", "kl_spliced", "recovered_over_mean"):
             # A share is undefined, and None, where the ablation costs nothing.
             wanted = None if loss[key] is None else pytest.approx(loss[key], rel=1e-6)

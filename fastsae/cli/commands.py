@@ -45,6 +45,7 @@ from fastsae.runs.evaluate import EvalResult, evaluate
 from fastsae.runs.opening import (
     EVALUATION,
     OpenedRun,
+    SPLICED_EVALUATION,
     Selection,
     language_of_run,
     open_rows,
@@ -268,27 +269,27 @@ def run_eval(options: Eval) -> int:
             "with --target-hook or --target-tensor"
         )
     result = evaluate(run.sae, rows, targets=targets, batch_size=options.batch_size)
-    out = options.out or evaluation_file(options.run)
+    out = options.out or evaluation_file(options.run, EVALUATION)
     extra = {"step": run.step, "weights": str(run.path), "rows": where}
     result.write(out, with_density=options.density, **extra)
     print_evaluation(result, where, out)
     return 0
 
 
-def evaluation_file(run: Path) -> Path:
-    """Where the JSON goes: into the folder of the run or autoencoder. A checkpoint is complete and gets no further
-    file: that of one in a run goes into the run's folder, named after it.
+def evaluation_file(run: Path, name: str) -> Path:
+    """Where the JSON goes: a file of this name in the folder of the run or autoencoder. A checkpoint is complete and
+    gets no further file: that of one in a run goes into the run's folder, named after it.
     """
     weights = run.resolve()
     if weights.parent.name != CHECKPOINTS or weights not in list_checkpoints(weights.parent):
-        return run / EVALUATION
-    return weights.parents[1] / f"{Path(EVALUATION).stem}_{weights.name}.json"
+        return run / name
+    return weights.parents[1] / f"{Path(name).stem}_{weights.name}.json"
 
 
 def run_language_eval(options: Eval, run: OpenedRun) -> int:
     """fastsae eval with a language model"""
     found = measure_in_model(options, run)
-    out = options.out or evaluation_file(options.run)
+    out = options.out or evaluation_file(options.run, SPLICED_EVALUATION)
     extra = {"step": run.step, "weights": str(run.path), "rows": found.where, **found.record(options.density)}
     found.result.write(out, with_density=options.density, **extra)
     print_evaluation(found.result, found.where, out, found.table())

@@ -38,7 +38,7 @@ class AtHook:
     """Which tokens are left out of the rows, and keep the model's own activation."""
 
     def record(self, with_density: bool) -> dict[str, Any]:
-        """For evaluation.json."""
+        """For evaluation_spliced.json."""
         run = {"hook": self.hook, "step": self.run.step, "weights": str(self.run.path), "special": self.special}
         return {**run, **self.result.to_json(with_density=with_density)}
 
@@ -68,7 +68,7 @@ class InModel:
         return self.at[0].result
 
     def record(self, with_density: bool) -> dict[str, Any]:
-        """For evaluation.json."""
+        """For evaluation_spliced.json."""
         return {
             "hooks": [one.record(with_density) for one in self.at],
             "spliced": {**self.loss.to_json(), **self.origin},

@@ -341,8 +341,8 @@ class Eval(Common):
     batch_size: int = 4096
     """Tokens per batch."""
     out: Path | None = None
-    """File for the JSON. Left out: evaluation.json in the folder of the run or autoencoder; of a checkpoint
-    evaluation_step_N.json in the run's."""
+    """File for the JSON. Left out: evaluation.json, with a language model evaluation_spliced.json, in the folder of the
+    run or autoencoder; of a checkpoint evaluation_step_N.json in the run's."""
     density: Switch = False
     """Also write the density of every latent."""
     spliced: Switch = False

@@ -31,7 +31,7 @@ HOOK_COLUMNS = {
     "‖x̂‖ / ‖x‖": ("norm_ratio", ".4f"),
     "cosine": ("cosine", ".4f"),
 }
-"""Columns of the table of autoencoders: the entry of evaluation.json and its format."""
+"""Columns of the table of autoencoders: the entry of evaluation_spliced.json and its format."""
 SAMPLE = 24
 """Latents that are drawn, unless another number is asked for."""
 

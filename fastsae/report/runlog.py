@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.model.files import WEIGHTS
-from fastsae.runs.opening import EVALUATION, run_config
+from fastsae.runs.opening import EVALUATION, SPLICED_EVALUATION, run_config
 from fastsae.runs.rundir import CONFIG
 
 Record = dict[str, Any]
@@ -173,14 +173,20 @@ def _state_of(path: Path) -> str:
 
 
 def _evaluations(folder: Path, notes: list[str]) -> list[Record]:
-    """The run's own evaluations, and the one of `fastsae eval` if it is of the last step or later."""
-    evals = read_jsonl(folder / "eval.jsonl", notes)
-    record = _read_object(folder / EVALUATION, notes)
-    steps, _ = column(evals, "step")
-    step = record.get("step")
-    if record and (not evals or (is_number(step) and float(step) >= (steps[-1] if steps else 0))):  # type: ignore[arg-type]
-        evals = [*(e for e in evals if e.get("step") != record.get("step")), record]
-    return evals
+    """The run's own evaluations, and those of `fastsae eval` that are of the last step or later.
+
+    The one with a language model comes last.
+    """
+    own = read_jsonl(folder / "eval.jsonl", notes)
+    steps, _ = column(own, "step")
+    found = []
+    for name in (EVALUATION, SPLICED_EVALUATION):
+        record = _read_object(folder / name, notes)
+        step = record.get("step")
+        if record and (not own or (is_number(step) and float(step) >= (steps[-1] if steps else 0))):  # type: ignore[arg-type]
+            found.append(record)
+    # A curve has one value at a step.
+    return [*(e for e in own if e.get("step") not in [record.get("step") for record in found]), *found]
 
 
 def _step_times(folder: Path, notes: list[str]) -> dict[str, Record]:

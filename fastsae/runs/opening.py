@@ -25,6 +25,7 @@ from fastsae.runs.checkpoint import CheckpointError, newest_valid, step_of, veri
 from fastsae.runs.rundir import CONFIG
 
 EVALUATION = "evaluation.json"
+SPLICED_EVALUATION = "evaluation_spliced.json"
 """The file that `fastsae eval` writes into the run folder and the report reads."""
 HOLDOUT = 2048
 """Rows of a tensor file that are held out by default (at most a tenth of them)."""
