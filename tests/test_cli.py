@@ -63,7 +63,8 @@ def test_from_a_language_model_to_a_report(place, capsys):
     sizes = ["--window", "32", "--rows", "1000", "--rows-per-shard", "600", "--holdout", "200", "--no-progress"]
     harvest = ["harvest", str(place / "acts"), *source, *sizes]
     assert main(harvest) == 0
-    assert re.search(r"^rows +1,\d\d\d in 2 shards$", capsys.readouterr().out, re.M)
+    said = r"^rows +1,\d\d\d in 2 shards \(1,000 asked for, and batches are stored whole\)$"
+    assert re.search(said, capsys.readouterr().out, re.M)
     # A lone "##" does not make a WordPiece vocabulary: words are stored as they are.
     assert json.loads((place / "acts" / "vocabulary.json").read_text()) == WORDS
     assert main(harvest) == 0  # the harvest is complete, so no model is loaded

@@ -94,8 +94,10 @@ def test_a_signal_before_or_after_the_steps(tmp_path: Path, monkeypatch: pytest.
     early = trainer(tmp_path / "early")
     make_step = early._make_step
     monkeypatch.setattr(early, "_make_step", lambda: (signal.raise_signal(signal.SIGINT), make_step())[1])
-    with pytest.raises(TrainingInterrupted, match="after step 0 of 30; no step was done yet, so nothing is saved"):
+    nothing = "after step 0 of 30; no step was done yet, so nothing is saved. Start the same run again$"
+    with pytest.raises(TrainingInterrupted, match=nothing) as caught:
         early.run()
+    assert not caught.value.goes_on
     assert saved_steps(tmp_path / "early") == []
 
 

@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ from fastsae.runs.checkpoint import list_checkpoints
 from fastsae.runs.evaluate import EvalResult, evaluate
 from fastsae.runs.opening import (
     EVALUATION,
-    OpenedRun,
     SPLICED_EVALUATION,
+    OpenedRun,
     Selection,
     language_of_run,
     open_rows,
@@ -79,7 +80,8 @@ def run_harvest(options: Harvest) -> int:
     held = manifest.held_out.rows if manifest.held_out else 0
     print_table(
         {
-            "rows": f"{manifest.rows:,} in {len(manifest.shards)} shards",
+            "rows": f"{manifest.rows:,} in {len(manifest.shards)} shards"
+            + (f" ({options.rows:,} asked for, and batches are stored whole)" if manifest.rows > options.rows else ""),
             "held-out rows": f"{held:,}",
             "d_in": manifest.d_in,
             **({"hooks": ", ".join(f"{h.hook} ({h.d_in})" for h in manifest.hooks())} if manifest.others else {}),
@@ -146,10 +148,8 @@ def train_live(options: Train, hooks: Sequence[int | str]) -> int:
         sae = options.sae.build(reader.d_in)
         trainers.append(Trainer(sae, reader, options.train, run_dir, resume=options.resume, notes=its))
     check_held_out(options, source)
-    try:
+    with saying_resume():
         results = run_together(trainers)
-    except TrainingInterrupted as stop:
-        raise TrainingInterrupted(f"{stop}, with --resume", stop.signal) from None
     for trainer, result in zip(trainers, results, strict=True):
         print_training(trainer.run_dir, result)
     return 0
@@ -167,6 +167,17 @@ def say_if_new(options: Train, run_dir: Path) -> None:
         print(f"fastsae: --resume: {run_dir} holds no checkpoint, so a new run begins there", file=sys.stderr)
 
 
+@contextmanager
+def saying_resume() -> Iterator[None]:
+    """A run that was stopped, and saved something to go on from, says by which option."""
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        if not stop.goes_on:
+            raise
+        raise TrainingInterrupted(f"{stop}, with --resume", stop.signal, goes_on=True) from None
+
+
 def folder_of(hook: int | str) -> str:
     """A folder's name for a hook: mlp.6:input becomes mlp.6-input."""
     return str(hook).replace(":", "-").replace("/", "-")
@@ -181,10 +192,8 @@ def train_one(options: Train) -> int:
     trainer = Trainer(
         sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()}
     )
-    try:
+    with saying_resume():
         result = trainer.run()
-    except TrainingInterrupted as stop:
-        raise TrainingInterrupted(f"{stop}, with --resume", stop.signal) from None
     print_training(options.run_dir, result)
     return 0
 

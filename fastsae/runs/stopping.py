@@ -25,11 +25,14 @@ CALM = "use a lower learning rate, a longer warm-up or normalized activations"
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A run that was asked to stop and has saved where it was. `signal`: which signal asked."""
+    """A run that was asked to stop and has saved where it was. `signal`: which signal asked.
 
-    def __init__(self, message: str, signum: signal.Signals):
+    goes_on: whether there is a checkpoint and something left to do.
+    """
+
+    def __init__(self, message: str, signum: signal.Signals, *, goes_on: bool = False):
         super().__init__(message)
-        self.signal = signum
+        self.signal, self.goes_on = signum, goes_on
 
 
 class NonFiniteError(RuntimeError):

@@ -310,10 +310,13 @@ class Trainer:
         if self.step:
             self._checkpoint()
         where = f"the checkpoint is {self._saved}" if self._saved else "no step was done yet, so nothing is saved"
-        what_next = "Start the same run again to go on" if self.step < self.total else "The run is complete"
+        goes_on = self._saved is not None and self.step < self.total
+        what_next = "The run is complete" if self.step == self.total else "Start the same run again"
         raise TrainingInterrupted(
-            f"stopped by {self.stop.requested.name} after step {self.step} of {self.total}; {where}. {what_next}",
+            f"stopped by {self.stop.requested.name} after step {self.step} of {self.total}; {where}. {what_next}"
+            + (" to go on" if goes_on else ""),
             self.stop.requested,
+            goes_on=goes_on,
         )
 
     def _next(self) -> tuple[Tensor, Tensor | None]:
