@@ -216,8 +216,9 @@ class Trainer:
         }  # fmt: skip
         step: FusedTrainStep | PlainTrainStep
         if c.fused:
-            more = {"clip_rows": c.clip_rows, "moments": c.moments, "seed": c.seed, "backend": self.sae.backend}
-            step = FusedTrainStep(self.sae, **common, **more)
+            step = FusedTrainStep(
+                self.sae, **common, clip_rows=c.clip_rows, moments=c.moments, seed=c.seed, backend=self.sae.backend
+            )
         else:
             step = PlainTrainStep(self.sae, **common)
         step.first_skip.said = True  # SkipGuard says it, with the rows of the data
