@@ -138,6 +138,14 @@ def test_resume_continues_and_must_be_requested(place, capsys):
     assert "lr is 0.0002 there and 0.5 here" in fails(capsys, [*longer, "--resume", "--lr", "0.5"])
 
 
+@pytest.mark.parametrize(("goes_on", "end"), [(True, "Start it again to go on, with --resume"), (False, "to go on")])
+def test_resume_is_named_where_there_is_something_to_go_on_from(goes_on, end):
+    with pytest.raises(TrainingInterrupted) as caught, commands.saying_resume():
+        raise TrainingInterrupted("Start it again to go on", signal.SIGINT, goes_on=goes_on)
+    assert str(caught.value).endswith(end)
+    assert (caught.value.signal, caught.value.goes_on) == (signal.SIGINT, goes_on)
+
+
 def test_a_file_of_another_run_in_a_checkpoint_is_refused(place, tmp_path, capsys):
     checkpoint = open_run(place / "run").path
     own = checkpoint.parent.parent
