@@ -14,7 +14,7 @@ from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
 from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
-from fastsae.model.rules import BatchTopK, Gated, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
+from fastsae.model.rules import AbsTopK, BatchTopK, Gated, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
 from fastsae.model.sae import ForwardResult, SparseAutoencoder
 from fastsae.runs.schedules import Schedule
 from fastsae.training.batch import BatchTrainStep, SAEBatch
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "BackendError", "BatchTopK", "BatchTrainStep", "ForwardResult", "FusedTrainStep", "Gated", "GroupMax",
+    "AbsTopK", "BackendError", "BatchTopK", "BatchTrainStep", "ForwardResult", "FusedTrainStep", "Gated", "GroupMax",
     "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU", "SAEBatch", "Schedule", "Screen",
     "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "backends", "evaluate", "load", "ops", "optim",
     "resample_", "save", "splice", "spliced_loss", "steer",

@@ -186,7 +186,7 @@ class SparseCodes:
         kept = (kept & self.occupied()).flatten()
         before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
         if self.offsets is None:
-            offsets = before[:: max(self.k, 1)] if self.k else before.new_zeros(self.n_tokens + 1)
+            offsets = before[:: self.k].contiguous() if self.k else before.new_zeros(self.n_tokens + 1)
         else:
             offsets = before[self.offsets]
         if kept.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -198,6 +198,22 @@ class SparseCodes:
             acts = self.acts.new_zeros(size + 1).scatter(0, place, self.acts.flatten())[:size]
             indices = self.indices.new_zeros(size + 1).scatter(0, place, self.indices.flatten())[:size]
         return self._same_acts(SparseCodes(acts, indices, self.d_sae, offsets, self.batch_shape, self.redone))
+
+    def only(self, latents: Tensor) -> SparseCodes:
+        """The activations of some latents, as a ragged code of these alone: latent i of it is latents[i].
+
+        latents (n,): distinct integers in [0, d_sae), in any order. `.only(latents).to_dense()` is (*batch, n), a
+        column for each. Differentiable in acts. Raises as `check_latents`. Costs a host sync.
+        """
+        check_latents(latents, self.d_sae)
+        n = latents.shape[0]
+        place = torch.full((self.d_sae,), n, dtype=torch.int32, device=self.acts.device)
+        place[latents.long()] = torch.arange(n, dtype=torch.int32, device=self.acts.device)
+        # Slots that no token owns may hold any index.
+        kept = self.keep(place[torch.where(self.occupied(), self.indices, 0).long()] < n).trimmed()
+        columns = place[kept.indices.long()]
+        order = (kept.token_ids() * n + columns).argsort()
+        return replace(kept, acts=kept.acts[order], indices=columns[order], d_sae=n, made_by=None)
 
     # -- views of the same code -------------------------------------------------------------------------------------
 
@@ -302,6 +318,22 @@ class SparseCodes:
             )
         if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()) or int(offsets[-1]) > self.acts.numel():
             raise ValueError(f"offsets must rise from 0 to at most the capacity {self.acts.numel()}")
+
+
+def check_latents(latents: Tensor, d_sae: int) -> None:
+    """Raises TypeError or ValueError unless latents are distinct integers in [0, d_sae), of shape (n,). Host sync."""
+    if latents.is_floating_point() or latents.is_complex() or latents.dtype == torch.bool:
+        raise TypeError(f"latents have dtype {latents.dtype}, expected integers; of a mask take mask.nonzero()[:, 0]")
+    if latents.ndim != 1:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (n,)")
+    if not latents.numel():
+        return
+    low, high = (int(value) for value in latents.aminmax())
+    if low < 0 or high >= d_sae:
+        raise ValueError(f"latents lie in [{low}, {high}], expected [0, {d_sae})")
+    values, counts = latents.unique(return_counts=True)
+    if bool((counts > 1).any()):
+        raise ValueError(f"latent {int(values[counts > 1][0])} is asked for more than once; pass each once")
 
 
 def _flatten_codes(codes: SparseCodes) -> tuple[list[Any], Any]:

@@ -66,7 +66,9 @@ def train_alone(rank: int) -> dict[str, Tensor]:
     return {f"{how}.{k}": v for how, one in (("loop", sae), ("step", other)) for k, v in one.state_dict().items()}
 
 
-BY_TOKEN = ("topk", "relu", "jumprelu", "jumprelu-tanh", "gated", "matryoshka", "hierarchical_topk", "group_max")
+BY_TOKEN = (
+    "topk", "relu", "jumprelu", "jumprelu-tanh", "gated", "matryoshka", "hierarchical_topk", "group_max", "abs_topk",
+)  # fmt: skip
 """Rules that look at each token alone: two processes train as one does."""
 BY_BATCH = ("batch_topk", "matryoshka-weights", "matryoshka-sampled")
 """Rules that choose among a batch's tokens: each process among its own."""

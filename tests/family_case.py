@@ -28,6 +28,7 @@ RULES: dict[str, Activation] = {
     "matryoshka-sampled": fastsae.Matryoshka(fastsae.BatchTopK(5), sampled=4, shortest=3),
     "hierarchical_topk": fastsae.HierarchicalTopK((2, 5, 9)),
     "group_max": fastsae.GroupMax(8),
+    "abs_topk": fastsae.AbsTopK(5),
 }
 SHAPED = [name for name, rule in RULES.items() if rule.shaped]
 

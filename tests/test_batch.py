@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastsae import Gated, GroupMax, JumpReLU, Matryoshka, ReLU, SparseAutoencoder, TopK, reference
+from fastsae import AbsTopK, Gated, GroupMax, JumpReLU, Matryoshka, ReLU, SparseAutoencoder, TopK, reference
 from fastsae.model import losses
 from fastsae.model.rules import Activation, BatchTopK
 from fastsae.training.batch import BatchTrainStep, SAEBatch
@@ -20,8 +20,8 @@ from fastsae.training.step import FusedTrainStep, PlainTrainStep
 B, N, D, M = 3, 40, 10, 24
 SEEDS = (5, 0, 9)
 RULES: dict[str, Activation] = {
-    "topk": TopK(3), "top1": TopK(1), "batch_topk": BatchTopK(3), "group_max": GroupMax(4), "relu": ReLU(0.1),
-    "relu-plain": ReLU(0.1, weighted=False), "jumprelu": JumpReLU(0.1, threshold=0.3, bandwidth=0.5),
+    "topk": TopK(3), "top1": TopK(1), "batch_topk": BatchTopK(3), "group_max": GroupMax(4), "abs_topk": AbsTopK(3),
+    "relu": ReLU(0.1), "relu-plain": ReLU(0.1, weighted=False), "jumprelu": JumpReLU(0.1, threshold=0.3, bandwidth=0.5),
     "gated": Gated(0.1), "matryoshka": Matryoshka(TopK(3), groups=(4, 20)),
 }  # fmt: skip
 DIFFERENT: dict[str, list[Activation]] = {

@@ -385,6 +385,7 @@ MANY = {
     "relu": [fastsae.ReLU(0.1), fastsae.ReLU(0.3)],
     "matryoshka": fastsae.Matryoshka(fastsae.BatchTopK(4), groups=(8, 32)),
     "group_max": fastsae.GroupMax(8),
+    "abs_topk": fastsae.AbsTopK(4),
 }
 
 

@@ -73,8 +73,11 @@ def test_sizes_at_the_edge(name: str) -> None:
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)
     out = sae(tokens())
-    assert int(out.codes.nnz) == 0
-    torch.testing.assert_close(out.recon, sae.b_dec.detach().expand(N, D))
+    if name == "abs_topk":  # for which the most negative are as good
+        assert int(out.codes.nnz) == 5 * N
+    else:
+        assert int(out.codes.nnz) == 0
+        torch.testing.assert_close(out.recon, sae.b_dec.detach().expand(N, D))
     with torch.no_grad():
         sae.b_enc.fill_(1e3)  # every latent fires: threshold rules need more capacity than they start with
     out = sae(tokens(3))
@@ -142,6 +145,36 @@ def test_gated_by_hand() -> None:
 def test_group_max_by_hand() -> None:
     pre = torch.tensor([[1.0, 3.0, 2.0, 2.0, -1.0, -2.0]])
     assert reference.keep_group_max(pre, 3).tolist() == [[0, 3, 2, 0, 0, 0]]
+
+
+def test_abs_top_k_by_hand() -> None:
+    pre = torch.tensor([[1.0, -3.0, 2.0, -2.0, -1.0, 3.0], [0.0, 0.0, -1.0, 0.0, 0.0, 0.0]])
+    kept = [[0, -3, 2, 0, 0, 3], [0, 0, -1, 0, 0, 0]]  # of 2 and -2 the lower index
+    assert reference.keep_abs_top_k(pre, 3).tolist() == kept
+    codes = fastsae.SparseAutoencoder(1, 6, fastsae.AbsTopK(3), pre_bias=False)
+    with torch.no_grad():
+        codes.encoder_weight.zero_()
+        codes.b_enc.copy_(pre[0])
+        assert codes.encode(torch.zeros(1, 1)).check().to_dense().tolist() == kept[:1]
+        codes.b_enc.copy_(pre[1])
+        assert codes.encode(torch.zeros(1, 1)).check().to_dense().tolist() == kept[1:]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_abs_top_k_with_ties_and_with_latents_that_are_no_number(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (33, 6), generator=generator).float()  # whole numbers: many magnitudes are equal
+    sae = fastsae.SparseAutoencoder(6, 50, fastsae.AbsTopK(7), pre_bias=False)
+    sae.backend = backend
+    with torch.no_grad():
+        sae.encoder_weight.copy_(torch.randint(-1, 2, (50, 6), generator=generator).float())
+        sae.encoder_weight[[3, 20]] = math.nan
+        x[5] = math.nan
+        pre = x @ sae.encoder_weight.T
+        got = sae.encode(x).check()
+    torch.testing.assert_close(got.to_dense(), reference.keep_abs_top_k(pre, 7), rtol=0, atol=0, equal_nan=True)
+    assert bool((got.acts < 0).any())
+    assert bool((got.acts > 0).any())
 
 
 def test_the_weighted_penalty_of_a_crosscoder_sums_the_layers_norms() -> None:
@@ -236,3 +269,39 @@ def test_settings_that_do_not_fit_are_refused_at_construction(rule, settings: di
 def test_every_rule_is_tested_here() -> None:
     assert {rule.kind for rule in RULES.values()} == set(ACTIVATIONS)
     assert SHAPED
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("training", [False, True])
+def test_some_latents_alone_have_the_acts_that_they_have_among_all(name: str, training: bool) -> None:
+    sae = family_sae(RULES[name], dead=False).train(training)
+    if isinstance(sae.activation, fastsae.BatchTopK) and not training:
+        sae.calibrate_threshold_(tokens(100, seed=5))
+    x = tokens().view(1, N, D)
+    latents = torch.tensor([31, 0, M - 1, 7, 8, 12])
+    whole = sae.encode(x).to_dense()
+    some = sae.encode(x, latents=latents)
+    assert some.check().d_sae == 6
+    torch.testing.assert_close(some.to_dense(), whole[..., latents], rtol=1e-12, atol=1e-12)
+    assert bool(some.acts.any())
+    assert sae.encode(x, latents=[]).to_dense().shape == (1, N, 0)
+    assert sae.encode(x[:, :0], latents=[3]).to_dense().shape == (1, 0, 1)
+
+    weights = torch.randn(whole.shape, dtype=torch.float64)
+    ours = torch.autograd.grad((some.to_dense() * weights[..., latents]).sum(), sae.encoder_weight)[0]
+    theirs = torch.autograd.grad((whole[..., latents] * weights[..., latents]).sum(), sae.encoder_weight)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rule", ["relu", "topk"])
+@pytest.mark.parametrize(("latents", "error", "message"), [
+    ([0, M], ValueError, r"latents lie in \[0, 40\], expected \[0, 40\)"),
+    ([-1], ValueError, r"latents lie in \[-1, -1\]"),
+    ([3, 5, 3], ValueError, "latent 3 is asked for more than once"),
+    ([0.5], TypeError, "latents have dtype torch.float32, expected integers"),
+    ([True] * M, TypeError, "expected integers; of a mask take"),
+    ([[1, 2]], ValueError, r"latents have shape \(1, 2\), expected \(n,\)"),
+])  # fmt: skip
+def test_latents_that_there_are_not(rule: str, latents: list, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        family_sae(RULES[rule]).encode(tokens(), latents=latents)

@@ -122,6 +122,7 @@ LINES = {
     "matryoshka": ["--k", "4", "--groups", "8", "16", "24"],
     "matryoshka_batch": ["--k", "4", "--sampled", "3", "--shortest", "8", "--activation-decay", "0.5"],
     "hierarchical_topk": ["--ks", "2", "4", "8", "--skip"],
+    "abs_topk": ["--k", "4", "--aux-k", "4", "--dead-after", "100"],
     "group_max": ["--k", "4", "--ghost", "residual", "--resample-at", "2", "--resample-rows", "50"],
     "topk": ["--k", "4", "--layers", "2", "--tied", "--k-start", "8", "--k-anneal", "3", "--clip-norm", "1"],
 }

@@ -42,6 +42,7 @@ RULES: dict[str, Activation] = {
     "matryoshka-sampled": fastsae.Matryoshka(fastsae.BatchTopK(3), sampled=3, shortest=2),
     "hierarchical_topk": fastsae.HierarchicalTopK((1, 3)),
     "group_max": fastsae.GroupMax(4),
+    "abs_topk": fastsae.AbsTopK(3),
 }
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "adam": (FusedTrainStep, {"optimizer": "adam"}),
@@ -437,7 +438,7 @@ def test_in_a_loop_of_ones_own_with_other_parameters(kind: type, rule: str) -> N
     assert int(optimizer.skipped) == 6  # of each group
 
 
-BATCH_RULES = ["topk", "batch_topk", "relu", "jumprelu", "gated", "matryoshka", "group_max"]
+BATCH_RULES = ["topk", "batch_topk", "relu", "jumprelu", "gated", "matryoshka", "group_max", "abs_topk"]
 
 
 @pytest.mark.parametrize("rule", BATCH_RULES)

@@ -297,7 +297,9 @@ def test_a_step_without_a_backward_does_nothing() -> None:
 # -- what does not accumulate into .grad goes the ordinary way --------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["topk", "batch_topk", "matryoshka", "jumprelu", "gated-weighted", "group_max"])
+@pytest.mark.parametrize("rule", [
+    "topk", "batch_topk", "matryoshka", "jumprelu", "gated-weighted", "group_max", "abs_topk",
+])  # fmt: skip
 def test_autograd_grad_gives_dense_gradients_beside_an_open_ledger(rule: str) -> None:
     ours, theirs = both(rule, aux_k=3)
     optimizer = adam(ours)

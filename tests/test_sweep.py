@@ -18,7 +18,7 @@ import torch
 from fastsae.cli import language
 from fastsae.cli.main import main
 from fastsae.data.tensor import TensorSource
-from fastsae.model.rules import BatchTopK, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
+from fastsae.model.rules import AbsTopK, BatchTopK, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
 from fastsae.report.sweep import write_sweep
 from fastsae.runs import sweep
 from fastsae.runs.checkpoint import list_checkpoints
@@ -210,8 +210,8 @@ def test_an_empty_list_is_refused(which: str) -> None:
 
 def test_every_rule_is_asked_for_its_l0() -> None:
     for name, rule in {
-        "topk": TopK(8), "batch_topk": BatchTopK(8), "group_max": GroupMax(8), "relu": ReLU(target_l0=8.0),
-        "jumprelu": JumpReLU(target_l0=8.0),
+        "topk": TopK(8), "batch_topk": BatchTopK(8), "group_max": GroupMax(8), "abs_topk": AbsTopK(8),
+        "relu": ReLU(target_l0=8.0), "jumprelu": JumpReLU(target_l0=8.0),
         "matryoshka": Matryoshka(TopK(8), groups=(2, 4, 8, 16, 34)),
         "matryoshka_batch": Matryoshka(BatchTopK(8), groups=(2, 4, 8, 16, 34)),
         "hierarchical_topk": HierarchicalTopK((2, 4, 8)),

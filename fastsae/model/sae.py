@@ -7,7 +7,7 @@ active reads nothing back from the device; a threshold rule asks how many there 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsae import ops, reference
-from fastsae.codes import Screen, SparseCodes
+from fastsae.codes import Screen, SparseCodes, check_latents
 from fastsae.model import counting, dense, losses
 from fastsae.model.calibrate import Tail, blocks_of, pre_acts, start_rule_
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import TokenStats
 from fastsae.model.parameters import Parameters
-from fastsae.model.rules import EncodeOptions, Selected
+from fastsae.model.rules import EncodeOptions, RuleState, Selected
 from fastsae.ops import ledger as ledgers
 from fastsae.ops.products import per_latent
 from fastsae.ops.reconstruction import squared_errors
@@ -274,7 +274,7 @@ class SparseAutoencoder(Parameters):
         rule = self.rule
         if not rule.shaped:
             return pre, None
-        rows = {name: per_latent(t, pre, self.backend) for name, t in rule.per_latent(self.rule_state).items()}
+        rows = self._at_slots(pre, self.rule_state)
         z = wide(pre.acts)
         acts = rule.activate(z, rows)
         norms = z.new_ones(())
@@ -284,6 +284,10 @@ class SparseAutoencoder(Parameters):
         penalty = None if sparsity is None else rule.penalty(fixed_sum(sparsity) / max(pre.n_tokens, 1))
         return replace(pre, acts=acts.to(pre.acts.dtype)), penalty
 
+    def _at_slots(self, pre: SparseCodes, rule_state: RuleState) -> dict[str, Tensor]:
+        """What the rule knows of each latent, at the slots of a code."""
+        return {name: per_latent(t, pre, self.backend) for name, t in self.rule.per_latent(rule_state).items()}
+
     def _decoder_norms(self) -> Tensor:
         """Σ_l ‖W_dec_i,l‖: (M,), float32 at least."""
         ledger = ledgers.open_ledger(W_dec=self.W_dec)
@@ -291,13 +295,42 @@ class SparseAutoencoder(Parameters):
             return reference.decoder_norms(wide(self.W_dec), self.layers)
         return ledgers.decoder_norms(self.W_dec, self.layers, ledger)
 
-    def encode(self, x: Tensor) -> SparseCodes:
-        """The sparse code of x (*batch, d_in)."""
+    def encode(self, x: Tensor, latents: Tensor | Sequence[int] | None = None) -> SparseCodes:
+        """The sparse code of x (*batch, d_in).
+
+        latents (n,): only these, in any order, in a code whose latent i is latents[i], so that `.to_dense()` has n
+        columns: the same acts as without. Where each latent's act depends on its own pre-act alone (ReLU, JumpReLU,
+        Gated, and BatchTopK by its threshold) only their rows are read; the other rules choose among all latents first.
+        Raises TypeError or ValueError for latents that are not distinct numbers in [0, d_sae).
+        """
         normal, _ = self._normal(x)
-        codes, _ = self._activated(self.pre_acts(normal - self.b_dec if self.pre_bias else normal).codes)
-        if self.activation.shaped:
-            codes = codes.keep(codes.acts != 0)
+        encoder_input = normal - self.b_dec if self.pre_bias else normal
+        if latents is None:
+            codes = self._codes(encoder_input, self.encoder_weight, self.rule_state)
+        else:
+            latents = torch.as_tensor(latents, device=self.W_dec.device)  # of an empty list, floats
+            codes = self._codes_of(latents if latents.numel() else latents.long(), encoder_input)
         return codes.with_batch(tuple(x.shape[:-1]))
+
+    def _codes(self, encoder_input: Tensor, W_enc: Tensor, rule_state: RuleState) -> SparseCodes:
+        """The code of encoder_input (N, d_in) by these latents, with their rows of the state."""
+        rule = self.rule
+        codes = rule.select(
+            encoder_input, W_enc, rule_state["b_enc"], rule_state, self.training, self.encode_options()
+        ).codes
+        if not rule.shaped:
+            return codes
+        acts = rule.activate(wide(codes.acts), self._at_slots(codes, rule_state)).to(codes.acts.dtype)
+        return replace(codes, acts=acts).keep(acts != 0)
+
+    def _codes_of(self, latents: Tensor, encoder_input: Tensor) -> SparseCodes:
+        """`encode` of some latents."""
+        state = self.rule_state
+        if not self.rule.apart(state, self.training):
+            return self._codes(encoder_input, self.encoder_weight, state).only(latents)
+        check_latents(latents, self.d_sae)
+        own = {name: t[latents] if t.ndim else t for name, t in state.items()}
+        return self._codes(encoder_input, self.encoder_weight[latents], own)
 
     def decode(self, codes: SparseCodes, like: Tensor | None = None) -> Tensor:
         """The reconstruction (*batch, d_out) of a code.

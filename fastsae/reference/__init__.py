@@ -16,6 +16,7 @@ from fastsae.reference.ops import (
     batch_top_k,
     decode,
     is_above,
+    keep_abs_top_k,
     keep_group_max,
     keep_top_k,
     pre_acts,
@@ -40,7 +41,7 @@ from fastsae.reference.update import (
 __all__ = [
     "BLOCK", "MOMENTS_OF", "EightBit", "Forward", "Moment", "Moments", "Optimizer", "Params", "Parts", "Rule", "Term",
     "active_dot", "active_outer", "adam", "batch_top_k", "clip_rows", "decode", "decoder_norms", "forward", "gated",
-    "gradients", "heaviside", "in_band", "is_above", "jump_relu", "keep_group_max", "keep_top_k", "lion",
-    "mixed", "normalize", "pre_acts", "project", "round_to_bf16", "round_to_fp8", "scales_shape",
+    "gradients", "heaviside", "in_band", "is_above", "jump_relu", "keep_abs_top_k", "keep_group_max", "keep_top_k",
+    "lion", "mixed", "normalize", "pre_acts", "project", "round_to_bf16", "round_to_fp8", "scales_shape",
     "shape_gradients", "squared_norms", "store", "top_k", "update", "wide", "widened", "with_parts",
 ]  # fmt: skip

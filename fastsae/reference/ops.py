@@ -60,6 +60,12 @@ def keep_group_max(pre: Tensor, k: int) -> Tensor:
     return keep_top_k(pre.unflatten(-1, (k, -1)), 1).flatten(-2)
 
 
+def keep_abs_top_k(pre: Tensor, k: int) -> Tensor:
+    """A (N, M): pre, of either sign, with all but the k largest magnitudes of each token set to 0."""
+    _, latents = top_k(pre.abs(), k)
+    return torch.zeros_like(pre).scatter(-1, latents, pre.gather(-1, latents))
+
+
 def is_above(pre: Tensor, threshold: Tensor) -> Tensor:
     """pre > threshold, bool (N, M), for a threshold of shape (), (M,) or (N, 1). NaN counts as above."""
     return ~(pre <= threshold)

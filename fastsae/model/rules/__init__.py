@@ -12,6 +12,7 @@ from typing import Any
 
 from fastsae.model.rules.base import ACTIVATIONS, Activation, EncodeOptions, RuleState, Selected
 from fastsae.model.rules.nested import HierarchicalTopK, Matryoshka
+from fastsae.model.rules.signed import AbsTopK
 from fastsae.model.rules.threshold import Gated, JumpReLU, ReLU
 from fastsae.model.rules.topk import BatchTopK, GroupMax, TopK
 
@@ -43,6 +44,6 @@ def _from_json(value: Any) -> Any:
 
 
 __all__ = [
-    "ACTIVATIONS", "Activation", "BatchTopK", "EncodeOptions", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU",
-    "Matryoshka", "ReLU", "RuleState", "Selected", "TopK", "activation_from_config", "variants",
+    "ACTIVATIONS", "AbsTopK", "Activation", "BatchTopK", "EncodeOptions", "Gated", "GroupMax", "HierarchicalTopK",
+    "JumpReLU", "Matryoshka", "ReLU", "RuleState", "Selected", "TopK", "activation_from_config", "variants",
 ]  # fmt: skip

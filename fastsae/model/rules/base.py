@@ -135,6 +135,10 @@ class Activation(ABC):
         """The mean L0 that the buffer `threshold` stands for at inference; None: there is no such threshold."""
         return None
 
+    def apart(self, rule_state: RuleState, training: bool) -> bool:
+        """Whether each latent's act depends on its own pre-act alone, so that some are encoded without the others."""
+        return False
+
     def considered(self, pre: Tensor, rows: RuleState) -> Tensor:
         """Which pre-acts `select` returns in training, for a threshold rule: bool. NaN is one of them."""
         return reference.is_above(pre, pre.new_zeros(()))
@@ -153,7 +157,7 @@ class Activation(ABC):
 
     def with_k(self, k: int) -> Activation:
         """The same rule with another number of active latents, for annealing. Raises ValueError if it has no k."""
-        raise ValueError(f"{type(self).__name__} has no k to anneal: TopK, BatchTopK and Matryoshka have")
+        raise ValueError(f"{type(self).__name__} has no k to anneal: TopK, AbsTopK, BatchTopK and Matryoshka have")
 
     @abstractmethod
     def select(

@@ -115,6 +115,9 @@ class Matryoshka(Activation):
     ) -> Selected:
         return self.inner.select(x, W, b, rule_state, training, options, capacity)
 
+    def apart(self, rule_state: RuleState, training: bool) -> bool:
+        return self.inner.apart(rule_state, training)
+
     def ends(self, d_sae: int, rule_state: RuleState, device: torch.device) -> Tensor:
         """Where each prefix ends: int64 (count,), ascending, the last d_sae."""
         if self.sampled is None:

@@ -40,6 +40,9 @@ class _Threshold(Activation):
     def check(self, d_sae: int) -> None:
         pass
 
+    def apart(self, rule_state: RuleState, training: bool) -> bool:
+        return True
+
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         return self.activate(pre, rows)
 

@@ -103,6 +103,9 @@ class BatchTopK(Activation):
         start = {"threshold": -1.0, "threshold_weight": 0.0}
         return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in start.items()}
 
+    def apart(self, rule_state: RuleState, training: bool) -> bool:
+        return not training and float(rule_state["threshold"]) >= 0  # under torch.compile a graph break
+
     @property
     def mean_k(self) -> int:
         return self.k
@@ -121,7 +124,7 @@ class BatchTopK(Activation):
         options: EncodeOptions,
         capacity: int | None = None,
     ) -> Selected:
-        if training or float(rule_state["threshold"]) < 0:  # under torch.compile a graph break
+        if not self.apart(rule_state, training):
             return Selected(ops.encode_batch_topk(x, W, b, self.k, **options.arguments()))
         return select_above(x, W, b, rule_state["threshold"], options, capacity)
 
