@@ -21,8 +21,9 @@ import pytest
 from torch import Tensor
 
 from fastsae.runs import logs
+from fastsae.runs.boards import LogWriteError
 from fastsae.runs.checkpoint import CheckpointError, list_checkpoints, step_of, verify_checkpoint
-from fastsae.runs.logs import JsonlLog, LogWriteError
+from fastsae.runs.logs import JsonlLog
 from fastsae.runs.rundir import RunDirError, RunLock
 from fastsae.runs.stopping import TrainingInterrupted
 from tests.train_case import config, curve, lines, module, saved_bytes, trainer

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 import warnings
 from dataclasses import fields
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fastsae.model.files import load
+from fastsae.runs.boards import LogWriteError
 from fastsae.runs.checkpoint import step_of
 from fastsae.runs.evaluate import evaluate
 from fastsae.runs.rundir import RunDirError
@@ -266,6 +271,65 @@ def test_tensorboard_and_the_bar(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert "8/8" in shown
     for name in ("tok/s=", "loss=", "fvu=", "l0="):
         assert name in shown
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
+    """A module `wandb` that keeps the runs that were started and what they were told, by id."""
+    runs: dict[str, list] = {"started": [], "points": [], "finished": []}
+    run = SimpleNamespace(
+        define_metric=lambda *a, **k: None, log=runs["points"].append, finish=lambda: runs["finished"].append(1)
+    )
+    module = ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None)
+    module.init = lambda **settings: runs["started"].append(settings) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return runs
+
+
+def test_weights_and_biases_get_every_line_and_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = fake_wandb(monkeypatch)
+    trainer(tmp_path / "a", steps=4, eval_every=4, wandb="saes").run()
+    points = [point for point in runs["points"] if "train/fvu" in point]
+    expected = [(line["step"], line["fvu"]) for line in lines(tmp_path / "a" / "metrics.jsonl")]
+    assert [(point["step"], point["train/fvu"]) for point in points] == expected
+    assert any("eval/fvu" in point for point in runs["points"])
+    first = runs["started"][0]
+    assert (first["project"], first["name"], first["resume"]) == ("saes", "a", "allow")
+    assert first["config"]["train"]["steps"] == 4
+    trainer(tmp_path / "a", steps=4, eval_every=4, wandb="saes").run()
+    trainer(tmp_path / "b", steps=4, wandb="saes").run()
+    ids = [started["id"] for started in runs["started"]]
+    assert ids[0] == ids[1] != ids[2]
+    assert len(runs["finished"]) == 3
+
+
+def test_weights_and_biases_that_fail_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_wandb(monkeypatch)
+
+    def refused(**settings: object) -> None:
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refused)
+    with pytest.raises(LogWriteError, match="project 'saes': no API key; WANDB_MODE=offline"):
+        trainer(tmp_path / "a", steps=2, wandb="saes").run()
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the package wandb is not installed: pip install wandb"):
+        trainer(tmp_path / "b", steps=2, wandb="saes")
+
+
+def test_weights_and_biases_themselves_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    summaries = []
+    finish = wandb.Run.finish
+    monkeypatch.setattr(wandb.Run, "finish", lambda run: (summaries.append(dict(run.summary)), finish(run)))
+    trainer(tmp_path, steps=4, wandb="saes").run()
+    last = lines(tmp_path / "metrics.jsonl")[-1]
+    assert summaries[0]["train/fvu"] == pytest.approx(last["fvu"])
+    assert summaries[0]["step"] == 4
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_a_warning_when_the_encoder_repeats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fastsae.runs.boards import check_wandb
 from fastsae.runs.schedules import AnnealK, Schedule, inverse_sqrt_lr
 
 
@@ -73,6 +74,8 @@ class TrainConfig:
     """How many of the newest checkpoints to keep."""
     tensorboard: bool = True
     """Write TensorBoard events under tensorboard/."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics too; needs the package wandb. Left out: none."""
     progress: bool = True
     """Show a progress bar on stderr."""
 
@@ -86,6 +89,7 @@ class TrainConfig:
                             ("resample_rows", 1)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        check_wandb(self.wandb)
         if self.steps is not None and self.tokens is not None:
             raise ValueError(f"steps is {self.steps} and tokens is {self.tokens}; give one of them")
         for name in ("clip_norm", "clip_rows"):
@@ -153,6 +157,6 @@ class TrainConfig:
         (Only torch's own products depend on the number of threads, in the last bits: those of fused=False, of a
         threshold rule's dense steps, of a skip connection, and of a live language model.)
         """
-        free = {"threads", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "progress"}
+        free = {"threads", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "wandb", "progress"}
         # With a decay, the rate of every step so far may depend on the total.
         return free | {"steps", "tokens"} if self.decay == "constant" else free

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: JSONL files, TensorBoard, a progress bar, and where the time went."""
+"""What a training run says while it runs: JSONL files, boards, a progress bar, and where the time went."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from torch import Tensor
 
 from fastsae.atomic import replace_file
 from fastsae.progress import bar
-from fastsae.warn import warn
-
-
-class LogWriteError(RuntimeError):
-    """A log line that did not reach the disk, e.g. because it is full."""
+from fastsae.runs.boards import LogWriteError, TensorBoardLog, WandbLog
 
 
 class JsonlLog:
@@ -156,43 +152,6 @@ class PartTimer:
         return seconds
 
 
-class TensorBoardLog:
-    """Scalars under tensorboard/, for `tensorboard --logdir RUN`; `None` as directory: does nothing."""
-
-    def __init__(self, directory: Path | None, resumed_step: int) -> None:
-        self._writer = None
-        if directory is not None:
-            # Imported here: it takes seconds, and most processes that import fastsae never write an event.
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides the steps that a killed run logged after its last checkpoint and that come again.
-            purge = resumed_step + 1 if resumed_step else None
-            try:
-                self._writer = SummaryWriter(str(directory), purge_step=purge, max_queue=1000, flush_secs=30)
-            except OSError as error:
-                raise LogWriteError(f"cannot write TensorBoard events to {directory}: {error}") from error
-
-    def add(self, prefix: str, record: Mapping[str, Any], step: int) -> None:
-        """Adds every finite number of a record as prefix/key, "step" apart."""
-        if self._writer is None:
-            return
-        try:
-            for key, value in record.items():
-                if isinstance(value, int | float) and math.isfinite(value) and key != "step":
-                    self._writer.add_scalar(f"{prefix}/{key}", value, step)
-        except OSError as error:
-            raise LogWriteError(f"cannot write TensorBoard events: {error}; checkpoints are intact") from error
-
-    def close(self) -> None:
-        """Flushes and closes. Warns where that fails: the run itself is saved by then."""
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            try:
-                writer.close()
-            except OSError as error:
-                warn(f"the last TensorBoard events could not be written: {error}", RuntimeWarning)
-
-
 class ProgressBar:
     """One line on stderr: steps, tokens/s, loss, fvu, l0. See `fastsae.progress.bar`."""
 
@@ -230,9 +189,11 @@ class RunLogs:
     Every method raises LogWriteError where the disk is full.
     """
 
-    def __init__(self, run_dir: Path, step: int, total: int, tensorboard: bool, progress: bool) -> None:
+    def __init__(
+        self, run_dir: Path, step: int, total: int, tensorboard: bool, progress: bool, wandb: str | None = None
+    ) -> None:
         self._run_dir, self._step, self._total = run_dir, step, total
-        self._tensorboard, self._progress = tensorboard, progress
+        self._tensorboard, self._progress, self._wandb = tensorboard, progress, wandb
         self._files = [JsonlLog(run_dir / "metrics.jsonl"), JsonlLog(run_dir / "eval.jsonl")]
 
     def __enter__(self) -> RunLogs:
@@ -241,8 +202,13 @@ class RunLogs:
                 log.open()
                 stack.callback(log.close)
                 log.cut_after(self._step)
-            self._board = TensorBoardLog(self._run_dir / "tensorboard" if self._tensorboard else None, self._step)
-            stack.callback(self._board.close)
+            self._boards: list[TensorBoardLog | WandbLog] = []
+            if self._tensorboard:
+                self._boards.append(TensorBoardLog(self._run_dir / "tensorboard", self._step))
+                stack.callback(self._boards[-1].close)
+            if self._wandb:
+                self._boards.append(WandbLog(self._wandb, self._run_dir))
+                stack.callback(self._boards[-1].close)
             self._bar = ProgressBar(self._total, self._step, self._progress)
             stack.callback(self._bar.close)
             self._stack = stack.pop_all()
@@ -254,13 +220,15 @@ class RunLogs:
     def metrics(self, record: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl, which the bar shows too."""
         self._files[0].append(record)
-        self._board.add("train", record, record["step"])
+        for board in self._boards:
+            board.add("train", record, record["step"])
         self._bar.show(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """A line of eval.jsonl."""
         self._files[1].append(record)
-        self._board.add("eval", record, record["step"])
+        for board in self._boards:
+            board.add("eval", record, record["step"])
 
     def advance(self) -> None:
         """One step more on the bar."""

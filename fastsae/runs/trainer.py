@@ -155,7 +155,14 @@ class Trainer:
             self.update = self._make_step()
             self._go_to_checkpoint()
             self.logs = stack.enter_context(
-                RunLogs(self.run_dir, self.step, self.total, self.config.tensorboard, self.config.progress)
+                RunLogs(
+                    self.run_dir,
+                    self.step,
+                    self.total,
+                    self.config.tensorboard,
+                    self.config.progress,
+                    self.config.wandb,
+                )
             )
             if self._saved:
                 self.logs.say(f"going on from step {self.step} of {self.total}: {self._saved}")
