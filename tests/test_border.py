@@ -97,6 +97,22 @@ def test_malformed_calls_never_reach_cpp() -> None:
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_empty_batch_may_begin_past_the_end_of_its_memory(dtype: torch.dtype) -> None:
+    """As one layer of an empty stack does: its storage holds nothing, and its offset is two rows."""
+    x = torch.empty(3, 0, 8, dtype=dtype)[2]
+    assert x.storage_offset() > x.untyped_storage().nbytes()
+    sae = fastsae.SparseAutoencoder(8, 16, fastsae.TopK(2), dtype=dtype, seed=0)
+    with torch.no_grad():
+        out = sae(x)
+    assert out.recon.shape == (0, 8)
+    codes = fastsae.SparseCodes(x[:, :2], torch.empty(3, 0, 2, dtype=torch.int32)[2], 16)
+    assert fastsae.ops.decode(codes, sae.W_dec).shape == (0, 8)
+    assert fastsae.ops.active_dot(x, codes, sae.W_dec).shape == (0, 2)
+    assert not fastsae.ops.active_outer(codes, x, 16).any()
+    assert int(fastsae.ops.by_latent(codes).offsets[-1]) == 0
+
+
 @pytest.mark.parametrize("shape", [(-1,), (2, -3), (2**61,), (2**40, 2**40), (2**31, 2**31)])
 def test_a_size_that_int64_cannot_count_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="a buffer has shape"):

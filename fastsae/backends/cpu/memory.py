@@ -32,7 +32,7 @@ def _place(name: str, t: Tensor, dtype: torch.dtype, span: int) -> _cpu.Numbers:
     if t.device.type != "cpu" or t.layout != torch.strided:
         raise ValueError(f"{name} is a {t.layout} tensor on {t.device}, expected a dense one on the CPU")
     there = t.untyped_storage().nbytes() // t.itemsize - t.storage_offset()
-    if span > there:
+    if span and span > there:  # nothing lies anywhere: an empty slice may begin past the end of its storage
         raise ValueError(
             f"{name} of shape {tuple(t.shape)} has memory for {there} numbers where C++ expects {span}; was its "
             "storage resized, or was it made for other sizes?"
