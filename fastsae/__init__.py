@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastsae import ops, optim
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
+from fastsae.model.cross_layer import CrossLayerTranscoder
 from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
 from fastsae.model.rules import AbsTopK, BatchTopK, Gated, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
@@ -60,8 +61,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "AbsTopK", "BackendError", "BatchTopK", "BatchTrainStep", "ForwardResult", "FusedTrainStep", "Gated", "GroupMax",
-    "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU", "SAEBatch", "Schedule", "Screen",
-    "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "backends", "evaluate", "load", "ops", "optim",
-    "resample_", "save", "splice", "spliced_loss", "steer",
+    "AbsTopK", "BackendError", "BatchTopK", "BatchTrainStep", "CrossLayerTranscoder", "ForwardResult",
+    "FusedTrainStep", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU",
+    "SAEBatch", "Schedule", "Screen", "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "backends", "evaluate",
+    "load", "ops", "optim", "resample_", "save", "splice", "spliced_loss", "steer",
 ]  # fmt: skip

@@ -281,6 +281,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
     )
     module = ModuleType("wandb")
     module.__spec__ = ModuleSpec("wandb", None)
+    module.Error = RuntimeError  # type: ignore[attr-defined]
     module.init = lambda **settings: runs["started"].append(settings) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     return runs

@@ -80,7 +80,7 @@ class WandbLog:
                 id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
                 config=json.loads(config.read_text()) if config.exists() else {},
             )  # fmt: skip
-        except Exception as error:  # wandb's own errors share no base with torch's or the system's
+        except (wandb.Error, OSError) as error:
             raise LogWriteError(
                 f"wandb cannot start a run in the project {project!r}: {error}; WANDB_MODE=offline writes it to the "
                 f"disk alone, for `wandb sync`, and without the option there is none"
