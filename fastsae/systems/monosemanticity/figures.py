@@ -346,8 +346,8 @@ ABOUT = About(
     pictures={
         FIRST: "FVU, and cross-entropy recovered over mean ablation, against L0: a point for each seed.",
         "scaling.png": "The published recipe's loss against compute.",
-        "meaning.png": "Left: the share of activations on a latent's ten top tokens, by their size. Right: the share "
-        "of names that have a latent of their own, by frequency.",
+        "meaning.png": "The share of activations on a latent's ten top tokens, by their size; where names have "
+        "latents of their own, beside it the share that has one, by frequency.",
     },
     unverified=[
         "What the published normalized MSE is relative to: the mean square is used here, and FVU stands beside it.",
