@@ -23,13 +23,17 @@ from fastsae.training.step import FusedTrainStep
 
 if TYPE_CHECKING:
     from fastsae.data.splice import splice, steer
+    from fastsae.hosts import as_saebench, as_saelens, register_saelens
     from fastsae.runs.evaluate import evaluate
     from fastsae.runs.spliced import spliced_loss
 
 __version__ = "0.1.0"
 
 _LATER = {
+    "as_saebench": "fastsae.hosts",
+    "as_saelens": "fastsae.hosts",
     "evaluate": "fastsae.runs.evaluate",
+    "register_saelens": "fastsae.hosts",
     "splice": "fastsae.data.splice",
     "spliced_loss": "fastsae.runs.spliced",
     "steer": "fastsae.data.splice",
@@ -63,6 +67,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AbsTopK", "BackendError", "BatchTopK", "BatchTrainStep", "CrossLayerTranscoder", "ForwardResult",
     "FusedTrainStep", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU",
-    "SAEBatch", "Schedule", "Screen", "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "backends", "evaluate",
-    "load", "ops", "optim", "resample_", "save", "splice", "spliced_loss", "steer",
+    "SAEBatch", "Schedule", "Screen", "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "as_saebench",
+    "as_saelens", "backends", "evaluate", "load", "ops", "optim", "register_saelens", "resample_", "save", "splice",
+    "spliced_loss", "steer",
 ]  # fmt: skip

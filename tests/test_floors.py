@@ -7,6 +7,7 @@ The floors (a module imports from lower floors, or from its own without a cycle)
     F2  ops                                         public function, schema, checks and backward of each op
     F3  model                                       the nn.Module, its rules and losses
     F4  training                                    optimizers and training steps
+        hosts                                       SAEs as other libraries know them
     F5  data, runs                                  activations; whole runs, their files and their evaluation
     F6  report, systems                             reports and reproductions, made from runs
     F7  cli                                         the command line
@@ -31,7 +32,7 @@ FLOORS = {
     "backends": 1, "kernels": 1, "_cpu": 1, "_cuda": 1,
     "ops": 2,
     "model": 3,
-    "training": 4, "optim": 4,
+    "training": 4, "optim": 4, "hosts": 4,
     "data": 5, "runs": 5,
     "report": 6, "systems": 6,
     "cli": 7, "__main__": 7,

@@ -162,6 +162,7 @@ def test_a_state_survives_every_way_of_saving_it(tmp_path: Path) -> None:
     with torch.device("meta"):
         empty = fresh()
     empty.load_state_dict(sae.state_dict(), strict=True, assign=True)
+    assert not any(t.is_meta for t in (*empty.parameters(), *empty.buffers()))  # those that are not saved begin anew
     assert torch.equal(empty.W_enc, sae.W_enc)
     x = tokens(8, D)
     assert torch.equal(torch.func.functional_call(fresh(seed=1), sae.state_dict(), (x,)).loss, sae(x).loss)

@@ -85,7 +85,6 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
             "copy of it"
         )
     sae.load_state_dict({**tensors, EXTRA_STATE: sae.get_extra_state()}, assign=True)
-    sae.begin_counts_(device or "cpu")
     return sae.eval()
 
 

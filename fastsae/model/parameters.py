@@ -234,6 +234,8 @@ class Parameters(RecordsSettings):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.fired.is_meta and not self.W_dec.is_meta:  # assign=True gave a module on meta all that is saved
+            self.begin_counts_(self.W_dec.device)
         if prefix + EXTRA_STATE not in state_dict:
             self._pre_bias_open = False  # saved before pre_bias could be open
         if prefix + "start_done" in state_dict and not state_dict[prefix + "start_done"].is_meta:

@@ -1,0 +1,151 @@
+"""An SAE as SAELens and SAEBench know one: the same acts and reconstructions, in their tools. Needs these libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastsae
+from fastsae import hosts
+from fastsae.hosts import dense
+from tests.family_case import RULES, D, M, family_sae, tokens
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_dense_acts_and_what_is_decoded_from_them(name: str) -> None:
+    sae = family_sae(RULES[name]).eval()
+    x = tokens(seed=3).view(37, 1, D)
+    out = sae(x)
+    acts = dense.encode_dense(sae, x)
+    torch.testing.assert_close(acts, out.codes.to_dense(), **EXACT)
+    torch.testing.assert_close(dense.decode_dense(sae, acts), out.recon, **EXACT)
+    torch.testing.assert_close(dense.acts_of_pre_acts(sae, dense.pre_acts_dense(sae, x)), acts, rtol=1e-10, atol=1e-12)
+    if not isinstance(sae.activation, fastsae.BatchTopK) and "matryoshka" not in name:  # which choose over the batch
+        torch.testing.assert_close(dense.encode_dense(sae, x[4, 0]), acts[4, 0], **EXACT)
+    torch.testing.assert_close(dense.decode_dense(sae, acts[4, 0]), out.recon[4, 0], **EXACT)
+
+
+def test_what_other_libraries_cannot_decode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the SAE is or has skip=True; SAELens decodes acts alone"):
+        hosts.usable(family_sae(RULES["topk"], skip=True), "SAELens")
+    with pytest.raises(ValueError, match="is or has a transcoder"):
+        hosts.usable(fastsae.SparseAutoencoder(8, 16, fastsae.TopK(2), d_out=4), "SAELens")
+    with pytest.raises(ValueError, match="normalize='layer_norm'"):
+        hosts.usable(fastsae.SparseAutoencoder(8, 16, fastsae.TopK(2), normalize="layer_norm"), "SAEBench")
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = family_sae(RULES["topk"])
+    monkeypatch.setitem(sys.modules, "sae_lens.registry", None)
+    monkeypatch.setitem(sys.modules, "sae_bench.custom_saes.custom_sae_config", None)
+    with pytest.raises(ImportError, match=r"SAELens is not installed.*pip install sae-lens"):
+        fastsae.as_saelens(sae)
+    with pytest.raises(ImportError, match=r"SAEBench is not installed.*pip install sae-bench"):
+        fastsae.as_saebench(sae, model_name="gpt2", hook_layer=1)
+
+
+# -- SAELens -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_saelens_runs_every_rule(name: str) -> None:
+    pytest.importorskip("sae_lens")
+    sae = family_sae(RULES[name]).eval()
+    theirs = fastsae.as_saelens(sae, model_name="gpt2", hook_name="blocks.1.hook_resid_post")
+    x = tokens(seed=3).view(37, 1, D)
+    out = sae(x)
+    torch.testing.assert_close(theirs.encode(x), out.codes.to_dense(), **EXACT)
+    torch.testing.assert_close(theirs(x), out.recon, **EXACT)
+    acts, cache = theirs.run_with_cache(x)
+    torch.testing.assert_close(cache["hook_sae_acts_post"], out.codes.to_dense(), rtol=1e-10, atol=1e-12)
+    assert cache["hook_sae_acts_pre"].shape == (37, 1, M)
+    torch.testing.assert_close(acts, out.recon, rtol=1e-10, atol=1e-12)
+    assert theirs.W_dec is sae.W_dec
+    assert theirs.W_enc.shape == (D, M)
+
+
+def test_saelens_saves_and_loads_it(tmp_path: Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    sae = family_sae(fastsae.JumpReLU(0.1, threshold=0.3, bandwidth=0.2), dtype=torch.float32)
+    theirs = fastsae.as_saelens(sae, model_name="gpt2", hook_name="blocks.1.hook_resid_post")
+    theirs.save_model(tmp_path)
+    x = tokens().float()
+    for cls in (sae_lens.SAE, fastsae.register_saelens()):
+        again = cls.load_from_disk(tmp_path)
+        assert type(again) is fastsae.register_saelens()
+        assert torch.equal(again(x), theirs(x))
+        assert again.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
+    assert again.to(torch.float64).encode(x.double()).dtype == torch.float64
+    with pytest.raises(NotImplementedError, match="decoder_norm='unit'"):
+        sae_lens.SAE.load_from_disk(tmp_path, fold_W_dec_norm=True)
+
+
+def test_saelens_steers_a_model_with_it() -> None:
+    """In a HookedSAETransformer: spliced, cached, and one latent set by a hook, against the same by hand."""
+    sae_lens = pytest.importorskip("sae_lens")
+    from transformer_lens import HookedTransformerConfig
+
+    torch.manual_seed(0)
+    model = sae_lens.HookedSAETransformer(HookedTransformerConfig(
+        n_layers=2, d_model=D, n_ctx=8, d_head=6, d_vocab=11, act_fn="relu", seed=0, device="cpu"
+    ))  # fmt: skip
+    sae = family_sae(fastsae.TopK(5), dtype=torch.float32).eval()
+    hook = "blocks.0.hook_resid_post"
+    theirs = fastsae.as_saelens(sae, model_name="toy", hook_name=hook)
+    ids = torch.arange(8)[None]
+    untouched, plain = model.run_with_cache(ids)
+    with model.saes(saes=[theirs]):
+        logits, cache = model.run_with_cache(ids)
+    expected = model.run_with_hooks(ids, fwd_hooks=[(hook, lambda x, hook: sae(x).recon)])
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(cache[f"{hook}.hook_sae_acts_post"], sae.encode(plain[hook]).to_dense())
+    assert not torch.allclose(logits, untouched)
+
+    def held(acts: torch.Tensor, hook: object) -> torch.Tensor:
+        acts = acts.clone()
+        acts[..., 7] = 3.0
+        return acts
+
+    steered = model.run_with_hooks_with_saes(ids, saes=[theirs], fwd_hooks=[(f"{hook}.hook_sae_acts_post", held)])
+
+    def by_hand(x: torch.Tensor, hook: object) -> torch.Tensor:
+        acts = sae.encode(x).to_dense()
+        acts[..., 7] = 3.0
+        return acts @ sae.W_dec + sae.b_dec
+
+    torch.testing.assert_close(steered, model.run_with_hooks(ids, fwd_hooks=[(hook, by_hand)]))
+
+
+def test_registering_twice_is_fine() -> None:
+    pytest.importorskip("sae_lens")
+    assert fastsae.register_saelens() is fastsae.register_saelens()
+
+
+# -- SAEBench ----------------------------------------------------------------------------------------------------------
+
+
+def test_saebench_takes_it() -> None:
+    pytest.importorskip("sae_bench")
+    from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
+
+    sae = family_sae(fastsae.TopK(5), dtype=torch.float32)
+    theirs = fastsae.as_saebench(sae, model_name="gpt2", hook_layer=3)
+    x = tokens(24).float().view(4, 6, D)
+    got = get_sae_meaned_activations({"a": x}, theirs, sae_batch_size=3)["a"]
+    torch.testing.assert_close(got, sae.encode(x).to_dense().mean(1))
+    torch.testing.assert_close(theirs(x), sae(x).recon)
+    assert theirs.cfg.hook_name == "blocks.3.hook_resid_post"
+    assert theirs.cfg.to_dict()["d_sae"] == M
+    moved = theirs.to(dtype=torch.bfloat16)
+    assert (moved.dtype, moved.cfg.dtype, moved.W_dec.dtype) == (torch.bfloat16, "bfloat16", torch.bfloat16)
+
+
+def test_importing_fastsae_imports_neither() -> None:
+    code = "import sys, fastsae; fastsae.hosts; assert not {'sae_lens', 'sae_bench'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code.replace("fastsae.hosts", "import fastsae.hosts")], check=True)
