@@ -15,8 +15,6 @@ from fastsae.atomic import replace_file
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT = 1
-HOSTILE = "hostile.json"
-"""What `python -m bench.hostile` stores beside the cases of a device."""
 COLUMNS = (
     "case", "N", "D", "M", "K", "distribution", "weights", "contestant", "part", "ms", "p20", "p80", "runs",
     "tokens_per_s", "share_of_floor", "extra_peak_mb", "redone_share", "times_fastsae", "device", "isa", "threads",
@@ -64,10 +62,12 @@ def write(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Every result in a device's folder, by name. Raises ValueError for a file of another format."""
+    """The cases in a device's folder, by name; other benchmarks' files hold none. Raises ValueError for old formats."""
     found = []
-    for path in sorted(path for path in folder.glob("*.json") if path.name != HOSTILE):
+    for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
+        if "case" not in result:
+            continue
         if result.get("format") != FORMAT:
             raise ValueError(f"{path} has format {result.get('format')!r}, expected {FORMAT}; measure it again")
         found.append(result)

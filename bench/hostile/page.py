@@ -11,11 +11,13 @@ from typing import Any
 from bench import machine
 from bench.hostile.run import PARTS, Tally, again
 from bench.plot import with_numbers
-from bench.results import FORMAT, HOSTILE
+from bench.results import FORMAT
 from fastsae.atomic import replace_file, write_json
 
 PAGE = machine.ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- hostile: begin (python -m bench.hostile --draw) -->", "<!-- hostile: end -->"
+HOSTILE = "hostile.json"
+"""The result, in a device's folder."""
 HEADER = ("part", "cases", "right", "refused", "wrong", "crashed", "kills")
 
 
