@@ -51,6 +51,20 @@ def test_a_module_is_the_dense_reference(name: str, settings: dict) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12, msg=lambda m, what=what: f"{what}: {m}")
 
 
+@pytest.mark.parametrize("weight", [0.4, 0.0, -0.4])
+def test_a_driven_weight_of_either_sign_is_the_dense_reference(weight: float) -> None:
+    """Its gradient reaches the encoder too; of a reward it has the other sign."""
+    sae = family_sae(fastsae.JumpReLU(target_l0=20.0), dead=False, normalize="none").start_(tokens())
+    sae.log_start.fill_(math.log(0.5))
+    sae.log_coef.copy_(sae.log_start - math.log(2 - weight / 0.5))
+    assert float(sae.penalty_weight) == pytest.approx(weight, abs=1e-12)
+    truth, params = dense(sae, tokens())
+    expected = torch.autograd.grad(truth.losses["loss"], list(params.values()))
+    got = torch.autograd.grad(sae(tokens()).loss, list(sae.parameters()))
+    for name, mine, theirs in zip(params, got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_inference_is_the_dense_reference_too(name: str) -> None:
     sae = family_sae(RULES[name], dead=False)

@@ -17,7 +17,7 @@ import fastsae
 from fastsae.model.calibrate import PIECE, Tail
 from fastsae.model.files import WEIGHTS
 from fastsae.model.rules import Activation
-from fastsae.model.rules.threshold import DEFAULT_L0, INTEGRAL, PROPORTIONAL, SMOOTH, START, START_L0
+from fastsae.model.rules.threshold import DEFAULT_L0, INTEGRAL, PROPORTIONAL, REWARD, SMOOTH, START, START_L0
 from fastsae.runs.trainer import TrainConfig, Trainer
 from fastsae.training.batch import SAEBatch
 from fastsae.training.step import FusedTrainStep, PlainTrainStep
@@ -302,6 +302,112 @@ def test_the_weight_by_hand() -> None:
     assert float(at["log_coef"]) == 0
 
 
+def jump_state(start: float) -> tuple[fastsae.JumpReLU, dict[str, Tensor]]:
+    """A JumpReLU whose first weight is start, and its buffers."""
+    rule = fastsae.JumpReLU(target_l0=10.0)
+    state = rule.new_buffers()
+    rule.start_weight(state, start / START_L0, 1.0)
+    return rule, state
+
+
+def test_the_weight_below_its_start_by_hand() -> None:
+    rule, state = jump_state(3.0)
+    start = float(state["log_start"])
+    assert start == float(state["log_coef"]) == pytest.approx(math.log(3))
+
+    def at(log_coef: float) -> float:
+        state["log_coef"].fill_(log_coef)
+        return float(rule.weight(state))
+
+    assert at(start) == pytest.approx(3)
+    assert at(start + 1) == pytest.approx(3 * math.e)
+    assert at(start - math.log(2)) == pytest.approx(0, abs=1e-12)
+    assert at(start - math.log(4)) == pytest.approx(-6)
+    for side in (-1e-6, 1e-6):  # one slope on both sides
+        assert (at(start + side) - at(start)) / side == pytest.approx(3, rel=1e-5)
+
+
+def test_a_weight_ends_at_its_largest_reward_and_turns_around_at_once() -> None:
+    rule, state = jump_state(3.0)
+    made = torch.tensor(True)
+    for _ in range(200):
+        rule.steer(state, torch.tensor(1.0, dtype=torch.float64), made)
+    assert float(rule.weight(state)) == pytest.approx(-3 * REWARD)
+    rule.steer(state, torch.tensor(20.0, dtype=torch.float64), made)
+    assert float(rule.weight(state)) > -3 * REWARD
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu-tanh"])
+def test_a_penalty_of_acts_is_never_a_reward(name: str) -> None:
+    """Their reward would enlarge acts."""
+    rule = TARGETED[name](target_l0=10.0)
+    state = rule.new_buffers()
+    assert "log_start" not in state
+    rule.start_weight(state, 1.0, 1.0)
+    for _ in range(200):
+        rule.steer(state, torch.tensor(1.0, dtype=torch.float64), torch.tensor(True))
+    assert 0 < float(rule.weight(state)) < 1e-3
+
+
+@pytest.mark.parametrize("drift", [1 / 45, 0.2])
+@pytest.mark.parametrize("held", [2.0, 0.1, -0.1, -1.0])
+def test_the_gains_on_an_l0_that_drifts(held: float, drift: float) -> None:
+    """log L0 drifts by the distance of the weight from the one that holds it, here in its first value; a held one below
+    0 is a free L0 below the target. L0 leaves its target, returns within 300 batches, and does not swing around it.
+    """
+    rule, state = jump_state(3.0)
+    target, made, away = math.log(10), torch.tensor(True), []
+    for _ in range(300):
+        rule.steer(state, torch.tensor(math.exp(target + sum(away[-1:])), dtype=torch.float64), made)
+        away.append(sum(away[-1:]) - drift * (float(rule.weight(state)) / 3 - held))
+    side = 1 if held > 1 else -1
+    assert max(side * a for a in away) > 0.2
+    assert max(-side * a for a in away) < 0.01
+    assert abs(away[-1]) < 0.01
+
+
+def test_an_l0_above_the_free_one_is_reached_by_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of two or three of 16 directions, which the squared error alone reconstructs with fewer latents."""
+    made = torch.Generator().manual_seed(1)
+    directions = torch.nn.functional.normalize(torch.randn(16, 16, generator=made), dim=1)
+    x = (torch.rand(2048, 16, generator=made) * (torch.rand(2048, 16, generator=made) < 3 / 16)) @ directions
+
+    def ends(scale: float) -> tuple[float, float]:
+        sae = fastsae.SparseAutoencoder(16, 64, fastsae.JumpReLU(target_l0=12.0), seed=1)
+        step = FusedTrainStep(sae, lr=3e-3, schedule=fastsae.Schedule(200, 0, "linear", 0.2))
+        order = torch.Generator().manual_seed(0)
+        seen = [step(scale * x[torch.randint(2048, (128,), generator=order)]) for _ in range(200)]
+        return sum(float(m["l0"]) for m in seen[-20:]) / 20, min(float(m["penalty_weight"]) for m in seen)
+
+    l0, weight = ends(30.0)
+    assert l0 == pytest.approx(12, rel=0.05)
+    assert weight < 0
+    monkeypatch.setattr(fastsae.JumpReLU, "rewards", False)
+    l0, weight = ends(1.0)
+    assert l0 < 0.9 * 12
+    assert weight > 0
+
+
+def test_a_state_from_before_rewards_means_what_it_meant(real: Tensor, tmp_path: Path) -> None:
+    sae = fastsae.SparseAutoencoder(48, 64, fastsae.JumpReLU(target_l0=4.0), seed=0).start_(real)
+    sae.log_coef.sub_(3.0)
+    assert float(sae.penalty_weight) < 0
+    fastsae.save(sae, tmp_path)
+    assert torch.equal(fastsae.load(tmp_path).penalty_weight, sae.penalty_weight)
+    old = sae.state_dict()
+    del old["log_start"]
+    other = fastsae.SparseAutoencoder(48, 64, fastsae.JumpReLU(target_l0=4.0), seed=1)
+    other.load_state_dict(old)
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors["log_start"]
+    header = {"fastsae": (tmp_path / "config.json").read_text().strip()}
+    save_file(tensors, tmp_path / WEIGHTS, metadata=header)
+    for loaded in (other, fastsae.load(tmp_path)):
+        assert float(loaded.penalty_weight) == pytest.approx(math.exp(float(sae.log_coef)), rel=1e-12)
+        step = FusedTrainStep(loaded.train(), lr=1e-3)
+        assert float(step(real[:256])["penalty_weight"]) > 0
+
+
 def test_a_fixed_weight_and_a_quadratic_penalty_are_not_driven(real: Tensor) -> None:
     for rule in (fastsae.JumpReLU(0.1), TARGETED["jumprelu-target"](target_l0=4.0)):
         sae = fastsae.SparseAutoencoder(48, 64, rule, seed=0)
@@ -338,12 +444,14 @@ def test_only_a_backward_pass_drives(name: str, real: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dense_above", [0.0, 1.0])
-@pytest.mark.parametrize("name", TARGETED)
+@pytest.mark.parametrize("name", [*TARGETED, "jumprelu-reward"])
 def test_a_fused_step_is_a_plain_one_while_the_weight_is_driven(name: str, dense_above: float, real: Tensor) -> None:
     x = real.double()
-    fused, plain = (
-        fastsae.SparseAutoencoder(48, 96, TARGETED[name](target_l0=6.0), seed=0, dtype=torch.float64) for _ in range(2)
-    )
+    rule = TARGETED[name.removesuffix("-reward")](target_l0=6.0)
+    fused, plain = (fastsae.SparseAutoencoder(48, 96, rule, seed=0, dtype=torch.float64) for _ in range(2))
+    if name == "jumprelu-reward":
+        for sae in (fused, plain):
+            sae.start_(x[:200]).log_coef.sub_(2.0)
     steps = (
         FusedTrainStep(fused, lr=1e-3, eps=1e-4, dense_above=dense_above),
         PlainTrainStep(plain, lr=1e-3, eps=1e-4),
@@ -352,6 +460,8 @@ def test_a_fused_step_is_a_plain_one_while_the_weight_is_driven(name: str, dense
         mine, theirs = (step(x[i * 200 :][:200]) for step in steps)
         for key in ("loss", "l0", "penalty_weight"):
             torch.testing.assert_close(mine[key].double(), theirs[key].double(), rtol=1e-9, atol=0)
+        if name == "jumprelu-reward":
+            assert float(mine["penalty_weight"]) < 0
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(fused.state_dict()[key], value, rtol=1e-8, atol=1e-10)
 

@@ -73,8 +73,9 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
     except ValueError as error:
         raise SavedModuleError(f"{root / CONFIG} does not describe an SAE: {error}") from error
     expected = {name: (tuple(t.shape), t.dtype) for name, t in _tensors(sae).items()}
-    if "threshold" in shapes and "threshold_weight" not in shapes:
-        expected.pop("threshold_weight", None)  # older files have none, and load_state_dict says what it becomes
+    for name, beside in (("threshold_weight", "threshold"), ("log_start", "log_coef")):
+        if beside in shapes and name not in shapes:
+            expected.pop(name, None)  # older files have none, and load_state_dict says what it becomes
     _compare(root / WEIGHTS, expected, shapes)
     with safe_open(root / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
         # Cloned out of the mapped file: the copy is aligned, and replacing the file does not change it.

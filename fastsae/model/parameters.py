@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastsae.model.initial import unit_rows
 from fastsae.model.norm import InputNorm
 from fastsae.model.rules import Activation, activation_from_config
+from fastsae.model.rules.threshold import no_log_start
 from fastsae.model.settings import (
     EXTRA_STATE,
     Config,
@@ -230,7 +231,7 @@ class Parameters(RecordsSettings):
             self.pre_bias, self._pre_bias_open, self._pre_bias_asked = decided, False, True
 
     def _of_older(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        return with_threshold_weight(state_dict, prefix, self._rule_names[1])
+        return of_older(state_dict, prefix, self._rule_names[1])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -299,13 +300,16 @@ class Parameters(RecordsSettings):
         return ", ".join([*settings, f"activation={self.activation!r}"])
 
 
-def with_threshold_weight(state_dict: Mapping[str, Any], prefix: str, buffers: Collection[str]) -> Mapping[str, Any]:
-    """The state with the threshold_weight that a module with these buffers has and an older state lacks."""
-    lacks = prefix + "threshold" in state_dict and prefix + "threshold_weight" not in state_dict
-    if lacks and "threshold_weight" in buffers:
-        old = weight_of_old(state_dict[prefix + "threshold"])
-        return {**state_dict, prefix + "threshold_weight": old}
-    return state_dict
+def of_older(state_dict: Mapping[str, Any], prefix: str, buffers: Collection[str]) -> Mapping[str, Any]:
+    """The state with the threshold_weight and log_start that a module with these buffers has and an older one lacks."""
+    more: dict[str, Tensor] = {}
+    for name, beside, old in (
+        ("threshold_weight", "threshold", weight_of_old),
+        ("log_start", "log_coef", lambda log_coef: no_log_start(log_coef.device)),
+    ):
+        if name in buffers and prefix + beside in state_dict and prefix + name not in state_dict:
+            more[prefix + name] = old(state_dict[prefix + beside])
+    return {**state_dict, **more} if more else state_dict
 
 
 def weight_of_old(threshold: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastsae import reference
 from fastsae.model import counting, losses
-from fastsae.model.parameters import normalize_rows_, project_rows_, with_threshold_weight
+from fastsae.model.parameters import normalize_rows_, of_older, project_rows_
 from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
 from fastsae.model.sae import SparseAutoencoder, check_dense, outside_graph
 from fastsae.model.settings import Config, RecordsSettings
@@ -128,7 +128,7 @@ class SAEBatch(RecordsSettings):
         return Config(kept | norms | sizes | {"activation": _together([rule.config() for rule in self.rules])})
 
     def _of_older(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        return with_threshold_weight(state_dict, prefix, self._rule_names)
+        return of_older(state_dict, prefix, self._rule_names)
 
     def _single(self, d_in: int, d_sae: int, rule: Activation, seed: int) -> SparseAutoencoder:
         return SparseAutoencoder(d_in, d_sae, rule, **self.settings, seed=seed)

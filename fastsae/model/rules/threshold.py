@@ -25,6 +25,8 @@ INTEGRAL = 0.05
 """By how much the logarithm of the weight rises a batch where L0 is e times its target."""
 PROPORTIONAL = 3.0
 """By how much the logarithm of the weight rises when L0 becomes e times what it was."""
+REWARD = 10.0
+"""How far a weight may fall below 0, in its first value, so that a reward stays a share of the loss to begin with."""
 WIDTH = 0.5
 """The kernel's width as a share of the threshold, where no bandwidth is given."""
 TINY = 1e-12
@@ -60,7 +62,17 @@ class _Targeted(_Threshold):
 
     so a factor in L0 changes the weight by a factor, whatever the sizes of both. L0 answers to a weight by drifting,
     not at once: without the second term (a proportional one, seen from the weight) the two would swing around each
-    other.
+    other. If the logarithm of L0 falls by a·d in a batch whose weight is e^d times the one that holds L0, the loop's
+    poles are the roots of s² + a·PROPORTIONAL·s + a·INTEGRAL: real, so that L0 does not swing, from a = 4·INTEGRAL /
+    PROPORTIONAL² = 1 / 45 on, and the slower one is near INTEGRAL / PROPORTIONAL: an error fades in some 60 batches.
+
+    Where the squared error alone holds L0 below its target, no penalty is small enough. A rule that `rewards` goes on
+    below 0, from its first weight w on (log_start = log w):
+
+        weight = exp(log_coef)                              where log_coef >= log_start
+                 w · (2 - exp(log_start - log_coef))        below: the same value and slope there, 0 at log(w / 2)
+
+    which is held at -REWARD · w or above, log_coef too, so that it turns around at once.
     """
 
     @property
@@ -72,6 +84,11 @@ class _Targeted(_Threshold):
     def first_share(self) -> float:
         """The weighted penalty at the start, as a share of the loss of reconstructing nothing."""
         return START
+
+    @property
+    def rewards(self) -> bool:
+        """Whether the driven weight may fall below 0."""
+        return False
 
     @property
     def asked_l0(self) -> float | None:
@@ -107,10 +124,19 @@ class _Targeted(_Threshold):
         driven = ("log_coef", "l0_mean", "l0_weight")
         if self.fixed is not None:
             return started if self.from_data else {}
-        return started | {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in driven}
+        started |= {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in driven}
+        if self.rewards:
+            started["log_start"] = no_log_start(torch.device("cpu"))
+        return started
 
     def weight(self, rule_state: RuleState) -> Tensor | float:
-        return rule_state["log_coef"].exp() if self.fixed is None else self.fixed
+        if self.fixed is not None:
+            return self.fixed
+        log_coef = rule_state["log_coef"]
+        if not self.rewards:
+            return log_coef.exp()
+        start = rule_state["log_start"]
+        return torch.where(log_coef >= start, log_coef.exp(), start.exp() * (2 - (start - log_coef).exp()))
 
     @torch.no_grad()
     def start(self, rule_state: RuleState, sample: Sample) -> None:
@@ -129,7 +155,9 @@ class _Targeted(_Threshold):
         if self.fixed is None:
             # A batch of one repeated token has no loss to measure by: it counts as 1, and the controller does the rest.
             zero, penalty = (max(v, TINY) if math.isfinite(v) else 1.0 for v in (zero, penalty))
-            rule_state["log_coef"].fill_(math.log(self.first_share * zero / penalty))
+            first = math.log(self.first_share * zero / penalty)
+            for name in ("log_coef", "log_start") if self.rewards else ("log_coef",):
+                rule_state[name].fill_(first)
         rule_state["start_done"].fill_(1)
 
     @torch.no_grad()
@@ -146,8 +174,15 @@ class _Targeted(_Threshold):
         before = torch.where(weight == 0, error, (mean.clamp_min(TINY) / self.asked_l0).log().clamp(-3, 3))
         change = INTEGRAL * error.clamp(-1, 1) + PROPORTIONAL * (error - before)
         rule_state["log_coef"].add_(torch.where(made, change, 0.0))
+        if self.rewards:
+            rule_state["log_coef"].clamp_min_(rule_state["log_start"] - math.log(2 + REWARD))
         mean.copy_(torch.where(made, now, mean))
         weight.copy_(torch.where(made, heavier, weight))
+
+
+def no_log_start(device: torch.device) -> Tensor:
+    """The `log_start` of a weight that never falls below 0: not started, or saved before one could. 0-d float64."""
+    return torch.full((), -math.inf, dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True)
@@ -221,7 +256,8 @@ class JumpReLU(_Targeted):
     penalty_kind  "l0": l0 · mean L0, whose gradient reaches θ alone. "tanh": l0 · mean of
                   Σ tanh(tanh_scale·acts·‖W_dec‖), which trains encoder and decoder too.
                   "target": l0 · (mean L0 / target_l0 - 1)².
-    Without a fixed l0, the gradient of "l0" and "target" reaches the encoder too, through the same kernel.
+    Without a fixed l0, the gradient of "l0" and "target" reaches the encoder too, through the same kernel. The driven
+    weight of "l0" may fall below 0, where the squared error alone keeps fewer latents active than target_l0.
     log_threshold and its gradient are float32 at least, whatever the weights are: the steps of an optimizer are smaller
     than bfloat16's spacing. Pre-acts have the weights' dtype: with narrow weights choose a bandwidth of several
     spacings of that dtype at the threshold, or the kernel sees only rounding.
@@ -278,6 +314,12 @@ class JumpReLU(_Targeted):
     @property
     def first_share(self) -> float:
         return START_L0
+
+    @property
+    def rewards(self) -> bool:
+        # A count of active latents is bounded, and its gradient ends where a pre-act leaves the kernel. A reward of
+        # acts, as of a negative L1, would have no end, and one of their tanh would enlarge acts that are active.
+        return self.fixed is None and self.penalty_kind == "l0"
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
         start = math.log(self.threshold or 1.0)
