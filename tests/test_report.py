@@ -19,7 +19,7 @@ from fastsae.report import ReportOptions, write_report
 from fastsae.report.contexts import LatentCard, distinct, latent_cards, passage, pick_spread, spread_rows, visible
 from fastsae.report.drawing import thinned
 from fastsae.report.page import spliced_section
-from fastsae.report.plots import loop_parts
+from fastsae.report.plots import all_plots, loop_parts
 from fastsae.report.runlog import histogram, read_jsonl, read_run
 from fastsae.report.timing import time_step
 from fastsae.runs.checkpoint import list_checkpoints
@@ -448,3 +448,13 @@ def test_what_other_programs_wrote_is_text_or_left_out(run, tmp_path):
 def test_a_malformed_histogram_is_left_out(held):
     assert histogram({"density_histogram": held}) is None
     assert histogram({"density_histogram": {"edges": [0, 1], "counts": [3], "never": 2}}) == ([0, 1], [3], 2)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.05, 0.01], [0.5, 0.05, -0.02], []])
+def test_a_driven_weight_is_drawn_on_either_side_of_zero(weights, tmp_path):
+    lines = [json.dumps({"step": i + 1, "loss": 1.0, "penalty_weight": weight}) for i, weight in enumerate(weights)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines or ['{"step": 1, "loss": 1.0}']))
+    drawn = {plot.title: plot for plot in all_plots(read_run(tmp_path), None)}
+    assert ("Penalty weight" in drawn) == bool(weights)
+    if weights:
+        assert f"from 0.5 to {weights[-1]} over 3 points" in drawn["Penalty weight"].svg
