@@ -112,3 +112,15 @@ def moves_little(kind: str, group: Mapping[str, Any], like: Tensor, *, lr: Tenso
     # lr / (1 - β₁ᵗ) is Adam's own; its moves are below 10³ in units of it.
     size = lr / (1 - group["betas"][0] ** step.double()) if "v" in MOMENTS_OF[kind] else lr
     return (size * max(1.0, group["weight_decay"])).abs() <= torch.finfo(like.dtype).max * 1e-3
+
+
+def rows_of(p: Tensor, transposed: bool) -> Tensor:
+    """p (M, D), or the transpose of p (D, M), one latent per contiguous row; p itself where it is not transposed.
+
+    A parameter whose memory has another order is given new memory, in place, as after `p.data = ...` by other code.
+    """
+    rows = p.t() if transposed else p
+    if not rows.is_contiguous():
+        p.data = p.data.t().contiguous().t() if transposed else p.data.contiguous()
+        rows = p.t() if transposed else p
+    return rows

@@ -16,7 +16,7 @@ torch.compile) takes the ordinary formulas instead and gives dense gradients.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +27,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastsae import reference
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
-from fastsae.ops.gradients import encoder_gradients, gradients_are_bounded, largest_square, latent_sums, weighted_rows
+from fastsae.ops.gradients import (
+    encoder_gradients,
+    gradients_are_bounded,
+    largest_square,
+    latent_sums,
+    rows_of,
+    weighted_rows,
+)
 from fastsae.reference import wide
 
 _raw = torch.ops.fastsae
@@ -88,7 +95,7 @@ class LedgerGradient(torch.Tensor):
                 ledger.clear()
                 return mine
             if op is aten.add_ and not isinstance(args[1], LedgerGradient):
-                ledger.add_dense(name, args[1])
+                ledger.add_dense(name, ledger.turned(name, args[1]))
                 return mine
             if op in (aten.mul_, aten.div_):
                 ledger.scale(name, args[1] if op is aten.mul_ else 1 / args[1])
@@ -156,14 +163,20 @@ class Taken(NamedTuple):
 class Ledger:
     """The gradient of W_enc (M, D_in; None: tied), W_dec (M, D_out), b_enc (M,) and b_dec (D_out,), as terms.
 
+    transposed  the dictionaries that are given as (D, M), each with a transpose that is contiguous: `rows_of(p, True)`
+                is what the ops get, and what terms and sums are shaped like. Only a .grad is shaped like its parameter.
     pre_bias   encoders that are told of b_dec (`pre_bias=`) get x - b_dec, and the update adds b_dec's share.
     measure, kept   set by the owner: the squared norms (4,) of the gradients as its step would use them, None where the
                     owner is gone; and what keeps the low-precision copy of the encoder that a forward pass may use.
     """
 
-    def __init__(self, W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, pre_bias: bool):
+    def __init__(
+        self, W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, pre_bias: bool,
+        transposed: Container[str] = (),
+    ):  # fmt: skip
         named = zip(NAMES, (W_enc, W_dec, b_enc, b_dec), strict=True)
         self.parameters = {name: p for name, p in named if p is not None}
+        self.transposed = transposed
         self.pre_bias = pre_bias
         self.measure: Callable[[], Tensor | None] = lambda: None
         self.kept: KeepsScreen | None = None
@@ -186,6 +199,22 @@ class Ledger:
     @property
     def is_open(self) -> bool:
         return all(ref is not None and ref() is self for ref in map(_owners.get, self.parameters.values()))
+
+    def turned(self, name: str, t: Tensor) -> Tensor:
+        """A tensor shaped like this parameter as one shaped like its rows, or the other way round."""
+        return t.t() if name in self.transposed else t
+
+    def rows(self, name: str) -> Tensor:
+        """The parameter's memory, detached, one latent per row."""
+        return rows_of(self.parameters[name], name in self.transposed).detach()
+
+    def has(self, role: str, t: Tensor) -> bool:
+        """Whether t is what the ops get of this parameter."""
+        p = self.parameters.get(role, self.parameters["W_dec"])
+        if role not in self.transposed:
+            return t is p
+        same = t._base is p and t.shape == p.shape[::-1] and t.stride() == p.stride()[::-1]
+        return same and t.data_ptr() == p.data_ptr()
 
     def screen_for(self, x: Tensor) -> Screen | None:
         """The owner's low-precision copy of the encoder, for inputs x (N, D_in); None where it keeps none."""
@@ -267,7 +296,7 @@ class Ledger:
         self._pull = pull if self._pull is None else self._pull + pull
 
     def add_dense(self, name: str, grad: Tensor) -> None:
-        """A gradient of one parameter as an ordinary tensor, beside the terms."""
+        """A gradient of one parameter's rows as an ordinary tensor, beside the terms."""
         self._begin()
         self._dense[name] = grad.clone() if name not in self._dense else self._dense[name].add_(grad)
         self._norms = None
@@ -283,7 +312,7 @@ class Ledger:
             mine = isinstance(p.grad, LedgerGradient) and p.grad.is_of(self)
             if not mine:
                 if p.grad is not None and not isinstance(p.grad, LedgerGradient):
-                    self._dense[name] = p.grad
+                    self._dense[name] = self.turned(name, p.grad)
                 p.grad = LedgerGradient(self, name)
         self._norms = None
         versions = self._current_versions()
@@ -327,7 +356,7 @@ class Ledger:
         dense = dict(self._dense)
         for name, p in self.parameters.items():
             if p.grad is not None and not isinstance(p.grad, LedgerGradient):
-                dense[name] = p.grad
+                dense[name] = self.turned(name, p.grad)
         taken = Taken(terms, dense, self._pull, self._factor())
         self.clear()
         return taken if terms or dense or taken.decoder_pull is not None else None
@@ -342,7 +371,7 @@ class Ledger:
         return [*self.terms, *map(self._decoder_only, self._decoded)]
 
     def _decoder_only(self, term: UpdateTerm) -> UpdateTerm:
-        d_in = self.parameters.get("W_enc", self.parameters["W_dec"]).shape[1]
+        d_in = self.rows("W_enc" if "W_enc" in self.parameters else "W_dec").shape[1]
         x = term.grad.new_zeros(1, 1).expand(term.grad.shape[0], d_in)
         return UpdateTerm(term.codes, x, term.grad, term.has_bias, torch.zeros_like(term.codes.acts))
 
@@ -430,17 +459,19 @@ class Ledger:
         for name, grad in self._dense.items():
             sums[name] += grad
         if self._pull is not None:
-            W = self.parameters["W_dec"].detach()
+            W = self.rows("W_dec")
             segments = W.unflatten(1, (self._pull.shape[1], -1))
             sums["W_dec"] += (self._pull[..., None] * segments).flatten(1)
         factor = self._factor()
-        return sums if factor is None else {name: grad * factor.to(grad.dtype) for name, grad in sums.items()}
+        if factor is not None:
+            sums = {name: grad * factor.to(grad.dtype) for name, grad in sums.items()}
+        return {name: self.turned(name, grad) for name, grad in sums.items()}
 
     @torch.no_grad()
     def _summed(self, terms: list[UpdateTerm]) -> dict[str, Tensor]:
-        sums = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        W_dec = self.parameters["W_dec"].detach()
-        W_enc = self.parameters.get("W_enc", W_dec).detach()
+        sums = {name: torch.zeros_like(self.rows(name)) for name in self.parameters}
+        W_dec = self.rows("W_dec")
+        W_enc = self.rows("W_enc") if "W_enc" in self.parameters else W_dec
         encoder = sums.get("W_enc", sums["W_dec"])
         for term in terms:
             code = (term.codes.indices, term.codes.offsets)
@@ -465,12 +496,11 @@ def open_ledger(**roles: Tensor) -> Ledger | None:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    refs = [_owners.get(t) for t in roles.values()]
+    refs = [_owners.get(t if t._base is None else t._base) for t in roles.values()]
     ledger = refs[0]() if refs and refs[0] is not None else None
     if ledger is None or not ledger.is_open:
         return None
-    W_dec = ledger.parameters["W_dec"]
-    if any(ledger.parameters.get(role, W_dec) is not t for role, t in roles.items()):
+    if not all(ledger.has(role, t) for role, t in roles.items()):
         return None
     if torch._C._are_functorch_transforms_active() or not all(p.requires_grad for p in ledger.parameters.values()):
         return None
@@ -578,7 +608,7 @@ class _Encode(torch.autograd.Function):
 
 def _encoder_only(ledger: Ledger, x: Tensor, grad: Tensor, indices: Tensor, offsets: Tensor | None) -> UpdateTerm:
     """A term without a reconstruction: in a ragged code, whose slots may hold an act of 0 and yet a gradient."""
-    latents, d_out = ledger.parameters["W_dec"].shape
+    latents, d_out = ledger.rows("W_dec").shape
     slots = SparseCodes(grad, indices, latents, offsets)
     if offsets is None:
         slots = slots.keep(grad != 0)

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +31,7 @@ from fastsae.ops.ledger import Ledger, LedgerGradient, Taken
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import Optimizer as Rule
 from fastsae.reference import scales_shape
+from fastsae.training.dictionaries import Dictionaries, HasDictionaries
 from fastsae.training.screen import KeptScreen, shared_backend
 from fastsae.training.skipped import FirstSkip
 
@@ -40,64 +40,23 @@ KEYS = {"m": "exp_avg", "v": "exp_avg_sq"}
 """A moment's name in an optimizer's state, as torch has it."""
 
 
-@dataclass(eq=False)
-class Dictionaries:
-    """The parameters of one SAE that is no SparseAutoencoder: what a fused update needs to know of it.
-
-    W_enc (M, D_in; None where the encoder reads W_dec), W_dec (M, D_out), b_enc (M,), b_dec (D_out,): leaf tensors, one
-    latent per row. decoder_norm: "unit" keeps the rows of W_dec at norm 1. pre_bias: encoders get x - b_dec and say so
-    (`pre_bias=` of fastsae.ops). k: active latents per token, for a backend that chooses its screen by it.
-    others: further parameters, stepped elementwise; those named in `undecayed` without weight decay.
-    """
-
-    W_enc: Tensor | None
-    W_dec: Tensor
-    b_enc: Tensor
-    b_dec: Tensor
-    decoder_norm: str = "free"
-    pre_bias: bool = False
-    k: int | None = None
-    screened: bool = True
-    others: dict[str, Tensor] = field(default_factory=dict)
-    undecayed: tuple[str, ...] = ()
-
-    @property
-    def main(self) -> dict[str, Tensor]:
-        """What `update_latents_` updates, in its order."""
-        named = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
-        return {name: p for name, p in named.items() if p is not None}
-
-    @property
-    def encoder_weight(self) -> Tensor:
-        return self.W_dec if self.W_enc is None else self.W_enc
-
-    @staticmethod
-    def of(sae: SparseAutoencoder) -> Dictionaries:
-        """Those of a module. A rule's own parameters do not decay: a threshold of 1 is no resting place."""
-        others: dict[str, Tensor] = {} if sae.W_skip is None else {"W_skip": sae.W_skip}
-        return Dictionaries(
-            sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, sae.decoder_norm, sae.pre_bias, sae.rule.screen_k,
-            sae.rule.screened, {**others, **sae.rule_parameters}, tuple(sae.rule_parameters),
-        )  # fmt: skip
-
-
 class _Member:
     """One SAE of an optimizer: its parameters, its ledger, its screen."""
 
-    def __init__(self, given: SparseAutoencoder | Dictionaries, backend: str | None):
+    def __init__(self, given: SparseAutoencoder | HasDictionaries | Dictionaries, backend: str | None):
         self.sae = given if isinstance(given, SparseAutoencoder) else None
-        self.dictionaries = given if isinstance(given, Dictionaries) else Dictionaries.of(given)
-        d = self.dictionaries
+        self.module = given if isinstance(given, nn.Module) else None
+        self.dictionaries = d = Dictionaries.of(given)
         frozen = [name for name, p in self.parameters().items() if not p.requires_grad]
         if frozen:
             raise ValueError(
                 f"{', '.join(frozen)} do not require a gradient, but a fused update steps every parameter of an SAE; "
                 "call .requires_grad_(), or use a torch optimizer on the others"
             )
-        self.ledger = Ledger(d.W_enc, d.W_dec, d.b_enc, d.b_dec, d.pre_bias)
+        self.ledger = Ledger(d.W_enc, d.W_dec, d.b_enc, d.b_dec, d.pre_bias, d.transposed)
         sae = self.sae  # a closure over self would keep a dropped optimizer, and its ledger, alive
         self.screen = KeptScreen(
-            d.encoder_weight, d.b_enc, lambda: d.k if sae is None else sae.rule.screen_k, d.screened,
+            d.encoder_rows, d.b_enc, lambda: d.screen_k if sae is None else sae.rule.screen_k, d.screened,
             lambda: backend if sae is None else shared_backend(sae.backend, backend),
         )  # fmt: skip
         self.ledger.kept = self.screen
@@ -107,16 +66,18 @@ class _Member:
 
     def current(self) -> dict[str, Tensor]:
         """The same names as the module has them now."""
-        mine = self.parameters()
-        return mine if self.sae is None else {name: getattr(self.sae, name) for name in mine}
+        if self.sae is not None:
+            return {name: getattr(self.sae, name) for name in self.parameters()}
+        now = self.dictionaries if self.module is None else Dictionaries.of(self.module)
+        return {**now.main, **now.others}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
     """The base of the four. Raises ValueError for bad settings.
 
-    params        a SparseAutoencoder, or `Dictionaries`, or a list of them, or of groups {"params": one of them, "lr":
-                  ...}. Each becomes one parameter group, and its rule's own parameters, which do not decay, another. A
-                  module that holds SAEs becomes a group for each of them and one of its other parameters. A group of
+    params        a SparseAutoencoder, a module of `fastsae.accelerate`, `Dictionaries`, or a list of them, or of groups
+                  {"params": one of them, "lr": ...}. Each becomes one parameter group, and its rule's own parameters,
+                  which do not decay, another. A module that holds SAEs becomes a group for each of them and one of its other parameters. A group of
                   other tensors, {"params": [...]}, is stepped elementwise by the same formula, with moments of fp32.
     lr            a number or a 0-d tensor, which a CUDA graph needs on the device.
     moments       "fp32": in the weights' dtype, float32 at least. "bf16": half the memory, "8bit" (Adam, AdamW): a
@@ -183,12 +144,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Adds a SparseAutoencoder, `Dictionaries` or a list of other tensors, as "params", with its own settings."""
         given = param_group["params"]
         plain = isinstance(given, list) and bool(given) and all(isinstance(p, Tensor) for p in given)
-        if not plain and not isinstance(given, (SparseAutoencoder, Dictionaries)):
+        if not plain and not isinstance(given, (SparseAutoencoder, Dictionaries, HasDictionaries)):
             what = f"{type(given).__module__}.{type(given).__name__}"
             raise TypeError(
-                f"params is a {what}, expected a module that is or holds a SparseAutoencoder, or "
-                "fastsae.optim.Dictionaries; pass the module itself, not its parameters(): a fused update needs to "
-                'know which is which. Parameters beside it go into a group, {"params": [tensors]}'
+                f"params is a {what}, expected a module that is or holds a SparseAutoencoder or a module of "
+                "fastsae.accelerate, or fastsae.optim.Dictionaries; pass the module itself, not its parameters(): a "
+                'fused update needs to know which is which. Parameters beside it go into a group, {"params": [tensors]}'
             )
         settings = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
         lr = settings["lr"]
@@ -206,9 +167,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{', '.join(twice)} of params are in this optimizer already")
         undecayed = member.dictionaries.undecayed
         named = member.parameters()
-        if member.sae is not None:  # in the order of sae.parameters(), as a torch optimizer's state has them
-            order = {name: i for i, (name, _) in enumerate(member.sae.named_parameters())}
-            named = dict(sorted(named.items(), key=lambda item: order[item[0]]))
+        if member.module is not None:  # in the order of its parameters(), as a torch optimizer's state has them
+            order = {id(p): i for i, p in enumerate(member.module.parameters())}
+            named = dict(sorted(named.items(), key=lambda item: order[id(item[1])]))
         first = [p for name, p in named.items() if name not in undecayed]
         rest = [p for name, p in named.items() if name in undecayed]
         super().add_param_group({**settings, "params": first})
@@ -220,12 +181,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._groups.append(where)
         me, index = weakref.ref(self), len(self._members) - 1
         member.ledger.measure = lambda: None if (optimizer := me()) is None else optimizer._measure(index)
-        self._begin_state(member.parameters(), member.dictionaries.main)
+        self._begin_state(member.parameters(), member.dictionaries)
         if self._complete:
             member.ledger.open()
 
-    def _begin_state(self, parameters: Mapping[Any, Tensor], main: Container[Any] = ()) -> None:
-        """Zeros. One count of steps for all. main: those that `update_latents_` steps."""
+    def _begin_state(self, parameters: Mapping[Any, Tensor], dictionaries: Dictionaries | None = None) -> None:
+        """Zeros. One count of steps for all. dictionaries: whose `main` are those that `update_latents_` steps."""
+        main = {} if dictionaries is None else dictionaries.main
+        turned = Dictionaries.turned_by(dictionaries)
         count = torch.zeros((), dtype=torch.int64, device=next(iter(parameters.values())).device)
         for name, p in parameters.items():
             state: dict[str, Tensor] = {"step": count}
@@ -235,9 +198,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     dtype = torch.bfloat16
                 elif name in main and self.moments == "8bit" and p.ndim == 2:
                     dtype = torch.float8_e4m3fn
-                    scales = torch.zeros(scales_shape(p), dtype=torch.float32, device=p.device)
+                    scales = torch.zeros(scales_shape(turned(name, p)), dtype=torch.float32, device=p.device)
                     state[f"{KEYS[letter]}_scale"] = scales
-                state[KEYS[letter]] = torch.zeros(p.shape, dtype=dtype, device=p.device)
+                state[KEYS[letter]] = turned(name, torch.zeros(turned(name, p).shape, dtype=dtype, device=p.device))
             self.state[p] = state
 
     @property
@@ -335,11 +298,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What `update_latents_` takes of the gradients and settings, but for lr and step."""
         member, group = self._members[index], self.param_groups[self._groups[index][0]]
         d, dense, terms = member.dictionaries, taken.dense, list(taken.terms)
-        latents, d_out = d.W_dec.shape
+        latents, d_out = d.rows["W_dec"].shape
         added: list[Tensor] = []
         if "W_enc" in dense or "W_dec" in dense:
             names = ("W_dec",) if d.W_enc is None else ("W_enc", "W_dec")
-            added = [dense.get(name, torch.zeros_like(d.main[name])) for name in names]
+            added = [dense.get(name, torch.zeros_like(d.rows[name])).contiguous() for name in names]
             added.append(torch.zeros_like(d.b_enc))
         if "b_dec" in dense:
             # A reconstruction without latents: its gradient is b_dec's alone.
@@ -347,16 +310,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 d.W_dec.new_zeros(0), torch.zeros(0, dtype=torch.int32, device=d.W_dec.device), latents,
                 torch.zeros(2, dtype=torch.int64, device=d.W_dec.device),
             )  # fmt: skip
-            x = d.W_dec.new_zeros(1, d.encoder_weight.shape[1])
+            x = d.W_dec.new_zeros(1, d.encoder_rows().shape[1])
             terms.append(UpdateTerm(none, x, dense["b_dec"].reshape(1, d_out), has_bias=True))
-        states, keys = [self.state[p] for p in d.main.values()], [KEYS[letter] for letter in self.rule_letters]
+        states, keys = {name: self.state[p] for name, p in d.main.items()}, [KEYS[one] for one in self.rule_letters]
         return {
             "terms": terms,
             "added": added,
             "db_enc": dense.get("b_enc"),
             "decoder_pull": taken.decoder_pull,
-            "moments": [state[key] for state in states for key in keys],
-            "scales": [state[f"{key}_scale"] for state in states for key in keys if f"{key}_scale" in state],
+            "moments": [d.turned(name, state[key]) for name, state in states.items() for key in keys],
+            "scales": [state[f"{key}_scale"] for state in states.values() for key in keys if f"{key}_scale" in state],
             "optimizer": self.kind,
             "betas": group["betas"],
             "eps": group["eps"],
@@ -370,8 +333,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         }
 
     def _update(self, index: int, given: dict[str, Any], **more: Any) -> Tensor:
-        d = self._members[index].dictionaries
-        return ops.update_latents_(d.W_enc, d.W_dec, d.b_enc, d.b_dec, **given, **more)
+        rows = self._members[index].dictionaries.rows
+        return ops.update_latents_(rows.get("W_enc"), rows["W_dec"], rows["b_enc"], rows["b_dec"], **given, **more)
 
     def _measure(self, index: int) -> Tensor:
         """The squared norms (4,) of the gradients so far, as a step would use them."""
@@ -480,16 +443,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- state --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def forget_rows_(self, sae: SparseAutoencoder | Dictionaries, latents: Tensor) -> None:
+    def forget_rows_(self, sae: nn.Module | Dictionaries, latents: Tensor) -> None:
         """Sets the moments of these latents (int64) of an SAE to zero, as resampling wants."""
         for member in self._members:
-            if sae is not member.sae and sae is not member.dictionaries:
+            if sae is not member.module and sae is not member.dictionaries:
                 continue
             for name, p in member.parameters().items():
                 if name in ("b_dec", "W_skip"):
                     continue
-                for key, t in self.state[p].items():
+                for key, kept in self.state[p].items():
                     if key != "step":
+                        t = kept if key.endswith("_scale") else member.dictionaries.turned(name, kept)
                         # 8-bit floats know no indexed writes; their bits do.
                         (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t)[latents] = 0
 
@@ -548,7 +512,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group["weight_decay"] = groups[0].get("weight_decay", kept) if kept else kept
         if not found:
             for member in self._members:
-                self._begin_state(member.parameters(), member.dictionaries.main)
+                self._begin_state(member.parameters(), member.dictionaries)
             for p in (p for number in self._plain for p in self.param_groups[number]["params"]):
                 self._begin_state({None: p})
         for ours, theirs in pairs:
@@ -603,9 +567,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 def _split(group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A group whose params is a module that holds SAEs, as one for each SAE and one of its other parameters."""
     module = group["params"]
-    if not isinstance(module, nn.Module) or isinstance(module, SparseAutoencoder):
+    if not isinstance(module, nn.Module) or isinstance(module, (SparseAutoencoder, HasDictionaries)):
         return [group]
-    saes = [m for m in module.modules() if isinstance(m, SparseAutoencoder)]
+    saes = [m for m in module.modules() if isinstance(m, (SparseAutoencoder, HasDictionaries))]
     if not saes:
         return [group]  # add_param_group refuses it
     held = {id(p) for sae in saes for p in sae.parameters()}

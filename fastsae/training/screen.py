@@ -32,16 +32,17 @@ class KeptScreen:
     write through `.data` changes neither. Such a write goes undetected on a GPU, or where it misses those samples.
     `screen` is None where the backend or the rule uses none.
 
-    W (M, D_in), b (M,): the encoder. k: says how many latents are active per token, or None. used: whether the encoder
-    uses a screen at all. backend: says whose copy it is.
+    W gives (M, D_in), b (M,): the encoder. k: says how many latents are active per token, or None. used: whether the
+    encoder uses a screen at all. backend: says whose copy it is.
 
     The current inputs determine the format. Speed depends on it, and with precision="screened" the selection too: such
     a run is reproducible only from its start, not from a state loaded in the middle.
     """
 
     def __init__(
-        self, W: Tensor, b: Tensor, k: Callable[[], int | None], used: bool, backend: Callable[[], str | None]
-    ):
+        self, W: Callable[[], Tensor], b: Tensor, k: Callable[[], int | None], used: bool,
+        backend: Callable[[], str | None],
+    ):  # fmt: skip
         self.W, self.b, self.k, self.used, self.backend = W, b, k, used, backend
         self.in_place = False  # a CUDA graph needs it at the same address
         self.screen: Screen | None = None
@@ -54,7 +55,7 @@ class KeptScreen:
         """Rebuilds the copy."""
         fresh = None
         if self.used:
-            fresh = ops.prepare_screen(self.W, self.b, x=encoder_input, k=self.k(), backend=self.backend())
+            fresh = ops.prepare_screen(self.W(), self.b, x=encoder_input, k=self.k(), backend=self.backend())
         if self.in_place and self.screen is not None and fresh is not None:
             for place, made in zip(self.screen.tensors, fresh.tensors, strict=True):
                 place.copy_(made)
@@ -82,7 +83,7 @@ class KeptScreen:
         """Records that the copy matches the current weights."""
         self._seen = self._signature()
         # Comparing is a host sync, so on a GPU there is no sample.
-        sampled = self.screen is not None and self.W.device.type == "cpu"
+        sampled = self.screen is not None and self.b.device.type == "cpu"
         self._sample = self._fingerprint() if sampled else None
 
     def _outgrown(self) -> bool:
@@ -92,11 +93,12 @@ class KeptScreen:
         return self._age >= SCREEN_LIFE or (self._age >= SCREEN_TRIAL and float(self.redone) > REDONE_LIMIT)
 
     def _signature(self) -> tuple[Any, ...]:
-        return self.W.data_ptr(), self.W._version, self.b.data_ptr(), self.b._version, self.backend()
+        W = self.W()
+        return W.data_ptr(), W._version, self.b.data_ptr(), self.b._version, self.backend()
 
     def _fingerprint(self) -> Tensor:
         """One weight of every row and every bias, as bits, so that NaN equals itself. 0.06 ms at M = 24576, D = 768."""
-        W, b = self.W.detach(), self.b.detach()
+        W, b = self.W().detach(), self.b.detach()
         rows = torch.arange(W.shape[0], dtype=torch.int64, device=W.device)
         parts = (W.take(rows * W.shape[1] + rows * 7919 % W.shape[1]), b)
         # Not by torch.cat of these: under autocast it has a dtype of its own.
