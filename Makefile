@@ -4,6 +4,7 @@
 #   make test    the test suite                    make lint    ruff and mypy
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
+#   make test-peers  the tests of fastsae.accelerate, beside SAELens, sparsify and dictionary_learning
 #   make bench   time whole steps and write bench/results/, then redraw plots and the README's table
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
 #   make venv    the environment alone             make clean   remove what make made
@@ -35,7 +36,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
+.PHONY: help venv demo test test-peers test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -87,6 +88,10 @@ demo: $(VENV)/.demo
 # One process for each core, and whole files to each: this halves the time of the Triton kernels' interpreter.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# Skipped by `make test` where the libraries are not installed.
+test-peers: $(PEERS)/.installed
+	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest -n auto --dist loadfile tests/test_accelerate_*.py $(ARGS)
 
 # The CUDA kernels compiled for the CPU (tests/emulation). -O1 keeps the sanitizers' reports readable, and is as fast.
 EMULATION := build/emulation

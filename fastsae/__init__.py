@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from fastsae.hosts import as_saebench, as_saelens, register_saelens
     from fastsae.runs.evaluate import evaluate
     from fastsae.runs.spliced import spliced_loss
+    from fastsae.swapped import accelerate, unaccelerate
 
 __version__ = "0.1.0"
 
 _LATER = {
+    "accelerate": "fastsae.swapped",
     "as_saebench": "fastsae.hosts",
     "as_saelens": "fastsae.hosts",
     "evaluate": "fastsae.runs.evaluate",
@@ -37,6 +39,7 @@ _LATER = {
     "splice": "fastsae.data.splice",
     "spliced_loss": "fastsae.runs.spliced",
     "steer": "fastsae.data.splice",
+    "unaccelerate": "fastsae.swapped",
 }
 """Names that are imported when they are first used: training alone should not pay for what reads text and models."""
 
@@ -67,7 +70,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AbsTopK", "BackendError", "BatchTopK", "BatchTrainStep", "CrossLayerTranscoder", "ForwardResult",
     "FusedTrainStep", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU",
-    "SAEBatch", "Schedule", "Screen", "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "as_saebench",
-    "as_saelens", "backends", "evaluate", "load", "ops", "optim", "register_saelens", "resample_", "save", "splice",
-    "spliced_loss", "steer",
+    "SAEBatch", "Schedule", "Screen", "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "accelerate",
+    "as_saebench", "as_saelens", "backends", "evaluate", "load", "ops", "optim", "register_saelens", "resample_", "save",
+    "splice", "spliced_loss", "steer", "unaccelerate",
 ]  # fmt: skip

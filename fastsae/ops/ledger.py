@@ -28,13 +28,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastsae import reference
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
 from fastsae.ops.gradients import (
-    encoder_gradients,
-    gradients_are_bounded,
-    largest_square,
-    latent_sums,
-    rows_of,
-    weighted_rows,
-)
+    encoder_gradients, gradients_are_bounded, largest_square, latent_sums, rows_of, weighted_rows,
+)  # fmt: skip
 from fastsae.reference import wide
 
 _raw = torch.ops.fastsae
@@ -263,6 +258,10 @@ class Ledger:
             if _same_slots(term.codes, indices, offsets):
                 return self._decoded.pop(i)
         return None
+
+    def know(self, term: UpdateTerm, dacts: Tensor) -> None:
+        """Gives a pending term its acts' gradients, which the update would have computed."""
+        self.terms[self.terms.index(term)] = replace(term, dacts=dacts)
 
     def set_pre_bias(self, pre_bias: bool) -> None:
         """Whether encoders get x - b_dec from now on; terms from before are spent as they were made."""

@@ -77,8 +77,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     params        a SparseAutoencoder, a module of `fastsae.accelerate`, `Dictionaries`, or a list of them, or of groups
                   {"params": one of them, "lr": ...}. Each becomes one parameter group, and its rule's own parameters,
-                  which do not decay, another. A module that holds SAEs becomes a group for each of them and one of its other parameters. A group of
-                  other tensors, {"params": [...]}, is stepped elementwise by the same formula, with moments of fp32.
+                  which do not decay, another. A module that holds SAEs becomes a group for each of them and one of its
+                  other parameters. A group of other tensors, {"params": [...]}, is stepped elementwise by the same
+                  formula, with moments of fp32.
     lr            a number or a 0-d tensor, which a CUDA graph needs on the device.
     moments       "fp32": in the weights' dtype, float32 at least. "bf16": half the memory, "8bit" (Adam, AdamW): a
                   quarter; both rounded stochastically as a function of (seed, step, position).

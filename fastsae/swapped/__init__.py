@@ -1,0 +1,97 @@
+"""fastsae.accelerate: modules and trainers of other libraries, with their own mathematics computed by fastsae's ops.
+
+The libraries are imported only when one of their objects is given. docs/accelerate.md says what is swapped.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fastsae.swapped.base import Swapped, Unsupported, accelerate_sae
+
+Given = TypeVar("Given")
+
+_ROOMS = {
+    "sae_lens": "fastsae.swapped.saelens",
+    "sparsify": "fastsae.swapped.sparse_coder",
+    "dictionary_learning": "fastsae.swapped.dictionaries",
+}
+"""By the top package of the class that is given: the module with its SWAPS, class by class."""
+
+
+def swaps() -> dict[type, type]:
+    """Each class of a library that is imported already, and the one that is put in its place."""
+    import sys
+
+    found: dict[type, type] = {}
+    for package, room in _ROOMS.items():
+        if package in sys.modules:
+            found |= importlib.import_module(room).SWAPS
+    return found
+
+
+def _swap_of(kind: type) -> type:
+    """The class that takes the place of `kind`. Raises Unsupported for one that is not known."""
+    room = _ROOMS.get(kind.__module__.split(".")[0])
+    known: dict[type, type] = importlib.import_module(room).SWAPS if room is not None else {}
+    if kind in known:
+        return known[kind]
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    bases = [base.__name__ for base in kind.__mro__[1:] if base in swaps()]
+    if bases:
+        raise Unsupported(
+            f"{name} is a subclass of {bases[0]}, whose methods it may have changed; expected the class itself"
+        )
+    listed = ", ".join(sorted(one.__name__ for one in known)) or "classes of " + ", ".join(sorted(_ROOMS))
+    raise Unsupported(f"{name} cannot be accelerated; expected one of: {listed}")
+
+
+def accelerate(given: Given) -> Given:
+    """The given SAE of SAELens, sparsify or dictionary_learning, swapped in place to compute sparsely; returns it.
+
+    Its class becomes a subclass of its own. Parameters stay the same objects, and state_dict, isinstance, hooks, copies
+    and saved files what they were; a pickle has the library's class. Where the library stores a dictionary as (D, M),
+    its memory is transposed under the same Parameter. `fastsae.optim.Adam(sae)` then steps it with fused updates.
+
+    A trainer (SAELens' SAETrainer; sparsify's Trainer; dictionary_learning's trainers): its SAEs, and its Adam for
+    `fastsae.optim.Adam` with the same settings, state and schedule. A class of such a trainer: a subclass, whose
+    instances are accelerated. A model that holds such SAEs: all of them.
+    Raises Unsupported (a ValueError) for another class, or a setting that has no sparse way, and changes nothing.
+    """
+    if isinstance(given, type):
+        return _swap_of(given)  # type: ignore[return-value]
+    if isinstance(given, Swapped):
+        return given
+    if isinstance(given, nn.Module) and type(given) not in swaps():
+        inside = [m for m in given.modules() if type(m) in swaps()]
+        if inside:
+            for module in inside:
+                accelerate(module)
+            return given
+    swap: Any = _swap_of(type(given))
+    if issubclass(swap, Swapped):
+        accelerate_sae(given, {type(given): swap})
+    else:
+        swap.take_over(given)
+    return given
+
+
+def unaccelerate(module: Given) -> Given:
+    """Undoes `accelerate` of an SAE, or of all SAEs in a module: its own class and memory order. Returns it.
+
+    Gradients that an optimizer of fastsae.optim keeps as terms are dropped with that optimizer, not here.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"unaccelerate got a {type(module).__name__}, expected a module; of a trainer, give its SAE")
+    for one in [m for m in module.modules() if isinstance(m, Swapped)]:
+        for role in one.transposed:
+            p = one.parameter(role)
+            p.data = p.data.contiguous()
+        one.__class__ = one.original()  # type: ignore[assignment]
+    return module
+
+
+__all__ = ["Unsupported", "accelerate", "unaccelerate"]

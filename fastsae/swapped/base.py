@@ -1,0 +1,301 @@
+"""Swapped: what a class that stands in for another library's has in common with all others.
+
+An accelerated module is the same object with the same Parameters. Only its class is another one, a subclass of its own,
+and the memory of a dictionary that the library stores as (D, M) has another order: one latent per contiguous row.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import warnings
+import weakref
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastsae import ops
+from fastsae.codes import Screen, SparseCodes
+from fastsae.model.losses import dead_rows
+from fastsae.ops import ledger as ledgers
+from fastsae.ops.encode import encode_by
+from fastsae.ops.gradients import latent_sums, rows_of
+from fastsae.ops.products import per_latent
+from fastsae.training.dictionaries import Dictionaries
+
+_raw = torch.ops.fastsae
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+ROOM = 128
+"""Active latents per token that a threshold's first try has room for."""
+DEAD_PIECE = 2**24
+"""Entries of (N, dead) that a selection among dead latents computes at a time."""
+
+
+class Unsupported(ValueError):
+    """A module, or a setting of one, that `accelerate` has no sparse way for; the message names it."""
+
+
+@dataclass(eq=False)
+class EncoderInputs:
+    """An encoder's arguments, made ready for the ops. x (N, D), W (M, D), b (M,); pre_bias: as of `ops.encode_topk`."""
+
+    x: Tensor
+    W: Tensor
+    b: Tensor
+    pre_bias: Tensor | None
+    screen: Screen | None
+    ledger: ledgers.Ledger | None
+
+    def noted(self, codes: SparseCodes) -> SparseCodes:
+        """codes, after the ledger was told how well its screen served."""
+        if self.screen is not None and self.ledger is not None and codes.redone is not None and codes.n_tokens:
+            self.ledger.note_redone(codes.redone / codes.n_tokens)
+        return codes
+
+    def topk(self, k: int, scale: Tensor | None = None) -> SparseCodes:
+        """The raw pre-acts of the k latents of each token with the largest relu(pre-act · scale); scale (M,) >= 0."""
+        if scale is None:
+            codes = ops.encode_topk(self.x, self.W, self.b, k, pre_bias=self.pre_bias, screen=self.screen)
+            return self.noted(codes)
+        held = scale.detach()
+
+        def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+            codes = ops.encode_topk(x, W, b, k, scale=held, screen=self.screen)
+            return replace(codes, acts=codes.acts / torch.where(held > 0, held, 1)[codes.indices.long()])
+
+        return self.noted(encode_by(run, self.x, self.W, self.b, pre_bias=self.pre_bias))
+
+    def above(self, threshold: Tensor | float) -> SparseCodes:
+        """The pre-acts above max(threshold, 0), a number or (M,): a ragged code. Reads back whether there was room."""
+        bar = torch.as_tensor(threshold, device=self.W.device).detach().clamp(min=0)
+        pairs = self.x.shape[0] * self.W.shape[0]
+        room = min(pairs, ROOM * self.x.shape[0])
+        while True:
+            codes, overflow = ops.encode_above(
+                self.x, self.W, self.b, bar, room, pre_bias=self.pre_bias, screen=self.screen
+            )
+            if room == pairs or not bool(overflow):
+                return self.noted(codes.trimmed() if codes.acts.device.type == "cpu" else codes)
+            room = min(pairs, 4 * room)
+
+    def largest_dead(self, dead: Tensor, k: int) -> SparseCodes:
+        """The k largest relu(pre-act) of each token among `dead`, (M,) bool, of at least k."""
+        return ops.encode_topk(
+            self.x, self.W, self.b, k, rows=dead_rows(dead), pre_bias=self.pre_bias, screen=self.screen
+        )
+
+    def among(self, dead: Tensor, k: int, scale: Tensor | None = None) -> SparseCodes:
+        """The raw pre-acts, sign kept, of the k latents of each token with the largest pre-act · scale among `dead`.
+
+        dead (M,) bool, of at least k. A ragged code, since an act may be 0. Dense in (N, dead), in pieces of tokens.
+        """
+        rows = dead.nonzero().squeeze(1)
+
+        def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+            n, latents = x.shape[0], W.shape[0]
+            with torch.no_grad():
+                few, bias = W[rows], b[rows]
+                factor = None if scale is None else scale.detach()[rows]
+                found = []
+                for piece in x.split(max(1, DEAD_PIECE // max(rows.numel(), 1))):
+                    pre = torch.addmm(bias, piece, few.t())
+                    pre = pre if factor is None else pre * factor
+                    found.append(pre.topk(k, dim=-1, sorted=False).indices.sort(-1).values)
+                indices = rows[torch.cat(found)].int().flatten()
+            offsets = torch.arange(n + 1, dtype=torch.int64, device=x.device) * k
+            slots = SparseCodes(torch.ones_like(indices, dtype=x.dtype), indices, latents, offsets)
+            return replace(slots, acts=ops.active_dot(x, slots, W) + per_latent(b, slots))
+
+        return encode_by(run, self.x, self.W, self.b, pre_bias=self.pre_bias)
+
+
+class OverModule:
+    """The first base of a swapped class: Python takes the memory layout from it, which must be that of the library's
+    class, here of one that begins with nn.Module. Hence the __slots__ of all mixins."""
+
+
+class OverABC(ABC):  # noqa: B024
+    """The same for a class that begins with ABC."""
+
+
+class Swapped:
+    """The mixin that comes next in the bases of every swapped class.
+
+    roles: where each of W_enc, W_dec, b_enc, b_dec is, as a dotted path. transposed: which of them are (D, M).
+    """
+
+    __slots__ = ()
+    roles: ClassVar[dict[str, str]] = {}
+    transposed: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def original(cls) -> type:
+        """The library's class, which this one is put in place of."""
+        return next(base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, Swapped))
+
+    @classmethod
+    def check(cls, module: nn.Module) -> None:
+        """Raises Unsupported for a setting of the library's module that has no sparse way."""
+
+    # -- its parameters -----------------------------------------------------------------------------------------------
+
+    def parameter(self, role: str) -> Tensor:
+        found: Any = self
+        for part in self.roles[role].split("."):
+            found = getattr(found, part)
+        return found
+
+    def rows(self, role: str) -> Tensor:
+        """A parameter as the ops take it: one latent per contiguous row."""
+        return rows_of(self.parameter(role), role in self.transposed)
+
+    def takes_pre_bias(self) -> bool:
+        """Whether the encoder subtracts b_dec from its input."""
+        return True
+
+    def latents_per_token(self) -> int | None:
+        """About how many latents are active, for a screen; None: not known."""
+        return None
+
+    def dictionaries(self) -> Dictionaries:
+        """What a fused update needs to know: `fastsae.optim` asks for it."""
+        main: dict[str, Any] = {role: self.parameter(role) for role in self.roles}
+        held = {id(p) for p in main.values()}
+        assert isinstance(self, nn.Module)
+        others: dict[str, Any] = {name: p for name, p in self.named_parameters() if id(p) not in held}
+        return Dictionaries(
+            **main, pre_bias=self.takes_pre_bias(), k=weak_call(self, "latents_per_token"), others=others,
+            transposed=self.transposed,
+        )  # fmt: skip
+
+    def ledger(self) -> ledgers.Ledger | None:
+        return ledgers.open_ledger(**{role: self.rows(role) for role in self.roles})
+
+    def encoder_inputs(self, x: Tensor) -> EncoderInputs:
+        """The encoder's arguments for x (N, D), from which nothing has been subtracted yet."""
+        ledger = self.ledger()
+        pre_bias = None
+        if self.takes_pre_bias():
+            b_dec = self.parameter("b_dec")
+            pre_bias = None if ledger is None else b_dec
+            x = x - (b_dec if ledger is None else b_dec.detach())
+        training = isinstance(self, nn.Module) and self.training
+        screen = None if ledger is None or not training else ledger.screen_for(x)
+        return EncoderInputs(x, self.rows("W_enc"), self.rows_of_bias(), pre_bias, screen, ledger)
+
+    def rows_of_bias(self) -> Tensor:
+        return self.parameter("b_enc")
+
+    def centred(self, x: Tensor) -> Tensor:
+        """x (N, D) as the encoder reads it, differentiable in b_dec too."""
+        return x - self.parameter("b_dec") if self.takes_pre_bias() else x
+
+    # -- copies and files ---------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __copy__(self) -> Any:
+        made = self.__class__.__new__(self.__class__)
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the library's own class, so that no file needs fastsae; in its own memory order."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        state = reduced[2]
+        if isinstance(state, dict) and "_parameters" in state:
+            state = {**state, "_parameters": {name: _contiguous(p) for name, p in state["_parameters"].items()}}
+        # Not copyreg.__newobj__, for which pickle wants the object's own class.
+        return copyreg._reconstructor, (self.original(), object, None), state  # type: ignore[attr-defined]
+
+
+def check_sae(module: Any, swaps: dict[type, type]) -> type[Any] | None:
+    """The class that takes the place of a module's own; None: it is swapped already. Raises Unsupported."""
+    if isinstance(module, Swapped):
+        return None
+    swap: type[Any] | None = swaps.get(type(module))
+    if swap is None:
+        names = ", ".join(sorted(one.__name__ for one, its in swaps.items() if issubclass(its, Swapped)))
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        raise Unsupported(f"{kind} has no sparse way; expected one of {names}")
+    swap.check(module)
+    return swap
+
+
+def accelerate_sae(module: Any, swaps: dict[type, type]) -> None:
+    """Puts the swapped class in the place of a module's own, and its dictionaries in the ops' order."""
+    swap = check_sae(module, swaps)
+    if swap is not None:
+        module.__class__ = swap
+        for role in swap.roles:
+            module.rows(role)
+
+
+def _contiguous(p: Tensor | None) -> Tensor | None:
+    if p is None or p.is_contiguous():
+        return p
+    return nn.Parameter(p.detach().contiguous(), requires_grad=p.requires_grad)
+
+
+def weak_call(holder: Any, name: str) -> Callable[[], Any]:
+    """holder.name() without keeping holder alive; None once it is gone."""
+    ref = weakref.ref(holder)
+
+    def call() -> Any:
+        found = ref()
+        return None if found is None else getattr(found, name)()
+
+    return call
+
+
+def warn_once(module: nn.Module, message: str) -> None:
+    if module not in _warned:
+        _warned.add(module)
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def scaled(codes: SparseCodes, scale: Tensor) -> SparseCodes:
+    """Each act times scale (M,) at its latent; differentiable in both."""
+    return replace(codes, acts=codes.acts * per_latent(scale, codes), made_by=None)
+
+
+def filled_indices(codes: SparseCodes) -> Tensor:
+    """The indices (N, K) int64 of a fixed code, an empty slot holding its token's first latent: nothing that did not
+    fire is named, except where a token has no active latent."""
+    indices = codes.indices.long()
+    return torch.where(codes.acts.detach() != 0, indices, indices[..., :1])
+
+
+def remove_along_rows_(ledger: ledgers.Ledger, factor: Tensor) -> None:
+    """dW_dec_i -= factor_i ⟨dW_dec_i, W_dec_i⟩ W_dec_i, of gradients that are kept as terms. factor (M,).
+
+    Gathers W_dec once for each term that the update would have gathered it for.
+    """
+    with torch.no_grad():
+        taken, W = ledger.peek(), ledger.rows("W_dec")
+        along = torch.zeros_like(factor)
+        dense = taken.dense.get("W_dec")
+        if dense is not None:
+            along += (dense * W).sum(-1)
+        if taken.decoder_pull is not None:
+            segments = W.unflatten(1, (taken.decoder_pull.shape[1], -1)).square().sum(-1)
+            along += (taken.decoder_pull * segments).sum(-1)
+        for term in taken.terms:
+            code = (term.codes.indices, term.codes.offsets)
+            if not term.codes.acts.numel():
+                continue
+            slopes = _raw.active_dot(term.grad, term.codes.acts, *code, W, None)
+            slopes = torch.where(term.codes.acts != 0, slopes, 0)
+            along += latent_sums(term.codes.acts * slopes, *code, W.shape[0], None, None)
+            if term.dacts is None:
+                ledger.know(term, slopes)
+        ledger.add_pull(-(factor * along)[:, None])

@@ -1,0 +1,147 @@
+"""dictionary_learning's classes: AutoEncoderTopK. And its trainers, for fastsae.optim.
+
+`encode` keeps its flags and gives lazy acts, which `decode` takes as the code they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer, geometric_median
+from dictionary_learning.trainers.trainer import (
+    remove_gradient_parallel_to_decoder_directions,
+    set_decoder_norm_to_unit_norm,
+)
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.codes import SparseCodes
+from fastsae.ops.ledger import LedgerGradient
+from fastsae.swapped.base import OverABC, Swapped, filled_indices, remove_along_rows_
+from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
+from fastsae.swapped.trainers import follow, fused
+
+
+class SwappedDictionary(Swapped):
+    """What dictionary_learning's classes share: lazy acts, and a decoder that takes them."""
+
+    __slots__ = ()
+    roles: ClassVar[dict[str, str]] = {
+        "W_enc": "encoder.weight",
+        "W_dec": "decoder.weight",
+        "b_enc": "encoder.bias",
+        "b_dec": "b_dec",
+    }
+    transposed = ("W_dec",)
+
+    def flat(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
+
+    def acts(self, codes: SparseCodes, batch: tuple[int, ...]) -> Tensor:
+        return spread(codes, (*batch, codes.d_sae), codes)
+
+    def post_relu(self, x: Tensor) -> Tensor:
+        """relu of all pre-acts of x (*batch, D), lazily."""
+        flat, W = self.flat(x), self.rows("W_enc")
+        shape = (*x.shape[:-1], W.shape[0])
+        return lazy_pre_acts(self.centred(flat), W, self.rows_of_bias(), None, True, shape, Source(flat))
+
+    def decode(self, f: Tensor) -> Tensor:
+        codes = f.kept if isinstance(f, LazyActs) else None
+        if codes is None:
+            return super().decode(f)  # type: ignore[misc]
+        return ops.decode(codes, self.rows("W_dec")).view(*f.shape[:-1], -1) + self.parameter("b_dec")
+
+
+class SwappedAutoEncoderTopK(OverABC, SwappedDictionary, AutoEncoderTopK):
+    """AutoEncoderTopK."""
+
+    def latents_per_token(self) -> int:
+        return int(self.k)
+
+    def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
+        if torch.compiler.is_compiling() or (use_threshold and float(self.threshold) < 0):
+            return super().encode(x, return_topk, use_threshold)  # a threshold below 0 is a dense ReLU
+        batch, encoder = tuple(x.shape[:-1]), self.encoder_inputs(self.flat(x))
+        codes = encoder.topk(self.latents_per_token())
+        acts = codes
+        if use_threshold:
+            acts = encoder.above(self.threshold)
+        if not return_topk:
+            return self.acts(acts, batch)
+        shape = (*batch, codes.k)
+        return self.acts(acts, batch), codes.acts.view(shape), filled_indices(codes).view(shape), self.post_relu(x)
+
+
+class SwappedTrainer:
+    """The mixin of trainers with torch's Adam, clipping at 1 and unit decoder rows: their mathematics, on terms.
+
+    The parallel part of the decoder's gradient is taken off as the library does, by rows divided by ‖row‖ + 1e-6.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.take_over(self)
+
+    @classmethod
+    def take_over(cls, trainer: Any) -> None:
+        trainer.optimizer = fused(trainer.optimizer, [trainer.ae], SWAPS)
+        follow(trainer.scheduler, trainer.optimizer)
+        trainer.__class__ = SWAPS[type(trainer)] if type(trainer) in SWAPS else type(trainer)
+
+    def start(self: Any, x: Tensor) -> None:
+        """What the trainer does with its first batch."""
+        median = self.geometric_median(x)
+        self.ae.b_dec.data = median.to(self.ae.b_dec.dtype)
+
+    def update(self: Any, step: int, x: Tensor) -> float:
+        if step == 0:
+            self.start(x)
+        x, ae = x.to(self.device), self.ae
+        loss = self.loss(x, step=step)
+        loss.backward()
+        W_dec = ae.parameter("W_dec")
+        if isinstance(W_dec.grad, LedgerGradient):
+            norms = ae.rows("W_dec").detach().norm(dim=1)
+            remove_along_rows_(W_dec.grad.ledger, 1 / (norms + 1e-6) ** 2)
+        else:
+            of = (lambda t: t) if "W_dec" in ae.transposed else torch.t
+            W_dec.grad = of(
+                remove_gradient_parallel_to_decoder_directions(
+                    of(W_dec), of(W_dec.grad), ae.activation_dim, ae.dict_size
+                )
+            )
+        torch.nn.utils.clip_grad_norm_(ae.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        set_decoder_norm_to_unit_norm(ae.rows("W_dec").t(), ae.activation_dim, ae.dict_size)
+        return loss.item()
+
+
+class AuxOnDead:
+    """The auxiliary loss of the top-k trainers, on the rows of dead latents alone."""
+
+    def get_auxiliary_loss(self: Any, residual_BD: Tensor, post_relu_acts_BF: Tensor) -> Tensor:
+        dead = self.num_tokens_since_fired >= self.dead_feature_threshold
+        source = post_relu_acts_BF.kept if isinstance(post_relu_acts_BF, LazyActs) else None
+        if source is None or not bool(dead.any()):
+            return super().get_auxiliary_loss(residual_BD, post_relu_acts_BF)  # type: ignore[misc]
+        self.dead_features = int(dead.sum())
+        codes = self.ae.encoder_inputs(source.x).largest_dead(dead, min(self.top_k_aux, self.dead_features))
+        modelled = ops.decode(codes, self.ae.rows("W_dec"))
+        missed = residual_BD.float()
+        loss = self.pre_norm_auxk_loss = (missed - modelled.float()).pow(2).sum(dim=-1).mean()
+        centred = missed - residual_BD.mean(dim=0)[None, :].float()
+        return (loss / centred.pow(2).sum(dim=-1).mean()).nan_to_num(0.0)
+
+
+class SwappedTopKTrainer(AuxOnDead, SwappedTrainer, TopKTrainer):
+    """TopKTrainer."""
+
+    def start(self: Any, x: Tensor) -> None:
+        self.ae.b_dec.data = geometric_median(x).to(self.ae.b_dec.dtype)
+
+
+SWAPS: dict[type, type] = {AutoEncoderTopK: SwappedAutoEncoderTopK, TopKTrainer: SwappedTopKTrainer}

@@ -1,0 +1,166 @@
+"""LazyActs: a dense (*batch, M) tensor that is computed when something reads it, and carries its sparse code till then.
+
+Libraries hand dense acts from their encoder to their decoder. An accelerated decoder takes the code; anything else sees
+an ordinary tensor, with its gradient, at the cost of making it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from fastsae.codes import SparseCodes
+
+
+class LazyActs(torch.Tensor):
+    """Shape, dtype, device and gradient of a dense tensor; its numbers when an op, a hook or numpy() asks for them.
+
+    kept: what an accelerated module wants to know of where it came from, as long as nobody wrote the numbers.
+    """
+
+    _make: Callable[[], Tensor]
+    _dense: Tensor | None
+    _kept: Any
+    _made_at: int | None
+
+    @staticmethod
+    def __new__(cls, make: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor) -> LazyActs:
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        made._make, made._dense, made._kept, made._made_at = make, None, None, None
+        return made
+
+    def keep(self, kept: Any) -> LazyActs:
+        self._kept, self._made_at = kept, _version(self)
+        return self
+
+    @property
+    def kept(self) -> Any:
+        """What `keep` was given; None where the numbers were written since."""
+        return self._kept if self._made_at == _version(self) else None
+
+    @property
+    def is_made(self) -> bool:
+        """Whether something has read the numbers."""
+        return self._dense is not None
+
+    def plain(self) -> Tensor:
+        """The numbers, as an ordinary tensor without a graph."""
+        if self._dense is None:
+            with torch.no_grad():
+                self._dense = self._make()
+        return self._dense
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if self.requires_grad and not force:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        return self.plain().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.plain().tolist()
+
+    def data_ptr(self) -> int:
+        return self.plain().data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.plain(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
+
+    def __repr__(self, **how: Any) -> str:  # type: ignore[override]
+        return self.plain().__repr__(**how)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        plain_args, plain_kwargs = pytree.tree_map_only(LazyActs, LazyActs.plain, (args, kwargs or {}))
+        found = func(*plain_args, **plain_kwargs)
+        # An op in place gives back what it was given.
+        first = args[0] if args and isinstance(args[0], LazyActs) else None
+        return first if first is not None and found is plain_args[0] else found
+
+
+LazyActs.__torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def spread(codes: SparseCodes, shape: tuple[int, ...], kept: Any) -> Tensor:
+    """The dense tensor (*batch, M) of a flat code, lazily; differentiable in its acts."""
+    found = _Spread.apply(codes.acts, codes.detach(), shape)
+    return found.keep(kept)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, acts: Tensor, codes: SparseCodes, shape: tuple[int, ...]) -> Tensor:
+        ctx.codes = codes
+        return LazyActs(lambda: codes.to_dense().view(shape), shape, acts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        codes = ctx.codes
+        flat = grads[0].reshape(codes.n_tokens, codes.d_sae)
+        indices = torch.where(codes.occupied(), codes.indices, 0).long()
+        if codes.offsets is None:
+            found = flat.gather(1, indices)
+        else:
+            found = flat[codes.token_ids().clamp(max=max(codes.n_tokens - 1, 0)), indices]
+        return torch.where(codes.occupied(), found, 0), None, None
+
+
+@dataclass(eq=False)
+class Source:
+    """What the pre-acts were made of: x (N, D) before any bias is subtracted, scale (M,) or None."""
+
+    x: Tensor
+    scale: Tensor | None = None
+
+
+def lazy_pre_acts(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, relu: bool, shape: tuple[int, ...], kept: Any
+) -> Tensor:
+    """(x Wᵀ + b) · scale as (*batch, M), or relu of it, lazily; differentiable. x (N, D), W (M, D), b, scale (M,)."""
+    found = _PreActs.apply(x, W, b, scale, relu, shape)
+    return found.keep(kept)
+
+
+class _PreActs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None, relu: bool, shape: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, W, b, scale)
+        ctx.relu = relu
+
+        def make() -> Tensor:
+            pre = torch.addmm(b.detach(), x.detach(), W.detach().t())
+            pre = pre if scale is None else pre * scale.detach()
+            return (pre.relu_() if relu else pre).view(shape)
+
+        return LazyActs(make, shape, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, W, b, scale = ctx.saved_tensors
+        grad = grads[0].reshape(x.shape[0], W.shape[0])
+        of_scale = None
+        if ctx.relu or (scale is not None and ctx.needs_input_grad[3]):
+            pre = torch.addmm(b, x, W.t())
+            if ctx.relu:  # a scale is a norm, and keeps the sign
+                grad = torch.where(pre > 0, grad, 0)
+            if scale is not None and ctx.needs_input_grad[3]:
+                of_scale = (grad * pre).sum(0)
+        grad = grad if scale is None else grad * scale
+        return grad @ W, grad.t() @ x, grad.sum(0), of_scale, None, None

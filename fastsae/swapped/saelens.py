@@ -1,0 +1,217 @@
+"""SAELens' classes: TopK, in training and inference.
+
+Their losses are theirs: the base class's methods run, on acts that are lazy. What is replaced is where they would read
+all (N, M) of them: the encoder, the decoder, and the losses on dead latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.codes import SparseCodes
+from fastsae.swapped.base import OverModule, Swapped, Unsupported, scaled, warn_once
+from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
+from fastsae.swapped.trainers import follow, fused
+
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+class SwappedSAE(Swapped):
+    """What SAELens' classes share. A lazy tensor of acts keeps the code that is decoded: the raw pre-acts."""
+
+    __slots__ = ()
+    roles: ClassVar[dict[str, str]] = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+    transposed = ("W_enc",)
+    cfg: Any
+
+    def takes_pre_bias(self) -> bool:
+        return bool(self.cfg.apply_b_dec_to_input)
+
+    def densely(self) -> bool:
+        """Whether the library's own path has to answer: hooks want dense acts, or torch.compile traces."""
+        if torch.compiler.is_compiling():
+            return True
+        points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)  # type: ignore[attr-defined]
+        if not any(getattr(point, kind) for point in points for kind in HOOKS):
+            return False
+        warn_once(
+            self,  # type: ignore[arg-type]
+            f"a hook on hook_sae_acts_pre or hook_sae_acts_post of {type(self).__name__} wants dense acts: while it is "
+            "there, the library's dense path answers, not fastsae's",
+        )
+        return True
+
+    def sae_input(self, x: Tensor) -> Tensor:
+        """process_sae_in, before b_dec is subtracted."""
+        x = self.reshape_fn_in(x.to(self.dtype))  # type: ignore[attr-defined]
+        return self.run_time_activation_norm_fn_in(self.hook_sae_input(x))  # type: ignore[attr-defined]
+
+    def norms(self) -> Tensor | None:
+        """(M,): what the library multiplies pre-acts with before it selects, and divides acts by; None: nothing."""
+        return self.rows("W_dec").norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+
+    def select(self, flat: Tensor, scale: Tensor | None) -> SparseCodes:
+        """The code of raw pre-acts of x (N, D)."""
+        raise NotImplementedError
+
+    def encoded(self, x: Tensor) -> tuple[Tensor, Tensor, Source]:
+        """The acts of x (*batch, D), lazily, x as the encoder gets it, and what it is made of."""
+        x = self.sae_input(x)
+        source = Source(x.reshape(-1, x.shape[-1]), self.norms())
+        raw = self.select(source.x, source.scale)
+        seen = raw if source.scale is None else scaled(raw, source.scale)
+        return spread(seen, (*x.shape[:-1], raw.d_sae), raw), x, source
+
+    def hidden_pre(self, x: Tensor, source: Source) -> Tensor:
+        """The pre-acts (*batch, M), lazily."""
+        W, b = self.rows("W_enc"), self.rows_of_bias()
+        shape = (*x.shape[:-1], W.shape[0])
+        return lazy_pre_acts(self.centred(source.x), W, b, source.scale, False, shape, source)
+
+    def decoded(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
+        """The reconstruction of a code of raw pre-acts, as the library's decode gives it."""
+        out = ops.decode(raw, self.rows("W_dec")).view(*shape[:-1], -1) + self.parameter("b_dec")
+        out = self.hook_sae_recons(out)  # type: ignore[attr-defined]
+        out = self.run_time_activation_norm_fn_out(out)  # type: ignore[attr-defined]
+        return self.reshape_fn_out(out, self.d_head)  # type: ignore[attr-defined]
+
+    def encode(self, x: Tensor) -> Tensor:
+        if self.densely():
+            return super().encode(x)  # type: ignore[misc]
+        return self.hook_sae_acts_post(self.encoded(x)[0])  # type: ignore[attr-defined]
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        raw = feature_acts.kept if isinstance(feature_acts, LazyActs) else None
+        if raw is None:
+            return super().decode(feature_acts)  # type: ignore[misc]
+        return self.decoded(raw, feature_acts.shape)
+
+    # safetensors writes contiguous tensors only.
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
+        _make_contiguous(state_dict)
+
+
+def _make_contiguous(state_dict: dict[str, Any]) -> None:
+    for name, value in state_dict.items():
+        state_dict[name] = value.contiguous()
+
+
+def _check(module: Any, activation: type) -> None:
+    if type(module.activation_fn) is not activation:
+        raise Unsupported(
+            f"activation_fn of {type(module).__name__} is a {type(module.activation_fn).__name__}, expected the "
+            f"library's own {activation.__name__}"
+        )
+
+
+class SwappedTraining(SwappedSAE):
+    """What the training classes share."""
+
+    __slots__ = ()
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.densely():
+            return super().encode_with_hidden_pre(x)  # type: ignore[misc]
+        acts, x, source = self.encoded(x)
+        return self.hook_sae_acts_post(acts), self.hidden_pre(x, source)  # type: ignore[attr-defined]
+
+    def training_forward_pass(self, step_input: Any) -> Any:
+        """The library's, with `feature_acts` as a sparse COO tensor, which its trainer takes, and lazy `hidden_pre`."""
+        output = super().training_forward_pass(step_input)  # type: ignore[misc]
+        acts = output.feature_acts
+        raw = acts.kept if isinstance(acts, LazyActs) and not acts.is_made else None
+        if raw is not None:
+            norms = self.norms()
+            output.feature_acts = coo(raw if norms is None else scaled(raw, norms), tuple(acts.shape))
+        return output
+
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)  # type: ignore[misc]
+        _make_contiguous(state_dict)
+
+
+def coo(codes: SparseCodes, shape: tuple[int, ...]) -> Tensor:
+    """A flat code as a torch.sparse_coo tensor of this shape; on a CPU coalesced, without empty slots."""
+    tokens, acts, latents = codes.token_ids(), codes.acts.flatten(), codes.indices.flatten().long()
+    occupied = (codes.occupied() & (codes.acts != 0)).flatten()
+    on_cpu = acts.device.type == "cpu"
+    if on_cpu:
+        tokens, acts, latents = tokens[occupied], acts[occupied], latents[occupied]
+    else:  # nothing is read back
+        tokens = tokens.clamp(max=max(codes.n_tokens - 1, 0))
+        acts, latents = torch.where(occupied, acts, 0), torch.where(occupied, latents, 0)
+    where = torch.stack([*torch.unravel_index(tokens, shape[:-1]), latents])
+    return torch.sparse_coo_tensor(where, acts, shape, is_coalesced=on_cpu or None, check_invariants=False)
+
+
+class AuxOnDead:
+    """The auxiliary loss of TopKTrainingSAE, on the rows of dead latents alone."""
+
+    __slots__ = ()
+
+    def calculate_topk_aux_loss(
+        self: Any, sae_in: Tensor, sae_out: Tensor, hidden_pre: Tensor, dead_neuron_mask: Tensor | None
+    ) -> Tensor:
+        normal = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
+        source = hidden_pre.kept if isinstance(hidden_pre, LazyActs) else None
+        dead = 0 if dead_neuron_mask is None else int(dead_neuron_mask.sum())
+        if dead == 0 or normal or source is None:  # nothing, an error, or dense pre-acts: the library's
+            return super().calculate_topk_aux_loss(  # type: ignore[misc]
+                sae_in=sae_in, sae_out=sae_out, hidden_pre=hidden_pre, dead_neuron_mask=dead_neuron_mask
+            )
+        wanted = sae_in.shape[-1] // 2
+        missed = (sae_in - sae_out).detach()
+        codes = self.encoder_inputs(source.x).among(dead_neuron_mask, min(wanted, dead), source.scale)
+        modelled = self.reshape_fn_out(
+            ops.decode(codes, self.rows("W_dec")).view(*hidden_pre.shape[:-1], -1), self.d_head
+        )
+        loss = (modelled - missed).pow(2).sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * min(dead / wanted, 1.0) * loss
+
+
+class SwappedTopK(SwappedSAE):
+    __slots__ = ()
+
+    @classmethod
+    def check(cls, module: Any) -> None:
+        _check(module, TopK)
+
+    def latents_per_token(self) -> int:
+        return int(self.activation_fn.k)  # type: ignore[attr-defined]
+
+    def select(self, flat: Tensor, scale: Tensor | None) -> SparseCodes:
+        return self.encoder_inputs(flat).topk(self.latents_per_token(), scale)
+
+
+class SwappedTopKSAE(OverModule, SwappedTopK, TopKSAE):
+    """TopKSAE."""
+
+
+class SwappedTopKTrainingSAE(OverModule, AuxOnDead, SwappedTraining, SwappedTopK, TopKTrainingSAE):
+    """TopKTrainingSAE."""
+
+
+SWAPS: dict[type, type] = {TopKSAE: SwappedTopKSAE, TopKTrainingSAE: SwappedTopKTrainingSAE}
+
+
+class SwappedSAETrainer(SAETrainer):
+    """SAETrainer whose SAE is accelerated and whose Adam is fastsae's. Clipping and schedules are the library's."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.take_over(self)
+
+    @staticmethod
+    def take_over(trainer: Any) -> None:
+        trainer.optimizer = fused(trainer.optimizer, [trainer.sae], SWAPS)
+        follow(trainer.lr_scheduler, trainer.optimizer)
+
+
+SWAPS[SAETrainer] = SwappedSAETrainer

@@ -1,0 +1,195 @@
+"""Modules of SAELens, sparsify and dictionary_learning with random settings, and one loss of each: theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+D, M, K, N = 12, 48, 4, 24
+
+
+def library(name: str) -> Any:
+    """The library, or a skip."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = pytest.importorskip(name, exc_type=ImportError)
+        if name == "sparsify":  # its Triton decoder is for GPUs
+            importlib.import_module("sparsify.sparse_coder").decoder_impl = importlib.import_module(
+                "sparsify.utils"
+            ).eager_decode
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """make(settings, dtype): a module; loss(module, x, dead): what its trainer minimizes; settings: all that differ."""
+
+    make: Callable[[dict[str, Any], torch.dtype], Any]
+    loss: Callable[[Any, Tensor, Tensor | None], Tensor]
+    settings: tuple[dict[str, Any], ...] = ({},)
+    aux: bool = True
+    trains: bool = True
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def shaken(module: nn.Module) -> nn.Module:
+    """The module with no parameter at a special value."""
+    generator = torch.Generator().manual_seed(7)
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        if name == "threshold":
+            p.add_(noise.abs() * 0.05)
+        else:
+            p.add_(noise * (0.1 if p.ndim == 1 else 0.05))
+    return module
+
+
+# -- SAELens ----------------------------------------------------------------------------------------------------------
+
+
+def lens(kind: str) -> Callable[[dict[str, Any], torch.dtype], Any]:
+    def make(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+        module = library("sae_lens")
+        torch.manual_seed(0)
+        given = {"d_in": D, "d_sae": M, "dtype": str(dtype).removeprefix("torch."), **settings}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return shaken(getattr(module, kind)(getattr(module, f"{kind}Config")(**given)))
+
+    return make
+
+
+def lens_step(module: Any, x: Tensor, dead: Tensor | None) -> Any:
+    from sae_lens.saes.sae import TrainStepInput
+
+    coefficients = dict.fromkeys(("l0", "l1"), 0.02)
+    return module.training_forward_pass(TrainStepInput(x, coefficients, dead, 0, False))
+
+
+def lens_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
+    return lens_step(module, x, dead).loss
+
+
+def call_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
+    """The squared error of what the module gives for each token, to the token before it."""
+    return (module(x) - x.detach().roll(1, 0)).square().sum(-1).mean()
+
+
+# -- sparsify ---------------------------------------------------------------------------------------------------------
+
+
+def coder(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    sparsify = library("sparsify")
+    torch.manual_seed(0)
+    return shaken(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=M, k=K, **settings), dtype=dtype))
+
+
+def coder_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
+    out = module(x, x.flip(0) if module.cfg.transcode else None, dead_mask=dead)
+    return out.fvu + out.auxk_loss / 32 + out.multi_topk_fvu / 8
+
+
+# -- dictionary_learning ----------------------------------------------------------------------------------------------
+
+
+def dictionary(kind: str, *more: Any) -> Callable[[dict[str, Any], torch.dtype], Any]:
+    def make(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+        library("dictionary_learning")
+        base = "dictionary_learning"
+        names = ("dictionary", "trainers.top_k", "trainers.batch_top_k", "trainers.matryoshka_batch_top_k")
+        places = [f"{base}.{one}" for one in names]
+        found = next(getattr(m, kind) for m in map(importlib.import_module, places) if hasattr(m, kind))
+        torch.manual_seed(0)
+        with default_dtype(dtype):
+            module = shaken(found(D, M, *more))
+        for name, value in settings.items():
+            module.get_buffer(name).fill_(value)
+        return module
+
+    return make
+
+
+def dictionary_topk_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
+    f, top, indices, post = module.encode(x, return_topk=True)
+    assert top.shape == indices.shape == (len(x), K)
+    loss = (module.decode(f) - x).square().sum(-1).mean()
+    if dead is not None:  # a dense loss on what encode gives
+        loss = loss + 0.01 * torch.where(dead, post, 0).square().sum() + 0.01 * f.abs().sum()
+    return loss
+
+
+def with_encode(**flags: Any) -> Callable[[Any, Tensor, Tensor | None], Tensor]:
+    def loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
+        f, active, post = module.encode(x, return_active=True, **flags)
+        assert active.shape == (M,)
+        found = (module.decode(f) - x).square().sum(-1).mean()
+        if dead is not None:
+            found = found + 0.01 * torch.where(dead, post, 0).square().sum() + 0.01 * f.abs().sum()
+        return found
+
+    return loss
+
+
+# -- all --------------------------------------------------------------------------------------------------------------
+
+CASES: dict[str, Case] = {
+    "lens-topk-training": Case(
+        lens("TopKTrainingSAE"), lens_loss,
+        ({"k": K}, {"k": K, "rescale_acts_by_decoder_norm": False}, {"k": K, "apply_b_dec_to_input": False},
+         {"k": K, "aux_loss_coefficient": 0.3, "use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}),
+    ),
+    "lens-topk": Case(
+        lens("TopKSAE"), call_loss,
+        ({"k": K}, {"k": K, "rescale_acts_by_decoder_norm": True}, {"k": K, "normalize_activations": "layer_norm"},
+         {"k": K, "normalize_activations": "constant_norm_rescale", "apply_b_dec_to_input": False}),
+        aux=False,
+    ),
+    "sparsify": Case(
+        coder, coder_loss,
+        ({}, {"transcode": True, "skip_connection": True}, {"multi_topk": True}, {"normalize_decoder": False}),
+    ),
+    "dictionary-topk": Case(dictionary("AutoEncoderTopK", K), dictionary_topk_loss),
+}  # fmt: skip
+"""By name. The last word in a test's id picks the settings."""
+
+ALL = [(name, i) for name, case in CASES.items() for i in range(len(case.settings))]
+FIRST = [(name, 0) for name in CASES]
+
+
+def make(name: str, number: int, dtype: torch.dtype = torch.float64) -> Any:
+    case = CASES[name]
+    return case.make(case.settings[number], dtype)
+
+
+def inputs(seed: int, dtype: torch.dtype = torch.float64, n: int = N) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, D, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def dead_latents(name: str, seed: int) -> Tensor | None:
+    """A random part of the latents, or none of them."""
+    if not CASES[name].aux or seed % 3 == 0:
+        return None
+    share = random.Random(seed).choice((0.05, 0.4, 0.9))
+    found = torch.rand(M, generator=torch.Generator().manual_seed(seed)) < share
+    found[seed % M] = True
+    return found

@@ -1,0 +1,358 @@
+"""fastsae.accelerate: the same numbers, gradients, objects and files as the library's own class."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastsae
+from fastsae.swapped import Unsupported
+from fastsae.swapped.base import Swapped
+from fastsae.swapped.lazy import LazyActs
+from tests.accelerate_case import ALL, CASES, FIRST, K, M, dead_latents, inputs, lens_step, library, make
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::fastsae.backends.errors.BackendWarning", "ignore::UserWarning"),
+]
+every = pytest.mark.parametrize(("name", "number"), ALL)
+first = pytest.mark.parametrize(("name", "number"), FIRST)
+
+
+def pair(name: str, number: int, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+    return make(name, number, dtype), fastsae.accelerate(make(name, number, dtype))
+
+
+def close(mine: Tensor, truth: Tensor, what: str = "") -> None:
+    torch.testing.assert_close(
+        mine, truth.to(mine.dtype), rtol=1e-9, atol=1e-11, msg=lambda text: f"{what}: {text}"
+    )  # fmt: skip
+
+
+# -- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("seed", range(4))
+def test_loss_and_gradients(name: str, number: int, seed: int) -> None:
+    theirs, mine = pair(name, number)
+    x, dead = inputs(seed), dead_latents(name, seed)
+    given = [x.clone().requires_grad_(seed % 2 == 1) for _ in range(2)]
+    losses = [CASES[name].loss(module, one, dead) for module, one in zip((theirs, mine), given, strict=True)]
+    close(losses[1], losses[0], "loss")
+    for loss in losses:
+        loss.backward()
+    if seed % 2:
+        assert given[0].grad is not None
+        assert given[1].grad is not None
+        close(given[1].grad, given[0].grad, "x")
+    for (key, p), q in zip(theirs.named_parameters(), mine.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), key
+        if p.grad is not None:
+            assert q.grad is not None
+            close(q.grad, p.grad, key)
+
+
+@every
+def test_acts_and_reconstructions(name: str, number: int) -> None:
+    """encode, decode and the call, for tokens in any shape, with and without gradients."""
+    theirs, mine = pair(name, number)
+    if name == "sparsify":
+        pytest.skip("its encode has its own test")
+    for x in (inputs(1), inputs(1).view(4, 6, -1)):
+        for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with context():
+                acts = [module.encode(x) for module in (theirs, mine)]
+                assert acts[0].shape == acts[1].shape
+                recon = mine.decode(acts[1])
+                assert not isinstance(acts[1], LazyActs) or not acts[1].is_made, "decode made the acts dense"
+                dense = [a.to_dense() if a.is_sparse else a for a in acts]
+                close(dense[1] + 0, dense[0], "acts")
+                mine.encode(x), theirs.encode(x)  # normalization keeps its statistics for one decode
+                close(recon, theirs.decode(dense[0]), "decode")
+                close(mine(x), theirs(x), "call")
+
+
+@first
+def test_lazy_acts_are_tensors(name: str, number: int) -> None:
+    theirs, mine = pair(name, number)
+    if name == "sparsify":
+        pytest.skip("its encode has its own test")
+    x = inputs(2)
+    truth, acts = theirs.encode(x).detach(), mine.encode(x)
+    if truth.is_sparse:
+        truth = truth.to_dense()
+    assert isinstance(acts, torch.Tensor)
+    assert acts.shape == truth.shape
+    close((acts * 2).detach(), truth * 2)
+    close((acts > 0).double(), (truth > 0).double())
+    assert repr(acts)
+    with torch.no_grad():
+        acts = mine.encode(x)
+    assert (acts.numpy() - truth.numpy()).max() < 1e-9
+    close(pickle.loads(pickle.dumps(acts)), truth)
+    close(copy.deepcopy(acts), truth)
+    buffer = io.BytesIO()
+    torch.save(acts, buffer)
+    buffer.seek(0)
+    close(torch.load(buffer), truth)
+    before = mine.decode(acts)
+    acts[:, : M // 2] = 0  # a decode after a write decodes what is there
+    truth[:, : M // 2] = 0
+    close(acts + 0, truth)
+    assert not torch.equal(mine.decode(acts), before)
+    theirs.encode(x)
+    close(mine.decode(acts), theirs.decode(truth))
+
+
+def test_a_loss_on_the_acts() -> None:
+    """A graph through the dense acts: by an op, and by an autograd.Function that sees the tensor itself."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, t: Tensor) -> Tensor:
+            ctx.save_for_backward(t)
+            return t.square()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * grads[0]
+
+    theirs, mine = pair("lens-topk", 1)
+    x = inputs(3)
+    for module in (theirs, mine):
+        acts = module.encode(x)
+        (Square.apply(acts).sum() + acts[:, 3:9].sin().sum()).backward()
+    for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            close(q.grad, p.grad)
+
+
+def test_training_output_of_saelens() -> None:
+    theirs, mine = pair("lens-topk-training", 0)
+    x = inputs(4)
+    a, b = (lens_step(module, x, None) for module in (theirs, mine))
+    assert type(a) is type(b)
+    assert b.feature_acts.is_sparse
+    close(b.feature_acts.to_dense(), a.feature_acts)
+    close(b.hidden_pre + 0, a.hidden_pre)
+    assert a.losses.keys() == b.losses.keys()
+    for key, value in a.losses.items():
+        close(b.losses[key], value, key)
+    close(b.sae_out, a.sae_out)
+
+
+def test_encoder_output_of_sparsify() -> None:
+    theirs, mine = pair("sparsify", 0)
+    x = inputs(5)
+    a, b = theirs.encode(x), mine.encode(x)
+    assert type(a) is type(b)
+    order = a.top_indices.sort(-1)
+    assert torch.equal(b.top_indices, order.values)
+    close(b.top_acts, a.top_acts.gather(1, order.indices))
+    close(b.pre_acts + 0, a.pre_acts)
+    close(mine.decode(a.top_acts, a.top_indices), theirs.decode(a.top_acts, a.top_indices))
+    (a.top_acts.sum() + theirs.decode(*a[:2]).square().sum()).backward()
+    (b.top_acts.sum() + mine.decode(*b[:2]).square().sum()).backward()
+    for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
+        close(q.grad, p.grad)
+
+
+def test_an_empty_slot_names_no_other_latent() -> None:
+    _, mine = pair("sparsify", 0)
+    with torch.no_grad():
+        mine.encoder.bias.sub_(1.0)  # fewer than K latents are above 0
+    out = mine.encode(inputs(6))
+    few = (out.top_acts > 0).sum(-1)
+    assert int(few.min()) < K
+    for acts, indices in zip(out.top_acts[few > 0], out.top_indices[few > 0], strict=True):
+        assert set(indices.tolist()) == set(indices[acts > 0].tolist())
+
+
+# -- the same object --------------------------------------------------------------------------------------------------
+
+
+@first
+def test_parameters_state_and_class_stay(name: str, number: int) -> None:
+    module = make(name, number)
+    kind, parameters = type(module), list(module.parameters())
+    state = copy.deepcopy(module.state_dict())
+    mine = fastsae.accelerate(module)
+    assert mine is module
+    assert isinstance(mine, kind)
+    assert isinstance(mine, Swapped)
+    assert fastsae.accelerate(mine) is mine
+    assert [id(p) for p in mine.parameters()] == [id(p) for p in parameters]
+    assert list(mine.state_dict()) == list(state)
+    for key, value in state.items():
+        assert torch.equal(mine.state_dict()[key], value), key
+    for role in mine.roles:
+        assert mine.rows(role).is_contiguous(), role
+    fresh = make(name, number)
+    fresh.load_state_dict(mine.state_dict())
+    mine.load_state_dict(fresh.state_dict(), assign=True)  # new Parameters, in the library's order
+    close(CASES[name].loss(mine, inputs(0), None), CASES[name].loss(fresh, inputs(0), None))
+    fastsae.unaccelerate(mine)
+    assert type(mine) is kind
+    assert all(p.is_contiguous() for p in mine.parameters())
+
+
+@first
+def test_copies_and_pickles(name: str, number: int) -> None:
+    theirs, mine = pair(name, number)
+    x, loss = inputs(1), CASES[name].loss
+    copied = copy.deepcopy(mine)
+    assert type(copied) is type(mine)
+    close(loss(copied, x, None), loss(theirs, x, None))
+    assert not {id(p) for p in copied.parameters()} & {id(p) for p in mine.parameters()}
+    with torch.no_grad():
+        next(iter(copied.parameters())).add_(1.0)
+    close(loss(mine, x, None), loss(theirs, x, None))
+    cast = copy.deepcopy(mine).to(torch.float32)
+    assert all(p.dtype == torch.float32 for p in cast.parameters())
+    assert all(cast.rows(role).is_contiguous() for role in cast.roles)
+    if name.startswith("lens"):
+        assert mine.__reduce_ex__(2)[1][0] is type(theirs)
+        assert all(p.is_contiguous() for p in mine.__reduce_ex__(2)[2]["_parameters"].values())
+        return  # SAELens' modules hold lambdas, which no pickle takes
+    written = pickle.dumps(mine)
+    assert b"fastsae" not in written
+    assert type(pickle.loads(written)) is type(theirs)
+    close(loss(pickle.loads(written), x, None), loss(theirs, x, None))
+    buffer = io.BytesIO()
+    torch.save(mine, buffer)
+    buffer.seek(0)
+    assert type(torch.load(buffer, weights_only=False)) is type(theirs)
+
+
+@first
+def test_saved_files_load_as_ever(name: str, number: int, tmp_path: Path) -> None:
+    theirs, mine = pair(name, number)
+    x, loss = inputs(1), CASES[name].loss
+    if name.startswith("lens"):
+        lens = library("sae_lens")
+        mine.save_model(tmp_path)
+        loaded = [type(theirs).load_from_disk(tmp_path)]
+        if CASES[name].loss is not CASES["lens-topk"].loss:
+            inference = [tmp_path / "theirs", tmp_path / "mine"]
+            for module, path in zip((theirs, mine), inference, strict=True):
+                module.save_inference_model(path)
+            a, b = (lens.SAE.load_from_disk(path) for path in inference)
+            assert type(a) is type(b)
+            close(b(x), a(x))
+    elif name == "sparsify":
+        mine.save_to_disk(tmp_path)
+        loaded = [type(theirs).load_from_disk(tmp_path)]
+    else:
+        torch.save(mine.state_dict(), tmp_path / "ae.pt")
+        loaded = [make(name, number)]
+        with torch.no_grad():
+            for p in loaded[0].parameters():
+                p.zero_()
+        loaded[0].load_state_dict(torch.load(tmp_path / "ae.pt"))
+    for module in loaded:
+        assert type(module) is type(theirs)
+        close(loss(module, x, None), loss(theirs, x, None))
+        close(loss(fastsae.accelerate(module), x, None), loss(theirs, x, None))
+
+
+@first
+def test_a_torch_optimizer_made_before(name: str, number: int) -> None:
+    theirs, mine = make(name, number), make(name, number)
+    optimizers = [torch.optim.Adam(module.parameters(), lr=1e-2) for module in (theirs, mine)]
+    for i in range(6):
+        if i == 3:
+            fastsae.accelerate(mine)
+        for module, optimizer in zip((theirs, mine), optimizers, strict=True):
+            CASES[name].loss(module, inputs(i), None).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (key, p), q in zip(theirs.named_parameters(), mine.parameters(), strict=True):
+        close(q, p, key)
+
+
+# -- hooks, refusals, imports -----------------------------------------------------------------------------------------
+
+
+def test_hooks_on_dense_acts_get_them_and_it_is_said_once() -> None:
+    theirs, mine = pair("lens-topk", 0)
+    x = inputs(1)
+    seen: dict[int, list[Tensor]] = {0: [], 1: []}
+
+    def ablate(i: int) -> Any:
+        def hook(acts: Tensor, hook: Any) -> Tensor:
+            seen[i].append(acts)
+            return torch.where(acts > 0.5, 0, acts)
+
+        return hook
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        outs = [
+            module.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_pre", ablate(i)), ("hook_sae_acts_post", ablate(i))])
+            for i, module in enumerate((theirs, mine))
+        ]
+        mine.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", ablate(0))])
+    assert len([one for one in said if "dense path answers" in str(one.message)]) == 1
+    close(outs[1], outs[0])
+    assert type(seen[1][0]) is torch.Tensor
+    close(mine(x), theirs(x))
+    caches = [module.run_with_cache(x)[1] for module in (theirs, mine)]
+    assert caches[0].keys() == caches[1].keys()
+    for key, value in caches[0].items():
+        close(caches[1][key], value, key)
+
+
+def test_the_error_term_of_saelens() -> None:
+    theirs, mine = pair("lens-topk", 0)
+    for module in (theirs, mine):
+        module.use_error_term = True
+    close(mine(inputs(1)), theirs(inputs(1)))
+    close(mine(inputs(1)), inputs(1))
+
+
+def test_what_is_not_supported_is_named() -> None:
+    sparsify = library("sparsify")
+    config = sparsify.SparseCoderConfig(num_latents=M, k=K, activation="groupmax")
+    module = sparsify.SparseCoder(12, config)
+    with pytest.raises(Unsupported, match=r"activation.*'groupmax', expected 'topk'"):
+        fastsae.accelerate(module)
+    assert type(module) is sparsify.SparseCoder
+    with pytest.raises(Unsupported, match="Linear cannot be accelerated"):
+        fastsae.accelerate(nn.Linear(3, 3))
+
+    class Mine(sparsify.SparseCoder):
+        pass
+
+    own = Mine(12, sparsify.SparseCoderConfig(num_latents=M, k=K))
+    with pytest.raises(Unsupported, match="is a subclass of SparseCoder"):
+        fastsae.accelerate(own)
+
+
+def test_a_model_that_holds_saes() -> None:
+    model = nn.Sequential(make("lens-topk", 0), nn.Linear(12, 12, dtype=torch.float64))
+    truth = model(inputs(1))
+    assert fastsae.accelerate(model) is model
+    assert isinstance(model[0], Swapped)
+    close(model(inputs(1)), truth)
+    assert not isinstance(fastsae.unaccelerate(model)[0], Swapped)
+
+
+def test_importing_fastsae_imports_no_library() -> None:
+    code = (
+        "import sys, fastsae, fastsae.swapped; "
+        "print(sorted({'sae_lens', 'sparsify', 'dictionary_learning', 'transformer_lens'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
