@@ -149,6 +149,21 @@ def with_encode(**flags: Any) -> Callable[[Any, Tensor, Tensor | None], Tensor]:
     return loss
 
 
+def above(make: Callable[[dict[str, Any], torch.dtype], Any]) -> Callable[[dict[str, Any], torch.dtype], Any]:
+    """The module with biases so low that few latents are active."""
+
+    def made(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+        module = make(settings, dtype)
+        with torch.no_grad():
+            getattr(module, "b_gate" if hasattr(module, "b_gate") else "b_enc").sub_(1.0)
+        return module
+
+    return made
+
+
+TRANSCODER = {"d_out": D, "apply_b_dec_to_input": False}
+
+
 # -- all --------------------------------------------------------------------------------------------------------------
 
 CASES: dict[str, Case] = {
@@ -167,7 +182,37 @@ CASES: dict[str, Case] = {
         coder, coder_loss,
         ({}, {"transcode": True, "skip_connection": True}, {"multi_topk": True}, {"normalize_decoder": False}),
     ),
+    "lens-batchtopk-training": Case(
+        lens("BatchTopKTrainingSAE"), lens_loss,
+        ({"k": float(K)}, {"k": 3.3}, {"k": 2.7, "rescale_acts_by_decoder_norm": False}),
+    ),
+    "lens-matryoshka-training": Case(
+        lens("MatryoshkaBatchTopKTrainingSAE"), lens_loss,
+        ({"k": float(K), "matryoshka_widths": [9, 20, M]},
+         {"k": 3.4, "matryoshka_widths": [12, M], "use_matryoshka_aux_loss": True},
+         {"k": 3.0, "matryoshka_widths": [5, 6, M], "use_matryoshka_aux_loss": True,
+          "rescale_acts_by_decoder_norm": False}),
+    ),
+    "lens-standard": Case(above(lens("StandardSAE")), call_loss, ({}, {"apply_b_dec_to_input": False}), aux=False),
+    "lens-jumprelu": Case(
+        above(lens("JumpReLUSAE")), call_loss, ({}, {"normalize_activations": "layer_norm"}), aux=False
+    ),
+    "lens-gated": Case(above(lens("GatedSAE")), call_loss, aux=False),
+    "lens-dense": Case(lens("StandardSAE"), call_loss, aux=False),
+    "lens-transcoder": Case(above(lens("Transcoder")), call_loss, (TRANSCODER,), aux=False),
+    "lens-skip": Case(above(lens("SkipTranscoder")), call_loss, (TRANSCODER,), aux=False),
+    "lens-jumprelu-transcoder": Case(above(lens("JumpReLUTranscoder")), call_loss, (TRANSCODER,), aux=False),
+    "lens-jumprelu-skip": Case(above(lens("JumpReLUSkipTranscoder")), call_loss, (TRANSCODER,), aux=False),
     "dictionary-topk": Case(dictionary("AutoEncoderTopK", K), dictionary_topk_loss),
+    "dictionary-batchtopk": Case(
+        dictionary("BatchTopKSAE", K), with_encode(use_threshold=False), ({}, {"threshold": 0.4})
+    ),
+    "dictionary-batchtopk-inference": Case(
+        dictionary("BatchTopKSAE", K), with_encode(), ({"threshold": 1.0}, {"threshold": -1.0}, {"threshold": 0.0})
+    ),
+    "dictionary-matryoshka": Case(
+        dictionary("MatryoshkaBatchTopKSAE", K, [9, 20, 19]), with_encode(use_threshold=False)
+    ),
 }  # fmt: skip
 """By name. The last word in a test's id picks the settings."""
 

@@ -64,6 +64,8 @@ def test_the_state_is_torchs(name: str, number: int) -> None:
     theirs, mine = make(name, number), fastsae.accelerate(make(name, number))
     truth = torch.optim.Adam(theirs.parameters(), lr=5e-3)
     run(theirs, truth, name, 4, torch.float64)
+    if len(truth.state) < len(list(theirs.parameters())):
+        pytest.skip("the library's class gives a parameter no gradient, and torch's Adam has no state for it")
     mine.load_state_dict(theirs.state_dict())
     optimizer = fastsae.optim.Adam(mine, lr=1.0)
     optimizer.load_state_dict(truth.state_dict())
@@ -165,7 +167,7 @@ def lens_trainer(name: str, steps: int = 30, kind: Any = None) -> Any:
 
     config = SAETrainerConfig(
         total_training_samples=32 * steps, train_batch_size_samples=32, lr=1e-2, lr_end=1e-3, device="cpu",
-        dead_feature_window=3, lr_warm_up_steps=5, lr_decay_steps=5, lr_scheduler_name="cosineannealing",
+        dead_feature_window=3, lr_warm_up_steps=5, lr_scheduler_name="cosineannealing",
         feature_sampling_window=10,
     )  # fmt: skip
     config.logger.log_to_wandb = False
@@ -197,10 +199,18 @@ def test_saelens_trainer(name: str, tmp_path: Path) -> None:
         for _ in range(3):
             trainer.step(next(batches))
             trainer.n_training_steps += 1
-        same(trainer.sae, theirs.sae)
+    same(mine.sae, theirs.sae)
+    same(fresh.sae, theirs.sae)
 
 
-DICTIONARIES = {"dictionary-topk": ("top_k", "TopKTrainer", {"k": K})}
+DICTIONARIES = {
+    "dictionary-topk": ("top_k", "TopKTrainer", {"k": K}),
+    "dictionary-batchtopk": ("batch_top_k", "BatchTopKTrainer", {"k": K}),
+    "dictionary-matryoshka": (
+        "matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer",
+        {"k": K, "group_fractions": [0.25, 0.25, 0.5], "group_weights": [0.5, 0.3, 0.2]},
+    ),
+}  # fmt: skip
 
 
 def dictionary_trainer(name: str, kind: Any = None) -> Any:

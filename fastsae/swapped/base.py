@@ -30,8 +30,10 @@ from fastsae.training.dictionaries import Dictionaries
 _raw = torch.ops.fastsae
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-ROOM = 128
-"""Active latents per token that a threshold's first try has room for."""
+DENSE_ABOVE = 0.04
+"""The share of active latents above which a dense product is faster than gathering rows; SparseAutoencoder's too."""
+ROOM = 16
+"""Active latents per token that always go sparsely."""
 DEAD_PIECE = 2**24
 """Entries of (N, dead) that a selection among dead latents computes at a time."""
 
@@ -70,18 +72,43 @@ class EncoderInputs:
 
         return self.noted(encode_by(run, self.x, self.W, self.b, pre_bias=self.pre_bias))
 
-    def above(self, threshold: Tensor | float) -> SparseCodes:
-        """The pre-acts above max(threshold, 0), a number or (M,): a ragged code. Reads back whether there was room."""
-        bar = torch.as_tensor(threshold, device=self.W.device).detach().clamp(min=0)
+    def batch_topk(self, total: int, scale: Tensor | None = None) -> SparseCodes:
+        """The raw pre-acts of the `total` largest relu(pre-act · scale) of the batch: a ragged code; scale (M,) > 0.
+
+        A scale makes a scaled copy of the encoder, and the op then prepares its own screen for it.
+        """
+        n = max(self.x.shape[0], 1)
+        k = min(self.W.shape[0], -(-total // n))
+
+        def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+            held = None if scale is None else scale.detach()
+            if held is None:
+                codes = ops.encode_batch_topk(x, W, b, k, screen=self.screen)
+            else:
+                codes = ops.encode_batch_topk(x, W * held[:, None], b * held, k)
+            if total < n * k:
+                found = torch.where(codes.occupied(), codes.acts.detach(), 0)
+                largest = torch.zeros_like(found, dtype=torch.bool)
+                largest[found.topk(total, sorted=False).indices] = True
+                codes = codes.keep(largest)
+            return codes if held is None else replace(codes, acts=codes.acts / held[codes.indices.long()])
+
+        return self.noted(encode_by(run, self.x, self.W, self.b, pre_bias=self.pre_bias))
+
+    def above(self, bar: Tensor | float) -> SparseCodes | None:
+        """The pre-acts above a bar, a number or (M,): a ragged code; None where they are too many to go sparsely.
+
+        Reads back whether they were.
+        """
         pairs = self.x.shape[0] * self.W.shape[0]
-        room = min(pairs, ROOM * self.x.shape[0])
-        while True:
-            codes, overflow = ops.encode_above(
-                self.x, self.W, self.b, bar, room, pre_bias=self.pre_bias, screen=self.screen
-            )
-            if room == pairs or not bool(overflow):
-                return self.noted(codes.trimmed() if codes.acts.device.type == "cpu" else codes)
-            room = min(pairs, 4 * room)
+        room = min(pairs, max(int(DENSE_ABOVE * pairs), ROOM * self.x.shape[0]))
+        held = torch.as_tensor(bar, device=self.W.device).detach()
+        codes, overflow = ops.encode_above(
+            self.x, self.W, self.b, held, room, pre_bias=self.pre_bias, screen=self.screen
+        )  # fmt: skip
+        if bool(overflow):
+            return None
+        return self.noted(codes.trimmed() if codes.acts.device.type == "cpu" else codes)
 
     def largest_dead(self, dead: Tensor, k: int) -> SparseCodes:
         """The k largest relu(pre-act) of each token among `dead`, (M,) bool, of at least k."""
@@ -266,6 +293,11 @@ def warn_once(module: nn.Module, message: str) -> None:
 def scaled(codes: SparseCodes, scale: Tensor) -> SparseCodes:
     """Each act times scale (M,) at its latent; differentiable in both."""
     return replace(codes, acts=codes.acts * per_latent(scale, codes), made_by=None)
+
+
+def values(codes: SparseCodes) -> Tensor:
+    """The acts of the occupied slots, as one row without a graph. Reads back how many."""
+    return codes.acts.detach()[codes.occupied()]
 
 
 def filled_indices(codes: SparseCodes) -> Tensor:

@@ -1,13 +1,15 @@
-"""dictionary_learning's classes: AutoEncoderTopK. And its trainers, for fastsae.optim.
+"""dictionary_learning's classes with top-k, batch top-k and Matryoshka, and their trainers, for fastsae.optim.
 
 `encode` keeps its flags and gives lazy acts, which `decode` takes as the code they are.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE, MatryoshkaBatchTopKTrainer
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer, geometric_median
 from dictionary_learning.trainers.trainer import (
     remove_gradient_parallel_to_decoder_directions,
@@ -18,9 +20,18 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.ops.ledger import LedgerGradient
-from fastsae.swapped.base import OverABC, Swapped, filled_indices, remove_along_rows_
+from fastsae.swapped.base import EncoderInputs, OverABC, Swapped, filled_indices, remove_along_rows_, values
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 from fastsae.swapped.trainers import follow, fused
+
+
+class LossLog(NamedTuple):
+    """What a trainer's `loss` gives with logging=True."""
+
+    x: Tensor
+    x_hat: Tensor
+    f: Tensor
+    losses: dict[str, float]
 
 
 class SwappedDictionary(Swapped):
@@ -47,6 +58,11 @@ class SwappedDictionary(Swapped):
         shape = (*x.shape[:-1], W.shape[0])
         return lazy_pre_acts(self.centred(flat), W, self.rows_of_bias(), None, True, shape, Source(flat))
 
+    def above_threshold(self, encoder: EncoderInputs) -> SparseCodes | None:
+        """The code by the running threshold; None where it is dense, as ReLU's acts are while there is none yet."""
+        threshold = float(self.threshold)  # type: ignore[attr-defined]
+        return None if threshold < 0 else encoder.above(threshold)
+
     def decode(self, f: Tensor) -> Tensor:
         codes = f.kept if isinstance(f, LazyActs) else None
         if codes is None:
@@ -61,17 +77,57 @@ class SwappedAutoEncoderTopK(OverABC, SwappedDictionary, AutoEncoderTopK):
         return int(self.k)
 
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        if torch.compiler.is_compiling() or (use_threshold and float(self.threshold) < 0):
-            return super().encode(x, return_topk, use_threshold)  # a threshold below 0 is a dense ReLU
         batch, encoder = tuple(x.shape[:-1]), self.encoder_inputs(self.flat(x))
+        acts = self.above_threshold(encoder) if use_threshold else None
+        if torch.compiler.is_compiling() or (use_threshold and acts is None):
+            return super().encode(x, return_topk, use_threshold)
         codes = encoder.topk(self.latents_per_token())
-        acts = codes
-        if use_threshold:
-            acts = encoder.above(self.threshold)
+        acts = codes if acts is None else acts
         if not return_topk:
             return self.acts(acts, batch)
         shape = (*batch, codes.k)
         return self.acts(acts, batch), codes.acts.view(shape), filled_indices(codes).view(shape), self.post_relu(x)
+
+
+class BatchSelection:
+    """`encode` of the classes that select over the batch."""
+
+    __slots__ = ()
+
+    def latents_per_token(self: Any) -> int:
+        return int(self.k)
+
+    def cut(self, codes: SparseCodes) -> SparseCodes:
+        """The code without the latents that the module leaves out."""
+        return codes
+
+    def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
+        encoder = self.encoder_inputs(self.flat(x))
+        codes = self.above_threshold(encoder) if use_threshold else encoder.batch_topk(int(self.k) * x.size(0))
+        if torch.compiler.is_compiling() or codes is None:
+            return super().encode(x, return_active, use_threshold)  # type: ignore[misc]
+        codes = self.cut(codes)
+        acts = self.acts(codes, tuple(x.shape[:-1]))
+        if not return_active:
+            return acts
+        active = torch.zeros(codes.d_sae, dtype=torch.bool, device=x.device)
+        active[codes.indices[codes.occupied() & (codes.acts.detach() > 0)].long()] = True
+        return acts, active, self.post_relu(x)
+
+
+class SwappedBatchTopKSAE(OverABC, BatchSelection, SwappedDictionary, BatchTopKSAE):
+    """BatchTopKSAE."""
+
+
+class SwappedMatryoshkaBatchTopKSAE(OverABC, BatchSelection, SwappedDictionary, MatryoshkaBatchTopKSAE):
+    """MatryoshkaBatchTopKSAE."""
+
+    roles: ClassVar[dict[str, str]] = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+    transposed = ("W_enc",)
+
+    def cut(self, codes: SparseCodes) -> SparseCodes:
+        end = int(self.group_indices[self.active_groups])
+        return codes if end == self.dict_size else codes.keep(codes.indices < end)
 
 
 class SwappedTrainer:
@@ -144,4 +200,56 @@ class SwappedTopKTrainer(AuxOnDead, SwappedTrainer, TopKTrainer):
         self.ae.b_dec.data = geometric_median(x).to(self.ae.b_dec.dtype)
 
 
-SWAPS: dict[type, type] = {AutoEncoderTopK: SwappedAutoEncoderTopK, TopKTrainer: SwappedTopKTrainer}
+class ThresholdOfActs:
+    """The running threshold of the trainers that select over the batch: it reads the positive acts alone."""
+
+    def update_threshold(self: Any, f: Tensor) -> None:
+        codes = f.kept if isinstance(f, LazyActs) else None
+        super().update_threshold(f if codes is None else values(codes))  # type: ignore[misc]
+
+
+class SwappedBatchTopKTrainer(ThresholdOfActs, AuxOnDead, SwappedTrainer, BatchTopKTrainer):
+    """BatchTopKTrainer."""
+
+
+class SwappedMatryoshkaBatchTopKTrainer(ThresholdOfActs, AuxOnDead, SwappedTrainer, MatryoshkaBatchTopKTrainer):
+    """MatryoshkaBatchTopKTrainer: each group is decoded from the slots that it adds."""
+
+    def start(self: Any, x: Tensor) -> None:
+        self.ae.b_dec.data = self.geometric_median(x)
+
+    def loss(self: Any, x: Tensor, step: int | None = None, logging: bool = False) -> Any:
+        f, active, post = self.ae.encode(x, return_active=True, use_threshold=False)
+        codes = f.kept if isinstance(f, LazyActs) else None
+        if codes is None:
+            return super().loss(x, step=step, logging=logging)
+        if step is not None and step > self.threshold_start_step:
+            self.update_threshold(f)
+        recon, losses, begin = torch.zeros_like(x) + self.ae.b_dec, [], 0
+        for size, weight in list(zip(self.group_sizes, self.group_weights, strict=True))[: self.ae.active_groups]:
+            part = codes.keep((codes.indices >= begin) & (codes.indices < begin + size))
+            recon = recon + ops.decode(part, self.ae.rows("W_dec"))
+            losses.append((x - recon).pow(2).sum(dim=-1).mean() * weight)
+            begin += size
+        each = torch.stack(losses)
+        mean = each.mean()
+        self.effective_l0 = self.k
+        self.num_tokens_since_fired += x.size(0)
+        self.num_tokens_since_fired[active] = 0
+        aux = self.get_auxiliary_loss((x - recon).detach(), post)
+        loss = mean + self.auxk_alpha * aux
+        if not logging:
+            return loss
+        said = {"l2_loss": mean.item(), "auxk_loss": aux.item(), "loss": loss.item(),
+                "min_l2_loss": each.min().item(), "max_l2_loss": each.max().item()}  # fmt: skip
+        return LossLog(x, recon, f, said)
+
+
+SWAPS: dict[type, type] = {
+    AutoEncoderTopK: SwappedAutoEncoderTopK,
+    BatchTopKSAE: SwappedBatchTopKSAE,
+    MatryoshkaBatchTopKSAE: SwappedMatryoshkaBatchTopKSAE,
+    TopKTrainer: SwappedTopKTrainer,
+    BatchTopKTrainer: SwappedBatchTopKTrainer,
+    MatryoshkaBatchTopKTrainer: SwappedMatryoshkaBatchTopKTrainer,
+}

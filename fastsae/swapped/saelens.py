@@ -1,4 +1,4 @@
-"""SAELens' classes: TopK, in training and inference.
+"""SAELens' classes: TopK, BatchTopK, Matryoshka in training; TopK, Standard, JumpReLU, Gated, transcoders after it.
 
 Their losses are theirs: the base class's methods run, on acts that are lazy. What is replaced is where they would read
 all (N, M) of them: the encoder, the decoder, and the losses on dead latents.
@@ -6,16 +6,25 @@ all (N, M) of them: the encoder, the decoder, and the losses on dead latents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
+from sae_lens.saes.gated_sae import GatedSAE
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
+from sae_lens.saes.standard_sae import StandardSAE
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
+from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder, SkipTranscoder, Transcoder
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from fastsae import ops
 from fastsae.codes import SparseCodes
-from fastsae.swapped.base import OverModule, Swapped, Unsupported, scaled, warn_once
+from fastsae.ops.products import per_latent
+from fastsae.swapped.base import OverModule, Swapped, Unsupported, scaled, values, warn_once
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 from fastsae.swapped.trainers import follow, fused
 
@@ -54,7 +63,7 @@ class SwappedSAE(Swapped):
 
     def norms(self) -> Tensor | None:
         """(M,): what the library multiplies pre-acts with before it selects, and divides acts by; None: nothing."""
-        return self.rows("W_dec").norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        return self.rows("W_dec").norm(dim=-1) if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) else None
 
     def select(self, flat: Tensor, scale: Tensor | None) -> SparseCodes:
         """The code of raw pre-acts of x (N, D)."""
@@ -198,7 +207,175 @@ class SwappedTopKTrainingSAE(OverModule, AuxOnDead, SwappedTraining, SwappedTopK
     """TopKTrainingSAE."""
 
 
-SWAPS: dict[type, type] = {TopKSAE: SwappedTopKSAE, TopKTrainingSAE: SwappedTopKTrainingSAE}
+class SwappedBatchTopKTrainingSAE(OverModule, AuxOnDead, SwappedTraining, BatchTopKTrainingSAE):
+    """BatchTopKTrainingSAE."""
+
+    @classmethod
+    def check(cls, module: Any) -> None:
+        _check(module, BatchTopK)
+
+    def latents_per_token(self) -> int:
+        return max(1, round(self.activation_fn.k))
+
+    def select(self, flat: Tensor, scale: Tensor | None) -> SparseCodes:
+        return self.encoder_inputs(flat).batch_topk(int(self.activation_fn.k * flat.shape[0]), scale)
+
+    def update_topk_threshold(self, acts_topk: Tensor) -> None:
+        raw = acts_topk.kept if isinstance(acts_topk, LazyActs) else None
+        if raw is not None:  # it reads the positive acts alone, in any order
+            norms = self.norms()
+            acts_topk = values(raw if norms is None else scaled(raw, norms))
+        super().update_topk_threshold(acts_topk)
+
+
+class SwappedMatryoshkaTrainingSAE(SwappedBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
+    """MatryoshkaBatchTopKTrainingSAE: each prefix is decoded from the slots that it adds."""
+
+    def _iterable_decode(
+        self, feature_acts: Tensor, include_outer_loss: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+        raw = feature_acts.kept if isinstance(feature_acts, LazyActs) else None
+        if raw is None:
+            yield from super()._iterable_decode(feature_acts, include_outer_loss)
+            return
+        before, decoded = 0, self.b_dec
+        for width in self.cfg.matryoshka_widths if include_outer_loss else self.cfg.matryoshka_widths[:-1]:
+            part = raw.keep((raw.indices >= before) & (raw.indices < width))
+            decoded = ops.decode(part, self.rows("W_dec")) + decoded
+            before = width
+            yield width, self.run_time_activation_norm_fn_out(decoded)
+
+    def calculate_matryoshka_aux_loss(
+        self, sae_in: Tensor, sae_out: Tensor, feature_acts: Tensor, hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        source = hidden_pre.kept if isinstance(hidden_pre, LazyActs) else None
+        if dead_neuron_mask is None or source is None or not bool(dead_neuron_mask.any()):
+            return super().calculate_matryoshka_aux_loss(
+                sae_in=sae_in, sae_out=sae_out, feature_acts=feature_acts, hidden_pre=hidden_pre,
+                dead_neuron_mask=dead_neuron_mask,
+            )  # fmt: skip
+        wanted, before, found = sae_in.shape[-1] // 2, 0, []
+        encoder = self.encoder_inputs(source.x)
+        for width, partial in self._iterable_decode(feature_acts, include_outer_loss=True):
+            dead = torch.zeros_like(dead_neuron_mask)
+            dead[before:width] = dead_neuron_mask[before:width]
+            before, number = width, int(dead.sum())
+            if number == 0:
+                continue
+            codes = encoder.among(dead, min(wanted, number), source.scale)
+            error = ops.decode(codes, self.rows("W_dec")) - (sae_in - partial).detach()
+            found.append(min(number / wanted, 1.0) * error.pow(2).sum(dim=-1).mean())
+        return self.cfg.aux_loss_coefficient * torch.stack(found).sum()
+
+
+# -- inference: every latent above a bar ------------------------------------------------------------------------------
+
+
+class SwappedThreshold(SwappedSAE):
+    """Every latent above its bar. Where many are, the library's dense path answers."""
+
+    __slots__ = ()
+
+    @classmethod
+    def check(cls, module: Any) -> None:
+        _check(module, torch.nn.ReLU)
+
+    def bar(self) -> Tensor | float:
+        return 0.0
+
+    def found(self, flat: Tensor) -> SparseCodes | None:
+        return self.encoder_inputs(flat).above(self.bar())
+
+    def encode(self, x: Tensor) -> Tensor:
+        if self.densely():
+            return super(SwappedSAE, self).encode(x)  # type: ignore[misc]
+        seen = self.sae_input(x.detach())
+        codes = self.found(seen.reshape(-1, seen.shape[-1]))
+        if codes is None:
+            return super(SwappedSAE, self).encode(x)  # type: ignore[misc]
+        if x.requires_grad:
+            seen = self.sae_input(x)
+            codes = self.found(seen.reshape(-1, seen.shape[-1]))
+            assert codes is not None
+        return self.hook_sae_acts_post(spread(codes, (*seen.shape[:-1], codes.d_sae), codes))  # type: ignore[attr-defined]
+
+
+class SwappedStandardSAE(OverModule, SwappedThreshold, StandardSAE):
+    """StandardSAE."""
+
+
+class JumpReLUBar:
+    __slots__ = ()
+
+    def bar(self: Any) -> Tensor:
+        return self.threshold.clamp(min=0)  # below 0 is the ReLU's
+
+
+class SwappedJumpReLUSAE(OverModule, JumpReLUBar, SwappedThreshold, JumpReLUSAE):
+    """JumpReLUSAE."""
+
+
+class SwappedGatedSAE(OverModule, SwappedThreshold, GatedSAE):
+    """GatedSAE: x Wᵀ of the open gates, from which their size is made."""
+
+    roles: ClassVar[dict[str, str]] = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_gate", "b_dec": "b_dec"}
+
+    def found(self, flat: Tensor) -> SparseCodes | None:
+        encoder = self.encoder_inputs(flat)
+        codes = replace(encoder, b=torch.zeros_like(encoder.b), screen=None).above(-self.b_gate)
+        if codes is None:
+            return None
+        size = codes.acts * per_latent(self.r_mag.exp(), codes) + per_latent(self.b_mag, codes)
+        codes = replace(codes, acts=size.relu())
+        return codes.keep(codes.acts != 0)
+
+
+class SwappedTranscoding(SwappedThreshold):
+    """Transcoders: no b_dec in the input, no normalization of the output."""
+
+    __slots__ = ()
+
+    def takes_pre_bias(self) -> bool:
+        return False
+
+    def sae_input(self, x: Tensor) -> Tensor:
+        return self.process_sae_in(x)  # type: ignore[attr-defined]
+
+    def decoded(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
+        out = ops.decode(raw, self.rows("W_dec")).view(*shape[:-1], -1) + self.parameter("b_dec")
+        return self.hook_sae_recons(out)  # type: ignore[attr-defined]
+
+
+class SwappedTranscoder(OverModule, SwappedTranscoding, Transcoder):
+    """Transcoder."""
+
+
+class SwappedSkipTranscoder(OverModule, SwappedTranscoding, SkipTranscoder):
+    """SkipTranscoder."""
+
+
+class SwappedJumpReLUTranscoder(OverModule, JumpReLUBar, SwappedTranscoding, JumpReLUTranscoder):
+    """JumpReLUTranscoder."""
+
+
+class SwappedJumpReLUSkipTranscoder(OverModule, JumpReLUBar, SwappedTranscoding, JumpReLUSkipTranscoder):
+    """JumpReLUSkipTranscoder."""
+
+
+SWAPS: dict[type, type] = {
+    TopKSAE: SwappedTopKSAE,
+    TopKTrainingSAE: SwappedTopKTrainingSAE,
+    BatchTopKTrainingSAE: SwappedBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAE: SwappedMatryoshkaTrainingSAE,
+    StandardSAE: SwappedStandardSAE,
+    JumpReLUSAE: SwappedJumpReLUSAE,
+    GatedSAE: SwappedGatedSAE,
+    Transcoder: SwappedTranscoder,
+    SkipTranscoder: SwappedSkipTranscoder,
+    JumpReLUTranscoder: SwappedJumpReLUTranscoder,
+    JumpReLUSkipTranscoder: SwappedJumpReLUSkipTranscoder,
+}
 
 
 class SwappedSAETrainer(SAETrainer):
