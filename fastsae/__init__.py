@@ -71,6 +71,6 @@ __all__ = [
     "AbsTopK", "BackendError", "BatchTopK", "BatchTrainStep", "CrossLayerTranscoder", "ForwardResult",
     "FusedTrainStep", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU",
     "SAEBatch", "Schedule", "Screen", "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "accelerate",
-    "as_saebench", "as_saelens", "backends", "evaluate", "load", "ops", "optim", "register_saelens", "resample_", "save",
-    "splice", "spliced_loss", "steer", "unaccelerate",
+    "as_saebench", "as_saelens", "backends", "evaluate", "load", "ops", "optim", "register_saelens", "resample_",
+    "save", "splice", "spliced_loss", "steer", "unaccelerate",
 ]  # fmt: skip

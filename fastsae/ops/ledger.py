@@ -27,9 +27,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastsae import reference
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
-from fastsae.ops.gradients import (
-    encoder_gradients, gradients_are_bounded, largest_square, latent_sums, rows_of, weighted_rows,
-)  # fmt: skip
+from fastsae.ops import gradients
+from fastsae.ops.gradients import encoder_gradients, gradients_are_bounded, largest_square, latent_sums, weighted_rows
 from fastsae.reference import wide
 
 _raw = torch.ops.fastsae
@@ -201,7 +200,7 @@ class Ledger:
 
     def rows(self, name: str) -> Tensor:
         """The parameter's memory, detached, one latent per row."""
-        return rows_of(self.parameters[name], name in self.transposed).detach()
+        return gradients.rows_of(self.parameters[name], name in self.transposed).detach()
 
     def has(self, role: str, t: Tensor) -> bool:
         """Whether t is what the ops get of this parameter."""
