@@ -40,6 +40,9 @@ class DenseSAE:
         elif sae.norm.mode == "layer_norm":
             shift = x.mean(-1, keepdim=True)
             scale = ((x - shift).square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        elif sae.norm.mode == "standardize":
+            shift, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+        back = scale - 1e-5 if sae.norm.mode == "standardize" else scale
         normal = (x - shift) / scale
         goal = normal if target is None else (target - shift) / scale
         seen = normal - p["b_dec"] if sae.pre_bias else normal
@@ -51,7 +54,7 @@ class DenseSAE:
         recon = A @ p["W_dec"] + p["b_dec"]
         over = x.shape[0] if sae.loss == "mse" else (goal - goal.mean(0)).square().sum()
         loss = (recon - goal).square().sum() / over
-        out = {sae.loss: loss, "loss": loss, "recon": recon * scale + shift, "A": A}
+        out = {sae.loss: loss, "loss": loss, "recon": recon * back + shift, "A": A}
         if count:
             self.since = torch.where((A != 0).any(0), 0, self.since + x.shape[0])
         if sae.aux_k is not None:

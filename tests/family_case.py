@@ -14,6 +14,7 @@ N, D, M = 37, 12, 40
 
 RULES: dict[str, Activation] = {
     "topk": fastsae.TopK(5),
+    "topk-weighted": fastsae.TopK(5, weighted=True),
     "batch_topk": fastsae.BatchTopK(5),
     "relu": fastsae.ReLU(0.3),
     "relu-plain": fastsae.ReLU(0.3, weighted=False),
@@ -24,6 +25,7 @@ RULES: dict[str, Activation] = {
     "gated": fastsae.Gated(0.2),
     "gated-weighted": fastsae.Gated(0.2, weighted=True),
     "matryoshka": fastsae.Matryoshka(fastsae.TopK(5), groups=(5, 15, 20)),
+    "matryoshka-by-norm": fastsae.Matryoshka(fastsae.TopK(5, weighted=True), groups=(5, 15, 20)),
     "matryoshka-weights": fastsae.Matryoshka(fastsae.BatchTopK(5), groups=(8, 32), weights=(2.0, 0.5)),
     "matryoshka-sampled": fastsae.Matryoshka(fastsae.BatchTopK(5), sampled=4, shortest=3),
     "hierarchical_topk": fastsae.HierarchicalTopK((2, 5, 9)),

@@ -43,7 +43,7 @@ def check(got: Tensor, expected: Tensor, name: str) -> None:
 # -- equality ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normalize", ["none", "constant", "layer_norm"])
+@pytest.mark.parametrize("normalize", ["none", "constant", "layer_norm", "standardize"])
 @pytest.mark.parametrize("loss", ["mse", "fvu"])
 @pytest.mark.parametrize("aux_k", [None, 6])
 @pytest.mark.parametrize("decoder_norm", ["unit", "free"])

@@ -20,7 +20,7 @@ BACKENDS = [name for name, info in fastsae.backends().items() if info["available
 
 
 @pytest.mark.parametrize("loss", ["mse", "fvu"])
-@pytest.mark.parametrize("normalize", ["none", "constant", "layer_norm"])
+@pytest.mark.parametrize("normalize", ["none", "constant", "layer_norm", "standardize"])
 def test_nothing_is_read_back_from_the_device(normalize, loss):
     """On the meta device every read of a value raises, so code that runs there makes no host sync."""
     sae = SparseAutoencoder(16, 64, TopK(4), aux_k=8, normalize=normalize, loss=loss, device="meta")

@@ -21,7 +21,7 @@ BACKENDS = [name for name, info in fastsae.backends().items() if info["available
 # -- forward and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normalize", ["none", "constant", "layer_norm"])
+@pytest.mark.parametrize("normalize", ["none", "constant", "layer_norm", "standardize"])
 @pytest.mark.parametrize("loss", ["mse", "fvu"])
 @pytest.mark.parametrize("pre_bias", [True, False])
 @pytest.mark.parametrize("tied", [False, True])
@@ -40,7 +40,7 @@ def test_forward_and_gradients_equal_a_dense_module(tied, pre_bias, loss, normal
     for name, p in sae.named_parameters():
         torch.testing.assert_close(p.grad, truth.params[name].grad, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(mine.grad, theirs.grad)
-    like = x if normalize == "layer_norm" else None
+    like = x if normalize in ("layer_norm", "standardize") else None
     torch.testing.assert_close(sae.decode(sae.encode(x), like=like), out.recon)
 
 
@@ -191,6 +191,18 @@ def test_layer_norm_matches_torch_and_is_undone():
         sae.decode(sae.encode(x))
 
 
+def test_standardize_is_torchs_standard_deviation_and_is_undone_by_it_alone():
+    sae = sae_for_test(normalize="standardize")
+    x = 5 * tokens(20, 10) + 3
+    stats, spread = sae.norm.statistics(x), x.std(-1, keepdim=True)
+    seen = (x - x.mean(-1, keepdim=True)) / (spread + 1e-5)
+    torch.testing.assert_close(sae.inputs(x).target, seen)
+    torch.testing.assert_close(sae.norm.restore(seen, stats), seen * spread + x.mean(-1, keepdim=True))
+    assert sae.norm.statistics(torch.full((1, 10), 1e300, dtype=torch.float64) * torch.arange(10)).scale.isnan().all()
+    with pytest.raises(ValueError, match="normalize='standardize' needs the encoded input"):
+        sae.decode(sae.encode(x))
+
+
 def test_the_state_carries_the_calibration():
     sae = sae_for_test(normalize="constant")
     fresh = SparseAutoencoder(10, 30, TopK(4), normalize="constant", dtype=torch.float64)
@@ -285,7 +297,7 @@ def test_repr_names_the_settings():
         ({"d_out": 7, "tied": True}, "tied weights need one width"),
         ({"tied": 1}, "tied is 1, expected True or False"),
         ({"decoder_norm": "l1"}, "decoder_norm is 'l1', expected one of unit, free"),
-        ({"normalize": "batch"}, "normalize is 'batch', expected one of none, constant, layer_norm"),
+        ({"normalize": "batch"}, "normalize is 'batch', expected one of none, constant, layer_norm, standardize"),
         ({"loss": "l1"}, "loss is 'l1', expected one of mse, fvu"),
         ({"aux_k": 0}, "aux_k is 0"),
         ({"aux_k": 31}, "aux_k is 31"),

@@ -63,9 +63,10 @@ class Structure:
     a mean of targets."""
     decoder_norm: Literal["unit", "free"] = "unit"
     """Keep the decoder's rows at norm 1, or leave them free."""
-    normalize: Literal["none", "constant", "layer_norm"] | None = None
-    """Scale the input: not at all, by one factor from the first batch, or each token by its own mean and spread. Left
-    out: constant where a penalty is driven to a target L0, else none."""
+    normalize: Literal["none", "constant", "layer_norm", "standardize"] | None = None
+    """Scale the input: not at all, by one factor from the first batch, or each token by its own mean and spread, as
+    torch's layer norm or as a standard deviation. Left out: constant where a penalty is driven to a target L0, else
+    none."""
     tied: Switch = False
     """One dictionary for encoder and decoder."""
     skip: Switch = False

@@ -184,7 +184,7 @@ def _steering(sae: SparseAutoencoder, name: str, latents: Mapping[int, float | T
         # A token that is no number has other acts of NaN than the chosen ones.
         change = torch.where(torch.isfinite(rows).all(-1, keepdim=True), change, torch.nan)
         stats = sae.norm.statistics(rows)
-        return y + (change if stats is None else change * stats.scale).to(y.device)
+        return y + (change if stats is None else change * stats.unit).to(y.device)
 
     return edit
 

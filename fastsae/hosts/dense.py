@@ -28,5 +28,5 @@ def pre_acts_dense(sae: SparseAutoencoder, x: Tensor) -> Tensor:
 
 def acts_of_pre_acts(sae: SparseAutoencoder, pre: Tensor) -> Tensor:
     """The rule on pre-acts (*batch, d_sae), densely: what a hook on them may have changed."""
-    state = {name: t.to(pre.dtype) if t.is_floating_point() else t for name, t in sae.rule_state.items()}
+    state = {name: t.to(pre.dtype) if t.is_floating_point() else t for name, t in sae.selection_state.items()}
     return sae.rule.dense(pre.flatten(0, -2), sae.rule.per_latent(state), state, training=False).view(pre.shape)

@@ -10,15 +10,25 @@ from torch import Tensor, nn
 
 from fastsae.reference import wide
 
-MODES = ("none", "constant", "layer_norm")
+MODES = ("none", "constant", "layer_norm", "standardize")
+PER_TOKEN = ("layer_norm", "standardize")
 _EPS = 1e-5  # as torch.nn.LayerNorm
 
 
 class TokenStats(NamedTuple):
-    """x = x_normalized · scale + shift; scale and shift broadcast against (*batch, D)."""
+    """x_normalized = (x - shift) / scale, and x = x_normalized · back + shift; all broadcast against (*batch, D).
+
+    back: None where it is the scale.
+    """
 
     shift: Tensor | None
     scale: Tensor
+    back: Tensor | None = None
+
+    @property
+    def unit(self) -> Tensor:
+        """What a change of 1 in x_normalized is in x."""
+        return self.scale if self.back is None else self.back
 
 
 class InputNorm(nn.Module):
@@ -26,8 +36,10 @@ class InputNorm(nn.Module):
 
     none: x itself. constant: shift 0 and one scale for the whole data set, such that the mean of ‖x_normalized‖² is D;
     `calibrate_` estimates it, the buffer `scale` keeps it. layer_norm: mean and sqrt(variance + 1e-5) of each token.
+    standardize: mean and s + 1e-5 of each token, s with D - 1 in its denominator; undone by s alone.
     A transcoder's target is normalized by the input's statistics: its own are not known at inference.
-    Source of the constant form: Anthropic, "Scaling Monosemanticity" (2024), methods.
+    Source of the constant form: Anthropic, "Scaling Monosemanticity" (2024), methods; of standardize: Gao et al. 2024
+    (arXiv 2406.04093) as released, and "layer_norm" in SAELens.
     """
 
     scale: Tensor
@@ -66,6 +78,11 @@ class InputNorm(nn.Module):
         """
         if self.mode == "none":
             return None
+        if self.mode == "standardize":
+            spread, mean = torch.std_mean(wide(x), dim=-1, correction=1, keepdim=True)
+            # As below, for a spread that overflows; one channel has none, and is NaN too.
+            spread = torch.where(spread < torch.inf, spread, torch.nan)
+            return TokenStats(mean.to(x.dtype), (spread + _EPS).to(x.dtype), spread.to(x.dtype))
         if self.mode == "layer_norm":
             # In float16 the variance of activations of a few hundred overflows.
             variance, mean = torch.var_mean(wide(x), dim=-1, correction=0, keepdim=True)
@@ -85,10 +102,10 @@ class InputNorm(nn.Module):
 
     @staticmethod
     def restore(x: Tensor, stats: TokenStats | None) -> Tensor:
-        """x · scale + shift."""
+        """x · back + shift."""
         if stats is None:
             return x
-        return x * stats.scale if stats.shift is None else x * stats.scale + stats.shift
+        return x * stats.unit if stats.shift is None else x * stats.unit + stats.shift
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

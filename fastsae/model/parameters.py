@@ -22,6 +22,7 @@ from fastsae.model.settings import (
     config_of,
 )
 from fastsae.ops.ledger import LedgerGradient
+from fastsae.reference import decoder_norms, wide
 from fastsae.warn import warn
 
 _SETTINGS = (
@@ -272,6 +273,13 @@ class Parameters(RecordsSettings):
     def rule_state(self) -> dict[str, Tensor]:
         """The rule's parameters and buffers, and b_enc, by name."""
         return {"b_enc": self.b_enc, **{name: getattr(self, name) for names in self._rule_names for name in names}}
+
+    @property
+    def selection_state(self) -> dict[str, Tensor]:
+        """`rule_state`, with what the rule's `select` and `dense` read besides: "norms" where it selects by them."""
+        if not self.activation.selects_by_norm:
+            return self.rule_state
+        return self.rule_state | {"norms": decoder_norms(wide(self.W_dec.detach()), self.layers)}
 
     @property
     def rule_parameters(self) -> dict[str, nn.Parameter]:

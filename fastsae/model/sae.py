@@ -20,7 +20,7 @@ from fastsae.codes import Screen, SparseCodes, check_latents
 from fastsae.model import counting, dense, losses
 from fastsae.model.calibrate import Tail, blocks_of, pre_acts, start_rule_
 from fastsae.model.initial import geometric_median
-from fastsae.model.norm import TokenStats
+from fastsae.model.norm import PER_TOKEN, TokenStats
 from fastsae.model.parameters import Parameters
 from fastsae.model.rules import EncodeOptions, RuleState, Selected
 from fastsae.ops import ledger as ledgers
@@ -96,7 +96,8 @@ class SparseAutoencoder(Parameters):
                   optimizer call `project_gradients_()` before and `normalize_decoder_()` after its step. "free": no
                   constraint, and both helpers do nothing.
     normalize     "none"; "constant": one factor making the mean of ‖x‖² equal d_in (`calibrate_`); "layer_norm": each
-                  token, undone in the reconstruction. None: "constant" where the rule drives a penalty to a target
+                  token, undone in the reconstruction; "standardize": the same by the spread of n - 1 plus 1e-5, as
+                  SAELens and openai's SAEs have it. None: "constant" where the rule drives a penalty to a target
                   L0, from the first training batch if `calibrate_` was not called, else "none".
     tied          the encoder reads the decoder's rows: `W_enc` is None and `encoder_weight` is W_dec.
     skip          a linear path beside the latents: recon += x W_skipᵀ, which starts at 0 (Paulo et al. 2025).
@@ -264,7 +265,7 @@ class SparseAutoencoder(Parameters):
     ) -> Selected:
         """The pre-acts (N, ...) that the rule looks at; capacity: None for all of them (see `Activation.select`)."""
         options = options or self.encode_options()
-        state = self.rule_state
+        state = self.selection_state
         return self.rule.select(
             encoder_input, self.encoder_weight, self.b_enc, state, self.training, options, capacity=capacity
         )
@@ -306,7 +307,7 @@ class SparseAutoencoder(Parameters):
         normal, _ = self._normal(x)
         encoder_input = normal - self.b_dec if self.pre_bias else normal
         if latents is None:
-            codes = self._codes(encoder_input, self.encoder_weight, self.rule_state)
+            codes = self._codes(encoder_input, self.encoder_weight, self.selection_state)
         else:
             latents = torch.as_tensor(latents, device=self.W_dec.device)  # of an empty list, floats
             codes = self._codes_of(latents if latents.numel() else latents.long(), encoder_input)
@@ -325,7 +326,7 @@ class SparseAutoencoder(Parameters):
 
     def _codes_of(self, latents: Tensor, encoder_input: Tensor) -> SparseCodes:
         """`encode` of some latents."""
-        state = self.rule_state
+        state = self.selection_state
         if not self.rule.apart(state, self.training):
             return self._codes(encoder_input, self.encoder_weight, state).only(latents)
         check_latents(latents, self.d_sae)
@@ -335,12 +336,12 @@ class SparseAutoencoder(Parameters):
     def decode(self, codes: SparseCodes, like: Tensor | None = None) -> Tensor:
         """The reconstruction (*batch, d_out) of a code.
 
-        like: the input that was encoded; normalize="layer_norm" needs it, to undo itself token by token, and so does a
-        skip connection.
+        like: the input that was encoded; normalize="layer_norm" and "standardize" need it, to undo themselves token by
+        token, and so does a skip connection.
         """
         stats = None
-        if like is None and (self.norm.mode == "layer_norm" or self.skip):
-            why = "the skip connection reads the" if self.skip else "normalize='layer_norm' needs the"
+        if like is None and (self.norm.mode in PER_TOKEN or self.skip):
+            why = "the skip connection reads the" if self.skip else f"normalize={self.norm.mode!r} needs the"
             raise ValueError(f"{why} encoded input: sae.decode(codes, like=x)")
         if self.norm.mode != "none":
             stats = self.norm.statistics(self.b_dec if like is None else self._checked(like, self.d_in, "like"))

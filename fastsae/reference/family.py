@@ -20,6 +20,9 @@ class Rule(Protocol):
     rule_state: the rule's parameters and buffers, and b_enc. rows: what `per_latent` computes from them, for pre.
     """
 
+    @property
+    def selects_by_norm(self) -> bool: ...
+
     def weight(self, rule_state: Mapping[str, Tensor]) -> Tensor | float: ...
 
     def per_latent(self, rule_state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
@@ -71,6 +74,8 @@ def forward(
     W_dec, b_dec, b_enc = params["W_dec"], params["b_dec"].unsqueeze(-2), params["b_enc"]
     pre = (x - b_dec if pre_bias else x) @ params.get("W_enc", W_dec).mT + b_enc.unsqueeze(-2)
     rule_state = {"b_enc": b_enc, **(rule_state or {})}
+    if rule.selects_by_norm:
+        rule_state["norms"] = decoder_norms(W_dec.detach(), layers)
     rows = {name: t.unsqueeze(-2) for name, t in rule.per_latent(rule_state).items()}
     A = rule.dense(pre, rows, rule_state, training)
     if unit is None and loss == "fvu":

@@ -5,8 +5,9 @@
 W_U (V, D) is the unembedding without its bias, γ (D,) the final norm's weight, folded in; where that norm removes the
 mean over the D coordinates (LayerNorm), it is removed from W_dec_i too. The norm's division by the residual stream's
 length is left out: it differs from token to token and scales all logits alike. W_dec_i is in the units of the
-activations, for an activation of 1: times the scale of normalize="constant"; with "layer_norm" that scale is each
-token's own, and is left out. It is the direct path alone: what later layers make of the latent is not in it. Float32.
+activations, for an activation of 1: times the scale of normalize="constant"; with "layer_norm" and "standardize" that
+scale is each token's own, and is left out. It is the direct path alone: what later layers make of the latent is not in
+it. Float32.
 Source: nostalgebraist (2020, "interpreting GPT: the logit lens"); folded and centred as in TransformerLens.
 """
 

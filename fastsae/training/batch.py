@@ -478,6 +478,8 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
             f"a batch of SAEs drives no penalty, and starts no threshold from data, got {waiting[0]}; give l1 "
             "(ReLU, Gated), or l0 and threshold (JumpReLU)"
         )
+    if first.selects_by_norm:
+        raise ValueError(f"a batch of SAEs selects by the acts alone, got {first}; leave weighted out")
     if isinstance(first, Matryoshka) and first.sampled is not None:
         raise ValueError("a batch cannot draw prefixes anew for each SAE; give Matryoshka fixed groups")
     scale = torch.ones(n, dtype=torch.float64, device="cpu")

@@ -20,7 +20,7 @@ from fastsae import ops, reference
 from fastsae.codes import Screen, SparseCodes
 
 RuleState = Mapping[str, Tensor]
-"""A rule's parameters and buffers by name, and b_enc."""
+"""A rule's parameters and buffers by name, and b_enc; "norms" too where it `selects_by_norm`."""
 
 ACTIVATIONS: dict[str, type[Activation]] = {}
 """Every rule by its `kind`. A rule is registered when its class is defined."""
@@ -98,6 +98,11 @@ class Activation(ABC):
     @property
     def needs_norms(self) -> bool:
         """Whether `sparsity` reads the norms of the decoder's rows."""
+        return False
+
+    @property
+    def selects_by_norm(self) -> bool:
+        """Whether `select` and `dense` read those norms, held fixed: "norms" (M,) in their rule_state."""
         return False
 
     @property

@@ -82,6 +82,10 @@ class Matryoshka(Activation):
         return self.inner.screen_k
 
     @property
+    def selects_by_norm(self) -> bool:
+        return self.inner.selects_by_norm
+
+    @property
     def mean_k(self) -> int | None:
         return self.inner.mean_k
 

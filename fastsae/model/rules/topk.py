@@ -27,11 +27,15 @@ from fastsae.ops.register import without_autocast
 class TopK(Activation):
     """acts = relu(x Wᵀ + b) at its k largest entries, 0 elsewhere. Ties go to the lower index.
 
+    weighted: at the k entries where relu(x Wᵀ + b) · ‖W_dec‖ is largest, the share of each in the reconstruction. The
+    acts themselves are the same, so a unit-norm decoder makes no difference, and the selection has no gradient.
     Source: Makhzani & Frey 2013 (arXiv 1312.5663); Gao et al. 2024 (arXiv 2406.04093), eq. 3.
     """
 
     k: int = 32
     """Active latents per token."""
+    weighted: bool = False
+    """Whether latents compete by act times the norm of their decoder's row."""
     kind: ClassVar[str] = "topk"
 
     def __post_init__(self) -> None:
@@ -40,6 +44,10 @@ class TopK(Activation):
     @property
     def screen_k(self) -> int:
         return self.k
+
+    @property
+    def selects_by_norm(self) -> bool:
+        return self.weighted
 
     def with_k(self, k: int) -> TopK:
         return replace(self, k=k)
@@ -57,10 +65,25 @@ class TopK(Activation):
         options: EncodeOptions,
         capacity: int | None = None,
     ) -> Selected:
-        return Selected(ops.encode_topk(x, W, b, self.k, **options.arguments()))
+        if not self.weighted:
+            return Selected(ops.encode_topk(x, W, b, self.k, **options.arguments()))
+        norms = rule_state["norms"]
+
+        def chosen(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+            own: dict[str, Any] = {"precision": options.precision, "backend": options.backend}
+            codes = ops.encode_topk(x, W, b, self.k, scale=norms.to(b.dtype), screen=options.screen, **own)
+            # Divided by the scale it was made with; an empty slot's norm may be 0.
+            scale = norms.to(b.dtype)[codes.indices.long()]
+            return replace(codes, acts=codes.acts / torch.where(codes.acts == 0, 1.0, scale))
+
+        return Selected(ops.encode_by(chosen, x, W, b, pre_bias=options.pre_bias, backend=options.backend))
 
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
-        return reference.keep_top_k(pre, self.k)
+        if not self.weighted:
+            return reference.keep_top_k(pre, self.k)
+        # Written with zeros, so that NaN, which is kept, stays.
+        kept = reference.keep_top_k(pre.detach() * rule_state["norms"].unsqueeze(-2).to(pre.dtype), self.k) != 0
+        return torch.where(kept, pre, 0)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def of_prompt(model: nn.Module, hook: Hook, sae: SparseAutoencoder, ids: Tensor,
         token, latent, act = token[kept], latent[kept], act[kept]
         # In the units of x: what the latent adds to the reconstruction.
         stats = sae.norm.statistics(x)
-        parts = act[:, None] * sae.W_dec[latent] * (1.0 if stats is None else stats.scale)
+        parts = act[:, None] * sae.W_dec[latent] * (1.0 if stats is None else stats.unit)
         attribution = (parts * gradient[token]).sum(1)
         found = []
         for rows in torch.arange(len(token)).split(BATCH):
