@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fastsae import ops, optim
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
+from fastsae.interop.registry import load, save
 from fastsae.model.cross_layer import CrossLayerTranscoder
-from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
 from fastsae.model.rules import AbsTopK, BatchTopK, Gated, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
 from fastsae.model.sae import ForwardResult, SparseAutoencoder

@@ -9,6 +9,7 @@ The floors (a module imports from lower floors, or from its own without a cycle)
     F4  training                                    optimizers and training steps
         hosts                                       SAEs as other libraries know them
     F5  data, runs                                  activations; whole runs, their files and their evaluation
+        interop                                     checkpoints of other libraries
         swapped                                     SAEs and trainers of other libraries, computed by the ops
     F6  report, systems                             reports and reproductions, made from runs
     F7  cli                                         the command line
@@ -34,7 +35,7 @@ FLOORS = {
     "ops": 2,
     "model": 3,
     "training": 4, "optim": 4, "hosts": 4,
-    "data": 5, "runs": 5, "swapped": 5,
+    "data": 5, "runs": 5, "interop": 5, "swapped": 5,
     "report": 6, "systems": 6,
     "cli": 7, "__main__": 7,
 }  # fmt: skip

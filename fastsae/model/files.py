@@ -23,7 +23,7 @@ from fastsae.model.sae import SparseAutoencoder, as_sae
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 ARCHITECTURE, VERSION = "fastsae.SparseAutoencoder", 1
-_HEADER, _DIGEST = "fastsae", "sha256"
+HEADER, _DIGEST = "fastsae", "sha256"
 
 
 class SavedModuleError(ValueError):
@@ -47,7 +47,7 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         target = root / WEIGHTS
-        header = {_HEADER: json.dumps(config), _DIGEST: _digest(config, tensors)}
+        header = {HEADER: json.dumps(config), _DIGEST: _digest(config, tensors)}
         replace_file(target, lambda path: _write_tensors(path, tensors, header))
         target = root / CONFIG
         replace_file(target, lambda path: _write_text(path, text + "\n"))
@@ -145,7 +145,7 @@ def _read_header(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            text = metadata.get(_HEADER)
+            text = metadata.get(HEADER)
             # The header's size is checked against the file's by safetensors: a truncated file does not get this far.
             found = {name: _described(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
         return (None if text is None else json.loads(text)), metadata.get(_DIGEST), found

@@ -1,0 +1,90 @@
+"""Checkpoints of the Hugging Face hub: `org/repo`, `org/repo/sub/folder` or `org/repo/a/file.safetensors`.
+
+What is in the local cache is used where the hub does not answer. Only the configurations and the weights of the one
+folder or file are fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from fastsae.interop.files import SUFFIXES
+from fastsae.model.files import SavedModuleError
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[^/\\]+)*/?")
+PREFERRED = (
+    "sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz", "params.safetensors",
+    "checkpoints/final.safetensors",
+)  # fmt: skip
+"""Names of weights that stand for a folder, whatever other files it has."""
+
+
+def could_be(name: str) -> bool:
+    """Whether a text could name a repository, or something in one."""
+    return NAME.fullmatch(name) is not None and not name.startswith(("./", "../"))
+
+
+def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path, str]:
+    """The local folder or file of what is asked for, and the repository it is of.
+
+    Raises ImportError where huggingface_hub is not installed, and SavedModuleError, in one line, where the repository
+    or the file in it is not there, or not in the cache while the hub does not answer.
+    """
+    try:
+        import httpx
+        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is no file or folder here, and reading it from the hub needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from error
+    from fastsae.data.hub import why_unreachable
+
+    owner, base, *rest = name.strip("/").split("/")
+    repo = f"{owner}/{base}"
+    inside = "/".join([*rest, *(subfolder or "").strip("/").split("/")]).strip("/")
+    unreachable = why_unreachable()
+    try:
+        if unreachable:
+            root = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        else:
+            names = HfApi().list_repo_files(repo, revision=revision)
+            for wanted in _wanted(names, inside, repo):
+                local = Path(hf_hub_download(repo, wanted, revision=revision))
+            root = local.parents[len(PurePosixPath(wanted).parts) - 1]
+    except LocalEntryNotFoundError as error:
+        raise SavedModuleError(
+            f"{name} is neither a path here nor in the cache of the hub, which does not answer ({unreachable})"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise SavedModuleError(f"{name} is no path here, and the hub does not give {repo}: {said}") from error
+    found = root / inside
+    if not found.exists():
+        where = f"the cache of the hub, which does not answer ({unreachable})" if unreachable else "the repository"
+        raise SavedModuleError(f"{inside} of {repo} is not in {where}")
+    return found, repo
+
+
+def _wanted(names: list[str], inside: str, repo: str) -> list[str]:
+    """The files to fetch: one with weights, and every JSON file beside it.
+
+    Raises SavedModuleError where no weights are there, or several could be meant.
+    """
+    folder = inside if inside not in names else inside.rpartition("/")[0]
+    prefix = f"{folder}/" if folder else ""
+    here = [name for name in names if name.startswith(prefix)]
+    weights = [inside] if inside in names else []
+    if not weights:
+        weights = [prefix + name for name in PREFERRED if prefix + name in here]
+    if not weights:
+        weights = [name for name in here if name.endswith(SUFFIXES) and "/" not in name[len(prefix) :]]
+        if len(weights) != 1:
+            deeper = sorted({name[len(prefix) :].split("/")[0] for name in here if name.endswith(SUFFIXES)})
+            could = f"; name one of {', '.join(deeper[:8])}{', ...' if len(deeper) > 8 else ''}" if deeper else ""
+            raise SavedModuleError(
+                f"{'/'.join([repo, inside]).rstrip('/')} holds {len(weights)} files of weights{could}"
+            )
+    return [name for name in here if name.endswith(".json") and "/" not in name[len(prefix) :]] + weights

@@ -1,0 +1,136 @@
+"""Every format by name, which of them a path has, and `fastsae.load` and `fastsae.save` over all of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from fastsae.interop import dictionary_learning, gemma_scope, hub, saelens, sparsify
+from fastsae.interop.base import Format
+from fastsae.interop.files import Checkpoint
+from fastsae.model import files as own
+from fastsae.model.files import SavedModuleError
+from fastsae.model.rules import Activation
+from fastsae.model.sae import SparseAutoencoder, as_sae
+
+OWN = "fastsae"
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        saelens.FORMAT, sparsify.FORMAT, dictionary_learning.FORMAT, *gemma_scope.FORMATS,
+    )
+}  # fmt: skip
+WRITTEN = (OWN, *(name for name, f in FORMATS.items() if f.write is not None))
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    *,
+    subfolder: str | None = None,
+    format: str | None = None,
+    activation: Activation | None = None,
+    revision: str | None = None,
+) -> SparseAutoencoder:
+    """The SAE at a path or in a repository of the Hugging Face hub, in eval mode, on `device` (None: the CPU).
+
+    path        a folder, a file of weights, or `org/repo`, with or without `/sub/folder` or `/a/file` behind it. What
+                is there locally is never looked for on the hub. Written by `save`, or by another library: see
+                docs/interop.md. Nothing is unpickled.
+    subfolder   the same as behind the path.
+    format      which format it is, a name of docs/interop.md, where it could be two.
+    activation  the rule, where the files do not say it (Qwen-Scope, overcomplete); an error where they do.
+    revision    of a repository.
+
+    It gives the acts and reconstructions of the library that wrote it, in the units of the data: scales and norms are
+    folded into the weights. Settings of training, such as a penalty, are not taken over.
+    Raises SavedModuleError, in one line that names the file: one is missing, damaged, of no known format or of several,
+    its tensors do not match its settings, or it has what fastsae has not. Raises ImportError for a repository where
+    huggingface_hub is not installed.
+    """
+    given = os.fspath(path)
+    local = Path(given) / subfolder if subfolder else Path(given)
+    label = str(local)
+    if format is not None and format != OWN and format not in FORMATS:
+        raise ValueError(f"format is {format!r}, expected one of {', '.join((OWN, *FORMATS))}")
+    if not Path(given).exists() and hub.could_be(given):
+        local, label = hub.fetch(given, subfolder, revision)
+    elif not local.exists():
+        return own.load(local, device)  # which says what is missing
+    files = Checkpoint.at(local, label)
+    if format == OWN or (format is None and _is_own(files)):
+        if activation is not None:
+            raise SavedModuleError(f"{local} says which latents are active; leave activation={activation} out")
+        return own.load(files.root, device)
+    found = FORMATS[format] if format is not None else _recognised(files)
+    return found.read(files, activation).build(device)
+
+
+def save(sae: SparseAutoencoder, directory: str | os.PathLike[str], format: str = OWN) -> Path:
+    """Writes `sae` into `directory` (created if missing) and returns that path; `load` reads it back.
+
+    format: "fastsae", or that of another library: "saelens", "sparsify" or "dictionary_learning", for inference there.
+    A rule that a format does not have is written as the one of equal codes: BatchTopK for SAELens as JumpReLU.
+    Raises SavedModuleError naming the file that could not be written, for a setting that the format cannot hold, and
+    where the directory has a checkpoint of another format. Raises TypeError for a module that holds or wraps one.
+    """
+    if format == OWN:
+        return own.save(sae, directory)
+    if format not in WRITTEN:
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(WRITTEN)}")
+    sae, root = as_sae(sae, "sae"), Path(directory)
+    if root.exists() and not root.is_dir():
+        raise SavedModuleError(f"{root} is a file, expected a folder; give another name")
+    if root.is_dir():
+        files = Checkpoint.at(root)
+        others = [OWN] if _is_own(files) else [name for name, _ in _matches(files) if name != format]
+        if others:
+            raise SavedModuleError(f"{root} has a checkpoint in the {others[0]} format; give another folder")
+    write = FORMATS[format].write
+    assert write is not None
+    write(sae, root)
+    return root
+
+
+def _is_own(files: Checkpoint) -> bool:
+    """Whether `save` wrote it: the header of its weights says so, or its configuration where there is no other."""
+    if files.only not in (None, own.WEIGHTS):
+        return False
+    if own.WEIGHTS in files and own.HEADER in files.metadata(own.WEIGHTS):
+        return True
+    return own.CONFIG in files and str(files.json(own.CONFIG).get("architecture")).startswith("fastsae.")
+
+
+def _matches(files: Checkpoint) -> list[tuple[str, str]]:
+    """(format, what is of it) for each format that this could be."""
+    found = ((name, f.match(files)) for name, f in FORMATS.items())
+    return [(name, what) for name, what in found if what is not None]
+
+
+def _recognised(files: Checkpoint) -> Format:
+    """The only format that this can be. Raises SavedModuleError where there is none, or several."""
+    matches = _matches(files)
+    if len(matches) == 1:
+        return FORMATS[matches[0][0]]
+    if matches:
+        said = " and ".join(f"{name} ({what})" for name, what in matches)
+        raise SavedModuleError(f"{files.label} could be {said}; name the file, or pass format=")
+    there = files.weights()
+    if not there:
+        within = sorted(
+            path.parent.name for path in files.root.glob("*/*") if path.suffix in (".safetensors", ".npz", ".pt")
+        )
+        if within:
+            few = ", ".join(list(dict.fromkeys(within))[:5])
+            raise SavedModuleError(
+                f"{files.label} holds no weights itself, only its folders {few}, ...; name one of them"
+            )
+        raise SavedModuleError(
+            f"{files.path(own.WEIGHTS)} is not there; expected a directory written by fastsae.save, or a checkpoint in "
+            f"one of the formats {', '.join(FORMATS)}"
+        )
+    raise SavedModuleError(
+        f"{files.label} holds {', '.join(there[:5])}, which is of none of the formats {', '.join((OWN, *FORMATS))}"
+    )

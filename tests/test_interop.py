@@ -1,0 +1,313 @@
+"""Checkpoints of other libraries: what they mean, by hand; what is refused, in one line; and what is written back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fastsae
+from fastsae.interop.parts import jump_relu
+from fastsae.interop.registry import FORMATS, WRITTEN
+from fastsae.model.files import SavedModuleError
+from tests.interop_case import CASES, K, M, drawer, inputs, k_and_threshold, lens, lens_tensors, to_lens
+
+pytestmark = pytest.mark.filterwarnings("ignore::fastsae.backends.BackendWarning")
+
+
+def agrees(sae: fastsae.SparseAutoencoder, A: Tensor, recon: Tensor) -> None:
+    x = inputs()
+    codes = sae.encode(x)
+    torch.testing.assert_close(codes.to_dense(), A, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sae.decode(codes, like=x), recon, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_gives_what_its_library_would(name: str, tmp_path: Path) -> None:
+    A, recon = CASES[name](tmp_path, drawer())
+    assert 0.01 < float((A != 0).double().mean()) < 0.95
+    sae = fastsae.load(tmp_path)
+    assert not sae.training
+    assert sae.W_dec.dtype == torch.float64
+    agrees(sae, A, recon)
+    again = fastsae.load(fastsae.save(sae, tmp_path / "own"))
+    assert again.config == sae.config
+    agrees(again, A, recon)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
+    _, recon = CASES[name](tmp_path, drawer())
+    sae = fastsae.load(tmp_path).float().train()
+    step = fastsae.FusedTrainStep(sae, lr=1e-3)
+    x, target = inputs().float(), None if recon.shape[1] == sae.d_in else 1.5 * recon.float() + 0.3
+    first = float(step(x, target)["loss"])
+    for _ in range(20):
+        last = float(step(x, target)["loss"])
+    assert last < first
+
+
+def holds(format: str, sae: fastsae.SparseAutoencoder) -> bool:
+    """Whether an SAE fits a format, by the formats' own rules."""
+    rule, square = getattr(sae.activation, "inner", sae.activation), sae.d_in == sae.d_out and not sae.skip
+    kind = type(rule).__name__
+    if format == "saelens":
+        plain = square or (kind in ("ReLU", "JumpReLU", "BatchTopK") and not sae.pre_bias)
+        return kind != "GroupMax" and plain
+    if format == "sparsify":
+        return kind in ("TopK", "GroupMax") and sae.d_in == sae.d_out and sae.norm.mode == "none"
+    if kind == "ReLU":
+        return square and (sae.decoder_norm == "unit" or not sae.pre_bias)
+    return kind != "GroupMax" and square and sae.norm.mode == "none" and sae.pre_bias == (kind != "JumpReLU")
+
+
+@pytest.mark.parametrize("format", [name for name in WRITTEN if name != "fastsae"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_in_a_format_means_the_same(name: str, format: str, tmp_path: Path) -> None:
+    A, recon = CASES[name](tmp_path, drawer())
+    sae = fastsae.load(tmp_path)
+    if not holds(format, sae):
+        with pytest.raises(SavedModuleError, match=f"the {format} format has no "):
+            fastsae.save(sae, tmp_path / "out", format=format)
+        assert not (tmp_path / "out").exists()
+        return
+    folder = fastsae.save(sae, tmp_path / "out", format=format)
+    agrees(fastsae.load(folder, format=format), A, recon)
+    agrees(fastsae.load(folder), A, recon)
+
+
+def test_a_factor_of_the_inputs_is_folded_into_what_is_written(tmp_path: Path) -> None:
+    sae = fastsae.SparseAutoencoder(8, M, fastsae.TopK(K), normalize="constant", dtype=torch.float64, seed=0)
+    with pytest.raises(SavedModuleError, match="no normalize='constant' without its scale"):
+        fastsae.save(sae, tmp_path / "early", format="saelens")
+    sae.calibrate_(inputs()).init_from_(inputs()).eval()
+    out = sae(inputs())
+    agrees(fastsae.load(fastsae.save(sae, tmp_path / "out", format="sparsify")), out.codes.to_dense(), out.recon)
+
+
+REFUSED = {
+    "saelens": [
+        (fastsae.GroupMax(K), {}, "no GroupMax"),
+        (fastsae.TopK(K), {"normalize": "layer_norm"}, "no normalize='layer_norm'"),
+        (fastsae.TopK(K, weighted=True), {"decoder_norm": "free", "init_norm": 2.0}, "no selection by decoder norm"),
+        (fastsae.BatchTopK(K), {}, "no BatchTopK without a threshold"),
+        (fastsae.TopK(K), {"d_out": 5}, "no skip connection or d_out with topk"),
+        (fastsae.ReLU(0.1), {"skip": True}, "no skip connection or d_out with standard, a pre-bias"),
+    ],
+    "sparsify": [
+        (fastsae.ReLU(0.1), {}, "no ReLU; it has TopK and GroupMax"),
+        (fastsae.TopK(K), {"d_out": 5}, "no d_out = 5 beside d_in = 8"),
+        (fastsae.TopK(K), {"normalize": "standardize"}, "no normalize='standardize'"),
+    ],
+    "dictionary_learning": [
+        (fastsae.TopK(K), {"pre_bias": False}, "no AutoEncoderTopK with pre_bias = False"),
+        (fastsae.JumpReLU(0.1, threshold=0.1), {}, "no JumpReluAutoEncoder with pre_bias = True"),
+        (fastsae.TopK(K), {"skip": True}, "no skip connection"),
+        (fastsae.HierarchicalTopK((2, 4)), {}, r"no HierarchicalTopK\(ks=\(2, 4\)"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("format", "rule", "settings", "said"), [(f, *c) for f, cases in REFUSED.items() for c in cases]
+)
+def test_what_a_format_cannot_hold_is_refused(format, rule, settings, said, tmp_path: Path) -> None:
+    sae = fastsae.SparseAutoencoder(8, M, rule, seed=0, **settings)
+    with pytest.raises(SavedModuleError, match=said):
+        fastsae.save(sae, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_never_gets_two_checkpoints(tmp_path: Path) -> None:
+    sae = fastsae.SparseAutoencoder(8, M, fastsae.TopK(K), seed=0)
+    fastsae.save(sae, tmp_path)
+    with pytest.raises(SavedModuleError, match="has a checkpoint in the fastsae format; give another folder"):
+        fastsae.save(sae, tmp_path, format="sparsify")
+    fastsae.load(tmp_path)
+    fastsae.save(sae, tmp_path / "lens", format="saelens")
+    fastsae.save(sae, tmp_path / "lens", format="saelens")
+    with pytest.raises(SavedModuleError, match="has a checkpoint in the saelens format"):
+        fastsae.save(sae, tmp_path / "lens", format="dictionary_learning")
+    with pytest.raises(ValueError, match="format is 'onnx', expected one of fastsae, saelens, sparsify"):
+        fastsae.save(sae, tmp_path / "x", format="onnx")
+    with pytest.raises(ValueError, match="format is 'gemma_scope', expected one of"):
+        fastsae.save(sae, tmp_path / "x", format="gemma_scope")
+
+
+# -- what is refused on the way in ------------------------------------------------------------------------------------
+
+
+def refused(path: Path, said: str, **how: object) -> None:
+    """load(path) raises SavedModuleError, in one line that matches."""
+    with pytest.raises(SavedModuleError, match=said) as caught:
+        fastsae.load(path, **how)
+    assert "\n" not in str(caught.value)
+
+
+def change(folder: Path, **settings: object) -> None:
+    path = folder / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+CONTRADICTIONS = {
+    "an architecture of the future": ({"architecture": "quantum"}, "cfg.json has architecture 'quantum', expected one"),
+    "a version of the future": ({"metadata": {"sae_lens_version": "7.1.0"}}, "is of sae_lens 7.1.0, expected 6 or old"),
+    "a setting of the future": ({"twist": 0.5}, "cfg.json has twist = 0.5, which this fastsae does"),
+    "another width": ({"d_in": 9}, r"W_enc is \(8, 24\), expected .*\(9, 24\) \(d_in: cfg.json says 9|b_dec is \(8,\)"),
+    "another architecture": ({"architecture": "jumprelu"}, "lacks threshold"),
+    "no k": ({"architecture": "topk"}, "cfg.json has k = None, expected a int"),
+    "a norm of each token": ({"normalize_activations": "constant_norm_rescale"}, "'constant_norm_rescale', which"),
+    "a text for a switch": ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input = 'yes', expected a bool"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_configuration_that_contradicts_its_tensors_is_refused(name: str, tmp_path: Path) -> None:
+    CASES["saelens-standard"](tmp_path, drawer())
+    settings, said = CONTRADICTIONS[name]
+    change(tmp_path, **settings)
+    refused(tmp_path, said)
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    CASES["saelens-standard"](tmp_path, drawer())
+    path = tmp_path / "sae_weights.safetensors"
+    good = load_file(path)
+    for more, said in (
+        ({"W_enc": good["W_enc"].T.contiguous()}, r"W_enc is \(24, 8\), expected .* which is its transpose"),
+        ({"W_enc": good["W_enc"].int()}, "W_enc is torch.int32, expected float64, float32"),
+        ({"W_enc": good["W_enc"].float().to(torch.float8_e4m3fn)}, "W_enc is torch.float8_e4m3fn, expected"),
+        ({"W_enc": good["W_enc"][None]}, r"W_enc is \(1, 8, 24\), expected"),
+        ({"surprise": good["b_dec"].clone()}, "also holds surprise, which has no meaning here"),
+    ):
+        save_file({**good, **more}, path)
+        refused(tmp_path, said)
+    save_file({name: t for name, t in good.items() if name != "b_enc"}, path)
+    refused(tmp_path, "sae_weights.safetensors lacks b_enc; expected W_dec, W_enc, b_dec, b_enc")
+    save_file(good, path)
+    whole = path.read_bytes()
+    for cut in (len(whole) // 2, 100, 3, 0):
+        path.write_bytes(whole[:cut])
+        refused(tmp_path, "sae_weights.safetensors is truncated or no safetensors file")
+    path.write_bytes(whole)
+    (tmp_path / "cfg.json").write_text("{")
+    refused(tmp_path, "cfg.json is no JSON file")
+    (tmp_path / "cfg.json").write_text("[]")
+    refused(tmp_path, "cfg.json holds a list, expected a JSON object")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.write_text, (Path("exploded"), "boom"))
+
+
+def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"encoder.weight": Bomb()}, tmp_path / "ae.pt")
+    refused(tmp_path, "ae.pt holds pickled objects other than tensors")
+    (tmp_path / "ae.pt").unlink()
+    import numpy as np
+
+    np.savez(tmp_path / "params.npz", W_enc=np.array([Bomb()], dtype=object))
+    refused(tmp_path, "params.npz is truncated or no numpy file")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_damaged_torch_and_numpy_files_are_named(tmp_path: Path) -> None:
+    for name, file in (("dictionary_learning-topk", "ae.pt"), ("gemma_scope-1", "params.npz")):
+        folder = tmp_path / name
+        CASES[name](folder, drawer())
+        whole = (folder / file).read_bytes()
+        for cut in (len(whole) // 2, 10, 0):
+            (folder / file).write_bytes(whole[:cut])
+            refused(folder, f"{file} (is truncated|holds pickled objects other than tensors, or is damaged)")
+
+
+def test_the_class_of_a_dictionary_is_never_guessed(tmp_path: Path) -> None:
+    CASES["dictionary_learning-topk"](tmp_path, drawer())
+    cfg = tmp_path / "config.json"
+    text = cfg.read_text()
+    cfg.write_text(text.replace("AutoEncoderTopK", "BatchTopKSAE"))
+    assert isinstance(fastsae.load(tmp_path).activation, fastsae.BatchTopK)  # these tensors serve both classes
+    cfg.unlink()
+    refused(tmp_path, "ae.pt could be AutoEncoderTopK or BatchTopKSAE, and there is no config.json beside it")
+    cfg.write_text(text.replace("AutoEncoderTopK", "AutoEncoder"))
+    refused(tmp_path, "says dict_class AutoEncoder, but ae.pt has the tensors of AutoEncoderTopK or BatchTopKSAE")
+    cfg.write_text(text.replace("AutoEncoderTopK", "Transformer"))
+    refused(tmp_path, "dict_class 'Transformer', expected one of AutoEncoder")
+    cfg.write_text(text.replace(f'"k": {K}', '"k": 5'))
+    refused(tmp_path, f"config.json says k = 5, but ae.pt has {K}")
+
+
+def test_a_folder_of_two_formats_is_refused_unless_one_is_named(tmp_path: Path) -> None:
+    lens_A, lens_recon = CASES["saelens-standard"](tmp_path, drawer())
+    A, recon = CASES["gemma_scope-1"](tmp_path, drawer(3))
+    refused(tmp_path, r"could be saelens \(sae_weights.safetensors with cfg.json\) and gemma_scope \(params.npz\)")
+    agrees(fastsae.load(tmp_path, format="gemma_scope"), A, recon)
+    agrees(fastsae.load(tmp_path / "params.npz"), A, recon)
+    agrees(fastsae.load(tmp_path / "sae_weights.safetensors"), lens_A, lens_recon)
+    with pytest.raises(ValueError, match="format is 'onnx', expected one of fastsae, saelens"):
+        fastsae.load(tmp_path, format="onnx")
+
+
+def test_what_is_of_no_format_is_refused_by_name(tmp_path: Path) -> None:
+    refused(tmp_path, "sae.safetensors is not there; expected a directory written by fastsae.save, or a checkpoint in")
+    refused(tmp_path / "nowhere", "is not there; expected a directory written by fastsae.save")
+    CASES["saelens-standard"](tmp_path / "layer_3", drawer())
+    refused(tmp_path, "holds no weights itself, only its folders layer_3")
+    fastsae.load(tmp_path, subfolder="layer_3")
+    (tmp_path / "layer_3" / "cfg.json").unlink()
+    refused(tmp_path / "layer_3", "holds sae_weights.safetensors, which is of none of the formats fastsae, saelens")
+    assert len(FORMATS) == len({f.match for f in FORMATS.values()})
+
+
+def test_a_rule_that_the_files_say_is_not_to_be_given(tmp_path: Path) -> None:
+    CASES["saelens-standard"](tmp_path, drawer())
+    refused(tmp_path, "says which latents are active; leave activation=", activation=fastsae.TopK(3))
+    fastsae.save(fastsae.load(tmp_path), tmp_path / "own")
+    refused(tmp_path / "own", "says which latents are active; leave activation=", activation=fastsae.TopK(3))
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_thresholds_in_float32_come_back_to_the_last_bit() -> None:
+    theta = torch.cat([torch.logspace(-38, 38, 4001), torch.tensor([0.0, -1.0, torch.inf, 1e-45])])
+    found = jump_relu(theta, len(theta), dtype=torch.float32)
+    assert torch.equal(found["rule_state"]["log_threshold"].exp().float(), theta.clamp_min(0))
+    at_least = jump_relu(theta, len(theta), inclusive=True, dtype=torch.float32)["rule_state"]["log_threshold"]
+    below = at_least.exp().float()
+    positive = theta > 0
+    assert torch.equal(torch.nextafter(below, torch.full_like(below, torch.inf))[positive], theta[positive])
+
+
+def test_weights_stay_in_their_dtype_and_mixed_ones_are_widened(tmp_path: Path) -> None:
+    t = {name: value.to(torch.bfloat16) for name, value in lens_tensors(drawer()).items()}
+    to_lens(tmp_path, t, lens("standard"))
+    assert fastsae.load(tmp_path).W_dec.dtype == torch.bfloat16
+    to_lens(tmp_path, {**t, "b_enc": t["b_enc"].float()}, lens("standard"))
+    sae = fastsae.load(tmp_path)
+    assert sae.W_dec.dtype == sae.b_enc.dtype == torch.float32
+    assert torch.equal(sae.W_dec, t["W_dec"].float())
+
+
+def test_rows_of_norm_1_stay_so_in_training(tmp_path: Path) -> None:
+    t = lens_tensors(drawer())
+    to_lens(tmp_path, t, lens("standard"))
+    assert fastsae.load(tmp_path).decoder_norm == "free"
+    to_lens(tmp_path, {**t, "W_dec": torch.nn.functional.normalize(t["W_dec"], dim=1)}, lens("standard"))
+    assert fastsae.load(tmp_path).decoder_norm == "unit"
+    t["W_dec"][3] = 0
+    to_lens(tmp_path, t, lens("topk", k=K, rescale_acts_by_decoder_norm=True))
+    assert fastsae.load(tmp_path).encode(inputs()).to_dense().isfinite().all()
+
+
+def test_a_threshold_is_a_buffer_in_float32(tmp_path: Path) -> None:
+    CASES["dictionary_learning-batchtopk"](tmp_path, drawer())
+    sae = fastsae.load(tmp_path)
+    assert float(sae.threshold) == float(k_and_threshold(0.5)["threshold"])
+    assert float(sae.threshold_weight) == 1.0
