@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import fastsae
+
 N, D, M, K = 33, 8, 24, 4
 
 Case = Callable[[Path, Callable[..., Tensor]], tuple[Tensor, Tensor]]
@@ -299,6 +301,155 @@ def gemma_scope_2(skip: bool) -> Case:
     return case
 
 
+# -- openai -----------------------------------------------------------------------------------------------------------
+
+
+def openai(kind: str, tied: bool) -> Case:
+    def case(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        x, W_enc = inputs(), draw(M, D)
+        t: dict[str, Any] = {"pre_bias": draw(D), "latent_bias": draw(M), "encoder.weight": W_enc}
+        t |= {"decoder.linear.weight": W_enc} if tied else {"decoder.weight": draw(D, M)}
+        t |= {"stats_last_nonzero": torch.zeros(M, dtype=torch.int64), "activation": kind}
+        if kind == "TopK":
+            t["activation_state_dict"] = {"k": K, "postact_fn": "ReLU"}
+        write(folder, "7.pt", t)
+        W_dec = W_enc if tied else t["decoder.weight"].T
+        mean, spread = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        seen = (x - mean) / (spread + 1e-5) if kind == "TopK" else x
+        pre = (seen - t["pre_bias"]) @ W_enc.T + t["latent_bias"]
+        A = top(pre) if kind == "TopK" else pre.relu()
+        recon = A @ W_dec + t["pre_bias"]
+        return A, recon * spread + mean if kind == "TopK" else recon
+
+    return case
+
+
+# -- OpenMOSS ---------------------------------------------------------------------------------------------------------
+
+
+def llama_scope(act_fn: str, of_output: float) -> Case:
+    """Acts are those of inputs scaled to √D, over the same scale, times the norms that then remain."""
+
+    def case(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        x, norms = inputs(), {"in": 5.0, "out": of_output}
+        t = {
+            "encoder.weight": draw(M, D), "encoder.bias": draw(M), "decoder.weight": draw(D, M), "decoder.bias": draw(D)
+        }  # fmt: skip
+        config = {
+            "d_model": D, "d_sae": M, "expansion_factor": 3, "norm_activation": "dataset-wise", "act_fn": act_fn,
+            "dataset_average_activation_norm": norms, "jump_relu_threshold": 0.5 if act_fn == "jumprelu" else 0.0,
+            "top_k": K, "sparsity_include_decoder_norm": True, "use_decoder_bias": True,
+            "apply_decoder_bias_to_pre_encoder": False, "use_glu_encoder": False,
+        }  # fmt: skip
+        write(folder, "checkpoints/final.safetensors", t)
+        (folder / "hyperparams.json").write_text(json.dumps(config))
+        of_in, of_out = D**0.5 / norms["in"], D**0.5 / norms["out"]
+        pre = (x * of_in) @ t["encoder.weight"].T + t["encoder.bias"]
+        rows = t["decoder.weight"].T / of_out  # in the units of the output
+        acts = pre.relu() * rows.norm(dim=1)
+        A = top(acts) if act_fn == "topk" else acts * (acts > 0.5)
+        return A, A @ (rows / rows.norm(dim=1, keepdim=True)) + t["decoder.bias"] / of_out
+
+    return case
+
+
+def llamascopium(act_fn: str, mode: str) -> Case:
+    """It selects by act x decoder norm, and returns the acts."""
+
+    def case(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        x, scale = inputs(), D**0.5 / 5.0 if mode == "dataset-wise" else 1.0
+        t = {"W_E": draw(D, M), "b_E": draw(M), "W_D": draw(M, D), "b_D": draw(D)}
+        if act_fn == "jumprelu":
+            t["activation_function.log_jumprelu_threshold"] = draw(M)
+        for hook in ("blocks.3.in", "blocks.3.out"):
+            t[f"dataset_average_activation_norm.{hook}"] = torch.tensor(5.0, dtype=torch.float64)
+        config = {
+            "sae_type": "sae", "d_model": D, "expansion_factor": 3.0, "use_decoder_bias": True, "act_fn": act_fn,
+            "norm_activation": mode, "sparsity_include_decoder_norm": True, "top_k": K, "use_glu_encoder": False,
+            "hook_point_in": "blocks.3.in", "hook_point_out": "blocks.3.out",
+        }  # fmt: skip
+        write(folder, "sae_weights.safetensors", t, config, "config.json")
+        pre = (x * scale) @ t["W_E"] + t["b_E"]
+        gated = pre * t["W_D"].norm(dim=1)
+        if act_fn == "topk":
+            A = top(pre, K, by=gated)
+        elif act_fn == "jumprelu":
+            A = pre * (gated > t["activation_function.log_jumprelu_threshold"].exp())
+        else:
+            A = pre.relu()
+        return A / scale, (A @ t["W_D"] + t["b_D"]) / scale
+
+    return case
+
+
+def llama_scope_r1(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """llamascopium's first names."""
+    x = inputs()
+    t = {
+        "encoder.weight": draw(M, D), "encoder.bias": draw(M), "decoder.weight": draw(D, M), "decoder.bias": draw(D),
+        "log_jumprelu_threshold": draw(M),
+    }  # fmt: skip
+    config = {
+        "d_model": D, "expansion_factor": 3, "act_fn": "jumprelu", "norm_activation": "inference",
+        "sparsity_include_decoder_norm": False, "hook_point_in": "a", "hook_point_out": "a",
+    }  # fmt: skip
+    write(folder, "sae_weights.safetensors", t, config, "config.json")
+    pre = x @ t["encoder.weight"].T + t["encoder.bias"]
+    A = pre * (pre > t["log_jumprelu_threshold"].exp())
+    return A, A @ t["decoder.weight"].T + t["decoder.bias"]
+
+
+# -- tensors alone ----------------------------------------------------------------------------------------------------
+
+
+def qwen_scope(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    t, x = {"W_enc": draw(M, D), "W_dec": draw(D, M), "b_enc": draw(M), "b_dec": draw(D)}, inputs()
+    write(folder, "layer7.sae.pt", t)
+    A = top(x @ t["W_enc"].T + t["b_enc"])
+    return A, A @ t["W_dec"].T + t["b_dec"]
+
+
+def overcomplete(jump: bool, batch_norm: bool, suffix: str) -> Case:
+    def case(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        x, first = inputs(), "encoder.final_block"
+        t = {
+            f"{first}.0.weight": draw(M, D), f"{first}.0.bias": draw(M), "dictionary._weights": draw(M, D),
+            "dictionary.multiplier": torch.tensor(0.4, dtype=torch.float64),
+        }  # fmt: skip
+        pre = x @ t[f"{first}.0.weight"].T + t[f"{first}.0.bias"]
+        if batch_norm:
+            t |= {f"{first}.1.{part}": draw(M) for part in ("weight", "bias", "running_mean")}
+            t |= {f"{first}.1.running_var": draw(M).square(), f"{first}.1.num_batches_tracked": torch.tensor(3)}
+            pre = torch.nn.functional.batch_norm(
+                pre, *(t[f"{first}.1.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+            )
+        if jump:
+            t["thresholds"] = draw(M)
+        write(folder, f"sae{suffix}", t)
+        A = pre.relu() * (pre.relu() >= t["thresholds"].exp()) if jump else top(pre)
+        rows = t["dictionary._weights"]
+        return A, A @ (rows / (rows.norm(dim=1, keepdim=True) + 1e-8) * t["dictionary.multiplier"].exp())
+
+    return case
+
+
+def circuit_tracer(jump: bool, skip: bool, turned: bool) -> Case:
+    def case(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        x = inputs()
+        t = {"W_enc": draw(M, D), "W_dec": draw(M, D), "b_enc": draw(M), "b_dec": draw(D)}
+        theta = torch.tensor(0.4, dtype=torch.float64)
+        more = {"activation_function.threshold": theta} if jump else {}
+        if skip:
+            more["W_skip"] = draw(D, D)
+        write(folder, "layer_3.safetensors", {**t, **more} | ({"W_dec": t["W_dec"].T} if turned else {}))
+        pre = x @ t["W_enc"].T + t["b_enc"]
+        A = pre * (pre > theta) if jump else pre.relu()
+        recon = A @ t["W_dec"] + t["b_dec"]
+        return A, recon + x @ more["W_skip"].T if skip else recon
+
+    return case
+
+
 CASES: dict[str, Case] = {
     "saelens-standard": saelens_standard,
     "saelens-before-6": saelens_before_6,
@@ -325,4 +476,22 @@ CASES: dict[str, Case] = {
     "gemma_scope-1": gemma_scope,
     "gemma_scope-2": gemma_scope_2(False),
     "gemma_scope-2-skip": gemma_scope_2(True),
+    "openai-topk": openai("TopK", tied=False),
+    "openai-relu-tied": openai("ReLU", tied=True),
+    "llama_scope-jumprelu": llama_scope("jumprelu", 5.0),
+    "llama_scope-topk-other-output": llama_scope("topk", 3.0),
+    "llamascopium-topk": llamascopium("topk", "inference"),
+    "llamascopium-topk-scaled": llamascopium("topk", "dataset-wise"),
+    "llamascopium-jumprelu": llamascopium("jumprelu", "inference"),
+    "llamascopium-jumprelu-scaled": llamascopium("jumprelu", "dataset-wise"),
+    "llamascopium-relu-scaled": llamascopium("relu", "dataset-wise"),
+    "llamascopium-first-names": llama_scope_r1,
+    "qwen_scope": qwen_scope,
+    "overcomplete-topk": overcomplete(False, False, ".safetensors"),
+    "overcomplete-jump": overcomplete(True, False, ".pt"),
+    "overcomplete-jump-batch-norm": overcomplete(True, True, ".pt"),
+    "circuit_tracer-relu": circuit_tracer(False, False, True),
+    "circuit_tracer-jumprelu": circuit_tracer(True, True, False),
 }
+RULE: dict[str, Any] = {"qwen_scope": fastsae.TopK(K), "overcomplete-topk": fastsae.TopK(K)}
+"""The rules that files do not say."""

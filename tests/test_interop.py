@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastsae
+from fastsae.interop import hub
 from fastsae.interop.parts import jump_relu
 from fastsae.interop.registry import FORMATS, WRITTEN
 from fastsae.model.files import SavedModuleError
-from tests.interop_case import CASES, K, M, drawer, inputs, k_and_threshold, lens, lens_tensors, to_lens
+from tests.interop_case import CASES, RULE, K, M, drawer, inputs, k_and_threshold, lens, lens_tensors, to_lens
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastsae.backends.BackendWarning")
 
@@ -30,7 +31,7 @@ def agrees(sae: fastsae.SparseAutoencoder, A: Tensor, recon: Tensor) -> None:
 def test_a_checkpoint_gives_what_its_library_would(name: str, tmp_path: Path) -> None:
     A, recon = CASES[name](tmp_path, drawer())
     assert 0.01 < float((A != 0).double().mean()) < 0.95
-    sae = fastsae.load(tmp_path)
+    sae = fastsae.load(tmp_path, activation=RULE.get(name))
     assert not sae.training
     assert sae.W_dec.dtype == torch.float64
     agrees(sae, A, recon)
@@ -42,7 +43,7 @@ def test_a_checkpoint_gives_what_its_library_would(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", CASES)
 def test_training_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
     _, recon = CASES[name](tmp_path, drawer())
-    sae = fastsae.load(tmp_path).float().train()
+    sae = fastsae.load(tmp_path, activation=RULE.get(name)).float().train()
     step = fastsae.FusedTrainStep(sae, lr=1e-3)
     x, target = inputs().float(), None if recon.shape[1] == sae.d_in else 1.5 * recon.float() + 0.3
     first = float(step(x, target)["loss"])
@@ -55,6 +56,8 @@ def holds(format: str, sae: fastsae.SparseAutoencoder) -> bool:
     """Whether an SAE fits a format, by the formats' own rules."""
     rule, square = getattr(sae.activation, "inner", sae.activation), sae.d_in == sae.d_out and not sae.skip
     kind = type(rule).__name__
+    if rule.selects_by_norm:
+        return False
     if format == "saelens":
         plain = square or (kind in ("ReLU", "JumpReLU", "BatchTopK") and not sae.pre_bias)
         return kind != "GroupMax" and plain
@@ -69,7 +72,7 @@ def holds(format: str, sae: fastsae.SparseAutoencoder) -> bool:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_written_in_a_format_means_the_same(name: str, format: str, tmp_path: Path) -> None:
     A, recon = CASES[name](tmp_path, drawer())
-    sae = fastsae.load(tmp_path)
+    sae = fastsae.load(tmp_path, activation=RULE.get(name))
     if not holds(format, sae):
         with pytest.raises(SavedModuleError, match=f"the {format} format has no "):
             fastsae.save(sae, tmp_path / "out", format=format)
@@ -141,7 +144,7 @@ def test_a_folder_never_gets_two_checkpoints(tmp_path: Path) -> None:
 # -- what is refused on the way in ------------------------------------------------------------------------------------
 
 
-def refused(path: Path, said: str, **how: object) -> None:
+def refused(path: Path | str, said: str, **how: object) -> None:
     """load(path) raises SavedModuleError, in one line that matches."""
     with pytest.raises(SavedModuleError, match=said) as caught:
         fastsae.load(path, **how)
@@ -304,6 +307,147 @@ def test_rows_of_norm_1_stay_so_in_training(tmp_path: Path) -> None:
     t["W_dec"][3] = 0
     to_lens(tmp_path, t, lens("topk", k=K, rescale_acts_by_decoder_norm=True))
     assert fastsae.load(tmp_path).encode(inputs()).to_dense().isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["qwen_scope", "overcomplete-topk"])
+def test_a_rule_that_the_files_do_not_say_has_to_be_given(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    A, recon = CASES[name](folder, drawer())
+    refused(folder, "does not say .*pass activation=TopK")
+    if name == "qwen_scope":
+        named = tmp_path / f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}"
+        folder.rename(named)
+        agrees(fastsae.load(named), A, recon)
+        agrees(fastsae.load(named / "layer7.sae.pt"), A, recon)
+    else:
+        refused(folder, "got GroupMax", activation=fastsae.GroupMax(K))
+
+
+def test_what_other_formats_have_and_fastsae_has_not_is_refused(tmp_path: Path) -> None:
+    def changed(name: str, config: str, said: str, **settings: object) -> None:
+        folder = tmp_path / said[:20]
+        CASES[name](folder, drawer())
+        path = folder / config
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        refused(folder, said)
+
+    changed("llamascopium-topk", "config.json", "has use_glu_encoder = True", use_glu_encoder=True)
+    changed("llamascopium-topk", "config.json", "has sae_type 'crosscoder', expected 'sae'", sae_type="crosscoder")
+    changed("llamascopium-topk", "config.json", "has norm_activation 'token-wise'", norm_activation="token-wise")
+    changed("llamascopium-topk", "config.json", "has batchtopk by act x decoder norm", act_fn="batchtopk")
+    changed("llamascopium-topk", "config.json", "has act_fn 'layertopk'", act_fn="layertopk")
+    changed(
+        "llama_scope-topk-other-output",
+        "hyperparams.json",
+        "subtracts the bias",
+        apply_decoder_bias_to_pre_encoder=True,
+    )
+    changed("sparsify-topk", "cfg.json", "has signed = True", signed=True)
+    changed("sparsify-topk", "cfg.json", "has sideways = 1, which this fastsae does not know", sideways=1)
+    changed(
+        "gemma_scope-2",
+        "config.json",
+        "says affine_connection = True, but params.safetensors lacks",
+        affine_connection=True,
+    )
+    changed("gemma_scope-2", "config.json", "has architecture 'topk', expected 'jump_relu'", architecture="topk")
+    for kind, state, said in (
+        ("Identity", {}, "has the activation 'Identity', expected TopK or ReLU"),
+        ("TopK", {"k": 3, "postact_fn": "Identity"}, "has TopK with k = 3 and postact_fn = 'Identity'"),
+    ):
+        folder = tmp_path / kind
+        CASES["openai-topk"](folder, drawer())
+        tensors = torch.load(folder / "7.pt")
+        torch.save(tensors | {"activation": kind, "activation_state_dict": state}, folder / "7.pt")
+        refused(folder, said)
+    folder = tmp_path / "negative"
+    CASES["circuit_tracer-jumprelu"](folder, drawer())
+    tensors = load_file(folder / "layer_3.safetensors")
+    save_file(tensors | {"activation_function.threshold": torch.tensor(-0.1)}, folder / "layer_3.safetensors")
+    refused(folder, "is below 0 somewhere, and fastsae's acts are never negative")
+
+
+def test_at_least_a_threshold_is_exact_in_float32(tmp_path: Path) -> None:
+    """A pre-act that equals overcomplete's threshold is active there."""
+    first = "encoder.final_block.0"
+    bias = torch.tensor([0.5, 0.5, 0.5])
+    below = torch.nextafter(bias, torch.zeros(3))
+    tensors = {f"{first}.weight": torch.zeros(3, 2), "dictionary._weights": torch.ones(3, 2)}
+    save_file({**tensors, f"{first}.bias": bias, "thresholds": bias.log()}, tmp_path / "a.safetensors")
+    assert float(bias.log().exp()[0]) == 0.5
+    assert fastsae.load(tmp_path).encode(torch.zeros(1, 2)).to_dense().tolist() == [[0.5] * 3]
+    save_file({**tensors, f"{first}.bias": below, "thresholds": bias.log()}, tmp_path / "a.safetensors")
+    assert fastsae.load(tmp_path).encode(torch.zeros(1, 2)).to_dense().tolist() == [[0.0] * 3]
+
+
+def test_a_batch_refuses_selection_by_norm() -> None:
+    with pytest.raises(
+        ValueError, match=r"selects by the acts alone, got TopK\(k=4, weighted=True\); leave weighted out"
+    ):
+        fastsae.SAEBatch(2, 8, M, fastsae.TopK(K, weighted=True))
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache in the hub's layout, with a repository of two folders, of a client that is offline."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    cache, commit = tmp_path / "cache", "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / "models--org--saes"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    CASES["saelens-standard"](snapshot / "blocks.3" / "width_24", drawer())
+    CASES["gemma_scope-1"](snapshot / "layer_5", drawer(3))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return snapshot
+
+
+def test_repositories_are_read_from_the_cache_where_the_hub_does_not_answer(hub_cache: Path, tmp_path: Path) -> None:
+    A, recon = CASES["saelens-standard"](tmp_path / "again", drawer())
+    agrees(fastsae.load("org/saes/blocks.3/width_24"), A, recon)
+    agrees(fastsae.load("org/saes", subfolder="blocks.3/width_24"), A, recon)
+    A, recon = CASES["gemma_scope-1"](tmp_path / "other", drawer(3))
+    agrees(fastsae.load("org/saes/layer_5"), A, recon)
+    agrees(fastsae.load("org/saes/layer_5/params.npz"), A, recon)
+    refused("org/saes", "org/saes holds no weights itself, only its folders")
+    refused(
+        "org/saes/layer_9", r"layer_9 of org/saes is not in the cache of the hub, which does not answer \(HF_HUB_OFF"
+    )
+    refused("org/nothing", "org/nothing is neither a path here nor in the cache of the hub, which does not answer")
+
+
+def test_a_path_here_is_never_looked_for_on_the_hub(hub_cache: Path, tmp_path: Path) -> None:
+    A, recon = CASES["sparsify-topk"](tmp_path / "org" / "saes", drawer())
+    agrees(fastsae.load("org/saes"), A, recon)
+    refused("./org/none", "is not there; expected a directory written by fastsae.save")
+
+
+@pytest.mark.parametrize(
+    ("inside", "wanted"),
+    [
+        ("blocks.3", ["blocks.3/cfg.json", "blocks.3/sae_weights.safetensors"]),
+        ("many/layer0.sae.pt", ["many/layer0.sae.pt"]),
+        ("scope", ["scope/hyperparams.json", "scope/checkpoints/final.safetensors"]),
+        ("many", "org/r/many holds 2 files of weights; name one of layer0.sae.pt, layer1.sae.pt"),
+        ("", "org/r holds 0 files of weights; name one of blocks.3, many, scope"),
+        ("none", "org/r/none holds 0 files of weights"),
+    ],
+)  # fmt: skip
+def test_only_one_checkpoint_of_a_repository_is_fetched(inside: str, wanted: list[str] | str) -> None:
+    names = [
+        "README.md", "blocks.3/cfg.json", "blocks.3/sae_weights.safetensors", "blocks.3/sparsity.safetensors",
+        "many/layer0.sae.pt", "many/layer1.sae.pt", "scope/hyperparams.json", "scope/checkpoints/final.safetensors",
+    ]  # fmt: skip
+    if isinstance(wanted, list):
+        assert hub._wanted(names, inside, "org/r") == wanted
+        return
+    with pytest.raises(SavedModuleError, match=wanted):
+        hub._wanted(names, inside, "org/r")
 
 
 def test_a_threshold_is_a_buffer_in_float32(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ folder or file are fetched.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 from pathlib import Path, PurePosixPath
 
@@ -32,7 +34,6 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
     or the file in it is not there, or not in the cache while the hub does not answer.
     """
     try:
-        import httpx
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
@@ -42,6 +43,9 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
         ) from error
     from fastsae.data.hub import why_unreachable
 
+    faults: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, OSError)
+    if importlib.util.find_spec("httpx") is not None:  # its client since 1.0; the one before raises OSErrors
+        faults = (*faults, importlib.import_module("httpx").HTTPError)
     owner, base, *rest = name.strip("/").split("/")
     repo = f"{owner}/{base}"
     inside = "/".join([*rest, *(subfolder or "").strip("/").split("/")]).strip("/")
@@ -58,7 +62,7 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
         raise SavedModuleError(
             f"{name} is neither a path here nor in the cache of the hub, which does not answer ({unreachable})"
         ) from error
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except faults as error:
         said = " ".join(str(error).split())[:200]
         raise SavedModuleError(f"{name} is no path here, and the hub does not give {repo}: {said}") from error
     found = root / inside

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastsae.interop import dictionary_learning, gemma_scope, hub, saelens, sparsify
+from fastsae.interop import bare, dictionary_learning, gemma_scope, hub, llama_scope, openai, saelens, sparsify
 from fastsae.interop.base import Format
 from fastsae.interop.files import Checkpoint
 from fastsae.model import files as own
@@ -20,6 +20,7 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         saelens.FORMAT, sparsify.FORMAT, dictionary_learning.FORMAT, *gemma_scope.FORMATS,
+        openai.FORMAT, *llama_scope.FORMATS, *bare.FORMATS,
     )
 }  # fmt: skip
 WRITTEN = (OWN, *(name for name, f in FORMATS.items() if f.write is not None))
