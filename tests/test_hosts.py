@@ -36,8 +36,9 @@ def test_what_other_libraries_cannot_decode_is_refused() -> None:
         hosts.usable(family_sae(RULES["topk"], skip=True), "SAELens")
     with pytest.raises(ValueError, match="is or has a transcoder"):
         hosts.usable(fastsae.SparseAutoencoder(8, 16, fastsae.TopK(2), d_out=4), "SAELens")
-    with pytest.raises(ValueError, match="normalize='layer_norm'"):
-        hosts.usable(fastsae.SparseAutoencoder(8, 16, fastsae.TopK(2), normalize="layer_norm"), "SAEBench")
+    for mode in ("layer_norm", "standardize"):
+        with pytest.raises(ValueError, match=f"normalize='{mode}'"):
+            hosts.usable(fastsae.SparseAutoencoder(8, 16, fastsae.TopK(2), normalize=mode), "SAEBench")
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastsae.model.norm import PER_TOKEN
 from fastsae.model.sae import SparseAutoencoder, as_sae
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def usable(sae: SparseAutoencoder, host: str) -> SparseAutoencoder:
     sae = as_sae(sae, "sae")
     wrong = {
         "a transcoder": sae.d_in != sae.d_out, "a crosscoder": sae.layers > 1, "skip=True": sae.skip,
-        "normalize='layer_norm'": sae.norm.mode == "layer_norm",
+        f"normalize={sae.norm.mode!r}": sae.norm.mode in PER_TOKEN,
     }  # fmt: skip
     if found := [what for what, is_so in wrong.items() if is_so]:
         raise ValueError(
