@@ -99,6 +99,15 @@ def saelens_topk_rescaled(folder: Path, draw: Callable[..., Tensor]) -> tuple[Te
     return A, (A / norms) @ t["W_dec"] + t["b_dec"]
 
 
+def saelens_abstopk(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    t, x = lens_tensors(draw), inputs()
+    to_lens(folder, t, lens("abstopk", k=K, rescale_acts_by_decoder_norm=True))
+    norms = t["W_dec"].norm(dim=1)
+    pre = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * norms
+    A = torch.zeros_like(pre).scatter(-1, pre.abs().topk(K).indices, 1.0) * pre
+    return A, (A / norms) @ t["W_dec"] + t["b_dec"]
+
+
 def saelens_layer_norm(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     t, x = lens_tensors(draw), inputs()
     to_lens(folder, t, lens("topk", k=K, normalize_activations="layer_norm"))
@@ -144,6 +153,20 @@ def saelens_batchtopk(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor
     pre = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * norms
     A = pre.relu() * (pre > 0.75)
     return A, (A / norms) @ t["W_dec"] + t["b_dec"]
+
+
+def saelens_scaled(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """A checkpoint of training on scaled inputs, with the files that lie beside it."""
+    t, x, factor = lens_tensors(draw), inputs(), 0.25
+    config = {"k": K, "rescale_acts_by_decoder_norm": True, "normalize_activations": "expected_average_only_in"}
+    to_lens(folder, {**t, "topk_threshold": torch.tensor(0.5, dtype=torch.float64)}, lens("batchtopk", **config))
+    (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": factor, "has_whitening": False}))
+    write(folder, "sparsity.safetensors", {"sparsity": torch.zeros(M)})
+    (folder / "trainer_state.pt").write_bytes(b"anything")
+    norms = t["W_dec"].norm(dim=1)
+    acts = ((x * factor - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu() * norms
+    A = acts * (acts > 0.5)
+    return A / factor, ((A / norms) @ t["W_dec"] + t["b_dec"]) / factor
 
 
 def saelens_matryoshka(folder: Path, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
@@ -454,11 +477,13 @@ CASES: dict[str, Case] = {
     "saelens-standard": saelens_standard,
     "saelens-before-6": saelens_before_6,
     "saelens-topk-rescaled": saelens_topk_rescaled,
+    "saelens-abstopk": saelens_abstopk,
     "saelens-layer-norm": saelens_layer_norm,
     "saelens-jumprelu": saelens_jumprelu,
     "saelens-log-threshold": saelens_log_threshold,
     "saelens-gated": saelens_gated,
     "saelens-batchtopk": saelens_batchtopk,
+    "saelens-scaled": saelens_scaled,
     "saelens-matryoshka": saelens_matryoshka,
     "saelens-transcoder": saelens_transcoder,
     "saelens-skip-transcoder": saelens_skip_transcoder,

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastsae
+from fastsae.cli.main import main
+from fastsae.hosts.dense import acts_of_pre_acts
 from fastsae.interop import hub
 from fastsae.interop.parts import jump_relu
 from fastsae.interop.registry import FORMATS, WRITTEN
@@ -65,7 +67,12 @@ def holds(format: str, sae: fastsae.SparseAutoencoder) -> bool:
         return kind in ("TopK", "GroupMax") and sae.d_in == sae.d_out and sae.norm.mode == "none"
     if kind == "ReLU":
         return square and (sae.decoder_norm == "unit" or not sae.pre_bias)
-    return kind != "GroupMax" and square and sae.norm.mode == "none" and sae.pre_bias == (kind != "JumpReLU")
+    return (
+        kind not in ("GroupMax", "AbsTopK")
+        and square
+        and sae.norm.mode == "none"
+        and sae.pre_bias == (kind != "JumpReLU")
+    )
 
 
 @pytest.mark.parametrize("format", [name for name in WRITTEN if name != "fastsae"])
@@ -380,11 +387,45 @@ def test_at_least_a_threshold_is_exact_in_float32(tmp_path: Path) -> None:
     assert fastsae.load(tmp_path).encode(torch.zeros(1, 2)).to_dense().tolist() == [[0.0] * 3]
 
 
+def test_every_way_to_encode_selects_by_norm(tmp_path: Path) -> None:
+    A, _ = CASES["llamascopium-topk"](tmp_path, drawer())
+    sae = fastsae.load(tmp_path)
+    torch.testing.assert_close(sae(inputs()).codes.to_dense(), A)
+    torch.testing.assert_close(sae.encode(inputs(), latents=[7, 2]).to_dense(), A[:, [7, 2]])
+    pre = inputs() @ sae.W_enc.T + sae.b_enc
+    torch.testing.assert_close(acts_of_pre_acts(sae, pre), A)
+
+
 def test_a_batch_refuses_selection_by_norm() -> None:
     with pytest.raises(
         ValueError, match=r"selects by the acts alone, got TopK\(k=4, weighted=True\); leave weighted out"
     ):
         fastsae.SAEBatch(2, 8, M, fastsae.TopK(K, weighted=True))
+
+
+def test_a_factor_of_the_inputs_that_no_file_has_is_warned_of(tmp_path: Path) -> None:
+    A, _ = CASES["saelens-standard"](tmp_path, drawer())
+    change(tmp_path, normalize_activations="expected_average_only_in")
+    with pytest.warns(UserWarning, match="no activation_scaler.json beside it has the factor"):
+        sae = fastsae.load(tmp_path)
+    torch.testing.assert_close(sae.encode(inputs()).to_dense(), A)
+    (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": null}')
+    refused(tmp_path, "activation_scaler.json has scaling_factor = None, expected a float")
+    (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": -1}')
+    refused(tmp_path, "activation_scaler.json has scaling_factor = -1, expected a positive number")
+
+
+def test_the_command_line_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    A, recon = CASES["qwen_scope"](tmp_path / "in", drawer())
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--format", "sparsify"]) == 1
+    assert "pass activation=TopK" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--format", "sparsify", "--k", str(K)]) == 0
+    assert f"TopK(k={K}" in capsys.readouterr().out
+    agrees(fastsae.load(tmp_path / "out", format="sparsify"), A, recon)
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "own")]) == 0
+    agrees(fastsae.load(tmp_path / "own"), A, recon)
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "dl"), "--format", "dictionary_learning"]) == 1
+    assert "no AutoEncoderTopK with pre_bias = False" in capsys.readouterr().err
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ LENS = {
     "StandardSAE of inputs as they are": {"apply_b_dec_to_input": False},
     "TopKSAE": {"k": K},
     "TopKSAE by norm": {"k": K, "rescale_acts_by_decoder_norm": True},
+    "AbsTopKSAE by norm": {"k": K, "rescale_acts_by_decoder_norm": True},
     "TopKSAE of standardized inputs": {"k": K, "normalize_activations": "layer_norm"},
     "JumpReLUSAE": {},
     "GatedSAE": {},
@@ -93,6 +94,26 @@ def test_saelens_training_checkpoints(kind: str, by_norm: bool, tmp_path: Path) 
     torch.testing.assert_close(training.train().encode(inputs()).to_dense(), A.detach(), **NEAR)
     recon = theirs.decode(A).detach()
     torch.testing.assert_close(training.decode(training.encode(inputs())), recon, **NEAR)
+
+
+@pytest.mark.parametrize("by_norm", [False, True])
+def test_saelens_checkpoints_of_scaled_inputs(by_norm: bool, tmp_path: Path) -> None:
+    """What is folded here is what SAELens folds at the end of training."""
+    sae_lens = pytest.importorskip("sae_lens")
+    config = sae_lens.BatchTopKTrainingSAEConfig(
+        d_in=D, d_sae=M, dtype="float64", k=K, rescale_acts_by_decoder_norm=by_norm,
+        normalize_activations="expected_average_only_in",
+    )  # fmt: skip
+    theirs = stir(sae_lens.BatchTopKTrainingSAE(config))
+    theirs.topk_threshold = torch.tensor(0.25, dtype=torch.float64)
+    theirs.save_model(tmp_path / "training")
+    (tmp_path / "training" / "activation_scaler.json").write_text('{"scaling_factor": 0.25, "has_whitening": false}')
+    theirs.fold_activation_norm_scaling_factor(0.25)
+    theirs.save_inference_model(tmp_path / "inference")
+    at_inference = sae_lens.SAE.load_from_disk(tmp_path / "inference")
+    A, recon = at_inference.encode(inputs()), at_inference(inputs())
+    agrees(fastsae.load(tmp_path / "inference"), A, recon)
+    agrees(fastsae.load(tmp_path / "training"), A, recon)
 
 
 def test_saelens_jumprelu_of_training(tmp_path: Path) -> None:

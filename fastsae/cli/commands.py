@@ -19,6 +19,7 @@ from fastsae.backends import backends
 from fastsae.cli.language import asks_for_language, measure_in_model, open_text, spliced_in
 from fastsae.cli.options import (
     LIVE,
+    Convert,
     Eval,
     Harvest,
     Info,
@@ -40,6 +41,8 @@ from fastsae.data.shards import ShardSource
 from fastsae.data.shared import SharedSource
 from fastsae.data.source import ActivationSource, held_out_targets, target_width
 from fastsae.data.text import load_text
+from fastsae.interop.registry import load, save
+from fastsae.model.rules import TopK
 from fastsae.runs import sweep
 from fastsae.runs.checkpoint import list_checkpoints
 from fastsae.runs.evaluate import EvalResult, evaluate
@@ -422,6 +425,18 @@ def info() -> dict[str, Any]:
     }
 
 
+def run_convert(options: Convert) -> int:
+    """fastsae convert"""
+    rule = None if options.k is None else TopK(options.k)
+    sae = load(options.source, subfolder=options.subfolder, format=options.source_format, activation=rule)
+    save(sae, options.out, format=options.format)
+    sizes = {
+        name: value for name, value in sae.config.items() if name in ("d_in", "d_sae", "d_out", "pre_bias", "skip")
+    }
+    print_table({"activation": repr(sae.activation), **sizes, "format": options.format, "folder": options.out})
+    return 0
+
+
 def run_info(options: Info) -> int:
     """fastsae info"""
     facts = info()
@@ -466,7 +481,7 @@ def print_table(rows: dict[str, Any]) -> None:
 
 OPTIONS: dict[str, type] = {
     "harvest": Harvest, "train": Train, "sweep": Sweep, "eval": Eval, "report": Report, "reproduce": Reproduce,
-    "info": Info,
+    "convert": Convert, "info": Info,
 }  # fmt: skip
 RUN: dict[str, Callable[[Any], int]] = {
     "harvest": run_harvest,
@@ -475,5 +490,6 @@ RUN: dict[str, Callable[[Any], int]] = {
     "eval": run_eval,
     "report": run_report,
     "reproduce": run_reproduce,
+    "convert": run_convert,
     "info": run_info,
 }

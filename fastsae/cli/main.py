@@ -1,4 +1,4 @@
-"""The command line: fastsae harvest | train | sweep | eval | report | reproduce | info | bench.
+"""The command line: fastsae harvest | train | sweep | eval | report | reproduce | convert | info | bench.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong
 usage, 130 Ctrl-C (143 SIGTERM).
@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": "measure a run on held-out rows",
     "report": "write a run's curves and latents into one HTML page",
     "reproduce": "run a published system and print its figures beside the published ones",
+    "convert": "write a saved autoencoder in another format, from any that is read",
     "info": "show what is installed and which backends work here",
     "bench": "time a whole training step against dense PyTorch (needs the source repository)",
 }

@@ -14,6 +14,7 @@ from fastsae.data.documents import FIELD, TOKEN_TYPE, TokenType
 from fastsae.data.live import LiveSource
 from fastsae.data.stream import StreamConfig
 from fastsae.data.text import load_text
+from fastsae.interop.registry import FORMATS, WRITTEN
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.config import TrainConfig
 from fastsae.runs.opening import Selection
@@ -483,6 +484,27 @@ class Reproduce(Common):
     """CPU threads; SAEs this small are slower with more than one."""
     progress: bool = True
     """Show a progress bar on stderr."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(Common):
+    """Writes a saved autoencoder in another format: fastsae's, or for SAELens, sparsify or dictionary_learning.
+
+    docs/interop.md has what is read and written.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    """A folder or file in any format that fastsae.load reads, or a repository of the Hugging Face hub."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The folder to write."""
+    format: Literal[*WRITTEN] = "fastsae"  # type: ignore[valid-type]
+    """The format to write."""
+    source_format: Literal[*FORMATS] | None = None  # type: ignore[valid-type]
+    """The format of IN, where it could be two. Left out: as its files say."""
+    subfolder: str | None = None
+    """The folder inside IN. Left out: IN itself."""
+    k: int | None = None
+    """Active latents of a TopK whose files do not say them, as Qwen-Scope's and overcomplete's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,7 @@ def read_tracer(files: Checkpoint, rule: Activation | None) -> Parts:
 
 
 FORMATS = (
-    Format("qwen_scope", _qwen_file, read_qwen),
-    Format("overcomplete", _overcomplete_file, read_overcomplete),
-    Format("circuit_tracer", _tracer_file, read_tracer),
+    Format("qwen_scope", _qwen_file, read_qwen, bare=True),
+    Format("overcomplete", _overcomplete_file, read_overcomplete, bare=True),
+    Format("circuit_tracer", _tracer_file, read_tracer, bare=True),
 )

@@ -23,13 +23,15 @@ from fastsae.model.sae import SparseAutoencoder
 @dataclass(frozen=True)
 class Format:
     """match: what in the checkpoint is of this format, in words, or None. read: the SAE's parts; the rule is the
-    caller's, for files that do not say it. write: None where the layout is not one to write.
+    caller's, for files that do not say it. write: None where the layout is not one to write. bare: known by the tensors
+    inside, which are looked at only where no names of files are another format's.
     """
 
     name: str
     match: Callable[[Checkpoint], str | None]
     read: Callable[[Checkpoint, Activation | None], Parts]
     write: Callable[[SparseAutoencoder, Path], None] | None = None
+    bare: bool = False
 
 
 def says_its_rule(label: str, rule: Activation | None) -> None:

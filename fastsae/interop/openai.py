@@ -54,4 +54,4 @@ def read(files: Checkpoint, rule: Activation | None) -> Parts:
     return parts
 
 
-FORMAT = Format("openai", _file, read)
+FORMAT = Format("openai", _file, read, bare=True)

@@ -106,8 +106,11 @@ def _is_own(files: Checkpoint) -> bool:
 
 def _matches(files: Checkpoint) -> list[tuple[str, str]]:
     """(format, what is of it) for each format that this could be."""
-    found = ((name, f.match(files)) for name, f in FORMATS.items())
-    return [(name, what) for name, what in found if what is not None]
+    for inside in (False, True):
+        found = [(name, f.match(files)) for name, f in FORMATS.items() if f.bare is inside]
+        if some := [(name, what) for name, what in found if what is not None]:
+            return some
+    return []
 
 
 def _recognised(files: Checkpoint) -> Format:

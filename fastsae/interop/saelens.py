@@ -7,7 +7,9 @@ their running threshold, `topk_threshold`.
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fastsae.interop.files import Checkpoint, take
 from fastsae.interop.parts import Parts, jump_relu, parts_of, plain_rule, refuse, relu, running_threshold
 from fastsae.model.files import SavedModuleError
 from fastsae.model.rules import (
+    AbsTopK,
     Activation,
     BatchTopK,
     Gated,
@@ -31,9 +34,9 @@ from fastsae.model.rules import (
 )
 from fastsae.model.sae import SparseAutoencoder
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-ARCHITECTURES = ("standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "gated", *TRANSCODERS)
+ARCHITECTURES = ("standard", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "gated", *TRANSCODERS)
 MAJOR = 6
 """The newest layout known here."""
 OF_TRAINING = {
@@ -117,14 +120,34 @@ def read(files: Checkpoint, rule: Activation | None) -> Parts:
         held.get("W_skip"),
     )  # fmt: skip
     parts.settings["normalize"] = _normalize(config, cfg, transcoder)
+    if config.get("normalize_activations") == "expected_average_only_in":
+        factor = _factor(files)
+        parts.fold_input_scale(factor, factor)
+        if "topk_threshold" in held and config.get("rescale_acts_by_decoder_norm"):
+            held["topk_threshold"] = held["topk_threshold"] / factor  # of acts times norms, which the fold divided
     _set_rule(parts, name, config, cfg, held)
     return parts
+
+
+def _factor(files: Checkpoint) -> float:
+    """What inputs were multiplied by in training, outside of the SAE: a checkpoint of training has it in a file."""
+    if SCALER not in files:
+        warnings.warn(
+            f"{files.path(CONFIG)} has normalize_activations = 'expected_average_only_in', and no {SCALER} beside it "
+            "has the factor: scale inputs yourself as in training, unless it was folded into the weights",
+            UserWarning,
+            stacklevel=4,
+        )
+        return 1.0
+    factor = setting(files.json(SCALER), files.path(SCALER), "scaling_factor", float)
+    if not 0 < factor < math.inf:
+        raise SavedModuleError(f"{files.path(SCALER)} has scaling_factor = {factor}, expected a positive number")
+    return float(factor)
 
 
 def _normalize(config: dict[str, Any], cfg: Path, transcoder: bool) -> str:
     mode = setting(config, cfg, "normalize_activations", str, default="none")
     if mode in ("none", "expected_average_only_in"):
-        # The second scales what is trained on, outside of the SAE, which is the same whether or not it was folded in.
         return "none"
     if mode == "layer_norm" and not transcoder:
         return "standardize"
@@ -137,12 +160,12 @@ def _normalize(config: dict[str, Any], cfg: Path, transcoder: bool) -> str:
 
 def _set_rule(parts: Parts, name: str, config: dict[str, Any], cfg: Path, held: dict[str, Tensor]) -> None:
     d_sae = len(parts.W_dec)
-    if name in ("topk", "batchtopk", "matryoshka_batchtopk"):
+    if name in ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk"):
         k = setting(config, cfg, "k", int)
         if setting(config, cfg, "rescale_acts_by_decoder_norm", bool, default=False):
             parts.fold_norms()  # its acts are those times the norms, and it decodes with rows of norm 1
-        parts.rule = TopK(k)
-        if name != "topk":
+        parts.rule = AbsTopK(k) if name == "abstopk" else TopK(k)
+        if "batchtopk" in name:
             parts.rule, parts.rule_state = BatchTopK(k), running_threshold(held["topk_threshold"])
         if name == "matryoshka_batchtopk":
             steps = _steps(config.get("matryoshka_widths"), d_sae, cfg)
@@ -174,9 +197,9 @@ def write(sae: SparseAutoencoder, directory: Path) -> None:
     config: dict[str, Any] = {}
     if isinstance(rule, ReLU):
         name = "standard"
-    elif isinstance(rule, (TopK, HierarchicalTopK)):
-        name = "topk"
-        config = {"k": rule.screen_k, "rescale_acts_by_decoder_norm": False}
+    elif isinstance(rule, (TopK, AbsTopK, HierarchicalTopK)):
+        name = "abstopk" if isinstance(rule, AbsTopK) else "topk"
+        config = {"k": rule.k if isinstance(rule, AbsTopK) else rule.screen_k, "rescale_acts_by_decoder_norm": False}
     elif isinstance(rule, (JumpReLU, BatchTopK)):  # a BatchTopK above its threshold, as SAELens saves its own
         name = "jumprelu"
         wide = torch.promote_types(parts.b_enc.dtype, torch.float32)
