@@ -4,7 +4,7 @@
 #   make test    the test suite                    make lint    ruff and mypy
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
-#   make test-peers  the tests of fastsae.accelerate, beside SAELens, sparsify and dictionary_learning
+#   make test-peers  the tests that need SAELens, sparsify and dictionary_learning: accelerate, load and save, hosts
 #   make bench   time whole steps and write bench/results/, then redraw plots and the README's table
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
 #   make venv    the environment alone             make clean   remove what make made
@@ -91,7 +91,8 @@ test: $(VENV)/.installed
 
 # Skipped by `make test` where the libraries are not installed.
 test-peers: $(PEERS)/.installed
-	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest -n auto --dist loadfile tests/test_accelerate_*.py $(ARGS)
+	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest -n auto --dist loadfile tests/test_accelerate_*.py \
+	  tests/test_interop_peers.py tests/test_hosts.py tests/test_bench_interop.py $(ARGS)
 
 # The CUDA kernels compiled for the CPU (tests/emulation). -O1 keeps the sanitizers' reports readable, and is as fast.
 EMULATION := build/emulation

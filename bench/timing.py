@@ -66,7 +66,7 @@ def interleaved(
     rounds: int,
     min_seconds: float,
     warmup: int = 1,
-    on_round: Callable[[int], None] = lambda r: None,
+    on_round: Callable[[int], object] = lambda r: None,
 ) -> dict[str, Sample]:
     """Each call's time. In every round each call gets a turn of min_seconds, at least one run; every run counts once.
 

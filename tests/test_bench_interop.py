@@ -1,0 +1,49 @@
+"""`python -m bench.interop`: what it refuses to time, and a run at a toy size. Needs SAELens and the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from bench import cases, interop, peers, real
+
+
+def test_a_library_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers.SAELens, "module", "a_module_that_is_not_there")
+    monkeypatch.setattr("sys.argv", ["interop"])
+    assert interop.main() == 2
+    assert ".venv-peers/bin/python -m bench.interop" in capsys.readouterr().err
+
+
+def test_a_step_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stepping:
+        def __init__(self, loss: float) -> None:
+            self.loss = loss
+
+        def step(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(self.loss)
+
+    monkeypatch.setattr(interop, "contestant", lambda library, way, *rest: Stepping(1.01 if "optim" in way else 1.0))
+    inputs = cases.build(cases.of_shape("8,4,16,2"), real.rows, real.trained)
+    with pytest.raises(ValueError, match=r"accelerated, fastsae.optim: the loss of step 0 is 1.01.*nothing is timed"):
+        interop.measure("sae-lens", inputs, 2, 1, tqdm(disable=True))
+
+
+def test_a_run_at_a_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in interop.LIBRARIES:
+        pytest.importorskip(peers.PEERS[name][0].module)
+    monkeypatch.setattr("sys.argv", ["interop", "--shape", "64,16,128,4", "--rounds", "1", "--out", str(tmp_path)])
+    assert interop.main() == 0
+    result: dict[str, Any] = json.loads((tmp_path / "interop.json").read_text())
+    assert {key: result[key] for key in "NDMK"} == {"N": 64, "D": 16, "M": 128, "K": 4}
+    for found in result["libraries"].values():
+        assert set(found["ways"]) == set(interop.WAYS)
+        assert all(way["ms"] > 0 for way in found["ways"].values())
+    assert "sae-lens" in interop.shown(result["libraries"])
