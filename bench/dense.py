@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bench.cases import Inputs
 from bench.timing import Mark, unmarked
 from fastsae import SparseAutoencoder, reference
-from fastsae.model.rules import Activation, BatchTopK, GroupMax, HierarchicalTopK, Matryoshka, TopK
+from fastsae.model.rules import AbsTopK, Activation, BatchTopK, GroupMax, HierarchicalTopK, Matryoshka, TopK
 from fastsae.reference import wide
 
 LR = 1e-6
@@ -88,6 +88,12 @@ def keep_group_max(pre: Tensor, k: int) -> Tensor:
     grouped = torch.relu(pre).unflatten(-1, (k, -1))
     acts, indices = grouped.max(dim=-1, keepdim=True)
     return torch.zeros_like(grouped).scatter(-1, indices, acts).flatten(-2)
+
+
+def keep_abs_top_k(pre: Tensor, k: int) -> Tensor:
+    """pre at its k largest magnitudes of each token."""
+    places = pre.abs().topk(k, dim=-1).indices
+    return torch.zeros_like(pre).scatter(-1, places, pre.gather(-1, places))
 
 
 class Dense:
@@ -172,6 +178,8 @@ class Dense:
             return Code(pre, keep_batch_top_k(pre, rule.k))
         if isinstance(rule, GroupMax):
             return Code(pre, keep_group_max(pre, rule.k))
+        if isinstance(rule, AbsTopK):
+            return Code(pre, keep_abs_top_k(pre, rule.k))
         return Code(pre, rule.activate(pre, rule.per_latent(self.rule_state)))
 
     def recons(self, code: Code) -> list[tuple[Tensor, float]]:

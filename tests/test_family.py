@@ -312,7 +312,7 @@ def test_some_latents_alone_have_the_acts_that_they_have_among_all(name: str, tr
     ([0, M], ValueError, r"latents lie in \[0, 40\], expected \[0, 40\)"),
     ([-1], ValueError, r"latents lie in \[-1, -1\]"),
     ([3, 5, 3], ValueError, "latent 3 is asked for more than once"),
-    ([0.5], TypeError, "latents have dtype torch.float32, expected integers"),
+    ([0.5], TypeError, "latents have dtype torch.float64, expected integers"),
     ([True] * M, TypeError, "expected integers; of a mask take"),
     ([[1, 2]], ValueError, r"latents have shape \(1, 2\), expected \(n,\)"),
 ])  # fmt: skip

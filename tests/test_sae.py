@@ -279,7 +279,7 @@ def test_repr_names_the_settings():
     text = repr(sae_for_test(tied=True))
     assert "d_sae=30" in text
     assert "tied=True" in text
-    assert "TopK(k=4)" in text
+    assert "TopK(k=4, weighted=False)" in text
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

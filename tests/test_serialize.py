@@ -45,7 +45,7 @@ def test_the_files_are_open_formats_with_ordinary_permissions(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "sae.safetensors"]
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == "fastsae.SparseAutoencoder"
-    assert config["activation"] == {"kind": "topk", "k": 4}
+    assert config["activation"] == {"kind": "topk", "k": 4, "weighted": False}
     assert config["dtype"] == "float64"
     assert torch.equal(load_file(tmp_path / "sae.safetensors")["W_enc"], sae.W_enc)
     (tmp_path / "plain").touch()

@@ -181,7 +181,7 @@ def test_other_settings_and_other_rows_are_refused(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--rules", "topk", "topkk"], "no rule 'topkk'; the rules are batch_topk, gated, group_max"),
+        (["--rules", "topk", "topkk"], "no rule 'topkk'; the rules are abs_topk, batch_topk, gated, group_max"),
         (["--l0s", "49"], "TopK has k = 49, expected at most d_sae = 48"),
         (["--l0s", "2.5"], "TopK has k = 2.5, expected a whole number"),
         (["--l0s", "0"], "TopK has k = 0, expected a whole number"),

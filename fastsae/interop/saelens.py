@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from fastsae.model.rules import (
     TopK,
 )
 from fastsae.model.sae import SparseAutoencoder
+from fastsae.warn import warn
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
@@ -132,11 +132,10 @@ def read(files: Checkpoint, rule: Activation | None) -> Parts:
 def _factor(files: Checkpoint) -> float:
     """What inputs were multiplied by in training, outside of the SAE: a checkpoint of training has it in a file."""
     if SCALER not in files:
-        warnings.warn(
+        warn(
             f"{files.path(CONFIG)} has normalize_activations = 'expected_average_only_in', and no {SCALER} beside it "
             "has the factor: scale inputs yourself as in training, unless it was folded into the weights",
             UserWarning,
-            stacklevel=4,
         )
         return 1.0
     factor = setting(files.json(SCALER), files.path(SCALER), "scaling_factor", float)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -309,8 +310,9 @@ class SparseAutoencoder(Parameters):
         if latents is None:
             codes = self._codes(encoder_input, self.encoder_weight, self.selection_state)
         else:
-            latents = torch.as_tensor(latents, device=self.W_dec.device)  # of an empty list, floats
-            codes = self._codes_of(latents if latents.numel() else latents.long(), encoder_input)
+            given = latents if isinstance(latents, Tensor) else torch.from_numpy(np.asarray(latents))
+            given = given.to(self.W_dec.device, None if given.numel() else torch.int64)  # of an empty list, floats
+            codes = self._codes_of(given, encoder_input)
         return codes.with_batch(tuple(x.shape[:-1]))
 
     def _codes(self, encoder_input: Tensor, W_enc: Tensor, rule_state: RuleState) -> SparseCodes:

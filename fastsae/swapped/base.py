@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import copyreg
-import warnings
 import weakref
 from abc import ABC
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from fastsae.ops.encode import encode_by
 from fastsae.ops.gradients import latent_sums, rows_of
 from fastsae.ops.products import per_latent
 from fastsae.training.dictionaries import Dictionaries
+from fastsae.warn import warn
 
 _raw = torch.ops.fastsae
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -287,7 +287,7 @@ def weak_call(holder: Any, name: str) -> Callable[[], Any]:
 def warn_once(module: nn.Module, message: str) -> None:
     if module not in _warned:
         _warned.add(module)
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warn(message, UserWarning)
 
 
 def scaled(codes: SparseCodes, scale: Tensor) -> SparseCodes:
