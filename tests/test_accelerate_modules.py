@@ -83,6 +83,63 @@ def test_acts_and_reconstructions(name: str, number: int) -> None:
                 close(mine(x), theirs(x), "call")
 
 
+@every
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_acts_that_were_written_are_decoded_as_they_are(name: str, number: int, context: Any) -> None:
+    """As ablation and steering write them, in every way that torch has."""
+    if name == "sparsify":
+        pytest.skip("its encode gives a code")
+
+    def first_view(acts: Tensor) -> None:
+        acts[:, : M // 2].zero_()
+
+    def through_numpy(acts: Tensor) -> None:
+        acts.detach().numpy()[:, : M // 2] = 0
+
+    theirs, mine = pair(name, number)
+    for write in (lambda a: a.mul_(0.5), first_view, through_numpy, lambda a: a.data.zero_()):
+        with context():
+            acts = [module.encode(inputs(2)) for module in (theirs, mine)]
+            if acts[0].is_sparse or (write is not through_numpy and torch.is_grad_enabled()):
+                continue  # written through autograd by `.mul_` of a leaf's view, which torch has rules for
+            for one in acts:
+                write(one)
+            close(mine.decode(acts[1]), theirs.decode(acts[0]), "decode")
+
+
+@every
+def test_acts_of_another_sae_are_decoded_as_they_are(name: str, number: int) -> None:
+    if name == "sparsify":
+        pytest.skip("its encode gives a code")
+    ours = [pair(name, number) for _ in range(2)]
+    with torch.no_grad():
+        for module in ours[1]:
+            next(p for key, p in module.named_parameters() if "dec" in key and p.ndim == 2).mul_(3.0)
+        x = inputs(2)
+        acts = [module.encode(x) for module in ours[0]]
+        if acts[0].is_sparse:
+            pytest.skip("sparse acts carry no code")
+        ours[1][0].encode(x), ours[1][1].encode(x)  # normalization keeps its statistics for one decode
+        close(ours[1][1].decode(acts[1]), ours[1][0].decode(acts[0]), "decode")
+
+
+@first
+def test_all_of_a_model_or_nothing_and_twice_is_once(name: str, number: int) -> None:
+    good, odd = make(name, number, torch.float64), make(name, number, torch.float64)
+    kind = type(good)
+    if hasattr(odd, "activation_fn"):
+        odd.activation_fn = nn.Sigmoid()
+        with pytest.raises(Unsupported):
+            fastsae.accelerate(nn.ModuleList([good, odd]))
+        assert type(good) is kind
+    sae = fastsae.accelerate(good)
+    assert fastsae.accelerate(sae) is sae
+    optimizer = fastsae.optim.Adam(sae)
+    fastsae.unaccelerate(sae)
+    with pytest.raises(RuntimeError, match=r"was given back by fastsae.unaccelerate; make a new optimizer"):
+        optimizer.step()
+
+
 @first
 def test_lazy_acts_are_tensors(name: str, number: int) -> None:
     theirs, mine = pair(name, number)

@@ -298,6 +298,8 @@ def test_some_latents_alone_have_the_acts_that_they_have_among_all(name: str, tr
     assert some.check().d_sae == 6
     torch.testing.assert_close(some.to_dense(), whole[..., latents], rtol=1e-12, atol=1e-12)
     assert bool(some.acts.any())
+    for dtype in (torch.uint8, torch.int16):
+        torch.testing.assert_close(sae.encode(x, latents=latents.to(dtype)).to_dense(), some.to_dense(), rtol=0, atol=0)
     assert sae.encode(x, latents=[]).to_dense().shape == (1, N, 0)
     assert sae.encode(x[:, :0], latents=[3]).to_dense().shape == (1, 0, 1)
 

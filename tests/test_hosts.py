@@ -31,6 +31,19 @@ def test_dense_acts_and_what_is_decoded_from_them(name: str) -> None:
     torch.testing.assert_close(dense.decode_dense(sae, acts[4, 0]), out.recon[4, 0], **EXACT)
 
 
+def test_the_sae_keeps_its_mode_and_its_parameters_are_shared() -> None:
+    sae = family_sae(RULES["batch_topk"]).train()
+    view = dense.at_inference(sae)
+    assert (sae.training, view.training) == (True, False)
+    with torch.no_grad():
+        sae.W_dec.mul_(2)
+    assert torch.equal(view.W_dec, sae.W_dec)
+    assert view.W_dec is sae.W_dec
+    torch.testing.assert_close(dense.pre_acts_dense(sae, tokens()[2]), dense.pre_acts_dense(sae, tokens())[2], **EXACT)
+    pre = dense.pre_acts_dense(view, tokens()[2])
+    assert dense.acts_of_pre_acts(view, pre).shape == (M,)
+
+
 def test_what_other_libraries_cannot_decode_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the SAE is or has skip=True; SAELens decodes acts alone"):
         hosts.usable(family_sae(RULES["topk"], skip=True), "SAELens")

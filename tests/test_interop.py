@@ -462,6 +462,12 @@ def test_repositories_are_read_from_the_cache_where_the_hub_does_not_answer(hub_
     refused("org/nothing", "org/nothing is neither a path here nor in the cache of the hub, which does not answer")
 
 
+def test_a_name_cannot_lead_out_of_its_repository(hub_cache: Path) -> None:
+    for name, subfolder in (("org/saes/../../x", None), ("org/saes", "../../x"), ("org/saes", "a/./b")):
+        with pytest.raises(SavedModuleError, match="leads out of the repository"):
+            fastsae.load(name, subfolder=subfolder)
+
+
 def test_a_path_here_is_never_looked_for_on_the_hub(hub_cache: Path, tmp_path: Path) -> None:
     A, recon = CASES["sparsify-topk"](tmp_path / "org" / "saes", drawer())
     agrees(fastsae.load("org/saes"), A, recon)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae.codes import SparseCodes
 from fastsae.model.sae import SparseAutoencoder
+
+
+def at_inference(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The same parameters and buffers in eval mode, whatever the mode of `sae`, which keeps its own."""
+    view = copy.copy(sae)
+    view.training = False
+    return view
 
 
 def encode_dense(sae: SparseAutoencoder, x: Tensor) -> Tensor:
@@ -22,11 +31,13 @@ def decode_dense(sae: SparseAutoencoder, acts: Tensor) -> Tensor:
 
 
 def pre_acts_dense(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """All pre-acts (*batch, d_sae) of x (*batch, d_in)."""
+    """All pre-acts (*batch, d_sae) of x (*batch, d_in); of a single token (d_in,) as (d_sae,)."""
+    if x.ndim == 1:
+        return pre_acts_dense(sae, x[None])[0]
     return F.linear(sae.inputs(x).encoder_input, sae.encoder_weight, sae.b_enc).unflatten(0, x.shape[:-1])
 
 
 def acts_of_pre_acts(sae: SparseAutoencoder, pre: Tensor) -> Tensor:
     """The rule on pre-acts (*batch, d_sae), densely: what a hook on them may have changed."""
     state = {name: t.to(pre.dtype) if t.is_floating_point() else t for name, t in sae.selection_state.items()}
-    return sae.rule.dense(pre.flatten(0, -2), sae.rule.per_latent(state), state, training=False).view(pre.shape)
+    return sae.rule.dense(pre.reshape(-1, sae.d_sae), sae.rule.per_latent(state), state, training=False).view(pre.shape)

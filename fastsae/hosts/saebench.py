@@ -7,7 +7,7 @@ from typing import Any, Self
 from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
 from torch import Tensor, nn
 
-from fastsae.hosts.dense import decode_dense, encode_dense
+from fastsae.hosts.dense import at_inference, decode_dense, encode_dense
 from fastsae.model.sae import SparseAutoencoder
 
 
@@ -18,7 +18,7 @@ class SAEBenchModule(nn.Module):
         self, sae: SparseAutoencoder, model_name: str, hook_layer: int, hook_name: str, context_size: int
     ) -> None:
         super().__init__()
-        self.sae = sae.eval()
+        self.sae = at_inference(sae)
         self.cfg = CustomSAEConfig(
             model_name, d_in=sae.d_in, d_sae=sae.d_sae, hook_layer=hook_layer, hook_name=hook_name,
             context_size=context_size, architecture=sae.activation.kind, apply_b_dec_to_input=sae.pre_bias,

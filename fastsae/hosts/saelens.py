@@ -10,7 +10,7 @@ from typing import Any
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from torch import Tensor, nn
 
-from fastsae.hosts.dense import acts_of_pre_acts, decode_dense, encode_dense, pre_acts_dense
+from fastsae.hosts.dense import acts_of_pre_acts, at_inference, decode_dense, encode_dense, pre_acts_dense
 from fastsae.model.sae import SparseAutoencoder
 
 
@@ -41,7 +41,7 @@ class FastSAE(SAE[FastSAEConfig]):
             sae=copy.deepcopy(dict(sae.config)),
         )  # fmt: skip
         made = cls(cfg)
-        made.sae, made.device, made.cfg.device = sae.eval(), sae.W_dec.device, str(sae.W_dec.device)
+        made.sae, made.device, made.cfg.device = at_inference(sae), sae.W_dec.device, str(sae.W_dec.device)
         return made
 
     def initialize_weights(self) -> None:

@@ -46,6 +46,9 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
     faults: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, OSError)
     if importlib.util.find_spec("httpx") is not None:  # its client since 1.0; the one before raises OSErrors
         faults = (*faults, importlib.import_module("httpx").HTTPError)
+    parts = [*name.strip("/").split("/"), *(subfolder or "").strip("/").split("/")]
+    if any(part in (".", "..") or "\\" in part for part in parts):
+        raise SavedModuleError(f"{name} {subfolder or ''} leads out of the repository; name a folder or file inside it")
     owner, base, *rest = name.strip("/").split("/")
     repo = f"{owner}/{base}"
     inside = "/".join([*rest, *(subfolder or "").strip("/").split("/")]).strip("/")

@@ -332,6 +332,7 @@ class SparseAutoencoder(Parameters):
         if not self.rule.apart(state, self.training):
             return self._codes(encoder_input, self.encoder_weight, state).only(latents)
         check_latents(latents, self.d_sae)
+        latents = latents.long()  # indexing takes uint8 for a mask
         own = {name: t[latents] if t.ndim else t for name, t in state.items()}
         return self._codes(encoder_input, self.encoder_weight[latents], own)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,18 +66,20 @@ class WandbLog:
     """Scalars of a run in a Weights & Biases project, under the name of its folder.
 
     Login, mode and server are wandb's own business (`wandb login`, WANDB_MODE=offline). A run that goes on is the same
-    run there: its id is a digest of the folder's path. Points are plotted over `step`; those after the checkpoint that
-    a killed run went on from are there twice.
+    run there: its id, drawn at random, is in the folder (wandb-id). Points are plotted over `step`; those after the
+    checkpoint that a killed run went on from are there twice.
     """
 
     def __init__(self, project: str, run_dir: Path) -> None:
         import wandb
 
-        config = run_dir / "config.json"
+        config, name = run_dir / "config.json", run_dir / "wandb-id"
         try:
+            if not name.exists():
+                name.write_text(secrets.token_hex(8))
             self._run = wandb.init(
                 project=project, name=run_dir.name, dir=str(run_dir), resume="allow",
-                id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
+                id=name.read_text().strip(),
                 config=json.loads(config.read_text()) if config.exists() else {},
             )  # fmt: skip
         except (wandb.Error, OSError) as error:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastsae.swapped.base import Swapped, Unsupported, accelerate_sae
+from fastsae.swapped.base import Swapped, Unsupported, accelerate_sae, check_sae
+from fastsae.training.optimizers import FusedOptimizer
 
 Given = TypeVar("Given")
 
@@ -63,11 +64,13 @@ def accelerate(given: Given) -> Given:
     """
     if isinstance(given, type):
         return _swap_of(given)  # type: ignore[return-value]
-    if isinstance(given, Swapped):
-        return given
+    if isinstance(given, Swapped) or isinstance(getattr(given, "optimizer", None), FusedOptimizer):
+        return given  # it is accelerated already
     if isinstance(given, nn.Module) and type(given) not in swaps():
         inside = [m for m in given.modules() if type(m) in swaps()]
         if inside:
+            for module in inside:
+                check_sae(module, {type(module): _swap_of(type(module))})
             for module in inside:
                 accelerate(module)
             return given

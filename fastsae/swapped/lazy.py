@@ -22,13 +22,15 @@ from fastsae.codes import SparseCodes
 class LazyActs(torch.Tensor):
     """Shape, dtype, device and gradient of a dense tensor; its numbers when an op, a hook or numpy() asks for them.
 
-    kept: what an accelerated module wants to know of where it came from, as long as nobody wrote the numbers.
+    kept: what an accelerated module wants to know of where it came from, as long as nobody can have written the
+    numbers: an op in place, a view and numpy() end it, in inference mode too, where tensors count no versions.
     """
 
     _make: Callable[[], Tensor]
     _dense: Tensor | None
     _kept: Any
     _made_at: int | None
+    owner: tuple[Any, ...] | None = None
 
     @staticmethod
     def __new__(cls, make: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor) -> LazyActs:
@@ -36,8 +38,9 @@ class LazyActs(torch.Tensor):
         made._make, made._dense, made._kept, made._made_at = make, None, None, None
         return made
 
-    def keep(self, kept: Any) -> LazyActs:
-        self._kept, self._made_at = kept, _version(self)
+    def keep(self, kept: Any, owner: tuple[Any, ...] | None = None) -> LazyActs:
+        """owner: of whom `kept` is true alone; None: of everybody."""
+        self._kept, self._made_at, self.owner = kept, _version(self), owner
         return self
 
     @property
@@ -60,12 +63,14 @@ class LazyActs(torch.Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         if self.requires_grad and not force:
             raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        self._kept = None  # the array shares the numbers
         return self.plain().numpy(force=force)
 
     def tolist(self) -> Any:
         return self.plain().tolist()
 
     def data_ptr(self) -> int:
+        self._kept = None
         return self.plain().data_ptr()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -82,6 +87,11 @@ class LazyActs(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         plain_args, plain_kwargs = pytree.tree_map_only(LazyActs, LazyActs.plain, (args, kwargs or {}))
+        schema = func._schema
+        if schema.is_mutable or any(one.alias_info is not None for one in schema.returns):
+            for one in pytree.tree_leaves((args, kwargs or {})):
+                if isinstance(one, LazyActs):
+                    one._kept = None
         found = func(*plain_args, **plain_kwargs)
         # An op in place gives back what it was given.
         first = args[0] if args and isinstance(args[0], LazyActs) else None
@@ -95,10 +105,10 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def spread(codes: SparseCodes, shape: tuple[int, ...], kept: Any) -> Tensor:
-    """The dense tensor (*batch, M) of a flat code, lazily; differentiable in its acts."""
+def spread(codes: SparseCodes, shape: tuple[int, ...], kept: Any, owner: tuple[Any, ...] | None = None) -> Tensor:
+    """The dense tensor (*batch, M) of a flat code, lazily; differentiable in its acts. owner: as of `keep`."""
     found = _Spread.apply(codes.acts, codes.detach(), shape)
-    return found.keep(kept)
+    return found.keep(kept, owner)
 
 
 class _Spread(torch.autograd.Function):

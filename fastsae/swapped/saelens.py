@@ -75,7 +75,9 @@ class SwappedSAE(Swapped):
         source = Source(x.reshape(-1, x.shape[-1]), self.norms())
         raw = self.select(source.x, source.scale)
         seen = raw if source.scale is None else scaled(raw, source.scale)
-        return spread(seen, (*x.shape[:-1], raw.d_sae), raw), x, source
+        # Acts times decoder norms are divided by them again: raw is what this decoder takes, as long as it is the same.
+        owner = None if source.scale is None else self.decoder_now()
+        return spread(seen, (*x.shape[:-1], raw.d_sae), raw, owner), x, source
 
     def hidden_pre(self, x: Tensor, source: Source) -> Tensor:
         """The pre-acts (*batch, M), lazily."""
@@ -95,8 +97,20 @@ class SwappedSAE(Swapped):
             return super().encode(x)  # type: ignore[misc]
         return self.hook_sae_acts_post(self.encoded(x)[0])  # type: ignore[attr-defined]
 
+    def decoder_now(self) -> tuple[Any, ...]:
+        """What tells this decoder, as it is now, from others."""
+        W = self.parameter("W_dec")
+        return id(self), W.data_ptr(), 0 if W.is_inference() else W._version
+
+    def own_code(self, acts: Tensor) -> SparseCodes | None:
+        """The code of raw pre-acts behind these acts, where it is what this decoder takes."""
+        if not isinstance(acts, LazyActs) or acts.owner not in (None, self.decoder_now()):
+            return None
+        found: SparseCodes | None = acts.kept
+        return found
+
     def decode(self, feature_acts: Tensor) -> Tensor:
-        raw = feature_acts.kept if isinstance(feature_acts, LazyActs) else None
+        raw = self.own_code(feature_acts)
         if raw is None:
             return super().decode(feature_acts)  # type: ignore[misc]
         return self.decoded(raw, feature_acts.shape)
@@ -234,7 +248,7 @@ class SwappedMatryoshkaTrainingSAE(SwappedBatchTopKTrainingSAE, MatryoshkaBatchT
     def _iterable_decode(
         self, feature_acts: Tensor, include_outer_loss: bool = False
     ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-        raw = feature_acts.kept if isinstance(feature_acts, LazyActs) else None
+        raw = self.own_code(feature_acts)
         if raw is None:
             yield from super()._iterable_decode(feature_acts, include_outer_loss)
             return

@@ -68,6 +68,11 @@ class _Member:
         """The same names as the module has them now."""
         if self.sae is not None:
             return {name: getattr(self.sae, name) for name in self.parameters()}
+        if self.module is not None and not isinstance(self.module, HasDictionaries):
+            raise RuntimeError(
+                f"this optimizer's {type(self.module).__name__} was given back by fastsae.unaccelerate; make a new "
+                "optimizer for it"
+            )
         now = self.dictionaries if self.module is None else Dictionaries.of(self.module)
         return {**now.main, **now.others}
 
