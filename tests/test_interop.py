@@ -287,9 +287,9 @@ def test_a_rule_that_the_files_say_is_not_to_be_given(tmp_path: Path) -> None:
 
 def test_thresholds_in_float32_come_back_to_the_last_bit() -> None:
     theta = torch.cat([torch.logspace(-38, 38, 4001), torch.tensor([0.0, -1.0, torch.inf, 1e-45])])
-    found = jump_relu(theta, len(theta), dtype=torch.float32)
-    assert torch.equal(found["rule_state"]["log_threshold"].exp().float(), theta.clamp_min(0))
-    at_least = jump_relu(theta, len(theta), inclusive=True, dtype=torch.float32)["rule_state"]["log_threshold"]
+    _, state = jump_relu(theta, len(theta), dtype=torch.float32)
+    assert torch.equal(state["log_threshold"].exp().float(), theta.clamp_min(0))
+    at_least = jump_relu(theta, len(theta), inclusive=True, dtype=torch.float32)[1]["log_threshold"]
     below = at_least.exp().float()
     positive = theta > 0
     assert torch.equal(torch.nextafter(below, torch.full_like(below, torch.inf))[positive], theta[positive])

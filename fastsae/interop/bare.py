@@ -93,8 +93,7 @@ def read_overcomplete(files: Checkpoint, rule: Activation | None) -> Parts:
         W_enc, b_enc = (W_enc.double() * gain[:, None]).to(dtype), ((b_enc.double() - mean) * gain + shift).to(dtype)
     parts = Parts(rule or relu(), W_enc, rows.to(held[DICTIONARY].dtype), b_enc, W_enc.new_zeros(W_enc.shape[1]), False)
     if jumps:
-        found = jump_relu(held["thresholds"].exp(), len(rows), inclusive=True, dtype=dtype)
-        parts.rule, parts.rule_state = found["rule"], found["rule_state"]
+        parts.rule, parts.rule_state = jump_relu(held["thresholds"].exp(), len(rows), inclusive=True, dtype=dtype)
     return parts
 
 
@@ -133,8 +132,7 @@ def read_tracer(files: Checkpoint, rule: Activation | None) -> Parts:
     if THRESHOLD in held:
         if bool((held[THRESHOLD] < 0).any()):  # it passes what is between the threshold and 0, without a ReLU
             raise SavedModuleError(f"{path}: {THRESHOLD} is below 0 somewhere, and fastsae's acts are never negative")
-        found = jump_relu(held[THRESHOLD], len(W_dec), dtype=W_dec.dtype)
-        parts.rule, parts.rule_state = found["rule"], found["rule_state"]
+        parts.rule, parts.rule_state = jump_relu(held[THRESHOLD], len(W_dec), dtype=W_dec.dtype)
     return parts
 
 

@@ -114,8 +114,7 @@ def read(files: Checkpoint, rule: Activation | None) -> Parts:
                 raise SavedModuleError(f"{path} lacks group_sizes")
             parts.rule = Matryoshka(inner, groups=tuple(groups), weights=None if weights is None else tuple(weights))
     elif name == "JumpReluAutoEncoder":
-        found = jump_relu(held["threshold"], len(W_dec), dtype=W_enc.dtype)
-        parts.rule, parts.rule_state = found["rule"], found["rule_state"]
+        parts.rule, parts.rule_state = jump_relu(held["threshold"], len(W_dec), dtype=W_enc.dtype)
     elif name == "GatedAutoEncoder":
         parts.rule = Gated(l1=0.0)
         parts.rule_state = {"r_mag": held["r_mag"], "b_mag": held["mag_bias"]}

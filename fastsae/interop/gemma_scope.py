@@ -32,11 +32,9 @@ def _second(files: Checkpoint) -> str | None:
 
 
 def _parts(held: dict[str, Tensor]) -> Parts:
-    found = jump_relu(held["threshold"], len(held["b_enc"]), dtype=held["w_enc"].dtype)
+    rule, state = jump_relu(held["threshold"], len(held["b_enc"]), dtype=held["w_enc"].dtype)
     skip = held[SKIP].mT if SKIP in held else None
-    return Parts(
-        found["rule"], held["w_enc"].mT, held["w_dec"], held["b_enc"], held["b_dec"], False, skip, found["rule_state"]
-    )
+    return Parts(rule, held["w_enc"].mT, held["w_dec"], held["b_enc"], held["b_dec"], False, skip, state)
 
 
 def read_first(files: Checkpoint, rule: Activation | None) -> Parts:

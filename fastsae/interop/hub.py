@@ -49,9 +49,7 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
     parts = [*name.strip("/").split("/"), *(subfolder or "").strip("/").split("/")]
     if any(part in (".", "..") or "\\" in part for part in parts):
         raise SavedModuleError(f"{name} {subfolder or ''} leads out of the repository; name a folder or file inside it")
-    owner, base, *rest = name.strip("/").split("/")
-    repo = f"{owner}/{base}"
-    inside = "/".join([*rest, *(subfolder or "").strip("/").split("/")]).strip("/")
+    repo, inside = "/".join(parts[:2]), "/".join(parts[2:]).strip("/")
     unreachable = why_unreachable()
     try:
         if unreachable:

@@ -87,8 +87,9 @@ def read_first(files: Checkpoint, rule: Activation | None) -> Parts:
     if kind == "jumprelu" or (kind == "topk" and threshold > 0):  # trained as TopK, used above one threshold
         if threshold < 0:
             raise SavedModuleError(f"{cfg} has jump_relu_threshold = {threshold}, expected 0 or more")
-        found = jump_relu(torch.tensor(threshold, dtype=torch.float64), len(W_dec), dtype=W_enc.dtype)
-        parts.rule, parts.rule_state = found["rule"], found["rule_state"]
+        parts.rule, parts.rule_state = jump_relu(
+            torch.tensor(threshold, dtype=torch.float64), len(W_dec), dtype=W_enc.dtype
+        )
     elif kind == "topk":
         parts.rule = TopK(setting(config, cfg, "top_k", int))
     elif kind != "relu":
@@ -145,8 +146,7 @@ def read_second(files: Checkpoint, rule: Activation | None) -> Parts:
     if kind == "jumprelu":
         # act · s · norm > θ, which has the sign of both sides: a row of 0 is never active.
         theta_of = held[theta].double().exp() / (gate * of_input)
-        found = jump_relu(theta_of, len(W_dec), dtype=W_enc.dtype)
-        parts.rule, parts.rule_state = found["rule"], found["rule_state"]
+        parts.rule, parts.rule_state = jump_relu(theta_of, len(W_dec), dtype=W_enc.dtype)
     elif kind == "topk":
         parts.rule = TopK(setting(config, cfg, "top_k", int), weighted=by_norm)
     elif kind == "batchtopk":

@@ -100,7 +100,6 @@ class Parts:
             if t is not None
         }
         sae.load_state_dict({**tensors, EXTRA_STATE: sae.get_extra_state()}, assign=True)
-        sae.begin_counts_(device)
         return sae.eval()
 
 
@@ -113,8 +112,10 @@ def relu() -> ReLU:
     return ReLU(l1=0.0)
 
 
-def jump_relu(threshold: Tensor, d_sae: int, *, inclusive: bool = False, dtype: torch.dtype) -> dict[str, Any]:
-    """{"rule", "rule_state"} of relu(pre) where pre > threshold; a threshold is a number or (M,).
+def jump_relu(
+    threshold: Tensor, d_sae: int, *, inclusive: bool = False, dtype: torch.dtype
+) -> tuple[JumpReLU, dict[str, Tensor]]:
+    """The rule, and its state, of relu(pre) where pre > threshold; a threshold is a number or (M,).
 
     inclusive: where pre >= threshold, which is above the number before it: scores of `dtype` weights are float32 at
     least. With relu, a threshold below 0 is one of 0. Kept as a logarithm in float64, whose exponential, rounded to
@@ -124,8 +125,7 @@ def jump_relu(threshold: Tensor, d_sae: int, *, inclusive: bool = False, dtype: 
     if inclusive:
         theta = theta.to(torch.float64 if dtype == torch.float64 else torch.float32)
         theta = torch.nextafter(theta, torch.full_like(theta, -torch.inf))
-    rule = JumpReLU(l0=0.0, threshold=1.0)
-    return {"rule": rule, "rule_state": {"log_threshold": theta.double().clamp_min(0.0).log()}}
+    return JumpReLU(l0=0.0, threshold=1.0), {"log_threshold": theta.double().clamp_min(0.0).log()}
 
 
 def running_threshold(threshold: Tensor | float) -> dict[str, Tensor]:

@@ -174,8 +174,7 @@ def _set_rule(parts: Parts, name: str, config: dict[str, Any], cfg: Path, held: 
         parts.rule_state = {"r_mag": held["r_mag"], "b_mag": held["b_mag"]}
     elif "jumprelu" in name:
         threshold = held["threshold"] if "threshold" in held else held["log_threshold"].exp()
-        found = jump_relu(threshold, d_sae, dtype=parts.W_enc.dtype)
-        parts.rule, parts.rule_state = found["rule"], found["rule_state"]
+        parts.rule, parts.rule_state = jump_relu(threshold, d_sae, dtype=parts.W_enc.dtype)
 
 
 def _steps(widths: Any, d_sae: int, cfg: Path) -> list[int]:

@@ -20,6 +20,7 @@ from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.model.initial import unit_rows
 from fastsae.model.settings import Config, RecordsSettings, check_creation
+from fastsae.ops.products import per_latent
 from fastsae.ops.register import without_autocast
 from fastsae.reference import wide
 
@@ -105,7 +106,7 @@ class CrossLayerTranscoder(RecordsSettings):
         for own, rows, W, b in zip(chosen, flat, self.W_enc, self.b_enc, strict=True):
 
             def acts(x: Tensor, W: Tensor, b: Tensor, own: SparseCodes = own) -> SparseCodes:
-                pre = ops.active_dot(x, own, W, backend=self.backend) + b[own.indices.long()]
+                pre = ops.active_dot(x, own, W, backend=self.backend) + per_latent(b, own, self.backend)
                 return replace(own, acts=pre.to(x.dtype))
 
             codes.append(ops.encode_by(acts, rows, W, b, backend=self.backend).with_batch(tuple(x.shape[1:-1])))

@@ -11,6 +11,7 @@ acts of NaN, and changes no other token's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -163,6 +164,32 @@ def encode_topk(
         else encode_by(run, flat, W, b, pre_bias=pre_bias, backend=backend)
     )
     return codes.with_batch(tuple(x.shape[:-1]))
+
+
+def encode_topk_weighted(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    k: int,
+    weight: Tensor,
+    *,
+    pre_bias: Tensor | None = None,
+    screen: Screen | None = None,
+    precision: str = "exact",
+    backend: str | None = None,
+) -> SparseCodes:
+    """The pre-acts of each token at the k largest of relu(pre-act · weight); weight (M,), at least 0, is held fixed.
+
+    x (N, D); the other arguments as of `encode_topk`, whose `scale=` gives acts that are multiplied by it.
+    """
+    held = weight.detach().to(b.dtype)
+
+    def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+        codes = encode_topk(x, W, b, k, scale=held, screen=screen, precision=precision, backend=backend)
+        # Divided by the weight it was made with; an empty slot's may be 0.
+        return replace(codes, acts=codes.acts / torch.where(codes.acts == 0, 1.0, held[codes.indices.long()]))
+
+    return encode_by(run, x, W, b, pre_bias=pre_bias, backend=backend)
 
 
 def _fake_topk(x: Tensor, W: Tensor, b: Tensor, k: int, *_: Any) -> tuple[Tensor, ...]:

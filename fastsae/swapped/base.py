@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from fastsae import ops
 from fastsae.codes import Screen, SparseCodes
 from fastsae.model.losses import dead_rows
+from fastsae.model.parameters import DENSE_ABOVE
 from fastsae.ops import ledger as ledgers
-from fastsae.ops.encode import encode_by
+from fastsae.ops.encode import encode_by, encode_topk_weighted
 from fastsae.ops.gradients import latent_sums, rows_of
 from fastsae.ops.products import per_latent
 from fastsae.training.dictionaries import Dictionaries
@@ -30,8 +31,6 @@ from fastsae.warn import warn
 _raw = torch.ops.fastsae
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-DENSE_ABOVE = 0.04
-"""The share of active latents above which a dense product is faster than gathering rows; SparseAutoencoder's too."""
 ROOM = 16
 """Active latents per token that always go sparsely."""
 DEAD_PIECE = 2**24
@@ -61,16 +60,10 @@ class EncoderInputs:
 
     def topk(self, k: int, scale: Tensor | None = None) -> SparseCodes:
         """The raw pre-acts of the k latents of each token with the largest relu(pre-act · scale); scale (M,) >= 0."""
+        how: dict[str, Any] = {"pre_bias": self.pre_bias, "screen": self.screen}
         if scale is None:
-            codes = ops.encode_topk(self.x, self.W, self.b, k, pre_bias=self.pre_bias, screen=self.screen)
-            return self.noted(codes)
-        held = scale.detach()
-
-        def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
-            codes = ops.encode_topk(x, W, b, k, scale=held, screen=self.screen)
-            return replace(codes, acts=codes.acts / torch.where(held > 0, held, 1)[codes.indices.long()])
-
-        return self.noted(encode_by(run, self.x, self.W, self.b, pre_bias=self.pre_bias))
+            return self.noted(ops.encode_topk(self.x, self.W, self.b, k, **how))
+        return self.noted(encode_topk_weighted(self.x, self.W, self.b, k, scale, **how))
 
     def batch_topk(self, total: int, scale: Tensor | None = None) -> SparseCodes:
         """The raw pre-acts of the `total` largest relu(pre-act · scale) of the batch: a ragged code; scale (M,) > 0.

@@ -144,7 +144,7 @@ class SwappedTrainer:
     def take_over(cls, trainer: Any) -> None:
         trainer.optimizer = fused(trainer.optimizer, [trainer.ae], SWAPS)
         follow(trainer.scheduler, trainer.optimizer)
-        trainer.__class__ = SWAPS[type(trainer)] if type(trainer) in SWAPS else type(trainer)
+        trainer.__class__ = SWAPS.get(type(trainer), type(trainer))
 
     def start(self: Any, x: Tensor) -> None:
         """What the trainer does with its first batch."""

@@ -85,11 +85,14 @@ class SwappedSAE(Swapped):
         shape = (*x.shape[:-1], W.shape[0])
         return lazy_pre_acts(self.centred(source.x), W, b, source.scale, False, shape, source)
 
-    def decoded(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
-        """The reconstruction of a code of raw pre-acts, as the library's decode gives it."""
+    def recons(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
+        """The reconstruction of a code of raw pre-acts, in the decoder's own units."""
         out = ops.decode(raw, self.rows("W_dec")).view(*shape[:-1], -1) + self.parameter("b_dec")
-        out = self.hook_sae_recons(out)  # type: ignore[attr-defined]
-        out = self.run_time_activation_norm_fn_out(out)  # type: ignore[attr-defined]
+        return self.hook_sae_recons(out)  # type: ignore[attr-defined]
+
+    def decoded(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
+        """The same as the library's decode gives it."""
+        out = self.run_time_activation_norm_fn_out(self.recons(raw, shape))  # type: ignore[attr-defined]
         return self.reshape_fn_out(out, self.d_head)  # type: ignore[attr-defined]
 
     def encode(self, x: Tensor) -> Tensor:
@@ -357,8 +360,7 @@ class SwappedTranscoding(SwappedThreshold):
         return self.process_sae_in(x)  # type: ignore[attr-defined]
 
     def decoded(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
-        out = ops.decode(raw, self.rows("W_dec")).view(*shape[:-1], -1) + self.parameter("b_dec")
-        return self.hook_sae_recons(out)  # type: ignore[attr-defined]
+        return self.recons(raw, shape)
 
 
 class SwappedTranscoder(OverModule, SwappedTranscoding, Transcoder):

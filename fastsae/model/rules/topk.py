@@ -20,6 +20,7 @@ from fastsae.model.rules.base import (
     select_above,
     whole_number,
 )
+from fastsae.ops.encode import encode_topk_weighted
 from fastsae.ops.register import without_autocast
 
 
@@ -67,16 +68,7 @@ class TopK(Activation):
     ) -> Selected:
         if not self.weighted:
             return Selected(ops.encode_topk(x, W, b, self.k, **options.arguments()))
-        norms = rule_state["norms"]
-
-        def chosen(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
-            own: dict[str, Any] = {"precision": options.precision, "backend": options.backend}
-            codes = ops.encode_topk(x, W, b, self.k, scale=norms.to(b.dtype), screen=options.screen, **own)
-            # Divided by the scale it was made with; an empty slot's norm may be 0.
-            scale = norms.to(b.dtype)[codes.indices.long()]
-            return replace(codes, acts=codes.acts / torch.where(codes.acts == 0, 1.0, scale))
-
-        return Selected(ops.encode_by(chosen, x, W, b, pre_bias=options.pre_bias, backend=options.backend))
+        return Selected(encode_topk_weighted(x, W, b, self.k, rule_state["norms"], **options.arguments()))
 
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         if not self.weighted:
