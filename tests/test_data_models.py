@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastsae.data import ActivationStream, LanguageModel, ShardSource, StreamConfig, TextCorpus, harvest, load_model
+from fastsae.data import models as data_models
 from fastsae.data.contexts import token_strings
 from fastsae.data.filters import Ordinary
 from fastsae.data.hooks import HookedModel
@@ -23,6 +24,7 @@ from fastsae.data.splice import splice, steer
 from fastsae.model.rules import TopK
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.spliced import spliced_loss
+from tests.cli_case import write_text, write_tiny_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import tokenizers  # noqa: E402
@@ -328,3 +330,38 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         os.truncate(path, kept)
         with pytest.raises(ValueError, match=r"cannot load the model '.*tiny\.gguf': "):
             load_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        ("fpu avx2 avx512f", "cpu", torch.float32),
+        ("fpu avx2 avx512f avx512_bf16", "cpu", torch.bfloat16),
+        ("fp asimd bf16", "cpu", torch.bfloat16),
+        ("fpu avx2", "cuda", torch.bfloat16),
+        ("fpu avx2", "meta", torch.bfloat16),
+        (None, "cpu", torch.float32),
+    ],
+)
+def test_a_model_runs_in_what_is_fastest_on_its_device(
+    flags: str | None, device: str, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU that only emulates bf16 takes ten times as long with it and more."""
+    info = tmp_path / "cpuinfo"
+    if flags is not None:
+        info.write_text(f"processor : 0\nflags : {flags}\n")
+    monkeypatch.setattr(data_models, "CPUINFO", info)
+    assert data_models.fast_dtype(device) is expected
+
+
+def test_a_harvest_goes_on_in_the_type_in_which_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Perhaps on another machine: the rows would be of two models otherwise."""
+    model, text = write_tiny_model(tmp_path / "model"), write_text(tmp_path / "text.txt", words=20_000)
+    config = StreamConfig(hook=1, window=32, holdout=100)
+    given = (str(model), str(text), tmp_path / "acts", config)
+    monkeypatch.setattr(data_models, "fast_dtype", lambda device: torch.float32)
+    harvest(*given, rows=500, progress=False)
+    monkeypatch.setattr(data_models, "fast_dtype", lambda device: torch.bfloat16)
+    manifest = harvest(*given, rows=1000, progress=False)
+    assert manifest.rows >= 1000
+    assert manifest.provenance["model"]["dtype"] == "float32"

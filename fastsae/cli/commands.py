@@ -77,7 +77,7 @@ def run_harvest(options: Harvest) -> int:
         rows_per_shard=options.rows_per_shard,
         dtype=torch_dtype(options.dtype),
         progress=options.progress,
-        model_dtype=torch_dtype(options.model_dtype),
+        model_dtype=None if options.model_dtype is None else torch_dtype(options.model_dtype),
         device=str(checked_device(options.device)),
     )
     held = manifest.held_out.rows if manifest.held_out else 0

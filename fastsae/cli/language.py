@@ -158,9 +158,10 @@ def open_text(
     spec = options.model or (record.model if record else None)
     if not spec:
         raise ValueError(f"{name} does not record its language model; name it with --model")
-    dtype = options.model_dtype or (record.dtype if record and record.dtype else "bfloat16")
+    named = options.model_dtype or (record.dtype if record else None)
+    dtype = None if named is None else torch_dtype(named)
     model = load_for(
-        spec, corpus, config, dtype=torch_dtype(dtype), device=str(checked_device(device)), head=True,
+        spec, corpus, config, dtype=dtype, device=str(checked_device(device)), head=True,
         tokens=options.tokens or 0,
     )  # fmt: skip
     if record and not options.any_model and (other := other_model(model, record)):

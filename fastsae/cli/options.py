@@ -12,6 +12,7 @@ import tyro
 from fastsae.cli.rules import RuleOptions, rule_options
 from fastsae.data.documents import FIELD, TOKEN_TYPE, TokenType
 from fastsae.data.live import LiveSource
+from fastsae.data.models import fast_dtype
 from fastsae.data.stream import StreamConfig
 from fastsae.data.text import load_text
 from fastsae.interop.registry import FORMATS, WRITTEN
@@ -175,8 +176,8 @@ class LiveOptions:
     """Rows of the shuffle buffer."""
     model_device: str = "cpu"
     """Device of the language model."""
-    model_dtype: FloatType = "bfloat16"
-    """Type in which the language model runs."""
+    model_dtype: FloatType | None = None
+    """Type in which the language model runs. Left out: what is fastest on its device."""
     prefetch: Switch = False
     """Run the model on a separate thread while the autoencoder trains; for a model on another device."""
 
@@ -188,7 +189,11 @@ class LiveOptions:
 
     def notes(self) -> dict[str, Any]:
         """For config.json."""
-        return {**dataclasses.asdict(self), "hook": (), "stream": self.config.to_record()}
+        chosen = {"hook": (), "stream": self.config.to_record(), "model_dtype": self.chosen_dtype()}
+        return {**dataclasses.asdict(self), **chosen}
+
+    def chosen_dtype(self) -> str:
+        return self.model_dtype or str(fast_dtype(self.model_device)).removeprefix("torch.")
 
     def open(self, target: tuple[Hook, ...] = ()) -> LiveSource:
         """Loads the model and starts the stream. Raises ValueError for anything missing or not found."""
@@ -199,7 +204,7 @@ class LiveOptions:
         corpus = load_text(self.text, field=self.text_field, token_type=self.token_type)
         return LiveSource(
             self.model, corpus, config, target=target or None, buffer_rows=self.buffer_rows, prefetch=self.prefetch,
-            model_dtype=torch_dtype(self.model_dtype), device=str(checked_device(self.model_device)),
+            model_dtype=torch_dtype(self.chosen_dtype()), device=str(checked_device(self.model_device)),
         )  # fmt: skip
 
     @classmethod
@@ -239,8 +244,8 @@ class Harvest(Common):
     """Type of the stored rows."""
     device: str = "cpu"
     """Device of the language model: cpu, cuda, cuda:1."""
-    model_dtype: FloatType = "bfloat16"
-    """Type in which the language model runs; float32 is faster on a CPU with only AVX2."""
+    model_dtype: FloatType | None = None
+    """Type in which the language model runs. Left out: what is fastest on its device, or as it was begun."""
     threads: int | None = None
     """CPU threads. Left out: torch's default."""
     progress: bool = True

@@ -33,15 +33,16 @@ def harvest(
     rows: int,
     rows_per_shard: int = 65_536,
     dtype: torch.dtype = torch.bfloat16,
-    model_dtype: torch.dtype = torch.bfloat16,
+    model_dtype: torch.dtype | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> Manifest:
     """Store at least `rows` training rows (whole batches) and config.holdout held-out ones in `folder`.
 
     model, text: spec strings (see `load_model`, `load_text`) or the objects themselves; a model given by its spec is
-    loaded in model_dtype on `device`, only if rows are missing, and after what can be said of hooks and text without
-    it; a model itself runs in its own dtype, where it is. dtype: of the stored rows. Of several hooks
+    loaded in model_dtype on `device` (None: as in an earlier call for this folder, else in what is fastest there), only
+    if rows are missing, and after what can be said of hooks and text without it; a model itself runs in its own dtype,
+    where it is. dtype: of the stored rows. Of several hooks
     (config.hook) each has files of its own, with the same rows in the same order, all from one pass. The folder also
     stores the windows of token ids, each row's place in them and the tokenizer's strings, so that a row's text can be
     shown without the model. The text is read once: if it ends early, there are fewer rows and a warning.
@@ -65,7 +66,8 @@ def harvest(
         log.info("%s already holds %d rows", folder, done.rows)
         return done
     if isinstance(model, str):
-        language_model = load_for(model, corpus, config, dtype=model_dtype, device=device)
+        dtype_here = _recorded_dtype(Path(folder)) if model_dtype is None else model_dtype
+        language_model = load_for(model, corpus, config, dtype=dtype_here, device=device)
     else:
         language_model = model
     stream = ActivationStream(language_model, corpus, config, repeat=False)
@@ -110,6 +112,12 @@ def _finished(folder: Path, settings: dict[str, Any], rows: int) -> Manifest | N
     for entry in manifest.entries():
         entry.check_size(folder)
     return manifest
+
+
+def _recorded_dtype(folder: Path) -> torch.dtype | None:
+    """The type in which an earlier call, perhaps on another machine, ran the model."""
+    recorded = Manifest.read(folder).provenance if (folder / MANIFEST).exists() else {}
+    return getattr(torch, recorded["model"]["dtype"]) if recorded else None
 
 
 def _describe_or_compare(writer: ShardWriter, language_model: LanguageModel, stream: ActivationStream) -> None:

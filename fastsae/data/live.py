@@ -74,7 +74,7 @@ class LiveSource:
         target: Hooks | None = None,
         buffer_rows: int = 65_536,
         dtype: torch.dtype | None = torch.float32,
-        model_dtype: torch.dtype = torch.bfloat16,
+        model_dtype: torch.dtype | None = None,
         device: str = "cpu",
         prefetch: bool = False,
     ):

@@ -210,7 +210,7 @@ def load_for(
     corpus: Corpus,
     config: StreamConfig,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: str = "cpu",
     head: bool = False,
     tokens: int = 0,

@@ -65,7 +65,7 @@ def promoted_of_run(run: OpenedRun, latents: Sequence[int], names: Sequence[str]
         record = language_of_run(run.config)
         if record is None:
             return {}, ""
-        dtype = getattr(torch, record.dtype or "bfloat16")
+        dtype = None if record.dtype is None else getattr(torch, record.dtype)
         model = load_model(record.model, dtype=dtype, head=True, download=False)
         if other := other_model(model, record):
             raise ValueError(other)

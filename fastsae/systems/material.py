@@ -75,7 +75,7 @@ class Material:
         """See `lacking`."""
         return lacking(self.model, self.text)
 
-    def language_model(self, dtype: torch.dtype = torch.bfloat16) -> LanguageModel:
+    def language_model(self, dtype: torch.dtype) -> LanguageModel:
         """The model with its head; of this dtype, and loaded once, where it was given by a spec."""
         return _loaded(self.model, dtype) if isinstance(self.model, str) else self.model
 
@@ -111,13 +111,13 @@ def lacking(model: str | LanguageModel | None, text: str | Corpus) -> str | None
 class InModel:
     """A language model, held-out text, and the tokens at which an SAE of a material takes the activations' place.
 
-    model     with its head, in bfloat16 as in the harvest where it was given by a spec.
+    model     with its head, in the harvest's dtype where it was given by a spec.
     ids       (windows, window) int64.
     ordinary  the tokens that the SAE was trained on: not the first of a window, no activations of a huge norm.
     """
 
     def __init__(self, material: Material, source: ShardSource, tokens: int):
-        self.model = material.language_model()
+        self.model = material.language_model(getattr(torch, source.manifest.provenance["model"]["dtype"]))
         self.hook = material.stream.one_hook
         corpus = load_text(material.text) if isinstance(material.text, str) else material.text
         stream = ActivationStream(self.model, corpus, material.stream)
