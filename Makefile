@@ -5,7 +5,7 @@
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
 #   make test-peers  the tests that need SAELens, sparsify and dictionary_learning: accelerate, load and save, hosts
-#   make bench   time whole steps and write bench/results/, then redraw plots and the README's table
+#   make bench   time whole steps and write bench/results/, then redraw plots and docs/benchmarks.md
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
 #   make venv    the environment alone             make clean   remove what make made
 #   make kernels-check   compile the Triton kernels for every target, without a GPU, and compare with the table

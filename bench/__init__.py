@@ -1,1 +1,1 @@
-"""Cases, timing, references, peers and the results that the README's numbers are made from. Not installed."""
+"""Cases, timing, references, peers and the results that all published numbers are made from. Not installed."""

@@ -1,12 +1,13 @@
-"""`python -m bench.plot`: the plots and the README's numbers, from bench/results/ and from nothing else.
+"""`python -m bench.plot`: plots, the tables of docs/benchmarks.md and the README's headline, from bench/results/ alone.
 
-Writes <device>/*.svg and *.png beside the results, and replaces what stands between README.md's two markers.
+Writes <device>/*.svg and *.png beside the results, and replaces what stands between two markers of each page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from matplotlib.figure import Figure
 from bench import results
 from bench.machine import ROOT
 
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- numbers: begin (python -m bench.plot) -->", "<!-- numbers: end -->"
+DENSE = {"dense fp32": "dense PyTorch in fp32", "dense bf16": "in bf16"}
+HEADLINE = "<!-- headline: begin (python -m bench.plot) -->", "<!-- headline: end -->"
 NO_RESULTS = "No results yet: `make bench` measures this machine and fills in this section."
 PRIMARY = "random"
 PARTS = ("encode", "decode", "loss", "update")
@@ -110,10 +114,10 @@ def cases_table(found: Sequence[dict[str, Any]]) -> str:
     return table(head, lines)
 
 
-def smaller(folder: Path, found: Sequence[dict[str, Any]]) -> list[str]:
-    """A line on shapes smaller than the headline's, which gain less: of `--shape`, and of the family's real runs."""
+def smaller(folder: Path) -> list[str]:
+    """What shapes other than the headline's gain, mostly less: of `--shape`, and of the family's real runs."""
     said = []
-    for result in found:
+    for result in results.read(folder):
         case, ratio = result["case"], times(result, "dense fp32")
         if case["name"].startswith("shape-") and ratio != "-":
             said.append(f"{ratio} at N={case['N']}, D={case['D']}, M={case['M']}, K={case['K']}")
@@ -122,7 +126,7 @@ def smaller(folder: Path, found: Sequence[dict[str, Any]]) -> list[str]:
         if entry["rule"] == {"kind": "topk", "k": 32} and "times" in entry:
             s, ratio = entry["settings"], entry["times"]["dense fp32"]["ms"] / entry["times"]["fastsae"]["ms"]
             said.append(f"{ratio:.1f}× at N={s['batch']}, M={s['M']}, K=32 on real activations")
-    return [f"Other shapes, against dense fp32: {'; '.join(said)}."] if said else []
+    return said
 
 
 def engine(result: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +145,48 @@ def provenance(result: dict[str, Any]) -> str:
     )
 
 
-def section(folder: Path) -> str:
-    """One device's part of the README."""
+def headline(results_folder: Path, readme: Path) -> str:
+    """The README's figure and sentence: the device with the fastest step, and every other one beside it."""
+    primary = {
+        result["machine"]["device"]: (folder, result)
+        for folder in sorted(results_folder.glob("*"))
+        for result in results.read(folder)
+        if (result["case"]["name"], result["isa"]) == (PRIMARY, "best")
+    }
+    if not primary:
+        return NO_RESULTS
+    ordered = sorted(primary.values(), key=lambda pair: step_ms(pair[1], "fastsae") or float("inf"))
+    folder, result = ordered[0]
+    case, machine, peer = result["case"], result["machine"], best_peer(result)
+    faster = [f"{times(result, name)} as fast as {text}" for name, text in DENSE.items() if times(result, name) != "-"]
+    if peer is not None:
+        library = label(peer, result["contestants"][peer])
+        faster.append(f"{times(result, peer)} as fast as the fastest public library ({library})")
+    sizes = f"{case['N']:,} tokens, D={case['D']}, M={case['M']:,}, K={case['K']}"
+    took = f"{milliseconds(step_ms(result, 'fastsae'))} ms on {machine['threads']} threads of an {machine['device']}"
+    others = [f"{times(one, 'dense fp32')} ({times(one, best_peer(one))}) on an {one['machine']['device']}"
+              for _, one in ordered[1:]]  # fmt: skip
+    others += [line for where in sorted(results_folder.glob("*")) for line in smaller(where)]
+    less = f" Against dense fp32 (and that library) it is {'; '.join(others)}." if others else ""
+    return (
+        f"![tokens per second]({link(folder / 'contestants.svg', readme)})\n\n"
+        f"**{', '.join(faster)}**: a whole training step of {sizes}, in {took}.{less} "
+        f"[All tables]({link(PAGE, README)})."
+    )
+
+
+def link(path: Path, page: Path) -> str:
+    """The address of a file as a page names it."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def pictures(folder: Path, page: Path) -> list[str]:
+    """Every picture of a folder, as Markdown of this page."""
+    return [f"![{path.stem}]({link(path, page)})" for path in sorted(folder.glob("*.svg"))]
+
+
+def section(folder: Path, page: Path) -> str:
+    """One device's part of docs/benchmarks.md."""
     found = results.read(folder)
     by_name = {(result["case"]["name"], result["isa"]): result for result in found}
     main = by_name.get((PRIMARY, "best"))
@@ -152,11 +196,11 @@ def section(folder: Path) -> str:
         sizes = f"N={case['N']}, D={case['D']}, M={case['M']}, K={case['K']}"
         blocks += [provenance(main), f"{sizes}, random inputs and weights:", contestants_table(main)]
         blocks += [f"Left out: {name}: {reason}" for name, reason in main["left_out"].items()]
-    blocks += smaller(folder, found)
+    other = smaller(folder)
+    blocks += [f"Other shapes, against dense fp32: {'; '.join(other)}."] if other else []
     shown = [result for result in found if not result["case"]["name"].startswith("sweep-")]
     blocks += ["All cases, each against the others in the same run:", cases_table(shown)]
-    pictures = [f"![{p.stem}]({p.relative_to(ROOT)})" for p in sorted(folder.glob("*.svg")) if ROOT in p.parents]
-    return "\n\n".join([*blocks, *pictures])
+    return "\n\n".join([*blocks, *pictures(folder, page)])
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
@@ -231,7 +275,7 @@ def plot(folder: Path) -> None:
 
 
 def with_numbers(page: str, text: str, first: str = BEGIN, last: str = END) -> str:
-    """The README, or another page, with `text` between two markers. Raises ValueError where one is missing."""
+    """A page with `text` between two markers. Raises ValueError where one is missing."""
     before, begin, rest = page.partition(first)
     _, end, after = rest.partition(last)
     if not begin or not end:
@@ -239,24 +283,35 @@ def with_numbers(page: str, text: str, first: str = BEGIN, last: str = END) -> s
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
-def renew(results_folder: Path, readme: Path) -> int:
-    """Plots every device and puts its tables into the README. Returns the number of devices."""
+def texts(results_folder: Path, page: Path, readme: Path) -> dict[Path, str]:
+    """The two pages with the numbers of these results."""
+    folders = sorted(folder for folder in results_folder.glob("*") if results.read(folder))
+    tables = "\n\n".join(section(folder, page) for folder in folders) or NO_RESULTS
+    return {
+        page: with_numbers(page.read_text(), tables),
+        readme: with_numbers(readme.read_text(), headline(results_folder, readme), *HEADLINE),
+    }
+
+
+def renew(results_folder: Path, page: Path, readme: Path) -> int:
+    """Plots every device and puts its numbers into both pages. Returns the number of devices."""
     folders = sorted(folder for folder in results_folder.glob("*") if results.read(folder))
     for folder in folders:
         plot(folder)
         results.write_csv(folder)
-    text = "\n\n".join(section(folder) for folder in folders) or NO_RESULTS
-    readme.write_text(with_numbers(readme.read_text(), text))
+    for path, text in texts(results_folder, page, readme).items():
+        path.write_text(text)
     return len(folders)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=results.RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args()
-    devices = renew(options.results, options.readme)
-    print(f"{devices} devices plotted; numbers written to {options.readme}")
+    devices = renew(options.results, options.page, options.readme)
+    print(f"{devices} devices plotted; numbers written to {options.page} and {options.readme}")
 
 
 if __name__ == "__main__":

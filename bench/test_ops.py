@@ -1,7 +1,7 @@
 """`pytest bench`: every op on its own, beside what torch would do, with pytest-benchmark.
 
 `pytest bench --benchmark-only -k encode` narrows it down; `--benchmark-json FILE` keeps the numbers. The results that
-the README shows come from `python -m bench`, which takes turns and checks; this is for working on one op.
+docs/benchmarks.md shows come from `python -m bench`, which takes turns and checks; this is for working on one op.
 """
 
 from __future__ import annotations

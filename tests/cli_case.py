@@ -9,7 +9,7 @@ SPECIAL = ["<unk>", "<s>"]
 WORDS = [*SPECIAL, "the", "sea", "king", "of", "<b>bold</b>", "&", '"quoted"', "##", *(f"w{i}" for i in range(54))]
 
 
-def write_tiny_model(folder: Path, *, head: bool = False, seed: int = 0) -> Path:
+def write_tiny_model(folder: Path, *, head: bool = False, seed: int = 0, longest: int = 64) -> Path:
     """A random two-layer Llama of width 16 with a word tokenizer, in the files that transformers reads."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -20,7 +20,7 @@ def write_tiny_model(folder: Path, *, head: bool = False, seed: int = 0) -> Path
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<s>").save_pretrained(folder)
     torch.manual_seed(seed)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, **shape)
+    config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=longest, **shape)
     (LlamaForCausalLM if head else LlamaModel)(config).save_pretrained(folder)
     return folder
 

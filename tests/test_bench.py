@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -236,7 +237,7 @@ def test_shapes_of_ones_own_are_measured_and_published(tmp_path: Path, capsys: p
     assert not (folder / "random.json").exists()
     assert "2 cases in" in capsys.readouterr().out
     (folder / "few.json").write_text('{"format": 1, "rows": []}')  # another benchmark's
-    text = plot.section(folder)
+    text = plot.section(folder, tmp_path / "page.md")
     for result, sizes in zip(results.read(folder), ("N=33, D=16, M=64, K=1", "N=64, D=24, M=300, K=5"), strict=True):
         assert f"{plot.times(result, 'dense fp32')} at {sizes}" in text
     with pytest.raises(SystemExit):
@@ -294,17 +295,26 @@ def test_bench_writes_results_plots_and_numbers(tmp_path: Path, capsys: pytest.C
     assert len(csv) == 1 + 2 * 4 * 6
     assert "x fastsae" in capsys.readouterr().out
 
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
-    plot.renew(tmp_path, readme)
-    text = readme.read_text()
+    page, readme = tmp_path / "benchmarks.md", tmp_path / "README.md"
+    page.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
+    readme.write_text("\n".join(plot.HEADLINE))
+    plot.renew(tmp_path, page, readme)
+    text = page.read_text()
+    assert f"![tokens per second]({folder.name}/contestants.svg)" in readme.read_text()
+    assert re.search(r"\*\*[\d.]+× as fast as dense PyTorch in fp32", readme.read_text())
     assert text.startswith("before")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| **fastsae** |" in text
     assert {"contestants.svg", "contestants.png", "parts.svg"} <= {p.name for p in folder.iterdir()}
-    plot.renew(tmp_path, readme)
-    assert readme.read_text() == text, "the same results should give the same README"
+    said = readme.read_text()
+    plot.renew(tmp_path, page, readme)
+    assert (page.read_text(), readme.read_text()) == (text, said), "the same results should give the same pages"
+
+
+def test_pages_have_the_numbers_of_the_results() -> None:
+    for path, text in plot.texts(results.RESULTS, plot.PAGE, plot.README).items():
+        assert path.read_text() == text, "run python -m bench.plot"
 
 
 def test_readme_without_markers_is_refused() -> None:

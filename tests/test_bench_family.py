@@ -16,7 +16,7 @@ from bench.family import draw, quality, speed
 from bench.family.__main__ import main
 from bench.family.store import Store, read
 from bench.machine import ROOT
-from bench.plot import with_numbers
+from bench.plot import PAGE, with_numbers
 from bench.results import RESULTS
 from fastsae import reference
 from tests.family_case import RULES, D, M, tokens
@@ -73,9 +73,9 @@ def test_both_parts_run_resume_and_draw(tmp_path: Path) -> None:
     files = {path.name for path in draw.draw(folder)}
     assert files == {"family.md", "quality.svg", "quality.png", "speed.svg", "speed.png"}
     text = (folder / "family.md").read_text()
-    section = draw.section(folder.parent.parent)
+    section = draw.section(folder.parent.parent, tmp_path / "docs" / "page.md")
     assert text.strip() in section
-    assert "![speed](bench/results/device/family/speed.svg)" in section
+    assert "![speed](../bench/results/device/family/speed.svg)" in section
     assert "× TopK's time, at most 1.6×" in text
     assert text.count("\n| ReLU |") == 3
 
@@ -89,10 +89,10 @@ def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "speed.json").exists()
 
 
-def test_the_readme_has_the_numbers_of_the_results() -> None:
+def test_the_page_has_the_numbers_of_the_results() -> None:
     """The tables between the markers are those that the result files give."""
-    readme = (ROOT / "README.md").read_text()
-    assert with_numbers(readme, draw.section(RESULTS), draw.BEGIN, draw.END) == readme
+    page = PAGE.read_text()
+    assert with_numbers(page, draw.section(RESULTS, PAGE), draw.BEGIN, draw.END) == page
 
 
 def test_toy_sizes_do_not_replace_results(capsys: pytest.CaptureFixture[str]) -> None:

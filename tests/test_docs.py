@@ -1,4 +1,4 @@
-"""The README's Python code runs unchanged, and the names in it exist."""
+"""README, CONTRIBUTING and docs/: their Python code runs unchanged, and the names and files in them exist."""
 
 from __future__ import annotations
 
@@ -12,24 +12,75 @@ import pytest
 import torch
 
 from bench import demo
+from tests.cli_case import write_text, write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 FOLDERS = ("fastsae", "kernels", "csrc", "bench", "tests")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+PEERS_NEEDED = ("docs/accelerate.md",)
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def run_page(page: str, blocks: list[str]) -> dict[str, object]:
+    """Runs a page's blocks as its reader would: one after the other, in one session."""
+    names: dict[str, object] = {"__name__": "page"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p) and p not in (*PEERS_NEEDED, "docs/tutorial.md")])
+def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "readme"}
-    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+    names = run_page(page, blocks_of(page))
     assert "sae" in names or not torch.cuda.is_available()  # the block for a GPU does nothing without one
 
 
+def test_the_tutorial_runs_on_a_small_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its lines unchanged, but for the model, the text and three sizes."""
+    model, text = (
+        write_tiny_model(tmp_path / "model", head=True, longest=256),
+        write_text(tmp_path / "sea.txt", words=60_000),
+    )
+    blocks, number = blocks_of("docs/tutorial.md"), r"^ROWS, STEPS, D_SAE = .*$"
+    first, found = re.subn(number, "ROWS, STEPS, D_SAE = 2000, 4, 64", blocks[0], flags=re.MULTILINE)
+    assert found == 1
+    names = f'MODEL, TEXT, HOOK = "{model}", "{text}", 1'
+    first, found = re.subn(r"^MODEL, TEXT, HOOK = .*$", names, first, flags=re.MULTILINE)
+    assert found == 1
+    monkeypatch.chdir(tmp_path)
+    run_page("docs/tutorial.md", [first, *blocks[1:]])
+    said = capsys.readouterr().out
+    assert "FVU" in said
+    assert said.count("My favourite") == 0, "the tiny tokenizer knows no such words, and the steered text came from it"
+    assert len(re.findall(r"^(?:0|40|80)\.0 '", said, re.MULTILINE)) == 3
+
+
 def test_there_are_blocks_to_run() -> None:
-    assert len(BLOCKS) == 5
-    assert len(BLOCKS[0].strip().splitlines()) <= 12
+    assert len(blocks_of("README.md")) == 3
+    assert len(blocks_of("README.md")[0].strip().splitlines()) <= 12
+    assert len(README.splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for address in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+        path = "".join(address).partition("#")[0]
+        if path and not path.startswith("http"):
+            assert ((ROOT / page).parent / path).exists(), f"{page} links to {path}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    assert {page for page in PAGES if page != "README.md"} <= set(re.findall(r"\]\(([^)]+)\)", README))
 
 
 def test_the_demo_is_as_long_as_it_says() -> None:
@@ -58,7 +109,7 @@ def test_an_older_python_is_refused_with_what_to_do(version: str, fits: bool, tm
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", README + CONTRIBUTING, re.MULTILINE))
     assert {"demo", "test", "bench", "lint"} <= named <= targets
 
 
@@ -69,7 +120,7 @@ def test_commands_exist() -> None:
 
 
 def test_named_files_exist() -> None:
-    tree = README.split("## What lies where")[1].split("```")[1]
+    tree = ARCHITECTURE.split("## What lies where")[1].split("```")[1]
     for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
         assert any(path for folder in FOLDERS for path in (ROOT / folder).rglob(name)), name
     for folder in re.findall(r"^([a-z]+(?:/[a-z]+)?)/ ", tree, re.MULTILINE):

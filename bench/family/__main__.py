@@ -13,6 +13,7 @@ import bench.family as package
 from bench import machine
 from bench.family import draw, quality, speed
 from bench.family.store import Store
+from bench.plot import PAGE
 from bench.results import RESULTS
 
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in draw.draw(folder):
         print(path)
     if options.out is None:
-        draw.renew_readme(RESULTS, machine.ROOT / "README.md")
+        draw.renew_page(RESULTS, PAGE)
     if wrong:
         print(f"wrong: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""The family's tables and plots, from its result files and from nothing else; and its section of the README.
+"""The family's tables and plots, from its result files and from nothing else; and its section of docs/benchmarks.md.
 
 family.md, quality.svg (FVU against L0), speed.svg (how long the dense versions take), each with a PNG beside it.
 """
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from bench.family import speed
 from bench.family.rules import MATRYOSHKA_TARGET
 from bench.family.store import read
-from bench.plot import milliseconds, save, table, with_numbers
+from bench.plot import milliseconds, pictures, save, table, with_numbers
 
 BEGIN, END = "<!-- family: begin (python -m bench.family --part draw) -->", "<!-- family: end -->"
 NO_RESULTS = "No results yet: `python -m bench.family` measures this machine and fills in this section."
@@ -150,17 +150,15 @@ def draw(folder: Path) -> list[Path]:
     return written
 
 
-def section(results_folder: Path) -> str:
-    """The README's section: every device's tables and plots."""
+def section(results_folder: Path, page: Path) -> str:
+    """The section of docs/benchmarks.md: every device's tables and plots."""
     blocks = []
     for folder in sorted(results_folder.glob("*/family")):
         text = tables(folder).strip()
-        pictures = [f"![{p.stem}]({p.relative_to(results_folder.parent.parent)})" for p in sorted(folder.glob("*.svg"))]
-        blocks += [f"### {folder.parent.name}: the family", text, *pictures] if text else []
+        blocks += [f"### {folder.parent.name}: the family", text, *pictures(folder, page)] if text else []
     return "\n\n".join(blocks) or NO_RESULTS
 
 
-def renew_readme(results_folder: Path, readme: Path) -> None:
-    """Puts the section between the README's markers. Raises ValueError where they are missing."""
-    text = with_numbers(readme.read_text(), section(results_folder), BEGIN, END)
-    readme.write_text(text)
+def renew_page(results_folder: Path, page: Path) -> None:
+    """Puts the section between the page's markers. Raises ValueError where they are missing."""
+    page.write_text(with_numbers(page.read_text(), section(results_folder, page), BEGIN, END))
