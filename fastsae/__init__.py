@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastsae import ops, optim
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
-from fastsae.interop.registry import load, save
+from fastsae.interop.registry import load, push_to_hub, save
 from fastsae.model.cross_layer import CrossLayerTranscoder
 from fastsae.model.resample import resample_
 from fastsae.model.rules import AbsTopK, BatchTopK, Gated, GroupMax, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
@@ -71,6 +71,6 @@ __all__ = [
     "AbsTopK", "BackendError", "BatchTopK", "BatchTrainStep", "CrossLayerTranscoder", "ForwardResult",
     "FusedTrainStep", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU",
     "SAEBatch", "Schedule", "Screen", "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "accelerate",
-    "as_saebench", "as_saelens", "backends", "evaluate", "load", "ops", "optim", "register_saelens", "resample_",
-    "save", "splice", "spliced_loss", "steer", "unaccelerate",
+    "as_saebench", "as_saelens", "backends", "evaluate", "load", "ops", "optim", "push_to_hub", "register_saelens",
+    "resample_", "save", "splice", "spliced_loss", "steer", "unaccelerate",
 ]  # fmt: skip

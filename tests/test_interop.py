@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -472,6 +473,54 @@ def test_a_path_here_is_never_looked_for_on_the_hub(hub_cache: Path, tmp_path: P
     A, recon = CASES["sparsify-topk"](tmp_path / "org" / "saes", drawer())
     agrees(fastsae.load("org/saes"), A, recon)
     refused("./org/none", "is not there; expected a directory written by fastsae.save")
+
+
+class Hub:
+    """The calls of huggingface_hub.HfApi that an upload makes, over a folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.private: dict[str, bool | None] = {}
+
+    def create_repo(self, repo: str, *, private: bool | None, exist_ok: bool) -> None:
+        assert exist_ok
+        (self.root / repo).mkdir(parents=True, exist_ok=True)
+        self.private.setdefault(repo, private)
+
+    def file_exists(self, repo: str, name: str) -> bool:
+        return (self.root / repo / name).exists()
+
+    def upload_file(self, *, path_or_fileobj: bytes, path_in_repo: str, repo_id: str) -> None:
+        (self.root / repo_id / path_in_repo).write_bytes(path_or_fileobj)
+
+    def upload_folder(self, *, folder_path: str, repo_id: str, path_in_repo: str | None) -> None:
+        shutil.copytree(folder_path, self.root / repo_id / (path_in_repo or "."), dirs_exist_ok=True)
+
+
+def test_an_sae_is_sent_to_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there as `load` wants it, beside others, and the card says how to load the first one."""
+    client = pytest.importorskip("huggingface_hub")
+    there = Hub(tmp_path)
+    monkeypatch.setattr(client, "HfApi", lambda: there)
+    sae = fastsae.SparseAutoencoder(6, 24, fastsae.TopK(3), seed=0).eval()
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    assert fastsae.push_to_hub(sae, "me/saes", subfolder="layer_3/", private=True) == "me/saes/layer_3"
+    assert fastsae.push_to_hub(sae, "me/saes", subfolder="for/saelens", format="saelens") == "me/saes/for/saelens"
+    assert fastsae.push_to_hub(sae, "me/one") == "me/one"
+    monkeypatch.chdir(tmp_path)
+    for name in ("me/saes/layer_3", "me/saes/for/saelens", "me/one"):
+        assert torch.equal(fastsae.load(name).encode(x).to_dense(), sae.encode(x).to_dense()), name
+    assert 'fastsae.load("me/saes/layer_3")' in (tmp_path / "me" / "saes" / "README.md").read_text()
+    assert there.private == {"me/saes": True, "me/one": None}
+    for repo, subfolder in (("me", None), ("me/saes/deep", None), ("me/saes", "../x")):
+        with pytest.raises(SavedModuleError, match="expected org/name, and a folder inside it"):
+            fastsae.push_to_hub(sae, repo, subfolder=subfolder)
+
+
+def test_a_hub_that_does_not_answer_takes_nothing(hub_cache: Path) -> None:
+    sae = fastsae.SparseAutoencoder(6, 24, fastsae.TopK(3), seed=0)
+    with pytest.raises(SavedModuleError, match=r"^the hub does not take me/saes: "):
+        fastsae.push_to_hub(sae, "me/saes")
 
 
 @pytest.mark.parametrize(

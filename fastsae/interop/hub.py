@@ -1,7 +1,7 @@
 """Checkpoints of the Hugging Face hub: `org/repo`, `org/repo/sub/folder` or `org/repo/a/file.safetensors`.
 
 What is in the local cache is used where the hub does not answer. Only the configurations and the weights of the one
-folder or file are fetched.
+folder or file are fetched. `upload` sends a folder there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import re
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 
 from fastsae.interop.files import SUFFIXES
 from fastsae.model.files import SavedModuleError
@@ -33,19 +34,9 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
     Raises ImportError where huggingface_hub is not installed, and SavedModuleError, in one line, where the repository
     or the file in it is not there, or not in the cache while the hub does not answer.
     """
-    try:
-        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is no file or folder here, and reading it from the hub needs huggingface_hub: "
-            "pip install huggingface_hub"
-        ) from error
+    client = _client(f"{name} is no file or folder here, and reading it from the hub")
     from fastsae.data.hub import why_unreachable
 
-    faults: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, OSError)
-    if importlib.util.find_spec("httpx") is not None:  # its client since 1.0; the one before raises OSErrors
-        faults = (*faults, importlib.import_module("httpx").HTTPError)
     parts = [*name.strip("/").split("/"), *(subfolder or "").strip("/").split("/")]
     if any(part in (".", "..") or "\\" in part for part in parts):
         raise SavedModuleError(f"{name} {subfolder or ''} leads out of the repository; name a folder or file inside it")
@@ -53,24 +44,66 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
     unreachable = why_unreachable()
     try:
         if unreachable:
-            root = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            root = Path(client.snapshot_download(repo, revision=revision, local_files_only=True))
         else:
-            names = HfApi().list_repo_files(repo, revision=revision)
+            names = client.HfApi().list_repo_files(repo, revision=revision)
             for wanted in _wanted(names, inside, repo):
-                local = Path(hf_hub_download(repo, wanted, revision=revision))
+                local = Path(client.hf_hub_download(repo, wanted, revision=revision))
             root = local.parents[len(PurePosixPath(wanted).parts) - 1]
-    except LocalEntryNotFoundError as error:
+    except client.errors.LocalEntryNotFoundError as error:
         raise SavedModuleError(
             f"{name} is neither a path here nor in the cache of the hub, which does not answer ({unreachable})"
         ) from error
-    except faults as error:
-        said = " ".join(str(error).split())[:200]
-        raise SavedModuleError(f"{name} is no path here, and the hub does not give {repo}: {said}") from error
+    except _faults(client) as error:
+        raise SavedModuleError(f"{name} is no path here, and the hub does not give {repo}: {_line(error)}") from error
     found = root / inside
     if not found.exists():
         where = f"the cache of the hub, which does not answer ({unreachable})" if unreachable else "the repository"
         raise SavedModuleError(f"{inside} of {repo} is not in {where}")
     return found, repo
+
+
+def upload(folder: Path, repo: str, subfolder: str | None, *, private: bool | None, card: str) -> str:
+    """Sends the files of a folder to a repository, made if it is not there, and returns their address.
+
+    card: the README.md of a repository that has none. Raises as `fetch`: ImportError, SavedModuleError.
+    """
+    client = _client(f"sending {repo} to the hub")
+    parts = (subfolder or "").strip("/").split("/")
+    if len(repo.split("/")) != 2 or not could_be(repo) or any(part in (".", "..") for part in parts):
+        raise SavedModuleError(
+            f"the repository is {repo!r}, the subfolder {subfolder!r}; expected org/name, and a folder inside it"
+        )
+    api = client.HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if not api.file_exists(repo, "README.md"):
+            api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo)
+        api.upload_folder(folder_path=str(folder), repo_id=repo, path_in_repo="/".join(parts) or None)
+    except _faults(client) as error:
+        raise SavedModuleError(f"the hub does not take {repo}: {_line(error)}") from error
+    return "/".join([repo, *parts]).rstrip("/")
+
+
+def _client(what: str) -> ModuleType:
+    """huggingface_hub, with its errors. Raises ImportError, naming what needs it, where it is not installed."""
+    try:
+        client = importlib.import_module("huggingface_hub")
+        importlib.import_module("huggingface_hub.errors")
+    except ImportError as error:
+        raise ImportError(f"{what} needs huggingface_hub: pip install huggingface_hub") from error
+    return client
+
+
+def _faults(client: ModuleType) -> tuple[type[Exception], ...]:
+    faults = (client.errors.HfHubHTTPError, client.errors.HFValidationError, OSError)
+    if importlib.util.find_spec("httpx") is None:  # its client since 1.0; the one before raises OSErrors
+        return faults
+    return (*faults, importlib.import_module("httpx").HTTPError)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _wanted(names: list[str], inside: str, repo: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -93,6 +94,36 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str], format: str 
     assert write is not None
     write(sae, root)
     return root
+
+
+def push_to_hub(
+    sae: SparseAutoencoder,
+    repo: str,
+    *,
+    subfolder: str | None = None,
+    format: str = OWN,
+    private: bool | None = None,
+) -> str:
+    """Saves `sae` in a repository `org/name` of the Hugging Face hub, and returns what `load` takes to read it back.
+
+    The repository is made if it is not there, with a README.md that says how to load it. subfolder: where in the
+    repository, so that it can hold several; format: as of `save`; private: whether a new repository is (None: as the
+    organization has it). Log in first: `hf auth login`, or the variable HF_TOKEN.
+    Raises SavedModuleError where the hub refuses or does not answer, and as `save`; ImportError where huggingface_hub
+    is not installed.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastsae-push-") as folder:
+        saved = save(sae, Path(folder) / "sae", format)
+        return hub.upload(saved, repo, subfolder, private=private, card=_card(repo, subfolder, as_sae(sae, "sae")))
+
+
+def _card(repo: str, subfolder: str | None, sae: SparseAutoencoder) -> str:
+    where = f"{repo}/{subfolder.strip('/')}" if subfolder else repo
+    return (
+        "---\nlibrary_name: fastsae\ntags:\n- sparse-autoencoder\n---\n\n"
+        f"# {repo}\n\nSparse autoencoder of {sae.d_sae:,} latents on rows of {sae.d_in:,} numbers, {sae.rule}.\n\n"
+        f'```python\nimport fastsae\n\nsae = fastsae.load("{where}")\n```\n'
+    )
 
 
 def _is_own(files: Checkpoint) -> bool:

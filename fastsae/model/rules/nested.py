@@ -57,10 +57,10 @@ class Matryoshka(Activation):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if bool(self.groups) == (self.sampled is not None):
-            both = f"both groups = {self.groups} and sampled = {self.sampled}"
+            neither, both = "neither groups nor sampled", f"both groups = {self.groups} and sampled = {self.sampled}"
             raise ValueError(
-                f"Matryoshka has {both if self.groups else 'neither groups nor sampled'}; give groups, sizes that sum to "
-                "d_sae, as (512, 1536, 2048), or sampled, the number of prefixes that each batch draws"
+                f"Matryoshka has {both if self.groups else neither}; give groups, sizes that sum to d_sae, as "
+                "(512, 1536, 2048), or sampled, the number of prefixes that each batch draws"
             )
         for size in self.groups:
             whole_number("Matryoshka", "groups", size)
