@@ -119,7 +119,7 @@ def describe() -> dict[str, object]:
     """Everything that a reader of a result needs to know about where and when it was measured."""
     import fastsae
 
-    changed = git("status", "--porcelain", "--", "fastsae", "kernels", "csrc", "bench/*.py", "setup.py")
+    changed = git("status", "--porcelain", "--", "fastsae", "csrc", "bench/*.py", "setup.py")
     return {
         "device": cpu_name(),
         "flags": cpu_flags(),

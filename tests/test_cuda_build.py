@@ -202,7 +202,7 @@ NOT_PACKED = ignore_patterns("__pycache__", "*.so", ".*")
 def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package's files, so that packing leaves nothing in this tree."""
     root = tmp_path_factory.mktemp("packed")
-    for folder in ("csrc", "kernels", "fastsae"):
+    for folder in ("csrc", "fastsae"):
         copytree(ROOT / folder, root / folder, ignore=NOT_PACKED)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         copy(ROOT / name, root)
@@ -219,7 +219,7 @@ def python(copied: Path, *arguments: str) -> None:
 
 
 def test_an_sdist_holds_every_source(copied: Path, tmp_path: Path) -> None:
-    wanted = files(copied, "csrc", "kernels", "fastsae") | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    wanted = files(copied, "csrc", "fastsae") | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
     assert {"csrc/cuda/exports.map", "csrc/cuda/decode.cu", "csrc/cuda/launch.h", "csrc/cpu/screen_i8.cpp"} <= wanted
     python(copied, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})")
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -230,6 +230,14 @@ def test_an_sdist_holds_every_source(copied: Path, tmp_path: Path) -> None:
 
 def test_a_wheel_holds_every_file_of_the_package(copied: Path, tmp_path: Path) -> None:
     python(copied, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path))
-    wanted = files(copied, "fastsae") | {f"fastsae/{name}" for name in files(copied, "kernels")}
+    wanted = files(copied, "fastsae")
     assert any(name.endswith(".css") for name in wanted)
     assert wanted - files(tmp_path, "fastsae") == set()
+
+
+def test_python_started_beside_the_clone_finds_the_package(tmp_path: Path) -> None:
+    """There the clone, a folder without __init__.py, is a namespace package for Python, if no path has a real one."""
+    (tmp_path / "fastsae").symlink_to(ROOT)
+    program = "import fastsae, fastsae.kernels; print(fastsae.TopK(3))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("TopK(k=3"), done.stderr

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
-FOLDERS = ("fastsae", "kernels", "csrc", "bench", "tests")
+FOLDERS = ("fastsae", "csrc", "bench", "tests")
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 PEERS_NEEDED = ("docs/accelerate.md",)
 

@@ -73,9 +73,8 @@ def run_copy(folder: Path, program: str = TWICE) -> subprocess.CompletedProcess[
 def copy(tmp_path: Path) -> Path:
     """The package and its sources, with the extension that is in use."""
     clean = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("fastsae", "kernels", "csrc"):
+    for name in ("fastsae", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=clean)
-    (tmp_path / "fastsae" / "kernels").symlink_to(tmp_path / "kernels")
     shutil.copy(ROOT / "setup.py", tmp_path)
     if installed := sys.modules.get("fastsae._cpu"):
         shutil.copy(str(installed.__file__), tmp_path / "fastsae")

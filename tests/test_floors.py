@@ -45,7 +45,7 @@ LONG_FILES: dict[str, str] = {}
 """Files of more than 700 lines, each with the reason why it is one file."""
 
 MAX_LINES = 700
-SOURCE_FOLDERS = ("fastsae", "kernels", "csrc", "bench", "tests")
+SOURCE_FOLDERS = ("fastsae", "csrc", "bench", "tests")
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -53,14 +53,12 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """The dotted name under which a file is imported: kernels/ is fastsae.kernels."""
+    """The dotted name under which a file is imported."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    if parts[0] == "kernels":
-        parts.insert(0, "fastsae")
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module_name(path): path for path in python_files("fastsae", "kernels")}
+FILES = {module_name(path): path for path in python_files("fastsae")}
 
 
 def floor(module: str) -> int:
@@ -165,7 +163,7 @@ def test_the_lowest_floors_import_little(parts: tuple[str, ...], allowed: set[st
 
 def test_environment_variables_are_read_in_one_place() -> None:
     wrong = []
-    for path in python_files("fastsae", "kernels", "bench"):
+    for path in python_files("fastsae", "bench"):
         if path == ROOT / "fastsae" / "env.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
@@ -189,7 +187,7 @@ def caught(handler: ast.ExceptHandler) -> set[str]:
 def test_no_broad_except() -> None:
     """`except BaseException` may clean up if it raises again. No handler may swallow an unknown error."""
     wrong = []
-    for path in python_files("fastsae", "kernels", "bench", "tests"):
+    for path in python_files("fastsae", "bench", "tests"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ExceptHandler):
                 continue
@@ -218,7 +216,7 @@ def import_time(statements: list[ast.stmt]) -> Iterator[ast.AST]:
 
 def test_nothing_is_printed_at_import() -> None:
     wrong = []
-    for path in python_files("fastsae", "kernels", "bench"):
+    for path in python_files("fastsae", "bench"):
         for node in import_time(ast.parse(path.read_text()).body):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in (
                 "print", "sys.stdout.write", "sys.stderr.write", "logging.basicConfig", "warnings.warn",

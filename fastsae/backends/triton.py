@@ -1,4 +1,4 @@
-"""The Triton backend: kernels/ behind the raw-op signatures, on CUDA (or ROCm) tensors; backends.gpu orders them.
+"""The Triton backend: fastsae.kernels behind the raw-op signatures, on CUDA or ROCm tensors; backends.gpu orders them.
 
 With Triton's interpreter on (TRITON_INTERPRET=1 before the first import) it computes on CPU tensors instead, slowly,
 for tests, and only for calls with backend="triton".

@@ -9,6 +9,8 @@ Flops: 2·nnz·D.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,7 +68,7 @@ def variants() -> list[Variant]:
                 "x_ptr": value, "acts_ptr": value, "indices_ptr": "*i32", "w_ptr": value, "out_ptr": value, "K": "i32",
                 "D": "i32",
             }  # fmt: skip
-            constants = {"RAGGED": ragged, "BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}
+            constants: dict[str, Any] = {"RAGGED": ragged, "BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}
             if ragged:
                 signature["offsets_ptr"] = "*i64"
             else:

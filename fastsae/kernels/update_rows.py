@@ -270,7 +270,7 @@ def variants() -> list[Variant]:
             c = choose(*widths)
             blocks = {"BLOCK_IN": c.BLOCK_IN, "BLOCK_OUT": c.BLOCK_OUT, "BLOCK_E": c.BLOCK_E}
             flags = {"UNIT_NORM": True, "STOCHASTIC": dtypes[1] == torch.bfloat16}
-            rows = {"": ONE_TERM if widths[0] == widths[1] else (*ONE_TERM, "pre_bias_ptr")}
+            rows: dict[str, tuple[str, ...]] = {"": ONE_TERM if widths[0] == widths[1] else (*ONE_TERM, "pre_bias_ptr")}
             if dtypes[0] == dtypes[1] and widths[0] == widths[1]:
                 rows |= {"/terms": (), "/tied": TIED, "/uncut": ONE_TERM + UNCUT}
             for option, absent in rows.items():
@@ -279,7 +279,8 @@ def variants() -> list[Variant]:
                     variant(_update_rows_kernel, name, dtypes, widths, absent, constants, c.num_warps, c.max_registers)
                 )
             if dtypes[0] == dtypes[1]:
-                for option, absent in (("", ONE_TERM), ("/terms", ())):
+                pieces: dict[str, tuple[str, ...]] = {"": ONE_TERM, "/terms": ()}
+                for option, absent in pieces.items():
                     name, constants = f"row_pieces{option}", blocks | {"BITS": 17}
                     found.append(
                         variant(

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -89,7 +91,7 @@ def variants() -> list[Variant]:
             "x_ptr": value, "w_ptr": value, "count_ptr": "*i32", "out_ptr": value, "N": "i32",
             "D": "i32", "width": "i32", "out_stride": "i32", "chunk": "i32", "stride": "i32",
         }  # fmt: skip
-        constants = {"BLOCK_N": c.BLOCK_N, "BLOCK_C": c.BLOCK_C, "BLOCK_D": c.BLOCK_D}
+        constants: dict[str, Any] = {"BLOCK_N": c.BLOCK_N, "BLOCK_C": c.BLOCK_C, "BLOCK_D": c.BLOCK_D}
         if listed:
             signature["rows_ptr"] = "*i32"
         else:

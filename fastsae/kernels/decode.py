@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -111,7 +113,7 @@ def variants() -> list[Variant]:
                 "acts_ptr": value, "indices_ptr": "*i32", "w_ptr": value, "out_ptr": value, "N": "i32", "K": "i32",
                 "D": "i32",
             }  # fmt: skip
-            constants = {"RAGGED": ragged, "BLOCK_N": c.BLOCK_N, "BLOCK_D": c.BLOCK_D, "UNROLL": c.UNROLL}
+            constants: dict[str, Any] = {"RAGGED": ragged, "BLOCK_N": c.BLOCK_N, "BLOCK_D": c.BLOCK_D, "UNROLL": c.UNROLL}
             if ragged:
                 signature["offsets_ptr"] = "*i64"
             else:

@@ -134,10 +134,13 @@ def variants() -> list[Variant]:
         for ragged in (False, True):
             for valued in (False, True):
                 layout = f"{'ragged' if ragged else 'fixed'}{'-valued' if valued else ''}"
-                pointers = {"acts_ptr": POINTERS[dtype], "indices_ptr": "*i32", "keys_ptr": "*i32", "rows_ptr": "*i32"}
-                absent = {}
+                pointers: dict[str, str] = {"acts_ptr": POINTERS[dtype], "indices_ptr": "*i32", "keys_ptr": "*i32", "rows_ptr": "*i32"}
+                absent: dict[str, None] = {}
                 for name, kind, present in (("offsets_ptr", "*i64", ragged), ("values_ptr", "*fp32", valued)):
-                    (pointers if present else absent)[name] = kind if present else None
+                    if present:
+                        pointers[name] = kind
+                    else:
+                        absent[name] = None
                 found.append(
                     Variant(
                         _list_slots_kernel,

@@ -11,6 +11,8 @@ Flops: 31·2 a survivor, integer.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -119,7 +121,7 @@ def variants() -> list[Variant]:
             "found_ptr": "*i32", "certified_ptr": "*i32",
             **dict.fromkeys(("N", "K", "width", "chunks", "survivors", "candidates"), "i32"),
         }  # fmt: skip
-        constants = {"ROUNDOFF": roundoff(torch.float16), "EXACT": True, "TABLE_ROWS": TABLE_ROWS, "BLOCK": block}
+        constants: dict[str, Any] = {"ROUNDOFF": roundoff(torch.float16), "EXACT": True, "TABLE_ROWS": TABLE_ROWS, "BLOCK": block}
         if rows:
             signature["rows_ptr"] = "*i32"
         else:
