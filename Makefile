@@ -4,7 +4,7 @@
 #   make test    the test suite                    make lint    ruff and mypy
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
-#   make test-peers  the tests that need SAELens, sparsify and dictionary_learning: accelerate, load and save, hosts
+#   make test-peers  the tests that need other SAE libraries (docs/accelerate.md): accelerate, load and save, hosts
 #   make bench   time whole steps and write bench/results/, then redraw plots and docs/benchmarks.md
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
 #   make venv    the environment alone             make clean   remove what make made
@@ -66,7 +66,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 # The public libraries that bench compares with. Their environment sees the packages of $(VENV) and never changes them.
-# dictionary-learning pins old versions of packages that its TopK trainer does not use, hence --no-deps.
+# Some pin old versions of packages, or ask for large ones that what is used here does not need, hence --no-deps.
 $(PEERS)/.installed: $(VENV)/.installed bench/peers.txt bench/peers-no-deps.txt
 	$(BIN)/python -m venv $(PEERS)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \

@@ -1,10 +1,12 @@
-"""Modules of SAELens, sparsify and dictionary_learning with random settings, and one loss of each: theirs."""
+"""Modules of the libraries that `accelerate` takes, with random settings, and one loss of each: theirs."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +23,12 @@ def library(name: str) -> Any:
     """The library, or a skip."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if name == "overcomplete":  # its __init__ asks for image models and plots, which its SAEs do not use
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                pytest.skip("overcomplete is not installed")
+            sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
+            return importlib.import_module("overcomplete.sae")
         found = pytest.importorskip(name, exc_type=ImportError)
         if name == "sparsify":  # its Triton decoder is for GPUs
             importlib.import_module("sparsify.sparse_coder").decoder_impl = importlib.import_module(
@@ -31,13 +39,23 @@ def library(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """make(settings, dtype): a module; loss(module, x, dead): what its trainer minimizes; settings: all that differ."""
+    """make(settings, dtype): a module; loss(module, x, dead): what its trainer minimizes; settings: all that differ.
+
+    encode, decode: of acts; any_shape: whether x may have further dimensions; fused: whether fastsae.optim steps it;
+    pickles: whether the library's module does.
+    """
 
     make: Callable[[dict[str, Any], torch.dtype], Any]
     loss: Callable[[Any, Tensor, Tensor | None], Tensor]
     settings: tuple[dict[str, Any], ...] = ({},)
     aux: bool = True
     trains: bool = True
+    encode: Callable[[Any, Tensor], Any] = lambda module, x: module.encode(x)
+    decode: Callable[[Any, Tensor, Tensor], Tensor] = lambda module, acts, x: module.decode(acts)
+    call: Callable[[Any, Tensor], Tensor] = lambda module, x: module(x)
+    any_shape: bool = True
+    fused: bool = True
+    pickles: bool = True
 
 
 @contextlib.contextmanager
@@ -161,6 +179,111 @@ def above(make: Callable[[dict[str, Any], torch.dtype], Any]) -> Callable[[dict[
     return made
 
 
+# -- circuit-tracer ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def filled(module: nn.Module, bias: str, shift: float) -> nn.Module:
+    """The module with random parameters, thresholds aside; biases `bias` shifted, so that fewer latents are active."""
+    generator = torch.Generator().manual_seed(7)
+    for name, p in module.named_parameters():
+        if "threshold" not in name:
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    module.get_parameter(bias).sub_(shift)
+    return module
+
+
+def transcoder(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    """rule: its activation function; a threshold is trained only with trains=True."""
+    library("circuit_tracer")
+    rules = importlib.import_module("circuit_tracer.transcoder.activation_functions")
+    kind = importlib.import_module("circuit_tracer.transcoder.single_layer_transcoder").SingleLayerTranscoder
+    given = dict(settings)
+    rule, trains, shift = given.pop("rule", "relu"), given.pop("trains", False), given.pop("shift", 1.0)
+    if rule == "topk":
+        function, shift = rules.TopK(K), 0.0
+    elif rule == "jumprelu":
+        threshold = torch.linspace(-0.1, 0.9, M, dtype=torch.float64).to(dtype)
+        function = rules.JumpReLU(threshold, 0.5)
+        function.threshold.requires_grad_(trains)
+    else:
+        function = nn.functional.relu if rule == "relu" else nn.ReLU()
+    return filled(kind(D, M, function, 0, dtype=dtype, **given), "b_enc", shift)
+
+
+def transcoder_decode(module: Any, acts: Tensor, x: Tensor) -> Tensor:
+    return module.decode(acts, x)
+
+
+# -- overcomplete -----------------------------------------------------------------------------------------------------
+
+
+def overcomplete(kind: str) -> Callable[[dict[str, Any], torch.dtype], Any]:
+    """tied, untied: with the library's TieableEncoder, with a bias or without."""
+
+    def make(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+        sae = library("overcomplete")
+        given = dict(settings)
+        tied, bias, threshold = given.pop("tied", None), given.pop("bias", False), given.pop("threshold", None)
+        torch.manual_seed(0)
+        with default_dtype(dtype):
+            module = getattr(sae, kind)(D, M, **given)
+            if tied is not None:
+                module = module.tied(bias) if tied else module.untied(bias, copy_from_dictionary=False)
+        shaken(module)
+        if threshold is not None:
+            module.running_threshold = torch.tensor(threshold, dtype=dtype)
+            with torch.no_grad():
+                module.eval()
+        with torch.no_grad():
+            if hasattr(module, "thresholds"):
+                module.thresholds.fill_(-0.5).add_(torch.linspace(-1, 1, M, dtype=torch.float64))
+                module.thresholds.requires_grad_(False)
+            elif kind == "SAE":
+                module.encoder.final_block[0].bias.sub_(1.0)
+        return module
+
+    return make
+
+
+def overcomplete_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
+    pre_codes, codes, x_hat = module(x)
+    dictionary = module.get_dictionary().square().mean() if module.training else 0.0
+    loss = (x_hat - x.detach().roll(1, 0)).square().mean() + 0.01 * codes.abs().mean() + 0.1 * dictionary
+    return loss + 0.01 * pre_codes.square().mean()
+
+
+OVERCOMPLETE: dict[str, Any] = {
+    "aux": False, "fused": False, "any_shape": False,
+    "encode": lambda module, x: module.encode(x)[1], "call": lambda module, x: module(x)[2],
+}  # fmt: skip
+
+
+# -- llamascopium -----------------------------------------------------------------------------------------------------
+
+
+def llama(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    library("llamascopium")
+    models = importlib.import_module("llamascopium.models.sae")
+    given = {"hook_point_in": "in", "hook_point_out": "out", "norm_activation": "inference", "top_k": K, **settings}
+    trains = given.pop("trains", False)
+    config = models.SAEConfig(d_model=D, expansion_factor=M / D, device="cpu", dtype=dtype, **given)
+    module = filled(models.SparseAutoEncoder(config), "b_E", 1.0 if "relu" in config.act_fn else 0.0)
+    if config.act_fn == "jumprelu":
+        threshold = module.activation_function.log_jumprelu_threshold.requires_grad_(trains)
+        with torch.no_grad():
+            threshold.copy_(torch.linspace(0.05, 0.9, M, dtype=torch.float64).log())
+    return module
+
+
+def llama_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
+    batch = {"in": x, "out": x.detach().roll(1, 0), "tokens": torch.arange(len(x), dtype=torch.int64)}
+    how: dict[str, Any] = {"sparsity_loss_type": "power", "l1_coefficient": 0.05}
+    if dead is not None:
+        how |= {"auxk_coefficient": 0.1, "k_aux": 5, "update_dead_statistics": lambda *_: dead}
+    return module.compute_loss(batch, **how)["loss"].mean()
+
+
 TRANSCODER = {"d_out": D, "apply_b_dec_to_input": False}
 
 
@@ -212,6 +335,56 @@ CASES: dict[str, Case] = {
     ),
     "dictionary-matryoshka": Case(
         dictionary("MatryoshkaBatchTopKSAE", K, [9, 20, 19]), with_encode(use_threshold=False)
+    ),
+    "transcoder": Case(
+        transcoder, call_loss, ({}, {"rule": "nn"}, {"skip_connection": True}, {"shift": -1.0}), aux=False,
+        decode=transcoder_decode,
+    ),
+    "transcoder-jumprelu": Case(
+        transcoder, call_loss,
+        ({"rule": "jumprelu"}, {"rule": "jumprelu", "skip_connection": True}),
+        aux=False, trains=False, decode=transcoder_decode,
+    ),
+    "transcoder-jumprelu-trained": Case(
+        transcoder, call_loss, ({"rule": "jumprelu", "trains": True},), aux=False, decode=transcoder_decode
+    ),
+    "transcoder-topk": Case(
+        transcoder, call_loss, ({"rule": "topk"}, {"rule": "topk", "skip_connection": True}), aux=False,
+        decode=transcoder_decode,
+    ),
+    "overcomplete-topk": Case(
+        overcomplete("TopKSAE"), overcomplete_loss,
+        ({"top_k": K}, {"top_k": K, "tied": True}, {"top_k": K, "tied": False, "bias": True},
+         {"top_k": K, "dictionary_params": {"normalization": "max_l2", "use_multiplier": True}}),
+        **OVERCOMPLETE,
+    ),
+    "overcomplete-batchtopk": Case(
+        overcomplete("BatchTopKSAE"), overcomplete_loss,
+        ({"top_k": 101}, {"top_k": 1}, {"top_k": 1100}, {"top_k": 50, "tied": True, "bias": True}), **OVERCOMPLETE,
+    ),
+    "overcomplete-batchtopk-inference": Case(
+        overcomplete("BatchTopKSAE"), overcomplete_loss, ({"threshold": 0.9}, {"threshold": 0.0}), trains=False,
+        **OVERCOMPLETE,
+    ),
+    "overcomplete-jump": Case(overcomplete("JumpSAE"), overcomplete_loss, **OVERCOMPLETE),
+    "overcomplete-relu": Case(overcomplete("SAE"), overcomplete_loss, **OVERCOMPLETE),
+    "llama-topk": Case(
+        llama, llama_loss, ({"act_fn": "topk"}, {"act_fn": "topk", "sparsity_include_decoder_norm": False}),
+        pickles=False,
+    ),
+    "llama-batchtopk": Case(
+        llama, llama_loss, ({"act_fn": "batchtopk"}, {"act_fn": "batchtopk", "sparsity_include_decoder_norm": False}),
+        aux=False, pickles=False,
+    ),
+    "llama-relu": Case(llama, llama_loss, ({"act_fn": "relu"},), aux=False, pickles=False),
+    "llama-jumprelu": Case(
+        llama, llama_loss,
+        ({"act_fn": "jumprelu"}, {"act_fn": "jumprelu", "sparsity_include_decoder_norm": False}),
+        aux=False, trains=False,
+    ),
+    "llama-jumprelu-trained": Case(llama, llama_loss, ({"act_fn": "jumprelu", "trains": True},), aux=False),
+    "llama-without-bias": Case(
+        llama, llama_loss, ({"act_fn": "topk", "use_decoder_bias": False},), aux=False, fused=False, pickles=False
     ),
 }  # fmt: skip
 """By name. The last word in a test's id picks the settings."""

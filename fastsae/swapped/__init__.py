@@ -19,6 +19,9 @@ _ROOMS = {
     "sae_lens": "fastsae.swapped.saelens",
     "sparsify": "fastsae.swapped.sparse_coder",
     "dictionary_learning": "fastsae.swapped.dictionaries",
+    "circuit_tracer": "fastsae.swapped.transcoders",
+    "overcomplete": "fastsae.swapped.overcomplete",
+    "llamascopium": "fastsae.swapped.llamascopium",
 }
 """By the top package of the class that is given: the module with its SWAPS, class by class."""
 
@@ -51,7 +54,7 @@ def _swap_of(kind: type) -> type:
 
 
 def accelerate(given: Given) -> Given:
-    """The given SAE of SAELens, sparsify or dictionary_learning, swapped in place to compute sparsely; returns it.
+    """The given SAE or transcoder of another library, swapped in place to compute sparsely; returns it.
 
     Its class becomes a subclass of its own. Parameters stay the same objects, and state_dict, isinstance, hooks, copies
     and saved files what they were; a pickle has the library's class. Where the library stores a dictionary as (D, M),

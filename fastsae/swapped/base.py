@@ -10,7 +10,7 @@ import copy
 import copyreg
 import weakref
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from fastsae.warn import warn
 _raw = torch.ops.fastsae
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 ROOM = 16
 """Active latents per token that always go sparsely."""
 DEAD_PIECE = 2**24
@@ -103,6 +104,18 @@ class EncoderInputs:
             return None
         return self.noted(codes.trimmed() if codes.acts.device.type == "cpu" else codes)
 
+    def passing(self, threshold: Tensor, compare: Callable[[Tensor, Tensor], Tensor] = torch.gt) -> SparseCodes | None:
+        """The pre-acts that pass a threshold, 0-d or (M,), as `above`; compared as a library does: after they were
+        rounded to x's dtype, which in a narrow one can carry them over it. compare: torch.gt or torch.ge."""
+        held = threshold.detach()
+        below = held.to(self.x.dtype)
+        codes = self.above(torch.nextafter(below, torch.full_like(below, -torch.inf)))
+        if codes is None:
+            return None
+        acts = codes.acts.detach()
+        bars = per_latent(held, codes) if held.ndim else held  # 0-d: compared in the acts' dtype, not in its own
+        return codes.keep(compare(acts, bars) | acts.isnan())
+
     def largest_dead(self, dead: Tensor, k: int) -> SparseCodes:
         """The k largest relu(pre-act) of each token among `dead`, (M,) bool, of at least k."""
         return ops.encode_topk(
@@ -164,6 +177,10 @@ class Swapped:
 
     # -- its parameters -----------------------------------------------------------------------------------------------
 
+    def lacks(self) -> tuple[str, ...]:
+        """The roles of which the module has no parameter of its own: without them there is no fused update."""
+        return ()
+
     def parameter(self, role: str) -> Tensor:
         found: Any = self
         for part in self.roles[role].split("."):
@@ -183,7 +200,12 @@ class Swapped:
         return None
 
     def dictionaries(self) -> Dictionaries:
-        """What a fused update needs to know: `fastsae.optim` asks for it."""
+        """What a fused update needs to know: `fastsae.optim` asks for it. Raises Unsupported where something lacks."""
+        if self.lacks():
+            raise Unsupported(
+                f"{self.original().__name__} has no parameter of its own for {', '.join(self.lacks())}, which "
+                "fastsae.optim steps; use a torch optimizer"
+            )
         main: dict[str, Any] = {role: self.parameter(role) for role in self.roles}
         held = {id(p) for p in main.values()}
         assert isinstance(self, nn.Module)
@@ -194,7 +216,7 @@ class Swapped:
         )  # fmt: skip
 
     def ledger(self) -> ledgers.Ledger | None:
-        return ledgers.open_ledger(**{role: self.rows(role) for role in self.roles})
+        return None if self.lacks() else ledgers.open_ledger(**{role: self.rows(role) for role in self.roles})
 
     def encoder_inputs(self, x: Tensor) -> EncoderInputs:
         """The encoder's arguments for x (N, D), from which nothing has been subtracted yet."""
@@ -256,7 +278,7 @@ def accelerate_sae(module: Any, swaps: dict[type, type]) -> None:
     swap = check_sae(module, swaps)
     if swap is not None:
         module.__class__ = swap
-        for role in swap.roles:
+        for role in set(swap.roles) - set(module.lacks()):
             module.rows(role)
 
 
@@ -281,6 +303,40 @@ def warn_once(module: nn.Module, message: str) -> None:
     if module not in _warned:
         _warned.add(module)
         warn(message, UserWarning)
+
+
+def hooked(module: nn.Module, points: Iterable[nn.Module], names: str) -> bool:
+    """Whether hooks on these points want dense acts, so that the library's own path has to answer; says so once."""
+    if not any(getattr(point, kind) for point in points for kind in HOOKS):
+        return False
+    warn_once(
+        module,
+        f"a hook on {names} of {type(module).__name__} wants dense acts: while it is there, the library's dense path "
+        "answers, not fastsae's",
+    )
+    return True
+
+
+def coo(codes: SparseCodes, shape: tuple[int, ...], *, coalesced: bool = False) -> Tensor:
+    """A flat code as a torch.sparse_coo tensor of this shape, without empty slots and zeros.
+
+    Unless it has to be coalesced, nothing is read back from a GPU, where such slots hold a 0 instead.
+    """
+    tokens, acts, latents = codes.token_ids(), codes.acts.flatten(), codes.indices.flatten().long()
+    occupied = (codes.occupied() & (codes.acts != 0)).flatten()
+    coalesced = coalesced or acts.device.type == "cpu"
+    if coalesced:
+        tokens, acts, latents = tokens[occupied], acts[occupied], latents[occupied]
+    else:
+        tokens = tokens.clamp(max=max(codes.n_tokens - 1, 0))
+        acts, latents = torch.where(occupied, acts, 0), torch.where(occupied, latents, 0)
+    where = torch.stack([*torch.unravel_index(tokens, shape[:-1]), latents])
+    return torch.sparse_coo_tensor(where, acts, shape, is_coalesced=coalesced or None, check_invariants=False)
+
+
+def decoded(codes: SparseCodes, W: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The reconstruction (*batch, D) by W (M, D) of a flat code, whose dense acts have this shape, (*batch, M)."""
+    return ops.decode(codes, W).view(*shape[:-1], W.shape[1])
 
 
 def scaled(codes: SparseCodes, scale: Tensor) -> SparseCodes:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.ops.ledger import LedgerGradient
-from fastsae.swapped.base import EncoderInputs, OverABC, Swapped, filled_indices, remove_along_rows_, values
+from fastsae.swapped.base import EncoderInputs, OverABC, Swapped, decoded, filled_indices, remove_along_rows_, values
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 from fastsae.swapped.trainers import follow, fused
 
@@ -67,7 +67,7 @@ class SwappedDictionary(Swapped):
         codes = f.kept if isinstance(f, LazyActs) else None
         if codes is None:
             return super().decode(f)  # type: ignore[misc]
-        return ops.decode(codes, self.rows("W_dec")).view(*f.shape[:-1], -1) + self.parameter("b_dec")
+        return decoded(codes, self.rows("W_dec"), f.shape) + self.parameter("b_dec")
 
 
 class SwappedAutoEncoderTopK(OverABC, SwappedDictionary, AutoEncoderTopK):

@@ -24,11 +24,9 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.ops.products import per_latent
-from fastsae.swapped.base import OverModule, Swapped, Unsupported, scaled, values, warn_once
+from fastsae.swapped.base import OverModule, Swapped, Unsupported, coo, decoded, hooked, scaled, values
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 from fastsae.swapped.trainers import follow, fused
-
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 class SwappedSAE(Swapped):
@@ -47,14 +45,7 @@ class SwappedSAE(Swapped):
         if torch.compiler.is_compiling():
             return True
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)  # type: ignore[attr-defined]
-        if not any(getattr(point, kind) for point in points for kind in HOOKS):
-            return False
-        warn_once(
-            self,  # type: ignore[arg-type]
-            f"a hook on hook_sae_acts_pre or hook_sae_acts_post of {type(self).__name__} wants dense acts: while it is "
-            "there, the library's dense path answers, not fastsae's",
-        )
-        return True
+        return hooked(self, points, "hook_sae_acts_pre or hook_sae_acts_post")  # type: ignore[arg-type]
 
     def sae_input(self, x: Tensor) -> Tensor:
         """process_sae_in, before b_dec is subtracted."""
@@ -87,7 +78,7 @@ class SwappedSAE(Swapped):
 
     def recons(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
         """The reconstruction of a code of raw pre-acts, in the decoder's own units."""
-        out = ops.decode(raw, self.rows("W_dec")).view(*shape[:-1], -1) + self.parameter("b_dec")
+        out = decoded(raw, self.rows("W_dec"), shape) + self.parameter("b_dec")
         return self.hook_sae_recons(out)  # type: ignore[attr-defined]
 
     def decoded(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
@@ -163,20 +154,6 @@ class SwappedTraining(SwappedSAE):
         _make_contiguous(state_dict)
 
 
-def coo(codes: SparseCodes, shape: tuple[int, ...]) -> Tensor:
-    """A flat code as a torch.sparse_coo tensor of this shape; on a CPU coalesced, without empty slots."""
-    tokens, acts, latents = codes.token_ids(), codes.acts.flatten(), codes.indices.flatten().long()
-    occupied = (codes.occupied() & (codes.acts != 0)).flatten()
-    on_cpu = acts.device.type == "cpu"
-    if on_cpu:
-        tokens, acts, latents = tokens[occupied], acts[occupied], latents[occupied]
-    else:  # nothing is read back
-        tokens = tokens.clamp(max=max(codes.n_tokens - 1, 0))
-        acts, latents = torch.where(occupied, acts, 0), torch.where(occupied, latents, 0)
-    where = torch.stack([*torch.unravel_index(tokens, shape[:-1]), latents])
-    return torch.sparse_coo_tensor(where, acts, shape, is_coalesced=on_cpu or None, check_invariants=False)
-
-
 class AuxOnDead:
     """The auxiliary loss of TopKTrainingSAE, on the rows of dead latents alone."""
 
@@ -195,9 +172,7 @@ class AuxOnDead:
         wanted = sae_in.shape[-1] // 2
         missed = (sae_in - sae_out).detach()
         codes = self.encoder_inputs(source.x).among(dead_neuron_mask, min(wanted, dead), source.scale)
-        modelled = self.reshape_fn_out(
-            ops.decode(codes, self.rows("W_dec")).view(*hidden_pre.shape[:-1], -1), self.d_head
-        )
+        modelled = self.reshape_fn_out(decoded(codes, self.rows("W_dec"), hidden_pre.shape), self.d_head)
         loss = (modelled - missed).pow(2).sum(dim=-1).mean()
         return self.cfg.aux_loss_coefficient * min(dead / wanted, 1.0) * loss
 
