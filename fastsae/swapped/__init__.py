@@ -18,7 +18,7 @@ Given = TypeVar("Given")
 _ROOMS = {
     "sae_lens": ("saelens", "saelens_training"),
     "sparsify": ("sparse_coder",),
-    "dictionary_learning": ("dictionaries",),
+    "dictionary_learning": ("dictionaries", "dictionary_thresholds"),
 }
 """By the top package of the class that is given: the modules here with its SWAPS, class by class."""
 

@@ -56,6 +56,19 @@ class SwappedSAE(Swapped):
         x = self.reshape_fn_in(x.to(self.dtype))  # type: ignore[attr-defined]
         return self.run_time_activation_norm_fn_in(self.hook_sae_input(x))  # type: ignore[attr-defined]
 
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        """The library's, but for an input that went through `sae_input` already: see `on_seen`."""
+        seen = self.__dict__.get("_seen")
+        return super().process_sae_in(sae_in) if seen is None else self.centred(seen)  # type: ignore[misc]
+
+    def on_seen(self, seen: Tensor, run: Any, x: Tensor) -> Any:
+        """run(x), a method of the library's that begins with process_sae_in, whose hooks saw x already."""
+        self.__dict__["_seen"] = seen
+        try:
+            return run(x)
+        finally:
+            del self.__dict__["_seen"]
+
     def norms(self) -> Tensor | None:
         """(M,): what the library multiplies pre-acts with before it selects, and divides acts by; None: nothing."""
         return self.rows("W_dec").norm(dim=-1) if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) else None
@@ -82,7 +95,8 @@ class SwappedSAE(Swapped):
 
     def recons(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
         """The reconstruction of a code of raw pre-acts, in the decoder's own units."""
-        out = ops.decode(raw, self.rows("W_dec")).view(*shape[:-1], -1) + self.parameter("b_dec")
+        W = self.rows("W_dec")
+        out = ops.decode(raw, W).view(*shape[:-1], W.shape[1]) + self.parameter("b_dec")
         return self.hook_sae_recons(out)  # type: ignore[attr-defined]
 
     def decoded(self, raw: SparseCodes, shape: torch.Size) -> Tensor:
@@ -167,19 +181,16 @@ class SwappedThreshold(SwappedSAE):
         return 0.0
 
     def found(self, flat: Tensor) -> SparseCodes | None:
-        return self.encoder_inputs(flat).above(self.bar())
+        return self.above(flat, self.bar())
 
     def encode(self, x: Tensor) -> Tensor:
+        dense = super(SwappedSAE, self).encode  # type: ignore[misc]
         if self.densely():
-            return super(SwappedSAE, self).encode(x)  # type: ignore[misc]
-        seen = self.sae_input(x.detach())
+            return dense(x)
+        seen = self.sae_input(x)
         codes = self.found(seen.reshape(-1, seen.shape[-1]))
         if codes is None:
-            return super(SwappedSAE, self).encode(x)  # type: ignore[misc]
-        if x.requires_grad:
-            seen = self.sae_input(x)
-            codes = self.found(seen.reshape(-1, seen.shape[-1]))
-            assert codes is not None
+            return self.on_seen(seen, dense, x)
         return self.hook_sae_acts_post(spread(codes, (*seen.shape[:-1], codes.d_sae), codes))  # type: ignore[attr-defined]
 
 
@@ -204,8 +215,7 @@ class SwappedGatedSAE(OverModule, SwappedThreshold, GatedSAE):
     roles: ClassVar[dict[str, str]] = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_gate", "b_dec": "b_dec"}
 
     def found(self, flat: Tensor) -> SparseCodes | None:
-        encoder = self.encoder_inputs(flat)
-        codes = replace(encoder, b=torch.zeros_like(encoder.b), screen=None).above(-self.b_gate)
+        codes = self.above(flat, 0.0, biased=False)  # b_gate has no gradient
         if codes is None:
             return None
         size = codes.acts * per_latent(self.r_mag.exp(), codes) + per_latent(self.b_mag, codes)
