@@ -89,6 +89,17 @@ def test_hooks_run_as_often_as_the_librarys(name: str) -> None:
     close(lens_step(mine, inputs(1), None).loss, lens_step(theirs, inputs(1), None).loss)
 
 
+def test_hooks_on_the_input_run_once_after_training_too() -> None:
+    """Where many latents are active, and a look came before the library's dense path."""
+    theirs, mine = make("lens-dense", 0), fastsae.accelerate(make("lens-dense", 0))
+    seen: list[Tensor] = []
+    mine.hook_sae_input.add_hook(lambda x, hook: seen.append(x))
+    acts = mine.encode(inputs(1))
+    assert not isinstance(acts, LazyActs)
+    close(acts, theirs.encode(inputs(1)))
+    assert len(seen) == 1
+
+
 def test_a_penalty_that_is_no_l1_reads_dense_acts_and_normalized_inputs_too() -> None:
     for name, settings in (
         ("lens-standard-training", {"lp_norm": 2.0}),
