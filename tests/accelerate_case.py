@@ -91,7 +91,10 @@ def lens(kind: str) -> Callable[[dict[str, Any], torch.dtype], Any]:
         given = {"d_in": D, "d_sae": M, "dtype": str(dtype).removeprefix("torch."), **settings}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return shaken(getattr(module, kind)(getattr(module, f"{kind}Config")(**given)))
+            made = getattr(module, kind)(getattr(module, f"{kind}Config")(**given))
+        if isinstance(getattr(made, "threshold", None), nn.Parameter):  # in training it is float32 whatever the dtype
+            made.threshold.data = made.threshold.data.to(dtype)
+        return shaken(made)
 
     return make
 
@@ -167,13 +170,21 @@ def with_encode(**flags: Any) -> Callable[[Any, Tensor, Tensor | None], Tensor]:
     return loss
 
 
-def above(make: Callable[[dict[str, Any], torch.dtype], Any]) -> Callable[[dict[str, Any], torch.dtype], Any]:
-    """The module with biases so low that few latents are active."""
+def dictionary_gate_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
+    f, gate = module.encode(x, return_gate=True)
+    return (module.decode(f) - x).square().sum(-1).mean() + 0.01 * gate.sum() + 0.01 * gate.square().sum()
+
+
+def above(
+    make: Callable[[dict[str, Any], torch.dtype], Any], by: float = 1.0
+) -> Callable[[dict[str, Any], torch.dtype], Any]:
+    """The module with biases so low, by this, that few latents are active."""
 
     def made(settings: dict[str, Any], dtype: torch.dtype) -> Any:
         module = make(settings, dtype)
         with torch.no_grad():
-            getattr(module, "b_gate" if hasattr(module, "b_gate") else "b_enc").sub_(1.0)
+            named = dict(module.named_parameters())
+            next(named[one] for one in ("b_gate", "gate_bias", "b_enc", "encoder.bias") if one in named).sub_(by)
         return module
 
     return made
@@ -316,6 +327,24 @@ CASES: dict[str, Case] = {
          {"k": 3.0, "matryoshka_widths": [5, 6, M], "use_matryoshka_aux_loss": True,
           "rescale_acts_by_decoder_norm": False}),
     ),
+    "lens-standard-training": Case(
+        above(lens("StandardTrainingSAE"), 0.3), lens_loss,
+        ({}, {"apply_b_dec_to_input": False}, {"lp_norm": 0.7}),
+    ),
+    "lens-jumprelu-training": Case(
+        above(lens("JumpReLUTrainingSAE"), 0.15), lens_loss,
+        ({"jumprelu_bandwidth": 0.2, "jumprelu_init_threshold": 0.1, "pre_act_loss_coefficient": 0.05},
+         {"jumprelu_bandwidth": 0.2, "jumprelu_init_threshold": 0.1, "jumprelu_ste_to_input": True,
+          "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 3.5, "apply_b_dec_to_input": False},
+         {"jumprelu_bandwidth": 0.15, "jumprelu_init_threshold": 0.2, "jumprelu_ste_to_input": True,
+          "jumprelu_sparsity_loss_mode": "tanh", "pre_act_loss_coefficient": 0.05, "apply_b_dec_to_input": False}),
+    ),
+    "lens-gated-training": Case(
+        above(lens("GatedTrainingSAE"), 0.3), lens_loss, ({}, {"apply_b_dec_to_input": False})
+    ),
+    "lens-dense-training": Case(
+        lens("JumpReLUTrainingSAE"), lens_loss, ({"pre_act_loss_coefficient": 0.05},)
+    ),
     "lens-standard": Case(above(lens("StandardSAE")), call_loss, ({}, {"apply_b_dec_to_input": False}), aux=False),
     "lens-jumprelu": Case(
         above(lens("JumpReLUSAE")), call_loss, ({}, {"normalize_activations": "layer_norm"}), aux=False
@@ -326,6 +355,11 @@ CASES: dict[str, Case] = {
     "lens-skip": Case(above(lens("SkipTranscoder")), call_loss, (TRANSCODER,), aux=False),
     "lens-jumprelu-transcoder": Case(above(lens("JumpReLUTranscoder")), call_loss, (TRANSCODER,), aux=False),
     "lens-jumprelu-skip": Case(above(lens("JumpReLUSkipTranscoder")), call_loss, (TRANSCODER,), aux=False),
+    "dictionary-standard": Case(above(dictionary("AutoEncoder"), 0.3), call_loss, aux=False),
+    "dictionary-standard-dense": Case(dictionary("AutoEncoder"), call_loss, aux=False),
+    "dictionary-jumprelu": Case(above(dictionary("JumpReluAutoEncoder")), call_loss, aux=False),
+    "dictionary-gated": Case(above(dictionary("GatedAutoEncoder")), dictionary_gate_loss, aux=False),
+    "dictionary-gated-alone": Case(above(dictionary("GatedAutoEncoder")), call_loss, aux=False),
     "dictionary-topk": Case(dictionary("AutoEncoderTopK", K), dictionary_topk_loss),
     "dictionary-batchtopk": Case(
         dictionary("BatchTopKSAE", K), with_encode(use_threshold=False), ({}, {"threshold": 0.4})

@@ -29,8 +29,10 @@ trained = pytest.mark.parametrize(("name", "number"), [one for one in ALL if CAS
 
 
 def same(mine: nn.Module, theirs: nn.Module) -> None:
+    # A float32 threshold rounds its own gradient, whose norm clips all of them.
+    rtol = 1e-9 if all(p.dtype == torch.float64 for p in theirs.parameters()) else 1e-5
     for (key, p), q in zip(theirs.state_dict().items(), mine.state_dict().values(), strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(q, p, rtol=rtol, atol=rtol / 100, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def run(
@@ -176,7 +178,8 @@ def lens_trainer(name: str, steps: int = 30, kind: Any = None) -> Any:
         feature_sampling_window=10,
     )  # fmt: skip
     config.logger.log_to_wandb = False
-    return (kind or SAETrainer)(config, make(name, 0), stream())
+    # Its float32 thresholds stay what they are when `fit` casts.
+    return (kind or SAETrainer)(config, make(name, 0).to(torch.float64), stream())
 
 
 @pytest.mark.parametrize("name", LENS)

@@ -19,18 +19,19 @@ from fastsae.reference.ops import is_above
 
 class _Jump(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor | float, through: bool) -> Tensor:
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.through = bandwidth, through
         return torch.where(is_above(pre, threshold), pre, 0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         pre, threshold = ctx.saved_tensors
         band = in_band(pre, threshold, ctx.bandwidth)
         dthreshold = torch.where(band, -threshold / ctx.bandwidth * grads[0], 0)
-        return torch.where(is_above(pre, threshold), grads[0], 0), dthreshold.sum_to_size(threshold.shape), None
+        dpre = torch.where(is_above(pre, threshold), grads[0], 0)
+        return dpre - dthreshold if ctx.through else dpre, dthreshold.sum_to_size(threshold.shape), None, None
 
 
 class _Step(torch.autograd.Function):
@@ -53,12 +54,13 @@ def in_band(pre: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor
     return (pre - threshold).abs() < bandwidth / 2
 
 
-def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
+def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: Tensor | float, through: bool = False) -> Tensor:
     """pre where pre > threshold, else 0. d/dpre = [pre > threshold];  d/dthreshold = -threshold/bandwidth · [in band].
 
-    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 3 and 11.
+    through: d/dpre has threshold/bandwidth · [in band] added, so that the jump trains the encoder too.
+    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 3 and 11; through: as of `heaviside`.
     """
-    return _Jump.apply(pre, threshold, bandwidth)
+    return _Jump.apply(pre, threshold, bandwidth, through)
 
 
 def heaviside(pre: Tensor, threshold: Tensor, bandwidth: Tensor | float, through: bool = False) -> Tensor:

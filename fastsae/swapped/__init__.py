@@ -16,14 +16,14 @@ from fastsae.training.optimizers import FusedOptimizer
 Given = TypeVar("Given")
 
 _ROOMS = {
-    "sae_lens": "fastsae.swapped.saelens",
-    "sparsify": "fastsae.swapped.sparse_coder",
-    "dictionary_learning": "fastsae.swapped.dictionaries",
-    "circuit_tracer": "fastsae.swapped.transcoders",
-    "overcomplete": "fastsae.swapped.overcomplete",
-    "llamascopium": "fastsae.swapped.llamascopium",
+    "sae_lens": ("saelens", "saelens_training"),
+    "sparsify": ("sparse_coder",),
+    "dictionary_learning": ("dictionaries", "dictionary_thresholds"),
+    "circuit_tracer": ("transcoders",),
+    "overcomplete": ("overcomplete",),
+    "llamascopium": ("llamascopium",),
 }
-"""By the top package of the class that is given: the module with its SWAPS, class by class."""
+"""By the top package of the class that is given: the modules here with its SWAPS, class by class."""
 
 
 def swaps() -> dict[type, type]:
@@ -31,16 +31,23 @@ def swaps() -> dict[type, type]:
     import sys
 
     found: dict[type, type] = {}
-    for package, room in _ROOMS.items():
+    for package in _ROOMS:
         if package in sys.modules:
-            found |= importlib.import_module(room).SWAPS
+            found |= _swaps_of(package)
+    return found
+
+
+def _swaps_of(package: str) -> dict[type, type]:
+    """The same of one library; imports it. Nothing for a package that is not known."""
+    found: dict[type, type] = {}
+    for room in _ROOMS.get(package, ()):
+        found |= importlib.import_module(f"fastsae.swapped.{room}").SWAPS
     return found
 
 
 def _swap_of(kind: type) -> type:
     """The class that takes the place of `kind`. Raises Unsupported for one that is not known."""
-    room = _ROOMS.get(kind.__module__.split(".")[0])
-    known: dict[type, type] = importlib.import_module(room).SWAPS if room is not None else {}
+    known = _swaps_of(kind.__module__.split(".")[0])
     if kind in known:
         return known[kind]
     name = f"{kind.__module__}.{kind.__qualname__}"

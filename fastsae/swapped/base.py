@@ -25,15 +25,21 @@ from fastsae.ops import ledger as ledgers
 from fastsae.ops.encode import encode_by, encode_topk_weighted
 from fastsae.ops.gradients import latent_sums, rows_of
 from fastsae.ops.products import per_latent
+from fastsae.ops.sums import fixed_sum
 from fastsae.training.dictionaries import Dictionaries
 from fastsae.warn import warn
 
 _raw = torch.ops.fastsae
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_were_many: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""Of each module with a threshold: whether its last latents above were too many to go sparsely."""
 
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 ROOM = 16
 """Active latents per token that always go sparsely."""
+LOOK = 64
+"""Tokens at most, and one in LOOK_SHARE, on which a module looks whether there are as many again."""
+LOOK_SHARE = 16
 DEAD_PIECE = 2**24
 """Entries of (N, dead) that a selection among dead latents computes at a time."""
 
@@ -92,7 +98,7 @@ class EncoderInputs:
     def above(self, bar: Tensor | float) -> SparseCodes | None:
         """The pre-acts above a bar, a number or (M,): a ragged code; None where they are too many to go sparsely.
 
-        Reads back whether they were.
+        Reads back whether they were. Where a module is asked again and again, its own `above` costs less.
         """
         pairs = self.x.shape[0] * self.W.shape[0]
         room = min(pairs, max(int(DENSE_ABOVE * pairs), ROOM * self.x.shape[0]))
@@ -233,6 +239,39 @@ class Swapped:
     def rows_of_bias(self) -> Tensor:
         return self.parameter("b_enc")
 
+    def above(self, x: Tensor, bar: Tensor | float, *, biased: bool = True) -> SparseCodes | None:
+        """The pre-acts of x (N, D) above a bar, a number or (M,): a ragged code; None where they are too many to go
+        sparsely, as early in training.
+
+        At first, and where they were too many before, a few tokens are looked at before all are encoded. biased:
+        whether the acts have b_enc in them; what is compared with the bar has.
+        """
+        if _were_many.get(self, True) and self._are_many(x, bar):
+            return None
+        encoder = self.encoder_inputs(x)
+        if not biased:
+            bar = bar - encoder.b.detach()
+            encoder = replace(encoder, b=torch.zeros_like(encoder.b), screen=None)
+        codes = encoder.above(bar)
+        _were_many[self] = codes is None
+        return codes
+
+    @torch.no_grad()
+    def _are_many(self, x: Tensor, bar: Tensor | float) -> bool:
+        """Whether more pre-acts of a few tokens of x (N, D) are above a bar than go sparsely. Reads that back."""
+        n = min(LOOK, -(-x.shape[0] // LOOK_SHARE))
+        if n == 0:
+            return False
+        W = self.rows("W_enc")
+        pre = torch.addmm(self.rows_of_bias(), self.centred(x[:: x.shape[0] // n][:n]), W.t())
+        return bool((pre > bar).double().mean() > max(DENSE_ABOVE, ROOM / W.shape[0]))
+
+    def decoder_norms(self) -> Tensor:
+        """‖W_dec_i‖: (M,), whose gradient an open ledger keeps as a pull on each row."""
+        W = self.rows("W_dec")
+        ledger = ledgers.open_ledger(W_dec=W)
+        return W.norm(dim=-1) if ledger is None else ledgers.decoder_norms(W, 1, ledger).to(W.dtype)
+
     def centred(self, x: Tensor) -> Tensor:
         """x (N, D) as the encoder reads it, differentiable in b_dec too."""
         return x - self.parameter("b_dec") if self.takes_pre_bias() else x
@@ -342,6 +381,17 @@ def decoded(codes: SparseCodes, W: Tensor, shape: tuple[int, ...]) -> Tensor:
 def scaled(codes: SparseCodes, scale: Tensor) -> SparseCodes:
     """Each act times scale (M,) at its latent; differentiable in both."""
     return replace(codes, acts=codes.acts * per_latent(scale, codes), made_by=None)
+
+
+def token_sums(codes: SparseCodes) -> Tensor:
+    """The sum of each token's acts, (N,) of a flat code: a decoder of width 1."""
+    ones = torch.ones((codes.d_sae, 1), dtype=codes.acts.dtype, device=codes.acts.device)
+    return ops.decode(codes, ones).flatten()
+
+
+def token_mean(codes: SparseCodes) -> Tensor:
+    """The sum of all acts over the number of tokens: 0-d, NaN without tokens."""
+    return fixed_sum(codes.acts) / codes.acts.new_tensor(codes.n_tokens)
 
 
 def values(codes: SparseCodes) -> Tensor:

@@ -23,6 +23,7 @@ from fastsae.ops.ledger import LedgerGradient
 from fastsae.swapped.base import EncoderInputs, OverABC, Swapped, decoded, filled_indices, remove_along_rows_, values
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 from fastsae.swapped.trainers import follow, fused
+from fastsae.training.optimizers import FusedOptimizer
 
 
 class LossLog(NamedTuple):
@@ -45,6 +46,7 @@ class SwappedDictionary(Swapped):
         "b_dec": "b_dec",
     }
     transposed = ("W_dec",)
+    activation_dim: int
 
     def flat(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
@@ -131,20 +133,33 @@ class SwappedMatryoshkaBatchTopKSAE(OverABC, BatchSelection, SwappedDictionary, 
 
 
 class SwappedTrainer:
-    """The mixin of trainers with torch's Adam, clipping at 1 and unit decoder rows: their mathematics, on terms.
-
-    The parallel part of the decoder's gradient is taken off as the library does, by rows divided by ‖row‖ + 1e-6.
-    """
+    """The mixin of all trainers: their SAE is accelerated, and their Adam fastsae's."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.take_over(self)
 
+    @staticmethod
+    def swaps() -> dict[type, type]:
+        return SWAPS
+
+    @classmethod
+    def fused(cls, trainer: Any) -> FusedOptimizer:
+        """fastsae's optimizer in the place of the trainer's; accelerates its SAE."""
+        return fused(trainer.optimizer, [trainer.ae], cls.swaps())
+
     @classmethod
     def take_over(cls, trainer: Any) -> None:
-        trainer.optimizer = fused(trainer.optimizer, [trainer.ae], SWAPS)
+        trainer.optimizer = cls.fused(trainer)
         follow(trainer.scheduler, trainer.optimizer)
-        trainer.__class__ = SWAPS.get(type(trainer), type(trainer))
+        trainer.__class__ = cls.swaps().get(type(trainer), type(trainer))
+
+
+class UnitNormTrainer(SwappedTrainer):
+    """The mixin of those with clipping at 1 and unit decoder rows: their mathematics, on terms.
+
+    The parallel part of the decoder's gradient is taken off as the library does, by rows divided by ‖row‖ + 1e-6.
+    """
 
     def start(self: Any, x: Tensor) -> None:
         """What the trainer does with its first batch."""
@@ -193,7 +208,7 @@ class AuxOnDead:
         return (loss / centred.pow(2).sum(dim=-1).mean()).nan_to_num(0.0)
 
 
-class SwappedTopKTrainer(AuxOnDead, SwappedTrainer, TopKTrainer):
+class SwappedTopKTrainer(AuxOnDead, UnitNormTrainer, TopKTrainer):
     """TopKTrainer."""
 
     def start(self: Any, x: Tensor) -> None:
@@ -208,11 +223,11 @@ class ThresholdOfActs:
         super().update_threshold(f if codes is None else values(codes))  # type: ignore[misc]
 
 
-class SwappedBatchTopKTrainer(ThresholdOfActs, AuxOnDead, SwappedTrainer, BatchTopKTrainer):
+class SwappedBatchTopKTrainer(ThresholdOfActs, AuxOnDead, UnitNormTrainer, BatchTopKTrainer):
     """BatchTopKTrainer."""
 
 
-class SwappedMatryoshkaBatchTopKTrainer(ThresholdOfActs, AuxOnDead, SwappedTrainer, MatryoshkaBatchTopKTrainer):
+class SwappedMatryoshkaBatchTopKTrainer(ThresholdOfActs, AuxOnDead, UnitNormTrainer, MatryoshkaBatchTopKTrainer):
     """MatryoshkaBatchTopKTrainer: each group is decoded from the slots that it adds."""
 
     def start(self: Any, x: Tensor) -> None:

@@ -131,10 +131,14 @@ class _Spread(torch.autograd.Function):
 
 @dataclass(eq=False)
 class Source:
-    """What the pre-acts were made of: x (N, D) before any bias is subtracted, scale (M,) or None."""
+    """What the pre-acts were made of: x (N, D) before any bias is subtracted, scale (M,) or None.
+
+    codes: the pre-acts that a threshold rule considers, with their graph, or None.
+    """
 
     x: Tensor
     scale: Tensor | None = None
+    codes: SparseCodes | None = None
 
 
 def lazy_pre_acts(

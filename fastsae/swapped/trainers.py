@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,35 +14,38 @@ from fastsae.training.optimizers import Adam, AdamW, FusedOptimizer
 KINDS: dict[type, Any] = {torch.optim.Adam: Adam, torch.optim.AdamW: AdamW}
 
 
-def check(old: torch.optim.Optimizer, saes: Sequence[nn.Module]) -> None:
+def check(old: torch.optim.Optimizer, saes: Sequence[nn.Module], kinds: Mapping[type, Any] = KINDS) -> None:
     """Raises Unsupported where `fused` has nothing for this optimizer: another kind, groups or settings."""
-    if type(old) not in KINDS:
-        names = ", ".join(f"torch.optim.{one.__name__}" for one in KINDS)
+    if type(old) not in kinds:
+        names = ", ".join(f"torch.optim.{one.__name__}" if one in KINDS else one.__name__ for one in kinds)
         raise Unsupported(f"the optimizer is a {type(old).__name__}, expected one of {names}")
     given = [[id(p) for p in group["params"]] for group in old.param_groups]
     if given != [[id(p) for p in sae.parameters()] for sae in saes]:
         raise Unsupported("the optimizer's groups are expected to be the parameters() of each SAE, in order")
     for group in old.param_groups:
         wrong = [name for name in ("amsgrad", "maximize", "capturable", "differentiable") if group.get(name)]
-        if KINDS[type(old)] is Adam and group["weight_decay"]:
+        if issubclass(kinds[type(old)], Adam) and group["weight_decay"]:
             wrong.append("weight_decay")
         if wrong:
             raise Unsupported(f"the optimizer has {', '.join(wrong)}, which a fused update does not have")
 
 
-def fused(old: torch.optim.Optimizer, saes: Sequence[nn.Module], swaps: dict[type, type]) -> FusedOptimizer:
+def fused(
+    old: torch.optim.Optimizer, saes: Sequence[nn.Module], swaps: dict[type, type], kinds: Mapping[type, Any] = KINDS
+) -> FusedOptimizer:
     """The optimizer of fastsae.optim that does what `old` does, which has one group for each of these SAEs.
 
-    Accelerates the SAEs. Raises Unsupported as `check` and the SAEs do, and changes nothing then.
+    kinds: by the class of `old`, the class that does the same. Accelerates the SAEs. Raises Unsupported as `check` and
+    the SAEs do, and changes nothing then.
     """
-    check(old, saes)
+    check(old, saes, kinds)
     for sae in saes:
         check_sae(sae, swaps)
     groups = []
     for sae, group in zip(saes, old.param_groups, strict=True):
         accelerate_sae(sae, swaps)
         groups.append({"params": sae, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}})
-    new: FusedOptimizer = KINDS[type(old)](groups)
+    new: FusedOptimizer = kinds[type(old)](groups)
     # A scheduler marks the step of its optimizer, and torch warns where that mark is missing.
     torch.optim.lr_scheduler.LambdaLR(new, lambda _: 1.0)
     if old.state:
