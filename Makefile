@@ -93,6 +93,8 @@ test: $(VENV)/.installed
 test-peers: $(PEERS)/.installed
 	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest -n auto --dist loadfile tests/test_accelerate_*.py \
 	  tests/test_interop_peers.py tests/test_hosts.py tests/test_bench_interop.py $(ARGS)
+	# In a process without dictionary_learning, whose nnsight replaces parts of torch.
+	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest tests/test_accelerate_llamascopium.py
 
 # The CUDA kernels compiled for the CPU (tests/emulation). -O1 keeps the sanitizers' reports readable, and is as fast.
 EMULATION := build/emulation
