@@ -20,7 +20,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 FOLDERS = ("fastsae", "csrc", "bench", "tests")
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-PEERS_NEEDED = ("docs/accelerate.md",)
+PEERS_NEEDED = ("docs/accelerate.md", "docs/recipes.md")
+"""tests/test_recipes.py runs the second, where the libraries are."""
 
 
 def blocks_of(page: str) -> list[str]:
