@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastsae.runs.spliced import spliced_loss
     from fastsae.swapped import accelerate, unaccelerate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LATER = {
     "accelerate": "fastsae.swapped",
