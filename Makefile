@@ -5,6 +5,7 @@
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
 #   make test-peers  the tests that need other SAE libraries (docs/accelerate.md): accelerate, load and save, hosts
+#   make wheel-check  build the source archive, a wheel from it, and use that outside the clone
 #   make bench   time whole steps and write bench/results/, then redraw plots and docs/benchmarks.md
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
 #   make venv    the environment alone             make clean   remove what make made
@@ -36,7 +37,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test test-peers test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
+.PHONY: help venv demo test test-peers wheel-check test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -95,6 +96,16 @@ test-peers: $(PEERS)/.installed
 	  tests/test_interop_peers.py tests/test_hosts.py tests/test_bench_interop.py tests/test_recipes.py $(ARGS)
 	# In a process without dictionary_learning, whose nnsight replaces parts of torch.
 	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest tests/test_accelerate_llamascopium.py
+
+# A wheel made from the source archive, as an index has both, in an empty folder.
+WHEEL := build/wheel
+wheel-check: $(VENV)/.installed
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/empty
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('$(WHEEL)')" > /dev/null
+	FASTSAE_CUDA=skip $(PIP) wheel --no-deps --no-build-isolation -w $(WHEEL) $(WHEEL)/*.tar.gz
+	$(PIP) install --no-deps --target $(WHEEL)/there $(WHEEL)/*.whl
+	cp tests/installed.py $(WHEEL)
+	cd $(WHEEL)/empty && PYTHONPATH=$(abspath $(WHEEL))/there $(abspath $(BIN))/python ../installed.py ../there
 
 # The CUDA kernels compiled for the CPU (tests/emulation). -O1 keeps the sanitizers' reports readable, and is as fast.
 EMULATION := build/emulation
