@@ -3,6 +3,7 @@
     1. harvest   the residual stream of SmolLM2-135M after layer 15, over Shakespeare
     2. train     a TopK SAE with the fused step, through the Trainer
     3. dense     the dense reference from the same weights on the same batches, for the first 15 of the 350 steps
+                 (120 on a processor without fast products in 8 bits or bf16, where each takes a second and more)
     4. time      both, and the dense step under bf16 autocast, in turns on the same batch
     5. report    one HTML page
 
@@ -44,11 +45,13 @@ from fastsae.runs.trainer import TrainConfig, Trainer, TrainResult
 T = TypeVar("T")
 TOLERANCE = 0.005
 """How far the fused step's FVU may be from the dense one's, relative, at every step that both logged."""
+SLOW_STEPS = 120
+"""Steps where the engine has to screen in fp32."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo does. The defaults take some three minutes on two cores."""
+    """What the demo does. With `here` it takes some four minutes on two cores."""
 
     activations: Path = real.ACTIVATIONS
     run_dir: Path = ROOT / "runs" / "demo"
@@ -64,6 +67,12 @@ class Settings:
     threads: int = 2
     seed: int = 0
     progress: bool = True
+
+    @staticmethod
+    def here() -> Settings:
+        """The settings for this machine's processor."""
+        slow = fastsae.backends()["cpu"]["detail"].get("screening") == "f32"
+        return Settings(steps=SLOW_STEPS) if slow else Settings()
 
     def source(self) -> ShardSource:
         return ShardSource(self.activations, seed=self.seed, progress=False)
@@ -235,6 +244,7 @@ def run(settings: Settings, harvest: Callable[[Settings], None] = harvest) -> bo
     for what, path in (("report", page), ("checkpoint", result.checkpoint), ("metrics", settings.run_dir),
                        ("activations", settings.activations)):  # fmt: skip
         print(f"{what:12} {shown(path)}")
+    print(f"\nLook first at {shown(page)}, in a browser: both learning curves, then the passages of single latents.")
     if gap[0] > TOLERANCE:
         print(f"\nThe curves differ by more than {TOLERANCE:.1%}: this is a bug, please report it with the folder "
               f"{shown(settings.run_dir)}", file=sys.stderr)  # fmt: skip
@@ -247,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="threads for training and timing (default: 2)")
     parser.add_argument("--run-dir", type=Path, default=Settings.run_dir, help="default: runs/demo")
     options = parser.parse_args(arguments)
-    settings = replace(Settings(), threads=options.threads, run_dir=options.run_dir.resolve())
+    settings = replace(Settings.here(), threads=options.threads, run_dir=options.run_dir.resolve())
     if options.fresh and settings.run_dir.exists():
         shutil.rmtree(settings.run_dir)
     try:

@@ -88,6 +88,8 @@ def test_the_demo_is_as_long_as_it_says() -> None:
     text = f"for the first {demo.Settings.dense_steps} of the {demo.Settings.steps} steps"
     assert text in README
     assert text in (demo.__doc__ or "")
+    assert f"(of {demo.SLOW_STEPS}\non a processor" in README
+    assert f"({demo.SLOW_STEPS} on a processor without" in (demo.__doc__ or "")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
