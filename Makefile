@@ -1,7 +1,8 @@
 # One command for each job. Every target makes what it needs first; a second call does not make it again.
 #
 #   make demo    harvest real activations, train a TopK SAE, compare with dense PyTorch, write a report
-#   make test    the test suite                    make lint    ruff and mypy
+#   make test    the test suite, some five minutes  make lint    ruff and mypy
+#   make test-all  ... with what takes long
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
 #   make test-peers  the tests that need other SAE libraries (docs/accelerate.md): accelerate, load and save, hosts
@@ -37,7 +38,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test test-peers wheel-check test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
+.PHONY: help venv demo test test-all test-peers wheel-check test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -89,6 +90,9 @@ demo: $(VENV)/.demo
 # One process for each core, and whole files to each: this halves the time of the Triton kernels' interpreter.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto --dist loadfile --long $(ARGS)
 
 # Skipped by `make test` where the libraries are not installed.
 test-peers: $(PEERS)/.installed

@@ -38,10 +38,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 # Interpreted kernels run a thousand times slower than compiled ones. So every case runs in float32 with one threshold
 # and one precision, and only these cases run with all dtypes, thresholds and precisions. On a GPU everything runs.
 IN_FULL = ("odd", "norms", "nan", "no-tokens", "one-token", "strided")
+QUICK = ("odd", "nan", "no-tokens", "one-token", "strided")
+"""Of these, in float32, `make test` runs; the others are long. LOG.md says which cases have found what."""
 OTHER = {"dtype": torch.float32, "precision": "exact", "kind": "one", "biased": True, "regrouped": False}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also what takes long, as `make test-all` does")
     parser.addoption("--all-interpreted", action="store_true", help="every case of Triton's interpreter; takes an hour")
 
 
@@ -52,13 +55,26 @@ def _left_out(item: pytest.Item) -> bool:
     return any(given.get(name, usual) != usual for name, usual in OTHER.items())
 
 
+def _is_long(item: pytest.Item) -> bool:
+    if item.get_closest_marker("long"):
+        return True
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    if given.get("backend") != "triton" or torch.cuda.is_available():
+        return False
+    return str(given.get("case", given.get("name", "odd"))) not in QUICK or given.get("dtype") == torch.bfloat16
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() or config.getoption("all_interpreted"):
-        return
-    out = [item for item in items if _left_out(item)]
+    interpreted = torch.cuda.is_available() or config.getoption("all_interpreted")
+    named = any("::" in argument for argument in config.args)  # a test that is named runs
+    out = [
+        item
+        for item in items
+        if (not interpreted and _left_out(item)) or (not named and not config.getoption("long") and _is_long(item))
+    ]
     if out:
         config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if not _left_out(item)]
+        items[:] = [item for item in items if item not in set(out)]
 
 
 @pytest.fixture(autouse=True)

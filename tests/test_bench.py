@@ -225,6 +225,7 @@ def test_a_peer_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- the scripts -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_shapes_of_ones_own_are_measured_and_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With their memory, which a process of its own measures: it has to know the shape as well."""
     given = ["--quick", "--shape", "64,24,300,5", "33,16,64,1", "--contestants", "fastsae", "dense fp32"]
@@ -253,6 +254,7 @@ SCRIPTS = sorted(
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_every_script_has_help_without_triton_pytest_and_the_peers() -> None:
     """One process for all: a child of it, forked, for each."""
     hidden = ("triton", "pytest", "pytest_benchmark", "sae_lens", "transformers", "sparsify", "dictionary_learning")

@@ -57,6 +57,7 @@ def content_reason(out: Path) -> str:
 # -- the whole command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_toy_run_writes_everything_and_resumes(tmp_path: Path) -> None:
     items = ["decode", "fused step", "copy", "fp32 8192", "bf16 encoder", "fastsae", "fastsae graph", "fastsae by part",
              "dense bf16", "torch.topk", "update_latents_", "sweep-base", "sweep-N-8", "memcheck", "decode heavy",
@@ -124,6 +125,7 @@ def test_a_toy_run_writes_everything_and_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "summary.md").read_text() == summary
 
 
+@pytest.mark.long
 def test_a_run_that_is_terminated_leaves_its_results(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--size", "toy", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -166,6 +168,7 @@ def test_nothing_is_left_out_silently(capsys: pytest.CaptureFixture[str]) -> Non
     assert Settings(backends=("reference",)).timed == ("reference",)
 
 
+@pytest.mark.long
 def test_no_backend_at_all_is_an_error(tmp_path: Path) -> None:
     for backend, said in (
         ("cuad", "--backends cuad: expected some of cuda, triton"),
@@ -189,6 +192,7 @@ def test_wrong_usage_is_refused(wrong: list[str], capsys: pytest.CaptureFixture[
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("fault", "status"), [("wrong", "failed"), ("crash", "died"), ("hang", "timeout")])
 def test_a_broken_op_costs_one_item(fault: str, status: str, tmp_path: Path) -> None:
     job = Job("ops-small", "ops", ("active_dot", "decode", "by_latent"), "small", "cpu", limit=5)

@@ -65,6 +65,7 @@ def differing(setting: str, when: str, *, steps: bool) -> dict[str, str]:
     return {name: got[name] for name in compared if got[name] != expected[name] and (": step" in name) == steps}
 
 
+@pytest.mark.long
 @needs_cpu
 @midway_too
 @every_setting

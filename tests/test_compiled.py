@@ -19,9 +19,9 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
-from fastsae.kernels.variants import Variant  # noqa: E402
 
 from bench import compiled  # noqa: E402
+from fastsae.kernels.variants import Variant  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -183,6 +183,7 @@ def toys(tmp_path_factory) -> dict[str, Any]:
     return cold
 
 
+@pytest.mark.long
 def test_a_product_is_wgmma_and_a_sum_is_not(toys) -> None:
     product, plain = (toys["kernels"][f"toy/{name}"]["targets"] for name in ("product", "sum"))
     assert product["sm_90"]["tensor_core"] == "wgmma"

@@ -94,6 +94,7 @@ def test_a_current_extension_says_nothing(copy: Path) -> None:
     assert done.stdout.splitlines()[-1] == "None"
 
 
+@pytest.mark.long
 @needs_cpu
 @pytest.mark.parametrize(
     ("harm", "reason"),

@@ -37,6 +37,7 @@ def test_a_cast_module_can_be_saved_and_loaded(tmp_path, name: str) -> None:
     assert all(p.dtype == torch.float32 for p in again.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHAPED)
 def test_a_compiled_threshold_rule_drops_nothing(name: str) -> None:
     """More latents fire than the initial capacity holds."""

@@ -82,6 +82,7 @@ def test_a_dense_fused_step_is_autograd_and_adam(name: str, settings: dict, monk
     assert_equal_training(sae, FusedTrainStep(sae, lr=1e-2, eps=1e-4, dense_above=0.0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("cuda", "triton")])
 @pytest.mark.parametrize("name", ["batch_topk", "relu", "jumprelu", "gated", "matryoshka"])
 def test_gpu_backends_train_the_family(name: str, backend: str) -> None:
@@ -178,6 +179,7 @@ def test_sign_optimizers_reach_every_parameter(optimizer: str) -> None:
         assert float(moved.max()) == pytest.approx(1e-3, rel=1e-6), name
 
 
+@pytest.mark.long
 def test_eight_bit_moments_follow_the_curve_and_come_back() -> None:
     curves = {}
     for moments in ("fp32", "8bit"):

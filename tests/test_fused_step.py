@@ -113,6 +113,7 @@ def steps_for(backend: str) -> int:
     return 8 if backend in truth.GPU and not torch.cuda.is_available() else 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_200_fp32_steps_drift_no_more_than_the_order_of_summation(backend):
     """The fused run may differ from a dense run at most twice as much as dense runs with other orders of summation."""
@@ -143,6 +144,7 @@ def test_200_fp32_steps_drift_no_more_than_the_order_of_summation(backend):
     assert gap(0, 3) <= 2 * loss_drift, f"loss: fused differs by {gap(0, 3):.2e}, dense runs by {loss_drift:.2e}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16_moments_follow_the_loss_curve(backend):
     held_out = tokens(1024, 32, 999, torch.float32)
@@ -293,6 +295,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
 def test_edited_weights_are_seen(edit, backend):

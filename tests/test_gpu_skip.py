@@ -69,6 +69,7 @@ def test_a_skipped_update_changes_no_bit(case: Case, options: dict, moment: torc
     assert bool(unknown.isnan().all()), f"the norms of a skipped update are {stats.tolist()}, expected NaN: unknown"
 
 
+@pytest.mark.long
 @every_backend
 @every_update
 @every_moment

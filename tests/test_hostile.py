@@ -65,6 +65,7 @@ def test_no_hostile_call_crashes_or_answers_wrongly() -> None:
         assert min(tally.right, tally.refused) > CASES["calls"] / 8, f"{place}: {tally.right}, {tally.refused} refused"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["modules", "files", "interruptions"])
 def test_no_case_of_the_other_parts_is_wrong(name: str) -> None:
     found = hunted(name, CASES[name])

@@ -68,6 +68,7 @@ def test_opcheck_of_update_latents(backend: str) -> None:
     )
 
 
+@pytest.mark.long
 @every_backend
 @pytest.mark.parametrize("kind", ["adamw", "norms", "8 bit"])
 def test_opcheck_of_update_latents_with_everything(kind: str, backend: str) -> None:

@@ -192,6 +192,7 @@ def look_at(run: Run, x: Tensor, undisturbed: dict[str, Tensor] | None, what: st
     return wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rule", "optimizer", "settings"), PAIRS, ids=map("-".join, PAIRS))
 def test_a_hostile_batch_changes_nothing_or_what_float64_says(rule: str, optimizer: str, settings: str) -> None:
     run = Run(rule, optimizer, SETTINGS[settings])
@@ -275,6 +276,7 @@ STATE_PAIRS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rule", "optimizer", "settings"), STATE_PAIRS, ids=map("-".join, STATE_PAIRS))
 def test_a_hostile_state_is_no_worse_after_a_step(rule: str, optimizer: str, settings: str) -> None:
     run, wrong = Run(rule, optimizer, SETTINGS[settings]), []

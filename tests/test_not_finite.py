@@ -61,6 +61,7 @@ def told(seen: list[warnings.WarningMessage]) -> list[str]:
 # -- a step skips -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [{"moments": "fp32"}, {"moments": "bf16"}, {"fused": False}], ids=str)
 @pytest.mark.parametrize(
     ("bad", "value"),

@@ -519,6 +519,7 @@ def test_state_is_exchanged_with_torchs_adam(rule: str) -> None:
             assert int(optimizer.state[ours.W_dec]["step"]) == i + 1
 
 
+@pytest.mark.long
 def test_a_compiled_module_trains_the_same() -> None:
     """Its backward pass is a compiled function, which keeps no terms: dense gradients, and a fused step."""
     ours, theirs = both("topk", dtype=torch.float32)

@@ -140,6 +140,7 @@ def large() -> SparseAutoencoder:
     return sae_for_test(d_in=32, d_sae=192, k=8, dtype=torch.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", [name for name in truth.BACKENDS if name not in truth.GPU])
 @pytest.mark.parametrize(("kind", "lr"), [("adamw", 1e-3), ("lion", 1e-3), ("signsgd", 3e-4)])
 def test_200_fp32_steps_drift_no_more_than_the_order_of_summation(kind: str, lr: float, backend: str) -> None:

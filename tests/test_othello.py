@@ -20,6 +20,7 @@ from tests.othello_rules import compare
 # -- the game ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_games_are_those_of_plain_python() -> None:
     """`python -m tests.othello_rules 10000` compares 10,000, in minutes."""
     lengths = compare(1000, seed=0)

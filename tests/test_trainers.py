@@ -122,6 +122,7 @@ def test_hugging_face_trainer(tmp_path):
     assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_torch_compile_without_a_graph_break(truth):
     sae = fresh()
     compiled = torch.compile(sae, fullgraph=True)

@@ -133,6 +133,7 @@ def test_encode_batch_topk_counts_every_latent_where_ties_fail_its_bar() -> None
     assert torch.equal(codes.to_dense(), reference.batch_top_k(x @ W.mT, 8))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_encode_batch_topk_with_too_little_room(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar lets too many through, because all hot latents lie between the sampled ones."""

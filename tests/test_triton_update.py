@@ -26,6 +26,7 @@ SMALL = Case("small", 9, 41, 30, 3, BY_NAME["random"].make)
 both_dtypes = pytest.mark.parametrize("dtype", truth.NARROW, ids=str)
 
 
+@pytest.mark.long
 @both_dtypes
 @pytest.mark.parametrize(
     "options",
@@ -50,6 +51,7 @@ def test_rows_beyond_the_real_limit(options: dict) -> None:
     update_case.check(update_case.make_problem(REALLY_WIDE, torch.float32, **options), "triton")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"aux": True}], ids=["free", "tied", "aux"])
 def test_a_latent_in_pieces(options: dict) -> None:
     case = BY_NAME["hot-latent"]
