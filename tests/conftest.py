@@ -64,17 +64,21 @@ def _is_long(item: pytest.Item) -> bool:
     return str(given.get("case", given.get("name", "odd"))) not in QUICK or given.get("dtype") == torch.bfloat16
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m, which may choose by the marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     interpreted = torch.cuda.is_available() or config.getoption("all_interpreted")
     named = any("::" in argument for argument in config.args)  # a test that is named runs
-    out = [
-        item
-        for item in items
-        if (not interpreted and _left_out(item)) or (not named and not config.getoption("long") and _is_long(item))
-    ]
+    kept: list[pytest.Item] = []
+    out: list[pytest.Item] = []
+    for item in items:
+        is_long = _is_long(item)
+        if is_long:
+            item.add_marker("long")
+        left_out = (not interpreted and _left_out(item)) or (is_long and not named and not config.getoption("long"))
+        (out if left_out else kept).append(item)
     if out:
         config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in set(out)]
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True)
