@@ -4,7 +4,9 @@
 #   make test    the test suite                    make lint    ruff and mypy
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
-#   make test-peers  the tests that need SAELens, sparsify and dictionary_learning: accelerate, load and save, hosts
+#   make test-peers  the tests that need SAELens, sparsify and dictionary_learning: accelerate, load and save, hosts; then
+#                    these libraries' own tests, as they are and accelerated: SAELENS=clone DICTIONARY_LEARNING=clone
+#   make peers-report  ... and write what came of those: bench/results/peers/, docs/interop.md
 #   make bench   time whole steps and write bench/results/, then redraw plots and the README's table
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
 #   make venv    the environment alone             make clean   remove what make made
@@ -36,7 +38,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test test-peers test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
+.PHONY: help venv demo test test-peers peers-report test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -92,7 +94,16 @@ test: $(VENV)/.installed
 # Skipped by `make test` where the libraries are not installed.
 test-peers: $(PEERS)/.installed
 	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest -n auto --dist loadfile tests/test_accelerate_*.py \
-	  tests/test_interop_peers.py tests/test_hosts.py tests/test_bench_interop.py $(ARGS)
+	  tests/test_interop_peers.py tests/test_hosts.py tests/test_bench_interop.py tests/test_peer_tests.py $(ARGS)
+	$(PEER_TESTS)
+
+# Other libraries' own tests (bench/peer_tests): folders with their sources. SPARSIFY is downloaded where it is not given.
+CLONES := SAELENS DICTIONARY_LEARNING SPARSIFY
+PEER_TESTS = PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m bench.peer_tests \
+  --tests $(foreach one,$(CLONES),$(if $($(one)),'$(one)=$($(one))'))
+
+peers-report: $(PEERS)/.installed
+	$(PEER_TESTS) --store
 
 # The CUDA kernels compiled for the CPU (tests/emulation). -O1 keeps the sanitizers' reports readable, and is as fast.
 EMULATION := build/emulation
