@@ -5,7 +5,9 @@
 #   make test-all  ... with what takes long
 #   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
 #   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
-#   make test-peers  the tests that need other SAE libraries (docs/accelerate.md): accelerate, load and save, hosts
+#   make test-peers  the tests that need other SAE libraries (docs/accelerate.md): accelerate, load and save, hosts; then these
+#                    libraries' own tests, as they are and accelerated: SAELENS=clone DICTIONARY_LEARNING=clone
+#   make peers-report  ... and write what came of those: bench/results/peers/, docs/interop.md
 #   make wheel-check  build the source archive, a wheel from it, and use that outside the clone
 #   make bench   time whole steps and write bench/results/, then redraw plots and docs/benchmarks.md
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
@@ -38,7 +40,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test test-all test-peers wheel-check test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
+.PHONY: help venv demo test test-all test-peers peers-report wheel-check test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -97,9 +99,19 @@ test-all: $(VENV)/.installed
 # Skipped by `make test` where the libraries are not installed.
 test-peers: $(PEERS)/.installed
 	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest -n auto --dist loadfile tests/test_accelerate_*.py \
-	  tests/test_interop_peers.py tests/test_hosts.py tests/test_bench_interop.py tests/test_recipes.py $(ARGS)
+	  tests/test_interop_peers.py tests/test_hosts.py tests/test_bench_interop.py tests/test_recipes.py \
+	  tests/test_peer_tests.py $(ARGS)
 	# In a process without dictionary_learning, whose nnsight replaces parts of torch.
 	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest tests/test_accelerate_llamascopium.py
+	$(PEER_TESTS)
+
+# Other libraries' own tests (bench/peer_tests): folders with their sources. SPARSIFY is downloaded where it is not given.
+CLONES := SAELENS DICTIONARY_LEARNING SPARSIFY
+PEER_TESTS = PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m bench.peer_tests \
+  --tests $(foreach one,$(CLONES),$(if $($(one)),'$(one)=$($(one))'))
+
+peers-report: $(PEERS)/.installed
+	$(PEER_TESTS) --store
 
 # A wheel made from the source archive, as an index has both, in an empty folder.
 WHEEL := build/wheel
