@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastsae.kernels.dots import BLOCK_D, BLOCK_L, NUM_WARPS, row_dots
 from fastsae.kernels.variants import POINTERS, Variant
-from torch import Tensor
 
 
 @triton.jit

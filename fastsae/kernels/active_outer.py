@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.decode import tile_of
-from fastsae.kernels.gather import load_rows
-from fastsae.kernels.pieces import bits_of, find_piece
-from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
 from fastsae.backends.gpu.stages import Pieces
+from fastsae.kernels.decode import tile_of
+from fastsae.kernels.gather import load_rows
+from fastsae.kernels.pieces import bits_of, find_piece
+from fastsae.kernels.variants import POINTERS, Variant
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.rounding import round_to_bf16, stream_key
-from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
+from fastsae.kernels.rounding import round_to_bf16, stream_key
+from fastsae.kernels.variants import POINTERS, Variant
 
 STREAMS = 8
 """Streams of random bits in a step: 2i is the i-th parameter's m, 2i + 1 its v."""

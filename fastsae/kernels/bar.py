@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastsae.kernels.keys import key_of, kth_key
-from fastsae.kernels.variants import Variant
 from torch import Tensor
 
 from fastsae.backends.gpu.bounds import TABLE_ROWS
 from fastsae.backends.gpu.plan import SAMPLE, Plan, sample_step
+from fastsae.kernels.keys import key_of, kth_key
+from fastsae.kernels.variants import Variant
 
 LAST_BIT = 8  # of float32's 23: a relative precision of 2⁻¹⁵ is plenty for a guess
 

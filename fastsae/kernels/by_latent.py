@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.search import count_up_to
-from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
+from fastsae.kernels.search import count_up_to
+from fastsae.kernels.variants import POINTERS, Variant
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,12 @@ def variants() -> list[Variant]:
         for ragged in (False, True):
             for valued in (False, True):
                 layout = f"{'ragged' if ragged else 'fixed'}{'-valued' if valued else ''}"
-                pointers: dict[str, str] = {"acts_ptr": POINTERS[dtype], "indices_ptr": "*i32", "keys_ptr": "*i32", "rows_ptr": "*i32"}
+                pointers: dict[str, str] = {
+                    "acts_ptr": POINTERS[dtype],
+                    "indices_ptr": "*i32",
+                    "keys_ptr": "*i32",
+                    "rows_ptr": "*i32",
+                }
                 absent: dict[str, None] = {}
                 for name, kind, present in (("offsets_ptr", "*i64", ragged), ("values_ptr", "*fp32", valued)):
                     if present:

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.keys import key_of, kth_key
-from fastsae.kernels.limits import register_limit
-from fastsae.kernels.screening import error_of
-from fastsae.kernels.variants import Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
 from fastsae.backends.gpu.bounds import TABLE_ROWS, roundoff
 from fastsae.backends.gpu.plan import Plan
+from fastsae.kernels.keys import key_of, kth_key
+from fastsae.kernels.limits import register_limit
+from fastsae.kernels.screening import error_of
+from fastsae.kernels.variants import Variant
 
 REGISTERS = 224
 
@@ -121,7 +121,12 @@ def variants() -> list[Variant]:
             "found_ptr": "*i32", "certified_ptr": "*i32",
             **dict.fromkeys(("N", "K", "width", "chunks", "survivors", "candidates"), "i32"),
         }  # fmt: skip
-        constants: dict[str, Any] = {"ROUNDOFF": roundoff(torch.float16), "EXACT": True, "TABLE_ROWS": TABLE_ROWS, "BLOCK": block}
+        constants: dict[str, Any] = {
+            "ROUNDOFF": roundoff(torch.float16),
+            "EXACT": True,
+            "TABLE_ROWS": TABLE_ROWS,
+            "BLOCK": block,
+        }
         if rows:
             signature["rows_ptr"] = "*i32"
         else:

@@ -10,16 +10,15 @@ Flops: 2·nnz·D.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
+from fastsae.kernels.variants import POINTERS, Variant
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,12 @@ def variants() -> list[Variant]:
                 "acts_ptr": value, "indices_ptr": "*i32", "w_ptr": value, "out_ptr": value, "N": "i32", "K": "i32",
                 "D": "i32",
             }  # fmt: skip
-            constants: dict[str, Any] = {"RAGGED": ragged, "BLOCK_N": c.BLOCK_N, "BLOCK_D": c.BLOCK_D, "UNROLL": c.UNROLL}
+            constants: dict[str, Any] = {
+                "RAGGED": ragged,
+                "BLOCK_N": c.BLOCK_N,
+                "BLOCK_D": c.BLOCK_D,
+                "UNROLL": c.UNROLL,
+            }
             if ragged:
                 signature["offsets_ptr"] = "*i64"
             else:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.decode import choose, decoded_tile
-from fastsae.kernels.limits import register_limit
-from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
+from fastsae.kernels.decode import choose, decoded_tile
+from fastsae.kernels.limits import register_limit
+from fastsae.kernels.variants import POINTERS, Variant
 
 REGISTERS = 128
 

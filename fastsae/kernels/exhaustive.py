@@ -15,13 +15,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastsae.backends import buffers
 from fastsae.kernels.dots import BLOCK_D, BLOCK_L, NUM_WARPS
 from fastsae.kernels.keys import key_of
 from fastsae.kernels.rescore import exact_scores
 from fastsae.kernels.variants import POINTERS, Variant
-from torch import Tensor
-
-from fastsae.backends import buffers
 
 SLOTS = 64
 PROGRAMS = 1024

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
+
+from fastsae.kernels.variants import POINTERS, Variant
 
 
 @triton.jit

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.search import count_up_to
-from fastsae.kernels.variants import Variant
 from torch import Tensor
 
 from fastsae.backends import buffers
+from fastsae.kernels.search import count_up_to
+from fastsae.kernels.variants import Variant
 
 
 @dataclass(frozen=True)

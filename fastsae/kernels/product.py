@@ -11,14 +11,14 @@ Flops: 2·N·columns·D a chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
+
+from fastsae.kernels.variants import POINTERS, Variant
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastsae.backends import buffers
 from fastsae.kernels.dots import BLOCK_D, BLOCK_L, NUM_WARPS
 from fastsae.kernels.keys import key_of
 from fastsae.kernels.limits import register_limit
 from fastsae.kernels.rescore import exact_scores
 from fastsae.kernels.variants import POINTERS, Variant
-from torch import Tensor
-
-from fastsae.backends import buffers
 
 BLOCK = 256
 PROGRAMS = 1024

@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.limits import register_limit
-from fastsae.kernels.screening import bounded_score
-from fastsae.kernels.variants import POINTERS, Variant
 from torch import Tensor
 
 from fastsae.backends.gpu.bounds import roundoff
+from fastsae.kernels.limits import register_limit
+from fastsae.kernels.screening import bounded_score
+from fastsae.kernels.variants import POINTERS, Variant
 
 BLOCK_N = 8
 BLOCK_C = 256

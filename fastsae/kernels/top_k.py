@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastsae.kernels.keys import key_of, kth_key
 from fastsae.kernels.variants import POINTERS, Variant
-from torch import Tensor
 
 
 @triton.jit

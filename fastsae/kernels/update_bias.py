@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastsae.kernels.adam import adam_step
 from fastsae.kernels.variants import POINTERS, Variant
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastsae.backends import buffers
+from fastsae.backends.gpu.stages import Entries, Moments
 from fastsae.kernels.adam import adam_step, latents_to_update
 from fastsae.kernels.gather import load_rows
 from fastsae.kernels.limits import register_limit
 from fastsae.kernels.pieces import bits_of, find_piece
 from fastsae.kernels.variants import POINTERS, Variant
-from torch import Tensor
-
-from fastsae.backends import buffers
-from fastsae.backends.gpu.stages import Entries, Moments
 
 ROW_LIMIT = 4096
 """Columns that fit in registers. Rows beyond it have no kernel here: their gradients are stored."""
