@@ -37,11 +37,15 @@ def test_the_table_says_what_differs_and_which_file_proves_nothing() -> None:
     ours = {"a": line("passed", 1), "b": line("failed", 1, "no")}
     met = run.compare({"a": line("passed"), "b": line("passed")}, ours)
     unmet = run.compare({"a": line("passed")}, {"a": line("passed")})
-    found = entry(one=met, two=unmet)
+    for its in (met, unmet):
+        its["cut"] = {}
+    found = entry(one=met, two=unmet, three={**unmet, "objects": {"SAE": 1}}, four={**met, "cut": {"theirs": "6 s"}})
     text = page.shown(found)
     assert "| a 2, tests of 1 | `one` | 2 | 1 | 2 | 2 | 1: not explained: no |" in text
-    assert "| a 2, tests of 1 | `two` | 1 | 1 | 0 | 0 | no test meets an accelerated class |" in text
-    assert page.unexplained(found) == ["SPARSIFY one::b: no"]
+    assert "| a 2, tests of 1 | `two` | 1 | 1 | 0 | 0 | no object of an accelerated class |" in text
+    assert "| a 2, tests of 1 | `three` | 1 | 1 | 0 | 1 | no op of fastsae runs |" in text
+    assert "1: not explained: no; theirs was cut off (6 s) |" in text
+    assert page.unexplained(found) == ["SPARSIFY one::b: no", "SPARSIFY four::b: no"]
 
 
 def test_a_stored_result_keeps_the_other_libraries(tmp_path: Path) -> None:
@@ -142,8 +146,15 @@ def test_a_file_of_tests_both_ways(tmp_path: Path) -> None:
     assert said == ["SPARSIFY tests/test_it.py: 4 pass with theirs, 3 with ours"]
 
 
+def test_a_file_that_kills_its_process_is_said_to_be_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import os\ndef test_a(): pass\ndef test_b(): os._exit(9)\n")
+    found, cut = run.run_file(named("SPARSIFY"), tmp_path, "test_it.py", False)
+    assert (list(found), cut) == (["test_a"], "exit status 9")
+
+
 def test_a_file_that_takes_too_long_counts_as_far_as_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SECONDS", 20)
     (tmp_path / "test_it.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\n")
-    found = run.run_file(named("SPARSIFY"), tmp_path, "test_it.py", False)
+    found, cut = run.run_file(named("SPARSIFY"), tmp_path, "test_it.py", False)
+    assert cut == "20 s"
     assert {name: its["outcome"] for name, its in found.items()} == {"test_a": "passed"}

@@ -50,8 +50,9 @@ def _differences(variable: str, file: str, entry: dict[str, Any]) -> str:
         reason = explained(named(variable), f"{file}::{test}") or f"not explained: {why}"
         reasons.setdefault(reason, []).append(test)
     told = [f"{len(tests)}: {reason}" for reason, tests in reasons.items()]
+    told += [f"{way} was cut off ({why})" for way, why in entry["cut"].items()]
     if not entry["met"]:
-        told.append("no test meets an accelerated class")
+        told.append("no op of fastsae runs" if entry["objects"] else "no object of an accelerated class")
     return "; ".join(told).replace("|", "\\|")
 
 

@@ -22,7 +22,9 @@ from bench.peer_tests.libraries import Library
 
 ARCHIVES = ROOT / "build" / "peer-tests"
 SECONDS = 600
-"""For a test file, one way. The tests that were not reached then count as not run."""
+"""For a test file, one way."""
+ENDS = (0, 1, 2, 5)
+"""pytest's exit statuses of a run to the end: all passed, some failed, a file that cannot be imported, no tests."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "disabled"}
 """Without the hub a test that wants it fails at once, on every machine."""
 
@@ -65,11 +67,11 @@ def version_of(sources: Path) -> str:
         found = re.search(pattern, path.read_text(), re.MULTILINE) if path.is_file() else None
         if found:
             return found[1]
-    return "unknown"
+    return "an unknown version"
 
 
-def run_file(library: Library, folder: Path, file: str, swapped: bool) -> dict[str, dict[str, Any]]:
-    """What came of each test of a file, by the test's name without the file's."""
+def run_file(library: Library, folder: Path, file: str, swapped: bool) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """What came of each test of a file, by the test's name without the file's; and what cut the run off, if anything."""
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
         variables = {**OFFLINE, **library.environment, "PYTHONPATH": str(ROOT)}
@@ -85,13 +87,15 @@ def run_file(library: Library, folder: Path, file: str, swapped: bool) -> dict[s
         ) as process:  # fmt: skip
             try:
                 said, _ = process.communicate(timeout=SECONDS)
+                cut = None if process.returncode in ENDS else f"exit status {process.returncode}"
             except subprocess.TimeoutExpired:
+                cut = f"{SECONDS} s"
                 os.killpg(process.pid, signal.SIGKILL)
                 said, _ = process.communicate()
         if not log.exists():
             raise RuntimeError(f"{library.variable} {file}: no test was reported; pytest said:\n{said[-2000:]}")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return {line.pop("test").partition("::")[2]: line for line in lines}
+    return {line.pop("test").partition("::")[2]: line for line in lines}, cut
 
 
 def compare(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -131,9 +135,14 @@ def run_library(library: Library, sources: Path, part: str, say: Callable[[str],
         for top in sorted({path.parts[0] for path in files}):
             shutil.copytree(sources / top, Path(scratch) / top)
         for file in files:
-            ways = [run_file(library, Path(scratch), str(file), swapped) for swapped in (False, True)]
-            found[str(file)] = entry = compare(*ways)
+            theirs, ended = run_file(library, Path(scratch), str(file), swapped=False)
+            ours, ended_ours = run_file(library, Path(scratch), str(file), swapped=True)
+            entry = compare(theirs, ours)
+            cut = {way: why for way, why in (("theirs", ended), ("ours", ended_ours)) if why}
+            found[str(file)] = {**entry, "cut": cut}
             say(f"{library.variable} {file}: {entry['theirs']} pass with theirs, {entry['ours']} with ours")
+            for way, why in cut.items():
+                say(f"{library.variable} {file}: {way} was cut off ({why}), and later tests are missing")
     return {
         "distribution": library.distribution,
         "version": importlib.metadata.version(library.distribution),
