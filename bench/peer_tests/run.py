@@ -71,7 +71,7 @@ def version_of(sources: Path) -> str:
 
 
 def run_file(library: Library, folder: Path, file: str, swapped: bool) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """What came of each test of a file, by the test's name without the file's; and what cut the run off, if anything."""
+    """What came of each test of a file, by the test's name without the file's; and what cut the run off, if so."""
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
         variables = {**OFFLINE, **library.environment, "PYTHONPATH": str(ROOT)}
