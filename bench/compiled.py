@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import fastsae.kernels
-from fastsae.kernels.variants import Variant
-
 from fastsae import env
 from fastsae.atomic import replace_file
+from fastsae.kernels.variants import Variant
 
 FOLDER = Path(__file__).parent / "results" / "compiled"
 RECORD = "fastsae-record-1.json"  # count up when `measured` changes: it names the file in Triton's cache

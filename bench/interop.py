@@ -1,20 +1,26 @@
-"""`python -m bench.interop`: a training step of SAELens, dictionary_learning and sparsify, before and after accelerate.
+"""`python -m bench.interop`: SAELens, dictionary_learning and sparsify, before and after accelerate.
 
-Each library's own step in fp32, as its trainer makes it, three times in turns: as it is; with its SAE given to
-`fastsae.accelerate` and its own torch optimizer; and with `fastsae.optim.Adam` in the optimizer's place. All start from
-the same weights and get the same batches; the losses of their first steps are compared before anything is timed.
+Steps: each library's own training step in fp32, as its trainer makes it, three times in turns: as it is; with its SAE
+given to `fastsae.accelerate` and its own torch optimizer; and with `fastsae.optim.Adam` in the optimizer's place. All
+start from the same weights and get the same batches; the losses of their first steps are compared before anything is
+timed. Inference: SAELens' JumpReLUSAE at the shape of a Gemma Scope SAE, as it is, accelerated, and as `fastsae.load`
+reads it from SAELens' own files; reconstructions are compared first.
 Writes bench/results/<device>/interop.json. `.venv-peers` has the libraries (`make .venv-peers/.installed`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import fastsae
@@ -28,17 +34,32 @@ from bench.run import rotating, shape
 from bench.timing import interleaved
 from fastsae.atomic import write_json
 
-LIBRARIES = ("sae-lens", "dictionary-learning", "sparsify")
+STEPS: dict[str, tuple[str, Callable[[Inputs, int], Any]]] = {
+    "sae-lens TopK": ("sae-lens", peers.SAELens),
+    "dictionary-learning TopK": ("dictionary-learning", peers.DictionaryLearning),
+    "sparsify TopK": ("sparsify", peers.Sparsify),
+    "sae-lens Standard": ("sae-lens", partial(peers.SAELens, rule="Standard")),
+    "sae-lens Gated": ("sae-lens", partial(peers.SAELens, rule="Gated")),
+    "sae-lens JumpReLU": ("sae-lens", partial(peers.SAELens, rule="JumpReLU")),
+}
+"""What is timed: the library, and its step."""
+INFERENCE = cases.of_shape("4096,2304,16384,71")
+"""Gemma Scope's layer_20/width_16k/average_l0_71, on random weights with as many latents above their thresholds."""
+TOKENS = (1, 64, 4096)
+AT_A_THRESHOLD = 1e-3
+"""The share of tokens that may have a latent within rounding of its threshold, on in one way and off in the other."""
+FORMAT = 2
 AS_IT_IS, SWAPPED, FUSED = WAYS = ("as it is", "accelerated", "accelerated, fastsae.optim")
-STEPS = 3
+LOADED = "fastsae.load"
+COMPARED = 3
 """Steps whose losses are compared."""
 TOLERANCE = 1e-3
 """Relative: fp32 sums of thousands of terms, in another order, three steps on."""
 
 
-def contestant(library: str, way: str, inputs: Inputs, k: int) -> Any:
-    """The library's training step, from the inputs' weights."""
-    made = peers.PEERS[library][1](inputs, k)
+def contestant(name: str, way: str, inputs: Inputs, k: int) -> Any:
+    """The step of that name, from the inputs' weights."""
+    made = STEPS[name][1](inputs, k)
     if way == AS_IT_IS:
         return made
     if way == FUSED and hasattr(made, "trainer"):
@@ -50,65 +71,117 @@ def contestant(library: str, way: str, inputs: Inputs, k: int) -> Any:
     return made
 
 
-def measure(library: str, inputs: Inputs, k: int, rounds: int, bar: tqdm) -> dict[str, Any]:
+def measure(name: str, inputs: Inputs, k: int, rounds: int, bar: tqdm) -> dict[str, Any]:
     """Milliseconds of a step, each way. Raises ValueError where a loss differs from the library's own."""
-    calls: dict[str, Callable[[], Any]] = {
-        way: rotating(inputs, contestant(library, way, inputs, k).step) for way in WAYS
-    }
-    losses = {way: [float(call()) for _ in range(STEPS)] for way, call in calls.items()}
+    calls: dict[str, Callable[[], Any]] = {way: rotating(inputs, contestant(name, way, inputs, k).step) for way in WAYS}
+    losses = {way: [float(call()) for _ in range(COMPARED)] for way, call in calls.items()}
     for way, found in losses.items():
         for step, (got, expected) in enumerate(zip(found, losses[AS_IT_IS], strict=True)):
             if not abs(got - expected) <= TOLERANCE * abs(expected):
                 raise ValueError(
-                    f"{library}, {way}: the loss of step {step} is {got:.7g}, and the library's own is {expected:.7g}; "
+                    f"{name}, {way}: the loss of step {step} is {got:.7g}, and the library's own is {expected:.7g}; "
                     "nothing is timed"
                 )
     times = interleaved(calls, rounds, min_seconds=0.2, on_round=lambda _: bar.update())
     return {
-        "version": peers.version(library), "losses": losses,
+        "version": peers.version(STEPS[name][0]), "losses": losses,
         "ways": {way: sample.in_ms() for way, sample in times.items()},
     }  # fmt: skip
 
 
-def shown(results: dict[str, dict[str, Any]]) -> str:
-    """The results as a Markdown table: milliseconds, and how many times as fast as the library as it is."""
+def inference(rounds: int, case: cases.Case, bar: tqdm) -> dict[str, Any]:
+    """Milliseconds of a reconstruction of each number of tokens, each way. Raises ValueError where one differs."""
+    lens = importlib.import_module(peers.SAELens.module)
+    inputs = cases.build(case, real.rows, real.trained)
+    theirs, swapped = (
+        lens.JumpReLUSAE(lens.JumpReLUSAEConfig(d_in=case.D, d_sae=case.M, apply_b_dec_to_input=False))
+        for _ in (AS_IT_IS, SWAPPED)
+    )
+    for sae in (theirs, swapped):
+        peers.fill(sae, inputs, peers.bar(case.K, case.M))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_model(folder)
+        loaded = fastsae.load(folder).eval()
+    fastsae.accelerate(swapped)
+    saes: dict[str, Callable[[Tensor], Tensor]] = {
+        AS_IT_IS: theirs, SWAPPED: swapped, LOADED: lambda x: loaded.decode(loaded.encode(x)),
+    }  # fmt: skip
+    found = {}
+    for tokens in TOKENS:
+        x = inputs.x[:tokens]
+        with torch.no_grad():
+            expected = theirs(x)
+            for way, sae in saes.items():
+                other = (sae(x) - expected).norm(dim=1) > TOLERANCE * expected.norm(dim=1)
+                if int(other.sum()) > AT_A_THRESHOLD * tokens:
+                    raise ValueError(
+                        f"JumpReLU, {way}: the reconstructions of {int(other.sum())} of {tokens} tokens are not the "
+                        f"library's own (to {TOLERANCE:g} of their norm); nothing is timed"
+                    )
+            times = interleaved(
+                {way: partial(sae, x) for way, sae in saes.items()}, rounds, min_seconds=0.2,
+                on_round=lambda _: bar.update(),
+            )  # fmt: skip
+        found[str(tokens)] = {"ways": {way: sample.in_ms() for way, sample in times.items()}}
+    return {"version": peers.version("sae-lens"), **{name: getattr(case, name) for name in "DMK"}, "tokens": found}
 
-    def cell(ways: dict[str, dict[str, float]], way: str) -> str:
-        times = f"{ways[way]['ms']:,.0f}"
-        return times if way == AS_IT_IS else f"{times} ({ways[AS_IT_IS]['ms'] / ways[way]['ms']:.1f}×)"
 
-    lines = [[found["version"], *(cell(found["ways"], way) for way in WAYS)] for found in results.values()]
-    return table(["training step, ms", *WAYS], lines)
+def shown(result: dict[str, Any]) -> str:
+    """The result as Markdown tables: milliseconds, and how many times as fast as the library as it is."""
+
+    def cells(ways: dict[str, dict[str, float]]) -> list[str]:
+        own = ways[AS_IT_IS]["ms"]
+        return [
+            f"{time['ms']:,.{0 if time['ms'] >= 100 else 1}f}"
+            + ("" if way == AS_IT_IS else f" ({own / time['ms']:.1f}×)")
+            for way, time in ways.items()
+        ]
+
+    steps = [
+        [f"{found['version']} {name.partition(' ')[2]}", *cells(found["ways"])]
+        for name, found in result["steps"].items()
+    ]
+    tables = [table(["training step, ms", *WAYS], steps)]
+    if infers := result["inference"]:
+        lines = [[f"{int(tokens):,}", *cells(found["ways"])] for tokens, found in infers["tokens"].items()]
+        tables.append(table([f"{infers['version']} JumpReLUSAE, tokens", AS_IT_IS, SWAPPED, LOADED], lines))
+    return "\n\n".join(tables)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", type=shape, metavar="N,D,M,K", help="left out: 4096,768,24576,32")
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES, help="these only")
+    parser.add_argument("--shape", type=shape, metavar="N,D,M,K", help="of the steps; left out: 4096,768,24576,32")
+    parser.add_argument("--steps", nargs="*", choices=tuple(STEPS), default=tuple(STEPS), metavar="STEP",
+                        help=f"these only, or none: {', '.join(STEPS)}")  # fmt: skip
+    parser.add_argument("--no-inference", action="store_true", help="steps alone")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contestant (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, help="folder of the result; left out: bench/results/<device>")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    for library in options.libraries:
+    for library in dict.fromkeys([STEPS[name][0] for name in options.steps] + ["sae-lens"]):
         if reason := peers.unavailable(library):
             print(f"{reason} into .venv-peers: .venv-peers/bin/python -m bench.interop", file=sys.stderr)
             return 2
     case = cases.PRIMARY if options.shape is None else cases.named(options.shape)
     inputs = cases.build(case, real.rows, real.trained)
-    results = {}
-    with tqdm(total=len(options.libraries) * options.rounds, unit="round") as bar:
-        for library in options.libraries:
-            bar.set_description(library)
-            results[library] = measure(library, inputs, case.K, options.rounds, bar)
+    result: dict[str, Any] = {"format": FORMAT, "machine": describe(), **{name: getattr(case, name) for name in "NDMK"}}
+    result |= {"steps": {}, "inference": None}
     path = (options.out or RESULTS / device_folder()) / "interop.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    sizes = {name: getattr(case, name) for name in "NDMK"}
-    write_json(path, {"format": 1, "machine": describe(), **sizes, "libraries": results})
-    print(shown(results))
+    turns = len(options.steps) + (0 if options.no_inference else len(TOKENS))
+    with tqdm(total=turns * options.rounds, unit="round", disable=None) as bar:
+        for name in options.steps:
+            bar.set_description(name)
+            result["steps"][name] = measure(name, inputs, case.K, options.rounds, bar)
+        if not options.no_inference:
+            bar.set_description("inference")
+            result["inference"] = inference(options.rounds, INFERENCE, bar)
+    write_json(path, result)
+    print(shown(result))
     print(f"written: {path}")
     return 0
 

@@ -19,28 +19,53 @@ from bench.dense import LR, bytes_of, optimizer_tensors
 from bench.timing import Mark, unmarked
 
 
+def bar(k: int, M: int) -> float:
+    """What k of M numbers from the standard normal distribution are above, on average."""
+    return float(torch.special.ndtri(torch.tensor(1 - k / M, dtype=torch.float64)))
+
+
+@torch.no_grad()
+def fill(sae: Any, inputs: Inputs, above: float) -> None:
+    """Gives an SAE of SAELens the inputs' weights, and its latents the bar `above`, by threshold or by bias."""
+    sae.W_enc.copy_(inputs.W_enc.T)
+    sae.W_dec.copy_(inputs.W_dec)
+    sae.b_dec.copy_(inputs.b_dec)
+    biases = [sae.b_gate, sae.b_mag] if hasattr(sae, "b_gate") else [sae.b_enc]
+    for bias in biases:
+        bias.copy_(inputs.b_enc)
+    if hasattr(sae, "threshold"):
+        sae.threshold.fill_(above)
+    else:
+        for bias in biases:
+            bias.sub_(above)
+
+
 class SAELens:
-    """SAELens: SAETrainer.step on a TopKTrainingSAE. No projection or renormalization; clips the gradient's norm."""
+    """SAELens: SAETrainer.step on a TopKTrainingSAE. No projection or renormalization; clips the gradient's norm.
+
+    rule: another one with a threshold, "Standard", "Gated" or "JumpReLU", whose threshold is at `bar`: on the random
+    inputs, about k latents of a token are above it.
+    """
 
     distribution, module = "sae-lens", "sae_lens"
 
-    def __init__(self, inputs: Inputs, k: int, *, autocast: bool = False, sparse: bool = False) -> None:
+    def __init__(
+        self, inputs: Inputs, k: int, *, rule: str = "TopK", autocast: bool = False, sparse: bool = False
+    ) -> None:
         lens = importlib.import_module(self.module)
         trainer = importlib.import_module("sae_lens.training.sae_trainer")
         config = importlib.import_module("sae_lens.config")
-        self.name = "sae-lens" + (" bf16" if autocast else "") + (" sparse" if sparse else "")
+        said = f" {rule}" if rule != "TopK" else ""
+        self.name = "sae-lens" + said + (" bf16" if autocast else "") + (" sparse" if sparse else "")
         M, D = inputs.W_enc.shape
         device = str(inputs.W_enc.device)
-        settings = lens.TopKTrainingSAEConfig(
-            d_in=D, d_sae=M, k=k, apply_b_dec_to_input=True, use_sparse_activations=sparse,
-            rescale_acts_by_decoder_norm=False, normalize_activations="none", device=device,
+        of_topk = {"k": k, "use_sparse_activations": sparse, "rescale_acts_by_decoder_norm": False}
+        settings = getattr(lens, f"{rule}TrainingSAEConfig")(
+            d_in=D, d_sae=M, apply_b_dec_to_input=True, normalize_activations="none", device=device,
+            **(of_topk if rule == "TopK" else {}),
         )  # fmt: skip
-        self.sae = lens.TopKTrainingSAE(settings)
-        with torch.no_grad():
-            self.sae.W_enc.copy_(inputs.W_enc.T)
-            self.sae.b_enc.copy_(inputs.b_enc)
-            self.sae.W_dec.copy_(inputs.W_dec)
-            self.sae.b_dec.copy_(inputs.b_dec)
+        self.sae = getattr(lens, f"{rule}TrainingSAE")(settings)
+        fill(self.sae, inputs, 0.0 if rule == "TopK" else bar(k, M))
         n = len(inputs.x)
         run = config.SAETrainerConfig(
             total_training_samples=10**9, train_batch_size_samples=n, lr=LR, lr_end=LR, autocast=autocast,
