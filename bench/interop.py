@@ -5,13 +5,15 @@ given to `fastsae.accelerate` and its own torch optimizer; and with `fastsae.opt
 start from the same weights and get the same batches; the losses of their first steps are compared before anything is
 timed. Inference: SAELens' JumpReLUSAE at the shape of a Gemma Scope SAE, as it is, accelerated, and as `fastsae.load`
 reads it from SAELens' own files; reconstructions are compared first.
-Writes bench/results/<device>/interop.json. `.venv-peers` has the libraries (`make .venv-peers/.installed`).
+Writes bench/results/<device>/interop.json and the tables of docs/accelerate.md. `.venv-peers` has the libraries
+(`make .venv-peers/.installed`).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,12 +29,12 @@ import fastsae
 from bench import cases, peers, real
 from bench.cases import Inputs
 from bench.dense import LR
-from bench.machine import describe, device_folder
-from bench.plot import table
+from bench.machine import ROOT, describe, device_folder
+from bench.plot import table, with_numbers
 from bench.results import RESULTS
 from bench.run import rotating, shape
 from bench.timing import interleaved
-from fastsae.atomic import write_json
+from fastsae.atomic import replace_file, write_json
 
 STEPS: dict[str, tuple[str, Callable[[Inputs, int], Any]]] = {
     "sae-lens TopK": ("sae-lens", peers.SAELens),
@@ -49,6 +51,8 @@ TOKENS = (1, 64, 4096)
 AT_A_THRESHOLD = 1e-3
 """The share of tokens that may have a latent within rounding of its threshold, on in one way and off in the other."""
 FORMAT = 2
+PAGE = ROOT / "docs" / "accelerate.md"
+BEGIN, END = "<!-- steps: begin (python -m bench.interop --draw) -->", "<!-- steps: end -->"
 AS_IT_IS, SWAPPED, FUSED = WAYS = ("as it is", "accelerated", "accelerated, fastsae.optim")
 LOADED = "fastsae.load"
 COMPARED = 3
@@ -148,6 +152,29 @@ def shown(result: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def section(results: Path) -> str:
+    """What docs/accelerate.md shows: every device's result, the newest first. Raises ValueError for another format."""
+    found = {path: json.loads(path.read_text()) for path in results.glob("*/interop.json")}
+    said = []
+    for path, result in sorted(found.items(), key=lambda one: one[1]["machine"]["date"], reverse=True):
+        if result.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {result.get('format')!r}, expected {FORMAT}: run bench.interop again")
+        machine = result["machine"]
+        cpu = machine["backends"]["cpu"]["detail"]
+        sizes = " ".join(f"{name}={result[name]}" for name in "NDMK")
+        said.append(
+            f"{machine['device']}, {machine['threads']} threads, fastsae's {cpu['isa']} kernels, screened in "
+            f"{cpu['screening']}, {sizes} ({path.relative_to(results.parents[1])}):\n\n{shown(result)}"
+        )
+    return "\n\n".join(said)
+
+
+def renew(results: Path = RESULTS, page: Path = PAGE) -> None:
+    """Puts the tables between the page's markers."""
+    text = with_numbers(page.read_text(), section(results), BEGIN, END)
+    replace_file(page, lambda partial: partial.write_text(text))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -159,7 +186,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contestant (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, help="folder of the result; left out: bench/results/<device>")
+    parser.add_argument("--draw", action="store_true", help="only renew docs/accelerate.md, from the stored results")
     options = parser.parse_args()
+    if options.draw:
+        renew()
+        return 0
     if options.threads:
         torch.set_num_threads(options.threads)
     for library in dict.fromkeys([STEPS[name][0] for name in options.steps] + ["sae-lens"]):
@@ -183,6 +214,8 @@ def main() -> int:
     write_json(path, result)
     print(shown(result))
     print(f"written: {path}")
+    if options.out is None:
+        renew()
     return 0
 
 

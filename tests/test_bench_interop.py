@@ -71,3 +71,17 @@ def test_a_run_at_a_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert all(way["ms"] > 0 for way in found["ways"].values())
     assert set(result["inference"]["tokens"]) == {str(tokens) for tokens in interop.TOKENS}
     assert "JumpReLUSAE" in interop.shown(result)
+
+
+def test_the_page_is_what_the_stored_results_give(tmp_path: Path) -> None:
+    copy = tmp_path / "page.md"
+    copy.write_text(interop.PAGE.read_text())
+    interop.renew(page=copy)
+    assert copy.read_text() == interop.PAGE.read_text(), "run python -m bench.interop --draw"
+
+
+def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a-device").mkdir()
+    (tmp_path / "a-device" / "interop.json").write_text('{"format": 1, "machine": {"date": "2026"}}')
+    with pytest.raises(ValueError, match="has format 1, expected 2"):
+        interop.section(tmp_path)
