@@ -58,6 +58,12 @@ class Case:
     pickles: bool = True
 
 
+def sized(settings: dict[str, Any]) -> tuple[int, int, dict[str, Any]]:
+    """Width of x and number of latents, (D, M) where the settings have no d_in and d_sae, and the other settings."""
+    rest = dict(settings)
+    return rest.pop("d_in", D), rest.pop("d_sae", M), rest
+
+
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -120,8 +126,10 @@ def call_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
 
 def coder(settings: dict[str, Any], dtype: torch.dtype) -> Any:
     sparsify = library("sparsify")
+    d, m, rest = sized(settings)
     torch.manual_seed(0)
-    return shaken(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=M, k=K, **settings), dtype=dtype))
+    config = sparsify.SparseCoderConfig(num_latents=m, **{"k": K, **rest})
+    return shaken(sparsify.SparseCoder(d, config, dtype=dtype))
 
 
 def coder_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
@@ -139,10 +147,11 @@ def dictionary(kind: str, *more: Any) -> Callable[[dict[str, Any], torch.dtype],
         names = ("dictionary", "trainers.top_k", "trainers.batch_top_k", "trainers.matryoshka_batch_top_k")
         places = [f"{base}.{one}" for one in names]
         found = next(getattr(m, kind) for m in map(importlib.import_module, places) if hasattr(m, kind))
+        d, m, rest = sized(settings)
         torch.manual_seed(0)
         with default_dtype(dtype):
-            module = shaken(found(D, M, *more))
-        for name, value in settings.items():
+            module = shaken(found(d, m, *rest.pop("arguments", more)))
+        for name, value in rest.items():
             module.get_buffer(name).fill_(value)
         return module
 
@@ -151,7 +160,7 @@ def dictionary(kind: str, *more: Any) -> Callable[[dict[str, Any], torch.dtype],
 
 def dictionary_topk_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
     f, top, indices, post = module.encode(x, return_topk=True)
-    assert top.shape == indices.shape == (len(x), K)
+    assert top.shape == indices.shape == (len(x), int(module.k))
     loss = (module.decode(f) - x).square().sum(-1).mean()
     if dead is not None:  # a dense loss on what encode gives
         loss = loss + 0.01 * torch.where(dead, post, 0).square().sum() + 0.01 * f.abs().sum()
@@ -161,7 +170,7 @@ def dictionary_topk_loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
 def with_encode(**flags: Any) -> Callable[[Any, Tensor, Tensor | None], Tensor]:
     def loss(module: Any, x: Tensor, dead: Tensor | None) -> Tensor:
         f, active, post = module.encode(x, return_active=True, **flags)
-        assert active.shape == (M,)
+        assert active.shape == (module.dict_size,)
         found = (module.decode(f) - x).square().sum(-1).mean()
         if dead is not None:
             found = found + 0.01 * torch.where(dead, post, 0).square().sum() + 0.01 * f.abs().sum()
@@ -209,17 +218,17 @@ def transcoder(settings: dict[str, Any], dtype: torch.dtype) -> Any:
     library("circuit_tracer")
     rules = importlib.import_module("circuit_tracer.transcoder.activation_functions")
     kind = importlib.import_module("circuit_tracer.transcoder.single_layer_transcoder").SingleLayerTranscoder
-    given = dict(settings)
+    d, m, given = sized(settings)
     rule, trains, shift = given.pop("rule", "relu"), given.pop("trains", False), given.pop("shift", 1.0)
     if rule == "topk":
-        function, shift = rules.TopK(K), 0.0
+        function, shift = rules.TopK(given.pop("k", K)), 0.0
     elif rule == "jumprelu":
-        threshold = torch.linspace(-0.1, 0.9, M, dtype=torch.float64).to(dtype)
+        threshold = torch.linspace(-0.1, 0.9, m, dtype=torch.float64).to(dtype)
         function = rules.JumpReLU(threshold, 0.5)
         function.threshold.requires_grad_(trains)
     else:
         function = nn.functional.relu if rule == "relu" else nn.ReLU()
-    return filled(kind(D, M, function, 0, dtype=dtype, **given), "b_enc", shift)
+    return filled(kind(d, m, function, 0, dtype=dtype, **given), "b_enc", shift)
 
 
 def transcoder_decode(module: Any, acts: Tensor, x: Tensor) -> Tensor:
@@ -234,11 +243,11 @@ def overcomplete(kind: str) -> Callable[[dict[str, Any], torch.dtype], Any]:
 
     def make(settings: dict[str, Any], dtype: torch.dtype) -> Any:
         sae = library("overcomplete")
-        given = dict(settings)
+        d, m, given = sized(settings)
         tied, bias, threshold = given.pop("tied", None), given.pop("bias", False), given.pop("threshold", None)
         torch.manual_seed(0)
         with default_dtype(dtype):
-            module = getattr(sae, kind)(D, M, **given)
+            module = getattr(sae, kind)(d, m, **given)
             if tied is not None:
                 module = module.tied(bias) if tied else module.untied(bias, copy_from_dictionary=False)
         shaken(module)
@@ -248,7 +257,7 @@ def overcomplete(kind: str) -> Callable[[dict[str, Any], torch.dtype], Any]:
                 module.eval()
         with torch.no_grad():
             if hasattr(module, "thresholds"):
-                module.thresholds.fill_(-0.5).add_(torch.linspace(-1, 1, M, dtype=torch.float64))
+                module.thresholds.fill_(-0.5).add_(torch.linspace(-1, 1, m, dtype=torch.float64))
                 module.thresholds.requires_grad_(False)
             elif kind == "SAE":
                 module.encoder.final_block[0].bias.sub_(1.0)
@@ -276,14 +285,15 @@ OVERCOMPLETE: dict[str, Any] = {
 def llama(settings: dict[str, Any], dtype: torch.dtype) -> Any:
     library("llamascopium")
     models = importlib.import_module("llamascopium.models.sae")
-    given = {"hook_point_in": "in", "hook_point_out": "out", "norm_activation": "inference", "top_k": K, **settings}
+    d, m, rest = sized(settings)
+    given = {"hook_point_in": "in", "hook_point_out": "out", "norm_activation": "inference", "top_k": K, **rest}
     trains = given.pop("trains", False)
-    config = models.SAEConfig(d_model=D, expansion_factor=M / D, device="cpu", dtype=dtype, **given)
+    config = models.SAEConfig(d_model=d, expansion_factor=m / d, device="cpu", dtype=dtype, **given)
     module = filled(models.SparseAutoEncoder(config), "b_E", 1.0 if "relu" in config.act_fn else 0.0)
     if config.act_fn == "jumprelu":
         threshold = module.activation_function.log_jumprelu_threshold.requires_grad_(trains)
         with torch.no_grad():
-            threshold.copy_(torch.linspace(0.05, 0.9, M, dtype=torch.float64).log())
+            threshold.copy_(torch.linspace(0.05, 0.9, m, dtype=torch.float64).log())
     return module
 
 
@@ -432,9 +442,9 @@ def make(name: str, number: int, dtype: torch.dtype = torch.float64) -> Any:
     return case.make(case.settings[number], dtype)
 
 
-def inputs(seed: int, dtype: torch.dtype = torch.float64, n: int = N) -> Tensor:
+def inputs(seed: int, dtype: torch.dtype = torch.float64, n: int = N, width: int = D) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, D, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(n, width, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def dead_latents(name: str, seed: int) -> Tensor | None:
