@@ -107,7 +107,7 @@ def compile_one(module: str, name: str, target: str) -> dict[str, Any]:
     from triton.runtime.cache import get_cache_manager
 
     _, variant = variants_of([module])[name]
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
     if variant.maxnreg is not None and TARGETS[target].gpu[0] == "cuda":
         options["maxnreg"] = variant.maxnreg
     log, gpu = io.StringIO(), GPUTarget(*TARGETS[target].gpu)

@@ -5,6 +5,7 @@ The toys are compiled in a process of their own, because Triton's interpreter ma
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -38,6 +39,24 @@ def report(registers: int = 100, product: bool = False, target: str = "sm_90", *
         "kernels": {"toy/fp32": {"module": "toys", "product": product, "targets": {target: record}}},
         "costs": {"toys": {"Bytes": "4·N.", "Flops": "2·N."}},
     }
+
+
+def test_every_launch_asks_for_fused_multiply_adds() -> None:
+    """As the compile checks do. Triton 3.10 leaves them out where nobody asks, and other bits come out."""
+    launches = []
+    for path in (ROOT / "fastsae" / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Assign(targets=[ast.Name(id="common")], value=ast.Call(keywords=keywords)):
+                    shared = {word.arg for word in keywords}
+                case ast.Call(func=ast.Subscript(value=ast.Name(id=kernel)), keywords=keywords) if "kernel" in kernel:
+                    words = {word.arg for word in keywords}
+                    spread = {
+                        word.value.id for word in keywords if word.arg is None and isinstance(word.value, ast.Name)
+                    }
+                    launches.append((f"{path.name}: {kernel}", words | (shared if "common" in spread else set())))
+    assert len(launches) > 25
+    assert [where for where, words in launches if "enable_fp_fusion" not in words] == []
 
 
 @pytest.mark.parametrize("product", [False, True])

@@ -55,7 +55,7 @@ def active_dot(x: Tensor, acts: Tensor, indices: Tensor, offsets: Tensor | None,
     if x.shape[0] and acts.numel():
         _active_dot_kernel[(x.shape[0],)](
             x, acts, indices, offsets, W, out, 0 if ragged else acts.shape[1], x.shape[1],
-            RAGGED=ragged, BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
+            RAGGED=ragged, BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

@@ -96,7 +96,8 @@ def outer(starts: Tensor, tokens: Tensor, slots: Tensor, acts: Tensor, x: Tensor
     """Fills out (M, D), not empty. starts, tokens, slots: the code in latent order, as by_latent gives it."""
     d_sae, D = out.shape
     c, sums = choose(D), None
-    tiles, common = triton.cdiv(D, c.BLOCK_D), dict(BLOCK_E=c.BLOCK_E, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps)
+    tiles = triton.cdiv(D, c.BLOCK_D)
+    common = dict(BLOCK_E=c.BLOCK_E, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps, enable_fp_fusion=True)
     if pieces.first is not None:
         sums = buffers.empty((pieces.capacity, D), torch.float32, x.device)
         _outer_pieces_kernel[(pieces.capacity, tiles)](

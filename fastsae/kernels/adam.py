@@ -128,8 +128,9 @@ def step_numbers(
     keys = buffers.empty((STREAMS,), torch.int32, lr.device)
     signed = ((seed or 0) + 2**31) % 2**32 - 2**31  # the same 32 bits, as an int32 argument
     _step_numbers_kernel[(1,)](
-        lr, step, skip, numbers, keys, signed, BETA1=beta1, BETA2=beta2, STREAMS=STREAMS, num_warps=choose().num_warps
-    )
+        lr, step, skip, numbers, keys, signed, BETA1=beta1, BETA2=beta2, STREAMS=STREAMS, num_warps=choose().num_warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return numbers, keys
 
 

@@ -50,6 +50,7 @@ def bars(scores: Tensor, table: Tensor, bounds: Tensor, count: Tensor, out: Tens
         scores, table, bounds, count, out, n, scores.stride(0), plan.width, plan.chunks,
         sample_step(limit, plan.samples), limit, plan.rank,
         TABLE_ROWS=TABLE_ROWS, SAMPLES=plan.samples, LAST_BIT=LAST_BIT, num_warps=warps_of(plan.samples),
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -99,6 +99,7 @@ def list_slots(
     _list_slots_kernel[(triton.cdiv(acts.numel(), config.BLOCK),)](
         acts, indices, offsets, keys, rows, values, acts.numel(), n, k, d_sae, first_row,
         BITS=0 if offsets is None else (n + 1).bit_length(), BLOCK=config.BLOCK, num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -118,11 +119,13 @@ def sort_slots(
     config = choose()
     keys, order = torch.sort(keys, stable=True)
     _latent_starts_kernel[(triton.cdiv(d_sae + 1, config.BLOCK),)](
-        keys, starts, n_slots, d_sae, BITS=n_slots.bit_length(), BLOCK=config.BLOCK, num_warps=config.num_warps
-    )
+        keys, starts, n_slots, d_sae, BITS=n_slots.bit_length(), BLOCK=config.BLOCK, num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     _entries_kernel[(triton.cdiv(n_slots, config.BLOCK),)](
-        keys, order, rows, values, rows_out, values_out, n_slots, d_sae, BLOCK=config.BLOCK, num_warps=config.num_warps
-    )
+        keys, order, rows, values, rows_out, values_out, n_slots, d_sae, BLOCK=config.BLOCK, num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return starts, rows_out, order, values_out
 
 

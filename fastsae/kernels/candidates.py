@@ -102,7 +102,7 @@ def select(
         values, places, counts, table, bounds, bars, rows, latents, scores, found, certified,
         n, k, plan.width, plan.chunks, plan.survivors, plan.candidates,
         ROUNDOFF=roundoff(dtype), EXACT=exact, TABLE_ROWS=TABLE_ROWS, BLOCK=block, num_warps=warps_of(block),
-        **register_limit(REGISTERS),
+        **register_limit(REGISTERS), enable_fp_fusion=True,
     )  # fmt: skip
     return latents, scores, found, certified
 

@@ -98,6 +98,7 @@ def decode(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> 
         _decode_kernel[grid](
             acts, indices, offsets, W, out, n, 0 if offsets is not None else acts.shape[1], D,
             RAGGED=offsets is not None, BLOCK_N=c.BLOCK_N, BLOCK_D=c.BLOCK_D, UNROLL=c.UNROLL, num_warps=c.num_warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

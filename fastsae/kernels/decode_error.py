@@ -60,7 +60,7 @@ def decode_error(
         _decode_error_kernel[(triton.cdiv(n, c.BLOCK_N), tiles)](
             acts, indices, offsets, W, target, bias, error, squares, n, 0 if offsets is not None else acts.shape[1], D,
             RAGGED=offsets is not None, BLOCK_N=c.BLOCK_N, BLOCK_D=c.BLOCK_D, UNROLL=c.UNROLL, num_warps=c.num_warps,
-            **register_limit(REGISTERS),
+            **register_limit(REGISTERS), enable_fp_fusion=True,
         )  # fmt: skip
     return error, squares.double().sum(0)
 

@@ -26,7 +26,7 @@ from fastsae.kernels.variants import POINTERS, Variant
 SLOTS = 64
 PROGRAMS = 1024
 BLOCK = 1024
-REST_BLOCK = 512  # of a program that also holds a block of dots, without spilling
+REST_BLOCK = 256  # of a program that also holds a block of dots, without spilling with any of Triton 3.6 to 3.9
 
 
 @triton.jit
@@ -161,15 +161,16 @@ def exhaustive_top_k(
     blocks = {"BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}
     _scores_kernel[(programs,)](
         x, W, b, gate, rows, count, tokens, listed, scratch, D, positions, programs,
-        SLOTS=slots, **blocks, num_warps=NUM_WARPS,
+        SLOTS=slots, **blocks, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     _select_kernel[(slots,)](
-        rows, count, tokens, listed, scratch, acts, indices, positions, k, offset, last, BLOCK=block, num_warps=8
-    )
+        rows, count, tokens, listed, scratch, acts, indices, positions, k, offset, last, BLOCK=block, num_warps=8,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     if n > slots:
         _rest_kernel[(slots,)](
             x, W, b, gate, rows, count, tokens, listed, scratch, acts, indices, D, positions, k, offset, last,
-            SLOTS=slots, BLOCK=min(REST_BLOCK, block), **blocks, num_warps=NUM_WARPS,
+            SLOTS=slots, BLOCK=min(REST_BLOCK, block), **blocks, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -79,6 +79,7 @@ def narrow_rows(t: Tensor, low: Tensor, scale: Tensor, norm: Tensor, residual: T
         _narrow_kernel[(triton.cdiv(rows, c.BLOCK_R),)](
             t, low, scale, norm, residual, rows, D, low.shape[1],
             NARROW=low.dtype == torch.float16, BLOCK_R=c.BLOCK_R, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -56,8 +56,9 @@ def piece_starts(starts: Tensor, length: int) -> Tensor:
     counts = buffers.empty(starts.shape[:1], torch.int32, starts.device)
     config = choose()
     _count_pieces_kernel[(triton.cdiv(starts.shape[0], config.BLOCK),)](
-        starts, counts, starts.shape[0] - 1, length, BLOCK=config.BLOCK, num_warps=config.num_warps
-    )
+        starts, counts, starts.shape[0] - 1, length, BLOCK=config.BLOCK, num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return torch.cumsum(counts, 0, dtype=torch.int32)
 
 

@@ -78,6 +78,7 @@ def product(x: Tensor, W: Tensor, rows: Tensor | None, count: Tensor, out: Tenso
     _product_kernel[grid](
         x, W, rows, count, out, n, D, out.shape[1], out.stride(0), chunk, stride,
         BLOCK_N=c.BLOCK_N, BLOCK_C=c.BLOCK_C, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps, num_stages=c.num_stages,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 

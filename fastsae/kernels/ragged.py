@@ -147,7 +147,7 @@ def count_listed(
     """Fills totals (N,) int64 of the tokens whose list (N, slots) was long enough."""
     _listed_kernel[(found.shape[0],)](
         latents, scores, found, thresholds, None, totals, None, None, latents.shape[1], 0,
-        EMIT=False, PER_LATENT=per_latent, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        EMIT=False, PER_LATENT=per_latent, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def emit_listed(
     """Writes those tokens' entries at their offsets (N+1,) into acts and indices (capacity,)."""
     _listed_kernel[(found.shape[0],)](
         latents, scores, found, thresholds, offsets, None, acts, indices, latents.shape[1], acts.shape[0],
-        EMIT=True, PER_LATENT=per_latent, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        EMIT=True, PER_LATENT=per_latent, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def every_latent(
             W.shape[0], W.shape[1], acts.shape[0], programs,
             EMIT=offsets is not None, BY_KEY=least is not None, PER_LATENT=per_latent,
             BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
-            **register_limit(REGISTERS),
+            **register_limit(REGISTERS), enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -206,6 +206,7 @@ def histogram(x: Tensor, W: Tensor, b: Tensor, needed: Tensor, prefix: Tensor | 
         _histogram_kernel[(x.shape[0],)](
             x, W, b, needed, prefix, bins, W.shape[0], W.shape[1],
             SHIFT=16 if prefix is None else 0, BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return bins
 

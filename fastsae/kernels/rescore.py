@@ -49,7 +49,7 @@ def rescore(
     n, D = x.shape
     _rescore_kernel[(n,)](
         x, W, b, gate, latents, counts, scores, D, latents.shape[1],
-        BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
+        BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 

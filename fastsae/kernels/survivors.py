@@ -100,7 +100,7 @@ def append(
         scores, table, bounds, bars, limit, values, places, counts,
         n, scores.stride(0), width, chunk, stride, base, values.shape[1],
         ROUNDOFF=roundoff(scores.dtype), PER_LATENT=per_latent, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
-        **register_limit(REGISTERS),
+        **register_limit(REGISTERS), enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def top_k(
     _top_k_kernel[(n,)](
         latents, scores, counts, certified, acts, indices, k, candidates, offset, last,
         BLOCK=candidates, BLOCK_J=block_of(candidates), BLOCK_K=triton.next_power_of_2(k),
-        num_warps=warps_of(candidates),
+        num_warps=warps_of(candidates), enable_fp_fusion=True,
     )  # fmt: skip
 
 

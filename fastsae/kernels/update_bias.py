@@ -106,11 +106,12 @@ def update_bias(
     for t, out, count in zip(parts, workspace.split(counts), counts, strict=True):
         if count:
             _column_sums_kernel[(count, tiles)](
-                t, out, t.shape[0], D, BLOCK_N=c.BLOCK_N, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps
-            )
+                t, out, t.shape[0], D, BLOCK_N=c.BLOCK_N, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps,
+                enable_fp_fusion=True,
+            )  # fmt: skip
     _update_bias_kernel[(tiles,)](
         b, m, v, workspace, stats, numbers, keys, eps, *betas, D, added, sum(counts),
-        STOCHASTIC=stochastic, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps,
+        STOCHASTIC=stochastic, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -216,12 +216,12 @@ def update_rows(
         bias_sums = buffers.empty((pieces.capacity,), torch.float32, W_dec.device)
         _row_pieces_kernel[(pieces.capacity,)](
             W_dec, *listed, pieces.first, sums, bias_sums, d_sae, d_in, d_out, pieces.length,
-            BITS=bits_of(pieces.first), **blocks,
+            BITS=bits_of(pieces.first), **blocks, enable_fp_fusion=True,
         )  # fmt: skip
     _update_rows_kernel[(programs,)](
         W_enc, W_dec, b_enc, *enc_moments, *dec_moments, *bias_moments, *listed, pieces.first, sums, bias_sums,
         pre_bias, stats, numbers, keys, eps, *betas, d_sae, d_in, d_out,
-        UNIT_NORM=unit_norm, STOCHASTIC=stochastic, **blocks,
+        UNIT_NORM=unit_norm, STOCHASTIC=stochastic, **blocks, enable_fp_fusion=True,
     )  # fmt: skip
 
 
