@@ -1,0 +1,83 @@
+"""fastsae.accelerate at the edges: no tokens, frozen thresholds, torch.func, acts of 0, and errors that undo all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastsae
+from tests.accelerate_case import FIRST, M, inputs, make
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::fastsae.backends.errors.BackendWarning", "ignore::UserWarning"),
+]
+BATCH_TOPK = ["lens-batchtopk-training", "lens-matryoshka-training", "dictionary-batchtopk", "dictionary-matryoshka",
+              "overcomplete-batchtopk"]  # fmt: skip
+
+
+def close(mine: Any, truth: Any) -> None:
+    torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-11)
+
+
+def pair(name: str, number: int = 0) -> tuple[Any, Any]:
+    return make(name, number), fastsae.accelerate(make(name, number))
+
+
+def both(one: Any, other: Any) -> None:
+    """The same tensor, or an error of both."""
+    found: list[Any] = []
+    for run in (one, other):
+        try:
+            found.append(run())
+        except (RuntimeError, ValueError, IndexError) as error:
+            found.append(error)
+    if isinstance(found[0], Exception):
+        assert isinstance(found[1], Exception), found
+    else:
+        close(found[1], found[0])
+
+
+# sparsify's own encoder takes no transform; overcomplete's dictionary writes .data in forward, and torch crashes there.
+FUNCTIONAL = [name for name, _ in FIRST if not name.startswith(("sparsify", "overcomplete"))]
+
+
+def test_memory_of_lazy_acts_that_others_read_and_write() -> None:
+    """Through DLPack, storages, shared memory, data."""
+    theirs, mine = pair("lens-topk")
+    x = inputs(1)
+    new = torch.rand(len(x), M, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def by_data(acts: Tensor) -> None:
+        acts.data = new.clone()
+
+    def by_storage(acts: Tensor) -> None:
+        torch.empty(0, dtype=acts.dtype).set_(acts.untyped_storage()).fill_(0.5)
+
+    writes: dict[str, Any] = {
+        "torch": lambda acts: torch.from_dlpack(acts).mul_(2), "numpy": lambda acts: np.from_dlpack(acts).sum(),
+        "shared": lambda acts: acts.share_memory_()[0].fill_(3.0), "data": by_data, "storage": by_storage,
+        "old data": lambda acts: acts.data.mul_(3),
+    }  # fmt: skip
+    for name, write in writes.items():
+        with torch.no_grad():
+            found = []
+            for module in (theirs, mine):
+                acts = module.encode(x)
+                assert acts.is_shared() is False
+                write(acts)
+                assert acts.is_shared() == (name == "shared")
+                found.append((acts + 0, module.decode(acts)))
+        for b, a in zip(found[1], found[0], strict=True):
+            close(b, a)
+    acts = mine.encode(x)
+    with pytest.raises(BufferError, match="require gradient"):
+        torch.from_dlpack(acts)
+    with pytest.raises(RuntimeError, match="expected \\(24, 48\\)"):
+        acts.data = new[:, :3]
+    with torch.no_grad():
+        np.testing.assert_array_equal(np.from_dlpack(mine.encode(x)), theirs.encode(x).numpy())
