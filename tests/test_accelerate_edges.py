@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastsae
-from tests.accelerate_case import FIRST, M, inputs, make
+from tests.accelerate_case import CASES, FIRST, M, inputs, lens_step, make
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -40,6 +40,27 @@ def both(one: Any, other: Any) -> None:
         assert isinstance(found[1], Exception), found
     else:
         close(found[1], found[0])
+
+
+@pytest.mark.parametrize("name", BATCH_TOPK)
+def test_batch_top_k_of_no_tokens(name: str) -> None:
+    case, (theirs, mine) = CASES[name], pair(name)
+    flags = {"use_threshold": False} if name.startswith("dictionary") else {}
+    x = inputs(0, n=0)
+
+    def acts(module: Any) -> Tensor:
+        found: Tensor = module.encode(x, **flags) if flags else case.encode(module, x)
+        return found + 0
+
+    both(lambda: acts(theirs), lambda: acts(mine))
+
+
+def test_batch_top_k_that_rounds_to_no_act_and_one_that_is_too_large() -> None:
+    for k, n in ((0.4, 2), (M + 1.0, 2)):
+        theirs, mine = (CASES["lens-batchtopk-training"].make({"k": k}, torch.float64) for _ in range(2))
+        fastsae.accelerate(mine)
+        x = inputs(0, n=n)
+        both(lambda m=theirs, x=x: lens_step(m, x, None).loss, lambda m=mine, x=x: lens_step(m, x, None).loss)
 
 
 # sparsify's own encoder takes no transform; overcomplete's dictionary writes .data in forward, and torch crashes there.

@@ -78,7 +78,7 @@ class EncoderInputs:
         A scale makes a scaled copy of the encoder, and the op then prepares its own screen for it.
         """
         n = max(self.x.shape[0], 1)
-        k = min(self.W.shape[0], -(-total // n))
+        k = max(1, -(-total // n))  # the op takes no k of 0, which an empty batch or a k below 1 asks for
 
         def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
             held = None if scale is None else scale.detach()
