@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastsae
+from fastsae.swapped.lazy import LazyActs
 from tests.accelerate_case import CASES, FIRST, M, inputs, lens_step, make
 
 pytestmark = [
@@ -61,6 +62,18 @@ def test_batch_top_k_that_rounds_to_no_act_and_one_that_is_too_large() -> None:
         fastsae.accelerate(mine)
         x = inputs(0, n=n)
         both(lambda m=theirs, x=x: lens_step(m, x, None).loss, lambda m=mine, x=x: lens_step(m, x, None).loss)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_kernel_that_trains_the_encoder_does_so_while_thresholds_are_frozen(number: int) -> None:
+    theirs, mine = pair("lens-jumprelu-training", number)
+    for module in (theirs, mine):
+        module.threshold.requires_grad_(False)
+        lens_step(module, inputs(1), None).loss.backward()
+    assert isinstance(mine.encode(inputs(1)), LazyActs)
+    for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
+        if p.requires_grad:
+            close(q.grad, p.grad)
 
 
 # sparsify's own encoder takes no transform; overcomplete's dictionary writes .data in forward, and torch crashes there.
