@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae.swapped.lazy import LazyActs
-from tests.accelerate_case import CASES, FIRST, M, inputs, lens_step, make
+from tests.accelerate_case import CASES, FIRST, D, K, M, inputs, lens_step, make
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -78,6 +78,18 @@ def test_a_kernel_that_trains_the_encoder_does_so_while_thresholds_are_frozen(nu
 
 # sparsify's own encoder takes no transform; overcomplete's dictionary writes .data in forward, and torch crashes there.
 FUNCTIONAL = [name for name, _ in FIRST if not name.startswith(("sparsify", "overcomplete"))]
+
+
+def test_an_act_of_0_has_a_gradient_in_sparsifys_decoder() -> None:
+    theirs, mine = pair("sparsify")
+    top = theirs.encode(inputs(1)).top_indices
+    given = [torch.zeros(top.shape, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    for module, acts in zip((theirs, mine), given, strict=True):
+        module.decode(acts, top).sin().sum().backward()
+    assert bool((given[0].grad != 0).all())
+    close(given[1].grad, given[0].grad)
+    none = torch.zeros(0, K, dtype=torch.float64), top[:0]
+    assert mine.decode(*none).shape == (0, D)
 
 
 def test_memory_of_lazy_acts_that_others_read_and_write() -> None:
