@@ -12,6 +12,7 @@ from torch import Tensor
 import fastsae
 from fastsae.swapped.lazy import LazyActs
 from tests.accelerate_case import CASES, FIRST, D, K, M, inputs, lens_step, make
+from tests.test_accelerate_trainers import dictionary_trainer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -90,6 +91,16 @@ def test_an_act_of_0_has_a_gradient_in_sparsifys_decoder() -> None:
     close(given[1].grad, given[0].grad)
     none = torch.zeros(0, K, dtype=torch.float64), top[:0]
     assert mine.decode(*none).shape == (0, D)
+
+
+def test_a_trainer_that_cannot_be_fused_stays_as_it_was() -> None:
+    trainer = dictionary_trainer("dictionary-topk")
+    trainer.ae.encoder.bias.requires_grad_(False)
+    before = type(trainer), type(trainer.ae), trainer.optimizer, trainer.scheduler
+    with pytest.raises(ValueError, match="b_enc do not require a gradient"):
+        fastsae.accelerate(trainer)
+    assert (type(trainer), type(trainer.ae), trainer.optimizer, trainer.scheduler) == before
+    assert trainer.ae.decoder.weight.is_contiguous()
 
 
 def test_memory_of_lazy_acts_that_others_read_and_write() -> None:

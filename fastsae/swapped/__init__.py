@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastsae.swapped.base import Swapped, Unsupported, accelerate_sae, check_sae
+from fastsae.swapped.base import Swapped, Unsupported, accelerate_sae, check_sae, give_back
 from fastsae.training.optimizers import FusedOptimizer
 
 Given = TypeVar("Given")
@@ -100,10 +100,7 @@ def unaccelerate(module: Given) -> Given:
     if not isinstance(module, nn.Module):
         raise TypeError(f"unaccelerate got a {type(module).__name__}, expected a module; of a trainer, give its SAE")
     for one in [m for m in module.modules() if isinstance(m, Swapped)]:
-        for role in one.transposed:
-            p = one.parameter(role)
-            p.data = p.data.contiguous()
-        one.__class__ = one.original()  # type: ignore[assignment]
+        give_back(one)
     return module
 
 

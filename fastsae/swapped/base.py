@@ -327,6 +327,20 @@ def _contiguous(p: Tensor | None) -> Tensor | None:
     return nn.Parameter(p.detach().contiguous(), requires_grad=p.requires_grad)
 
 
+def give_back(module: Swapped) -> None:
+    """Undoes `accelerate_sae`."""
+    for role in module.transposed:
+        p = module.parameter(role)
+        p.data = p.data.contiguous()
+    module.__class__ = module.original()
+
+
+def traced() -> bool:
+    """Whether torch.compile traces, or a transform of torch.func runs: the library's own operations have rules for
+    those, fastsae's have none."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def weak_call(holder: Any, name: str) -> Callable[[], Any]:
     """holder.name() without keeping holder alive; None once it is gone."""
     ref = weakref.ref(holder)
