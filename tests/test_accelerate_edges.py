@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastsae
+from fastsae.swapped.base import Swapped
 from fastsae.swapped.lazy import LazyActs
 from tests.accelerate_case import CASES, FIRST, D, K, M, inputs, lens_step, make
 from tests.test_accelerate_trainers import dictionary_trainer
@@ -79,6 +80,25 @@ def test_a_kernel_that_trains_the_encoder_does_so_while_thresholds_are_frozen(nu
 
 # sparsify's own encoder takes no transform; overcomplete's dictionary writes .data in forward, and torch crashes there.
 FUNCTIONAL = [name for name, _ in FIRST if not name.startswith(("sparsify", "overcomplete"))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_transforms_of_torch_func_go_the_librarys_way(name: str) -> None:
+    case, (theirs, mine) = CASES[name], pair(name)
+    x = inputs(1)
+
+    def gradient(module: Any) -> Any:
+        return torch.func.grad(lambda x: case.call(module, x).square().sum())(x)
+
+    def along(module: Any) -> Any:
+        return torch.func.jvp(lambda x: case.call(module, x), (x,), (x.roll(1, 0),))[1]
+
+    def each(module: Any) -> Any:
+        return torch.func.vmap(lambda x: case.call(module, x[None])[0])(x)
+
+    for run in (gradient, along, each):
+        both(lambda run=run: run(theirs), lambda run=run: run(mine))
+    assert isinstance(mine, Swapped)
 
 
 def test_an_act_of_0_has_a_gradient_in_sparsifys_decoder() -> None:

@@ -20,7 +20,7 @@ from overcomplete.sae.topk_sae import TopKSAE
 from torch import Tensor, nn
 
 from fastsae.codes import SparseCodes
-from fastsae.swapped.base import HOOKS, EncoderInputs, OverABC, Swapped, Unsupported, decoded
+from fastsae.swapped.base import HOOKS, EncoderInputs, OverABC, Swapped, Unsupported, decoded, traced
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 
 
@@ -59,7 +59,7 @@ class SwappedSAE(Swapped):
         parts = (*self.encoder.modules(), self.dictionary)  # type: ignore[attr-defined]
         refused = isinstance(self.encoder, MLPEncoder) and x.ndim != 2  # type: ignore[attr-defined]
         refused = refused or x.dtype != next(parts[-1].parameters()).dtype
-        return torch.compiler.is_compiling() or refused or any(getattr(one, kind) for one in parts for kind in HOOKS)
+        return traced() or refused or any(getattr(one, kind) for one in parts for kind in HOOKS)
 
     def encoder_inputs(self, x: Tensor) -> EncoderInputs:
         encoder: Any = self.encoder  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsae.codes import SparseCodes
 from fastsae.ops.products import per_latent
-from fastsae.swapped.base import OverModule, Swapped, Unsupported, decoded, hooked, scaled
+from fastsae.swapped.base import OverModule, Swapped, Unsupported, decoded, hooked, scaled, traced
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 
 
@@ -35,8 +35,8 @@ class SwappedSAE(Swapped):
         return bool(self.cfg.apply_b_dec_to_input)
 
     def densely(self) -> bool:
-        """Whether the library's own path has to answer: hooks want dense acts, or torch.compile traces."""
-        if torch.compiler.is_compiling():
+        """Whether the library's own path has to answer: hooks want dense acts, or it is traced."""
+        if traced():
             return True
         points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)  # type: ignore[attr-defined]
         return hooked(self, points, "hook_sae_acts_pre or hook_sae_acts_post")  # type: ignore[arg-type]

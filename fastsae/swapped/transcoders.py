@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.ops.products import per_latent
-from fastsae.swapped.base import EncoderInputs, OverModule, Swapped, Unsupported, coo, decoded
+from fastsae.swapped.base import EncoderInputs, OverModule, Swapped, Unsupported, coo, decoded, traced
 from fastsae.swapped.lazy import LazyActs, spread
 
 RELUS = torch.relu, nn.functional.relu
@@ -35,8 +35,8 @@ class SwappedTranscoder(Swapped):
         return torch.is_grad_enabled() and isinstance(rule, JumpReLU) and rule.threshold.requires_grad
 
     def is_dense(self, x: Tensor, dims: tuple[int, ...]) -> bool:
-        """Whether the library's own path has to answer: torch.compile traces, or it refuses such an input."""
-        return torch.compiler.is_compiling() or x.ndim not in dims or not x.is_floating_point()
+        """Whether the library's own path has to answer: it is traced, or refuses such an input."""
+        return traced() or x.ndim not in dims or not x.is_floating_point()
 
 
 class SwappedSingleLayerTranscoder(OverModule, SwappedTranscoder, SingleLayerTranscoder):
@@ -172,7 +172,7 @@ class SwappedCrossLayerTranscoder(OverModule, SwappedTranscoder, CrossLayerTrans
 
         As there, positions after the last one that has an act are left out.
         """
-        codes = None if self.lazy_decoder or torch.compiler.is_compiling() else self.code_of(features)
+        codes = None if self.lazy_decoder or traced() else self.code_of(features)
         if codes is None or not codes.acts.numel():
             return super().decode(features, input_acts)
         assert codes.offsets is not None
@@ -197,7 +197,8 @@ class SwappedCrossLayerTranscoder(OverModule, SwappedTranscoder, CrossLayerTrans
     def code_of(self, features: Tensor) -> SparseCodes | None:
         """The code of acts (L, N, M) that are lazy or a coalesced sparse tensor; None of others."""
         if isinstance(features, LazyActs):
-            return features.kept if features.ndim == 3 else None
+            found: SparseCodes | None = features.kept
+            return found
         if not features.is_sparse or not features.is_coalesced() or features.dtype != self.dtype:
             return None
         layers, positions, latents = features.indices()
