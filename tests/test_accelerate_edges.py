@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 import fastsae
 from fastsae.swapped.base import Swapped
 from fastsae.swapped.lazy import LazyActs
-from tests.accelerate_case import CASES, FIRST, D, K, M, inputs, lens_step, make
+from tests.accelerate_case import CASES, FIRST, D, K, M, inputs, lens_step, library, make
 from tests.test_accelerate_trainers import dictionary_trainer
 
 pytestmark = [
@@ -111,6 +112,30 @@ def test_an_act_of_0_has_a_gradient_in_sparsifys_decoder() -> None:
     close(given[1].grad, given[0].grad)
     none = torch.zeros(0, K, dtype=torch.float64), top[:0]
     assert mine.decode(*none).shape == (0, D)
+
+
+def test_llamascopiums_batch_of_further_dimensions() -> None:
+    theirs, mine = pair("llama-batchtopk")
+    x = inputs(1).view(2, 3, 4, D)
+    close(mine.encode(x) + 0, theirs.encode(x))
+
+
+def test_cross_layer_acts_of_other_layers_are_decoded_as_they_are() -> None:
+    library("circuit_tracer")
+    kind = importlib.import_module("circuit_tracer.transcoder.cross_layer_transcoder").CrossLayerTranscoder
+    theirs, mine = (kind(2, M, D, lazy_decoder=False, dtype=torch.float64, device=torch.device("cpu")) for _ in "ab")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+            q.copy_(p)
+        for module in (theirs, mine):
+            module.b_enc.sub_(6.0)
+    fastsae.accelerate(mine)
+    x = inputs(1).view(1, -1, D)
+    acts = mine.encode_layer(x, 0)
+    assert isinstance(acts, LazyActs)
+    close(mine.decode(acts), theirs.decode(theirs.encode_layer(x, 0)))
 
 
 def test_a_trainer_that_cannot_be_fused_stays_as_it_was() -> None:

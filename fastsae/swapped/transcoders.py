@@ -196,6 +196,8 @@ class SwappedCrossLayerTranscoder(OverModule, SwappedTranscoder, CrossLayerTrans
 
     def code_of(self, features: Tensor) -> SparseCodes | None:
         """The code of acts (L, N, M) that are lazy or a coalesced sparse tensor; None of others."""
+        if features.ndim != 3 or len(features) != self.n_layers:
+            return None
         if isinstance(features, LazyActs):
             found: SparseCodes | None = features.kept
             return found
