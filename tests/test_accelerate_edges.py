@@ -114,6 +114,13 @@ def test_an_act_of_0_has_a_gradient_in_sparsifys_decoder() -> None:
     assert mine.decode(*none).shape == (0, D)
 
 
+def test_a_running_threshold_that_is_a_number() -> None:
+    theirs, mine = pair("overcomplete-batchtopk-inference")
+    for module in (theirs, mine):
+        module.running_threshold = 0.7
+    close(mine.encode(inputs(1))[1] + 0, theirs.encode(inputs(1))[1])
+
+
 def test_llamascopiums_batch_of_further_dimensions() -> None:
     theirs, mine = pair("llama-batchtopk")
     x = inputs(1).view(2, 3, 4, D)

@@ -124,7 +124,10 @@ class SwappedBatchTopKSAE(OverABC, SwappedSAE, BatchTopKSAE):
     def select(self, encoder: EncoderInputs) -> SparseCodes | None:
         if not self.training:
             threshold = self.running_threshold
-            return None if threshold is None else encoder.passing(threshold, torch.ge)
+            if threshold is None:
+                return None
+            # a threshold that was set by hand may be a number
+            return encoder.passing(torch.as_tensor(threshold, dtype=encoder.x.dtype), torch.ge)
         if not 1 <= self.top_k < encoder.x.shape[0] * len(encoder.W):
             return None
         codes = encoder.batch_topk(self.top_k + 1)  # one more, to see whether it ties with the last
