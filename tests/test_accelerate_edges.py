@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae.swapped.base import Swapped
+from fastsae.swapped.base import EncoderInputs, Swapped
 from fastsae.swapped.lazy import LazyActs
 from tests.accelerate_case import CASES, FIRST, D, K, M, inputs, lens_step, library, make
 from tests.test_accelerate_trainers import dictionary_trainer
@@ -153,6 +153,19 @@ def test_a_trainer_that_cannot_be_fused_stays_as_it_was() -> None:
         fastsae.accelerate(trainer)
     assert (type(trainer), type(trainer.ae), trainer.optimizer, trainer.scheduler) == before
     assert trainer.ae.decoder.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_running_threshold_of_top_k_encodes_once(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, mine = pair("dictionary-topk")
+    for module in (theirs, mine):
+        module.threshold.fill_(0.5)
+    runs = []
+    topk = EncoderInputs.topk
+    monkeypatch.setattr(EncoderInputs, "topk", lambda self, k: runs.append(k) or topk(self, k))
+    a, b = (module.encode(inputs(1), return_topk=asked, use_threshold=True) for module in (theirs, mine))
+    close((b[0] if asked else b) + 0, a[0] if asked else a)
+    assert len(runs) == asked
 
 
 def test_memory_of_lazy_acts_that_others_read_and_write() -> None:
