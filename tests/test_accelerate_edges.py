@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastsae
+from fastsae.swapped import Unsupported
 from fastsae.swapped.base import EncoderInputs, Swapped
 from fastsae.swapped.lazy import LazyActs
 from tests.accelerate_case import CASES, FIRST, D, K, M, inputs, lens_step, library, make
@@ -203,3 +204,12 @@ def test_memory_of_lazy_acts_that_others_read_and_write() -> None:
         acts.data = new[:, :3]
     with torch.no_grad():
         np.testing.assert_array_equal(np.from_dlpack(mine.encode(x)), theirs.encode(x).numpy())
+
+
+def test_a_model_with_somebodys_subclass_inside_is_refused_as_a_whole() -> None:
+    known, own = make("lens-topk", 0), make("lens-topk", 0)
+    own.__class__ = type("Own", (type(own),), {})
+    for model in (nn.Sequential(known, own), nn.Sequential(own)):
+        with pytest.raises(Unsupported, match="Own is a subclass of TopKSAE"):
+            fastsae.accelerate(model)
+        assert not any(isinstance(module, Swapped) for module in model)

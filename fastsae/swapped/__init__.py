@@ -77,9 +77,10 @@ def accelerate(given: Given) -> Given:
     if isinstance(given, Swapped) or isinstance(getattr(given, "optimizer", None), FusedOptimizer):
         return given  # it is accelerated already
     if isinstance(given, nn.Module) and type(given) not in swaps():
-        inside = [m for m in given.modules() if type(m) in swaps()]
+        kinds = tuple(swaps())
+        inside = [m for m in given.modules() if isinstance(m, kinds) and not isinstance(m, Swapped)]
         if inside:
-            for module in inside:
+            for module in inside:  # a subclass of somebody's too, which _swap_of refuses rather than leaving it slow
                 check_sae(module, {type(module): _swap_of(type(module))})
             for module in inside:
                 accelerate(module)
