@@ -213,3 +213,21 @@ def test_a_model_with_somebodys_subclass_inside_is_refused_as_a_whole() -> None:
         with pytest.raises(Unsupported, match="Own is a subclass of TopKSAE"):
             fastsae.accelerate(model)
         assert not any(isinstance(module, Swapped) for module in model)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in FIRST])
+def test_a_hook_on_any_part_runs_as_often_as_the_librarys(name: str) -> None:
+    case = CASES[name]
+    parts = [key for key, _ in make(name, 0).named_modules() if key]
+    for key in parts:
+        found = []
+        for module in pair(name):
+            runs: list[int] = []
+            handle = module.get_submodule(key).register_forward_hook(lambda *_, runs=runs: runs.append(1))
+            with torch.no_grad():
+                out = case.call(module, inputs(1))
+            found.append((len(runs), out))
+            handle.remove()
+        assert found[0][0] == found[1][0], key
+        if isinstance(found[0][1], Tensor):
+            close(found[1][1], found[0][1])

@@ -358,9 +358,14 @@ def warn_once(module: nn.Module, message: str) -> None:
         warn(message, UserWarning)
 
 
-def hooked(module: nn.Module, points: Iterable[nn.Module], names: str) -> bool:
+def has_hooks(parts: Iterable[Any]) -> bool:
+    """Whether there are hooks on any of these; a function, or None, has none."""
+    return any(getattr(part, kind, None) for part in parts for kind in HOOKS)
+
+
+def hooked(module: nn.Module, points: Iterable[Any], names: str) -> bool:
     """Whether hooks on these points want dense acts, so that the library's own path has to answer; says so once."""
-    if not any(getattr(point, kind) for point in points for kind in HOOKS):
+    if not has_hooks(points):
         return False
     warn_once(
         module,

@@ -26,6 +26,7 @@ from fastsae.swapped.base import (
     Swapped,
     decoded,
     filled_indices,
+    hooked,
     remove_along_rows_,
     traced,
     values,
@@ -57,6 +58,15 @@ class SwappedDictionary(Swapped):
     transposed = ("W_dec",)
     activation_dim: int
 
+    def densely(self) -> bool:
+        """Whether the library's own path has to encode: it is traced, or hooks on its encoder want dense pre-acts."""
+        return traced() or hooked(self, (getattr(self, "encoder", None),), "encoder")  # type: ignore[arg-type]
+
+    def code_to_decode(self, f: Tensor) -> SparseCodes | None:
+        """The code behind acts; None of dense ones, and where hooks on its decoder want dense acts."""
+        dense = hooked(self, (getattr(self, "decoder", None),), "decoder")  # type: ignore[arg-type]
+        return f.kept if isinstance(f, LazyActs) and not dense else None
+
     def flat(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
 
@@ -75,7 +85,7 @@ class SwappedDictionary(Swapped):
         return None if threshold < 0 else encoder.above(threshold)
 
     def decode(self, f: Tensor) -> Tensor:
-        codes = f.kept if isinstance(f, LazyActs) else None
+        codes = self.code_to_decode(f)
         if codes is None:
             return super().decode(f)  # type: ignore[misc]
         return decoded(codes, self.rows("W_dec"), f.shape) + self.parameter("b_dec")
@@ -89,7 +99,7 @@ class SwappedAutoEncoderTopK(OverABC, SwappedDictionary, AutoEncoderTopK):
 
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         found = None
-        if not traced():
+        if not self.densely():
             batch, encoder = tuple(x.shape[:-1]), self.encoder_inputs(self.flat(x))
             found = self.above_threshold(encoder) if use_threshold else encoder.topk(self.latents_per_token())
         if found is None:
@@ -116,7 +126,7 @@ class BatchSelection:
 
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         codes = None
-        if not traced():
+        if not self.densely():
             encoder = self.encoder_inputs(self.flat(x))
             codes = self.above_threshold(encoder) if use_threshold else encoder.batch_topk(int(self.k) * x.size(0))
         if codes is None:

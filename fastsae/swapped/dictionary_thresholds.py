@@ -32,7 +32,6 @@ from fastsae.swapped.base import (
     scaled,
     token_mean,
     token_sums,
-    traced,
 )
 from fastsae.swapped.dictionaries import LossLog, SwappedDictionary, SwappedTrainer, UnitNormTrainer
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts
@@ -54,7 +53,7 @@ class SwappedAutoEncoder(OverABC, SwappedDictionary, AutoEncoder):
     }  # fmt: skip
 
     def encode(self, x: Tensor) -> Tensor:
-        codes = None if traced() else self.above(self.flat(x), 0.0)
+        codes = None if self.densely() else self.above(self.flat(x), 0.0)
         return super().encode(x) if codes is None else self.acts(codes, tuple(x.shape[:-1]))
 
 
@@ -69,7 +68,7 @@ class SwappedJumpReluAutoEncoder(OverABC, SwappedDictionary, JumpReluAutoEncoder
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
         bar = self.threshold.detach().clamp(min=0)  # below 0 is the ReLU's
-        codes = None if traced() else self.above(self.flat(x), bar)
+        codes = None if self.densely() else self.above(self.flat(x), bar)
         if codes is None:
             return super().encode(x, output_pre_jump)
         acts = self.acts(codes, tuple(x.shape[:-1]))
@@ -89,7 +88,7 @@ class SwappedGatedAutoEncoder(OverABC, SwappedDictionary, GatedAutoEncoder):
 
     def encode(self, x: Tensor, return_gate: bool = False, normalize_decoder: bool = False) -> Any:
         flat, batch, gate = self.flat(x), tuple(x.shape[:-1]), None
-        if not traced():
+        if not self.densely():
             gate = self.above(flat, 0.0, biased=return_gate)  # without the gate, its bias has no gradient
         if gate is None:
             return super().encode(x, return_gate, normalize_decoder)
@@ -105,7 +104,7 @@ class SwappedGatedAutoEncoder(OverABC, SwappedDictionary, GatedAutoEncoder):
         return (acts, self.acts(gate, batch)) if return_gate else acts
 
     def decode(self, f: Tensor, normalize_decoder: bool = False) -> Tensor:
-        codes = code_of(f)
+        codes = self.code_to_decode(f)
         if codes is None:
             return super(SwappedDictionary, self).decode(f, normalize_decoder)  # type: ignore[misc]
         if normalize_decoder:

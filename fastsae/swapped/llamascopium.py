@@ -53,7 +53,8 @@ class SwappedSparseAutoEncoder(OverModule, Swapped, SparseAutoEncoder):
             return True
         if traced() or x.ndim not in (2, 3):  # of further dimensions, its batch top-k takes each matrix for a batch
             return True
-        return hooked(self, (self.hook_hidden_pre, self.hook_feature_acts), "hook_hidden_pre or hook_feature_acts")
+        points = (self.hook_hidden_pre, self.hook_feature_acts, rule)
+        return hooked(self, points, "hook_hidden_pre, hook_feature_acts or activation_function")
 
     def select(self, flat: Tensor) -> SparseCodes | None:
         """The pre-acts that the rule keeps; None where they are too many."""

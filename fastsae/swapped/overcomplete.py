@@ -20,7 +20,7 @@ from overcomplete.sae.topk_sae import TopKSAE
 from torch import Tensor, nn
 
 from fastsae.codes import SparseCodes
-from fastsae.swapped.base import HOOKS, EncoderInputs, OverABC, Swapped, Unsupported, decoded, traced
+from fastsae.swapped.base import EncoderInputs, OverABC, Swapped, Unsupported, decoded, has_hooks, traced
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 
 
@@ -59,7 +59,7 @@ class SwappedSAE(Swapped):
         parts = (*self.encoder.modules(), self.dictionary)  # type: ignore[attr-defined]
         refused = isinstance(self.encoder, MLPEncoder) and x.ndim != 2  # type: ignore[attr-defined]
         refused = refused or x.dtype != next(parts[-1].parameters()).dtype
-        return traced() or refused or any(getattr(one, kind) for one in parts for kind in HOOKS)
+        return traced() or refused or has_hooks(parts)
 
     def encoder_inputs(self, x: Tensor) -> EncoderInputs:
         encoder: Any = self.encoder  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ class SwappedSAE(Swapped):
 
     def decode(self, z: Tensor) -> Tensor:
         codes = z.kept if isinstance(z, LazyActs) else None
-        if codes is None or any(getattr(self.dictionary, kind) for kind in HOOKS):  # type: ignore[attr-defined]
+        if codes is None or has_hooks((self.dictionary,)):  # type: ignore[attr-defined]
             return super().decode(z)  # type: ignore[misc]
         dictionary = self.dictionary.get_dictionary()  # type: ignore[attr-defined]
         return decoded(codes, dictionary.contiguous(), z.shape)

@@ -38,8 +38,9 @@ class SwappedSAE(Swapped):
         """Whether the library's own path has to answer: hooks want dense acts, or it is traced."""
         if traced():
             return True
-        points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)  # type: ignore[attr-defined]
-        return hooked(self, points, "hook_sae_acts_pre or hook_sae_acts_post")  # type: ignore[arg-type]
+        module: Any = self
+        points = (module.hook_sae_acts_pre, module.hook_sae_acts_post, module.activation_fn)
+        return hooked(module, points, "hook_sae_acts_pre, hook_sae_acts_post or activation_fn")
 
     def sae_input(self, x: Tensor) -> Tensor:
         """process_sae_in, before b_dec is subtracted."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.ops.products import per_latent
-from fastsae.swapped.base import EncoderInputs, OverModule, Swapped, Unsupported, coo, decoded, traced
+from fastsae.swapped.base import EncoderInputs, OverModule, Swapped, Unsupported, coo, decoded, hooked, traced
 from fastsae.swapped.lazy import LazyActs, spread
 
 RELUS = torch.relu, nn.functional.relu
@@ -35,8 +35,10 @@ class SwappedTranscoder(Swapped):
         return torch.is_grad_enabled() and isinstance(rule, JumpReLU) and rule.threshold.requires_grad
 
     def is_dense(self, x: Tensor, dims: tuple[int, ...]) -> bool:
-        """Whether the library's own path has to answer: it is traced, or refuses such an input."""
-        return traced() or x.ndim not in dims or not x.is_floating_point()
+        """Whether the library's own path has to answer: it is traced, refuses the input, or a hook wants dense acts."""
+        refused = x.ndim not in dims or not x.is_floating_point()
+        module: Any = self
+        return traced() or refused or hooked(module, (module.activation_function,), "activation_function")
 
 
 class SwappedSingleLayerTranscoder(OverModule, SwappedTranscoder, SingleLayerTranscoder):
