@@ -290,11 +290,9 @@ class Swapped:
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the library's own class, so that no file needs fastsae; in its own memory order."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        state = reduced[2]
-        if isinstance(state, dict) and "_parameters" in state:
-            state = {**state, "_parameters": {name: _contiguous(p) for name, p in state["_parameters"].items()}}
+        """As the library's own class, so that no file needs fastsae. The Parameters go as they are, transposed memory
+        included: an optimizer in the same pickle has to find them again."""
+        state = super().__reduce_ex__(protocol)[2]  # type: ignore[misc]
         # Not copyreg.__newobj__, for which pickle wants the object's own class.
         return copyreg._reconstructor, (self.original(), object, None), state  # type: ignore[attr-defined]
 
@@ -319,12 +317,6 @@ def accelerate_sae(module: Any, swaps: dict[type, type]) -> None:
         module.__class__ = swap
         for role in set(swap.roles) - set(module.lacks()):
             module.rows(role)
-
-
-def _contiguous(p: Tensor | None) -> Tensor | None:
-    if p is None or p.is_contiguous():
-        return p
-    return nn.Parameter(p.detach().contiguous(), requires_grad=p.requires_grad)
 
 
 def give_back(module: Swapped) -> None:
