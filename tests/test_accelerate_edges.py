@@ -231,3 +231,25 @@ def test_a_hook_on_any_part_runs_as_often_as_the_librarys(name: str) -> None:
         assert found[0][0] == found[1][0], key
         if isinstance(found[0][1], Tensor):
             close(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("name", ["lens-topk", "lens-jumprelu", "lens-standard-training", "transcoder"])
+def test_an_activation_that_is_replaced_afterwards_is_heeded(name: str) -> None:
+    case, (theirs, mine) = CASES[name], pair(name)
+    where = "activation_function" if name == "transcoder" else "activation_fn"
+    for module in (theirs, mine):
+        setattr(module, where, nn.LeakyReLU(0.3))
+    with pytest.warns(UserWarning, match=rf"{where} .* is .*LeakyReLU, expected .*library's dense path answers"):
+        close(case.call(mine, inputs(1)), case.call(theirs, inputs(1)))
+
+
+def test_a_cross_layer_transcoder_of_another_activation_is_refused() -> None:
+    library("circuit_tracer")
+    kind = importlib.import_module("circuit_tracer.transcoder.cross_layer_transcoder").CrossLayerTranscoder
+    module = kind(2, M, D, lazy_decoder=False, dtype=torch.float64, device=torch.device("cpu"))
+    module.activation_function = nn.LeakyReLU(0.3)
+    with pytest.raises(
+        Unsupported, match="activation_function of the CrossLayerTranscoder is LeakyReLU, expected ReLU"
+    ):
+        fastsae.accelerate(module)
+    assert type(module) is kind

@@ -181,6 +181,17 @@ class Swapped:
     def check(cls, module: nn.Module) -> None:
         """Raises Unsupported for a setting of the library's module that has no sparse way."""
 
+    def was_changed(self) -> bool:
+        """Whether a setting is one by now that `check` refuses, so that the library's own path has to answer; says so
+        once."""
+        module: Any = self
+        try:
+            self.check(module)
+        except Unsupported as error:
+            warn_once(module, f"{error}; while it is so, the library's dense path answers, not fastsae's")
+            return True
+        return False
+
     # -- its parameters -----------------------------------------------------------------------------------------------
 
     def lacks(self) -> tuple[str, ...]:

@@ -51,7 +51,9 @@ class SwappedSparseAutoEncoder(OverModule, Swapped, SparseAutoEncoder):
         rule: Any = self.activation_function
         if isinstance(rule, JumpReLU) and torch.is_grad_enabled() and rule.log_jumprelu_threshold.requires_grad:
             return True
-        if traced() or x.ndim not in (2, 3):  # of further dimensions, its batch top-k takes each matrix for a batch
+        if traced() or self.was_changed():
+            return True
+        if x.ndim not in (2, 3):  # of further dimensions, its batch top-k takes each matrix for a batch
             return True
         points = (self.hook_hidden_pre, self.hook_feature_acts, rule)
         return hooked(self, points, "hook_hidden_pre, hook_feature_acts or activation_function")

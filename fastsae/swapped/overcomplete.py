@@ -56,10 +56,12 @@ class SwappedSAE(Swapped):
 
     def is_dense(self, x: Tensor) -> bool:
         """Whether the library's own path has to answer."""
+        if traced() or self.was_changed():
+            return True
         parts = (*self.encoder.modules(), self.dictionary)  # type: ignore[attr-defined]
         refused = isinstance(self.encoder, MLPEncoder) and x.ndim != 2  # type: ignore[attr-defined]
         refused = refused or x.dtype != next(parts[-1].parameters()).dtype
-        return traced() or refused or has_hooks(parts)
+        return refused or has_hooks(parts)
 
     def encoder_inputs(self, x: Tensor) -> EncoderInputs:
         encoder: Any = self.encoder  # type: ignore[attr-defined]

@@ -36,7 +36,7 @@ class SwappedSAE(Swapped):
 
     def densely(self) -> bool:
         """Whether the library's own path has to answer: hooks want dense acts, or it is traced."""
-        if traced():
+        if traced() or self.was_changed():
             return True
         module: Any = self
         points = (module.hook_sae_acts_pre, module.hook_sae_acts_post, module.activation_fn)

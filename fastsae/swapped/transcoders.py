@@ -38,7 +38,9 @@ class SwappedTranscoder(Swapped):
         """Whether the library's own path has to answer: it is traced, refuses the input, or a hook wants dense acts."""
         refused = x.ndim not in dims or not x.is_floating_point()
         module: Any = self
-        return traced() or refused or hooked(module, (module.activation_function,), "activation_function")
+        if traced() or refused or self.was_changed():
+            return True
+        return hooked(module, (module.activation_function,), "activation_function")
 
 
 class SwappedSingleLayerTranscoder(OverModule, SwappedTranscoder, SingleLayerTranscoder):
@@ -116,6 +118,16 @@ class SwappedSingleLayerTranscoder(OverModule, SwappedTranscoder, SingleLayerTra
 
 class SwappedCrossLayerTranscoder(OverModule, SwappedTranscoder, CrossLayerTranscoder):
     """CrossLayerTranscoder: one code for all layers, whose tokens are the positions of the first, then of the next."""
+
+    @classmethod
+    def check(cls, module: Any) -> None:
+        rule = module.activation_function
+        if type(rule) not in (nn.ReLU, JumpReLU) and rule not in RELUS:
+            name = getattr(rule, "__name__", type(rule).__name__)
+            raise Unsupported(
+                f"activation_function of the CrossLayerTranscoder is {name}, expected ReLU, or JumpReLU of "
+                "circuit_tracer"
+            )
 
     def lacks(self) -> tuple[str, ...]:
         return "W_enc", "W_dec", "b_enc", "b_dec"  # one Parameter of theirs holds all layers
