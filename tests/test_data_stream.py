@@ -55,7 +55,7 @@ def test_windows_resume_at_any_place(served: int) -> None:
     first.next(served)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert torch.equal(second.next(150), first.next(150))
-    with pytest.raises(ValueError, match="piece 16 of a text that has 15 here"):
+    with pytest.raises(ValueError, match="piece 16, but the text has 15 pieces"):
         second.load_state_dict({"epoch": 0, "piece": 16, "offset": 0})
 
 
@@ -193,7 +193,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             toy_config(**change)
-    with pytest.raises(ValueError, match="window is 65 tokens, the model takes at most 64"):
+    with pytest.raises(ValueError, match="window is 65 tokens, but the model takes at most 64"):
         ActivationStream(toy_model(), toy_corpus(), toy_config(window=65))
     with pytest.raises(ValueError, match="too short: 5,000 held-out rows take"):
         ActivationStream(toy_model(), toy_corpus(), toy_config(holdout=5000))

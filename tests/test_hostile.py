@@ -495,7 +495,7 @@ def test_a_state_on_meta_or_with_rows_for_a_number_is_refused_and_changes_nothin
     before = copy.deepcopy(optimizer.state_dict())
     meta = copy.deepcopy(before)
     meta["state"][1]["exp_avg"] = meta["state"][1]["exp_avg"].to("meta")
-    with pytest.raises(ValueError, match="exp_avg of parameter 1 of the state is on meta and has no values"):
+    with pytest.raises(ValueError, match="exp_avg of parameter 1 of the state is on the meta device and has no values"):
         optimizer.load_state_dict(meta)
     for i, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(t, before["state"][i][key]) for key, t in state.items())

@@ -269,7 +269,7 @@ def test_what_is_of_no_format_is_refused_by_name(tmp_path: Path) -> None:
     refused(tmp_path, "sae.safetensors is not there; expected a directory written by fastsae.save, or a checkpoint in")
     refused(tmp_path / "nowhere", "is not there; expected a directory written by fastsae.save")
     CASES["saelens-standard"](tmp_path / "layer_3", drawer())
-    refused(tmp_path, "holds no weights itself, only its folders layer_3")
+    refused(tmp_path, "holds no weights itself, only the folders layer_3")
     fastsae.load(tmp_path, subfolder="layer_3")
     (tmp_path / "layer_3" / "cfg.json").unlink()
     refused(tmp_path / "layer_3", "holds sae_weights.safetensors, which is of none of the formats fastsae, saelens")
@@ -372,7 +372,7 @@ def test_what_other_formats_have_and_fastsae_has_not_is_refused(tmp_path: Path) 
     CASES["circuit_tracer-jumprelu"](folder, drawer())
     tensors = load_file(folder / "layer_3.safetensors")
     save_file(tensors | {"activation_function.threshold": torch.tensor(-0.1)}, folder / "layer_3.safetensors")
-    refused(folder, "is below 0 somewhere, and fastsae's acts are never negative")
+    refused(folder, "has values below 0, but fastsae's acts are never negative")
 
 
 def test_at_least_a_threshold_is_exact_in_float32(tmp_path: Path) -> None:
@@ -398,9 +398,7 @@ def test_every_way_to_encode_selects_by_norm(tmp_path: Path) -> None:
 
 
 def test_a_batch_refuses_selection_by_norm() -> None:
-    with pytest.raises(
-        ValueError, match=r"selects by the acts alone, got TopK\(k=4, weighted=True\); leave weighted out"
-    ):
+    with pytest.raises(ValueError, match=r"selects by acts alone, got TopK\(k=4, weighted=True\); leave weighted out"):
         fastsae.SAEBatch(2, 8, M, fastsae.TopK(K, weighted=True))
 
 
@@ -456,11 +454,11 @@ def test_repositories_are_read_from_the_cache_where_the_hub_does_not_answer(hub_
     A, recon = CASES["gemma_scope-1"](tmp_path / "other", drawer(3))
     agrees(fastsae.load("org/saes/layer_5"), A, recon)
     agrees(fastsae.load("org/saes/layer_5/params.npz"), A, recon)
-    refused("org/saes", "org/saes holds no weights itself, only its folders")
+    refused("org/saes", "org/saes holds no weights itself, only the folders")
     refused(
         "org/saes/layer_9", r"layer_9 of org/saes is not in the cache of the hub, which does not answer \(HF_HUB_OFF"
     )
-    refused("org/nothing", "org/nothing is neither a path here nor in the cache of the hub, which does not answer")
+    refused("org/nothing", "org/nothing is neither a local path nor in the cache of the hub, which does not answer")
 
 
 def test_a_name_cannot_lead_out_of_its_repository(hub_cache: Path) -> None:

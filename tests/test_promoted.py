@@ -118,7 +118,7 @@ def test_padding_other_widths_and_layers() -> None:
     read_out = unembedding(llama())
     (few,) = promoted(sae_of(), [0], read_out, NAMES[:5])
     assert {text for text, _ in few.up} == set(NAMES[:5])
-    with pytest.raises(ValueError, match=r"^a latent writes 8 numbers, the residual stream has 16$"):
+    with pytest.raises(ValueError, match=r"^a latent writes 8 numbers, but the residual stream has 16$"):
         promoted(sae_of(8), [0], read_out, NAMES)
     transcoder = fastsae.SparseAutoencoder(9, 24, fastsae.TopK(3), d_out=D, seed=1)
     plain = sae_of()

@@ -310,7 +310,7 @@ def test_latents_that_are_not_there_or_have_no_text(run, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "checkpoints").symlink_to(run / "checkpoints")
     text = "".join(checked(write_report(folder, options=ReportOptions(latents=(3,), time_step=False))).text)
-    assert "The latents asked for are not shown: the run's data is not stored with its text." in text
+    assert "The requested latents are not shown: the run's data is not stored with its text." in text
 
 
 def test_passages_outside_the_scanned_rows_are_shaded_too(run):
