@@ -169,7 +169,7 @@ def test_a_pass_goes_no_further_than_its_last_hook_and_what_it_writes_later_chan
 
 def test_hooks_that_cannot_stand_together() -> None:
     of = ToyModel()
-    with pytest.raises(ValueError, match=r"the hooks 1 and 'layers\.0' are one place, layers\.0; give it once"):
+    with pytest.raises(ValueError, match=r"the hooks 1 and 'layers\.0' are the same place, layers\.0; give it once"):
         HookedModel(of, (1, 2, "layers.0"))
     with pytest.raises(ValueError, match="got no hook"):
         HookedModel(of, ())

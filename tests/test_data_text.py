@@ -250,7 +250,7 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'text'; its columns are body, messages; name one"):
         load_text(str(path))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"a\.parquet is no readable parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file"):
         load_text(str(path))
 
 
@@ -292,7 +292,7 @@ def test_files_of_token_ids(tmp_path: Path) -> None:
     np.save(tmp_path / "minus.npy", np.array([3, -1]))
     for name, message in [
         ("bad.npy", r"expected integer ids \(tokens,\) or \(documents, tokens\), got float64 \(9,\)"),
-        ("odd.bin", "3 bytes are no whole number of uint16 ids"),
+        ("odd.bin", "3 bytes are not a whole number of uint16 ids"),
         ("no.npy", "cannot be read as token ids"),
         ("minus.npy", "holds the token id -1"),
     ]:

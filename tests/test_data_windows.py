@@ -108,7 +108,7 @@ def test_special_tokens_have_names() -> None:
     for name, known in (("nothing", "<end>, <|user|>, <|assistant|>"), ("#99", "<end>")):
         with pytest.raises(ValueError, match=f"no token '{name}'; its special tokens: {known}"):
             named_ids([name], text_case.words())
-    with pytest.raises(ValueError, match="no token 'w1'; its special tokens: none; or give an id, as #7"):
+    with pytest.raises(ValueError, match="no token 'w1'; its special tokens: none; or give an id like #7"):
         named_ids(["w1"], None)
 
 

@@ -462,7 +462,7 @@ def test_a_tensor_that_is_none_is_named(what: str, setting: str) -> None:
 
 def test_written_tensors_are_not_lazily_negated() -> None:
     W, b = torch.randn(8, 4), torch._neg_view(torch.zeros(8))
-    with pytest.raises(TypeError, match=r"update_latents_ is negated when it is read"):
+    with pytest.raises(TypeError, match=r"update_latents_ is lazily negated"):
         ops.update_latents_(
             W.clone(), W.clone(), b, torch.zeros(4), [], [], lr=torch.tensor(0.1, dtype=torch.float64),
             step=torch.tensor(1), optimizer="signsgd", backend="reference",

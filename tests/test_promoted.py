@@ -209,7 +209,7 @@ def test_the_page_shows_both_ends(place: Path) -> None:
 
 def test_every_reason_to_leave_them_out(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = page_of(place / "read")
-    assert "left out: what is at mlp.0:input is not added to the residual stream that the head reads." in page
+    assert "left out: the output at mlp.0:input is not added to the residual stream that the head reads." in page
     assert page.count("<b>Latent") == 2
     kept = (place / "model").rename(place / "away")
     try:

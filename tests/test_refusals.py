@@ -169,7 +169,7 @@ def test_a_wrong_shape_is_refused_while_tracing() -> None:
         ({"moments": []}, "got 0 moments, expected 8: m and v of W_enc, W_dec, b_enc, b_dec"),
         ({"W_enc": None}, "got 8 moments, expected 6: m and v of W_dec, b_enc, b_dec"),
         ({"b_dec": torch.zeros(D + 1)}, r"b_dec has shape \(9,\), expected \(8,\)"),
-        ({"b_enc": torch.zeros(2 * M)[::2]}, "b_enc is not contiguous, and it is updated in place"),
+        ({"b_enc": torch.zeros(2 * M)[::2]}, "b_enc is not contiguous, but is updated in place"),
         ({"moments": [torch.zeros(1)] * 8}, r"moment m of W_enc has shape \(1,\), expected \(16, 8\)"),
         ({"moments": "bf16"}, "moment m of W_enc is bfloat16, which needs a seed"),
         ({"terms": "short"}, r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)"),
@@ -221,7 +221,7 @@ def test_moments_are_of_one_dtype_wide_or_bf16(backend: str) -> None:
             ValueError,
             r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)",
         ),
-        (lambda: {"grads": []}, ValueError, "0 grads, 1 has_bias, expected as many of each"),
+        (lambda: {"grads": []}, ValueError, "0 grads, 1 has_bias, expected equal numbers of each"),
         (lambda: {"xs": [torch.ones(N, D).double()]}, TypeError, r"terms\[0\].x has dtype torch.float64 but terms"),
         (
             lambda: {"acts": [torch.ones(N, 1)]},

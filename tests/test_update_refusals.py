@@ -130,7 +130,7 @@ def test_dacts_are_like_acts() -> None:
         ({"optimizer": "sgd"}, ValueError, "optimizer is 'sgd'"),
         ({"optimizer": "signsgd"}, ValueError, "got 8 moments, expected 0"),
         ({"beta1": 1.0}, ValueError, "expected 0 <= beta < 1"),
-        ({"weight_decay": 0.5}, ValueError, "weight_decay is 0.5 and optimizer 'adam'"),
+        ({"weight_decay": 0.5}, ValueError, "weight_decay is 0.5, but optimizer 'adam'"),
         ({"clip_rows": -1.0}, ValueError, "clip_rows is -1.0"),
         ({"scales": [torch.zeros(M, 1)]}, ValueError, "got 1 scales, expected 0"),
     ],
