@@ -107,7 +107,7 @@ def test_a_wrong_hook_is_explained() -> None:
     ids = torch.zeros(2, 5, dtype=torch.int64)
     for hook, message in [
         (4, "has 3 layers: hook must be 0 to 3, got 4"),
-        ("layers.7", "no module 'layers.7'; near names: layers.2, layers.1, layers.0"),
+        ("layers.7", "no module 'layers.7'; similar names: layers.2, layers.1, layers.0"),
         ("layers.1:middle", "hook is 'layers.1:middle', expected 'input' or 'output'"),
         ("unused", "never reaches unused"),
     ]:

@@ -267,7 +267,7 @@ def test_a_folder_of_two_formats_is_refused_unless_one_is_named(tmp_path: Path) 
 
 def test_what_is_of_no_format_is_refused_by_name(tmp_path: Path) -> None:
     refused(tmp_path, "sae.safetensors is missing; expected a directory written by fastsae.save, or a checkpoint in")
-    refused(tmp_path / "nowhere", "is missing; expected a directory written by fastsae.save")
+    refused(tmp_path / "nowhere", "is not there; expected a directory written by fastsae.save")
     CASES["saelens-standard"](tmp_path / "layer_3", drawer())
     refused(tmp_path, "holds no weights itself, only the folders layer_3")
     fastsae.load(tmp_path, subfolder="layer_3")
@@ -470,7 +470,7 @@ def test_a_name_cannot_lead_out_of_its_repository(hub_cache: Path) -> None:
 def test_a_path_here_is_never_looked_for_on_the_hub(hub_cache: Path, tmp_path: Path) -> None:
     A, recon = CASES["sparsify-topk"](tmp_path / "org" / "saes", drawer())
     agrees(fastsae.load("org/saes"), A, recon)
-    refused("./org/none", "is missing; expected a directory written by fastsae.save")
+    refused("./org/none", "is not there; expected a directory written by fastsae.save")
 
 
 class Hub:

@@ -216,7 +216,7 @@ def test_every_reason_to_leave_them_out(place: Path, tmp_path: Path, monkeypatch
         assert "left out: no model at" in page_of(place / "residual")
         write_tiny_model(place / "model", head=True, seed=1)
         assert re.search(
-            r"left out: the model \S+ has digest \w+, the run(&#39;|')s activations", page_of(place / "residual")
+            r"left out: the model \S+ has digest \w+, but the run(&#39;|')s activations", page_of(place / "residual")
         )
     finally:
         shutil.rmtree(place / "model")
