@@ -180,7 +180,7 @@ bench: $(PEERS)/.installed $(VENV)/.demo
 	$(PEERS)/bin/python -m bench $(ARGS)
 	$(PEERS)/bin/python -m bench $(ARGS) --cases random --isa avx2 --contestants fastsae 'dense fp32' 'dense bf16' 'sparse eager' 'sparse eager bf16'
 	$(PEERS)/bin/python -m bench $(ARGS) --sweep
-	$(PEERS)/bin/python -m bench $(ARGS) --shape 2048,768,12288,32 512,1024,65536,32 1024,4096,32768,32 --contestants fastsae 'dense fp32' 'dense bf16' 'sparse eager' 'sparse eager bf16'
+	$(PEERS)/bin/python -m bench $(ARGS) --size 2048,768,12288,32 512,1024,65536,32 1024,4096,32768,32 --contestants fastsae 'dense fp32' 'dense bf16' 'sparse eager' 'sparse eager bf16'
 	$(PEERS)/bin/python -m bench.plot
 
 bench-quick: $(VENV)/.installed

@@ -179,7 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", type=shape, metavar="N,D,M,K", help="of the steps; left out: 4096,768,24576,32")
+    parser.add_argument("--size", type=shape, metavar="N,D,M,K", help="of the steps; left out: 4096,768,24576,32")
     parser.add_argument("--steps", nargs="*", choices=tuple(STEPS), default=tuple(STEPS), metavar="STEP",
                         help=f"these only, or none: {', '.join(STEPS)}")  # fmt: skip
     parser.add_argument("--no-inference", action="store_true", help="steps alone")
@@ -197,7 +197,7 @@ def main() -> int:
         if reason := peers.unavailable(library):
             print(f"{reason} into .venv-peers: .venv-peers/bin/python -m bench.interop", file=sys.stderr)
             return 2
-    case = cases.PRIMARY if options.shape is None else cases.named(options.shape)
+    case = cases.PRIMARY if options.size is None else cases.named(options.size)
     inputs = cases.build(case, real.rows, real.trained)
     result: dict[str, Any] = {"format": FORMAT, "machine": describe(), **{name: getattr(case, name) for name in "NDMK"}}
     result |= {"steps": {}, "inference": None}

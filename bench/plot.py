@@ -115,7 +115,7 @@ def cases_table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def smaller(folder: Path) -> list[str]:
-    """What shapes other than the headline's gain, mostly less: of `--shape`, and of the family's real runs."""
+    """What shapes other than the headline's gain, mostly less: of `--size`, and of the family's real runs."""
     said = []
     for result in results.read(folder):
         case, ratio = result["case"], times(result, "dense fp32")

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"which cases, of: {', '.join(cases.BY_NAME)} (default: the first five)",
     )
     p.add_argument(
-        "--shape",
+        "--size",
         nargs="+",
         action="extend",
         default=[],
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.rounds, options.turn = 1, 0.0
     if options.sweep:
         options.cases, options.contestants = [case.name for case in cases.SWEEP], ["fastsae"]
-    options.cases = options.shape or options.cases
+    options.cases = options.size or options.cases
     torch.set_num_threads(options.threads)
     begun = time.perf_counter()
     for name in options.cases:

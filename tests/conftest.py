@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.on_device import OnDevice
+
 not_interpreted: str | None = None
 """Why the tests of Triton's kernels are skipped, where Triton is there."""
 if not torch.cuda.is_available():
@@ -108,6 +110,19 @@ def narrow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(screen, "FEW", 0)
         monkeypatch.setattr(screen, "FEW_KEPT", 0)
+
+
+@pytest.fixture(autouse=True)
+def on_its_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where there is a GPU, a test of one of its backends makes its tensors there, and all others on the CPU."""
+    from fastsae import env  # late, as above
+
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if given.get("backend") in ("cuda", "triton") and torch.cuda.is_available() and env.cuda_emulation() is None:
+        with OnDevice("cuda"):
+            yield
+    else:
+        yield
 
 
 @pytest.fixture

@@ -228,7 +228,7 @@ def test_a_peer_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.long
 def test_shapes_of_ones_own_are_measured_and_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With their memory, which a process of its own measures: it has to know the shape as well."""
-    given = ["--quick", "--shape", "64,24,300,5", "33,16,64,1", "--contestants", "fastsae", "dense fp32"]
+    given = ["--quick", "--size", "64,24,300,5", "33,16,64,1", "--contestants", "fastsae", "dense fp32"]
     assert main([*given, "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "shape-64-24-300-5.json").read_text())
@@ -242,7 +242,7 @@ def test_shapes_of_ones_own_are_measured_and_published(tmp_path: Path, capsys: p
     for result, sizes in zip(results.read(folder), ("N=33, D=16, M=64, K=1", "N=64, D=24, M=300, K=5"), strict=True):
         assert f"{plot.times(result, 'dense fp32')} at {sizes}" in text
     with pytest.raises(SystemExit):
-        main(["--shape", "1,2,3"])
+        main(["--size", "1,2,3"])
     assert "the shape is '1,2,3', expected four whole numbers N,D,M,K" in capsys.readouterr().err
 
 

@@ -213,6 +213,7 @@ def test_a_process_that_cannot_start_is_reported_with_its_error(tmp_path: Path) 
     assert "KeyError: 'no such kind'" in store.items(job)["decode"]["error"]
 
 
+@pytest.mark.long
 def test_the_budget_holds(tmp_path: Path) -> None:
     jobs = [Job("ops-small", "ops", ("decode",), "small", "cpu"), Job("ops-big", "ops", ("decode",), "big", "cpu")]
     begun = time.monotonic()

@@ -61,7 +61,7 @@ def test_a_run_at_a_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for library, _ in interop.STEPS.values():
         pytest.importorskip(peers.PEERS[library][0].module)
     monkeypatch.setattr(interop, "INFERENCE", cases.of_shape("8,16,64,4"))
-    monkeypatch.setattr("sys.argv", ["interop", "--shape", "64,16,128,4", "--rounds", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["interop", "--size", "64,16,128,4", "--rounds", "1", "--out", str(tmp_path)])
     assert interop.main() == 0
     result: dict[str, Any] = json.loads((tmp_path / "interop.json").read_text())
     assert {key: result[key] for key in "NDMK"} == {"N": 64, "D": 16, "M": 128, "K": 4}

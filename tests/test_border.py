@@ -53,7 +53,7 @@ def test_no_call_fails_under_torchs_defaults() -> None:
 
 
 every_setting = pytest.mark.parametrize("setting", [name for name in border_worker.SETTINGS if name != "as it is"])
-midway_too = pytest.mark.parametrize("when", ["start", "midway"])
+midway_too = pytest.mark.parametrize("when", ["start", pytest.param("midway", marks=pytest.mark.long)])
 
 
 def differing(setting: str, when: str, *, steps: bool) -> dict[str, str]:

@@ -223,12 +223,28 @@ def test_help_begins_with_the_options_that_matter(command, capsys):
     essential = commands.OPTIONS[command].essential
     assert 3 <= len(essential) <= 8
     for name, text in essential.items():
-        assert re.search(rf"^  {name} +{re.escape(text)}$", listed, re.M), name
+        assert f"{name} {text}" in " ".join(listed.split()), name
         assert re.search(rf"{name}\b", boxes), f"{name} is no option of {command}"
         assert name.startswith("--") or name.isupper()
     # Whatever must be given is among them.
     required = re.findall(r"(--[a-z][a-z0-9-]+) [^-]*?\(required\)", boxes)
     assert set(required) <= set(essential), required
+
+
+@pytest.mark.parametrize(
+    ("rule", "own", "others"),
+    [
+        ([], ["--k"], ["--target-l0", "--bandwidth", "--sampled"]),
+        (["--activation", "jumprelu"], ["--target-l0", "--bandwidth"], ["--k ", "--sampled"]),
+        (["--activation=matryoshka"], ["--k", "--sampled"], ["--bandwidth"]),
+    ],
+)
+def test_help_goes_on_with_the_options_of_the_rule(rule, own, others, capsys):
+    assert main(["train", *rule, "--help"]) == 0
+    top = capsys.readouterr().out.partition("positional arguments")[0].partition("Of the rule ")[2]
+    assert top.startswith((rule or ["topk"])[-1].rpartition("=")[2])
+    assert all(re.search(rf"^  {name} +\S", top, re.M) for name in own), top
+    assert not any(re.search(rf"^  {name}", top, re.M) for name in others), top
 
 
 def test_help_and_version_say_where_to_look(capsys):

@@ -180,6 +180,7 @@ def test_pytree_pickle_and_deepcopy(make) -> None:
 
 
 @both
+@pytest.mark.long
 def test_compile_takes_and_returns_codes(make) -> None:
     @torch.compile(fullgraph=True)
     def double(codes: SparseCodes) -> SparseCodes:

@@ -110,6 +110,7 @@ print(len({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in lin
     assert done.stdout.split() == ["0", "2", "2", "2", "1"]
 
 
+@pytest.mark.long
 def test_the_environment_chooses_the_instruction_set() -> None:
     program = "import fastsae; print(fastsae.backends()['cpu']['detail']['isa'])"
     for isa in _cpu.isas()[-1:]:

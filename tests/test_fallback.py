@@ -305,6 +305,7 @@ def test_installing_never_replaces_a_newer_torch_or_python() -> None:
     assert found == {name: [f"{name}>={versions.shown(least)}"] for name, least in versions.OLDEST.items()}
 
 
+@pytest.mark.long
 def test_the_suite_runs_beside_a_triton_that_its_interpreter_does_not_know() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     if torch.cuda.is_available():

@@ -224,12 +224,15 @@ def test_sampled_prefixes_change_with_the_batch_and_repeat_with_the_count() -> N
     assert tuple(rule.ends(M, sae.rule_state, torch.device("cpu")).tolist()) == ends[4]
 
 
-def test_compiles_without_a_break_where_sizes_are_fixed() -> None:
-    for name in ("batch_topk", "matryoshka", "hierarchical_topk"):
-        sae = family_sae(RULES[name], dtype=torch.float32)
-        x = tokens().float()
-        expected = sae(x).loss
-        torch.testing.assert_close(torch.compile(sae, fullgraph=True)(x).loss, expected, rtol=1e-5, atol=1e-6)
+LONGER = [pytest.param(name, marks=pytest.mark.long) for name in ("matryoshka", "hierarchical_topk")]
+
+
+@pytest.mark.parametrize("name", ["batch_topk", *LONGER])
+def test_compiles_without_a_break_where_sizes_are_fixed(name: str) -> None:
+    sae = family_sae(RULES[name], dtype=torch.float32)
+    x = tokens().float()
+    expected = sae(x).loss
+    torch.testing.assert_close(torch.compile(sae, fullgraph=True)(x).loss, expected, rtol=1e-5, atol=1e-6)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ def test_what_an_op_may_not_do_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.verdict, found.what.split(";")[0]) == ("wrong", "changed W")
 
 
+@pytest.mark.long
 def test_a_crash_is_named_with_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies at its 4th case: the cases around it are run all the same."""
     program = (
@@ -312,6 +313,7 @@ def test_an_error_of_torch_or_python_is_no_refusal() -> None:
     assert found(lambda: fastsae.SparseCodes.to_dense(None)) == "wrong"  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_the_result_is_stored_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--parts", "calls/by_latent", "--minutes", "0.02", "--results", str(tmp_path), "--seed", "5"]
     page_path = tmp_path / "page.md"

@@ -487,8 +487,9 @@ class Hub:
         (self.root / repo).mkdir(parents=True, exist_ok=True)
         self.private.setdefault(repo, private)
 
-    def file_exists(self, repo: str, name: str) -> bool:
-        return (self.root / repo / name).exists()
+    def list_repo_files(self, repo: str) -> list[str]:
+        root = self.root / repo
+        return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
 
     def upload_file(self, *, path_or_fileobj: bytes, path_in_repo: str, repo_id: str) -> None:
         (self.root / repo_id / path_in_repo).write_bytes(path_or_fileobj)
@@ -515,6 +516,21 @@ def test_an_sae_is_sent_to_a_repository(tmp_path: Path, monkeypatch: pytest.Monk
     for repo, subfolder in (("me", None), ("me/saes/deep", None), ("me/saes", "../x")):
         with pytest.raises(SavedModuleError, match="expected org/name, and a folder inside it"):
             fastsae.push_to_hub(sae, repo, subfolder=subfolder)
+
+
+def test_an_sae_is_not_sent_beside_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the two `load` takes would be a matter of their names. The same names are written again."""
+    client = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(client, "HfApi", lambda: Hub(tmp_path))
+    old, new = (fastsae.SparseAutoencoder(6, 24, fastsae.TopK(3), seed=seed).eval() for seed in (0, 1))
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    fastsae.push_to_hub(old, "me/saes", subfolder="a", format="saelens")
+    fastsae.push_to_hub(new, "me/saes", subfolder="b")
+    with pytest.raises(SavedModuleError, match=r"^me/saes/a holds sae_weights\.safetensors already; give another"):
+        fastsae.push_to_hub(new, "me/saes", subfolder="a")
+    fastsae.push_to_hub(new, "me/saes", subfolder="a", format="saelens")
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(fastsae.load("me/saes/a").encode(x).to_dense(), new.encode(x).to_dense())
 
 
 def test_a_hub_that_does_not_answer_takes_nothing(hub_cache: Path) -> None:

@@ -156,6 +156,7 @@ def test_a_file_that_kills_its_process_is_said_to_be_cut_off(tmp_path: Path) -> 
     assert (list(found), cut) == (["test_a"], "exit status 9")
 
 
+@pytest.mark.long
 def test_a_file_that_takes_too_long_counts_as_far_as_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SECONDS", 20)
     (tmp_path / "test_it.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\n")

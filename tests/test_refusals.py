@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -209,20 +210,34 @@ def test_moments_are_of_one_dtype_wide_or_bf16(backend: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"moments": [torch.zeros(1)] * 8}, ValueError, r"moment m of W_enc has shape \(1,\)"),
-        ({"step": torch.tensor(0)}, ValueError, "step counts this one, expected >= 1"),
-        ({"W_dec": torch.ones(D, M).mT}, ValueError, "W_dec is not contiguous"),
-        ({"xs": [torch.ones(N, D - 1)]}, ValueError, r"terms\[0\].x has shape \(6, 7\), expected \(6, 8\)"),
-        ({"grads": [torch.ones(N - 1, D)]}, ValueError, r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)"),
-        ({"grads": []}, ValueError, "0 grads, 1 has_bias, expected as many of each"),
-        ({"xs": [torch.ones(N, D).double()]}, TypeError, r"terms\[0\].x has dtype torch.float64 but terms"),
-        ({"acts": [torch.ones(N, 1)]}, ValueError, r"codes.acts has shape \(6, 1\) and .*indices has shape \(6, 4\)"),
-        ({"indices": [torch.zeros(N, K).long()]}, TypeError, r"terms\[0\].codes.indices have dtype torch.int64"),
-        ({"indices": [torch.full((N, K), M).int()]}, IndexError, "codes point at latents 16 to 16"),
+        (lambda: {"moments": [torch.zeros(1)] * 8}, ValueError, r"moment m of W_enc has shape \(1,\)"),
+        (lambda: {"step": torch.tensor(0)}, ValueError, "step counts this one, expected >= 1"),
+        (lambda: {"W_dec": torch.ones(D, M).mT}, ValueError, "W_dec is not contiguous"),
+        (lambda: {"xs": [torch.ones(N, D - 1)]}, ValueError, r"terms\[0\].x has shape \(6, 7\), expected \(6, 8\)"),
+        (
+            lambda: {"grads": [torch.ones(N - 1, D)]},
+            ValueError,
+            r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)",
+        ),
+        (lambda: {"grads": []}, ValueError, "0 grads, 1 has_bias, expected as many of each"),
+        (lambda: {"xs": [torch.ones(N, D).double()]}, TypeError, r"terms\[0\].x has dtype torch.float64 but terms"),
+        (
+            lambda: {"acts": [torch.ones(N, 1)]},
+            ValueError,
+            r"codes.acts has shape \(6, 1\) and .*indices has shape \(6, 4\)",
+        ),
+        (
+            lambda: {"indices": [torch.zeros(N, K).long()]},
+            TypeError,
+            r"terms\[0\].codes.indices have dtype torch.int64",
+        ),
+        (lambda: {"indices": [torch.full((N, K), M).int()]}, IndexError, "codes point at latents 16 to 16"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: next(iter(value())) if callable(value) and not isinstance(value, type) else "",
 )
-def test_the_raw_update_checks_its_arguments(changes: dict, error: type[Exception], message: str, backend: str) -> None:
+def test_the_raw_update_checks_its_arguments(
+    changes: Callable[[], dict], error: type[Exception], message: str, backend: str
+) -> None:
     given = update_arguments()
     term = given.pop("terms")[0]
     arguments = {
@@ -234,7 +249,7 @@ def test_the_raw_update_checks_its_arguments(changes: dict, error: type[Exceptio
     }
     with pytest.raises(error, match=message):
         raw.update_latents_(
-            *{**arguments, **changes}.values(), 0.9, 0.999, 1e-8, 0.0, None, True, True, False, None, backend
+            *{**arguments, **changes()}.values(), 0.9, 0.999, 1e-8, 0.0, None, True, True, False, None, backend
         )
 
 

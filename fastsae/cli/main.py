@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -125,22 +126,38 @@ def parse(options: type, command: str, arguments: list[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, prog=f"fastsae {command}", args=arguments, description=described(options))
+            return tyro.cli(
+                options, prog=f"fastsae {command}", args=arguments, description=described(options, command, arguments)
+            )
     except SystemExit as stop:
         if not stop.code:
             return None
         raise UsageError(_flattened(complaint.getvalue(), command)) from None
 
 
-def described(options: type) -> str:
+def described(options: type, command: str, arguments: list[str]) -> str:
     """What stands above the options in a command's --help: what it does, and first of all the options that matter."""
+    from fastsae.cli.options import rule_settings
+
     about = inspect.cleandoc(options.__doc__ or "")
     chosen: dict[str, str] = getattr(options, "essential", {})
     if not chosen:
         return about
-    width = max(map(len, chosen)) + 2
-    lines = [f"  {name:<{width}}{text}" for name, text in chosen.items()]
-    return "\n".join([about, "", "The options that most calls give; every other one has a default:", *lines])
+    told = [about, "", "The options that most calls give; every other one has a default:", *_columns(chosen)]
+    if command == "train":
+        rule, settings = rule_settings(arguments)
+        told += ["", f"Of the rule {rule} (of another: --activation NAME --help):", *_columns(settings)]
+    return "\n".join(told)
+
+
+def _columns(texts: dict[str, str]) -> list[str]:
+    width = max(map(len, texts), default=0) + 2
+    indent = " " * (width + 2)
+    return [
+        line
+        for name, text in texts.items()
+        for line in textwrap.wrap(text, 100, initial_indent=f"  {name:<{width}}", subsequent_indent=indent)
+    ]
 
 
 def _flattened(box: str, command: str) -> str:

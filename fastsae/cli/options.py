@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
 
-from fastsae.cli.rules import RuleOptions, rule_options
+from fastsae.cli.rules import DEFAULT, RuleOptions, rule_options, settings_of
 from fastsae.data.documents import FIELD, TOKEN_TYPE, TokenType
 from fastsae.data.live import LiveSource
 from fastsae.data.models import fast_dtype
 from fastsae.data.stream import StreamConfig
 from fastsae.data.text import load_text
 from fastsae.interop.registry import FORMATS, WRITTEN
+from fastsae.model.rules import variants
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.config import TrainConfig
 from fastsae.runs.opening import Selection
@@ -40,6 +42,14 @@ Repeated = Annotated[tuple[Hook, ...], tyro.conf.UseAppendAction]
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype for the value of an option."""
     return getattr(torch, name)
+
+
+def rule_settings(arguments: list[str]) -> tuple[str, dict[str, str]]:
+    """The rule that arguments of `fastsae train` name, or the default one, and what its own options mean."""
+    names = [after for before, after in pairwise(arguments) if before == "--activation"]
+    names += [given.partition("=")[2] for given in arguments if given.startswith("--activation=")]
+    rule = names[-1] if names and names[-1] in variants() else DEFAULT
+    return rule, settings_of(_rule_options(), rule)
 
 
 def _rule_options() -> type[RuleOptions]:

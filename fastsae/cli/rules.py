@@ -72,6 +72,18 @@ def rule_options(taken: Collection[str]) -> type[RuleOptions]:
     )  # fmt: skip
 
 
+def settings_of(options: type[RuleOptions], activation: str) -> dict[str, str]:
+    """What a rule's own options mean, with their defaults, by option; those that must be given come first."""
+    owned = _owners(*variants()[activation])
+    having = sorted((not owned[name].required, option) for option, name in options.settings.items() if name in owned)
+    found = {}
+    for _, option in having:
+        setting = owned[options.settings[option]]
+        default = "must be given" if setting.required else f"default: {_shown(setting.default)}"
+        found[f"--{option.replace('_', '-')}"] = f"{setting.help.rstrip('.')} ({default})"
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Setting:
     """A field of a rule's class: its type, its docstring, and its default if it has one."""

@@ -66,7 +66,8 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
 def upload(folder: Path, repo: str, subfolder: str | None, *, private: bool | None, card: str) -> str:
     """Sends the files of a folder to a repository, made if it is not there, and returns their address.
 
-    card: the README.md of a repository that has none. Raises as `fetch`: ImportError, SavedModuleError.
+    card: the README.md of a repository that has none. Raises as `fetch`: ImportError, SavedModuleError; and where the
+    place has weights under another name, of which `fetch` would take one or the other.
     """
     client = _client(f"sending {repo} to the hub")
     parts = (subfolder or "").strip("/").split("/")
@@ -74,15 +75,26 @@ def upload(folder: Path, repo: str, subfolder: str | None, *, private: bool | No
         raise SavedModuleError(
             f"the repository is {repo!r}, the subfolder {subfolder!r}; expected org/name, and a folder inside it"
         )
-    api = client.HfApi()
+    api, name = client.HfApi(), "/".join([repo, *parts]).rstrip("/")
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        if not api.file_exists(repo, "README.md"):
-            api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo)
+        there = api.list_repo_files(repo)
+        _check_place(there, "/".join(parts), {one.name for one in folder.iterdir()}, name)
         api.upload_folder(folder_path=str(folder), repo_id=repo, path_in_repo="/".join(parts) or None)
+        if "README.md" not in there:  # last: it says how to load what is there by then
+            api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo)
     except _faults(client) as error:
         raise SavedModuleError(f"the hub does not take {repo}: {_line(error)}") from error
-    return "/".join([repo, *parts]).rstrip("/")
+    return name
+
+
+def _check_place(there: list[str], inside: str, sent: set[str], name: str) -> None:
+    """Raises SavedModuleError where files to be sent to a folder of a repository would lie beside other weights."""
+    prefix = f"{inside}/" if inside else ""
+    here = [one.removeprefix(prefix) for one in there if one.startswith(prefix)]
+    other = sorted(one for one in here if one.endswith(SUFFIXES) and "/" not in one and one not in sent)
+    if other:
+        raise SavedModuleError(f"{name} holds {', '.join(other)} already; give another subfolder, or delete it there")
 
 
 def _client(what: str) -> ModuleType:

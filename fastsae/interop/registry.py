@@ -109,8 +109,8 @@ def push_to_hub(
     The repository is made if it is not there, with a README.md that says how to load it. subfolder: where in the
     repository, so that it can hold several; format: as of `save`; private: whether a new repository is (None: as the
     organization has it). Log in first: `hf auth login`, or the variable HF_TOKEN.
-    Raises SavedModuleError where the hub refuses or does not answer, and as `save`; ImportError where huggingface_hub
-    is not installed.
+    Raises SavedModuleError where the hub refuses or does not answer, where the place has other weights, and as `save`;
+    ImportError where huggingface_hub is not installed.
     """
     with tempfile.TemporaryDirectory(prefix="fastsae-push-") as folder:
         saved = save(sae, Path(folder) / "sae", format)

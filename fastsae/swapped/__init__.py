@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastsae.swapped.base import Swapped, Unsupported, accelerate_sae, check_sae
+from fastsae.swapped.base import Swapped, Unsupported, accelerate_sae, check_sae, give_back
 from fastsae.training.optimizers import FusedOptimizer
 
 Given = TypeVar("Given")
@@ -77,9 +77,10 @@ def accelerate(given: Given) -> Given:
     if isinstance(given, Swapped) or isinstance(getattr(given, "optimizer", None), FusedOptimizer):
         return given  # it is accelerated already
     if isinstance(given, nn.Module) and type(given) not in swaps():
-        inside = [m for m in given.modules() if type(m) in swaps()]
+        kinds = tuple(swaps())
+        inside = [m for m in given.modules() if isinstance(m, kinds) and not isinstance(m, Swapped)]
         if inside:
-            for module in inside:
+            for module in inside:  # a subclass of somebody's too, which _swap_of refuses rather than leaving it slow
                 check_sae(module, {type(module): _swap_of(type(module))})
             for module in inside:
                 accelerate(module)
@@ -100,10 +101,7 @@ def unaccelerate(module: Given) -> Given:
     if not isinstance(module, nn.Module):
         raise TypeError(f"unaccelerate got a {type(module).__name__}, expected a module; of a trainer, give its SAE")
     for one in [m for m in module.modules() if isinstance(m, Swapped)]:
-        for role in one.transposed:
-            p = one.parameter(role)
-            p.data = p.data.contiguous()
-        one.__class__ = one.original()  # type: ignore[assignment]
+        give_back(one)
     return module
 
 

@@ -78,7 +78,7 @@ class EncoderInputs:
         A scale makes a scaled copy of the encoder, and the op then prepares its own screen for it.
         """
         n = max(self.x.shape[0], 1)
-        k = min(self.W.shape[0], -(-total // n))
+        k = max(1, -(-total // n))  # the op takes no k of 0, which an empty batch or a k below 1 asks for
 
         def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
             held = None if scale is None else scale.detach()
@@ -180,6 +180,17 @@ class Swapped:
     @classmethod
     def check(cls, module: nn.Module) -> None:
         """Raises Unsupported for a setting of the library's module that has no sparse way."""
+
+    def was_changed(self) -> bool:
+        """Whether a setting is one by now that `check` refuses, so that the library's own path has to answer; says so
+        once."""
+        module: Any = self
+        try:
+            self.check(module)
+        except Unsupported as error:
+            warn_once(module, f"{error}; while it is so, the library's dense path answers, not fastsae's")
+            return True
+        return False
 
     # -- its parameters -----------------------------------------------------------------------------------------------
 
@@ -290,11 +301,9 @@ class Swapped:
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the library's own class, so that no file needs fastsae; in its own memory order."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        state = reduced[2]
-        if isinstance(state, dict) and "_parameters" in state:
-            state = {**state, "_parameters": {name: _contiguous(p) for name, p in state["_parameters"].items()}}
+        """As the library's own class, so that no file needs fastsae. The Parameters go as they are, transposed memory
+        included: an optimizer in the same pickle has to find them again."""
+        state = super().__reduce_ex__(protocol)[2]  # type: ignore[misc]
         # Not copyreg.__newobj__, for which pickle wants the object's own class.
         return copyreg._reconstructor, (self.original(), object, None), state  # type: ignore[attr-defined]
 
@@ -321,10 +330,18 @@ def accelerate_sae(module: Any, swaps: dict[type, type]) -> None:
             module.rows(role)
 
 
-def _contiguous(p: Tensor | None) -> Tensor | None:
-    if p is None or p.is_contiguous():
-        return p
-    return nn.Parameter(p.detach().contiguous(), requires_grad=p.requires_grad)
+def give_back(module: Swapped) -> None:
+    """Undoes `accelerate_sae`."""
+    for role in module.transposed:
+        p = module.parameter(role)
+        p.data = p.data.contiguous()
+    module.__class__ = module.original()
+
+
+def traced() -> bool:
+    """Whether torch.compile traces, or a transform of torch.func runs: the library's own operations have rules for
+    those, fastsae's have none."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def weak_call(holder: Any, name: str) -> Callable[[], Any]:
@@ -344,9 +361,14 @@ def warn_once(module: nn.Module, message: str) -> None:
         warn(message, UserWarning)
 
 
-def hooked(module: nn.Module, points: Iterable[nn.Module], names: str) -> bool:
+def has_hooks(parts: Iterable[Any]) -> bool:
+    """Whether there are hooks on any of these; a function, or None, has none."""
+    return any(getattr(part, kind, None) for part in parts for kind in HOOKS)
+
+
+def hooked(module: nn.Module, points: Iterable[Any], names: str) -> bool:
     """Whether hooks on these points want dense acts, so that the library's own path has to answer; says so once."""
-    if not any(getattr(point, kind) for point in points for kind in HOOKS):
+    if not has_hooks(points):
         return False
     warn_once(
         module,

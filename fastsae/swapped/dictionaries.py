@@ -20,7 +20,17 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.ops.ledger import LedgerGradient
-from fastsae.swapped.base import EncoderInputs, OverABC, Swapped, decoded, filled_indices, remove_along_rows_, values
+from fastsae.swapped.base import (
+    EncoderInputs,
+    OverABC,
+    Swapped,
+    decoded,
+    filled_indices,
+    hooked,
+    remove_along_rows_,
+    traced,
+    values,
+)
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 from fastsae.swapped.trainers import follow, fused
 from fastsae.training.optimizers import FusedOptimizer
@@ -48,6 +58,15 @@ class SwappedDictionary(Swapped):
     transposed = ("W_dec",)
     activation_dim: int
 
+    def densely(self) -> bool:
+        """Whether the library's own path has to encode: it is traced, or hooks on its encoder want dense pre-acts."""
+        return traced() or hooked(self, (getattr(self, "encoder", None),), "encoder")  # type: ignore[arg-type]
+
+    def code_to_decode(self, f: Tensor) -> SparseCodes | None:
+        """The code behind acts; None of dense ones, and where hooks on its decoder want dense acts."""
+        dense = hooked(self, (getattr(self, "decoder", None),), "decoder")  # type: ignore[arg-type]
+        return f.kept if isinstance(f, LazyActs) and not dense else None
+
     def flat(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
 
@@ -66,7 +85,7 @@ class SwappedDictionary(Swapped):
         return None if threshold < 0 else encoder.above(threshold)
 
     def decode(self, f: Tensor) -> Tensor:
-        codes = f.kept if isinstance(f, LazyActs) else None
+        codes = self.code_to_decode(f)
         if codes is None:
             return super().decode(f)  # type: ignore[misc]
         return decoded(codes, self.rows("W_dec"), f.shape) + self.parameter("b_dec")
@@ -79,16 +98,18 @@ class SwappedAutoEncoderTopK(OverABC, SwappedDictionary, AutoEncoderTopK):
         return int(self.k)
 
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        batch, encoder = tuple(x.shape[:-1]), self.encoder_inputs(self.flat(x))
-        acts = self.above_threshold(encoder) if use_threshold else None
-        if torch.compiler.is_compiling() or (use_threshold and acts is None):
+        found = None
+        if not self.densely():
+            batch, encoder = tuple(x.shape[:-1]), self.encoder_inputs(self.flat(x))
+            found = self.above_threshold(encoder) if use_threshold else encoder.topk(self.latents_per_token())
+        if found is None:
             return super().encode(x, return_topk, use_threshold)
-        codes = encoder.topk(self.latents_per_token())
-        acts = codes if acts is None else acts
+        acts = self.acts(found, batch)
         if not return_topk:
-            return self.acts(acts, batch)
-        shape = (*batch, codes.k)
-        return self.acts(acts, batch), codes.acts.view(shape), filled_indices(codes).view(shape), self.post_relu(x)
+            return acts
+        top = encoder.topk(self.latents_per_token()) if use_threshold else found
+        shape = (*batch, top.k)
+        return acts, top.acts.view(shape), filled_indices(top).view(shape), self.post_relu(x)
 
 
 class BatchSelection:
@@ -104,9 +125,11 @@ class BatchSelection:
         return codes
 
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-        encoder = self.encoder_inputs(self.flat(x))
-        codes = self.above_threshold(encoder) if use_threshold else encoder.batch_topk(int(self.k) * x.size(0))
-        if torch.compiler.is_compiling() or codes is None:
+        codes = None
+        if not self.densely():
+            encoder = self.encoder_inputs(self.flat(x))
+            codes = self.above_threshold(encoder) if use_threshold else encoder.batch_topk(int(self.k) * x.size(0))
+        if codes is None:
             return super().encode(x, return_active, use_threshold)  # type: ignore[misc]
         codes = self.cut(codes)
         acts = self.acts(codes, tuple(x.shape[:-1]))

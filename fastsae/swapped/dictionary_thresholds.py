@@ -24,7 +24,15 @@ from fastsae.ops.gradients import latent_sums
 from fastsae.ops.ledger import LedgerGradient
 from fastsae.ops.products import per_latent
 from fastsae.ops.sums import fixed_sum
-from fastsae.swapped.base import OverABC, Unsupported, decoded, remove_along_rows_, scaled, token_mean, token_sums
+from fastsae.swapped.base import (
+    OverABC,
+    Unsupported,
+    decoded,
+    remove_along_rows_,
+    scaled,
+    token_mean,
+    token_sums,
+)
 from fastsae.swapped.dictionaries import LossLog, SwappedDictionary, SwappedTrainer, UnitNormTrainer
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts
 from fastsae.swapped.trainers import fused
@@ -45,7 +53,7 @@ class SwappedAutoEncoder(OverABC, SwappedDictionary, AutoEncoder):
     }  # fmt: skip
 
     def encode(self, x: Tensor) -> Tensor:
-        codes = None if torch.compiler.is_compiling() else self.above(self.flat(x), 0.0)
+        codes = None if self.densely() else self.above(self.flat(x), 0.0)
         return super().encode(x) if codes is None else self.acts(codes, tuple(x.shape[:-1]))
 
 
@@ -60,7 +68,7 @@ class SwappedJumpReluAutoEncoder(OverABC, SwappedDictionary, JumpReluAutoEncoder
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
         bar = self.threshold.detach().clamp(min=0)  # below 0 is the ReLU's
-        codes = None if torch.compiler.is_compiling() else self.above(self.flat(x), bar)
+        codes = None if self.densely() else self.above(self.flat(x), bar)
         if codes is None:
             return super().encode(x, output_pre_jump)
         acts = self.acts(codes, tuple(x.shape[:-1]))
@@ -80,7 +88,7 @@ class SwappedGatedAutoEncoder(OverABC, SwappedDictionary, GatedAutoEncoder):
 
     def encode(self, x: Tensor, return_gate: bool = False, normalize_decoder: bool = False) -> Any:
         flat, batch, gate = self.flat(x), tuple(x.shape[:-1]), None
-        if not torch.compiler.is_compiling():
+        if not self.densely():
             gate = self.above(flat, 0.0, biased=return_gate)  # without the gate, its bias has no gradient
         if gate is None:
             return super().encode(x, return_gate, normalize_decoder)
@@ -96,7 +104,7 @@ class SwappedGatedAutoEncoder(OverABC, SwappedDictionary, GatedAutoEncoder):
         return (acts, self.acts(gate, batch)) if return_gate else acts
 
     def decode(self, f: Tensor, normalize_decoder: bool = False) -> Tensor:
-        codes = code_of(f)
+        codes = self.code_to_decode(f)
         if codes is None:
             return super(SwappedDictionary, self).decode(f, normalize_decoder)  # type: ignore[misc]
         if normalize_decoder:

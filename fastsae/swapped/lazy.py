@@ -76,15 +76,49 @@ class LazyActs(torch.Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         if self.requires_grad and not force:
             raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
-        self._kept = None  # the array shares the numbers
-        return self.plain().numpy(force=force)
+        return self._shared().numpy(force=force)
 
     def tolist(self) -> Any:
         return self.plain().tolist()
 
-    def data_ptr(self) -> int:
+    # What reads memory rather than calling an op finds none in this tensor: numbers of nobody, or a crash.
+
+    def _shared(self) -> Tensor:
+        """The numbers, for somebody who may write them unseen."""
         self._kept = None
-        return self.plain().data_ptr()
+        return self.plain()
+
+    def data_ptr(self) -> int:
+        return self._shared().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self._shared().untyped_storage()
+
+    def __dlpack__(self, **how: Any) -> Any:
+        if self.requires_grad:
+            raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
+        return self._shared().__dlpack__(**how)
+
+    def share_memory_(self) -> LazyActs:
+        self._shared().share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.is_made and self.plain().is_shared()
+
+    @property
+    def data(self) -> Tensor:
+        with torch.no_grad():
+            return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.shape != self.shape or value.dtype != self.dtype:
+            raise RuntimeError(
+                f"acts.data is given {tuple(value.shape)} of {value.dtype}, expected {tuple(self.shape)} of "
+                f"{self.dtype}; for other acts, make a tensor of your own"
+            )
+        self._kept, self._dense = None, value.detach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.plain(), memo)

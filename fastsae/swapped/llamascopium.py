@@ -13,7 +13,7 @@ from llamascopium.models.sae import SparseAutoEncoder
 from torch import Tensor
 
 from fastsae.codes import SparseCodes
-from fastsae.swapped.base import OverModule, Swapped, Unsupported, decoded, hooked
+from fastsae.swapped.base import OverModule, Swapped, Unsupported, decoded, hooked, traced
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 
 RULES = "relu", "jumprelu", "topk", "batchtopk"
@@ -51,9 +51,12 @@ class SwappedSparseAutoEncoder(OverModule, Swapped, SparseAutoEncoder):
         rule: Any = self.activation_function
         if isinstance(rule, JumpReLU) and torch.is_grad_enabled() and rule.log_jumprelu_threshold.requires_grad:
             return True
-        if torch.compiler.is_compiling() or x.ndim < 2:
+        if traced() or self.was_changed():
             return True
-        return hooked(self, (self.hook_hidden_pre, self.hook_feature_acts), "hook_hidden_pre or hook_feature_acts")
+        if x.ndim not in (2, 3):  # of further dimensions, its batch top-k takes each matrix for a batch
+            return True
+        points = (self.hook_hidden_pre, self.hook_feature_acts, rule)
+        return hooked(self, points, "hook_hidden_pre, hook_feature_acts or activation_function")
 
     def select(self, flat: Tensor) -> SparseCodes | None:
         """The pre-acts that the rule keeps; None where they are too many."""

@@ -20,7 +20,7 @@ from overcomplete.sae.topk_sae import TopKSAE
 from torch import Tensor, nn
 
 from fastsae.codes import SparseCodes
-from fastsae.swapped.base import HOOKS, EncoderInputs, OverABC, Swapped, Unsupported, decoded
+from fastsae.swapped.base import EncoderInputs, OverABC, Swapped, Unsupported, decoded, has_hooks, traced
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 
 
@@ -56,10 +56,12 @@ class SwappedSAE(Swapped):
 
     def is_dense(self, x: Tensor) -> bool:
         """Whether the library's own path has to answer."""
+        if traced() or self.was_changed():
+            return True
         parts = (*self.encoder.modules(), self.dictionary)  # type: ignore[attr-defined]
         refused = isinstance(self.encoder, MLPEncoder) and x.ndim != 2  # type: ignore[attr-defined]
         refused = refused or x.dtype != next(parts[-1].parameters()).dtype
-        return torch.compiler.is_compiling() or refused or any(getattr(one, kind) for one in parts for kind in HOOKS)
+        return refused or has_hooks(parts)
 
     def encoder_inputs(self, x: Tensor) -> EncoderInputs:
         encoder: Any = self.encoder  # type: ignore[attr-defined]
@@ -86,7 +88,7 @@ class SwappedSAE(Swapped):
 
     def decode(self, z: Tensor) -> Tensor:
         codes = z.kept if isinstance(z, LazyActs) else None
-        if codes is None or any(getattr(self.dictionary, kind) for kind in HOOKS):  # type: ignore[attr-defined]
+        if codes is None or has_hooks((self.dictionary,)):  # type: ignore[attr-defined]
             return super().decode(z)  # type: ignore[misc]
         dictionary = self.dictionary.get_dictionary()  # type: ignore[attr-defined]
         return decoded(codes, dictionary.contiguous(), z.shape)
@@ -124,7 +126,10 @@ class SwappedBatchTopKSAE(OverABC, SwappedSAE, BatchTopKSAE):
     def select(self, encoder: EncoderInputs) -> SparseCodes | None:
         if not self.training:
             threshold = self.running_threshold
-            return None if threshold is None else encoder.passing(threshold, torch.ge)
+            if threshold is None:
+                return None
+            # a threshold that was set by hand may be a number
+            return encoder.passing(torch.as_tensor(threshold, dtype=encoder.x.dtype), torch.ge)
         if not 1 <= self.top_k < encoder.x.shape[0] * len(encoder.W):
             return None
         codes = encoder.batch_topk(self.top_k + 1)  # one more, to see whether it ties with the last

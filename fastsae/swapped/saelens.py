@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsae.codes import SparseCodes
 from fastsae.ops.products import per_latent
-from fastsae.swapped.base import OverModule, Swapped, Unsupported, decoded, hooked, scaled
+from fastsae.swapped.base import OverModule, Swapped, Unsupported, decoded, hooked, scaled, traced
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
 
 
@@ -35,11 +35,12 @@ class SwappedSAE(Swapped):
         return bool(self.cfg.apply_b_dec_to_input)
 
     def densely(self) -> bool:
-        """Whether the library's own path has to answer: hooks want dense acts, or torch.compile traces."""
-        if torch.compiler.is_compiling():
+        """Whether the library's own path has to answer: hooks want dense acts, or it is traced."""
+        if traced() or self.was_changed():
             return True
-        points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)  # type: ignore[attr-defined]
-        return hooked(self, points, "hook_sae_acts_pre or hook_sae_acts_post")  # type: ignore[arg-type]
+        module: Any = self
+        points = (module.hook_sae_acts_pre, module.hook_sae_acts_post, module.activation_fn)
+        return hooked(module, points, "hook_sae_acts_pre, hook_sae_acts_post or activation_fn")
 
     def sae_input(self, x: Tensor) -> Tensor:
         """process_sae_in, before b_dec is subtracted."""

@@ -213,11 +213,12 @@ class SwappedStandardTrainingSAE(OverModule, SwappedThresholdTraining, StandardT
 
 
 class SwappedJumpReLUTrainingSAE(OverModule, SwappedThresholdTraining, JumpReLUTrainingSAE):
-    """JumpReLUTrainingSAE. While a threshold can learn, the pre-acts in the kernel's band below it have slots too."""
+    """JumpReLUTrainingSAE. The pre-acts in the kernel's band below a threshold have slots too, where they have a
+    gradient: of a threshold that can learn, or, with jumprelu_ste_to_input, of the encoder."""
 
     def considered(self, flat: Tensor) -> SparseCodes | None:
         bar = self.threshold.detach().to(flat.dtype)
-        learns = torch.is_grad_enabled() and self.threshold.requires_grad
+        learns = torch.is_grad_enabled() and (self.threshold.requires_grad or self.cfg.jumprelu_ste_to_input)
         return self.above(flat, bar - self.bandwidth / 2 if learns else bar)
 
     def kernel(self, pre: SparseCodes) -> tuple[Tensor, float, bool]:

@@ -75,7 +75,8 @@ class SwappedSparseCoder(OverModule, Swapped, SparseCoder):
         """The reconstruction of acts and latents in any order (N, K)."""
         batch = top_acts.shape[:-1]
         acts = top_acts.reshape(-1, top_acts.shape[-1]).to(self.dtype)
-        return self._decoded(_ordered(acts, top_indices.reshape(acts.shape), self.num_latents)).view(*batch, -1)
+        codes = _ordered(acts, top_indices.reshape(acts.shape), self.num_latents)
+        return self._decoded(codes).view(*batch, self.W_dec.shape[1])
 
     def _decoded(self, codes: SparseCodes) -> Tensor:
         return ops.decode(codes, self.rows("W_dec")) + self.b_dec
@@ -126,12 +127,19 @@ class SwappedSparseCoder(OverModule, Swapped, SparseCoder):
 
 
 def _ordered(acts: Tensor, indices: Tensor, latents: int) -> SparseCodes:
-    """A ragged code of (N, K) acts and latents in any order; acts of 0 have no slot, for a latent may come twice."""
-    order = indices.sort(-1).indices
+    """A ragged code of (N, K) acts and latents in any order.
+
+    An act of 0 keeps its slot, through which it gets a gradient, unless its latent has another one: an empty slot of
+    `encode` repeats the first latent.
+    """
+    order = (2 * indices.long() + (acts == 0)).sort(-1).indices
     n, k = acts.shape
     offsets = torch.arange(n + 1, dtype=torch.int64, device=acts.device) * k
-    codes = SparseCodes(acts.gather(1, order).flatten(), indices.gather(1, order).int().flatten(), latents, offsets)
-    return codes.keep(codes.acts != 0)
+    acts, indices = acts.gather(1, order), indices.gather(1, order).int()
+    again = torch.zeros_like(acts, dtype=torch.bool)
+    again[:, 1:] = indices[:, 1:] == indices[:, :-1]
+    codes = SparseCodes(acts.flatten(), indices.flatten(), latents, offsets)
+    return codes.keep(((acts != 0) | ~again).flatten())
 
 
 class SwappedTrainer(Trainer):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastsae.swapped.base import Unsupported, accelerate_sae, check_sae
+from fastsae.swapped.base import Unsupported, accelerate_sae, check_sae, give_back
 from fastsae.training.optimizers import Adam, AdamW, FusedOptimizer
 
 KINDS: dict[type, Any] = {torch.optim.Adam: Adam, torch.optim.AdamW: AdamW}
@@ -36,16 +37,24 @@ def fused(
     """The optimizer of fastsae.optim that does what `old` does, which has one group for each of these SAEs.
 
     kinds: by the class of `old`, the class that does the same. Accelerates the SAEs. Raises Unsupported as `check` and
-    the SAEs do, and changes nothing then.
+    the SAEs do, or the optimizer's ValueError, as for a parameter that requires no gradient; changes nothing then.
     """
     check(old, saes, kinds)
-    for sae in saes:
-        check_sae(sae, swaps)
+    taken = [sae for sae in saes if check_sae(sae, swaps) is not None]
     groups = []
     for sae, group in zip(saes, old.param_groups, strict=True):
         accelerate_sae(sae, swaps)
         groups.append({"params": sae, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}})
-    new: FusedOptimizer = kinds[type(old)](groups)
+    with contextlib.ExitStack() as undo:
+        for sae in taken:
+            undo.callback(give_back, sae)  # type: ignore[arg-type]
+        new = _like(old, kinds[type(old)](groups))
+        undo.pop_all()
+    return new
+
+
+def _like(old: torch.optim.Optimizer, new: FusedOptimizer) -> FusedOptimizer:
+    """new, with the state and the rates of `old`."""
     # A scheduler marks the step of its optimizer, and torch warns where that mark is missing.
     torch.optim.lr_scheduler.LambdaLR(new, lambda _: 1.0)
     if old.state:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.ops.products import per_latent
-from fastsae.swapped.base import EncoderInputs, OverModule, Swapped, Unsupported, coo, decoded
+from fastsae.swapped.base import EncoderInputs, OverModule, Swapped, Unsupported, coo, decoded, hooked, traced
 from fastsae.swapped.lazy import LazyActs, spread
 
 RELUS = torch.relu, nn.functional.relu
@@ -35,8 +35,12 @@ class SwappedTranscoder(Swapped):
         return torch.is_grad_enabled() and isinstance(rule, JumpReLU) and rule.threshold.requires_grad
 
     def is_dense(self, x: Tensor, dims: tuple[int, ...]) -> bool:
-        """Whether the library's own path has to answer: torch.compile traces, or it refuses such an input."""
-        return torch.compiler.is_compiling() or x.ndim not in dims or not x.is_floating_point()
+        """Whether the library's own path has to answer: it is traced, refuses the input, or a hook wants dense acts."""
+        refused = x.ndim not in dims or not x.is_floating_point()
+        module: Any = self
+        if traced() or refused or self.was_changed():
+            return True
+        return hooked(module, (module.activation_function,), "activation_function")
 
 
 class SwappedSingleLayerTranscoder(OverModule, SwappedTranscoder, SingleLayerTranscoder):
@@ -115,6 +119,16 @@ class SwappedSingleLayerTranscoder(OverModule, SwappedTranscoder, SingleLayerTra
 class SwappedCrossLayerTranscoder(OverModule, SwappedTranscoder, CrossLayerTranscoder):
     """CrossLayerTranscoder: one code for all layers, whose tokens are the positions of the first, then of the next."""
 
+    @classmethod
+    def check(cls, module: Any) -> None:
+        rule = module.activation_function
+        if type(rule) not in (nn.ReLU, JumpReLU) and rule not in RELUS:
+            name = getattr(rule, "__name__", type(rule).__name__)
+            raise Unsupported(
+                f"activation_function of the CrossLayerTranscoder is {name}, expected ReLU, or JumpReLU of "
+                "circuit_tracer"
+            )
+
     def lacks(self) -> tuple[str, ...]:
         return "W_enc", "W_dec", "b_enc", "b_dec"  # one Parameter of theirs holds all layers
 
@@ -172,7 +186,7 @@ class SwappedCrossLayerTranscoder(OverModule, SwappedTranscoder, CrossLayerTrans
 
         As there, positions after the last one that has an act are left out.
         """
-        codes = None if self.lazy_decoder or torch.compiler.is_compiling() else self.code_of(features)
+        codes = None if self.lazy_decoder or traced() else self.code_of(features)
         if codes is None or not codes.acts.numel():
             return super().decode(features, input_acts)
         assert codes.offsets is not None
@@ -196,8 +210,11 @@ class SwappedCrossLayerTranscoder(OverModule, SwappedTranscoder, CrossLayerTrans
 
     def code_of(self, features: Tensor) -> SparseCodes | None:
         """The code of acts (L, N, M) that are lazy or a coalesced sparse tensor; None of others."""
+        if features.ndim != 3 or len(features) != self.n_layers:
+            return None
         if isinstance(features, LazyActs):
-            return features.kept if features.ndim == 3 else None
+            found: SparseCodes | None = features.kept
+            return found
         if not features.is_sparse or not features.is_coalesced() or features.dtype != self.dtype:
             return None
         layers, positions, latents = features.indices()
