@@ -64,6 +64,13 @@ def test_each_loss_of_saelens_in_both_regimes(name: str, number: int) -> None:
             close(b.hidden_pre + 0, a.hidden_pre, "hidden_pre")
 
 
+def test_a_sparsity_loss_that_is_not_known_is_refused_as_by_saelens() -> None:
+    for module in (make("lens-jumprelu-training", 0), fastsae.accelerate(make("lens-jumprelu-training", 0))):
+        module.cfg.jumprelu_sparsity_loss_mode = "nonsense"
+        with pytest.raises(ValueError, match="Invalid sparsity loss mode: nonsense"):
+            lens_step(module, inputs(3), None)
+
+
 @pytest.mark.parametrize("name", LENS)
 def test_an_empty_batch(name: str) -> None:
     theirs, mine = make(name, 0), fastsae.accelerate(make(name, 0))

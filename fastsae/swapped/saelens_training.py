@@ -228,6 +228,9 @@ class SwappedJumpReLUTrainingSAE(OverModule, SwappedThresholdTraining, JumpReLUT
     def activated(self, pre: SparseCodes) -> SparseCodes:
         return replace(pre, acts=reference.jump_relu(pre.acts, *self.kernel(pre)), made_by=None)
 
+    def sparsely(self, step_input: Any, source: Source) -> bool:
+        return self.cfg.jumprelu_sparsity_loss_mode in ("tanh", "step", "quadratic")  # the library refuses another
+
     def aux_losses(self, step_input: Any, codes: SparseCodes, source: Source) -> dict[str, Tensor]:
         pre, mode = source.codes, self.cfg.jumprelu_sparsity_loss_mode
         assert pre is not None
