@@ -7,6 +7,7 @@
 #   make test-asan   test the C++ extension under the same sanitizers: hostile calls of every op, and the ops' tests
 #   make test-peers  run the tests that need other SAE libraries (docs/accelerate.md): accelerate, load and save, hosts; then
 #                    those libraries' own tests, as they are and accelerated: SAELENS=clone DICTIONARY_LEARNING=clone
+#                    CIRCUIT_TRACER=clone OVERCOMPLETE=clone LLAMASCOPIUM=clone; those without a clone are skipped
 #   make peers-report  run the libraries' own tests and write the results: bench/results/peers/, docs/interop.md
 #   make wheel-check   build the source archive and a wheel from it, and use the wheel outside the clone
 #   make bench   time whole steps and write bench/results/, then redraw plots and docs/benchmarks.md
@@ -106,7 +107,7 @@ test-peers: $(PEERS)/.installed
 	$(PEER_TESTS)
 
 # Other libraries' own tests (bench/peer_tests): folders with their sources. SPARSIFY is downloaded where it is not given.
-CLONES := SAELENS DICTIONARY_LEARNING SPARSIFY
+CLONES := SAELENS DICTIONARY_LEARNING SPARSIFY CIRCUIT_TRACER OVERCOMPLETE LLAMASCOPIUM
 PEER_TESTS = PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m bench.peer_tests \
   --tests $(foreach one,$(CLONES),$(if $($(one)),'$(one)=$($(one))'))
 

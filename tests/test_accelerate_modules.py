@@ -206,18 +206,57 @@ def test_a_loss_on_the_acts() -> None:
             close(q.grad, p.grad)
 
 
-def test_training_output_of_saelens() -> None:
-    theirs, mine = pair("lens-topk-training", 0)
+@pytest.mark.parametrize("number", [0, 3])
+def test_training_output_of_saelens(number: int) -> None:
+    theirs, mine = pair("lens-topk-training", number)
     x = inputs(4)
     a, b = (lens_step(module, x, None) for module in (theirs, mine))
     assert type(a) is type(b)
-    assert b.feature_acts.is_sparse
-    close(b.feature_acts.to_dense(), a.feature_acts)
+    assert b.feature_acts.is_sparse == a.feature_acts.is_sparse == (number == 3)
+    if number == 0:
+        assert isinstance(b.feature_acts, LazyActs)
+        assert not b.feature_acts.is_made
+    close(b.feature_acts.to_dense(), a.feature_acts.to_dense())
     close(b.hidden_pre + 0, a.hidden_pre)
     assert a.losses.keys() == b.losses.keys()
     for key, value in a.losses.items():
         close(b.losses[key], value, key)
     close(b.sae_out, a.sae_out)
+
+
+@pytest.mark.parametrize("name", ["lens-topk-training", "lens-batchtopk-training", "lens-jumprelu-training"])
+def test_what_fires_is_counted_without_dense_acts(name: str) -> None:
+    """As SAETrainer does: bit for bit what dense acts give, and the mask is theirs too where something reads it."""
+    acts = pair(name, 0)[1].encode(inputs(6))
+    with torch.no_grad():
+        mask = acts.bool()
+        counted = [mask.float().sum(dim) for dim in (-2, 0, -1, 1)]
+        assert isinstance(acts, LazyActs)
+        assert not acts.is_made
+        assert not mask.is_made
+        truth = acts + 0 != 0
+        for found, dim in zip(counted, (-2, 0, -1, 1), strict=True):
+            assert type(found) is torch.Tensor
+            assert torch.equal(found, truth.float().sum(dim))
+            assert bool((found > 0).any())
+        assert torch.equal(mask | False, truth)
+        assert torch.equal(mask.float().sum(), truth.sum().float())
+        assert torch.equal(acts.float().bool().float().sum(0), truth.float().sum(0))
+        with pytest.raises(IndexError):
+            mask.float().sum(2)
+
+
+def test_a_count_knows_what_was_written() -> None:
+    acts = pair("lens-topk-training", 0)[1].encode(inputs(6)).detach()
+    with torch.no_grad():
+        mask = acts.bool()
+        mask[0] = True
+        assert int(mask.float().sum(-1)[0]) == M
+        counts = acts.bool().float()
+        counts.add_(1)
+        assert torch.equal(counts.sum(-1), (acts != 0).float().add(1).sum(-1))
+        acts.fill_(0)
+        assert not bool(acts.bool().float().sum(0).any())
 
 
 def test_encoder_output_of_sparsify() -> None:

@@ -45,7 +45,7 @@ def bias_of(module: nn.Module) -> nn.Parameter:
 @pytest.mark.parametrize(("name", "number"), SPARSE)
 def test_each_loss_of_saelens_in_both_regimes(name: str, number: int) -> None:
     """Every term of the loss, its acts and hidden_pre, for 2-D and 3-D inputs; more latents active makes it dense."""
-    for raised, kind in ((0.0, torch.sparse_coo), (2.0, torch.strided)):
+    for raised, sparse in ((0.0, True), (2.0, False)):
         theirs, mine = make(name, number), fastsae.accelerate(make(name, number))
         with torch.no_grad():
             for module in (theirs, mine):
@@ -53,15 +53,22 @@ def test_each_loss_of_saelens_in_both_regimes(name: str, number: int) -> None:
         for x in (inputs(3), inputs(4).view(4, 6, D)):
             dead = torch.arange(M) % 3 == 0
             a, b = (lens_step(module, x, dead) for module in (theirs, mine))
-            assert b.feature_acts.layout is kind
-            assert isinstance(b.hidden_pre, LazyActs) == (kind is torch.sparse_coo)
+            assert isinstance(b.feature_acts, LazyActs) == sparse
+            assert isinstance(b.hidden_pre, LazyActs) == sparse
             assert a.losses.keys() == b.losses.keys()
             for key, value in a.losses.items():
-                assert float(value) != 0 or kind is torch.strided, key
+                assert float(value) != 0 or not sparse, key
                 close(b.losses[key], value, key)
-            close(b.feature_acts.to_dense(), a.feature_acts, "acts")
+            close(b.feature_acts + 0, a.feature_acts, "acts")
             assert bool((a.feature_acts != 0).any())
             close(b.hidden_pre + 0, a.hidden_pre, "hidden_pre")
+
+
+def test_a_sparsity_loss_that_is_not_known_is_refused_as_by_saelens() -> None:
+    for module in (make("lens-jumprelu-training", 0), fastsae.accelerate(make("lens-jumprelu-training", 0))):
+        module.cfg.jumprelu_sparsity_loss_mode = "nonsense"
+        with pytest.raises(ValueError, match="Invalid sparsity loss mode: nonsense"):
+            lens_step(module, inputs(3), None)
 
 
 @pytest.mark.parametrize("name", LENS)
@@ -153,17 +160,19 @@ def test_saelens_trainer_from_its_own_start(kind: str, settings: dict[str, Any])
         trainers.append(SAETrainer(run, getattr(lens, kind)(config), stream()))
     theirs, mine = trainers[0], fastsae.accelerate(trainers[1])
     assert isinstance(mine.optimizer, FusedOptimizer)
-    layouts = []
+    lazy = []
     batches = [stream(1), stream(1)]
     for _ in range(steps):
         outs = [trainer.step(next(batch)) for trainer, batch in zip((theirs, mine), batches, strict=True)]
         for trainer in (theirs, mine):
             trainer.n_training_steps += 1
-        layouts.append(outs[1].feature_acts.layout)
-        assert torch.equal(outs[1].feature_acts.to_dense() != 0, outs[0].feature_acts != 0)
-    assert layouts[0] is torch.strided
-    assert layouts[-1] is torch.sparse_coo
-    assert layouts.count(torch.sparse_coo) > 20
+        acts = outs[1].feature_acts
+        lazy.append(isinstance(acts, LazyActs))
+        assert not (lazy[-1] and acts.is_made)  # the trainer has counted what fired
+        assert torch.equal(acts != 0, outs[0].feature_acts != 0)
+    assert not lazy[0]
+    assert lazy[-1]
+    assert sum(lazy) > 20
     assert torch.equal(mine.act_freq_scores, theirs.act_freq_scores)
     same(mine.sae, theirs.sae)
 

@@ -193,3 +193,12 @@ def test_the_fixture_holds_filtered_rows_of_a_real_model() -> None:
     moment = x.float().pow(2).mean(dim=0)
     assert set(moment.topk(2).indices.tolist()) == {247, 507}
     assert source.next_batch(100).shape == (100, 576)
+
+
+def test_a_harvest_that_has_not_ended_is_said(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    manifest = ShardSource(folder).manifest
+    assert not recwarn
+    manifest.complete = False
+    manifest.write(folder)
+    with pytest.warns(UserWarning, match=r"holds 2,200 rows of a harvest that has not ended, and these are read"):
+        ShardSource(folder)

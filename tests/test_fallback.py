@@ -130,6 +130,19 @@ def test_an_extension_that_cannot_be_used_is_said_once_with_the_command(copy: Pa
 
 
 @needs_cpu
+def test_a_clone_that_hides_an_installed_build_says_so(copy: Path) -> None:
+    site = copy / "site-packages"
+    (site / "fastsae").mkdir(parents=True)
+    built(copy).rename(site / "fastsae" / built(copy).name)
+    done = run_copy(copy, f"import sys; sys.path.insert(2, {str(site)!r})\n{TWICE}")
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if "BackendWarning" in line]
+    assert f"No module named 'fastsae._cpu' in {copy / 'fastsae'}" in warning
+    assert f"which hides the fastsae installed in {site}: work in another folder" in warning
+    assert f"pip install --no-deps -e {copy}" in warning
+
+
+@needs_cpu
 def test_a_named_backend_without_its_extension_is_an_error_with_the_command(copy: Path) -> None:
     built(copy).unlink()
     done = run_copy(copy, TWICE.replace("b, 2)", 'b, 2, backend="cpu")'))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from bench.peer_tests import page, run
+from bench.peer_tests import page, plugin, run
 from bench.peer_tests.__main__ import main, sources
-from bench.peer_tests.libraries import EXPLAINED, LIBRARIES, named
+from bench.peer_tests.libraries import EXPLAINED, LIBRARIES, Library, named
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -159,3 +163,52 @@ def test_a_file_that_takes_too_long_counts_as_far_as_it_got(tmp_path: Path, monk
     found, cut = run.run_file(named("SPARSIFY"), tmp_path, "test_it.py", False)
     assert cut == "20 s"
     assert {name: its["outcome"] for name, its in found.items()} == {"test_a": "passed"}
+
+
+def test_a_package_without_its_init_and_a_name_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_peer").mkdir()
+    (tmp_path / "a_peer" / "__init__.py").write_text("raise ImportError('an image model is not installed')")
+    (tmp_path / "a_peer" / "part.py").write_text("def load_both(): return 7")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("a_peer", "a_peer.part"):  # what is not there before the test is gone after it
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.delitem(sys.modules, name)
+    library = Library("A", "a_peer", "a-peer", (), bare=True, renamed={"a_peer.part:load": "load_both"}, seeded=True)
+    plugin.adapt(library)
+    assert importlib.import_module("a_peer.part").load() == 7
+    assert library.adapted() == [
+        "`load` is `load_both`",
+        "`a_peer/__init__.py` is not run",
+        "each test begins with `torch.manual_seed(0)`",
+    ]
+
+
+DRAWING = """
+import pytest
+import torch
+
+SEEN = []
+
+@pytest.fixture
+def drawn():
+    return torch.rand(())
+
+def test_a(drawn):
+    SEEN.append(drawn)
+
+@pytest.mark.parametrize("more", (5, 6))
+def test_b(drawn, more):
+    assert drawn == SEEN[0]
+    torch.rand(more)
+"""
+
+
+def test_each_test_of_a_seeded_library_gets_the_same_random_numbers(tmp_path: Path) -> None:
+    library = named("OVERCOMPLETE")
+    if importlib.util.find_spec(library.package) is None:
+        pytest.skip("overcomplete is not installed")
+    (tmp_path / "test_it.py").write_text(DRAWING)
+    found, cut = run.run_file(library, tmp_path, "test_it.py", False)
+    assert ([its["outcome"] for its in found.values()], cut) == (["passed"] * 3, None)

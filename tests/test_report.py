@@ -18,7 +18,7 @@ from fastsae.model.sae import SparseAutoencoder
 from fastsae.report import ReportOptions, write_report
 from fastsae.report.contexts import LatentCard, distinct, latent_cards, passage, pick_spread, spread_rows, visible
 from fastsae.report.drawing import thinned
-from fastsae.report.page import spliced_section
+from fastsae.report.page import _subtitle, spliced_section
 from fastsae.report.plots import all_plots, loop_parts
 from fastsae.report.runlog import histogram, read_jsonl, read_run
 from fastsae.report.timing import time_step
@@ -114,6 +114,18 @@ def test_a_run_on_text(run):
     assert page.count("svg") == len([a for t, a in page.tags if t == "svg" and a.get("role") == "img"]) >= 12
     assert HOSTILE in text  # shown as text in the settings and the passages; checked() found no such tag
     assert not list(run.glob("*.partial"))
+
+
+def test_the_words_of_a_run_are_those_of_its_settings(run):
+    log = read_run(run)
+    log.config["sae"]["activation"] = {"kind": "topk", "k": 7, "weighted": False}
+    log.config["sae"]["dead_after"] = 12_345
+    assert "topk (k 7)" in _subtitle(log)
+    captions = {plot.title: plot.caption for plot in all_plots(log, None)}
+    assert "not been active for 12,345 tokens" in captions["Dead latents"]
+    del log.config["sae"]["dead_after"]
+    captions = {plot.title: plot.caption for plot in all_plots(log, None)}
+    assert "not been active for a set number of tokens" in captions["Dead latents"]
 
 
 def test_partial_runs(run, tmp_path):

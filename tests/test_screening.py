@@ -258,6 +258,39 @@ def test_a_screen_of_another_type_never_reaches_cpp():
             torch.ops.fastsae.encode_topk(x, W, b, 4, None, None, 0, bad, "exact", "cpu")
 
 
+@pytest.mark.skipif(not FORMATS or _cpu.Format.i8 not in FORMATS, reason="there is no 8-bit product here")
+def test_tokens_that_8_bits_leave_open_get_a_tighter_copy() -> None:
+    """Dimensions that set a token's scale and that W ignores: 8-bit bounds let in more than a list holds."""
+    _, W, b, k = gaussian()
+    x, *_ = massive_dimensions()
+    W = W.clone()
+    W[:, [5, 50]] = 0
+    for considered in (x, torch.cat([x, torch.full((1, 96), torch.nan)])):
+        acts, indices, redone = encode(considered, W, b, k, _cpu.Format.i8)
+        expected, places, few = encode(considered, W, b, k, _cpu.tight_format())
+        assert redone > 64
+        assert few < redone
+        assert torch.equal(acts.nan_to_num(nan=7), expected.nan_to_num(nan=7))
+        assert torch.equal(indices, places)
+
+
+@pytest.mark.skipif(not FORMATS or _cpu.fastest_format(96) == _cpu.tight_format(), reason="one format serves all here")
+def test_the_format_for_thresholds_is_judged_by_what_its_bounds_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W, b, _ = gaussian()
+    made = []
+    fill = cpu_screen.fill
+    monkeypatch.setattr(cpu_screen, "fill", lambda W, rows, fmt: made.append(fmt) or fill(W, rows, fmt))
+    bars = {"latent": torch.full((W.shape[0],), 2.0), "token": torch.full((x.shape[0], 1), 2.0)}
+    for threshold in bars.values():
+        for share, formats in ((1.0, [_cpu.fastest_format(96)]), (0.0, [_cpu.fastest_format(96), _cpu.tight_format()])):
+            made.clear()
+            monkeypatch.setattr(cpu_screen, "CANDIDATES_WORTH", share)
+            codes, overflow = ops.encode_above(x, W, b, threshold, x.shape[0] * W.shape[0], backend="cpu")
+            assert made == formats
+            assert not bool(overflow)
+            assert int(codes.nnz) == int((x.double() @ W.double().T + b > 2.0).sum())
+
+
 @pytest.mark.skipif(not FORMATS or _cpu.fastest_format(96) == _cpu.tight_format(), reason="one format serves all here")
 def test_a_format_that_cannot_separate_the_latents_is_replaced():
     x, W, b, k = gaussian()

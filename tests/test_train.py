@@ -229,7 +229,7 @@ def test_another_run_in_the_directory_is_refused_by_name(tmp_path: Path) -> None
     # Settings that do not affect the weights may change, and the new values are stored.
     assert trainer(tmp_path, steps=3, log_every=2, keep=9, threads=1).run().step == 3
     assert json.loads((tmp_path / "config.json").read_text())["train"]["keep"] == 9
-    with pytest.raises(RunDirError, match="holds a run with checkpoints; resume it or give another directory"):
+    with pytest.raises(RunDirError, match=r"a run with checkpoints; resume it \(--resume\) or give another directory"):
         Trainer(module(), source(), config(steps=3), tmp_path, resume=False).run()
 
 

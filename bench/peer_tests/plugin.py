@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -85,10 +87,16 @@ def swap(package: str, tally: Tally) -> None:
 
 def adapt(library: Library) -> None:
     """The changes that both runs get."""
+    if library.bare:
+        spec: Any = importlib.util.find_spec(library.package)
+        sys.modules[library.package] = importlib.util.module_from_spec(spec)
     for place, given in library.defaults.items():
         module, name = place.split(":")
         kind: Any = getattr(importlib.import_module(module), name)
         kind.__init__ = _with_defaults(kind.__init__, given)
+    for place, now in library.renamed.items():
+        module, name = place.split(":")
+        setattr(importlib.import_module(module), name, getattr(importlib.import_module(module), now))
     if library.no_hub:
         stand_in.no_hub()
     if library.models_on_cpu:
@@ -107,6 +115,14 @@ def _with_defaults(begin: Any, given: Any) -> Any:
         begin(self, *args, **{**given, **settings})
 
     return __init__
+
+
+class Seeds:
+    """Both runs get the same random numbers in a test, whatever those before it took."""
+
+    @pytest.hookimpl(tryfirst=True)  # before its fixtures
+    def pytest_runtest_setup(self) -> None:
+        torch.manual_seed(0)
 
 
 class Log:
@@ -156,4 +172,6 @@ def pytest_configure(config: pytest.Config) -> None:
     adapt(library)
     if config.getoption("peer_swap"):
         swap(library.package, tally)
+    if library.seeded:
+        config.pluginmanager.register(Seeds(), "peer-seeds")
     config.pluginmanager.register(Log(config.getoption("peer_log"), tally), "peer-log")

@@ -111,9 +111,9 @@ PYBIND11_MODULE(_cpu, m) {
           const AboveCounts c = ops().encode_above(a, take<float>("threshold", per_latent, a.row_count),
                                                    take<float>("threshold", per_token, a.x.rows),
                                                    ragged(a, acts, indices, offsets));
-          return std::make_pair(c.above, c.redone);
+          return std::make_tuple(c.above, c.redone, c.candidates);
         },
-        release_gil(), "How many latents are above, and how many tokens were scored in full.");
+        release_gil(), "How many latents are above, how many tokens were scored in full, how many latents of the others were scored.");
   m.def("encode_batch_topk",
         [ragged](const EncodeArgs& a, const Numbers& acts, const Numbers& indices, const Numbers& offsets) {
           fits("the size of acts", acts.count, product("k", a.x.rows, a.k));

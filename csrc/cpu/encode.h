@@ -65,7 +65,9 @@ struct TopkCounts {
 };
 
 struct AboveCounts {
-  int64_t above, redone;
+  int64_t above;
+  int64_t redone;       // tokens scored in full
+  int64_t candidates;   // latents scored in fp32 of all others: how loose the format is on this input
 };
 
 int64_t words_per_row(Format format, int64_t d);

@@ -9,11 +9,11 @@
 
 namespace fastsae::FASTSAE_ISA {
 
-// Returns {how many latents are above, how many tokens were scored in full}. Where there is no room for all, the first
+// Where there is no room for all, the first
 // `capacity` in token order are kept and the offsets end there. Memory follows what is above among kAtOnce tokens, which
 // is more than the capacity there.
 AboveCounts encode_above(const EncodeArgs& a, const float* per_latent, const float* per_token, const RaggedCodes& out) {
-  AboveCounts counts{0, 0};
+  AboveCounts counts{0, 0, 0};
   out.offsets[0] = 0;
   for (int64_t first = 0; first < a.x.rows; first += kAtOnce) {
     const EncodeArgs part = tokens_from(a, first);
@@ -24,6 +24,7 @@ AboveCounts encode_above(const EncodeArgs& a, const float* per_latent, const flo
     for (int64_t n = 1; n <= part.x.rows; ++n) out.offsets[first + n] = std::min(counts.above + found.offsets[n], out.capacity);
     counts.above += found.count();
     counts.redone += found.scored_in_full;
+    counts.candidates += found.candidates;
   }
   return counts;
 }

@@ -5,7 +5,8 @@
 // found is a rival; rivals of all tokens are scored latent by latent, so that the rows gathered are those of x, which stay in
 // L3, and not those of W, which do not. A token whose K-th score does not clear the guessed bar has no certificate; it is
 // redone with bar 0, under which nothing that counts is left out. What even then does not fit its list (masses of ties) or is
-// not finite is scored in fp32 in full (exhaustive.h), and so are all tokens where there is no narrow copy.
+// not finite is scored in fp32 in full (exhaustive.h), and so are all tokens where there is no narrow copy. Where 8 bits leave
+// many tokens without a certificate, as at D = 4096, a copy with tighter bounds is made for these tokens.
 //
 // Flops 2·N·M·D narrow, about 8·N·K·D in fp32. Bytes: the packed copy once per panel from L3, N·K rows of W, some 3·N·K of x.
 // The result is the K best by (fp32 score, lower index), whatever the panel, the bar or the number of threads.
@@ -18,6 +19,8 @@
 
 namespace fastsae::FASTSAE_ISA {
 namespace {
+
+constexpr int64_t kWorthACopy = 32;   // tokens: scoring ten in full takes as long as making a copy (Zen 5)
 
 // What is known of some tokens between the phases.
 struct Tokens {
@@ -226,28 +229,56 @@ template <class T> void encode_in_full(const EncodeArgs& a, const std::vector<in
   }
 }
 
+// A copy of the encoder in the format with the tightest bounds, for one call.
+struct TightCopy {
+  std::vector<uint32_t> words;
+  std::vector<float> tables;
+  EncodeArgs args;   // the call with this copy
+
+  TightCopy(const EncodeArgs& a, Format format) : args(a) {
+    Screen& s = args.screen;
+    s.format = format, s.words_per_row = words_per_row(format, s.d);
+    const int64_t positions = s.blocks * kLanes;
+    words.resize(format == Format::f32 ? 0 : positions * s.words_per_row), tables.resize(3 * positions);
+    s.words = words.data();
+    s.scale = tables.data(), s.norm = s.scale + positions, s.residual = s.norm + positions;
+    prepare_screen(a.W, a.rows, s, a.threads);
+  }
+};
+
+// Encodes tokens in lots of kAtOnce; returns those without a certificate.
+template <class T>
+std::vector<int64_t> encode_lots(const EncodeArgs& a, const std::vector<int64_t>& tokens, bool guess, const FixedCodes& out,
+                                 int64_t& rivals) {
+  const LatentTerms terms = latent_terms(a, nullptr);
+  std::vector<int64_t> open;
+  for (size_t first = 0; first < tokens.size(); first += kAtOnce) {
+    const auto from = tokens.begin() + first;
+    const std::vector<int64_t> part(from, from + std::min<int64_t>(kAtOnce, tokens.end() - from));
+    const std::vector<int64_t> back = encode_tokens<T>(a, terms, part, guess, out, rivals);
+    open.insert(open.end(), back.begin(), back.end());
+  }
+  return open;
+}
+
 template <class T> TopkCounts encode_topk_typed(const EncodeArgs& a, const FixedCodes& out) {
   std::vector<int64_t> all(a.x.rows);
   std::iota(all.begin(), all.end(), int64_t(0));
   if (a.screen.is_absent()) return encode_in_full<T>(a, all, out), TopkCounts{0, 0};
-  const LatentTerms terms = latent_terms(a, nullptr);
   TopkCounts counts{0, 0};
-  // Tokens in lots of kAtOnce; those without a certificate come back.
-  const auto encode_lots = [&](const std::vector<int64_t>& tokens, bool guess, int64_t& rivals) {
-    std::vector<int64_t> open;
-    for (size_t first = 0; first < tokens.size(); first += kAtOnce) {
-      const auto from = tokens.begin() + first;
-      const std::vector<int64_t> part(from, from + std::min<int64_t>(kAtOnce, tokens.end() - from));
-      const std::vector<int64_t> back = encode_tokens<T>(a, terms, part, guess, out, rivals);
-      open.insert(open.end(), back.begin(), back.end());
-    }
-    return open;
-  };
-  const std::vector<int64_t> again = encode_lots(all, true, counts.rivals);
+  std::vector<int64_t> again = encode_lots<T>(a, all, true, out, counts.rivals);
   counts.redone = int64_t(again.size());
   if (!a.redo) return counts;
   int64_t more = 0;
-  encode_in_full<T>(a, encode_lots(again, false, more), out);
+  const Format tight = tight_format(ops().name);
+  if (a.screen.format == Format::i8 && tight != Format::i8 && int64_t(again.size()) >= kWorthACopy) {
+    const TightCopy copy(a, tight);
+    again = encode_lots<T>(copy.args, again, true, out, more);
+    again = encode_lots<T>(copy.args, again, false, out, more);
+  } else {
+    again = encode_lots<T>(a, again, false, out, more);
+  }
+  encode_in_full<T>(a, again, out);
   return counts;
 }
 

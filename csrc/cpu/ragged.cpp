@@ -157,7 +157,8 @@ void survivors_typed(const EncodeArgs& a, const float* per_latent, const float* 
   const int64_t room = lot.panel * at_once * per_tile + kLanes;
   for (Scratch& s : scratch) s.found.reset(new uint32_t[room]), s.by_token.reset(new uint32_t[room]);
   Guard guard;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+  int64_t candidates = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads) reduction(+ : candidates)
   for (int64_t part = 0; part < groups * cuts; ++part)
     guard.run([&] {
       Scratch& own = scratch[omp_get_thread_num()];
@@ -167,10 +168,12 @@ void survivors_typed(const EncodeArgs& a, const float* per_latent, const float* 
         const Tiles visited{first_tile, 1, false, first_tile + at_once};
         kernel.sift({a.screen, a, terms, lot.panels[p], visited, a.rescore}, sieve);
         const int64_t size = sort_by_token(a, lot, p, sieve, own);
+        candidates += size;
         score_panel<T>(a, lot, per_latent, p * lot.panel, sieve.first, own.by_token.get(), size, out.parts[part]);
       }
     });
   guard.rethrow();
+  out.candidates = candidates;
 
   std::vector<int64_t> odd;
   std::vector<const float*> rows;

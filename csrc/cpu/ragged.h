@@ -21,6 +21,7 @@ struct Survivors {
   std::vector<int32_t> places;        // [N][16] where a token's latents of each lane begin, counted from its first
   std::vector<int64_t> offsets;       // [N + 1]
   int64_t scored_in_full = 0;         // tokens that are not finite
+  int64_t candidates = 0;             // pairs that were scored because their bound passed
 
   int64_t count() const { return offsets.back(); }
 };

@@ -24,7 +24,13 @@ def load(name: str, instead: str | None = None) -> ModuleType:
     """
     full = f"fastsae.{name}"
     if instead is None:
-        module = importlib.import_module(full)
+        try:
+            module = importlib.import_module(full)
+        except ModuleNotFoundError as error:
+            if error.name != full or (hidden := _hidden(name)) is None:
+                raise
+            what = f"{error} in {ROOT / 'fastsae'}, which hides the fastsae installed in {hidden}"
+            raise ImportError(f"{what}: work in another folder") from error
         _check_current(module, ROOT / "csrc" / name.removeprefix("_"))
         return module
     spec = importlib.util.spec_from_file_location(full, instead)
@@ -34,6 +40,14 @@ def load(name: str, instead: str | None = None) -> ModuleType:
     spec.loader.exec_module(module)
     sys.modules[full] = module
     return module
+
+
+def _hidden(name: str) -> Path | None:
+    """Where a fastsae that has this extension is installed, if it is not this one. Python looks into the current folder
+    first, so that in a clone after `pip install .`, without -e, the sources hide what was built of them.
+    """
+    places = (Path(place).resolve() for place in sys.path if place)
+    return next((p for p in places if p != ROOT and any((p / "fastsae").glob(f"{name}.*"))), None)
 
 
 def digest(folder: Path) -> str:

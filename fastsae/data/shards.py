@@ -17,6 +17,7 @@ from fastsae.data.manifest import HookFiles, Manifest
 from fastsae.data.reader import ShardContext, ShardReader, Verify
 from fastsae.data.source import EpochSource, permutation
 from fastsae.progress import bar
+from fastsae.warn import warn
 
 CHUNK_ROWS = 256  # adjacent rows read together: about one window of text, 300 kB of bf16 at d_in 576
 _CHUNKS, _ROWS = 0, 1  # which of an epoch's permutations a key belongs to
@@ -64,6 +65,12 @@ class ShardSource(EpochSource):
             raise ValueError(f"rows must be at least 1, or None for all, got {rows}")
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
+        if not self.manifest.complete:
+            warn(
+                f"{self.folder} holds {self.manifest.rows:,} rows of a harvest that has not ended, and these are read; "
+                "the same harvest command goes on with it",
+                UserWarning,
+            )
         self.dtype = dtype
         self.buffer_rows = buffer_rows
         self._strings: list[str] | None = None

@@ -54,6 +54,14 @@ def setting(config: Mapping[str, Any], path: Path, name: str, kind: type, defaul
     return value
 
 
+def part(config: Mapping[str, Any], path: Path, name: str) -> dict[str, Any]:
+    """The settings under a name, none if it is not there. Raises SavedModuleError for anything else."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise SavedModuleError(f"{path} has {name} = {value!r}, expected settings by name")
+    return value or {}
+
+
 def known_only(config: Mapping[str, Any], path: Path, known: set[str]) -> None:
     """Raises SavedModuleError for settings that this fastsae does not know: they may change what the weights mean."""
     if more := sorted(config.keys() - known):

@@ -112,6 +112,8 @@ def read(files: Checkpoint, rule: Activation | None) -> Parts:
             groups, weights = numbers["group_sizes"], trainer.get("group_weights")
             if not isinstance(groups, list):
                 raise SavedModuleError(f"{path} lacks group_sizes")
+            if not isinstance(weights, list | None):
+                raise SavedModuleError(f"{cfg} has group_weights = {weights!r}, expected a list of numbers")
             parts.rule = Matryoshka(inner, groups=tuple(groups), weights=None if weights is None else tuple(weights))
     elif name == "JumpReluAutoEncoder":
         parts.rule, parts.rule_state = jump_relu(held["threshold"], len(W_dec), dtype=W_enc.dtype)

@@ -67,7 +67,7 @@ class Parts:
             self.W_skip = _times(self.W_skip, of_input / of_output)
 
     def build(self, device: torch.device | str | None) -> SparseAutoencoder:
-        """The SAE, in eval mode. Raises SavedModuleError for settings that do not fit."""
+        """The SAE, in eval mode. Raises ValueError for settings that do not fit."""
         device = device or "cpu"
         weights = [t for t in (self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.W_skip) if t is not None]
         dtype = weights[0].dtype
@@ -83,12 +83,9 @@ class Parts:
             "normalize": "none",
             "rule_dtype": torch.float64 if isinstance(self.rule, JumpReLU) else torch.float32,
         }
-        try:
-            sae = SparseAutoencoder(
-                self.W_enc.shape[1], d_sae, self.rule, dtype=dtype, device="meta", **(settings | self.settings)
-            )
-        except ValueError as error:
-            raise SavedModuleError(f"fastsae cannot represent this checkpoint: {error}") from error
+        sae = SparseAutoencoder(
+            self.W_enc.shape[1], d_sae, self.rule, dtype=dtype, device="meta", **(settings | self.settings)
+        )
         state = {"W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec, "W_skip": self.W_skip}
         if not sae.tied:
             state["W_enc"] = self.W_enc

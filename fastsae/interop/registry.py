@@ -67,7 +67,12 @@ def load(
             raise SavedModuleError(f"{local} says which latents are active; leave activation={activation} out")
         return own.load(files.root, device)
     found = FORMATS[format] if format is not None else _recognised(files)
-    return found.read(files, activation).build(device)
+    try:
+        return found.read(files, activation).build(device)
+    except SavedModuleError:
+        raise
+    except (ValueError, OverflowError) as error:  # settings that a rule or the module refuses
+        raise SavedModuleError(f"{files.label} is no SAE that fastsae has: {error}") from error
 
 
 def save(sae: SparseAutoencoder, directory: str | os.PathLike[str], format: str = OWN) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.interop.base import Format, known_only, says_its_rule, setting, write_json, write_tensors
+from fastsae.interop.base import Format, known_only, part, says_its_rule, setting, write_json, write_tensors
 from fastsae.interop.files import Checkpoint, take
 from fastsae.interop.parts import Parts, jump_relu, parts_of, plain_rule, refuse, relu, running_threshold
 from fastsae.model.files import SavedModuleError
@@ -59,8 +59,8 @@ def match(files: Checkpoint) -> str | None:
 def _config(files: Checkpoint) -> dict[str, Any]:
     """The settings in the layout of 6.0."""
     path, config = files.path(CONFIG), dict(files.json(CONFIG))
-    metadata = config.get("metadata")
-    version = str(config.get("sae_lens_version") or (metadata or {}).get("sae_lens_version") or "")
+    metadata = part(config, path, "metadata")
+    version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "")
     found = re.match(r"\d+", version)
     if found and int(found.group()) > MAJOR:
         raise SavedModuleError(
@@ -77,7 +77,7 @@ def _config(files: Checkpoint) -> dict[str, Any]:
     config.setdefault("apply_b_dec_to_input", config["architecture"] not in TRANSCODERS)
     activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
     if activation == "topk":
-        config["architecture"], config["k"] = "topk", (config.get("activation_fn_kwargs") or {}).get("k")
+        config["architecture"], config["k"] = "topk", part(config, path, "activation_fn_kwargs").get("k")
     elif activation != "relu":
         raise SavedModuleError(f"{path} has the activation {activation!r}, expected relu or topk")
     given = config.get("normalize_activations") or "none"

@@ -123,7 +123,7 @@ def _subtitle(log: RunLog) -> str:
     if isinstance(sae, dict) and d_sae is not None:
         rule = sae.get("activation")
         if isinstance(rule, dict):
-            rest = ", ".join(f"{name} {value}" for name, value in rule.items() if name != "kind")
+            rest = ", ".join(f"{name} {value}" for name, value in rule.items() if name != "kind" and value is not False)
             parts.append(f"{rule.get('kind', '')} ({rest})")
         d_in, d_out = sae.get("d_in", "?"), sae.get("d_out")
         target = whole(log.config, "source", "d_target") is not None

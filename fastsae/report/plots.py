@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastsae.report.drawing import C1, C2, C3, Curve, Plot, bar_plot, histogram_plot, line_plot
-from fastsae.report.runlog import RunLog, histogram, hooks_of
+from fastsae.report.runlog import RunLog, histogram, hooks_of, whole
 from fastsae.report.timing import StepTiming
 
 PARTS = ("data", "step", "resample", "eval", "checkpoint")
@@ -24,6 +24,8 @@ def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
     evaluation = log.evals[-1] if log.evals else {}
     at = hooks_of(evaluation)
     held = {f" at {one.get('hook')}": histogram(one) for one in at} if len(at) > 1 else {"": histogram(evaluation)}
+    dead_after = whole(log.config, "sae", "dead_after")
+    patience = "a set number of" if dead_after is None else f"{dead_after:,}"
     plots = [
         line_plot("loss", "Loss", "Training loss with the dead-latent term.", [Curve("loss", *log.series("loss"))],
                   log=True),
@@ -39,7 +41,8 @@ def all_plots(log: RunLog, timing: StepTiming | None = None) -> list[Plot]:
         line_plot("penalty", "Penalty weight",
                   "Driven to the L0 that was asked for. Below 0 it rewards active latents: without it there are fewer.",
                   [Curve("weight", *log.series("penalty_weight"))], log=True),
-        line_plot("dead", "Dead latents", "Latents that have not been active for a set number of tokens.",
+        line_plot("dead", "Dead latents",
+                  f"Latents that have not been active for {patience} tokens; no latent is dead before that.",
                   [Curve("dead", *log.series("dead"))], from_zero=True),
         *(histogram_plot(*one, where=where, name=f"density{i}") for i, (where, one) in enumerate(held.items()) if one),
         line_plot("lr", "Learning rate", "With warm-up and decay.", [Curve("lr", *log.series("lr"))], from_zero=True),

@@ -149,7 +149,8 @@ class Trainer:
             self.stop = stop
             stack.enter_context(_settings_of_the_run(self.config, self.sae))
             if not self.resume and checkpoint.list_checkpoints(self.checkpoints):
-                raise RunDirError(f"{self.run_dir} holds a run with checkpoints; resume it or give another directory")
+                what = f"{self.run_dir} holds a run with checkpoints"
+                raise RunDirError(f"{what}; resume it (--resume) or give another directory")
             claim(self.run_dir, self._describe(), self._free(), why=self.config.why_not_free())
             checkpoint.remove_unfinished(self.checkpoints)
             torch.manual_seed(self.config.seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class LazyActs(torch.Tensor):
     _dense: Tensor | None
     _kept: Any
     _made_at: int | None
+    _codes: SparseCodes | None = None
     owner: tuple[Any, ...] | None = None
 
     @staticmethod
@@ -46,7 +47,19 @@ class LazyActs(torch.Tensor):
     @property
     def kept(self) -> Any:
         """What `keep` was given; None where the numbers were written since."""
-        return self._kept if self._made_at == _version(self) else None
+        found = self._kept if self._made_at == _version(self) else None
+        return None if isinstance(found, Fired) else found
+
+    @property
+    def codes(self) -> SparseCodes | None:
+        """The code of these numbers, without a graph, where it is known."""
+        return self._codes if self.kept is not None else None
+
+    @property
+    def fired(self) -> SparseCodes | None:
+        """Of a mask of what fired: its code of ones, and zeros for what did not."""
+        found = self._kept if self._made_at == _version(self) else None
+        return found.ones if isinstance(found, Fired) else None
 
     @property
     def is_made(self) -> bool:
@@ -120,6 +133,9 @@ class LazyActs(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        counted = _counted(func, args, kwargs or {})
+        if counted is not None:
+            return counted
         plain_args, plain_kwargs = pytree.tree_map_only(LazyActs, LazyActs.plain, (args, kwargs or {}))
         schema = func._schema
         if schema.is_mutable or any(one.alias_info is not None for one in schema.returns):
@@ -139,9 +155,45 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
+@dataclass(frozen=True, eq=False)
+class Fired:
+    ones: SparseCodes
+
+
+def _counted(func: Any, args: Any, settings: dict[str, Any]) -> Tensor | None:
+    """acts.bool(), the mask's .float(), and that one's sum over tokens or over latents: how trainers count what fires.
+
+    Lazy, or from the code: sums of ones are exact in any order. None for anything else.
+    """
+    given = args[0] if args and isinstance(args[0], LazyActs) else None
+    if given is None or given.is_made or given.ndim != 2 or not given.numel():
+        return None
+    if func is torch.ops.aten._to_copy.default:
+        asked = {name: value for name, value in settings.items() if value}
+        if len(args) == 1 and asked == {"dtype": torch.bool} and (codes := given.codes) is not None:
+            fires = (codes.occupied() & (codes.acts != 0)).float()
+            return _mask(replace(codes, acts=fires, made_by=None), given, torch.bool)
+        if len(args) == 1 and asked == {"dtype": torch.float32} and (ones := given.fired) is not None:
+            return _mask(ones, given, torch.float32)
+    elif func is torch.ops.aten.sum.dim_IntList and not settings and len(args) == 2 and len(args[1] or ()) == 1:
+        ones, over = given.fired, args[1][0]
+        if ones is not None and given.dtype is torch.float32 and -2 <= over < 2:
+            where = ones.token_ids() if over % 2 else ones.indices.flatten().long()
+            counts = ones.acts.new_zeros(given.shape[1 - over % 2])
+            # Slots that no token owns add 0, wherever that is.
+            return counts.index_add_(0, where.clamp(0, len(counts) - 1), ones.acts.flatten())
+    return None
+
+
+def _mask(ones: SparseCodes, like: LazyActs, dtype: torch.dtype) -> LazyActs:
+    found = LazyActs(lambda: ones.to_dense().view(like.shape).to(dtype), tuple(like.shape), ones.acts.to(dtype))
+    return found.keep(Fired(ones))
+
+
 def spread(codes: SparseCodes, shape: tuple[int, ...], kept: Any, owner: tuple[Any, ...] | None = None) -> Tensor:
     """The dense tensor (*batch, M) of a flat code, lazily; differentiable in its acts. owner: as of `keep`."""
     found = _Spread.apply(codes.acts, codes.detach(), shape)
+    found._codes = codes.detach()
     return found.keep(kept, owner)
 
 

@@ -40,16 +40,6 @@ class SwappedTraining(SwappedSAE):
         acts, x, source = self.encoded(x)
         return self.hook_sae_acts_post(acts), self.hidden_pre(x, source)  # type: ignore[attr-defined]
 
-    def training_forward_pass(self, step_input: Any) -> Any:
-        """The library's, with `feature_acts` as a sparse COO tensor, which its trainer takes, and lazy `hidden_pre`."""
-        output = super().training_forward_pass(step_input)  # type: ignore[misc]
-        acts = output.feature_acts
-        raw = acts.kept if isinstance(acts, LazyActs) and not acts.is_made else None
-        if raw is not None:
-            norms = self.norms()
-            output.feature_acts = coo(raw if norms is None else scaled(raw, norms), tuple(acts.shape))
-        return output
-
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)  # type: ignore[misc]
         make_contiguous(state_dict)
@@ -79,7 +69,16 @@ class AuxOnDead:
 
 
 class SwappedTopKTrainingSAE(OverModule, AuxOnDead, SwappedTraining, SwappedTopK, TopKTrainingSAE):
-    """TopKTrainingSAE."""
+    """TopKTrainingSAE. A training step's `feature_acts` are sparse COO where the configuration asks for it."""
+
+    def training_forward_pass(self, step_input: Any) -> Any:
+        output = super().training_forward_pass(step_input)
+        acts = output.feature_acts
+        raw = acts.kept if self.cfg.use_sparse_activations and isinstance(acts, LazyActs) else None
+        if raw is not None:
+            norms = self.norms()
+            output.feature_acts = coo(raw if norms is None else scaled(raw, norms), tuple(acts.shape))
+        return output
 
 
 class SwappedBatchTopKTrainingSAE(OverModule, AuxOnDead, SwappedTraining, BatchTopKTrainingSAE):
@@ -228,6 +227,9 @@ class SwappedJumpReLUTrainingSAE(OverModule, SwappedThresholdTraining, JumpReLUT
 
     def activated(self, pre: SparseCodes) -> SparseCodes:
         return replace(pre, acts=reference.jump_relu(pre.acts, *self.kernel(pre)), made_by=None)
+
+    def sparsely(self, step_input: Any, source: Source) -> bool:
+        return self.cfg.jumprelu_sparsity_loss_mode in ("tanh", "step", "quadratic")  # the library refuses another
 
     def aux_losses(self, step_input: Any, codes: SparseCodes, source: Source) -> dict[str, Tensor]:
         pre, mode = source.codes, self.cfg.jumprelu_sparsity_loss_mode

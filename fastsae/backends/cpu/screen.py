@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,8 +75,9 @@ def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format) -> tuple[_cpu.Screen,
 
 def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None) -> Screen | None:
     W = W.contiguous()
-    b = buffers.zeros((W.shape[0],), torch.float32, CPU) if b is None else b
-    fmt, tensors = _best_copy(x, W, b.float().contiguous(), k, None, None)
+    bias = buffers.zeros((W.shape[0],), torch.float32, CPU) if b is None else b.float().contiguous()
+    judge = None if x is None or k is None else _topk_serves(x, W, bias, k, None, None)
+    fmt, tensors = _best_copy(W, None, judge)
     return Screen(tensors, f"cpu/{fmt.name}")
 
 
@@ -84,32 +86,65 @@ def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None)
 # rival).
 RIVALS_WORTH = 0.02
 REDONE_WORTH = 0.01
+# For thresholds a candidate costs less: it is scored while its row is in L2. Zen 5, in turns: with 3.1 % of the latents
+# (D = 2304) 8 bits take .84 of bf16's time, with 6.1 % (D = 4096) .90 and 1.01.
+CANDIDATES_WORTH = 0.05
 PROBED = 192
-PROBED_K = 32  # stands for a threshold, which has no K
+Judge = Callable[[_cpu.Screen], bool]
+"""Whether a narrow copy's bounds are tight enough for some inputs."""
 
 # Up to so many tokens every latent is scored in fp32: a copy costs more to make, or to read, than it saves. FEW_KEPT
 # where a narrow one is kept already. `python -m bench.few` measures where they cross.
 FEW, FEW_KEPT = 128, 12
 
 
-def _best_copy(
-    x: Tensor | None, W: Tensor, b: Tensor, k: int | None, rows: Tensor | None, scale: Tensor | None
-) -> tuple[_cpu.Format, _Tensors]:
-    """The narrow copy that encodes such inputs fastest, found by encoding a few. Exact results never depend on it."""
-    fmt = _cpu.fastest_format(W.shape[1])
+def _best_copy(W: Tensor, rows: Tensor | None, serves: Judge | None) -> tuple[_cpu.Format, _Tensors]:
+    """The narrow copy that encodes fastest, judged by encoding a few inputs. Exact results never depend on it."""
+    fmt, tight = _cpu.fastest_format(W.shape[1]), _cpu.tight_format()
     narrow, tensors = fill(W, rows, fmt)
-    tight = _cpu.tight_format()
-    if x is None or k is None or fmt == tight or not x.shape[0] or not narrow.latents:
-        return fmt, tensors
-    few = x[:: max(1, x.shape[0] // PROBED)][:PROBED].to(W.dtype).contiguous()
-    n, latents = few.shape[0], narrow.latents
-    args = _encode_args(few, W, b, k, rows, scale, 0, narrow, rescore=True, redo=False)
-    held, places = _fixed(n, k)
-    redone, rivals = _cpu.encode_topk(args, *places)
-    del held
-    if redone <= REDONE_WORTH * n and rivals <= RIVALS_WORTH * latents * n:
+    if serves is None or fmt == tight or not narrow.latents or serves(narrow):
         return fmt, tensors
     return tight, fill(W, rows, tight)[1]
+
+
+def _few(t: Tensor) -> Tensor:
+    """PROBED of the rows at most."""
+    return t[:: max(1, t.shape[0] // PROBED)][:PROBED].contiguous()
+
+
+def _topk_serves(x: Tensor, W: Tensor, b: Tensor, k: int, rows: Tensor | None, scale: Tensor | None) -> Judge:
+    few = _few(x).to(W.dtype)
+    n = few.shape[0]
+
+    def serves(narrow: _cpu.Screen) -> bool:
+        args = _encode_args(few, W, b, k, rows, scale, 0, narrow, rescore=True, redo=False)
+        held, places = _fixed(n, k)
+        redone, rivals = _cpu.encode_topk(args, *places)
+        del held
+        return redone <= REDONE_WORTH * n and rivals <= RIVALS_WORTH * narrow.latents * n
+
+    return serves
+
+
+def _above_serves(x: Tensor, W: Tensor, b: Tensor, per_latent: Tensor | None, bars: Tensor | None) -> Judge:
+    few, bars = _few(x).to(W.dtype), None if bars is None else _few(bars)
+    n, latents = few.shape[0], W.shape[0]
+
+    def serves(narrow: _cpu.Screen) -> bool:
+        args = _encode_args(few, W, b, 1, None, None, 0, narrow, rescore=True, redo=True)
+        held, places = _ragged(n, 0)
+        above, _, candidates = _cpu.encode_above(args, *_thresholds(per_latent, bars, latents, n), *places)
+        del held
+        return candidates - above <= CANDIDATES_WORTH * latents * n
+
+    return serves
+
+
+def _thresholds(per_latent: Tensor | None, bars: Tensor | None, latents: int, n: int) -> list[_cpu.Numbers | None]:
+    return [
+        numbers("threshold", per_latent, torch.float32, (latents,)),
+        numbers("threshold", bars, torch.float32, (n, 1)),
+    ]
 
 
 def _encode_args(
@@ -143,8 +178,9 @@ def arguments(
     index_offset: int,
     screen: _Tensors | None,
     precision: str,
+    serves: Judge | None = None,
 ) -> tuple[_cpu.EncodeArgs, list[Any]]:
-    """What every encoder passes to C++, and the tensors that must live as long."""
+    """What every encoder passes to C++, and the tensors that must live as long. serves: left out, that of a top k."""
     bias = b.float().contiguous()
     gain = None if scale is None else scale.float().contiguous()
     considered = None if rows is None else rows[rows >= 0].contiguous()
@@ -156,7 +192,7 @@ def arguments(
     elif kept is None and precision == "fp32":
         narrow, kept = fill(W, considered, _cpu.Format.f32)
     elif kept is None:
-        kept = _best_copy(x, W, bias, k, considered, gain)[1]
+        kept = _best_copy(W, considered, serves or _topk_serves(x, W, bias, k, considered, gain))[1]
         narrow = view(kept, count, W.shape[1])
     rescore = precision != "screened"
     args = _encode_args(x, W, bias, k, considered, gain, index_offset, narrow, rescore=rescore, redo=True)
@@ -187,14 +223,10 @@ def encode_above(
     per_token, n = threshold.ndim == 2, x.shape[0]
     per_latent = None if per_token else threshold.float().expand(W.shape[0]).contiguous()
     bars = threshold.float().expand(n, 1).contiguous() if per_token else None
-    args, held = arguments(x, W, b, min(PROBED_K, W.shape[0]), None, None, 0, screen, precision)
+    serves = _above_serves(x, W, b.float().contiguous(), per_latent, bars)
+    args, held = arguments(x, W, b, 1, None, None, 0, screen, precision, serves)
     (acts, indices, offsets), places = _ragged(n, capacity)
-    above, redone = _cpu.encode_above(
-        args,
-        numbers("threshold", per_latent, torch.float32, (W.shape[0],)),
-        numbers("threshold", bars, torch.float32, (n, 1)),
-        *places,
-    )
+    above, redone, _ = _cpu.encode_above(args, *_thresholds(per_latent, bars, W.shape[0], n), *places)
     del held
     overflow = buffers.scalar(above > capacity, torch.bool, CPU)
     return acts.to(x.dtype), indices, offsets, overflow, _count(redone)
