@@ -533,7 +533,7 @@ def test_an_sae_is_not_sent_beside_other_weights(tmp_path: Path, monkeypatch: py
 
 def test_a_hub_that_does_not_answer_takes_nothing(hub_cache: Path) -> None:
     sae = fastsae.SparseAutoencoder(6, 24, fastsae.TopK(3), seed=0)
-    with pytest.raises(SavedModuleError, match=r"^the hub does not take me/saes: "):
+    with pytest.raises(SavedModuleError, match=r"^the hub refused to upload to me/saes: "):
         fastsae.push_to_hub(sae, "me/saes")
 
 
