@@ -86,7 +86,7 @@ def test_bad_values(changes: dict, message: str) -> None:
         ({**eight_bit(), "moments": [m.to(EIGHT) for m in update_arguments()["moments"]]}, "moments are torch.float8"),
         (
             {"optimizer": "lion", "moments": [m.to(EIGHT) if m.ndim == 2 else m for m in kept(1)], "seed": 1},
-            "moments are torch.float32, torch.float8_e4m3fn, expected all torch.float32 or .* of adam and adamw",
+            "moments are torch.float32, torch.float8_e4m3fn, expected all torch.float32 or .* for adam and adamw",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
