@@ -193,7 +193,9 @@ def test_documents_apart_have_windows_of_their_own(tmp_path: Path) -> None:
         def describe(self) -> dict[str, Any]:
             return {}
 
-    with pytest.raises(ValueError, match=r"needs a corpus with token_documents\(piece, tokenizer\), but Joined has none"):
+    with pytest.raises(
+        ValueError, match=r"needs a corpus with token_documents\(piece, tokenizer\), but Joined has none"
+    ):
         SplitText(Joined(), text_case.letters(), config(pack="documents", holdout=0))
 
 
@@ -457,7 +459,5 @@ def test_held_out_windows_count_tokens_and_not_padding(tmp_path: Path) -> None:
         have = int((windows != PAD).sum())
         assert have >= tokens
         assert have - int((windows[-1] != PAD).sum()) <= tokens
-    with pytest.raises(
-        ValueError, match=r"its held-out part has [\d,]+ tokens in windows of 12, expected 99,999"
-    ):
+    with pytest.raises(ValueError, match=r"its held-out part has [\d,]+ tokens in windows of 12, expected 99,999"):
         held_out_windows(split, 99_999)
