@@ -1,22 +1,22 @@
 # One command for each job. Every target makes what it needs first; a second call does not make it again.
 #
 #   make demo    harvest real activations, train a TopK SAE, compare with dense PyTorch, write a report
-#   make test    the test suite, some five minutes  make lint    ruff and mypy
-#   make test-all  ... with what takes long
-#   make test-cuda  ... of the CUDA kernels, on a CPU: fibers for threads, under address and undefined-behaviour checks
-#   make test-asan  ... of the C++ extension: hostile calls of every op, and the ops' tests, under the same checks
-#   make test-peers  the tests that need other SAE libraries (docs/accelerate.md): accelerate, load and save, hosts; then these
-#                    libraries' own tests, as they are and accelerated: SAELENS=clone DICTIONARY_LEARNING=clone
+#   make test    run the test suite, about five minutes     make lint    run ruff and mypy
+#   make test-all    run the test suite with the slow tests
+#   make test-cuda   test the CUDA kernels on a CPU: fibers for threads, under address and undefined-behaviour sanitizers
+#   make test-asan   test the C++ extension under the same sanitizers: hostile calls of every op, and the ops' tests
+#   make test-peers  run the tests that need other SAE libraries (docs/accelerate.md): accelerate, load and save, hosts; then
+#                    those libraries' own tests, as they are and accelerated: SAELENS=clone DICTIONARY_LEARNING=clone
 #                    CIRCUIT_TRACER=clone OVERCOMPLETE=clone LLAMASCOPIUM=clone; those without a clone are skipped
-#   make peers-report  ... and write what came of those: bench/results/peers/, docs/interop.md
-#   make wheel-check  build the source archive, a wheel from it, and use that outside the clone
+#   make peers-report  run the libraries' own tests and write the results: bench/results/peers/, docs/interop.md
+#   make wheel-check   build the source archive and a wheel from it, and use the wheel outside the clone
 #   make bench   time whole steps and write bench/results/, then redraw plots and docs/benchmarks.md
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
-#   make venv    the environment alone             make clean   remove what make made
+#   make venv    make only the environment                  make clean   remove everything that make made
 #   make kernels-check   compile the Triton kernels for every target, without a GPU, and compare with the table
-#   make kernels-report  ... and write the table: bench/results/compiled/
-#   make cuda    build the CUDA extension, which is left out where there is no GPU
-#   make cuda-check, make cuda-report  ... and do the same with its kernels, as nvcc compiled them
+#   make kernels-report  compile them and write the table: bench/results/compiled/
+#   make cuda    build the CUDA extension, which is skipped by default if there is no GPU
+#   make cuda-check, make cuda-report  the same check and table for the CUDA kernels, as nvcc compiled them
 #
 # Overridable: make test PYTHON=python3.12 VENV=/tmp/env TORCH='torch==2.11.0' ARGS='-k codes -x'
 
@@ -28,9 +28,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= $(VENV)-peers
 TORCH ?= torch==2.13.0
-# Only where torch has not brought one along: its CUDA builds do.
+# Installed only if torch has not brought it along, as its CUDA builds do.
 TRITON ?= triton==3.7.1
-# For instance --index-url=..., to take torch's CPU build: the default one brings gigabytes of CUDA along.
+# For instance --index-url=..., for torch's CPU build: the default build includes gigabytes of CUDA.
 TORCH_ARGS ?=
 ARGS ?=
 

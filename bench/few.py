@@ -1,8 +1,8 @@
-"""`python -m bench.few`: how long a few tokens take to encode on a CPU, and from how many on a narrow copy pays.
+"""`python -m bench.few`: how long encoding a few tokens takes on a CPU, and at how many tokens a narrow copy pays off.
 
-Contestants, in turns: dense PyTorch (pre-acts and torch.topk in float32); the engine; the engine with a copy of W that
-is kept (`screen=`); and both through a narrow copy whatever the number of tokens, as for many. All find the same
-latents, which is checked first. Writes bench/results/<device>/few.json.
+Contestants, in turns: dense PyTorch (pre-acts and torch.topk in float32); the engine; the engine with a kept copy of W
+(`screen=`); and both forced to use a narrow copy for any number of tokens. All must find the same latents, which is
+checked first. Writes bench/results/<device>/few.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKENS = (1, 4, 16, 64, 128, 256)
 
 
 def contestants(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
-    """Each by name: the chosen latents (N, k), ascending."""
+    """Functions by name that return the chosen latents (N, k), ascending."""
     kept = ops.prepare_screen(W, b)
 
     def dense() -> Tensor:
@@ -48,16 +48,16 @@ def contestants(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[
 
 
 def measure(N: int, D: int, M: int, k: int, rounds: int) -> dict[str, Any]:
-    """Raises ValueError where a contestant finds other latents."""
+    """Raises ValueError if a contestant finds other latents."""
     g = torch.Generator().manual_seed(0)
     x, W = torch.randn(N, D, generator=g), torch.randn(M, D, generator=g) / D**0.5
     calls = contestants(x, W, torch.zeros(M), k)
     expected = calls["engine"]()
     for name, call in calls.items():
-        # Dense scores are rounded otherwise: a near tie may go to another latent.
+        # Dense scores are rounded differently: a near tie may go to another latent.
         agree = (call().sort().values == expected).double().mean().item()
         if agree < (0.999 if name == "dense" else 1):
-            raise ValueError(f"{name} agrees with the engine in a share of {agree:.4f} of the chosen latents")
+            raise ValueError(f"{name} agrees with the engine on only {agree:.4f} of the chosen latents")
     return {"N": N, "contestants": {n: s.in_ms() for n, s in interleaved(calls, rounds, min_seconds=0.02).items()}}
 
 

@@ -1,7 +1,7 @@
 """`python -m bench.interop`: SAELens, dictionary_learning and sparsify, before and after accelerate.
 
-Steps: each library's own training step in fp32, as its trainer makes it, three times in turns: as it is; with its SAE
-given to `fastsae.accelerate` and its own torch optimizer; and with `fastsae.optim.Adam` in the optimizer's place. All
+Steps: each library's own training step in fp32, as its trainer makes it, in three versions that take turns: as it is;
+with its SAE accelerated and its own torch optimizer; and accelerated with `fastsae.optim.Adam` as the optimizer. All
 start from the same weights and get the same batches; the losses of their first steps are compared before anything is
 timed. Inference: SAELens' JumpReLUSAE at the shape of a Gemma Scope SAE, as it is, accelerated, and as `fastsae.load`
 reads it from SAELens' own files; reconstructions are compared first.
@@ -49,7 +49,7 @@ INFERENCE = cases.of_shape("4096,2304,16384,71")
 """Gemma Scope's layer_20/width_16k/average_l0_71, on random weights with as many latents above their thresholds."""
 TOKENS = (1, 64, 4096)
 AT_A_THRESHOLD = 1e-3
-"""The share of tokens that may have a latent within rounding of its threshold, on in one way and off in the other."""
+"""The share of tokens that may have a latent within rounding of its threshold, active in one version only."""
 FORMAT = 2
 PAGE = ROOT / "docs" / "accelerate.md"
 BEGIN, END = "<!-- steps: begin (python -m bench.interop --draw) -->", "<!-- steps: end -->"
@@ -76,14 +76,14 @@ def contestant(name: str, way: str, inputs: Inputs, k: int) -> Any:
 
 
 def measure(name: str, inputs: Inputs, k: int, rounds: int, bar: tqdm) -> dict[str, Any]:
-    """Milliseconds of a step, each way. Raises ValueError where a loss differs from the library's own."""
+    """Milliseconds of a step in each version. Raises ValueError if a loss differs from the library's own."""
     calls: dict[str, Callable[[], Any]] = {way: rotating(inputs, contestant(name, way, inputs, k).step) for way in WAYS}
     losses = {way: [float(call()) for _ in range(COMPARED)] for way, call in calls.items()}
     for way, found in losses.items():
         for step, (got, expected) in enumerate(zip(found, losses[AS_IT_IS], strict=True)):
             if not abs(got - expected) <= TOLERANCE * abs(expected):
                 raise ValueError(
-                    f"{name}, {way}: the loss of step {step} is {got:.7g}, and the library's own is {expected:.7g}; "
+                    f"{name}, {way}: the loss of step {step} is {got:.7g}, but the library's own is {expected:.7g}; "
                     "nothing is timed"
                 )
     times = interleaved(calls, rounds, min_seconds=0.2, on_round=lambda _: bar.update())
@@ -94,7 +94,7 @@ def measure(name: str, inputs: Inputs, k: int, rounds: int, bar: tqdm) -> dict[s
 
 
 def inference(rounds: int, case: cases.Case, bar: tqdm) -> dict[str, Any]:
-    """Milliseconds of a reconstruction of each number of tokens, each way. Raises ValueError where one differs."""
+    """Milliseconds of a reconstruction for each number of tokens and version. Raises ValueError if one differs."""
     lens = importlib.import_module(peers.SAELens.module)
     inputs = cases.build(case, real.rows, real.trained)
     theirs, swapped = (
@@ -179,10 +179,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=shape, metavar="N,D,M,K", help="of the steps; left out: 4096,768,24576,32")
+    parser.add_argument("--size", type=shape, metavar="N,D,M,K", help="size of the steps; left out: 4096,768,24576,32")
     parser.add_argument("--steps", nargs="*", choices=tuple(STEPS), default=tuple(STEPS), metavar="STEP",
                         help=f"these only, or none: {', '.join(STEPS)}")  # fmt: skip
-    parser.add_argument("--no-inference", action="store_true", help="steps alone")
+    parser.add_argument("--no-inference", action="store_true", help="time only the steps")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contestant (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, help="folder of the result; left out: bench/results/<device>")

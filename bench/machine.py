@@ -1,4 +1,4 @@
-"""What this machine is, and its floors, measured in the same run: copied bytes and multiplied numbers per second."""
+"""Describes this machine and its floors, measured in the same run: copied bytes and product operations per second."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from bench.timing import Mark, unmarked
 
 
 def bar(k: int, M: int) -> float:
-    """What k of M numbers from the standard normal distribution are above, on average."""
+    """The threshold that k of M standard normal numbers exceed, on average."""
     return float(torch.special.ndtri(torch.tensor(1 - k / M, dtype=torch.float64)))
 
 
@@ -184,7 +184,7 @@ PEERS: dict[str, tuple[Any, Callable[[Inputs, int], Any]]] = {
 
 
 def unavailable(name: str) -> str | None:
-    """Why a peer cannot take part, or None. Imports it, so a broken installation says so here."""
+    """Why a peer cannot take part, or None. Imports it, so that a broken installation is reported here."""
     peer = PEERS[name][0]
     try:
         importlib.import_module(peer.module)

@@ -1,4 +1,4 @@
-"""`python -m bench.ptxas`: what nvcc's assembler, ptxas, reported of every CUDA kernel, as a table.
+"""`python -m bench.ptxas`: what nvcc's assembler, ptxas, reported about every CUDA kernel, as a table.
 
 The table holds what decides speed on a GPU and can be seen without one: registers, spilled bytes, stack frames, shared
 memory, and how many threads these leave a multiprocessor. Three sources, which must be of one build: the logs that
@@ -37,7 +37,7 @@ WARP, WARPS, BLOCKS, PARTS, PART_REGISTERS, REGISTERS_AT_ONCE = 32, 64, 32, 4, 1
 
 
 class NotBuilt(Exception):
-    """There is nothing to read, or it is not of one build."""
+    """There is nothing to read, or it is not from a single build."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}; build first: FASTSAE_CUDA=require pip install -e . where there is nvcc")

@@ -1,4 +1,4 @@
-"""`python -m bench`: check, time, write. A whole training step and its parts, every contestant in turns.
+"""`python -m bench`: check, time and record a whole training step and its parts; the contestants take turns.
 
 Each case: build the inputs, check fastsae against float64 and against the dense step, check every contestant's
 reconstruction, time them interleaved, measure peak memory in processes of their own, write the case's result.
@@ -26,7 +26,7 @@ from bench.ours import Fused, FusedByPart
 from bench.timing import Mark, Sample, Stopwatch, interleaved
 
 ISA_SETTINGS = {
-    # Ours, ATen's own kernels, oneDNN's and MKL's; each library reads its own variable, and at start only.
+    # Ours, ATen's own kernels, oneDNN's and MKL's; each library reads its own variable, and only at start.
     "avx2": [
         "FASTSAE_CPU_ISA=avx2",
         "ATEN_CPU_CAPABILITY=avx2",
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         type=shape,
         metavar="N,D,M,K",
-        help="sizes of your own instead of --cases, random inputs and weights: tokens, width, latents, active ones",
+        help="your own sizes instead of --cases, with random inputs and weights: tokens, width, latents, active",
     )
     p.add_argument(
         "--contestants",
@@ -70,12 +70,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sweep", action="store_true", help="fastsae alone over growing N, D, M and K instead of --cases")
     p.add_argument("--threads", type=int, default=2, help="torch's thread count (default: 2)")
     p.add_argument("--rounds", type=int, default=5, help="turns of every contestant (default: 5)")
-    p.add_argument("--turn", type=float, default=1.0, help="seconds of a turn, at least one run (default: 1)")
+    p.add_argument("--turn", type=float, default=1.0, help="seconds per turn, at least one run (default: 1)")
     p.add_argument(
         "--isa",
         choices=["best", *ISA_SETTINGS],
         default="best",
-        help="hold fastsae and torch to an instruction set (default: best)",
+        help="restrict fastsae and torch to an instruction set (default: best)",
     )
     p.add_argument("--out", type=Path, default=results.RESULTS, help="results folder (default: bench/results)")
     p.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def shape(text: str) -> str:
-    """The name of the case of that shape. Raises argparse's error, so that --help's usage is printed."""
+    """The name of the case with that shape. Raises argparse's error, so that the usage is printed."""
     try:
         return cases.of_shape(text).name
     except ValueError as error:
@@ -134,7 +134,7 @@ def time_case(inputs: Inputs, k: int, taking_part: dict[str, Contestant], rounds
     watches: dict[str, Stopwatch] = {}
     calls: dict[str, Callable[[], object]] = {}
     for name, contestant in taking_part.items():
-        # fastsae's step is one call, so its parts come from the same ops called one by one, beside it.
+        # fastsae's step is one call, so its parts are timed separately, by calling the same ops one by one.
         parts = FusedByPart(inputs, k) if isinstance(contestant, Fused) else contestant
         watches[name] = Stopwatch()
         if parts is contestant:

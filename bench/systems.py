@@ -1,4 +1,4 @@
-"""`python -m bench.systems`: what is shown of reproduced systems, from bench/results/systems/ and nothing else.
+"""`python -m bench.systems`: the pages and tables of reproduced systems, drawn only from bench/results/systems/.
 
 Writes each system's table.md and page.html, the generated part of docs/systems/NAME.md, and the README's table, with
 a row for each system that has results. `fastsae reproduce NAME --out bench/results/systems/NAME` makes those results.
@@ -33,7 +33,7 @@ def stored() -> dict[str, tuple[System, Results]]:
 
 def document(name: str, found: System, results: Results) -> str:
     """The generated part of docs/systems/NAME.md: the text of the page, its tables, and links to its pictures."""
-    # Without the time that the rest would take, which is measured anew on every machine.
+    # Without the time that the rest would take, which is measured again on every machine.
     about, run = found.about, replace(stored_run(name, found, results), to_come=None)
     folder = Path("../..") / RESULTS.relative_to(ROOT) / name
     sources = "; ".join(f"[{title}]({url})" for title, url in about.sources.items())

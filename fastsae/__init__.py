@@ -3,7 +3,7 @@
     sae = fastsae.SparseAutoencoder(d_in=768, d_sae=24576, activation=fastsae.TopK(32))
     step = fastsae.FusedTrainStep(sae, lr=2e-4)
 
-`fastsae.ops` is the functional face of the engine, `fastsae.backends()` says who computes it on this machine.
+`fastsae.ops` is the functional interface; `fastsae.backends()` lists the backends that work on this machine.
 """
 
 import importlib
@@ -41,7 +41,8 @@ _LATER = {
     "steer": "fastsae.data.splice",
     "unaccelerate": "fastsae.swapped",
 }
-"""Names that are imported when they are first used: training alone should not pay for what reads text and models."""
+"""Names that are imported when they are first used, so that training alone does not import what reads text or models.
+"""
 
 _REPLACED = {
     "SAEOutput": "ForwardResult, whose first field is loss",

@@ -34,8 +34,8 @@ def sha256_of(path: Path) -> str:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Replaces `path`: write(temporary name beside it), fsync, rename.
 
-    Raises OSError naming `path`: it is then as it was, or whole and new where only the folder's fsync failed. A process
-    killed in here leaves the temporary file behind, which the next lock of the folder removes (see `lock_folder`).
+    Raises OSError naming `path`: the file is then unchanged, or, if only the folder's fsync failed, new and complete. A
+    process killed in here leaves the temporary file behind; the next lock of the folder removes it (`lock_folder`).
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -63,7 +63,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether this is a file that replace_file has not finished, by its name."""
+    """Whether this file's name is that of a temporary file of replace_file."""
     return _PARTIAL.fullmatch(path.name) is not None
 
 

@@ -27,7 +27,7 @@ class SparseCodes:
 
     acts (*batch, K) floating, or (capacity,) when ragged; indices int32, same shape, in [0, d_sae);
     offsets int64 (N+1,) when ragged, else None; batch_shape: the leading dimensions, N = their product, never ();
-    redone: 0-d int64, tokens whose selection the encoder had to repeat (a metric), or None.
+    redone: 0-d int64, the number of tokens that the encoder had to encode again (a metric), or None.
     made_by: the encoder's record and the acts that it made; `encoded` checks that the acts are still the same.
     """
 
@@ -78,7 +78,7 @@ class SparseCodes:
 
     @property
     def nnz(self) -> Tensor:
-        """Stored activations in all: 0-d int64, on the device."""
+        """The total number of stored activations: 0-d int64, on the device."""
         return self.l0.sum()
 
     # -- shapes and devices -----------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class SparseCodes:
         return self.with_batch((self.n_tokens,))
 
     def with_batch(self, batch_shape: tuple[int, ...]) -> SparseCodes:
-        """The same tokens under other leading dimensions, of the same product."""
+        """The same tokens with other leading dimensions; their product must be the same."""
         batch_shape = tuple(batch_shape)
         if batch_shape == self.batch_shape:
             return self
@@ -108,11 +108,11 @@ class SparseCodes:
         return record if same and acts._version == version else None
 
     def note_made_by(self, record: Any) -> None:
-        """Says that an encoder with this record made the code as it is now."""
+        """Records that an encoder with this record made the code as it is now."""
         self.made_by = (record, self.acts, self.acts._version, self.indices, self.offsets)
 
     def _same_acts(self, other: SparseCodes) -> SparseCodes:
-        """other, whose acts are acts of this code, each of the same token."""
+        """`other`, with this code's record: its acts are a selection of this code's, each of the same token."""
         record, other.made_by = self.encoded, None
         if record is not None:
             other.note_made_by(record)
@@ -143,14 +143,14 @@ class SparseCodes:
         return replace(self, acts=self.acts.detach(), made_by=None)
 
     def __getitem__(self, key: Any) -> SparseCodes:
-        """Some of the tokens: any index that the batch dimensions take (codes[3:7], codes[mask], codes[0]).
+        """A selection of tokens: any index into the batch dimensions (codes[3:7], codes[mask], codes[0]).
 
         For a ragged code the result has capacity nnz, which costs a host sync.
         """
         if self.offsets is None:
             acts, indices = self.acts[key], self.indices[key]
             if acts.shape[-1:] != self.acts.shape[-1:]:
-                raise IndexError(f"an index picks tokens: at most {len(self.batch_shape)} dimensions, got {key}")
+                raise IndexError(f"got the index {key}, expected at most {len(self.batch_shape)} dimensions, of tokens")
             if acts.ndim == 1:
                 acts, indices = acts[None], indices[None]
             return replace(self, acts=acts, indices=indices, batch_shape=tuple(acts.shape[:-1]))
@@ -168,7 +168,7 @@ class SparseCodes:
         )
 
     def trimmed(self) -> SparseCodes:
-        """A ragged code without the slots that no token owns: capacity nnz, by a host sync. A fixed code as it is."""
+        """A ragged code without the slots that no token owns (capacity nnz, a host sync); a fixed code unchanged."""
         if self.offsets is None:
             return self
         nnz = int(self.offsets[-1])
@@ -200,7 +200,7 @@ class SparseCodes:
         return self._same_acts(SparseCodes(acts, indices, self.d_sae, offsets, self.batch_shape, self.redone))
 
     def only(self, latents: Tensor) -> SparseCodes:
-        """The activations of some latents, as a ragged code of these alone: latent i of it is latents[i].
+        """The activations of some latents only, as a ragged code in which latent i is latents[i].
 
         latents (n,): distinct integers in [0, d_sae), in any order. `.only(latents).to_dense()` is (*batch, n), a
         column for each. Differentiable in acts. Raises as `check_latents`. Costs a host sync.
@@ -304,10 +304,10 @@ class SparseCodes:
             if bool((rising[..., 1:] & ~rising[..., :-1]).any()):
                 raise ValueError("an empty slot (act 0) comes before an occupied one, expected empty slots last")
             if bool((indices[~occupied] != self.d_sae - 1).any()):
-                raise ValueError(f"an empty slot carries another index than d_sae - 1 = {self.d_sae - 1}")
+                raise ValueError(f"an empty slot has an index other than d_sae - 1 = {self.d_sae - 1}")
         pair = occupied[1:] & occupied[:-1] & (tokens[1:] == tokens[:-1])
         if bool((pair & (indices[1:] <= indices[:-1])).any()):
-            raise ValueError("indices do not ascend strictly within a token; sort them and merge repeated latents")
+            raise ValueError("indices are not strictly ascending within a token; sort them and merge repeated latents")
         return self
 
     def _check_offsets(self, offsets: Tensor) -> None:
@@ -323,7 +323,7 @@ class SparseCodes:
 def check_latents(latents: Tensor, d_sae: int) -> None:
     """Raises TypeError or ValueError unless latents are distinct integers in [0, d_sae), of shape (n,). Host sync."""
     if latents.is_floating_point() or latents.is_complex() or latents.dtype == torch.bool:
-        raise TypeError(f"latents have dtype {latents.dtype}, expected integers; of a mask take mask.nonzero()[:, 0]")
+        raise TypeError(f"latents have dtype {latents.dtype}, expected integers; for a mask, mask.nonzero()[:, 0]")
     if latents.ndim != 1:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (n,)")
     if not latents.numel():
@@ -333,7 +333,7 @@ def check_latents(latents: Tensor, d_sae: int) -> None:
         raise ValueError(f"latents lie in [{low}, {high}], expected [0, {d_sae})")
     values, counts = latents.unique(return_counts=True)
     if bool((counts > 1).any()):
-        raise ValueError(f"latent {int(values[counts > 1][0])} is asked for more than once; pass each once")
+        raise ValueError(f"latent {int(values[counts > 1][0])} is given more than once; pass each latent once")
 
 
 def _flatten_codes(codes: SparseCodes) -> tuple[list[Any], Any]:
@@ -377,9 +377,9 @@ class UpdateTerm:
     """One reconstruction whose gradient trains the dictionaries: recon = A W_dec (+ b_dec if has_bias).
 
     codes: flattened, N tokens; x (N, D): the encoder's input after pre-bias and normalization;
-    grad (N, D_out): dLoss/d recon. dacts, shape of codes.acts: dLoss/d pre-act at the slots; None: it is that of
-    grad alone, ⟨grad_n, W_dec_i⟩ where the act is not 0. In a ragged code a slot whose act is 0 may have one. In a
-    fixed-K code it is empty, and dacts is ignored there.
+    grad (N, D_out): dLoss/d recon. dacts, shape of codes.acts: dLoss/d pre-act at the slots; None: it comes from grad
+    alone, ⟨grad_n, W_dec_i⟩ where the act is not 0. In a ragged code a slot whose act is 0 may have a gradient. In a
+    fixed-K code such a slot is empty, and dacts is ignored there.
     """
 
     codes: SparseCodes

@@ -1,7 +1,7 @@
 """The only place that reads environment variables.
 
-FASTSAE_BACKEND   the backend that backend=None takes ("reference", "cpu", ...); a call that it cannot serve raises
-FASTSAE_CPU_ISA   the widest instruction set that the cpu backend may use, in its own names (see `fastsae info`)
+FASTSAE_BACKEND   the backend that backend=None means ("reference", "cpu", ...); a call that it cannot serve raises
+FASTSAE_CPU_ISA   the widest instruction set that the cpu backend may use, by the names that `fastsae info` shows
 FASTSAE_CPU_BUILD  another build of the C++ extension, for tests (`make test-asan`)
 FASTSAE_CUDA_EMULATION  a build of the CUDA kernels for the CPU, for tests (tests/emulation)
 TRITON_INTERPRET  Triton's own: "1" runs its kernels in an interpreter on the CPU, for tests

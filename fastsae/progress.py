@@ -1,4 +1,4 @@
-"""Progress bars on stderr; in a log, where stderr is no terminal, a line now and then."""
+"""Progress bars on stderr; if stderr is not a terminal (a log), a line now and then."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from tqdm import tqdm
 
 LOG_SECONDS = 30.0
-"""Between two lines, at least, where stderr is no terminal."""
+"""Minimum time between two lines if stderr is not a terminal."""
 
 
 class _Lines:
-    """A bar's states as lines, where it would draw each over the one before."""
+    """Writes each state of a bar as a line of its own, instead of drawing it over the previous one."""
 
     def write(self, text: str) -> None:
         if line := text.strip():
@@ -22,7 +22,7 @@ class _Lines:
 
 
 def bar(total: int, unit: str, enabled: bool, *, what: str | None = None, done: int = 0) -> tqdm:
-    """A bar of `total` units, of which some are done; what: a name in front of it. Not enabled: it shows nothing."""
+    """A bar of `total` units, some of which are done; what: a label in front of it. Not enabled: it shows nothing."""
     drawn = sys.stderr.isatty()
     seconds = 0.2 if drawn else LOG_SECONDS
     return tqdm(

@@ -21,9 +21,9 @@ _PASSED = (
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """`warnings.warn`, at the first line outside fastsae and torch that led here; the outermost where there is none.
+    """`warnings.warn`, pointing at the nearest caller outside fastsae and torch, or at the outermost frame.
 
-    Python 3.12 has skip_file_prefixes for that, 3.11 has not.
+    Python 3.12 has skip_file_prefixes for this; 3.11 does not.
     """
     frame = outermost = sys._getframe(1)
     found: FrameType | None = frame

@@ -364,9 +364,9 @@ def test_demo_leaves_no_half_file_and_compares_numbers_only(tmp_path: Path, monk
     assert json.loads((tmp_path / "step_times.json").read_text()) == json.loads(json.dumps(found))
 
     fine, null = {"step": 5, "fvu": 0.5}, {"step": 5, "fvu": None}
-    with pytest.raises(ValueError, match="the fused run's FVU of step 5 is not a number"):
+    with pytest.raises(ValueError, match="the fused run's FVU at step 5 is not a number"):
         demo.worst_gap([null], [fine])
-    with pytest.raises(ValueError, match="the dense run's FVU of step 5 is not a number"):
+    with pytest.raises(ValueError, match="the dense run's FVU at step 5 is not a number"):
         demo.worst_gap([fine], [{"step": 5, "fvu": float("nan")}])
 
 

@@ -237,7 +237,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_corrupt(
 
     monkeypatch.setattr(io, "open", broken)
     monkeypatch.setattr(builtins, "open", broken)
-    with pytest.raises(CheckpointError, match=rf"cannot read .*{name} to verify it: .*may be whole, so nothing was"):
+    with pytest.raises(CheckpointError, match=rf"cannot read .*{name} to verify it: .*may be intact, so nothing was"):
         newest_valid(tmp_path)
     assert [step_of(p) for p in list_checkpoints(tmp_path)] == [1, 2]
 
@@ -258,7 +258,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os if call == "rename" else shutil, call, refuse)
-    with pytest.warns(RuntimeWarning, match=r"cannot delete the old checkpoint .*step_00000002.*training goes on"):
+    with pytest.warns(RuntimeWarning, match=r"cannot delete the old checkpoint .*step_00000002.*training continues"):
         prune(tmp_path, 1)
     assert (tmp_path / "step_00000003").is_dir()
 

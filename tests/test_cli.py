@@ -98,7 +98,7 @@ def test_latents_by_name(place, capsys):
         page = Path(capsys.readouterr().out.strip()).read_text()
         assert [int(i) for i in re.findall(r"<b>Latent (\d+)</b>", page)] == shown
     for given, said in [
-        ("12", "--latents 12 may mean one latent or a number of them: --latents 12, (with a comma) shows latent 12, "
+        ("12", "--latents 12 is ambiguous: --latents 12, (with a comma) shows latent 12, "
                "--sample 12 draws 12 at random"),
         ("48,", "no latent 48: the autoencoder has latents 0 to 47"),
         ("3,x", "--latents is '3,x', expected indices with commas, such as 12,415"),
@@ -218,7 +218,7 @@ def test_every_option_is_documented(command, capsys):
 def test_help_begins_with_the_options_that_matter(command, capsys):
     assert main([command, "--help"]) == 0
     top, boxes = capsys.readouterr().out.split("positional arguments", 1)
-    first, listed = top.partition("most calls give")[::2]
+    first, listed = top.partition("most calls set")[::2]
     assert first.startswith(f"usage: fastsae {command}")
     essential = commands.OPTIONS[command].essential
     assert 3 <= len(essential) <= 8
@@ -241,7 +241,7 @@ def test_help_begins_with_the_options_that_matter(command, capsys):
 )
 def test_help_goes_on_with_the_options_of_the_rule(rule, own, others, capsys):
     assert main(["train", *rule, "--help"]) == 0
-    top = capsys.readouterr().out.partition("positional arguments")[0].partition("Of the rule ")[2]
+    top = capsys.readouterr().out.partition("positional arguments")[0].partition("Options of the rule ")[2]
     assert top.startswith((rule or ["topk"])[-1].rpartition("=")[2])
     assert all(re.search(rf"^  {name} +\S", top, re.M) for name in own), top
     assert not any(re.search(rf"^  {name}", top, re.M) for name in others), top

@@ -198,11 +198,11 @@ def test_targets_in_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     acts, run = str(place / "acts"), ["--run-dir", str(tmp_path / "run"), *SIZES]
     for more, part in [
-        ([], "holds rows of 4 hooks: 1, 2, mlp.1:input, mlp.1; name one, or several, with hook"),
+        ([], "holds rows of 4 hooks: 1, 2, mlp.1:input, mlp.1; choose one or more with hook"),
         (["--hook", "3"], "holds no rows of the hook 3"),
         (["--hook", "1", "--hook", "2", "--hook", "mlp.1", "--layers", "2"], "--layers is 2 with 3 hooks"),
-        (["--hook", "1", "--target-tensor", "y"], "is a folder, whose targets are a hook's"),
-        ([*PAIR, "--resample-at", "3"], "resampling turns both dictionaries"),
+        (["--hook", "1", "--target-tensor", "y"], "is a folder: name the hook of its targets"),
+        ([*PAIR, "--resample-at", "3"], "resampling sets both dictionaries"),
         (["--hook", "1", "--resume", "--steps", "0"], "steps is 0, expected at least 1"),
     ]:
         assert part in refused(capsys, "train", acts, *run, *more, code=2 if "--steps" in more[2:] else 1), more
@@ -220,13 +220,13 @@ def test_resume_without_a_run_is_said_and_what_would_allow_a_longer_one(
 ) -> None:
     begin = ["train", str(place / "acts"), "--run-dir", str(tmp_path / "run"), *SIZES, "--hook", "1", "--resume"]
     assert main(begin) == 0
-    assert f"--resume: {tmp_path / 'run'} holds no checkpoint, so a new run begins there" in capsys.readouterr().err
+    assert f"--resume: {tmp_path / 'run'} holds no checkpoint, so a new run starts there" in capsys.readouterr().err
     assert main(begin) == 0
-    assert "a new run begins" not in capsys.readouterr().err
+    assert "a new run starts" not in capsys.readouterr().err
     begin[begin.index("--steps") + 1] = "9"
     message = refused(capsys, *begin)
     assert "train.steps is 6 there and 9 here" in message
-    assert "only a run that began with --decay constant can" in message
+    assert "only a run started with --decay constant can" in message
     assert "constant" not in refused(capsys, *begin[:-1], "--steps", "6", "--lr", "0.5", "--resume")
 
 
@@ -240,7 +240,7 @@ def test_a_transcoder_to_two_hooks_side_by_side(place: Path, tmp_path: Path, cap
     assert main(["report", str(run)]) == 0
     html = (run / "report.html").read_text()
     assert "transcoder of mlp.1:input to mlp.1, 2" in html
-    assert "only one hook can be put into a model" in refused(capsys, "eval", str(run), "--spliced")
+    assert "only one hook can be spliced into a model" in refused(capsys, "eval", str(run), "--spliced")
 
 
 def test_a_hook_that_is_called_by_its_modules_name_is_not_another_one(place: Path, tmp_path: Path) -> None:

@@ -229,9 +229,9 @@ def test_what_it_refuses(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--tokens", "1000000"], "the text is too short: its held-out part has"),
         (["--tokens", "0"], "0 tokens of held-out text were asked for, expected at least 1"),
         (["--text", str(tmp_path / "none.txt")], "matches no file"),
-        (["--spliced", "--data", str(place / "acts-residual")], "--spliced measures on text and --data on stored rows"),
+        (["--spliced", "--data", str(place / "acts-residual")], "--spliced measures on text, --data on stored rows"),
         (["--model", "package:no_such_package"], "'no_such_package' is not installed"),
-        (["--also", str(run)], "is of the hook 1, as another of these runs"),
+        (["--also", str(run)], "reads the hook 1, and so does another of these runs"),
     ]:
         options = more if "--model" in more or "--data" in more else ["--model", str(place / "model"), *more]
         assert part in refused(capsys, run, *options), more
@@ -273,7 +273,7 @@ def test_another_run_of_another_model_or_trained_on_this_text(
 ) -> None:
     more, _ = copied(place, tmp_path, "residual", holdout=1500)
     message = refused(capsys, more, "--also", str(place / "mlp"), "--tokens", "64")
-    assert f"{place / 'mlp'} was trained on a part of the text that {more} held out; give another text" in message
+    assert f"{place / 'mlp'} was trained on part of the text that {more} held out; give another text" in message
 
     other, manifest = copied(place, tmp_path, "mlp")
     manifest["provenance"]["model"]["digest"] = "of another"

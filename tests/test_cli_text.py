@@ -94,7 +94,7 @@ def test_what_is_wrong_with_a_text_is_one_line_and_early(
             "expected a text in the field 'text', got an object with the fields id, messages; name one",
         ),
         ("chats.jsonl", ["--text-field", "messages", "--holdout", "999999"], "the text is too short: 999,999 held-out"),
-        ("ids.bin", [], "every second uint16 is 0, as in a file of uint32; name it with --token-type uint32"),
+        ("ids.bin", [], "every second uint16 is 0, as in a file of uint32; set --token-type uint32"),
         ("ids.bin", ["--token-type", "uint32", "--drop-tokens", "<none>"], "the tokenizer has no token '<none>'"),
         ("none.txt", [], "matches no file"),
     ]:

@@ -155,12 +155,12 @@ def broken(**changes) -> SparseCodes:
         ({"indices": fixed().indices[:2]}, r"indices have shape \(2, 3\), expected that of acts, \(3, 3\)"),
         ({"d_sae": 3}, r"indices lie in \[0, 4\], expected \[0, 3\)"),
         ({"acts": fixed().acts.flip(1)}, "an empty slot .* comes before an occupied one"),
-        ({"indices": fixed().indices.clamp(max=3)}, "carries another index than d_sae - 1 = 4"),
-        ({"indices": fixed().indices.flip(1).contiguous(), "acts": torch.ones(3, 3)}, "do not ascend strictly"),
+        ({"indices": fixed().indices.clamp(max=3)}, "has an index other than d_sae - 1 = 4"),
+        ({"indices": fixed().indices.flip(1).contiguous(), "acts": torch.ones(3, 3)}, "are not strictly ascending"),
         ({"offsets": torch.tensor([0, 2, 1, 5])}, "offsets must rise from 0 to at most the capacity 7"),
         ({"offsets": torch.tensor([0, 2, 5, 8])}, "offsets must rise from 0 to at most the capacity 7"),
         ({"offsets": torch.tensor([0, 2, 5])}, r"offsets are torch.int64 of shape \(3,\), expected .* \(4,\)"),
-        ({"offsets": torch.tensor([0, 3, 5, 5])}, "do not ascend strictly"),
+        ({"offsets": torch.tensor([0, 3, 5, 5])}, "are not strictly ascending"),
     ],
 )
 def test_check_names_what_is_broken(changes: dict, message: str) -> None:

@@ -58,24 +58,24 @@ def test_a_missing_shard_and_a_foreign_one_are_named(folder: Path) -> None:
     path = folder / "shard_00000.safetensors"
     data = path.read_bytes()
     path.unlink()
-    with pytest.raises(ShardError, match=r"shard_00000.safetensors is missing, manifest.json lists it"):
+    with pytest.raises(ShardError, match=r"shard_00000.safetensors is missing, but manifest.json lists it"):
         ShardSource(folder)
     garbage = os.urandom(len(data))
     path.write_bytes(garbage)
-    with pytest.raises(ShardError, match="is no readable safetensors file"):
+    with pytest.raises(ShardError, match="is not a readable safetensors file"):
         ShardSource(folder, verify="size").next_batch(800)
     manifest = json.loads((folder / "manifest.json").read_text())
     save_file({"activations": torch.zeros(300, 7)}, path)
     manifest["shards"][0]["bytes"] = path.stat().st_size
     (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
-    with pytest.raises(ShardError, match=r"activations torch.float32 \(300, 7\), the manifest says .* \(300, 8\)"):
+    with pytest.raises(ShardError, match=r"activations torch.float32 \(300, 7\), but the manifest says .* \(300, 8\)"):
         ShardSource(folder, verify="size").next_batch(800)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=3), "has format version 3, this program reads 2"),
+        (lambda m: m.update(version=3), "has format version 3, expected 2"),
         (lambda m: m.update(format="other"), "not a manifest of activations"),
         (lambda m: m.pop("shards"), "manifest.json is damaged"),
         (lambda m: m.update(surprise=1), "manifest.json is damaged"),
@@ -100,7 +100,7 @@ def test_a_manifest_that_changed_is_damaged_and_an_older_one_without_checksum_is
     manifest = json.loads(path.read_text())
     manifest["stats"]["rows"] = 7
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ShardError, match=r"manifest\.json is damaged: its sha256 is another"):
+    with pytest.raises(ShardError, match=r"manifest\.json is damaged: its sha256 does not match"):
         ShardSource(folder)
     del manifest["sha256"]
     path.write_text(json.dumps(manifest | {"version": 1}))

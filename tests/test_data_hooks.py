@@ -126,7 +126,10 @@ def test_wrong_hooks_of_models_with_two_stacks() -> None:
     for hook, message in [
         (3, "the model has 2 layers: hook must be 0 to 2, got 3"),
         ("decoder.4", "the decoder has 3 layers: hook must be 0 to 3, got 4"),
-        ("cross.0", r"no module of layer 0 is known as its cross; encoder\.block\.0: layer; give the hook as a"),
+        (
+            "cross.0",
+            r"cannot tell which module of layer 0 is its cross; encoder\.block\.0 has: layer; give the hook as a",
+        ),
         ("decoder.mlp.3", "mlp.L takes L from 0 to 2, got mlp.3"),
         ("1:input", "the model has no module '1'"),
     ]:
@@ -166,7 +169,7 @@ def test_a_pass_goes_no_further_than_its_last_hook_and_what_it_writes_later_chan
 
 def test_hooks_that_cannot_stand_together() -> None:
     of = ToyModel()
-    with pytest.raises(ValueError, match=r"the hooks 1 and 'layers\.0' are one place, layers\.0; give it once"):
+    with pytest.raises(ValueError, match=r"the hooks 1 and 'layers\.0' are the same place, layers\.0; give it once"):
         HookedModel(of, (1, 2, "layers.0"))
     with pytest.raises(ValueError, match="got no hook"):
         HookedModel(of, ())

@@ -100,9 +100,7 @@ def test_hook_names_are_those_of_the_model_with_or_without_its_head() -> None:
             assert torch.equal(found, HookedModel(without, name)(ids))
     norm = with_head.model.layers[0].input_layernorm
     assert torch.equal(HookedModel(with_head, "attn.0:input")(ids), norm(HookedModel(with_head, 0)(ids)))
-    with pytest.raises(
-        ValueError, match=r"known as its mlp; encoder.layer.1: attention, intermediate, output; give the"
-    ):
+    with pytest.raises(ValueError, match=r"is its mlp; encoder.layer.1 has: attention, intermediate, output; give the"):
         HookedModel(tiny(bert=True).model, "mlp.1")
 
 

@@ -181,7 +181,7 @@ def test_a_folder_of_one_hook_is_as_before_and_of_several_names_them(tmp_path: P
     }  # fmt: skip
     store(tmp_path / "two", 2, "mlp.0")
     for arguments, message in [
-        ({}, r"holds rows of 2 hooks: 2, mlp\.0; name one, or several, with hook"),
+        ({}, r"holds rows of 2 hooks: 2, mlp\.0; choose one or more with hook"),
         ({"hook": 3}, r"holds no rows of the hook 3, only of 2, mlp\.0"),
         ({"hook": 2, "target": "mlp.1"}, r"holds no rows of the hook 'mlp\.1', only of 2, mlp\.0"),
         ({"hook": ()}, "got no hook"),
@@ -198,7 +198,7 @@ def test_a_folder_of_one_hook_is_as_before_and_of_several_names_them(tmp_path: P
     content = json.loads((tmp_path / "two" / "manifest.json").read_text())
     content["others"][0]["shards"].pop()
     (tmp_path / "two" / "manifest.json").write_text(json.dumps(sealed(content)))
-    with pytest.raises(ShardError, match=r"the hook mlp\.0 has other rows than the first one"):
+    with pytest.raises(ShardError, match=r"the hook mlp\.0 has different rows than the first one"):
         ShardSource(tmp_path / "two", hook=2)
 
 
@@ -242,8 +242,8 @@ def model_folder(tmp_path: Path) -> Path:
     [
         ({"hook": 9}, "the model has 2 layers: hook must be 0 to 2, got 9"),
         ({"hook": (1, "mpl.1")}, "no module 'mpl.1'"),
-        ({"hook": (1, "layers.0")}, "are one place"),
-        ({"hook": 1, "window": 65}, "window is 65 tokens, the model takes at most 64"),
+        ({"hook": (1, "layers.0")}, "are the same place"),
+        ({"hook": 1, "window": 65}, "window is 65 tokens, but the model takes at most 64"),
         ({"hook": 1, "holdout": 10**6}, "the text is too short"),
     ],
 )

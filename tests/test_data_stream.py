@@ -55,7 +55,7 @@ def test_windows_resume_at_any_place(served: int) -> None:
     first.next(served)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert torch.equal(second.next(150), first.next(150))
-    with pytest.raises(ValueError, match="piece 16 of a text that has 15 here"):
+    with pytest.raises(ValueError, match="piece 16, but the text has 15 pieces"):
         second.load_state_dict({"epoch": 0, "piece": 16, "offset": 0})
 
 
@@ -107,8 +107,8 @@ def test_a_wrong_hook_is_explained() -> None:
     ids = torch.zeros(2, 5, dtype=torch.int64)
     for hook, message in [
         (4, "has 3 layers: hook must be 0 to 3, got 4"),
-        ("layers.7", "no module 'layers.7'; near names: layers.2, layers.1, layers.0"),
-        ("layers.1:middle", "comes 'input' or 'output', got 'layers.1:middle'"),
+        ("layers.7", "no module 'layers.7'; similar names: layers.2, layers.1, layers.0"),
+        ("layers.1:middle", "hook is 'layers.1:middle', expected 'input' or 'output'"),
         ("unused", "never reaches unused"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -193,7 +193,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             toy_config(**change)
-    with pytest.raises(ValueError, match="window is 65 tokens, the model takes at most 64"):
+    with pytest.raises(ValueError, match="window is 65 tokens, but the model takes at most 64"):
         ActivationStream(toy_model(), toy_corpus(), toy_config(window=65))
     with pytest.raises(ValueError, match="too short: 5,000 held-out rows take"):
         ActivationStream(toy_model(), toy_corpus(), toy_config(holdout=5000))

@@ -227,9 +227,9 @@ def test_chats_are_written_by_the_template_of_the_tokenizer(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"a\.jsonl: the chat template refuses .*: roles must alternate"):
         corpus.tokens(0, tokenizer)
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="holds chats, and the tokenizer has no chat template"):
+    with pytest.raises(ValueError, match="holds chats, but the tokenizer has no chat template"):
         corpus.tokens(0, tokenizer)
-    with pytest.raises(ValueError, match="holds text, and the model has no tokenizer; give token ids"):
+    with pytest.raises(ValueError, match="holds text, but the model has no tokenizer; give token ids"):
         corpus.tokens(0, None)
 
 
@@ -250,7 +250,7 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'text'; its columns are body, messages; name one"):
         load_text(str(path))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"a\.parquet is no readable parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file"):
         load_text(str(path))
 
 
@@ -280,9 +280,11 @@ def test_files_of_token_ids(tmp_path: Path) -> None:
         expected = len(rows) if name == "rows.npy" else 334 + 2 * (4096 % 30 != 0)
         assert len(documents) == expected, name
         assert any(1 in document for document in documents) == (name == "rows.npy")
-    with pytest.raises(ValueError, match="every second uint16 is 0, as in a file of uint32; name it with --token-type"):
+    with pytest.raises(ValueError, match="every second uint16 is 0, as in a file of uint32; set --token-type"):
         load_text(str(tmp_path / "wide.bin"))
-    with pytest.raises(ValueError, match=r"holds the token id \d{6,}, the tokenizer has ids 0 to 33: is it of another"):
+    with pytest.raises(
+        ValueError, match=r"holds the token id \d{6,}, but the tokenizer has ids 0 to 33: is it of another"
+    ):
         load_text(str(tmp_path / "narrow.bin"), token_type="uint32").tokens(0, tokenizer)
     np.save(tmp_path / "bad.npy", np.zeros(9))
     (tmp_path / "odd.bin").write_bytes(b"abc")
@@ -290,7 +292,7 @@ def test_files_of_token_ids(tmp_path: Path) -> None:
     np.save(tmp_path / "minus.npy", np.array([3, -1]))
     for name, message in [
         ("bad.npy", r"expected integer ids \(tokens,\) or \(documents, tokens\), got float64 \(9,\)"),
-        ("odd.bin", "3 bytes are no whole number of uint16 ids"),
+        ("odd.bin", "3 bytes are not a whole number of uint16 ids"),
         ("no.npy", "cannot be read as token ids"),
         ("minus.npy", "holds the token id -1"),
     ]:

@@ -103,7 +103,7 @@ def test_processes_that_were_not_started_say_what_to_call(ranks: list[dict]) -> 
     for rank in ranks:
         message, unchanged = rank["refused"]["without_start"]
         assert message.startswith(
-            "the rule's thresholds are not set yet, and each process sees rows of its own; call sae"
+            "the rule's thresholds are not set yet, and each process sees different rows; call sae"
         )
         assert message.endswith("call sae.start_(x) on a batch before wrapping the module in DistributedDataParallel")
         assert "\n" not in message
@@ -111,7 +111,7 @@ def test_processes_that_were_not_started_say_what_to_call(ranks: list[dict]) -> 
 
 
 REFUSED = {
-    "by_wrapped_optimizer": "whose gradients an optimizer of fastsae.optim keeps as terms",
+    "by_wrapped_optimizer": "that belongs to an optimizer of fastsae.optim",
     "by_join": "give every process the same number of batches",
 }
 

@@ -95,7 +95,7 @@ def test_transcoder_targets():
         squares = (sae(x, y).recon.double() - y.double()).square().sum(1)
     per_token = (squares / (y - y.mean(0)).double().square().sum(1)).mean()
     assert result.fvu_per_token == pytest.approx(float(per_token), rel=1e-5)
-    with pytest.raises(ValueError, match="in step with rows"):
+    with pytest.raises(ValueError, match="expected a target for every row"):
         evaluate(sae, x, targets=y[:50], batch_size=20)
 
 

@@ -317,9 +317,9 @@ def test_some_latents_alone_have_the_acts_that_they_have_among_all(name: str, tr
 @pytest.mark.parametrize(("latents", "error", "message"), [
     ([0, M], ValueError, r"latents lie in \[0, 40\], expected \[0, 40\)"),
     ([-1], ValueError, r"latents lie in \[-1, -1\]"),
-    ([3, 5, 3], ValueError, "latent 3 is asked for more than once"),
+    ([3, 5, 3], ValueError, "latent 3 is given more than once"),
     ([0.5], TypeError, "latents have dtype torch.float64, expected integers"),
-    ([True] * M, TypeError, "expected integers; of a mask take"),
+    ([True] * M, TypeError, "expected integers; for a mask,"),
     ([[1, 2]], ValueError, r"latents have shape \(1, 2\), expected \(n,\)"),
 ])  # fmt: skip
 def test_latents_that_there_are_not(rule: str, latents: list, error: type, message: str) -> None:

@@ -270,7 +270,7 @@ def test_resampling_refuses_what_it_cannot_use() -> None:
         resample_(sae, [])
     with pytest.raises(ValueError, match="none of 3 rows has a finite error above 0"):
         resample_(sae, torch.full((3, D), float("nan"), dtype=torch.float64))
-    with pytest.raises(ValueError, match="turns both dictionaries to one input"):
+    with pytest.raises(ValueError, match="resampling needs d_out == d_in"):
         resample_(family_sae(RULES["topk"], d_out=5, pre_bias=False), tokens())
     assert resample_(family_sae(RULES["topk"], dead=False), tokens()) == 0
 
@@ -282,7 +282,7 @@ def test_resampling_refuses_what_it_cannot_use() -> None:
     ({"optimizer": "sgd"}, "optimizer is 'sgd', expected one of .'adam'"),
     ({"weight_decay": 0.1}, "weight_decay"),
     ({"moments": "4bit"}, "moments is '4bit', expected one of fp32, bf16, 8bit"),
-    ({"moments": "8bit", "optimizer": "lion"}, "moments='8bit' goes with adam and adamw, got 'lion'"),
+    ({"moments": "8bit", "optimizer": "lion"}, "moments='8bit' needs adam or adamw, got 'lion'"),
     ({"clip_norm": 0.0}, "clip_norm is 0.0, expected a number above 0"),
     ({"clip_rows": -1.0}, "clip_rows is -1.0"),
     ({"dense_above": 2.0}, r"dense_above is 2.0, expected a share in \[0, 1\]"),

@@ -151,12 +151,12 @@ def test_every_rule_trains_from_the_command_line(rows: Path, tmp_path: Path, act
 
 
 @pytest.mark.parametrize(("activation", "more", "message"), [
-    ("relu", ["--k", "7"], "k is 7, which relu does not have; leave it"),
-    ("topk", ["--l1", "1"], "l1 is 1.0, which topk does not have"),
+    ("relu", ["--k", "7"], "k is 7, but relu has no such setting; leave it"),
+    ("topk", ["--l1", "1"], "l1 is 1.0, but topk has no such setting"),
     ("matryoshka", ["--k", "4", "--groups", "8", "16"], "groups that sum to 24, expected d_sae = 48"),
-    ("relu", ["--k", "32"], "k is 32, which relu does not have; leave it"),
-    ("topk", ["--activation-decay", "0.5"], "activation_decay is 0.5, which topk does not have"),
-    ("matryoshka", ["--groups", "48", "--activation-decay", "0.5"], "activation_decay is 0.5, which matryoshka does"),
+    ("relu", ["--k", "32"], "k is 32, but relu has no such setting; leave it"),
+    ("topk", ["--activation-decay", "0.5"], "activation_decay is 0.5, but topk has no such setting"),
+    ("matryoshka", ["--groups", "48", "--activation-decay", "0.5"], "activation_decay is 0.5, but matryoshka has"),
     ("hierarchical_topk", [], "hierarchical_topk needs --ks"),
     ("matryoshka", ["--sampled", "3"], "shortest = 64, expected at most d_sae = 48; lower it"),
     ("jumprelu", ["--penalty-kind", "target"], "'target' needs a target_l0"),
@@ -248,11 +248,11 @@ def test_a_custom_rule_has_its_options_and_trains(fewer, rows: Path, tmp_path: P
     assert "fewer: A setting with a default that is made. (default: ('a', 'b'))" in text
     assert "topk, matryoshka, fewer: Active latents per token." in text
     assert main(line(rows, tmp_path / "other", "topk", "--share", "0.5")) == 1
-    assert "share is 0.5, which topk does not have" in capsys.readouterr().err
+    assert "share is 0.5, but topk has no such setting" in capsys.readouterr().err
 
 
 def test_a_kind_belongs_to_one_rule() -> None:
-    with pytest.raises(TypeError, match=r"Mine has kind = 'relu', which ReLU has; take another"):
+    with pytest.raises(TypeError, match=r"Mine has kind = 'relu', but so has ReLU; rename one"):
 
         class Mine(fastsae.ReLU):
             kind: ClassVar[str] = "relu"

@@ -82,7 +82,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match="SIGINT, the second: stopped at once") as caught:
+    with pytest.raises(KeyboardInterrupt, match="second SIGINT: stopped at once") as caught:
         trainer(tmp_path / "run", at(12, twice)).run()
     assert not isinstance(caught.value, TrainingInterrupted)
     assert saved_steps(tmp_path / "run") == [7]
@@ -268,7 +268,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_
     assert saved_steps(tmp_path / "run") == [7, 14]
     broken = tmp_path / "run" / "checkpoints" / "step_00000014" / name
     os.truncate(broken, broken.stat().st_size // 2)
-    with pytest.warns(RuntimeWarning, match=rf"(?s){name} is (truncated|damaged).*Going on from .*step_00000007"):
+    with pytest.warns(RuntimeWarning, match=rf"(?s){name} is (truncated|damaged).*Continuing from .*step_00000007"):
         resumed = trainer(tmp_path / "run").run()
     assert (tmp_path / "run" / "checkpoints" / "corrupt_step_00000014").is_dir()
     whole = trainer(tmp_path / "whole").run()

@@ -193,7 +193,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"W_enc": good["W_enc"].int()}, "W_enc is torch.int32, expected float64, float32"),
         ({"W_enc": good["W_enc"].float().to(torch.float8_e4m3fn)}, "W_enc is torch.float8_e4m3fn, expected"),
         ({"W_enc": good["W_enc"][None]}, r"W_enc is \(1, 8, 24\), expected"),
-        ({"surprise": good["b_dec"].clone()}, "also holds surprise, which has no meaning here"),
+        ({"surprise": good["b_dec"].clone()}, "also holds surprise, which is unknown"),
     ):
         save_file({**good, **more}, path)
         refused(tmp_path, said)
@@ -206,7 +206,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         refused(tmp_path, "sae_weights.safetensors is truncated or no safetensors file")
     path.write_bytes(whole)
     (tmp_path / "cfg.json").write_text("{")
-    refused(tmp_path, "cfg.json is no JSON file")
+    refused(tmp_path, "cfg.json is not a JSON file")
     (tmp_path / "cfg.json").write_text("[]")
     refused(tmp_path, "cfg.json holds a list, expected a JSON object")
 
@@ -266,13 +266,13 @@ def test_a_folder_of_two_formats_is_refused_unless_one_is_named(tmp_path: Path) 
 
 
 def test_what_is_of_no_format_is_refused_by_name(tmp_path: Path) -> None:
-    refused(tmp_path, "sae.safetensors is not there; expected a directory written by fastsae.save, or a checkpoint in")
+    refused(tmp_path, "sae.safetensors is missing; expected a directory written by fastsae.save, or a checkpoint in")
     refused(tmp_path / "nowhere", "is not there; expected a directory written by fastsae.save")
     CASES["saelens-standard"](tmp_path / "layer_3", drawer())
-    refused(tmp_path, "holds no weights itself, only its folders layer_3")
+    refused(tmp_path, "holds no weights itself, only the folders layer_3")
     fastsae.load(tmp_path, subfolder="layer_3")
     (tmp_path / "layer_3" / "cfg.json").unlink()
-    refused(tmp_path / "layer_3", "holds sae_weights.safetensors, which is of none of the formats fastsae, saelens")
+    refused(tmp_path / "layer_3", "holds sae_weights.safetensors, expected files of a format fastsae, saelens")
     assert len(FORMATS) == len({f.match for f in FORMATS.values()})
 
 
@@ -372,7 +372,7 @@ def test_what_other_formats_have_and_fastsae_has_not_is_refused(tmp_path: Path) 
     CASES["circuit_tracer-jumprelu"](folder, drawer())
     tensors = load_file(folder / "layer_3.safetensors")
     save_file(tensors | {"activation_function.threshold": torch.tensor(-0.1)}, folder / "layer_3.safetensors")
-    refused(folder, "is below 0 somewhere, and fastsae's acts are never negative")
+    refused(folder, "has values below 0, but fastsae's acts are never negative")
 
 
 def test_at_least_a_threshold_is_exact_in_float32(tmp_path: Path) -> None:
@@ -398,16 +398,14 @@ def test_every_way_to_encode_selects_by_norm(tmp_path: Path) -> None:
 
 
 def test_a_batch_refuses_selection_by_norm() -> None:
-    with pytest.raises(
-        ValueError, match=r"selects by the acts alone, got TopK\(k=4, weighted=True\); leave weighted out"
-    ):
+    with pytest.raises(ValueError, match=r"selects by acts alone, got TopK\(k=4, weighted=True\); leave weighted out"):
         fastsae.SAEBatch(2, 8, M, fastsae.TopK(K, weighted=True))
 
 
 def test_a_factor_of_the_inputs_that_no_file_has_is_warned_of(tmp_path: Path) -> None:
     A, _ = CASES["saelens-standard"](tmp_path, drawer())
     change(tmp_path, normalize_activations="expected_average_only_in")
-    with pytest.warns(UserWarning, match="no activation_scaler.json beside it has the factor"):
+    with pytest.warns(UserWarning, match="there is no activation_scaler.json with the factor"):
         sae = fastsae.load(tmp_path)
     torch.testing.assert_close(sae.encode(inputs()).to_dense(), A)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": null}')
@@ -456,11 +454,11 @@ def test_repositories_are_read_from_the_cache_where_the_hub_does_not_answer(hub_
     A, recon = CASES["gemma_scope-1"](tmp_path / "other", drawer(3))
     agrees(fastsae.load("org/saes/layer_5"), A, recon)
     agrees(fastsae.load("org/saes/layer_5/params.npz"), A, recon)
-    refused("org/saes", "org/saes holds no weights itself, only its folders")
+    refused("org/saes", "org/saes holds no weights itself, only the folders")
     refused(
         "org/saes/layer_9", r"layer_9 of org/saes is not in the cache of the hub, which does not answer \(HF_HUB_OFF"
     )
-    refused("org/nothing", "org/nothing is neither a path here nor in the cache of the hub, which does not answer")
+    refused("org/nothing", "org/nothing is neither a local path nor in the cache of the hub, which does not answer")
 
 
 def test_a_name_cannot_lead_out_of_its_repository(hub_cache: Path) -> None:
@@ -526,7 +524,7 @@ def test_an_sae_is_not_sent_beside_other_weights(tmp_path: Path, monkeypatch: py
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     fastsae.push_to_hub(old, "me/saes", subfolder="a", format="saelens")
     fastsae.push_to_hub(new, "me/saes", subfolder="b")
-    with pytest.raises(SavedModuleError, match=r"^me/saes/a holds sae_weights\.safetensors already; give another"):
+    with pytest.raises(SavedModuleError, match=r"^me/saes/a already holds sae_weights\.safetensors; give another"):
         fastsae.push_to_hub(new, "me/saes", subfolder="a")
     fastsae.push_to_hub(new, "me/saes", subfolder="a", format="saelens")
     monkeypatch.chdir(tmp_path)
@@ -535,7 +533,7 @@ def test_an_sae_is_not_sent_beside_other_weights(tmp_path: Path, monkeypatch: py
 
 def test_a_hub_that_does_not_answer_takes_nothing(hub_cache: Path) -> None:
     sae = fastsae.SparseAutoencoder(6, 24, fastsae.TopK(3), seed=0)
-    with pytest.raises(SavedModuleError, match=r"^the hub does not take me/saes: "):
+    with pytest.raises(SavedModuleError, match=r"^the hub refused to upload to me/saes: "):
         fastsae.push_to_hub(sae, "me/saes")
 
 

@@ -240,7 +240,7 @@ def test_nothing_keeps_a_module_whose_gradient_was_not_spent() -> None:
     seen, grad = weakref.ref(sae), sae.W_dec.grad
     del optimizer
     gc.collect()
-    with pytest.raises(RuntimeError, match="that is gone; drop it"):
+    with pytest.raises(RuntimeError, match="that no longer exists; drop it"):
         grad.to_dense()
     assert "its optimizer is gone" in repr(grad)
     del sae
@@ -343,7 +343,7 @@ def test_zero_grad_frees_the_inputs() -> None:
 def test_an_sae_that_is_refused_keeps_its_optimizer() -> None:
     one, other = family_sae(RULES["topk"]), family_sae(RULES["relu"])
     optimizer = fastsae.optim.Adam([one, other])
-    with pytest.raises(ValueError, match="W_enc, W_dec, b_enc, b_dec of params are in this optimizer already"):
+    with pytest.raises(ValueError, match="W_enc, W_dec, b_enc, b_dec of params are already in this optimizer"):
         optimizer.add_param_group({"params": other})
     assert len(optimizer.param_groups) == 2
     before = other.W_dec.detach().clone()

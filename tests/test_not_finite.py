@@ -176,7 +176,7 @@ def test_the_worst_rows_are_the_bad_ones_and_then_the_largest() -> None:
     big = torch.full((4, 8), 1e38)  # whose sum overflows
     assert int(worst_rows(big)[0]) == 0
     assert say_rows(x) == "2 of 9 rows of x hold NaN or infinity: 2, 7"
-    assert say_rows(x[3:7].reshape(2, 2, 3)) == "the rows of x are finite, the largest is row 1"
+    assert say_rows(x[3:7].reshape(2, 2, 3)) == "the rows of x are finite, and the largest is row 1"
     assert say_rows(torch.ones(9, 2), x) == "2 of 9 rows of x hold NaN or infinity: 2, 7"
 
 
@@ -260,6 +260,6 @@ def test_nan_in_the_held_out_rows_is_named(tmp_path: Path) -> None:
 def test_a_finite_target_that_is_wider_than_x_is_named_as_finite() -> None:
     x, target = torch.ones(3, 2, dtype=torch.float16), torch.ones(3, 2)
     target[1] = 1e6
-    assert say_rows(x, target) == "the rows of x are finite, the largest is row 1"
+    assert say_rows(x, target) == "the rows of x are finite, and the largest is row 1"
     x[2, 0] = NAN
     assert say_rows(x, target) == "1 of 3 rows of x hold NaN or infinity: 2"

@@ -47,7 +47,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rule: str, bad: float, mo
             sae(x).loss.backward()
             optimizer.step()
     assert int(optimizer.skipped) == 2
-    assert [str(w.message)[:28] for w in seen if "not finite" in str(w.message)] == ["a gradient is not finite (Na"]
+    assert [str(w.message)[:28] for w in seen if "not finite" in str(w.message)] == ["a gradient, the loss or the "]
     for name, value in sae.state_dict().items():
         assert torch.equal(value, before[0][name]), name
     for number, state in optimizer.state_dict()["state"].items():
@@ -142,7 +142,7 @@ def test_a_step_refuses_a_module_changed_after_construction() -> None:
     cases: dict[str, Callable[[fastsae.SparseAutoencoder], Any]] = {
         "make a new optimizer after moving or casting": lambda sae: sae.double(),
         "W_enc of the module was replaced": lambda sae: setattr(sae, "W_enc", nn.Parameter(sae.W_enc.detach().clone())),
-        "b_dec does not require a gradient any more": lambda sae: sae.b_dec.requires_grad_(False),
+        "b_dec no longer requires a gradient": lambda sae: sae.b_dec.requires_grad_(False),
     }
     for message, change in cases.items():
         with pytest.raises(RuntimeError, match=message):
@@ -187,11 +187,11 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     sae = family_sae(RULES["topk"])
     for message, make in {
         "moments is '4bit'": lambda: adam(sae, moments="4bit"),
-        "moments='8bit' goes with adam and adamw": lambda: fastsae.optim.Lion(sae, moments="8bit"),
+        "moments='8bit' needs adam or adamw": lambda: fastsae.optim.Lion(sae, moments="8bit"),
         "clip_norm is 0": lambda: adam(sae, clip_norm=0),
         "lr is -1": lambda: fastsae.optim.Adam(sae, lr=-1),
         "lr is nan": lambda: fastsae.optim.Adam(sae, lr=float("nan")),
-        "which has none": lambda: adam(sae, weight_decay=0.1),
+        "optimizer 'adam' has none": lambda: adam(sae, weight_decay=0.1),
         "do not require a gradient": lambda: adam(sae.requires_grad_(False)),
     }.items():
         with pytest.raises(ValueError, match=message):

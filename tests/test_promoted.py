@@ -118,7 +118,7 @@ def test_padding_other_widths_and_layers() -> None:
     read_out = unembedding(llama())
     (few,) = promoted(sae_of(), [0], read_out, NAMES[:5])
     assert {text for text, _ in few.up} == set(NAMES[:5])
-    with pytest.raises(ValueError, match=r"^a latent writes 8 numbers, the residual stream has 16$"):
+    with pytest.raises(ValueError, match=r"^a latent writes 8 numbers, but the residual stream has 16$"):
         promoted(sae_of(8), [0], read_out, NAMES)
     transcoder = fastsae.SparseAutoencoder(9, 24, fastsae.TopK(3), d_out=D, seed=1)
     plain = sae_of()
@@ -209,14 +209,14 @@ def test_the_page_shows_both_ends(place: Path) -> None:
 
 def test_every_reason_to_leave_them_out(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = page_of(place / "read")
-    assert "left out: what is at mlp.0:input is not added to the residual stream that the head reads." in page
+    assert "left out: the output at mlp.0:input is not added to the residual stream that the head reads." in page
     assert page.count("<b>Latent") == 2
     kept = (place / "model").rename(place / "away")
     try:
         assert "left out: no model at" in page_of(place / "residual")
         write_tiny_model(place / "model", head=True, seed=1)
         assert re.search(
-            r"left out: the model \S+ has digest \w+, the run(&#39;|')s activations", page_of(place / "residual")
+            r"left out: the model \S+ has digest \w+, but the run(&#39;|')s activations", page_of(place / "residual")
         )
     finally:
         shutil.rmtree(place / "model")

@@ -85,7 +85,7 @@ def test_indices_outside_the_dictionary_never_reach_a_backend(backend: str) -> N
             lambda bad=bad: ops.active_outer(bad, x, backend=backend),
             lambda bad=bad: ops.by_latent(bad, backend=backend),
         ):
-            with pytest.raises(IndexError, match=r"codes point at latents .*, expected 0 to 15"):
+            with pytest.raises(IndexError, match=r"codes have latents .*, expected 0 to 15"):
                 call()
     ragged = both_codes()[1]
     assert ragged.offsets is not None
@@ -139,7 +139,9 @@ def test_an_order_of_another_code_is_refused(backend: str) -> None:
     x, codes = inputs()[0], encode()
     order = ops.by_latent(codes, backend=backend)
     few = SparseCodes(codes.acts[:5], codes.indices[:5], M)
-    with pytest.raises(ValueError, match=r"torch.int32 of shape \(24,\), .* expected .*\(20,\).* made of another code"):
+    with pytest.raises(
+        ValueError, match=r"torch.int32 of shape \(24,\), .* expected .*\(20,\).* made from another code"
+    ):
         ops.active_outer(few, x[:5], by_latent=order, backend=backend)
     wider = SparseCodes(codes.acts, codes.indices, M + 1)
     with pytest.raises(ValueError, match=r"by_latent is torch.int64 of shape \(17,\), .* expected .*\(18,\)"):
@@ -167,12 +169,12 @@ def test_a_wrong_shape_is_refused_while_tracing() -> None:
         ({"moments": []}, "got 0 moments, expected 8: m and v of W_enc, W_dec, b_enc, b_dec"),
         ({"W_enc": None}, "got 8 moments, expected 6: m and v of W_dec, b_enc, b_dec"),
         ({"b_dec": torch.zeros(D + 1)}, r"b_dec has shape \(9,\), expected \(8,\)"),
-        ({"b_enc": torch.zeros(2 * M)[::2]}, "b_enc is not contiguous, and it is updated in place"),
+        ({"b_enc": torch.zeros(2 * M)[::2]}, "b_enc is not contiguous, but is updated in place"),
         ({"moments": [torch.zeros(1)] * 8}, r"moment m of W_enc has shape \(1,\), expected \(16, 8\)"),
         ({"moments": "bf16"}, "moment m of W_enc is bfloat16, which needs a seed"),
         ({"terms": "short"}, r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)"),
-        ({"step": torch.tensor(0)}, "step is 0: step counts this one, expected >= 1"),
-        ({"step": torch.tensor(-1)}, "step is -1: step counts this one, expected >= 1"),
+        ({"step": torch.tensor(0)}, "step is 0, expected >= 1: the count includes this step"),
+        ({"step": torch.tensor(-1)}, "step is -1, expected >= 1: the count includes this step"),
         ({"betas": (1.0, 0.999)}, r"betas \(1.0, 0.999\), eps 1e-08: expected 0 <= beta < 1"),
         ({"eps": -1.0}, r"eps is -1.0, expected a number >= 0"),
     ],
@@ -211,7 +213,7 @@ def test_moments_are_of_one_dtype_wide_or_bf16(backend: str) -> None:
     ("changes", "error", "message"),
     [
         (lambda: {"moments": [torch.zeros(1)] * 8}, ValueError, r"moment m of W_enc has shape \(1,\)"),
-        (lambda: {"step": torch.tensor(0)}, ValueError, "step counts this one, expected >= 1"),
+        (lambda: {"step": torch.tensor(0)}, ValueError, "expected >= 1: the count includes this step"),
         (lambda: {"W_dec": torch.ones(D, M).mT}, ValueError, "W_dec is not contiguous"),
         (lambda: {"xs": [torch.ones(N, D - 1)]}, ValueError, r"terms\[0\].x has shape \(6, 7\), expected \(6, 8\)"),
         (
@@ -219,7 +221,7 @@ def test_moments_are_of_one_dtype_wide_or_bf16(backend: str) -> None:
             ValueError,
             r"terms\[0\].grad has shape \(5, 8\), expected \(6, 8\)",
         ),
-        (lambda: {"grads": []}, ValueError, "0 grads, 1 has_bias, expected as many of each"),
+        (lambda: {"grads": []}, ValueError, "0 grads, 1 has_bias, expected equal numbers of each"),
         (lambda: {"xs": [torch.ones(N, D).double()]}, TypeError, r"terms\[0\].x has dtype torch.float64 but terms"),
         (
             lambda: {"acts": [torch.ones(N, 1)]},
@@ -231,7 +233,7 @@ def test_moments_are_of_one_dtype_wide_or_bf16(backend: str) -> None:
             TypeError,
             r"terms\[0\].codes.indices have dtype torch.int64",
         ),
-        (lambda: {"indices": [torch.full((N, K), M).int()]}, IndexError, "codes point at latents 16 to 16"),
+        (lambda: {"indices": [torch.full((N, K), M).int()]}, IndexError, "codes have latents 16 to 16"),
     ],
     ids=lambda value: next(iter(value())) if callable(value) and not isinstance(value, type) else "",
 )

@@ -247,7 +247,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_an_unusable_output_path_is_refused_first(run, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}, which is a folder"):
         write_report(run, out=tmp_path)
-    with pytest.raises(ValueError, match=r"nowhere/page\.html, which lies in a folder that is not there"):
+    with pytest.raises(ValueError, match=r"nowhere/page\.html, which lies in a folder that does not exist"):
         write_report(run, out=tmp_path / "nowhere" / "page.html")
 
 
@@ -300,7 +300,7 @@ def test_named_latents_come_in_their_order_and_one_that_never_fired_with_that_sa
     ]  # fmt: skip
     assert text.index("Latent 7") < text.index("never fired on the rows searched") < text.index(f"Latent {one}")
     assert text.count("never fired") == 1
-    assert "The latents that were asked for. For each" in text
+    assert "The requested latents. For each" in text
     assert "drawn at random" not in text
 
 
@@ -322,7 +322,7 @@ def test_latents_that_are_not_there_or_have_no_text(run, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "checkpoints").symlink_to(run / "checkpoints")
     text = "".join(checked(write_report(folder, options=ReportOptions(latents=(3,), time_step=False))).text)
-    assert "The latents asked for are not shown: the run's data is not stored with its text." in text
+    assert "The requested latents are not shown: the run's data is not stored with its text." in text
 
 
 def test_passages_outside_the_scanned_rows_are_shaded_too(run):

@@ -89,7 +89,7 @@ def test_training_without_a_target_decides_pre_bias_and_inference_does_not() -> 
     trained = fresh()
     PlainTrainStep(trained, lr=1e-3)(x)
     assert trained.config["pre_bias"] is True
-    with pytest.warns(UserWarning, match="it stays on, since this SAE was trained without a target"):
+    with pytest.warns(UserWarning, match="it stays on, because this SAE was trained without a target"):
         trained(x, target=y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

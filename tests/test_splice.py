@@ -340,14 +340,18 @@ def test_a_bf16_model_with_a_float32_sae(model: Tiny, ids: Tensor) -> None:
     [
         (4, None, "the model has 3 layers: hook must be 0 to 3, got 4"),
         ("mlp.3", None, "the model has 3 layers: mlp.L takes L from 0 to 2, got mlp.3"),
-        ("mpl.1", None, r"no module 'mpl.1'; near names: .*; a hook is .*, mlp.L, attn.L, cross.L or a module"),
-        ("mlp.1:middle", None, "comes 'input' or 'output', got 'mlp.1:middle'"),
+        ("mpl.1", None, r"no module 'mpl.1'; similar names: .*; a hook is .*, mlp.L, attn.L, cross.L or a module"),
+        ("mlp.1:middle", None, "hook is 'mlp.1:middle', expected 'input' or 'output'"),
         (
             "layers.1.mlp.0",
             None,
-            "at layers.1.mlp.0 have 12 numbers, the SAE expects d_in = 6: it was trained on another",
+            "at layers.1.mlp.0 have 12 numbers, but the SAE expects d_in = 6: was it trained on another",
         ),
-        ("mlp.1", "transcoder", "at mlp.1 have 6 numbers, the SAE expects d_out = 12: .* a transcoder needs two hooks"),
+        (
+            "mlp.1",
+            "transcoder",
+            "at mlp.1 have 6 numbers, but the SAE expects d_out = 12: .* A transcoder needs two hooks",
+        ),
         (
             "embed:input",
             None,
@@ -368,9 +372,7 @@ def test_short_names_follow_the_structure_of_the_model(model: Tiny) -> None:
     assert find(model, "attn.0:input").name == "layers.0.self_attn:input"
     model.layers[1].feeding = model.layers[1].mlp
     del model.layers[1].mlp
-    with pytest.raises(
-        ValueError, match=r"is known as its mlp; layers.1: self_attn, feeding; give the hook as a module"
-    ):
+    with pytest.raises(ValueError, match=r"is its mlp; layers.1 has: self_attn, feeding; give the hook as a module"):
         find(model, "mlp.1")
     with pytest.raises(ValueError, match="no SAE for the hook 1"), splice(model, 1):
         pass

@@ -101,12 +101,12 @@ def test_calibrating_keeps_no_block_of_all_rows(real: Tensor, monkeypatch) -> No
 
 
 def test_calibrating_is_refused_where_it_has_no_meaning() -> None:
-    with pytest.raises(ValueError, match="has no running threshold to calibrate: BatchTopK has one"):
+    with pytest.raises(ValueError, match="has no running threshold to calibrate; only BatchTopK has one"):
         family_sae(fastsae.TopK(3)).calibrate_threshold_(tokens())
     sae = family_sae(fastsae.BatchTopK(3))
     with pytest.raises(ValueError, match="got no rows"):
         sae.calibrate_threshold_(tokens()[:0])
-    with pytest.raises(ValueError, match="not finite; pass finite rows"):
+    with pytest.raises(ValueError, match="not finite on the rows to calibrate on"):
         sae.calibrate_threshold_(tokens() * float("nan"))
     assert float(sae.threshold) == -1
 
@@ -188,7 +188,7 @@ def test_rows_that_are_not_finite_do_not_count_and_two_are_needed(real: Tensor) 
     bad.start_(x)
     good.start_(x[torch.isfinite(x).all(-1)])
     assert all(torch.equal(a, b) for a, b in zip(bad.state_dict().values(), good.state_dict().values(), strict=True))
-    with pytest.raises(ValueError, match="1 finite rows in x"):
+    with pytest.raises(ValueError, match="has 1 finite rows"):
         fastsae.SparseAutoencoder(48, 256, fastsae.JumpReLU(), seed=0).start_(x[:2])
 
 
@@ -261,7 +261,7 @@ def test_what_a_rule_is_given_and_what_it_makes_of_nothing() -> None:
         fastsae.Gated(target_l0=0.0)
     with pytest.raises(ValueError, match=r"ReLU has target_l0 = 41.0, expected at most d_sae = 40"):
         fastsae.SparseAutoencoder(D, M, fastsae.ReLU(target_l0=41.0))
-    with pytest.raises(ValueError, match="a batch of SAEs drives no penalty"):
+    with pytest.raises(ValueError, match="a batch of SAEs cannot drive a penalty"):
         SAEBatch(2, D, M, fastsae.ReLU())
     assert fastsae.SparseAutoencoder(D, M, fastsae.ReLU()).config["normalize"] == "constant"
     assert fastsae.SparseAutoencoder(D, M, fastsae.ReLU(1.0)).config["normalize"] == "none"
@@ -576,8 +576,8 @@ def test_batches_of_saes_take_old_states_and_refuse_targets() -> None:
     state = batch.state_dict()
     state["threshold"] = torch.tensor([-1.0, 0.5])
     del state["threshold_weight"]
-    with pytest.warns(UserWarning, match="is of an older fastsae"):
+    with pytest.warns(UserWarning, match="is from an older fastsae"):
         batch.load_state_dict(state)
     assert batch.threshold_weight.tolist() == [0.0, 1.0]
-    with pytest.raises(ValueError, match="starts no threshold from data"):
+    with pytest.raises(ValueError, match="or start thresholds from data"):
         SAEBatch(2, D, M, [fastsae.ReLU(), fastsae.ReLU(1.0)])

@@ -143,7 +143,7 @@ def test_length_in_steps_tokens_or_passes(tmp_path: Path) -> None:
     assert TrainConfig(steps=7).total_steps(None) == 7
     assert TrainConfig(tokens=1000, batch_size=300).total_steps(None) == 4
     assert TrainConfig(batch_size=256).total_steps(1000) == 4
-    with pytest.raises(ValueError, match="endless and says no length; set steps or tokens"):
+    with pytest.raises(ValueError, match="endless, so the number of updates is unknown; set steps or tokens"):
         TrainConfig().total_steps(None)
     assert trainer(tmp_path, steps=None).total == math.ceil(600 / BATCH)
 
@@ -170,7 +170,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(ValueError, match=f"maps d_in = {D_IN} to d_out = {D_IN + 1}"):
         Trainer(wide, source(), config(), tmp_path / "run")
     narrow = type(wide)(D_IN - 1, 64, wide.activation)
-    with pytest.raises(ValueError, match=f"rows of {D_IN} numbers, the SAE wants d_in = {D_IN - 1}"):
+    with pytest.raises(ValueError, match=f"rows of {D_IN} numbers, but the SAE has d_in = {D_IN - 1}"):
         Trainer(narrow, source(), config(), tmp_path / "run")
     with pytest.raises(ValueError, match="warmup is 50 updates, expected 0 <= warmup <= total = 30"):
         trainer(tmp_path / "run", warmup=50)
@@ -341,9 +341,9 @@ def test_a_warning_when_the_encoder_repeats_itself(tmp_path: Path, monkeypatch: 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(tmp_path, steps=6, log_every=2).run()
-    texts = [str(w.message) for w in caught if "repeated its selection" in str(w.message)]
+    texts = [str(w.message) for w in caught if "of the tokens twice" in str(w.message)]
     assert len(texts) == 1
-    assert "step 2: the encoder repeated its selection for 6.2% of the tokens, expected at most 1%" in texts[0]
+    assert "step 2: the encoder encoded 6.2% of the tokens twice, expected at most 1%" in texts[0]
     assert [line["redone_share"] for line in lines(tmp_path / "metrics.jsonl")] == [0.0625] * 3
 
 

@@ -92,9 +92,9 @@ def test_a_bad_target_skips_its_step_and_is_named(tmp_path: Path) -> None:
 def test_what_does_not_fit(tmp_path: Path) -> None:
     plain = TensorSource(rows(), holdout=100)
     for arguments, message in [
-        ((module(d_out=9), plain, config()), "d_out = 9, and this source has no targets; open it with target="),
-        ((module(), source(9), config()), "has targets of 9 numbers, the SAE gives d_out = 24"),
-        ((module(d_out=9), source(9), config(resample_at=(3,))), "resampling turns both dictionaries"),
+        ((module(d_out=9), plain, config()), "d_out = 9, but this source has no targets; open it with target="),
+        ((module(), source(9), config()), "has targets of 9 numbers, but the SAE has d_out = 24"),
+        ((module(d_out=9), source(9), config(resample_at=(3,))), "resampling sets both dictionaries"),
     ]:
         with pytest.raises(ValueError, match=message):
             Trainer(*arguments, tmp_path)

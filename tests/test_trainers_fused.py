@@ -190,7 +190,7 @@ def test_a_step_says_what_to_do_with_a_wrapped_module(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     for made_of, hint in (
         (torch.nn.Sequential(sae), "pass the one inside it"),
-        (fastsae.SAEBatch(2, 16, 64, fastsae.TopK(4)), r"take one SAE of it, \.to_sae\(i\).*BatchTrainStep"),
+        (fastsae.SAEBatch(2, 16, 64, fastsae.TopK(4)), r"take one SAE of it with \.to_sae\(i\).*BatchTrainStep"),
         (torch.nn.Linear(2, 2), "expected a SparseAutoencoder$"),
     ):
         with pytest.raises(TypeError, match=hint):

@@ -36,7 +36,7 @@ def kept(letters: int) -> list[torch.Tensor]:
     ("changes", "message"),
     [
         ({"optimizer": "sgd"}, r"optimizer is 'sgd', expected one of \['adam', 'adamw', 'lion', 'signsgd'\]"),
-        ({"weight_decay": 0.1}, "weight_decay is 0.1 and optimizer 'adam', which has none; pass optimizer='adamw'"),
+        ({"weight_decay": 0.1}, "weight_decay is 0.1, but optimizer 'adam' has none; pass optimizer='adamw'"),
         ({"optimizer": "adamw", "weight_decay": -1.0}, "weight_decay is -1.0, expected a number >= 0"),
         ({"optimizer": "adamw", "weight_decay": float("nan")}, "weight_decay is nan, expected a number >= 0"),
         ({"optimizer": "lion"}, "got 8 moments, expected 4: m of W_enc, W_dec, b_enc, b_dec"),
@@ -86,7 +86,7 @@ def test_bad_values(changes: dict, message: str) -> None:
         ({**eight_bit(), "moments": [m.to(EIGHT) for m in update_arguments()["moments"]]}, "moments are torch.float8"),
         (
             {"optimizer": "lion", "moments": [m.to(EIGHT) if m.ndim == 2 else m for m in kept(1)], "seed": 1},
-            "moments are torch.float32, torch.float8_e4m3fn, expected all torch.float32 or .* of adam and adamw",
+            "moments are torch.float32, torch.float8_e4m3fn, expected all torch.float32 or .* for adam and adamw",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -115,7 +115,7 @@ def test_dacts_are_like_acts() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"dacts": []}, ValueError, "1 acts, 1 indices, 1 offsets, 0 dacts, 1 xs, .* expected as many of each"),
+        ({"dacts": []}, ValueError, "1 acts, 1 indices, 1 offsets, 0 dacts, 1 xs, .* expected equal numbers of each"),
         ({"dacts": [torch.ones(N, 1)]}, ValueError, r"terms\[0\].dacts has shape \(6, 1\), expected \(6, 4\), that of"),
         (
             {"dacts": [torch.ones(N, K).double()]},
@@ -130,7 +130,7 @@ def test_dacts_are_like_acts() -> None:
         ({"optimizer": "sgd"}, ValueError, "optimizer is 'sgd'"),
         ({"optimizer": "signsgd"}, ValueError, "got 8 moments, expected 0"),
         ({"beta1": 1.0}, ValueError, "expected 0 <= beta < 1"),
-        ({"weight_decay": 0.5}, ValueError, "weight_decay is 0.5 and optimizer 'adam'"),
+        ({"weight_decay": 0.5}, ValueError, "weight_decay is 0.5, but optimizer 'adam'"),
         ({"clip_rows": -1.0}, ValueError, "clip_rows is -1.0"),
         ({"scales": [torch.zeros(M, 1)]}, ValueError, "got 1 scales, expected 0"),
     ],

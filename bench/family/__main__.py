@@ -18,12 +18,12 @@ from bench.results import RESULTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs both parts, or one; then draws. Returns 1 where a result was wrong."""
+    """Runs both parts, or one; then draws. Returns 1 if a result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.family", description=package.__doc__)
     parser.add_argument("--part", choices=("speed", "quality", "draw"), help="one part only; left out: all")
-    parser.add_argument("--only", nargs="+", default=(), metavar="RULE", help="these rules only, such as ReLU")
+    parser.add_argument("--only", nargs="+", default=(), metavar="RULE", help="only these rules, such as ReLU")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try the script; figures mean nothing")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is already there")
     parser.add_argument(
         "--wait", type=float, default=0.0, help="seconds to wait for a quiet machine before each timing"
     )

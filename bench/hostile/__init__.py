@@ -1,5 +1,5 @@
-"""Hostile cases of everything that a user can reach. Each must raise an error in words, or give what float64 arithmetic
-or an undisturbed run gives.
+"""Hostile cases for everything that a user can reach. Each must raise a clear error, or give the result of float64
+arithmetic or of an undisturbed run.
 
     python -m bench.hostile --minutes 60              all parts for an hour; renews docs/reliability.md
     python -m bench.hostile --parts files --cases 50  50 cases of each kind of a part
@@ -12,6 +12,6 @@ or an undisturbed run gives.
     files          files.py: damaged, missing, swapped and outdated files
     interruptions  interruptions.py: kill -9, full disks, two writers
 
-A case depends on its kind, seed and number alone. run.py runs the cases in a process of their own, so that a crash is
-seen and named; page.py stores and shows what came out.
+A case depends only on its kind, seed and number. run.py runs the cases in a separate process, so that a crash is
+noticed and named; page.py stores and shows the results.
 """

@@ -16,11 +16,11 @@ from bench.results import RESULTS
 CASES = {"calls": 2000, "modules": 300, "files": 100, "interruptions": 10}
 """Of each kind of a part, without --minutes and --cases."""
 TURN = 60.0
-"""Seconds for which a part runs until another one's turn comes, so that a run that is stopped has looked everywhere."""
+"""Seconds for which a part runs before the next one's turn, so that a run that is stopped has covered all parts."""
 
 
 def places(asked: str) -> dict[str, list[str]]:
-    """The kinds of each part that is asked for, as "part/kind". Raises ValueError for what there is not."""
+    """The kinds of each requested part, as "part/kind". Raises ValueError for unknown ones."""
     found: dict[str, list[str]] = {}
     for one in asked.split(","):
         name, _, kind = one.partition("/")
@@ -34,7 +34,7 @@ def places(asked: str) -> dict[str, list[str]]:
 
 
 def turns(asked: dict[str, list[str]], first: int, cases: int | None, minutes: float) -> Iterator[dict[str, range]]:
-    """The numbers of the cases that come next. With minutes, those of the part with the least time so far."""
+    """The numbers of the next cases. With minutes, those of the part with the least time so far."""
     if not minutes:
         yield from ({p: range(first, first + (cases or CASES[name])) for p in kinds} for name, kinds in asked.items())
         return
@@ -58,11 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--parts", default=",".join(run.PARTS), help="parts, or kinds as part/kind, with commas (all)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="go on for so long, and store the result")
-    parser.add_argument("--seed", type=int, default=0, help="0")
+    parser.add_argument("--minutes", type=float, default=0.0, help="run for this long, and store the result")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all cases (0)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (0)")
-    parser.add_argument("--cases", type=int, help=f"of each kind, without --minutes ({shown})")
-    parser.add_argument("--backend", help="of every call and module; without it each draws one")
+    parser.add_argument("--cases", type=int, help=f"cases of each kind, without --minutes ({shown})")
+    parser.add_argument("--backend", help="backend of every call and module; without it each draws one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of stored results (bench/results)")
     parser.add_argument("--draw", action="store_true", help="only renew docs/reliability.md from the stored results")
     parser.add_argument("--work", help=argparse.SUPPRESS)

@@ -20,22 +20,22 @@ from bench.synth.world import Settings, quick
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains, judges and draws. Returns 2 where SAELens is missing, 130 where it was interrupted."""
+    """Trains, evaluates and draws. Returns 2 if SAELens is missing, 130 if it was interrupted."""
     usual = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m bench.synth", description=package.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=usual.samples, help="for each rule (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=usual.samples, help="samples per rule (default: %(default)s)")
     parser.add_argument("--eval-samples", type=int, default=usual.eval_samples, help="held-out (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=RULES, default=(), help="these rules only")
+    parser.add_argument("--only", nargs="+", choices=RULES, default=(), help="only these rules")
     parser.add_argument("--device", default=usual.device, help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--autocast", action="store_true", help="SAELens under bf16 autocast, as published")
     parser.add_argument("--world", default=usual.world, help="a saved SyntheticModel: a folder, or a name on the hub")
     parser.add_argument("--seed", type=int, default=usual.seed, help="of weights and samples (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try the script; figures mean nothing")
-    parser.add_argument("--fresh", action="store_true", help="delete the results that are there first")
-    parser.add_argument("--draw", action="store_true", help="only draw what is there")
+    parser.add_argument("--fresh", action="store_true", help="delete existing results first")
+    parser.add_argument("--draw", action="store_true", help="only draw the existing results")
     parser.add_argument("--out", type=Path, help="folder of the results; left out: bench/results/<device>/synth")
     options = parser.parse_args(arguments)
     if options.quick and options.out is None:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as stopped:
             print(str(stopped) or "stopped; the same command goes on", file=sys.stderr)
             return 130
-        except (ValueError, OSError) as error:  # an OSError: a world that is not there
+        except (ValueError, OSError) as error:  # an OSError: the world does not exist
             parser.error(str(error))
     for path in draw.draw(folder):
         print(path)

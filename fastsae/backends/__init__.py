@@ -10,8 +10,8 @@ them as one fastsae.backends.contract.UpdateArguments), and
     by_name_only() -> bool                  whether it serves only calls with backend=<its name>, as an interpreter does
     prepare_screen(W, b, x, k) -> Screen | None    its low-precision copy of an encoder, or None if it uses none
 
-Where backend=None takes a slower backend than the tensors' device could have, a BackendWarning says it once, with the
-reason and with what mends it.
+If backend=None takes a slower backend than the tensors' device could have, a BackendWarning says so once, with the
+reason and a remedy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _built_cpu() -> ModuleType | str:
     try:
         extension.load("_cpu", env.cpu_build())
     except ImportError as error:
-        return f"the C++ extension cannot be used ({error}); where there is a C++ compiler: {extension.command()}"
+        return f"the C++ extension cannot be used ({error}); with a C++ compiler installed, run: {extension.command()}"
     from fastsae.backends import cpu
 
     return cpu
@@ -42,7 +42,7 @@ def _built_triton() -> ModuleType | str:
     try:
         from fastsae.backends import triton
     except ImportError as error:
-        return f"Triton is not installed ({error}); it comes with torch's CUDA builds, and alone by: pip install triton"
+        return f"Triton is not installed ({error}); torch's CUDA builds include it, or run: pip install triton"
     return triton
 
 
@@ -51,7 +51,7 @@ def _built_cuda() -> ModuleType | str:
         from fastsae.backends import cuda
     except ImportError as error:
         build = extension.command("FASTSAE_CUDA=require")
-        return f"the CUDA extension cannot be used ({error}); where there is nvcc, the CUDA compiler: {build}"
+        return f"the CUDA extension cannot be used ({error}); with nvcc, the CUDA compiler, installed, run: {build}"
     return cuda
 
 
@@ -123,8 +123,8 @@ def choose(op: str, backend: str | None, *tensors: Tensor, **info: Any) -> Modul
 
 
 def _say_slower(op: str, chosen: str, reasons: list[tuple[str, str]], tensors: tuple[Tensor, ...]) -> None:
-    """Warns, once for each reason, that a backend made for the tensors' device was passed over. reasons: of those that
-    were tried before the chosen one."""
+    """Warns, once for each reason, that a backend made for the tensors' device was skipped. reasons: those of the
+    backends that were tried before the chosen one."""
     made_for_it = OF_DEVICE.get(tensors[0].device.type, ()) if tensors else ()
     passed = [(name, reason) for name, reason in reasons if name in made_for_it]
     fresh = {(name, reason.replace(op, "")) for name, reason in passed} - _said
@@ -135,6 +135,6 @@ def _say_slower(op: str, chosen: str, reasons: list[tuple[str, str]], tensors: t
     warn(
         f"fastsae.{op} runs on the {chosen} backend{slow}: "
         + "; ".join(f"{name}: {reason}" for name, reason in passed)
-        + f". With backend={chosen!r} you ask for that, and nothing is said.",
+        + f". Pass backend={chosen!r} to choose it without this warning.",
         BackendWarning,
     )

@@ -1,4 +1,4 @@
-"""Blank tokens: rows of x with NaN or infinity, whose scores are no numbers, in a selection over the whole batch.
+"""Blank tokens: rows of x with NaN or infinity, whose scores are NaN, in a selection over the whole batch.
 
 A blank token gets k slots of NaN, at the first k latents, and the others what they would get without it: the (N - B)·k
 largest of theirs, where B tokens are blank. Formula: `fastsae.reference.batch_top_k`.
@@ -18,7 +18,7 @@ def blank_tokens(x: Tensor) -> Tensor:
     """Bool (N,), of x (N, D)."""
     if not x.shape[1]:
         return buffers.zeros((x.shape[0],), torch.bool, x.device)
-    # The largest magnitude hands on NaN and cannot overflow.
+    # The largest magnitude propagates NaN and cannot overflow.
     return ~torch.isfinite(torch.linalg.vector_norm(x, ord=math.inf, dim=1))
 
 

@@ -1,4 +1,4 @@
-"""The error of a backend that cannot serve a call, and the warning where a slower one serves it."""
+"""The error if no backend can serve a call, and the warning if a slower one serves it."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ class BackendError(RuntimeError):
 
 
 class BackendWarning(UserWarning):
-    """A slower backend than the device could have serves the call; the message says why, and what mends it."""
+    """A slower backend than the device could have serves the call; the message says why, and what to do."""

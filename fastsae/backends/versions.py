@@ -1,7 +1,7 @@
 """Versions of torch and Triton: the oldest that work, and the newest that the test suite was run with.
 
-Newer ones are not refused: a package that caps torch replaces the torch that is there, or is passed over for an older
-release of itself. They are used, and warned about once.
+Newer ones are not refused: pip would replace the installed torch, or pick an older release of a package that caps it.
+They are used, with one warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def shown(version: tuple[int, int]) -> str:
 
 
 def too_old(name: str, version: str) -> str | None:
-    """Why this version of torch or triton cannot be used, with what mends it, or None."""
+    """Why this version of torch or triton cannot be used, with a remedy, or None."""
     least = OLDEST[name]
     if minor(version) >= least:
         return None
@@ -42,8 +42,8 @@ def untried(name: str, version: str) -> str | None:
     if minor(version) <= most:
         return None
     return (
-        f"{name} {version} is newer than {shown(most)}, the newest that fastsae was tested with; if something fails "
-        f"there, try pip install '{name}<{most[0]}.{most[1] + 1}'"
+        f"{name} {version} is newer than {shown(most)}, the newest that fastsae was tested with; if something fails, "
+        f"try pip install '{name}<{most[0]}.{most[1] + 1}'"
     )
 
 

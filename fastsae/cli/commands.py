@@ -107,9 +107,9 @@ def open_source(options: Train) -> tuple[ActivationSource, dict[str, Any]]:
 
 
 def separate_hooks(options: Train) -> tuple[int | str, ...]:
-    """The hooks that get an autoencoder each; none where there is one autoencoder.
+    """The hooks that get an autoencoder each; empty if there is only one autoencoder.
 
-    Raises ValueError where --layers is neither one nor as many as there are hooks.
+    Raises ValueError if --layers is neither 1 nor the number of hooks.
     """
     hooks = options.live.config.hooks if options.data == LIVE else options.hook
     layers = options.sae.layers
@@ -117,8 +117,8 @@ def separate_hooks(options: Train) -> tuple[int | str, ...]:
         return ()
     if layers != 1:
         raise ValueError(
-            f"--layers is {layers} with {len(hooks)} hooks: give --layers {len(hooks)} for a crosscoder of all, or "
-            "leave it out for an autoencoder of each"
+            f"--layers is {layers} with {len(hooks)} hooks: give --layers {len(hooks)} for one crosscoder of all, or "
+            "leave it out for an autoencoder per hook"
         )
     return hooks
 
@@ -165,14 +165,14 @@ def check_held_out(options: Train, source: ActivationSource) -> None:
 
 
 def say_if_new(options: Train, run_dir: Path) -> None:
-    """Says that --resume found nothing to go on from."""
+    """Says that --resume found nothing to continue."""
     if options.resume and not list_checkpoints(run_dir / CHECKPOINTS):
-        print(f"fastsae: --resume: {run_dir} holds no checkpoint, so a new run begins there", file=sys.stderr)
+        print(f"fastsae: --resume: {run_dir} holds no checkpoint, so a new run starts there", file=sys.stderr)
 
 
 @contextmanager
 def saying_resume() -> Iterator[None]:
-    """A run that was stopped, and saved something to go on from, says by which option."""
+    """Adds "--resume" to the message of a stopped run that can be continued."""
     try:
         yield
     except TrainingInterrupted as stop:
@@ -246,7 +246,7 @@ def held_out_rows(options: Eval, run: OpenedRun) -> tuple[torch.Tensor, torch.Te
             return source.rows(ids), targets, f"all rows of {options.data}"
         return source.x, source.target, f"all rows of {options.data}"
     if options.all_rows:
-        raise ValueError("--all-rows needs --data: a run is measured on its held-out rows")
+        raise ValueError("--all-rows needs --data: without it a run is measured on its held-out rows")
     rule_state = rows_of_run(run.config)
     if rule_state is not None:
         where = f"held-out rows of {run.config['notes']['data']['path']}"
@@ -271,14 +271,14 @@ def run_eval(options: Eval) -> int:
         return run_language_eval(options, run)
     rows, targets, where = held_out_rows(options, run)
     if len(rows) == 0:
-        raise ValueError("no rows are held out; give others with --data, and --all-rows to measure on all of them")
+        raise ValueError("no rows are held out; name other rows with --data, and add --all-rows to measure on all")
     if rows.shape[1] != run.sae.d_in:
         raise ValueError(f"the rows have {rows.shape[1]} numbers, the autoencoder expects d_in = {run.sae.d_in}")
     width = run.sae.d_in if targets is None else targets.shape[1]
     if width != run.sae.d_out:
         raise ValueError(
-            f"{run.path} is a transcoder to d_out = {run.sae.d_out}, and the targets have {width} numbers; name them "
-            "with --target-hook or --target-tensor"
+            f"{run.path} is a transcoder to d_out = {run.sae.d_out}, but the targets have {width} numbers; name its "
+            "targets with --target-hook or --target-tensor"
         )
     result = evaluate(run.sae, rows, targets=targets, batch_size=options.batch_size)
     out = options.out or evaluation_file(options.run, EVALUATION)
@@ -346,7 +346,7 @@ def run_sweep(options: Sweep) -> int:
     from fastsae.report.sweep import write_sweep
 
     select, language = selection(options), options.language
-    if not _says_its_hooks(Path(options.data)):  # then --hook and --target-hook say where in a model the rows are from
+    if not _records_hooks(Path(options.data)):  # then --hook and --target-hook say where in a model the rows are from
         hook, target = (one[0] if len(one) == 1 else None for one in (options.hook, options.target_hook))
         if hook is not None:
             select, language = dataclasses.replace(select, hook=None), dataclasses.replace(language, hook=str(hook))
@@ -376,8 +376,8 @@ def run_sweep(options: Sweep) -> int:
     return 1 if any("failed" in records[cell.name] for cell in cells) else 0
 
 
-def _says_its_hooks(data: Path) -> bool:
-    """Whether a folder says which hooks its rows are of; a file does not, nor do rows that a program saved."""
+def _records_hooks(data: Path) -> bool:
+    """Whether a folder records the hooks of its rows; a file does not, nor do rows that a program saved."""
     return (data / MANIFEST).is_file() and Manifest.read(data).hooks()[0].hook is not None
 
 

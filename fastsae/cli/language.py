@@ -102,7 +102,7 @@ def asks_for_language(options: Eval) -> bool:
     if given and (options.data is not None or options.all_rows):
         stored = "--data" if options.data is not None else "--all-rows"
         raise ValueError(
-            f"--{given[0].replace('_', '-')} measures on text and {stored} on stored rows; give one of them"
+            f"--{given[0].replace('_', '-')} measures on text, {stored} on stored rows; give only one of them"
         )
     return bool(given)
 
@@ -185,8 +185,8 @@ def refuse_crosscoder(record: LanguageRecord | None, name: Any) -> None:
     if record and len(record.stream.hooks) > 1:
         hooks = ", ".join(map(str, record.stream.hooks))
         raise ValueError(
-            f"{name} is a crosscoder of {hooks}: what it gives for a later hook would replace what the model makes of "
-            "an earlier one, so it is not spliced in; measure it on stored rows, without --spliced"
+            f"{name} is a crosscoder of {hooks}: its reconstruction at a later hook would overwrite the effect of its "
+            "reconstruction at an earlier one, so it cannot be spliced in; measure it on stored rows, without --spliced"
         )
 
 
@@ -307,7 +307,7 @@ def add_other(
     hook = record.stream.one_hook
     site: Site = hook if record.target is None else (hook, record.target)
     if site in members:
-        raise ValueError(f"{path} is of the hook {hook}, as another of these runs; splice in one of them")
+        raise ValueError(f"{path} reads the hook {hook}, and so does another of these runs; splice in only one of them")
     if not options.language.any_model and (wrong := other_model(text.model, record)):
         raise ValueError(f"{path}: {wrong}; splice in runs of one model, or measure on this one with --any-model")
     recorded, here = record.text or {}, text.corpus.describe()
@@ -318,7 +318,7 @@ def add_other(
     calibrate(stream, record)
     if same and stream.n_train > text.stream.n_train:
         raise ValueError(
-            f"{path} was trained on a part of the text that {options.run} held out; give another text with --text"
+            f"{path} was trained on part of the text that {options.run} held out; give another text with --text"
         )
     members[site] = (other, stream)
 

@@ -21,11 +21,11 @@ from typing import Any
 COMMANDS = {
     "harvest": "store a language model's activations over a text as shards on disk",
     "train": "train a sparse autoencoder on activations",
-    "sweep": "train rules x L0s x sizes x seeds, with one table, plot and page of all",
+    "sweep": "train rules x L0s x sizes x seeds, and write one table, plot and page for all",
     "eval": "measure a run on held-out rows",
     "report": "write a run's curves and latents into one HTML page",
     "reproduce": "run a published system and print its figures beside the published ones",
-    "convert": "write a saved autoencoder in another format, from any that is read",
+    "convert": "read a saved autoencoder in any known format and write it in another",
     "info": "show what is installed and which backends work here",
     "bench": "time a whole training step against dense PyTorch (needs the source repository)",
 }
@@ -136,17 +136,17 @@ def parse(options: type, command: str, arguments: list[str]) -> Any:
 
 
 def described(options: type, command: str, arguments: list[str]) -> str:
-    """What stands above the options in a command's --help: what it does, and first of all the options that matter."""
+    """The text above the options in a command's --help: what the command does, and the options that most calls set."""
     from fastsae.cli.options import rule_settings
 
     about = inspect.cleandoc(options.__doc__ or "")
     chosen: dict[str, str] = getattr(options, "essential", {})
     if not chosen:
         return about
-    told = [about, "", "The options that most calls give; every other one has a default:", *_columns(chosen)]
+    told = [about, "", "The options that most calls set; every other one has a default:", *_columns(chosen)]
     if command == "train":
         rule, settings = rule_settings(arguments)
-        told += ["", f"Of the rule {rule} (of another: --activation NAME --help):", *_columns(settings)]
+        told += ["", f"Options of the rule {rule} (for another rule: --activation NAME --help):", *_columns(settings)]
     return "\n".join(told)
 
 

@@ -76,8 +76,8 @@ class Structure:
     decoder_norm: Literal["unit", "free"] = "unit"
     """Keep the decoder's rows at norm 1, or leave them free."""
     normalize: Literal["none", "constant", "layer_norm", "standardize"] | None = None
-    """Scale the input: not at all, by one factor from the first batch, or each token by its own mean and spread, as
-    torch's layer norm or as a standard deviation. Left out: constant where a penalty is driven to a target L0, else
+    """Scale the input: not at all; by one factor from the first batch; or each token by its own mean and spread, as in
+    torch's layer norm or by the standard deviation. Left out: constant if a penalty is driven to a target L0, else
     none."""
     tied: Switch = False
     """One dictionary for encoder and decoder."""
@@ -92,7 +92,8 @@ class Structure:
     aux_coef: float = 1 / 32
     """Weight of the AuxK loss."""
     ghost: Literal["residual", "pull"] | None = None
-    """Ghost gradients for dead latents: model the residual, or turn towards tokens of large error. Left out: none."""
+    """Ghost gradients for dead latents: they model the residual, or turn towards tokens with a large error. Left out:
+    none."""
     ghost_coef: float = 1.0
     """Weight of the ghost gradients."""
     dead_after: int = 10_000_000
@@ -105,7 +106,7 @@ class Structure:
     """Device of the autoencoder: cpu, cuda, cuda:1."""
     precision: Literal["exact", "screened", "fp32"] = "exact"
     """How latents are selected: screened in a narrow format and certified (exact), screened only, or in fp32.
-    "screened" depends on the format, which every start chooses again: it does not resume bit for bit."""
+    "screened" depends on the format, which is chosen again on every start, so it does not resume bit for bit."""
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of SparseAutoencoder: all but `precision`, which is set afterwards."""
@@ -153,7 +154,7 @@ class HarvestStream(StreamConfig):
     hook: Repeated
     """Where the activations are taken: a number L for the residual stream after L layers (0: the embeddings), mlp.L or
     attn.L, or a module's name for its output ("model.layers.14"), with ":input" for its input. May be repeated: one
-    pass reads all of them, and a token is left out at all of them if its norm is too large at any."""
+    pass reads all hooks, and a token is dropped at all of them if its norm is too large at any."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,7 @@ class LiveOptions:
     model_device: str = "cpu"
     """Device of the language model."""
     model_dtype: FloatType | None = None
-    """Type in which the language model runs. Left out: what is fastest on its device."""
+    """Type in which the language model runs. Left out: the fastest on its device."""
     prefetch: Switch = False
     """Run the model on a separate thread while the autoencoder trains; for a model on another device."""
 
@@ -247,7 +248,7 @@ class Harvest(Common):
     """Type of the ids in .bin files."""
     stream: Annotated[HarvestStream, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How text becomes rows.")]
     rows: int = 1_000_000
-    """Rows (tokens) to store for training; the held-out ones come on top."""
+    """Rows (tokens) to store for training; held-out rows are stored in addition."""
     rows_per_shard: int = 65_536
     """Rows per file."""
     dtype: FloatType = "bfloat16"
@@ -255,7 +256,7 @@ class Harvest(Common):
     device: str = "cpu"
     """Device of the language model: cpu, cuda, cuda:1."""
     model_dtype: FloatType | None = None
-    """Type in which the language model runs. Left out: what is fastest on its device, or as it was begun."""
+    """Type in which the language model runs. Left out: the fastest on its device, or that of the harvest it resumes."""
     threads: int | None = None
     """CPU threads. Left out: torch's default."""
     progress: bool = True
@@ -264,7 +265,7 @@ class Harvest(Common):
         "FOLDER": "where the activations go",
         "--model": "a folder, a .gguf file, package:NAME or a hub name",
         "--text": "a file, a folder, a glob pattern, package:..., datasets:...",
-        "--hook": "how many layers to read after, as 12; or mlp.L, attn.L, a module's name",
+        "--hook": "where to read: after how many layers, such as 12; or mlp.L, attn.L, a module's name",
         "--rows": "how many tokens to store",
     }
 
@@ -280,10 +281,11 @@ class Train(Common):
     resume: Switch = False
     """Continue from the newest checkpoint in the run folder. Without this, a folder with checkpoints is an error."""
     hook: Repeated = ()
-    """Of a folder with several hooks, the one to train on. Repeated: an autoencoder for each, in a folder of its own
-    under --run-dir; with --layers of as many, one crosscoder of all. For DATA live: --live.hook."""
+    """The hook to train on, if the folder has several. Repeated: an autoencoder for each, in a folder of its own under
+    --run-dir; if --layers is the number of hooks, one crosscoder for all. For DATA live: --live.hook."""
     target_hook: Repeated = ()
-    """The hook that a transcoder learns to give for what it reads, as mlp.L for mlp.L:input. Repeated: side by side."""
+    """The hook whose activations a transcoder learns to predict, such as mlp.L from mlp.L:input. Repeated: its targets
+    are those of all, side by side."""
     tensor: str | None = None
     """Name of the tensor in a .safetensors file. Left out: "activations", or the only one."""
     target_tensor: str | None = None
@@ -302,33 +304,33 @@ class Train(Common):
         "--run-dir": "where the run goes",
         "--d-sae": "how many latents",
         "--activation": "the rule: topk, unless another is named",
-        "--k": "active latents per token; of relu, gated and jumprelu --target-l0",
+        "--k": "active latents per token; for relu, gated and jumprelu use --target-l0",
         "--lr": "the learning rate, 1e-3 for a short run",
         "--steps": "how many updates, of --batch-size tokens; one pass over the data if left out",
-        "--resume": "go on with a run that was stopped",
+        "--resume": "continue a run that was stopped",
     }
-    """What most calls give: --help begins with it."""
+    """The options that most calls set: --help begins with them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageOptions:
-    """The language model and its text; each of them implies --spliced."""
+    """The language model and its text; each of these options implies --spliced."""
 
     model: str | None = None
     """The language model. Left out: the one that the run records."""
     any_model: Switch = False
     """Measure even if the language model is not the one that the run was trained on."""
     text: str | None = None
-    """Text to use instead of the run's own: whatever `fastsae harvest` takes."""
+    """Text to use instead of the run's own: anything that `fastsae harvest` accepts."""
     text_field: str = FIELD
     """Field of that text, if it is JSON lines, parquet or a data set."""
     token_type: TokenType = TOKEN_TYPE
     """Type of its ids, if it is .bin files."""
     hook: str | None = None
-    """Where the autoencoder reads: a number of layers, mlp.L, attn.L or a module's name; beside --data, the hook of a
-    folder with several. Left out: the run's."""
+    """Where the autoencoder reads: a number of layers, mlp.L, attn.L or a module's name; with --data, one of the hooks
+    of the folder. Left out: the run's."""
     target_hook: str | None = None
-    """For a transcoder: what it replaces, as mlp.L. Left out: the run's, or the place where it reads."""
+    """For a transcoder: what it replaces, such as mlp.L. Left out: the run's, or the hook where it reads."""
     window: int | None = None
     """Tokens in one window of text. Left out: the run's, or 256."""
     tokens: int | None = None
@@ -337,7 +339,7 @@ class LanguageOptions:
     """Type in which the language model runs. Left out: as for the run's activations."""
 
     def given(self) -> list[str]:
-        """The options that are not as they are when left out."""
+        """The names of the options whose value is not the default."""
         return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
 
 
@@ -358,17 +360,17 @@ class Eval(Common):
     batch_size: int = 4096
     """Tokens per batch."""
     out: Path | None = None
-    """File for the JSON. Left out: evaluation.json, with a language model evaluation_spliced.json, in the folder of the
-    run or autoencoder; of a checkpoint evaluation_step_N.json in the run's."""
+    """File for the JSON. Left out: evaluation.json (with a language model evaluation_spliced.json) in the folder of the
+    run or autoencoder; for a checkpoint, evaluation_step_N.json in the run's folder."""
     density: Switch = False
     """Also write the density of every latent."""
     spliced: Switch = False
-    """Measure on the held-out text of the run's own language model, and what that model loses with the reconstruction
-    in place of its activations: cross-entropy and KL, beside zero and mean ablation."""
+    """Measure on the run's held-out text, through its language model, and also measure what that model loses with the
+    reconstruction in place of its activations: cross-entropy and KL, against zero and mean ablation."""
     language: Annotated[LanguageOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=LanguageOptions)
     also: tuple[Path, ...] = ()
-    """Other runs, each at the hook that it records: spliced in at the same time, and measured on rows of their own.
-    Implies --spliced."""
+    """Other runs, each at the hook that it records: they are spliced in at the same time, and each is also measured on
+    the rows of its own filter. Implies --spliced."""
     progress: bool = True
     """Show a progress bar on stderr."""
     backend: str | None = None
@@ -378,13 +380,14 @@ class Eval(Common):
     essential: ClassVar[dict[str, str]] = {
         "RUN": "a run, a checkpoint or a saved autoencoder",
         "--spliced": "also what the language model loses with the reconstruction in place",
-        "--data": "other activations than the run's own",
+        "--data": "activations to use instead of the run's own",
     }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweptLanguage(LanguageOptions):
-    """The language model and its text; each of them implies --spliced. "The run" are the activations of the sweep."""
+    """The language model and its text; each of these options implies --spliced. "The run" means the activations of the
+    sweep."""
 
     hook: tyro.conf.Suppress[str | None] = None
     target_hook: tyro.conf.Suppress[str | None] = None
@@ -394,7 +397,7 @@ class SweptLanguage(LanguageOptions):
 
 @dataclasses.dataclass(frozen=True)
 class SweptConfig(TrainConfig):
-    """How to train each of them."""
+    """How to train each cell."""
 
     seed: tyro.conf.Suppress[int] = 0
 
@@ -402,10 +405,10 @@ class SweptConfig(TrainConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(Common):
     """Trains every combination of rules, L0s, sizes and seeds on one set of activations, each in a run folder of its
-    own, and measures it on held-out rows. Writes a table, a plot of FVU over L0 and a page; marks the cells that no
-    other beats in both.
+    own, and measures it on held-out rows. Writes a table, a plot of FVU over L0 and a page; marks the cells on the
+    frontier of FVU and L0.
 
-    If it was stopped, run it again with the same options to continue. More values may be added then.
+    If it was stopped, run it again with the same options to continue. You may add values when you do.
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -421,9 +424,9 @@ class Sweep(Common):
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial weights. The order of the rows is the same for all."""
     hook: Repeated = ()
-    """Of a folder with several hooks, the one to train on. Repeated: side by side, with --layers of as many."""
+    """The hook to train on, if the folder has several. Repeated: side by side, with --layers their number."""
     target_hook: Repeated = ()
-    """The hook that transcoders learn to give for what they read."""
+    """The hook whose activations transcoders learn to predict."""
     tensor: str | None = None
     """Name of the tensor in a .safetensors file. Left out: "activations", or the only one."""
     target_tensor: str | None = None
@@ -441,26 +444,27 @@ class Sweep(Common):
     essential: ClassVar[dict[str, str]] = {
         "DATA": "a folder of `fastsae harvest`, or a file of rows",
         "--out": "where table, plot and runs go",
-        "--rules": "as topk jumprelu",
-        "--l0s": "active latents per token, as 16 32 64",
+        "--rules": "such as topk jumprelu",
+        "--l0s": "active latents per token, such as 16 32 64",
         "--d-sae": "how many latents; several sizes may be given",
         "--lr": "the learning rate, 1e-3 for a short run",
-        "--steps": "updates of each; one pass over the data if left out",
+        "--steps": "updates of each cell; one pass over the data if left out",
     }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Common):
-    """Writes a run's curves, settings and, for a language model, its latents' texts into one HTML page."""
+    """Writes a run's curves, settings and, if it was trained on a language model, its latents' passages into one HTML
+    page."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder; the run may still be in progress."""
     out: Path | None = None
     """File for the page. Left out: report.html in the run folder."""
     latents: Annotated[str | None, tyro.conf.arg(metavar="INDICES")] = None
-    """Latents shown with their texts, as 12,415; a comma follows a single one, as 12,. Left out: a sample."""
+    """Latents shown with their passages, such as 12,415; end a single one with a comma: 12,. Left out: a sample."""
     sample: int | None = None
-    """Number of latents drawn at random over all densities instead. 0: none. Left out: 24, or none beside --latents."""
+    """Number of latents drawn at random over all densities. 0: none. Left out: 24, or none with --latents."""
     passages: int = 8
     """Passages of text per latent."""
     seed: int = 0
@@ -469,9 +473,9 @@ class Report(Common):
     """Show the tokens that each latent promotes and suppresses: loads the run's language model, if it is on this
     disk."""
     max_rows: int = 131_072
-    """At most this many rows are searched for passages."""
+    """Search at most this many rows for passages."""
     time_step: bool = True
-    """Time the parts of one update on the run's data; this takes the time of a few updates and Adam's memory."""
+    """Time the parts of one update on the run's data; this takes a few updates' time, and memory for Adam's moments."""
     backend: str | None = None
     """Backend of the ops, see `fastsae info`. Left out: the fastest that supports them."""
 
@@ -488,11 +492,11 @@ class Reproduce(Common):
     out: Path | None = None
     """Folder for page.html, results.json, table.md and pictures. Left out: runs/SYSTEM, or runs/SYSTEM-quick."""
     seeds: int | None = None
-    """Runs of every experiment. Left out: 10 of clustering, 3 of the others, whose grids have one."""
+    """Seeds per experiment. Left out: 10 for clustering, 3 for the other systems (1 in their grids)."""
     quick: Switch = False
-    """A tiny version that takes seconds; its figures mean nothing."""
+    """Run a tiny version that takes seconds; its figures mean nothing."""
     scale: tuple[str, ...] = ()
-    """Sizes, models and texts that differ from the system's own, such as steps=1000; a wrong name lists them."""
+    """Override the system's sizes, models and texts, such as steps=1000; an unknown name lists the known ones."""
     experiments: tuple[str, ...] = ()
     """Names of the experiments to run. Left out: all."""
     threads: int = 1
@@ -503,9 +507,9 @@ class Reproduce(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert(Common):
-    """Writes a saved autoencoder in another format: fastsae's, or for SAELens, sparsify or dictionary_learning.
+    """Writes a saved autoencoder in another format: that of fastsae, SAELens, sparsify or dictionary_learning.
 
-    docs/interop.md has what is read and written.
+    docs/interop.md says what is read and written.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
@@ -515,11 +519,11 @@ class Convert(Common):
     format: Literal[*WRITTEN] = "fastsae"  # type: ignore[valid-type]
     """The format to write."""
     source_format: Literal[*FORMATS] | None = None  # type: ignore[valid-type]
-    """The format of IN, where it could be two. Left out: as its files say."""
+    """The format of IN, needed only if its files fit two. Left out: recognised from the files."""
     subfolder: str | None = None
     """The folder inside IN. Left out: IN itself."""
     k: int | None = None
-    """Active latents of a TopK whose files do not say them, as Qwen-Scope's and overcomplete's."""
+    """Active latents per token of a TopK whose files do not record them, such as Qwen-Scope's and overcomplete's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -544,7 +548,7 @@ def latent_indices(text: str) -> tuple[int, ...]:
         raise ValueError(f"--latents is {text!r}, expected indices with commas, such as 12,415")
     if "," not in text:
         raise ValueError(
-            f"--latents {names[0]} may mean one latent or a number of them: --latents {names[0]}, (with a comma) shows "
+            f"--latents {names[0]} is ambiguous: --latents {names[0]}, (with a comma) shows "
             f"latent {names[0]}, --sample {names[0]} draws {names[0]} at random"
         )
     return tuple(map(int, names))

@@ -25,7 +25,7 @@ DEFAULT = "topk"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuleOptions:
-    """The rule that selects latents. The help of each setting names its rules."""
+    """The rule that selects latents. The help of each setting names the rules that have it."""
 
     activation: str = DEFAULT
     settings: ClassVar[dict[str, str]] = {}
@@ -39,7 +39,7 @@ class RuleOptions:
         for option, setting in self.settings.items():
             value = getattr(self, option)
             if value is not None and setting not in owners:
-                raise ValueError(f"{option} is {value}, which {self.activation} does not have; leave it out")
+                raise ValueError(f"{option} is {value}, but {self.activation} has no such setting; leave it out")
             if value is not None:
                 given[owners[setting].owner][setting] = value
         for option, setting in self.settings.items():

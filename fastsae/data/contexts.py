@@ -18,8 +18,8 @@ from fastsae.data.reader import ShardContext
 class Context:
     """One row's token and its neighbours in the same window of text.
 
-    `tokens[center]` belongs to the row itself. `rows[i]` is the id of the row of `tokens[i]`, or -1 where that
-    token's row was not stored (first position, norm filter): encode those rows to shade every token.
+    `tokens[center]` belongs to the row itself. `rows[i]` is the id of the row of `tokens[i]`, or -1 if that token's row
+    was not stored (first position, norm filter): encode the stored rows to shade every token.
     """
 
     row: int
@@ -50,7 +50,7 @@ def context_of(shard: ShardContext, local: int, first_row: int, width: int, stri
 def token_strings(tokenizer: Any) -> list[str]:
     """The text of every token id of a Hugging Face tokenizer, including a token's leading space.
 
-    A token that is only a part of a character becomes U+FFFD.
+    A token that is only part of a character becomes U+FFFD.
     """
     pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     if any(piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") for piece in pieces):

@@ -1,4 +1,4 @@
-"""A document: a text, a chat or token ids; how a corpus finds it in a row of data, and what a tokenizer makes of it."""
+"""A document: a text, a chat or token ids; how it is read from a row of data, and how it is tokenized."""
 
 from __future__ import annotations
 
@@ -50,21 +50,19 @@ def ids_of(document: Document, tokenizer: Any, where: str) -> np.ndarray:
         least, most = (int(document.min()), int(document.max())) if len(document) else (0, 0)
         if least < 0 or (tokenizer is not None and most >= len(tokenizer)):
             raise ValueError(
-                f"{where} holds the token id {least if least < 0 else most}, the tokenizer has ids 0 to "
+                f"{where} holds the token id {least if least < 0 else most}, but the tokenizer has ids 0 to "
                 f"{len(tokenizer) - 1 if tokenizer is not None else '...'}: is it of another tokenizer or number type?"
             )
         return document.astype(np.int64)
     if tokenizer is None:
-        raise ValueError(f"{where} holds text, and the model has no tokenizer; give token ids")
+        raise ValueError(f"{where} holds text, but the model has no tokenizer; give token ids")
     text = document if isinstance(document, str) else _chat_text(document, tokenizer, where)
     return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
 
 def _chat_text(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{where} holds chats, and the tokenizer has no chat template; take an instruction-tuned model"
-        )
+        raise ValueError(f"{where} holds chats, but the tokenizer has no chat template; use an instruction-tuned model")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     except jinja2.TemplateError as error:
@@ -72,7 +70,7 @@ def _chat_text(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> st
 
 
 def joined(documents: Sequence[np.ndarray], tokenizer: Any) -> np.ndarray:
-    """Documents as one text (n,) int64, with the tokenizer's end of text, if it has one, between them."""
+    """Documents as one text (n,) int64, separated by the tokenizer's end-of-text token if it has one."""
     end = getattr(tokenizer, "eos_token_id", None)
     parts: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     begun = False
@@ -85,7 +83,7 @@ def joined(documents: Sequence[np.ndarray], tokenizer: Any) -> np.ndarray:
 
 
 def apart(ids: np.ndarray, tokenizer: Any) -> list[np.ndarray]:
-    """The documents (n,) in a row of ids: what lies between ends of text, without these."""
+    """The documents (n,) in a row of ids: the ids between end-of-text tokens."""
     end = getattr(tokenizer, "eos_token_id", None)
     if end is None:
         return [ids]
@@ -95,6 +93,6 @@ def apart(ids: np.ndarray, tokenizer: Any) -> list[np.ndarray]:
 
 
 def chosen(field: str, token_type: TokenType = TOKEN_TYPE) -> dict[str, str]:
-    """The settings of a text for its record; those that are not given leave no trace in it."""
+    """The settings of a text for its record, without those that are not given."""
     given = {"field": (field, FIELD), "token_type": (token_type, TOKEN_TYPE)}
     return {name: value for name, (value, default) in given.items() if value != default}

@@ -16,7 +16,7 @@ class ShardError(ValueError):
 
 
 def write_atomically(path: Path, data: bytes) -> str:
-    """Writes `data` so that `path` holds all of it or is left as it was, even if the machine stops; returns its sha256.
+    """Writes `data` so that `path` holds all of it or stays unchanged, even if the machine stops; returns its sha256.
 
     Raises: OSError (same errno) saying what could not be written, how much space is free and what to do. Earlier files
     are not touched.

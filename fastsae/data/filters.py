@@ -36,7 +36,7 @@ class Ordinary:
     first, last  positions at either end of a window's text that are not: an attention sink, special tokens.
     max_norm     the largest norm of an ordinary activation; None: any.
     positions    more positions that are not; negative ones count from the end of a window's text.
-    without      token ids that are not ordinary anywhere: `of(token_ids)` is then the choice in these windows.
+    without      token ids that are never ordinary: `of(token_ids)` then gives the choice for these windows.
 
     A token whose activation is not finite is never ordinary, nor is padding. Where a model generates token by token, a
     pass sees one token at a time and positions mean nothing: give max_norm alone.
@@ -52,7 +52,7 @@ class Ordinary:
         if token_ids is None:
             if self.without:
                 raise ValueError(
-                    f"{len(self.without)} token ids are left out, but which tokens the windows hold is not known here: "
+                    f"{len(self.without)} token ids are left out, but the windows' tokens are not known here: "
                     "pass of(token_ids)"
                 )
             token_ids = torch.zeros(activations.shape[:-1], dtype=torch.int64, device=activations.device)
@@ -78,9 +78,9 @@ class Ordinary:
 
 
 def in_windows(where: Callable[[Tensor], Tensor] | None, token_ids: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """A choice of activations -> bool, in windows of these ids (windows, window): padding is left out of any.
+    """A choice of activations -> bool, in windows of these ids (windows, window), that never includes padding.
 
-    None: every token, and the result is None where there is no padding.
+    None: every token; the result is None if there is no padding.
     """
     if isinstance(where, Ordinary):
         return where.of(token_ids)
@@ -102,9 +102,9 @@ class RowFilter:
     n_prefix, n_suffix: special tokens around a window's text; drop_first: also its first position; positions, without:
     see `Ordinary`; without also has the tokens' names.
     The first position of a window is an attention sink in most language models: in SmolLM2 its norm is about 150 times
-    the median, and a few other rows are like it. If kept, they are most of the variance and flatter any SAE. The median
-    is that of the first batch's other rows (`calibrate`), then fixed, so that the same limit applies to every row and
-    the order of reading does not matter. Norms in float32.
+    the median, and a few other rows are similar. If kept, they dominate the variance and make any SAE look better than
+    it is. The median is that of the first batch's other rows (`calibrate`), then fixed, so that the same limit applies
+    to every row and the order of reading does not matter. Norms are computed in float32.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class RowFilter:
     def stats(self) -> dict[str, Any]:
         """Counts so far.
 
-        `tokens` are those of the text with its special tokens, `padding` comes on top. `rows_dropped_first` counts
-        dropped positions and the special tokens around windows, `rows_dropped_special` tokens that are dropped for what
-        they are, `dropped_tokens` the same by name.
+        `tokens` counts the text with its special tokens; `padding` is counted in addition. `rows_dropped_first` counts
+        dropped positions and the special tokens around windows, `rows_dropped_special` tokens dropped by their id,
+        and `dropped_tokens` the same by name.
         """
         return {**self.counts, "norm_median": self.median, "norm_limit": self.limit}
 
@@ -154,7 +154,7 @@ class RowFilter:
         return twin
 
     def load_counts(self, counts: Mapping[str, Any]) -> None:
-        """Go on from saved counts; those that a former version did not have are 0."""
+        """Continue from saved counts; those that an older version did not have are 0."""
         self.counts = {**_no_counts(), **counts}
 
     def calibrate(self, activations: Tensor, token_ids: Tensor) -> None:
@@ -193,7 +193,7 @@ class RowFilter:
         return Rows(rows, token_ids, places // width, places % width)
 
     def _count(self, token_ids: Tensor) -> None:
-        """Count what these windows hold, and what is left out before any row is looked at."""
+        """Count the tokens of these windows, and those that are left out whatever their activations."""
         tokens = int(is_text(token_ids).sum())
         placed = dataclasses.replace(self._places, without=()).places(token_ids)
         left = self._places.places(token_ids)
@@ -205,7 +205,7 @@ class RowFilter:
         by_name = dict(self.counts["dropped_tokens"])
         for token, number in zip(ids.tolist(), numbers.tolist(), strict=True):
             by_name[self.without[token]] = by_name.get(self.without[token], 0) + number
-        self.counts["dropped_tokens"] = by_name  # a new one: positions saved before hold the old one
+        self.counts["dropped_tokens"] = by_name  # a new dict: positions saved earlier hold the old one
 
     def _finite(self, activations: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, int]:
         """The finite rows at the places kept, these places in the flattened activations, and the count of the rest."""

@@ -39,13 +39,13 @@ def harvest(
 ) -> Manifest:
     """Store at least `rows` training rows (whole batches) and config.holdout held-out ones in `folder`.
 
-    model, text: spec strings (see `load_model`, `load_text`) or the objects themselves; a model given by its spec is
-    loaded in model_dtype on `device` (None: as in an earlier call for this folder, else in what is fastest there), only
-    if rows are missing, and after what can be said of hooks and text without it; a model itself runs in its own dtype,
-    where it is. dtype: of the stored rows. Of several hooks
-    (config.hook) each has files of its own, with the same rows in the same order, all from one pass. The folder also
-    stores the windows of token ids, each row's place in them and the tokenizer's strings, so that a row's text can be
-    shown without the model. The text is read once: if it ends early, there are fewer rows and a warning.
+    model, text: spec strings (see `load_model`, `load_text`) or the objects themselves. A model given by its spec is
+    loaded in model_dtype on `device` (None: as in an earlier call for this folder, else the fastest there), only if
+    rows are missing, and only after hooks and text have been checked without it. A model object runs in its own dtype
+    on its own device. dtype: of the stored rows. With several hooks (config.hook), each has its own files, with the
+    same rows in the same order, all from one pass. The folder also stores the windows of token ids, each row's position
+    in them and the tokenizer's strings, so that a row's text can be shown without the model. The text is read once: if
+    it ends early, there are fewer rows and a warning.
 
     After Ctrl-C, kill -9, an error or a full disk, call it again with the same arguments: it continues after the last
     finished shard. `rows` may then be larger than before.
@@ -115,7 +115,7 @@ def _finished(folder: Path, settings: dict[str, Any], rows: int) -> Manifest | N
 
 
 def _recorded_dtype(folder: Path) -> torch.dtype | None:
-    """The type in which an earlier call, perhaps on another machine, ran the model."""
+    """The dtype in which an earlier call, perhaps on another machine, ran the model."""
     recorded = Manifest.read(folder).provenance if (folder / MANIFEST).exists() else {}
     return getattr(torch, recorded["model"]["dtype"]) if recorded else None
 

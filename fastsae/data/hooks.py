@@ -1,4 +1,4 @@
-"""Where a model's activations are taken, or replaced: hooks by number, by short name and by the module's own name."""
+"""Where a model's activations are taken or replaced: hooks by number, by short name and by module name."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SHORT = {
     "attn": ("self_attn", "attn", "self_attention", "attention", "self_attn_layer", "SelfAttention"),
     "cross": ("encoder_attn", "cross_attn", "crossattention", "EncDecAttention"),
 }  # fmt: skip
-"""Short names of a layer's parts, and what models call the module inside the layer; a pair is an MLP whose first and
-last module lie in the layer themselves."""
+"""Short names of a layer's parts, and the names that models give these modules; a pair is an MLP whose first and last
+module are children of the layer itself."""
 SIDES = ("encoder", "decoder")
-"""The stacks of an encoder-decoder model, as a hook names them."""
+"""The stacks of an encoder-decoder model, by the names that hooks use."""
 
 
 class _Reached(Exception):
@@ -54,11 +54,11 @@ class HookedModel:
     """Token ids (windows, window) -> activations (windows, window, d_in) at a hook, in the model's dtype and device.
 
     hook: see `find`; or several, whose activations stand side by side in the order given: one pass reads them all, and
-    `parts` has them apart. The last hook that is reached ends the forward pass by an exception: the layers after it
-    cost nothing, the model stays unchanged, and it works for any module of any architecture. The hooks exist only
+    `parts` returns them separately. When the last hook is reached, an exception ends the forward pass: the layers after
+    it cost nothing, the model stays unchanged, and this works for any module of any architecture. The hooks exist only
     during a call. The model is put into eval mode, because dropout would change the activations.
-    Raises: ValueError for a name or number that the model does not have, naming similar ones, and for two hooks of one
-    place.
+    Raises: ValueError for a name or number that the model does not have, naming similar ones, and for two hooks at the
+    same place.
     """
 
     def __init__(self, model: nn.Module, hook: Hooks):
@@ -71,7 +71,7 @@ class HookedModel:
         for one, place in zip(self.hooks, self._places, strict=True):
             other = seen.setdefault((place.module, place.takes_input), one)
             if other is not one:
-                raise ValueError(f"the hooks {other!r} and {one!r} are one place, {place.name}; give it once")
+                raise ValueError(f"the hooks {other!r} and {one!r} are the same place, {place.name}; give it once")
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +92,7 @@ class HookedModel:
             if len(seen) == len(self._places):
                 raise _Reached
             if isinstance(found, Tensor):
-                seen[number] = found.clone()  # the pass goes on, and may write into it
+                seen[number] = found.clone()  # the pass continues and may write into it
 
         with lock_of(self.model), torch.no_grad(), contextlib.ExitStack() as stack:
             for number, place in enumerate(self._places):
@@ -110,7 +110,7 @@ class HookedModel:
         return tuple(seen[number].detach() for number in range(len(self.names)))
 
     def note(self) -> str | None:
-        """A sentence on the stack of layers that numbers and short names count, where the model has several."""
+        """A sentence naming the stack of layers that numbers and short names refer to, if the model has several."""
         stacks = stacks_of(self.model)
         counted = [one for one in self.hooks if _counts(self.model, one)]
         if len(stacks) < 2 or not counted:
@@ -156,7 +156,7 @@ def run(model: nn.Module, token_ids: Tensor) -> Any:
     """The model's own output for token ids (windows, window), without a cache of keys and values.
 
     A model whose forward has no argument `input_ids` gets the ids as its first one. The decoder of an encoder-decoder
-    model reads the same ids as its encoder, not shifted: its row of a token has read that token, as in other models.
+    model reads the same ids as its encoder, not shifted, so its row of a token has seen that token, as in other models.
     """
     parameters = inspect.signature(model.forward).parameters
     ids = token_ids.to(device_of(model))
@@ -189,7 +189,7 @@ def find(model: nn.Module, hook: Hook) -> Place:
     - "mlp.L", "attn.L" or "cross.L": the output of that part of layer L, counted from 0, as the model numbers its
       modules; "cross" is a decoder's attention to its encoder
     - in an encoder-decoder model these are the encoder's; "decoder.L", "decoder.mlp.L" and so on are the decoder's. In
-      a model of images and text they are the text's
+      a model of images and text they are those of the text model
     - a module's name, with or without the model's own prefix, for its output, as "model.layers.14"
     - any of the names with ":input": the module's input, as "mlp.14:input"
 
@@ -199,7 +199,7 @@ def find(model: nn.Module, hook: Hook) -> Place:
         return _after_layers(model, None, hook)
     name, colon, place = hook.partition(":")
     if colon and place not in ("input", "output"):
-        raise ValueError(f"after the colon of a hook comes 'input' or 'output', got {hook!r}")
+        raise ValueError(f"hook is {hook!r}, expected 'input' or 'output' after the colon")
     modules = dict(model.named_modules())
     prefix = getattr(model, "base_model_prefix", "")
     full = next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n and n in modules), None)
@@ -212,14 +212,14 @@ def find(model: nn.Module, hook: Hook) -> Place:
     if full is None:
         near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3)
         raise ValueError(
-            f"the model has no module {name!r}; near names: {', '.join(near) or 'none'}; a hook is a number of layers, "
-            f"{', '.join(f'{short}.L' for short in SHORT)} or a module's name"
+            f"the model has no module {name!r}; similar names: {', '.join(near) or 'none'}; a hook is a number of "
+            f"layers, {', '.join(f'{short}.L' for short in SHORT)} or a module's name"
         )
     return Place(full + (":input" if place == "input" else ""), modules[full], place == "input")
 
 
 def in_residual_stream(model: nn.Module, hook: Hook) -> bool:
-    """Whether what is at a hook is the residual stream that the model's head reads (before or after a layer) or is
+    """Whether a hook's activation is the residual stream that the model's head reads (before or after a layer) or is
     added to it (a layer's mlp or attn). Raises ValueError as `find`, and for a model without a stack of layers.
     """
     place, layers = find(model, hook), _stack(model, "decoder" if _has_two_sides(model) else None).layers
@@ -232,10 +232,10 @@ def in_residual_stream(model: nn.Module, hook: Hook) -> bool:
 
 
 def stacks_of(model: nn.Module) -> dict[str, Stack]:
-    """A model's stacks of layers by what they are, the one that numbers count first.
+    """A model's stacks of layers by name; the first is the one that layer numbers refer to.
 
-    "encoder" and "decoder"; "text" and, where there are others of any kind, "other"; a plain model's is "text".
-    Raises ValueError where the stack that numbers count cannot be found.
+    "encoder" and "decoder"; "text" and, if there are others of any kind, "other"; a plain model's is "text".
+    Raises ValueError if the stack that layer numbers refer to cannot be found.
     """
     names = {module: name for name, module in model.named_modules()}
     if _has_two_sides(model):
@@ -279,13 +279,13 @@ def _has_two_sides(model: nn.Module) -> bool:
 
 
 def _outermost(model: nn.Module) -> list[nn.ModuleList]:
-    """The ModuleLists that lie in no other."""
+    """The ModuleLists that are not inside another one."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     return [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
 
 
 def _counts(model: nn.Module, hook: Hook) -> bool:
-    """Whether a hook counts the layers of the stack that is chosen where none is named."""
+    """Whether a hook refers to layers of the default stack."""
     if isinstance(hook, int):
         return True
     name = hook.partition(":")[0]
@@ -328,8 +328,8 @@ def _part_of_layer(model: nn.Module, side: str | None, part: str, index: int, ta
         return f"{name}.{index}.{found}"
     children = [child for child, _ in layers[index].named_children()]
     raise ValueError(
-        f"no module of layer {index} is known as its {part}; {name}.{index}: {', '.join(children) or 'none'}; "
-        "give the hook as a module's name"
+        f"cannot tell which module of layer {index} is its {part}; {name}.{index} has: "
+        f"{', '.join(children) or 'none'}; give the hook as a module's name"
     )
 
 

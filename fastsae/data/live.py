@@ -19,15 +19,15 @@ from fastsae.data.stream import EARLIER, ActivationStream, StreamConfig, join_ro
 from fastsae.data.text import Corpus, load_text
 
 _HALVES, _MIX = 0, 1  # which of a block's permutations a key belongs to
-_AROUND = 8  # tokens before a row's own that its place shows
+_AROUND = 8  # tokens before a row's own that are shown with its place
 
 
 @dataclasses.dataclass
 class _Block:
     """The rows of a fixed number of windows, the stream's position before them and its stats after them.
 
-    text: these windows, and the window and position of each row, without activations; starts: how many windows there
-    are before each pass of the model, and where that pass began in the text.
+    text: these windows, and the window and position of each row, without activations; starts: the number of windows
+    before each pass of the model, and where that pass began in the text.
     """
 
     number: int
@@ -52,12 +52,12 @@ class LiveSource:
     Shuffling: the stream is cut into blocks of buffer_rows / 2 rows. Each block is split at random in two; generation g
     returns, in a random order, one half of block g and the held-back half of block g - 1. So every row is returned once
     per epoch, and a batch mixes the text of two blocks. Unlike a buffer that keeps some rows indefinitely, this one
-    depends on two blocks only: a saved position is a place in the text and a few numbers, and loading it runs the model
+    depends on only two blocks: a saved position is a place in the text and a few numbers, and loading it runs the model
     over those two blocks again. Bit-exact on the same machine and thread count.
 
     model, text: spec strings (see `load_model`, `load_text`) or the objects themselves.
-    Of several hooks (config.hook) the activations of a token stand side by side in a row, as a crosscoder reads them.
-    target: the hook, or hooks, that a transcoder learns to give; the same pass reads them.
+    With several hooks (config.hook), a token's activations stand side by side in a row, as a crosscoder reads them.
+    target: the hook, or hooks, that a transcoder learns to predict; the same pass reads them.
     buffer_rows: rows in memory, roughly, in the model's dtype. dtype: of the returned rows; None keeps the model's.
     prefetch: compute the next block on a thread while this one is used, for a model on a device of its own; batches
     stay the same. Rows stay on the model's device.
@@ -185,7 +185,7 @@ class LiveSource:
             self._advance()
         if not 0 <= state["cursor"] <= len(self._pool):
             raise ValueError(
-                f"the saved position is row {state['cursor']:,} of a buffer that holds {len(self._pool):,} rows here: "
+                f"the saved position is row {state['cursor']:,}, but the buffer holds only {len(self._pool):,} rows: "
                 "resume with the same model and text"
             )
         self._cursor = state["cursor"]
@@ -213,7 +213,7 @@ class LiveSource:
         self._previous: _Block | None = None
         self._block: _Block | None = None
         self._kept = self._pool = torch.zeros(0, self._stream.d_in, dtype=torch.float32, device="cpu")
-        # Of each row its number in the block; ~number of those from the block before, which were kept.
+        # Each row's number in the block; ~number for those held back from the block before.
         self._kept_from = self._pool_from = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._cursor = 0
         self._coming: Future[_Block] | None = None
@@ -246,7 +246,7 @@ class LiveSource:
         parts: list[Rows] = []
         starts: list[tuple[int, str]] = []
         have = 0
-        # The windows of short documents are far from full: more of them make a block.
+        # The windows of short documents are far from full: a block needs more of them.
         while len(starts) < self._batches_per_block or 0 < have < self._rows_per_block:
             starts.append((sum(len(part.token_ids) for part in parts), self._stream.where()))
             if (part := self._stream.next()) is not None:

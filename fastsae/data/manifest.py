@@ -15,7 +15,7 @@ from fastsae.data.stream import EARLIER
 
 FORMAT = "fastsae-activations"
 VERSION = 2
-"""1 had no checksum of the manifest itself, whose position a harvest goes on from."""
+"""Version 1 had no checksum of the manifest itself, whose position a harvest continues from."""
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 HELD_OUT = "held_out.safetensors"
@@ -35,7 +35,7 @@ class FileEntry:
         """Raise ShardError if the file is missing or its length differs from the manifest's."""
         path = folder / self.file
         if not path.is_file():
-            raise ShardError(f"{path} is missing, {MANIFEST} lists it; restore the file or harvest again")
+            raise ShardError(f"{path} is missing, but {MANIFEST} lists it; restore the file or harvest again")
         size = path.stat().st_size
         if size != self.bytes:
             raise ShardError(
@@ -56,10 +56,10 @@ class FileEntry:
 
 @dataclasses.dataclass
 class HookFiles:
-    """What a folder holds of one hook: as it was asked for, the module's name, and the files, shard by shard."""
+    """One hook of a folder: its name as given, the module's name, and the files, shard by shard."""
 
     hook: int | str | None
-    """None where the rows do not come from a model here."""
+    """None if the rows were not read from a model by fastsae."""
     name: str
     d_in: int
     shards: list[FileEntry] = dataclasses.field(default_factory=list)
@@ -72,7 +72,7 @@ class HookFiles:
 class Manifest:
     """The content of manifest.json. A harvest may continue only with equal `settings`; `provenance` is a record.
 
-    The rows of the first hook have the fields that they had when there was only one; `others` are further hooks, whose
+    The first hook's rows use the fields that existed when there was only one hook; `others` are further hooks, whose
     files have the same rows in the same order.
     """
 
@@ -102,16 +102,16 @@ class Manifest:
         ]  # fmt: skip
 
     def hooks(self) -> list[HookFiles]:
-        """What is stored of every hook, the first one's first."""
+        """What is stored for every hook, the first one first."""
         asked = (self.settings.get("stream") or {}).get("hook")
         first = asked[0] if isinstance(asked, list | tuple) else asked
         name, median = str(self.provenance.get("layer") or "rows"), self.stats.get("norm_median")
         return [HookFiles(first, name, self.d_in, self.shards, self.held_out, median), *self.others]
 
     def of_hook(self, hook: int | str | None, folder: Path) -> HookFiles:
-        """What is stored of a hook, as it was asked for or by the module's name; None: of the only one.
+        """What is stored for a hook, by its name as given or by the module's name; None: for the only one.
 
-        Raises ValueError, naming the hooks that there are, for another, or for None where there are several.
+        Raises ValueError, naming the stored hooks, for another one, or for None if there are several.
         """
         stored = self.hooks()
         if hook is None and len(stored) == 1:
@@ -121,13 +121,13 @@ class Manifest:
                 return one
         there = ", ".join(str(one.hook) if one.hook is not None else one.name for one in stored)
         if hook is None:
-            raise ValueError(f"{folder} holds rows of {len(stored)} hooks: {there}; name one, or several, with hook")
+            raise ValueError(f"{folder} holds rows of {len(stored)} hooks: {there}; choose one or more with hook")
         raise ValueError(f"{folder} holds no rows of the hook {hook!r}, only of {there}")
 
     def write(self, folder: Path) -> None:
         content = dataclasses.asdict(self)
         if not self.others:
-            del content["others"]  # as it was before there were several hooks, for older versions to read
+            del content["others"]  # the format from before there were several hooks, which older versions read
         named = {"format": FORMAT, "version": VERSION, "sha256": _digest(content), **content}
         write_atomically(folder / MANIFEST, json.dumps(named, indent=1).encode())
 
@@ -143,9 +143,9 @@ class Manifest:
                 raise ShardError(f"{path} is not a manifest of activations: expected format {FORMAT!r}")
             version = content.pop("version")
             if version not in (1, VERSION):
-                raise ShardError(f"{path} has format version {version}, this program reads {VERSION}")
+                raise ShardError(f"{path} has format version {version}, expected {VERSION}; use the matching fastsae")
             if version > 1 and content.pop("sha256") != _digest(content):
-                raise ShardError(f"{path} is damaged: its sha256 is another; restore it or harvest again")
+                raise ShardError(f"{path} is damaged: its sha256 does not match; restore it or harvest again")
             content["shards"] = [_entry(entry) for entry in content["shards"]]
             for name in ("held_out", "vocabulary"):
                 content[name] = None if content[name] is None else _entry(content[name])
@@ -161,7 +161,7 @@ class Manifest:
         for one in manifest.others:
             theirs = ([entry.rows for entry in one.shards], one.held_out and one.held_out.rows)
             if theirs != (rows, held) or not isinstance(one.d_in, int) or one.d_in < 1:
-                raise ShardError(f"{path} is damaged: the hook {one.hook} has other rows than the first one")
+                raise ShardError(f"{path} is damaged: the hook {one.hook} has different rows than the first one")
         return manifest
 
 

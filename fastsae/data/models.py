@@ -32,7 +32,7 @@ class LanguageModel:
 
     @property
     def base(self) -> LanguageModel:
-        """The same without its language-model head, as it is loaded for a harvest; itself if there is no head."""
+        """The model without its language-model head, as a harvest loads it; itself if there is no head."""
         inner = getattr(self.model, getattr(self.model, "base_model_prefix", "") or "base_model", None)
         return dataclasses.replace(self, model=inner) if isinstance(inner, nn.Module) else self
 
@@ -54,12 +54,12 @@ class LanguageModel:
         """The digests under which the model may be known: with its head, and as it is loaded for a harvest."""
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         own = () if head is None else {id(parameter) for parameter in head.parameters()}
-        # Of a model whose head lies beside its layers, as T5's does, not every class without it is an inner module.
+        # If the head lies beside the layers, as in T5, the class without it is not always an inner module.
         return {_digest(self.model), _digest(self.base.model), _digest(self.model, own)}
 
 
 def _digest(model: nn.Module, without: Collection[int] = ()) -> str:
-    """Of all parameters but those with these ids."""
+    """A digest of all parameters except those with these ids."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if id(parameter) not in without:
@@ -72,9 +72,8 @@ Check: TypeAlias = Callable[[LanguageModel], object]
 
 
 def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """The type in which a language model runs fastest there: bfloat16, or float32 on a CPU without bf16 products.
-
-    Such a CPU emulates them: SmolLM2-135M then reads 65 tokens a second instead of some thousand.
+    """The dtype in which a language model runs fastest on this device: bfloat16, or float32 on a CPU without bf16
+    products. Such a CPU emulates them: SmolLM2-135M then reads 65 tokens a second instead of about a thousand.
     """
     if torch.device(device).type != "cpu":
         return torch.bfloat16
@@ -102,14 +101,14 @@ def load_model(
     - anything else: a name on the Hugging Face hub, as "HuggingFaceTB/SmolLM2-135M"
 
     `head` also loads the language-model head, which activations do not need: a causal one, an encoder-decoder's or that
-    of a model of images and text. With download=False, or if the hub does not answer, a hub's model is loaded from the
-    disk or not at all. tokenizer: the model's, if it is loaded already.
-    check: called before the weights are read, with the tokenizer and a model of the same class on the meta device; what
-    it raises, such as for a hook that the model does not have, is raised at once. A class that cannot be made without
+    of a model of images and text. With download=False, or if the hub does not answer, a hub model is loaded from the
+    disk or not at all. tokenizer: the model's, if it is already loaded.
+    check: called before the weights are read, with the tokenizer and a model of the same class on the meta device, so
+    that its errors, such as for a hook that the model does not have, come at once. A class that cannot be made without
     weights is not checked.
     GGUF weights are unpacked to `dtype`; None: `fast_dtype(device)`. Only safetensors and GGUF are read, and no code
     from a model's repository runs.
-    Raises: ValueError where the model cannot be found or read; ImportError where transformers is not installed.
+    Raises: ValueError if the model cannot be found or read; ImportError if transformers is not installed.
     """
     transformers, where, arguments = _prepared(spec, download)
     dtype = fast_dtype(device) if dtype is None else dtype
@@ -135,10 +134,10 @@ def load_model(
         ),
     )
     if head and found["missing_keys"]:
-        # transformers would start them at random, and every number of such a head would look like one.
+        # transformers would initialize them at random, and the head's numbers would look valid.
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise ValueError(
-            f"the model {spec!r} has no language-model head: {missing} missing; name the model with its head"
+            f"the model {spec!r} has no language-model head: {missing} missing; name a model with its head"
         )
     return LanguageModel(model.eval().requires_grad_(False).to(device), tokenizer, spec)
 
@@ -158,7 +157,7 @@ def _prepared(spec: str, download: bool) -> tuple[Any, str, dict[str, Any]]:
     where, arguments = _locate(spec)
     of_hub = where == spec and not Path(spec).exists()
     if of_hub and download and (reason := why_unreachable()):
-        log.warning("the hub does not answer (%s): %s is read from this disk, if it is there", reason, spec)
+        log.warning("the hub does not answer (%s): reading %s from this disk, if it is there", reason, spec)
         download = False
     return transformers, where, {**arguments, "local_files_only": not download}
 
@@ -180,7 +179,7 @@ def _maker(config: Any, head: bool) -> Any:
     if not head:
         return transformers.AutoModel
     kinds: tuple[Any, ...] = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
-    if config.is_encoder_decoder:  # as a causal model, an encoder-decoder would be its decoder alone
+    if config.is_encoder_decoder:  # loaded as a causal model, it would be its decoder alone
         kinds = (transformers.AutoModelForSeq2SeqLM,)
     return next((kind for kind in kinds if type(config) in kind._model_mapping), kinds[0])
 
@@ -191,7 +190,7 @@ def _skeleton(maker: Any, config: Any) -> nn.Module | None:
         with torch.device("meta"):
             return maker.from_config(config, trust_remote_code=False)
     except (RuntimeError, TypeError) as error:
-        log.debug("the model cannot be looked at before its weights are read: %s", error)
+        log.debug("the model cannot be checked before its weights are read: %s", error)
         return None
 
 

@@ -32,18 +32,18 @@ _making = threading.Lock()
 
 
 def lock_of(model: nn.Module) -> Any:
-    """Held while hooks are on a model: a pass of another thread would run into them. One thread may take it again."""
+    """A lock held while hooks are on a model, since another thread's pass would run into them. It is reentrant."""
     with _making:
         return _locks.setdefault(model, threading.RLock())
 
 
 @contextlib.contextmanager
 def masked(model: nn.Module, token_ids: Tensor) -> Iterator[Tensor]:
-    """Token ids (windows, window) for the model, with ids it knows in the place of PAD; in the block it gets a mask.
+    """Token ids (windows, window) with valid ids in the place of PAD; in the block the model gets an attention mask.
 
-    The mask goes to every forward pass of the model in the block, which must be of these windows. Windows without PAD
-    get none, so that the model's bits stay those of full windows. A model whose forward takes no `attention_mask` gets
-    none either: if it is causal, what comes last changes nothing before it. Other threads that hook the model wait.
+    Every forward pass of the model in the block gets the mask, and must be of these windows. Windows without PAD need
+    none, so that the model's bits stay those of full windows. A model whose forward takes no `attention_mask` gets none
+    either: if it is causal, padding at the end changes nothing before it. Other threads that hook the model wait.
     """
     mask = is_text(token_ids)
     if bool(mask.all()):

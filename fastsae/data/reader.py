@@ -57,7 +57,7 @@ class ShardReader:
             if tuple(tensor.shape) != self._shape or tensor.dtype != self._dtype:
                 raise ShardError(
                     f"{self.path} holds activations {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"the manifest says {self._dtype} {self._shape}"
+                    f"but the manifest says {self._dtype} {self._shape}"
                 )
             self._activations = tensor
         return self._activations
@@ -67,7 +67,7 @@ class ShardReader:
         rows = len(self.activations)  # verifies the file
         context = ShardContext(*self._tensors("token_ids", "window", "position"))
         if len(context.window) != rows or len(context.position) != rows:
-            raise ShardError(f"{self.path} places {len(context.window)} rows in its text but holds {rows}")
+            raise ShardError(f"{self.path} stores text positions of {len(context.window)} rows but holds {rows} rows")
         return context
 
     def _tensors(self, *names: str) -> list[Tensor]:
@@ -80,4 +80,4 @@ class ShardReader:
                     raise ValueError(f"{self.path} was stored without the text of its rows: no {sorted(missing)}")
                 return [file.get_tensor(name) for name in names]
         except SafetensorError as error:
-            raise ShardError(f"{self.path} is no readable safetensors file ({error})") from error
+            raise ShardError(f"{self.path} is not a readable safetensors file ({error})") from error

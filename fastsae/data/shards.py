@@ -19,7 +19,7 @@ from fastsae.data.source import EpochSource, permutation
 from fastsae.progress import bar
 from fastsae.warn import warn
 
-CHUNK_ROWS = 256  # rows read from one place: about one window of text, 300 kB of bf16 at d_in 576
+CHUNK_ROWS = 256  # adjacent rows read together: about one window of text, 300 kB of bf16 at d_in 576
 _CHUNKS, _ROWS = 0, 1  # which of an epoch's permutations a key belongs to
 
 
@@ -30,14 +30,14 @@ class ShardSource(EpochSource):
     then the rows of each pool are permuted. Memory: one pool, in the stored dtype. A folder that fits into one pool is
     shuffled perfectly. The order depends only on the seed and `buffer_rows`, so a position is two integers.
 
-    hook: which of the folder's hooks the rows are of, as the harvest had it or by the module's name; of several, the
-    rows stand side by side, as a crosscoder reads them. None: the only one. target: the hook, or hooks, of the same
-    tokens that a transcoder learns to give.
+    hook: the hook to read, by the name given to the harvest or by the module's name; with several, their rows stand
+    side by side, as a crosscoder reads them. None: the only one. target: the hook, or hooks, of the same tokens that a
+    transcoder learns to predict.
     holdout: None uses the folder's held-out rows, if any. A number uses that many of them, the first ones; a folder
     without any holds out that many of its last rows.
-    rows: train on the first so many only, in the order that they have whatever is harvested after them; None: on all.
+    rows: train only on this many first rows, in an order that does not depend on rows harvested later; None: on all.
     verify: "lazy" checks a shard's checksum when it is first read, "eager" checks all of them now, with a progress bar,
-    "size" only checks the files' lengths, as the others also do.
+    "size" only checks the files' lengths, as the other two also do.
     dtype: of the returned rows; None leaves them as stored.
     Row ids: training rows 0 .. n_tokens - 1 in the order of the files, then the held-out rows.
     Raises: ShardError naming a file that is missing, truncated or altered; ValueError for wrong arguments.
@@ -99,12 +99,12 @@ class ShardSource(EpochSource):
 
     @property
     def hooks(self) -> list[HookFiles]:
-        """What is read: the hooks of a row, as the manifest has them."""
+        """The hooks of a row, as the manifest has them."""
         return list(self._reads)
 
     @property
     def target_hooks(self) -> list[HookFiles]:
-        """The hooks of a target; none where there are no targets."""
+        """The hooks of a target; empty if there are no targets."""
         return list(self._targets)
 
     def verify(self, progress: bool = True) -> None:
@@ -226,7 +226,7 @@ class ShardSource(EpochSource):
         return torch.tensor(table, dtype=torch.int64, device="cpu")
 
     def _identity(self) -> dict[str, Any]:
-        # The shards' checksums identify the rows, even if the folder was moved or holds more by now.
+        # The shards' checksums identify the rows, even if the folder was moved or has grown since.
         last = int(self._owner(torch.tensor([self._rows_per_epoch - 1], dtype=torch.int64, device="cpu")))
         columns = [*self._reads, *self._targets]
         more = [[one.shards[0].sha256, one.shards[last].sha256] for one in columns[1:]]
@@ -250,7 +250,7 @@ class ShardSource(EpochSource):
         return f"row {start + at - int(counts[:chunk].sum()):,} of {self._shards[number].path}"
 
     def _pool_of(self, epoch: int, index: int) -> tuple[int, int, Tensor]:
-        """The pool of a row of the epoch's order, the row's place in it, and its chunks."""
+        """The pool that holds this row of the epoch's order, the row's position in it, and the pool's chunks."""
         if self._epoch_chunks is None or self._epoch_chunks[0] != epoch:
             chunks = self._chunks[permutation(len(self._chunks), self.seed, epoch, _CHUNKS)]
             ends = chunks[:, 2].cumsum(0)

@@ -13,15 +13,15 @@ from fastsae.data.source import check_state
 
 
 class SharedSource:
-    """The rows of a LiveSource, kept from the first that some reader has not had to the last that any has.
+    """A buffer of a LiveSource's rows: from the first that some reader still needs to the last that any has read.
 
-    Every hook of the source gets a reader with a position of its own, in rows. Readers that keep in step hold one batch
-    in memory; one that runs ahead makes the rows between wait for the others.
+    Every hook of the source gets a reader with its own position, in rows. Readers in step hold one batch in memory; if
+    one runs ahead, the rows up to it stay in memory until the others have read them.
     """
 
     def __init__(self, source: LiveSource):
         if source.d_target is not None:
-            raise ValueError("a stream that several SAEs share has no targets: train transcoders one by one")
+            raise ValueError("a stream shared by several SAEs cannot have targets: train transcoders one by one")
         self.source = source
         ends = [sum(source.widths[: number + 1]) for number in range(len(source.widths))]
         starts = [0, *ends[:-1]]
@@ -29,13 +29,13 @@ class SharedSource:
         self._begin = self._end = 0  # rows in memory: [begin, end) of the stream
         self._parts: list[Tensor] = []
         self._origins: list[Callable[[Sequence[int]], list[str]]] = []  # of each part
-        self._mark: tuple[int, dict[str, Any]] = (0, source.state_dict())  # the newest position that was asked for
+        self._mark: tuple[int, dict[str, Any]] = (0, source.state_dict())  # the newest recorded position
 
     def read(self, at: int, n: int) -> Tensor:
         """Rows [at, at + n) of the stream, of all hooks."""
         self._drop()
         if at < self._begin or min(reader.at for reader in self.readers) > self._end:
-            # Behind what is in memory, or everybody is ahead of the stream: it goes to where the last reader was saved.
+            # Before the rows in memory, or all readers are ahead of the stream: go to the last reader's saved position.
             self._go(min(self.readers, key=lambda reader: reader.at).base)
         if self._end < at + n:
             self._parts.append(self.source.next_batch(at + n - self._end))
@@ -48,14 +48,14 @@ class SharedSource:
         return torch.cat(found)
 
     def mark(self, at: int) -> tuple[int, dict[str, Any]]:
-        """The newest row up to `at` at which the source's state is known, and that state; at the end it is asked."""
+        """The newest row up to `at` with a known source state, and that state; at the end, the source's own state."""
         if at == self._end:
             self._mark = (at, self.source.state_dict())
         known = [self._mark, *(reader.base for reader in self.readers)]
         return max((base for base in known if base[0] <= at), key=lambda base: base[0])
 
     def _drop(self) -> None:
-        """Forgets the rows that every reader has had."""
+        """Drops the rows that every reader has read."""
         low = min(reader.at for reader in self.readers)
         while self._parts and self._begin + len(self._parts[0]) <= low:
             self._begin += len(self._parts.pop(0))
@@ -70,7 +70,7 @@ class SharedSource:
         self._parts, self._origins, self._mark = [], [], base
 
     def origin(self, at: int) -> Callable[[Sequence[int]], list[str]]:
-        """Where the rows come from that are in memory from `at` on: see NamesRows."""
+        """Where the rows in memory from `at` on come from: see NamesRows."""
         begin, parts = (
             self._begin,
             [(len(part), origin) for part, origin in zip(self._parts, self._origins, strict=True)],

@@ -41,7 +41,7 @@ class ActivationSource(Protocol):
 
 @runtime_checkable
 class TargetSource(ActivationSource, Protocol):
-    """Rows with targets, for transcoders: what a source has beside the above where `d_target` is a number."""
+    """Rows with targets, for transcoders: the further methods of a source whose `d_target` is a number."""
 
     @property
     def d_target(self) -> int | None:
@@ -59,23 +59,23 @@ class NamesRows(Protocol):
     """A source that knows where its rows come from."""
 
     def origin(self) -> Callable[[Sequence[int]], list[str]]:
-        """Of the batch returned last: the places of rows, in words, by their numbers in it. It stays right when the
-        source goes on, and keeps no rows.
+        """A function from row numbers in the last returned batch to their places, in words. It stays valid when the
+        source moves on, and keeps no rows.
         """
 
 
 def origin_of(source: ActivationSource) -> Callable[[Sequence[int]], list[str]] | None:
-    """`NamesRows.origin`; None where the source does not know, or has returned no batch."""
+    """`NamesRows.origin`; None if the source does not know, or has returned no batch."""
     return source.origin() if isinstance(source, NamesRows) else None
 
 
 def target_width(source: ActivationSource) -> int | None:
-    """The width of the targets; None where the rows are their own."""
+    """The width of the targets; None if the rows are their own targets."""
     return getattr(source, "d_target", None)
 
 
 def next_pair(source: ActivationSource, n: int) -> tuple[Tensor, Tensor | None]:
-    """The next n rows of a source and their targets; None where the rows are their own."""
+    """The next n rows of a source and their targets; None if the rows are their own targets."""
     if target_width(source) is None:
         return source.next_batch(n), None
     assert isinstance(source, TargetSource)
@@ -83,7 +83,7 @@ def next_pair(source: ActivationSource, n: int) -> tuple[Tensor, Tensor | None]:
 
 
 def held_out_targets(source: ActivationSource) -> Tensor | None:
-    """The targets of a source's held-out rows; None where the rows are their own."""
+    """The targets of a source's held-out rows; None if the rows are their own targets."""
     if target_width(source) is None:
         return None
     assert isinstance(source, TargetSource)
@@ -91,7 +91,7 @@ def held_out_targets(source: ActivationSource) -> Tensor | None:
 
 
 def pair_of(rows: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
-    """Rows (n, d_in) and targets (n, rest) of rows that have both side by side. Raises ValueError for no targets."""
+    """Splits rows that have both side by side into rows (n, d_in) and targets. Raises ValueError without targets."""
     if rows.shape[1] == d_in:
         raise ValueError("this source has no targets: open it with target=")
     return rows[:, :d_in].contiguous(), rows[:, d_in:].contiguous()

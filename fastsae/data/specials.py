@@ -1,4 +1,4 @@
-"""A tokenizer's special tokens: those it puts around a text, all that it has, and tokens by name."""
+"""A tokenizer's special tokens: those that it adds around a text, all of them, and tokens by name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PROBES = 1000  # ordinary tokens tried before giving up
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids that a tokenizer puts before and after a text ([CLS] and [SEP], or BOS, or nothing).
 
-    The tokenizer's own mask says which ids it has added. The text between them has to be one that it can read: "a", or
-    a token of its vocabulary. Raises ValueError if the mask leaves nothing of any.
+    The tokenizer's own mask says which ids it has added. The text between them must be one that it can read: "a", or a
+    token of its vocabulary. Raises ValueError if the mask marks every token of every such text as special.
     """
     if tokenizer is None:
         return [], []
@@ -41,10 +41,10 @@ def _probes(tokenizer: Any) -> Iterator[str]:
 
 
 def special_ids(tokenizer: Any) -> dict[int, str]:
-    """{id: name} of the special tokens of a tokenizer, but for the one that stands for words it does not know.
+    """{id: name} of a tokenizer's special tokens, without its unknown-word token.
 
-    Where no text gives that token, or it has another role too, it is special: byte-level vocabularies call their end of
-    text so.
+    If no text produces that token, or it has another role too, it counts as special: byte-level vocabularies give that
+    name to their end of text.
     """
     if tokenizer is None:
         return {}
@@ -67,7 +67,7 @@ def _writes_unknown(tokenizer: Any) -> bool:
 
 
 def named_ids(names: Sequence[str], tokenizer: Any) -> dict[int, str]:
-    """{id: name} of tokens: as the tokenizer writes them, the text of a single token, or "#ID".
+    """{id: name} of tokens, each given as the tokenizer writes it, as the text of a single token, or as "#ID".
 
     Raises ValueError for a name that is no token.
     """
@@ -76,7 +76,7 @@ def named_ids(names: Sequence[str], tokenizer: Any) -> dict[int, str]:
         number = int(name[1:]) if name.startswith("#") and name[1:].isdecimal() else _id_of(name, tokenizer)
         if number is None or (tokenizer is not None and number >= len(tokenizer)):
             known = ", ".join(special_ids(tokenizer).values()) or "none"
-            raise ValueError(f"the tokenizer has no token {name!r}; its special tokens: {known}; or give an id, as #7")
+            raise ValueError(f"the tokenizer has no token {name!r}; its special tokens: {known}; or give an id like #7")
         found[number] = name
     return found
 

@@ -4,8 +4,8 @@
     splice with error_term   x -> x̂ + e,  e = x - x̂ held fixed
     steer                    x -> x̂' + e = x + (x̂' - x̂),  x̂' the decoding of the code with the given latents set
 
-Both are one forward hook that is there as long as the `with` block, and is removed however the block ends. They nest,
-and several may be at one place: each sees what the one before it left. Gradients flow through the reconstruction to the
+Both install one forward hook for the `with` block, and remove it however the block ends. They nest, and several may be
+at one place: each sees the result of the one before. Gradients flow through the reconstruction to the
 SAE and to the layers below. e is a constant in the backward pass of `splice`, as in Marks et al. (2024, "Sparse Feature
 Circuits"): with e = x - x̂ differentiated, the gradient of every latent would be 0. `steer` has its true derivative.
 Source of steering with the error kept: Templeton et al. (2024, "Scaling Monosemanticity"), feature steering.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastsae.model.sae import SparseAutoencoder
 
 Site: TypeAlias = Hook | tuple[Hook, Hook]
-"""A hook (`fastsae.data.hooks.find`), or for a transcoder two: where it reads and what it replaces, as
+"""A hook (`fastsae.data.hooks.find`), or for a transcoder two: where it reads and what it replaces, such as
 ("mlp.14:input", "mlp.14")."""
 Where: TypeAlias = Callable[[Tensor], Tensor]
 """Activations (*batch, d_in) -> bool (*batch): the tokens at which the activation is replaced."""
@@ -49,18 +49,18 @@ def splice(
     """While the block runs, the model computes with the reconstruction of its activations at a hook.
 
     hook        a place of the model, see `Site`; or {hook: sae, ...} for several at once.
-    error_term  add what the reconstruction lacks: the model computes what it did, to the last bit, and the gradients
-                pass through the latents.
+    error_term  add the reconstruction error: the model's output is unchanged, to the last bit, and the gradients pass
+                through the latents.
     where       the tokens at which the activation is replaced, see `fastsae.data.Ordinary`, for all hooks or by hook;
                 elsewhere it stays the model's own, to the last bit. None: every token. An SAE that was trained without
                 the first positions must not replace them: in many models they hold an attention sink.
-    The SAE may have another dtype and device than the model, and computes in the mode that it is in: after `sae.eval()`
-    rules with a running threshold use it. A place may give a tensor or a tuple that begins with one.
+    The SAE's dtype and device may differ from the model's, and its mode is not changed: after `sae.eval()` rules with a
+    running threshold use it. The hooked module may return a tensor or a tuple that begins with one.
     Raises ValueError for a hook that the model does not have and, within the block, for activations of another width.
     """
     if isinstance(hook, Mapping):
         if sae is not None:
-            raise ValueError("splice: got a mapping of hooks to SAEs and another SAE; give one of them")
+            raise ValueError("splice: got a mapping of hooks to SAEs and another SAE; give only one of them")
         pairs = dict(hook)
     elif sae is None:
         raise ValueError(f"splice: no SAE for the hook {hook!r}; pass splice(model, hook, sae) or {{hook: sae}}")
@@ -87,7 +87,7 @@ def steer(
 
     latents  {latent: activation}, in the units of `sae.encode(x).acts`; a 0-d tensor may require a gradient. 0 ablates.
     where    the tokens, as in `splice`; None: every token.
-    The reconstruction's error is kept: x becomes x + (x̂' - x̂). A latent set to the value that it has changes no bit.
+    The reconstruction error is kept: x becomes x + (x̂' - x̂). Setting a latent to its current value changes no bit.
     Raises ValueError for a latent that the SAE does not have or a value that is not finite; else as `splice`.
     """
     for latent, value in latents.items():
@@ -129,14 +129,14 @@ def edited(model: nn.Module | LanguageModel, site: Site, edit: Edit, where: Wher
 
 
 def check_apart(model: nn.Module | LanguageModel, sites: Iterable[Site]) -> None:
-    """Raises ValueError where two sites, by whatever names, replace the same activations."""
+    """Raises ValueError if two sites, under any names, replace the same activations."""
     module = model.model if isinstance(model, LanguageModel) else model
     seen: dict[tuple[nn.Module, bool], Site] = {}
     for site in sites:
         place = find(module, site[1] if isinstance(site, tuple) else site)
         other = seen.setdefault((place.module, place.takes_input), site)
         if other != site:
-            raise ValueError(f"the hooks {other!r} and {site!r} are one place, {place.name}; splice in one SAE there")
+            raise ValueError(f"the hooks {other!r} and {site!r} are the same place, {place.name}; splice in one SAE")
 
 
 def where_of(where: Where | Mapping[Site, Where] | None, site: Site) -> Where | None:
@@ -181,7 +181,7 @@ def _steering(sae: SparseAutoencoder, name: str, latents: Mapping[int, float | T
         values = torch.stack(given) if given else rows[:0, 0]
         # Only the latents that are set: x̂' - x̂ is exactly 0 where they have their values already.
         change = (values - acts_of(sae.encode(rows), chosen)) @ sae.W_dec[chosen]
-        # A token that is no number has other acts of NaN than the chosen ones.
+        # A token with NaN has acts of NaN at other latents than the chosen ones too.
         change = torch.where(torch.isfinite(rows).all(-1, keepdim=True), change, torch.nan)
         stats = sae.norm.statistics(rows)
         return y + (change if stats is None else change * stats.unit).to(y.device)
@@ -192,7 +192,7 @@ def _steering(sae: SparseAutoencoder, name: str, latents: Mapping[int, float | T
 def _edited(x: Tensor, y: Tensor, edit: Edit, where: Where | None, name: str) -> Tensor:
     """y (*batch, d_out) with the chosen tokens edited; x (*batch, d_in) is what was read."""
     if x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(f"{name} gives {tuple(y.shape)}, what is read gives {tuple(x.shape)}: not the same tokens")
+        raise ValueError(f"{name} has shape {tuple(y.shape)}, the hook read {tuple(x.shape)}: not the same tokens")
     if where is None:
         return edit(x.flatten(0, -2), y.flatten(0, -2)).to(y.dtype).reshape(y.shape)
     chosen = where(x)
@@ -245,8 +245,8 @@ def _check_widths(sae: SparseAutoencoder, x: Tensor, y: Tensor, name: str) -> No
     for tensor, width, what in ((x, sae.d_in, "d_in"), (y, sae.d_out, "d_out")):
         if tensor.shape[-1] != width:
             raise ValueError(
-                f"the activations at {name} have {tensor.shape[-1]} numbers, the SAE expects {what} = {width}: it was "
-                "trained on another model or hook; a transcoder needs two hooks, (where it reads, what it replaces)"
+                f"the activations at {name} have {tensor.shape[-1]} numbers, but the SAE expects {what} = {width}: was "
+                "it trained on another model or hook? A transcoder needs two hooks, (where it reads, what it replaces)"
             )
 
 

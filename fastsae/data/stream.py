@@ -27,7 +27,7 @@ MARGIN = 1.25  # reserve this multiple of the text that the held-out rows need i
 EARLIER: dict[str, Any] = {
     "pack": "windows", "special_tokens": "keep", "drop_tokens": [], "keep_tokens": [], "drop_positions": []
 }  # fmt: skip
-"""What records from before these options mean: the rows of special tokens inside a text were kept."""
+"""The meaning of records from before these options: the rows of special tokens inside a text were kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +37,14 @@ class StreamConfig:
     hook: Hooks
     """Where the activations are taken: a number L for the residual stream after L layers (0: the embeddings), mlp.L or
     attn.L, or a module's name for its output ("model.layers.14"), or with ":input" for its input. Several are read in
-    one pass; a token is left out at all of them if its norm is too large at any."""
+    one pass; a token is dropped at all of them if its norm is too large at any."""
     window: int = 256
     """Tokens in one window of text."""
     windows_per_batch: int = 16
     """Windows in one forward pass."""
     pack: Pack = "windows"
-    """windows: documents follow each other, with the tokenizer's end of text between them, and fill every window.
-    documents: a window holds text of one document alone; the end of a document is padded, and the model gets a mask."""
+    """windows: documents follow each other, separated by the tokenizer's end of text, and fill every window.
+    documents: a window holds text of only one document; its last window is padded, and the model gets a mask."""
     drop_first: bool = True
     """Drop the first position of every window, an attention sink with an enormous norm in most models."""
     drop_positions: tuple[int, ...] = ()
@@ -70,7 +70,7 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         hooks = hooks_of(self.hook)
-        # One hook is stored as it always was; several come back from JSON as a list.
+        # One hook is stored as a single value, as in older versions; several come back from JSON as a list.
         object.__setattr__(self, "hook", hooks[0] if len(hooks) == 1 else hooks)
         check_seed(self.seed)
         for name, least in (("window", 2), ("windows_per_batch", 1), ("holdout", 0)):
@@ -84,7 +84,7 @@ class StreamConfig:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         for position in self.drop_positions:
             if not -self.window <= position < self.window:
-                raise ValueError(f"a window has positions 0 to {self.window - 1}, drop_positions has {position}")
+                raise ValueError(f"drop_positions has {position}, expected positions from 0 to {self.window - 1}")
 
     @property
     def hooks(self) -> tuple[Hook, ...]:
@@ -99,7 +99,7 @@ class StreamConfig:
         return self.hook
 
     def to_record(self) -> dict[str, Any]:
-        """JSON-able, as it reads after a round trip through JSON."""
+        """JSON-able, equal to itself after a round trip through JSON."""
         record = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}
 
@@ -112,10 +112,10 @@ class StreamConfig:
 
 
 class SplitText:
-    """A corpus as windows for training, with others held out: all of a stream that needs no model.
+    """A corpus as windows for training and held-out windows: the part of a stream that needs no model.
 
-    The last pieces of the corpus are held out, as many as the held-out rows need; of a streamed corpus the first ones.
-    Raises: ValueError for a text that is too short or does not fit the tokenizer, and a token that this does not have.
+    The last pieces of the corpus are held out (the first ones if it is streamed), as many as the held-out rows need.
+    Raises: ValueError for a text that is too short or does not fit the tokenizer, and for a token that it lacks.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Any, config: StreamConfig):
@@ -128,7 +128,7 @@ class SplitText:
         dropped = {number: name for number, name in dropped.items() if number not in kept}
         self.without = {**dropped, **named_ids(config.drop_tokens, tokenizer)}
         """Tokens whose rows are dropped: {id: name}."""
-        # Around windows a token that is to be kept leaves gaps; without one, all of them are dropped by their number.
+        # If a special token around windows is to be kept, they are filtered by id; otherwise all are dropped by number.
         frame = [*enumerate(probe.prefix), *enumerate(probe.suffix, -len(probe.suffix))]
         gaps = any(number in kept for _, number in frame)
         self.n_prefix, self.n_suffix = (0, 0) if gaps else (len(probe.prefix), len(probe.suffix))
@@ -137,9 +137,9 @@ class SplitText:
         full = torch.zeros(1, config.window, dtype=torch.int64, device="cpu")
         choice = dataclasses.replace(self.filter("").ordinary, without=())
         self.rows_per_window = int(choice.places(full).sum())
-        """Rows of a full window, if no token is dropped for what it is."""
+        """Rows of a full window, if no token is dropped by its id."""
         if self.rows_per_window < 1:
-            raise ValueError(f"a window of {config.window} tokens leaves no row beside the dropped positions")
+            raise ValueError(f"window is {config.window} tokens, and all of its positions are dropped; make it longer")
         streamed = isinstance(corpus, Streamed)
         held = self._pieces_to_hold_out(probe.content, streamed)
         count = len(corpus)
@@ -215,10 +215,9 @@ def load_for(
     head: bool = False,
     tokens: int = 0,
 ) -> LanguageModel:
-    """`load_model`, after everything that can be told without weights: of the text by its tokenizer, and of the hooks.
+    """`load_model`, after every check that needs no weights: the text, with the model's tokenizer, and the hooks.
 
-    tokens: of held-out text that have to be there. Raises as `load_model`, `SplitText`, `held_out_windows` and
-    `check_model`.
+    tokens: of held-out text that must exist. Raises as `load_model`, `SplitText`, `held_out_windows` and `check_model`.
     """
     tokenizer = load_tokenizer(spec)
     held_out_windows(SplitText(corpus, tokenizer, config), tokens)
@@ -230,7 +229,7 @@ def load_for(
 def held_out_windows(text: SplitText, tokens: int) -> Tensor:
     """The first windows (n, window) int64 of the held-out text with at least `tokens` tokens in all.
 
-    Where documents are kept apart, windows end with PAD, which counts as no token. Raises ValueError for fewer.
+    If documents are kept apart, windows end with PAD, which is not counted. Raises ValueError if there are fewer.
     """
     stream = text.held_out()
     parts = [stream.next(math.ceil(tokens / text.config.window))]
@@ -239,7 +238,7 @@ def held_out_windows(text: SplitText, tokens: int) -> Tensor:
     if have < tokens:
         raise ValueError(
             f"the text is too short: its held-out part has {have:,} tokens in windows of "
-            f"{text.config.window}, {tokens:,} were asked for; ask for fewer, or give another text"
+            f"{text.config.window}, expected {tokens:,}; ask for fewer, or give another text"
         )
     return torch.cat(parts)
 
@@ -247,9 +246,9 @@ def held_out_windows(text: SplitText, tokens: int) -> Tensor:
 class ActivationStream:
     """The rows of a corpus at the hooks of a model, in the order of the text; a position is a few numbers.
 
-    Rows (n, d_in) have the activations of all hooks side by side, `widths` of them each, from one pass. Each hook has a
-    filter of its own, and a token gives a row if it passes all of them: the input of an MLP is normalized and shows
-    nothing of the huge norms of its output.
+    Rows (n, d_in) have the activations of all hooks side by side, with these `widths`, from one pass. Each hook has a
+    filter of its own, and a token gives a row only if it passes all of them: the input of an MLP is normalized and does
+    not show the huge norms of its output.
     The stream skips the pieces of the corpus that are held out, see `SplitText`.
     Deterministic: the same model, text, settings, thread count and machine give bit-identical rows.
     """
@@ -278,8 +277,8 @@ class ActivationStream:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Counts so far, JSON-able. With several hooks those of the first one's filter; `rows_dropped_elsewhere` passed
-        it and not another's.
+        """Counts so far, JSON-able. With several hooks these are the first filter's; `rows_dropped_elsewhere` passed it
+        but not another one.
         """
         first = self.filter.stats
         if len(self.filters) > 1:
@@ -326,10 +325,10 @@ class ActivationStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved = [state, *state.get("others", [])]
         if len(saved) != len(self.filters):
-            raise ValueError(f"the saved position is of {len(saved)} hooks, here are {len(self.filters)}")
+            raise ValueError(f"the saved position has {len(saved)} hooks, expected {len(self.filters)}")
         for one, kept in zip(self.filters, saved, strict=True):
             here, then = one.median or 0.0, float(kept["median"])
-            # Not to the last bit: other machines round differently. The saved median is used: the limit stays.
+            # Not to the last bit: other machines round differently. The saved median is used, so the limit stays.
             if state["pieces"] != self.n_train or not math.isclose(here, then, rel_tol=0.01):
                 raise ValueError(
                     f"the saved position is from a text of {state['pieces']} pieces with a median norm of {then}, "
@@ -362,7 +361,7 @@ class ActivationStream:
 def check_model(language_model: LanguageModel, config: StreamConfig) -> None:
     """Raises ValueError for a hook that the model does not have, and for windows that are longer than it takes.
 
-    Weights are not read: the model may lie on the meta device, as `load_model(check=)` gives it.
+    Weights are not read: the model may be on the meta device, as in `load_model(check=)`.
     """
     HookedModel(language_model.model, config.hook)
     _check_window(language_model, config)
@@ -373,11 +372,11 @@ def _check_window(language_model: LanguageModel, config: StreamConfig) -> None:
     text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
     longest = getattr(text, "max_position_embeddings", None)
     if longest is not None and config.window > longest:
-        raise ValueError(f"window is {config.window} tokens, the model takes at most {longest}")
+        raise ValueError(f"window is {config.window} tokens, but the model takes at most {longest}")
 
 
 def _in_common(found: Sequence[Rows]) -> Rows:
-    """The rows of several hooks side by side, of the tokens that are in all of them."""
+    """The rows of several hooks side by side, for the tokens that all of them have."""
     first = found[0]
     if len(found) == 1:
         return first

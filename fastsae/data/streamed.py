@@ -55,14 +55,14 @@ class DatasetCorpus:
             raise ValueError(f"{spec!r} holds no rows")
 
     def __len__(self) -> int:
-        """More pieces than there are: see `has`."""
+        """An upper bound on the number of pieces: see `has`."""
         return MOST_PIECES
 
     def has(self, piece: int) -> bool:
         return bool(self.documents(piece))
 
     def documents(self, piece: int) -> list[Document]:
-        """The documents of one piece; none behind the end."""
+        """The documents of one piece; empty after the end."""
         if piece in self._recent:
             self._recent.move_to_end(piece)
         else:
@@ -78,7 +78,7 @@ class DatasetCorpus:
         return joined(self.token_documents(piece, tokenizer), tokenizer)
 
     def describe(self) -> dict[str, Any]:
-        """The digest is of the first rows: those behind them are not known before they are read."""
+        """The digest covers the first rows: later ones are not known before they are read."""
         digest = hashlib.sha256(json.dumps(self.documents(0)).encode()).hexdigest()[:16]
         return {"spec": self.spec, "digest": digest, **chosen(self.field)}
 

@@ -11,7 +11,7 @@ from fastsae.data.documents import Document, field_of
 class ParquetFile:
     """The rows of a parquet file, each a document: a string, or a list of messages, in the column `field`.
 
-    A piece is a range of rows in one row group, `step` bytes of that column, about.
+    A piece is a range of rows in one row group, about `step` bytes of that column.
     Raises: ImportError without pyarrow; ValueError for another file, or one without that column.
     """
 
@@ -27,7 +27,7 @@ class ParquetFile:
         try:
             about = pyarrow.parquet.read_metadata(path)
         except self._damaged as error:
-            raise ValueError(f"{path} is no readable parquet file ({_first_line(error)})") from error
+            raise ValueError(f"{path} is not a readable parquet file ({_first_line(error)})") from error
         columns = about.schema.to_arrow_schema().names
         if field not in columns:
             raise ValueError(

@@ -66,7 +66,7 @@ class TensorSource(EpochSource):
 
 
 def _check(x: Tensor, what: str, width: str) -> None:
-    """Raises ValueError for what are no finite rows."""
+    """Raises ValueError for anything but finite rows."""
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"expected a float tensor (rows, {width}), got {x.dtype} of shape {tuple(x.shape)}")
     bad = nonfinite_rows(x)

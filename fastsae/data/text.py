@@ -46,7 +46,7 @@ class ByDocument(Protocol):
 
 @runtime_checkable
 class Streamed(Protocol):
-    """A corpus that is read from its start and whose end is not known: its first pieces are held out."""
+    """A corpus that is read from its start and whose length is not known: its first pieces are held out."""
 
     def has(self, piece: int) -> bool:
         """Whether there is such a piece."""
@@ -57,7 +57,7 @@ class TextCorpus:
 
     - .txt, .md, .rst, .html and any other name: UTF-8 text; a file is cut into pieces of 4 to 64 kB, each a document
     - .jsonl: JSON lines, and .parquet: rows; `field` holds a text, or the messages of a chat, which the tokenizer's
-      template writes out
+      template formats
     - .npy, .bin: token ids, see `TokenFile`; a .bin file holds numbers of `token_type`
     - text, pages and JSON lines also as .gz and .zst; they are unpacked into the temporary folder
     Raises: ValueError if there is no file, or if one is damaged or not what its name says, naming the place;
@@ -188,12 +188,12 @@ def files_of(spec: str) -> list[Path]:
         name, _, pattern = spec.removeprefix("debian:").partition("/")
         folder = Path("/usr/share/doc") / name
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not there; install the package with: apt-get install {name}")
+            raise ValueError(f"{folder} does not exist; install the package with: apt-get install {name}")
         return [path for path in _matches(folder, pattern) if not path.name.startswith(("changelog", "copyright"))]
     if Path(spec).is_dir():
         return _matches(Path(spec), "")
     if Path(spec).is_file():
-        return [Path(spec)]  # a name may hold the signs of a pattern
+        return [Path(spec)]  # a file's name may contain pattern characters
     return sorted(path for path in map(Path, glob.glob(spec, recursive=True)) if path.is_file())
 
 

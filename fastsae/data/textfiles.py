@@ -36,7 +36,7 @@ class FileOfText(Protocol):
 
 
 class Spool:
-    """Unpacked files, one after the other in an unnamed file of the temporary folder, which ends with this object."""
+    """Unpacked files, concatenated in an unnamed file of the temporary folder, which is deleted with this object."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="fastsae-text-")  # noqa: SIM115
@@ -58,10 +58,10 @@ class Spool:
 class PlainFile:
     """A text file, JSON lines or a web page, UTF-8, each also compressed (.gz, .zst).
 
-    step: bytes of a piece, about. A piece ends at a line's end. JSON lines are never cut. Another text is cut inside a
-    line (at a carriage return, a space, or between two characters) if no line ends within REACH more pieces. A web page
-    is one piece, unless it is REACH pieces long: then its text is cut. `as_ever` is False where a piece ends elsewhere
-    than at a line feed or the end of a file on disk.
+    step: bytes of a piece, approximately. A piece ends at a line's end. JSON lines are never cut. Other text is cut
+    inside a line (at a carriage return, a space, or between two characters) if no line ends within REACH more pieces. A
+    web page is one piece, unless it is REACH pieces long: then its text is cut. `as_ever` is False if a piece ends
+    anywhere but at a line feed or at the end of a file on disk.
     """
 
     def __init__(self, path: Path, *, field: str, step: int, spool: Spool):
@@ -111,7 +111,7 @@ class PlainFile:
             text = self._read(start, end).decode().removeprefix("\ufeff").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not UTF-8 at byte {start + error.start:,}; convert it") from error
-        # A carriage return alone ends a line in a text without line feeds, and means something else in any other.
+        # A lone carriage return ends a line only in a text without line feeds.
         return text if "\n" in text else text.replace("\r", "\n")
 
     def _cut(self, step: int) -> list[int]:
@@ -124,7 +124,7 @@ class PlainFile:
 
     def _line_end(self, start: int, step: int) -> int:
         """The end of the line that byte `start` lies in, or of the part of a long line."""
-        # A raw line end in JSON lines is one: inside a string it would be escaped.
+        # In JSON lines every raw line end is a real one: inside a string it would be escaped.
         line_end = re.compile(rb"\n|\r(?!\n)" if self._kind == ".jsonl" else rb"\n")
         limit = self._size if self._kind == ".jsonl" else min(start + REACH * step, self._size)
         for at in range(start, limit, BLOCK):

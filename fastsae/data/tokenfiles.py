@@ -10,7 +10,7 @@ from fastsae.data.documents import Document, TokenType
 
 PIECE_TOKENS = 4096
 HEADERS = {20240520: "uint16", 20240801: "uint32"}
-"""The first int32 of an llm.c file, and the type of its ids, which follow HEADER_BYTES."""
+"""The first int32 of an llm.c file, and the type of its ids, which begin after HEADER_BYTES."""
 HEADER_BYTES = 1024
 
 
@@ -18,7 +18,7 @@ class TokenFile:
     """Ids of a .npy file, (tokens,) or (documents, tokens), or of a .bin file, raw numbers of `dtype`.
 
     A piece is a document, or 4,096 tokens of a file that is one row of tokens. A .bin file with the header of llm.c
-    says its type itself.
+    states its own type.
     Raises: ValueError for a file that is no such array, or holds numbers of another type than `dtype`.
     """
 
@@ -54,9 +54,9 @@ def _raw(path: Path, dtype: TokenType) -> np.ndarray:
     offset = HEADER_BYTES if int(header[0]) in HEADERS else 0
     kind = np.dtype(HEADERS.get(int(header[0]), dtype)).newbyteorder("<")
     if (size - offset) % kind.itemsize:
-        raise ValueError(f"{size - offset:,} bytes are no whole number of {kind.name} ids; name another --token-type")
+        raise ValueError(f"{size - offset:,} bytes are not a whole number of {kind.name} ids; set --token-type")
     ids = np.memmap(path, dtype=kind, mode="r", offset=offset)
     # Ids below 65,536 in 32 bits: read in 16, every second number is 0.
     if kind.itemsize == 2 and len(ids) > 15 and not ids[1:4096:2].any() and ids[:4096:2].any():
-        raise ValueError("every second uint16 is 0, as in a file of uint32; name it with --token-type uint32")
+        raise ValueError("every second uint16 is 0, as in a file of uint32; set --token-type uint32")
     return ids

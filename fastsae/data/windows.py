@@ -22,9 +22,8 @@ class WindowStream:
 
     pack "windows": the tokens of all pieces in turn, with a separator after each piece; every window is full. With
     `repeat` off, the last tokens are dropped if they do not fill one.
-    pack "documents": a window holds text of one document alone. A longer document takes several windows; the last one
-    of each is filled up with PAD, behind the special tokens. Special tokens that a document brings along are not
-    repeated.
+    pack "documents": a window holds text of only one document. A longer document takes several windows; its last one
+    is filled up with PAD, after the special tokens. Special tokens that a document already has are not repeated.
     Pieces come in a random order, a new one each epoch, or in corpus order if `shuffle` is off or the corpus is
     streamed. With `repeat` off the stream ends after one epoch.
     """
@@ -51,8 +50,8 @@ class WindowStream:
         self.window = window
         if pack == "documents" and not isinstance(corpus, ByDocument):
             raise ValueError(
-                f"pack 'documents' needs a corpus with token_documents(piece, tokenizer), {type(corpus).__name__} has "
-                "none; pack into windows, or add it"
+                f"pack 'documents' needs a corpus with token_documents(piece, tokenizer), but {type(corpus).__name__} "
+                "has none; pack into windows, or add it"
             )
         self.prefix, self.suffix = special_tokens(tokenizer)
         self.content = window - len(self.prefix) - len(self.suffix)
@@ -113,7 +112,7 @@ class WindowStream:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         if not 0 <= state["piece"] <= len(self.pieces):
-            raise ValueError(f"the saved place is piece {state['piece']} of a text that has {len(self.pieces)} here")
+            raise ValueError(f"the saved place is piece {state['piece']}, but the text has {len(self.pieces)} pieces")
         self.epoch, self._piece, self._offset = state["epoch"], state["piece"], state["offset"]
 
     def _at_end(self) -> bool:
@@ -123,7 +122,7 @@ class WindowStream:
         return isinstance(self.corpus, Streamed) and not self.corpus.has(self.pieces[self._piece])
 
     def _current(self) -> np.ndarray:
-        """What the current piece holds: tokens (n,), or windows (n, window) where documents are kept apart."""
+        """The current piece: tokens (n,), or windows (n, window) if documents are kept apart."""
         number = self.pieces[self._place()]
         if self._read is None or self._read[0] != number:
             if self.pack == "documents":

@@ -28,7 +28,7 @@ class ShardWriter:
     list; the next writer overwrites it.
     Several hooks have a file each, shard_00000.1.safetensors for the second one: a run reads and verifies those of its
     own hooks alone. One manifest lists the files of a shard together, so their rows line up after any kill.
-    others: the further hooks, without files; rows then have d_in numbers and, beside them, those of each other hook.
+    others: the further hooks, without files; rows then have d_in numbers followed by those of each other hook.
     Raises: ValueError if the folder was made with other settings (naming them) or is not a folder of activations;
     BlockingIOError if another process is writing to it.
     """
@@ -92,7 +92,7 @@ class ShardWriter:
         self.manifest.write(self.folder)
 
     def write_vocabulary(self, data: bytes) -> None:
-        """Write the JSON list of token strings, with which contexts are shown without the model."""
+        """Write the JSON list of token strings, so that contexts can be shown without the model."""
         sha256 = write_atomically(self.folder / VOCABULARY, data)
         self.manifest.vocabulary = FileEntry(VOCABULARY, 0, len(data), sha256)
         self.manifest.write(self.folder)

@@ -1,4 +1,4 @@
-"""An SAE of fastsae as other libraries know SAEs: dense acts in and out, under their names.
+"""An SAE of fastsae with the interfaces of other libraries: dense acts in and out, under their names.
 
     saelens.py        a class for SAELens: HookedSAETransformer, its dashboard and exporters
     saebench.py       a module for SAEBench's evaluations
@@ -35,9 +35,9 @@ def register_saelens() -> type[FastSAE]:
 def as_saelens(sae: SparseAutoencoder, **metadata: Any) -> FastSAE:
     """`sae` as an SAE of SAELens, which shares its parameters: for HookedSAETransformer, dashboards and exporters.
 
-    metadata: what SAELens asks to know of its use, as model_name="gpt2", hook_name="blocks.8.hook_resid_pre".
-    Acts are dense there, (*batch, d_sae). Raises ValueError for one that SAELens cannot run: a transcoder, a crosscoder
-    or one with a skip connection; ImportError without SAELens.
+    metadata: what SAELens needs to know about its use, such as model_name="gpt2", hook_name="blocks.8.hook_resid_pre".
+    Acts are dense, (*batch, d_sae). Raises ValueError for one that SAELens cannot run: a transcoder, a crosscoder or
+    one with a skip connection; ImportError without SAELens.
     """
     found = register_saelens()
     sae = usable(sae, "SAELens")
@@ -64,7 +64,7 @@ def as_saebench(
 
 
 def usable(sae: SparseAutoencoder, host: str) -> SparseAutoencoder:
-    """`sae`. Raises ValueError where its code and one vector are not all that its reconstruction depends on."""
+    """`sae`. Raises ValueError if its reconstruction depends on more than its acts."""
     sae = as_sae(sae, "sae")
     wrong = {
         "a transcoder": sae.d_in != sae.d_out, "a crosscoder": sae.layers > 1, "skip=True": sae.skip,

@@ -1,6 +1,6 @@
-"""Files of tensors alone, known by their names: Qwen-Scope, overcomplete, circuit-tracer's transcoders of one layer.
+"""Files that hold only tensors, recognised by their names: Qwen-Scope, overcomplete, circuit-tracer's single layers.
 
-Where they do not say which latents are active, the caller does, by activation=.
+If they do not say which latents are active, the caller does, with activation=.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def _qwen_file(files: Checkpoint) -> str | None:
 def read_qwen(files: Checkpoint, rule: Activation | None) -> Parts:
     name = _qwen_file(files)
     if name is None:
-        raise SavedModuleError(f"{files.label} has no one file *.sae.pt with {', '.join(QWEN)}; name the file")
+        raise SavedModuleError(
+            f"{files.label} does not have exactly one *.sae.pt with {', '.join(QWEN)}; name the file"
+        )
     said = re.search(r"L0_(\d+)", f"{files.label}/{files.root.resolve()}")
     if rule is None and said is None:
         raise SavedModuleError(
@@ -67,7 +69,7 @@ def read_overcomplete(files: Checkpoint, rule: Activation | None) -> Parts:
     """
     name = _overcomplete_file(files)
     if name is None:
-        raise SavedModuleError(f"{files.label} has no one file with {DICTIONARY}")
+        raise SavedModuleError(f"{files.label} does not have exactly one file with {DICTIONARY}; name the file")
     path, tensors = files.path(name), files.tensors(name)
     layout = {f"{FINAL}.0.weight": "d_sae d_in", f"{FINAL}.0.bias": "d_sae", DICTIONARY: "d_sae d_in"}
     normed = f"{FINAL}.1.running_mean" in tensors
@@ -113,7 +115,9 @@ def read_tracer(files: Checkpoint, rule: Activation | None) -> Parts:
     """
     name = _tracer_file(files)
     if name is None:
-        raise SavedModuleError(f"{files.label} has no one safetensors file with W_enc, W_dec, b_enc and b_dec")
+        raise SavedModuleError(
+            f"{files.label} does not have exactly one safetensors file with W_enc, W_dec, b_enc and b_dec; name it"
+        )
     path, tensors = files.path(name), files.tensors(name)
     d_sae, d_out = (tensors[n].shape[-1:] for n in ("b_enc", "b_dec"))
     turned = tuple(tensors["W_dec"].shape) == (*d_out, *d_sae)
@@ -131,7 +135,7 @@ def read_tracer(files: Checkpoint, rule: Activation | None) -> Parts:
     parts = Parts(rule or relu(), held["W_enc"], W_dec, held["b_enc"], held["b_dec"], False, held.get("W_skip"))
     if THRESHOLD in held:
         if bool((held[THRESHOLD] < 0).any()):  # it passes what is between the threshold and 0, without a ReLU
-            raise SavedModuleError(f"{path}: {THRESHOLD} is below 0 somewhere, and fastsae's acts are never negative")
+            raise SavedModuleError(f"{path}: {THRESHOLD} has values below 0, but fastsae's acts are never negative")
         parts.rule, parts.rule_state = jump_relu(held[THRESHOLD], len(W_dec), dtype=W_dec.dtype)
     return parts
 

@@ -23,8 +23,8 @@ from fastsae.model.sae import SparseAutoencoder
 @dataclass(frozen=True)
 class Format:
     """match: what in the checkpoint is of this format, in words, or None. read: the SAE's parts; the rule is the
-    caller's, for files that do not say it. write: None where the layout is not one to write. bare: known by the tensors
-    inside, which are looked at only where no names of files are another format's.
+    caller's, for files that do not record it. write: None if fastsae does not write this format. bare: recognised by
+    the tensors inside, which are read only if no file names belong to another format.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Format:
 
 
 def says_its_rule(label: str, rule: Activation | None) -> None:
-    """Raises SavedModuleError where a caller gives the rule of a checkpoint that has it."""
+    """Raises SavedModuleError if a caller gives a rule although the checkpoint records it."""
     if rule is not None:
         raise SavedModuleError(f"{label} says which latents are active; leave activation={rule} out")
 
@@ -67,7 +67,7 @@ def known_only(config: Mapping[str, Any], path: Path, known: set[str]) -> None:
     if more := sorted(config.keys() - known):
         raise SavedModuleError(
             f"{path} has {', '.join(f'{name} = {config[name]!r}'[:80] for name in more[:5])}, which this fastsae does "
-            "not know and may not ignore; a newer one may"
+            "not know and cannot safely ignore; a newer one may know it"
         )
 
 

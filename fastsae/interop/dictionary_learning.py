@@ -50,7 +50,7 @@ def _class(files: Checkpoint, names: set[str]) -> str:
     if CONFIG not in files:
         if len(fitting) != 1:
             could = f"could be {' or '.join(fitting)}" if fitting else f"is none of {', '.join(LAYOUTS)}"
-            raise SavedModuleError(f"{path} {could}, and there is no {CONFIG} beside it that says which")
+            raise SavedModuleError(f"{path} {could}, and there is no {CONFIG} beside it to say which")
         return fitting[0]
     trainer = files.json(CONFIG).get("trainer")
     named = setting(trainer if isinstance(trainer, dict) else {}, cfg, "dict_class", str)
@@ -105,7 +105,7 @@ def read(files: Checkpoint, rule: Activation | None) -> Parts:
     elif name == "AutoEncoderTopK":
         parts.rule = TopK(_k(numbers, path))
     elif name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        # One that was never trained has -1: above it is what is above 0.
+        # A threshold that was never trained is -1, which passes every positive act.
         inner = BatchTopK(_k(numbers, path))
         parts.rule, parts.rule_state = inner, running_threshold(held["threshold"])
         if name == "MatryoshkaBatchTopKSAE":
@@ -131,7 +131,7 @@ def _unit(parts: Parts) -> bool:
 def _k(numbers: Mapping[str, Any], path: Path) -> int:
     k = numbers["k"]
     if isinstance(k, bool) or not isinstance(k, int):
-        raise SavedModuleError(f"{path} has k = {k!r}, and so has its {CONFIG}; expected a whole number")
+        raise SavedModuleError(f"{path} and its {CONFIG} have k = {k!r}, expected a whole number")
     return k
 
 
@@ -148,7 +148,7 @@ def write(sae: SparseAutoencoder, directory: Path) -> None:
     if isinstance(rule, ReLU):
         name = "AutoEncoder" if parts.pre_bias else "AutoEncoderNew"
         if parts.pre_bias and not _unit(parts):
-            raise refuse(kind, "AutoEncoder with rows of other norms than 1: its loader would rescale the acts")
+            raise refuse(kind, "AutoEncoder with decoder norms other than 1: its loader would rescale the acts")
         tensors = {**linear, "bias" if parts.pre_bias else "decoder.bias": parts.b_dec}
     elif isinstance(rule, TopK):
         name, numbers = "AutoEncoderTopK", {"k": rule.k}

@@ -29,7 +29,7 @@ SUFFIXES = (".safetensors", ".npz", ".pt")
 class Checkpoint:
     """A folder, or one file of it (`only`) beside its configurations. Names are relative to `root`, with slashes.
 
-    label: what errors call it: the path, or the repository that was asked for.
+    label: its name in errors: the path, or the repository that was asked for.
     """
 
     root: Path
@@ -44,7 +44,7 @@ class Checkpoint:
             return cls(path, label=label or str(path))
         if path.is_file():
             return cls(path.parent, path.name, label or str(path))
-        raise SavedModuleError(f"{path} is not there")
+        raise SavedModuleError(f"{path} does not exist")
 
     def __contains__(self, name: str) -> bool:
         if self.only is not None and name.endswith(SUFFIXES) and name != self.only:
@@ -67,13 +67,13 @@ class Checkpoint:
             try:
                 self._read[name] = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError) as error:
-                raise SavedModuleError(f"{path} is no JSON file: {_line(error)}; take another copy of it") from error
+                raise SavedModuleError(f"{path} is not a JSON file: {_line(error)}; take another copy of it") from error
         if not isinstance(self._read[name], dict):
             raise SavedModuleError(f"{path} holds a {type(self._read[name]).__name__}, expected a JSON object")
         return self._read[name]
 
     def names(self, name: str) -> set[str]:
-        """What the tensors in a file are called. Raises SavedModuleError for a file that is none of its kind."""
+        """The names of the tensors in a file. Raises SavedModuleError for a file that is not what its suffix says."""
         path = self.path(name)
         if path.suffix != ".safetensors":
             return set(self.tensors(name))
@@ -127,8 +127,8 @@ def _torch_file(path: Path) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SavedModuleError(
-            f"{path} holds pickled objects other than tensors, or is damaged ({_line(error)}); nothing is unpickled "
-            "here: save its state_dict() with torch.save, or as safetensors"
+            f"{path} holds pickled objects other than tensors, or is damaged ({_line(error)}); fastsae unpickles "
+            "nothing: save its state_dict() with torch.save, or as safetensors"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise _damaged(path, "torch", error) from error
@@ -164,7 +164,7 @@ def take(
         raise SavedModuleError(f"{path} lacks {', '.join(missing)}; expected {', '.join(sorted(layout))}")
     if more := sorted(tensors.keys() - axes.keys()):
         raise SavedModuleError(
-            f"{path} also holds {', '.join(more[:8])}, which has no meaning here; expected {', '.join(sorted(axes))}"
+            f"{path} also holds {', '.join(more[:8])}, which is unknown; expected {', '.join(sorted(axes))}"
         )
     known = {axis: (size, f"{where} says {size}") for axis, (size, where) in (sizes or {}).items()}
     for name in sorted(axes, key=lambda name: len(axes[name].split())):

@@ -50,7 +50,7 @@ def read_second(files: Checkpoint, rule: Activation | None) -> Parts:
     path, tensors = files.path(name), files.tensors(name)
     if isinstance(tensors.get("w_dec"), Tensor) and tensors["w_dec"].ndim == 3:
         raise SavedModuleError(
-            f"{path} writes to several layers (w_dec {tuple(tensors['w_dec'].shape)}): no transcoder of one"
+            f"{path} writes to several layers (w_dec {tuple(tensors['w_dec'].shape)}), expected a transcoder of one"
         )
     if CONFIG in files:
         cfg, config = files.path(CONFIG), files.json(CONFIG)

@@ -1,7 +1,7 @@
 """Checkpoints of the Hugging Face hub: `org/repo`, `org/repo/sub/folder` or `org/repo/a/file.safetensors`.
 
-What is in the local cache is used where the hub does not answer. Only the configurations and the weights of the one
-folder or file are fetched. `upload` sends a folder there.
+If the hub does not answer, the local cache is used. Only the configurations and the weights of the one folder or file
+are fetched. `upload` sends a folder there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PREFERRED = (
     "sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz", "params.safetensors",
     "checkpoints/final.safetensors",
 )  # fmt: skip
-"""Names of weights that stand for a folder, whatever other files it has."""
+"""Names of weights that are loaded for a folder, whatever other files it has."""
 
 
 def could_be(name: str) -> bool:
@@ -29,12 +29,12 @@ def could_be(name: str) -> bool:
 
 
 def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path, str]:
-    """The local folder or file of what is asked for, and the repository it is of.
+    """The local folder or file for what is asked for, and its repository.
 
-    Raises ImportError where huggingface_hub is not installed, and SavedModuleError, in one line, where the repository
-    or the file in it is not there, or not in the cache while the hub does not answer.
+    Raises ImportError if huggingface_hub is not installed, and SavedModuleError, in one line, if the repository or the
+    file in it does not exist, or is not in the cache while the hub does not answer.
     """
-    client = _client(f"{name} is no file or folder here, and reading it from the hub")
+    client = _client(f"{name} is not a local file or folder, and reading it from the hub")
     from fastsae.data.hub import why_unreachable
 
     parts = [*name.strip("/").split("/"), *(subfolder or "").strip("/").split("/")]
@@ -52,10 +52,10 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
             root = local.parents[len(PurePosixPath(wanted).parts) - 1]
     except client.errors.LocalEntryNotFoundError as error:
         raise SavedModuleError(
-            f"{name} is neither a path here nor in the cache of the hub, which does not answer ({unreachable})"
+            f"{name} is neither a local path nor in the cache of the hub, which does not answer ({unreachable})"
         ) from error
     except _faults(client) as error:
-        raise SavedModuleError(f"{name} is no path here, and the hub does not give {repo}: {_line(error)}") from error
+        raise SavedModuleError(f"{name} is not a local path, and the hub refused {repo}: {_line(error)}") from error
     found = root / inside
     if not found.exists():
         where = f"the cache of the hub, which does not answer ({unreachable})" if unreachable else "the repository"
@@ -64,7 +64,7 @@ def fetch(name: str, subfolder: str | None, revision: str | None) -> tuple[Path,
 
 
 def upload(folder: Path, repo: str, subfolder: str | None, *, private: bool | None, card: str) -> str:
-    """Sends the files of a folder to a repository, made if it is not there, and returns their address.
+    """Sends the files of a folder to a repository, created if it does not exist, and returns their address.
 
     card: the README.md of a repository that has none. Raises as `fetch`: ImportError, SavedModuleError; and where the
     place has weights under another name, of which `fetch` would take one or the other.
@@ -84,7 +84,7 @@ def upload(folder: Path, repo: str, subfolder: str | None, *, private: bool | No
         if "README.md" not in there:  # last: it says how to load what is there by then
             api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo)
     except _faults(client) as error:
-        raise SavedModuleError(f"the hub does not take {repo}: {_line(error)}") from error
+        raise SavedModuleError(f"the hub refused to upload to {repo}: {_line(error)}") from error
     return name
 
 
@@ -94,7 +94,7 @@ def _check_place(there: list[str], inside: str, sent: set[str], name: str) -> No
     here = [one.removeprefix(prefix) for one in there if one.startswith(prefix)]
     other = sorted(one for one in here if one.endswith(SUFFIXES) and "/" not in one and one not in sent)
     if other:
-        raise SavedModuleError(f"{name} holds {', '.join(other)} already; give another subfolder, or delete it there")
+        raise SavedModuleError(f"{name} already holds {', '.join(other)}; give another subfolder, or delete it there")
 
 
 def _client(what: str) -> ModuleType:

@@ -38,7 +38,8 @@ def _factors(norms: Mapping[str, Any], hooks: tuple[str, str], d_in: int, path: 
         value = float(value) if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool) else math.nan
         if not 0 < value < math.inf:
             raise SavedModuleError(
-                f"{path} has no average norm of {hook!r} (got {norms.get(hook)!r}), and is trained on it"
+                f"{path} was trained on normalized activations, but has no average norm of {hook!r} "
+                f"(got {norms.get(hook)!r})"
             )
         found.append(math.sqrt(d_in) / value)
     return found[0], found[1]

@@ -19,7 +19,7 @@ STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mea
 
 def _file(files: Checkpoint) -> str | None:
     for name in files.weights():
-        # One that was named is looked into; in a folder, the only torch file is.
+        # A named file is read; in a folder, the only torch file.
         alone = len([other for other in files.weights() if other.endswith(".pt")]) == 1
         if name.endswith(".pt") and name != "ae.pt" and alone and LAYOUT.keys() <= files.names(name):
             return name

@@ -1,4 +1,4 @@
-"""What a converter finds in a checkpoint, in fastsae's layout, and the SAE made of it; and the way back."""
+"""What a converter reads from a checkpoint, in fastsae's layout, and the SAE built from it; and the reverse."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def refuse(kind: str, what: str, instead: str = "") -> SavedModuleError:
 
 
 def plain_rule(sae: SparseAutoencoder) -> Activation:
-    """The rule that gives the same codes at inference: that of the latents within a Matryoshka."""
+    """The rule that gives the same codes at inference: for a Matryoshka, the rule that it wraps."""
     rule = sae.activation
     return rule.inner if isinstance(rule, Matryoshka) else rule
 
@@ -149,7 +149,8 @@ def plain_rule(sae: SparseAutoencoder) -> Activation:
 def parts_of(sae: SparseAutoencoder, kind: str) -> Parts:
     """The SAE's tensors, on the CPU, with normalize="constant" folded into them: acts and reconstructions stay.
 
-    Raises SavedModuleError for a TopK by decoder norm whose rows have others than 1, and a BatchTopK without threshold.
+    Raises SavedModuleError for a TopK that selects by decoder norm unless all norms are 1, and for a BatchTopK without
+    a threshold.
     """
     rule = plain_rule(sae)
     held = {name: t.detach().cpu() for name, t in sae.rule_state.items() if name != "b_enc"}

@@ -38,19 +38,19 @@ def load(
 ) -> SparseAutoencoder:
     """The SAE at a path or in a repository of the Hugging Face hub, in eval mode, on `device` (None: the CPU).
 
-    path        a folder, a file of weights, or `org/repo`, with or without `/sub/folder` or `/a/file` behind it. What
-                is there locally is never looked for on the hub. Written by `save`, or by another library: see
+    path        a folder, a file of weights, or `org/repo`, with or without `/sub/folder` or `/a/file` appended. A path
+                that exists locally is never looked up on the hub. Written by `save`, or by another library: see
                 docs/interop.md. Nothing is unpickled.
-    subfolder   the same as behind the path.
-    format      which format it is, a name of docs/interop.md, where it could be two.
-    activation  the rule, where the files do not say it (Qwen-Scope, overcomplete); an error where they do.
+    subfolder   the same as appended to the path.
+    format      the format, by its name in docs/interop.md, if it could be two.
+    activation  the rule, if the files do not record it (Qwen-Scope, overcomplete); an error if they do.
     revision    of a repository.
 
-    It gives the acts and reconstructions of the library that wrote it, in the units of the data: scales and norms are
-    folded into the weights. Settings of training, such as a penalty, are not taken over.
-    Raises SavedModuleError, in one line that names the file: one is missing, damaged, of no known format or of several,
-    its tensors do not match its settings, or it has what fastsae has not. Raises ImportError for a repository where
-    huggingface_hub is not installed.
+    Acts and reconstructions are those of the library that wrote it, in the units of the data: scales and norms are
+    folded into the weights. Training settings, such as a penalty, are not read.
+    Raises SavedModuleError, in one line that names the file, if a file is missing or damaged, fits no known format or
+    several, its tensors do not match its settings, or it uses what fastsae does not have. Raises ImportError for a
+    repository if huggingface_hub is not installed.
     """
     given = os.fspath(path)
     local = Path(given) / subfolder if subfolder else Path(given)
@@ -79,9 +79,9 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str], format: str 
     """Writes `sae` into `directory` (created if missing) and returns that path; `load` reads it back.
 
     format: "fastsae", or that of another library: "saelens", "sparsify" or "dictionary_learning", for inference there.
-    A rule that a format does not have is written as the one of equal codes: BatchTopK for SAELens as JumpReLU.
-    Raises SavedModuleError naming the file that could not be written, for a setting that the format cannot hold, and
-    where the directory has a checkpoint of another format. Raises TypeError for a module that holds or wraps one.
+    A rule that a format does not have is written as one with equal codes: BatchTopK for SAELens as JumpReLU.
+    Raises SavedModuleError naming the file that could not be written, for a setting that the format cannot hold, and if
+    the directory has a checkpoint of another format. Raises TypeError for a module that holds or wraps an SAE.
     """
     if format == OWN:
         return own.save(sae, directory)
@@ -111,11 +111,11 @@ def push_to_hub(
 ) -> str:
     """Saves `sae` in a repository `org/name` of the Hugging Face hub, and returns what `load` takes to read it back.
 
-    The repository is made if it is not there, with a README.md that says how to load it. subfolder: where in the
-    repository, so that it can hold several; format: as of `save`; private: whether a new repository is (None: as the
-    organization has it). Log in first: `hf auth login`, or the variable HF_TOKEN.
-    Raises SavedModuleError where the hub refuses or does not answer, where the place has other weights, and as `save`;
-    ImportError where huggingface_hub is not installed.
+    The repository is created if it does not exist, with a README.md that says how to load it. subfolder: where in the
+    repository, so that it can hold several; format: as for `save`; private: whether a new repository is private (None:
+    the organization's default). Log in first: `hf auth login`, or the variable HF_TOKEN.
+    Raises SavedModuleError if the hub refuses or does not answer, if the place has other weights, and as `save`;
+    ImportError if huggingface_hub is not installed.
     """
     with tempfile.TemporaryDirectory(prefix="fastsae-push-") as folder:
         saved = save(sae, Path(folder) / "sae", format)
@@ -150,7 +150,7 @@ def _matches(files: Checkpoint) -> list[tuple[str, str]]:
 
 
 def _recognised(files: Checkpoint) -> Format:
-    """The only format that this can be. Raises SavedModuleError where there is none, or several."""
+    """The only format that this can be. Raises SavedModuleError if there is none, or several."""
     matches = _matches(files)
     if len(matches) == 1:
         return FORMATS[matches[0][0]]
@@ -165,12 +165,12 @@ def _recognised(files: Checkpoint) -> Format:
         if within:
             few = ", ".join(list(dict.fromkeys(within))[:5])
             raise SavedModuleError(
-                f"{files.label} holds no weights itself, only its folders {few}, ...; name one of them"
+                f"{files.label} holds no weights itself, only the folders {few}, ...; name one of them"
             )
         raise SavedModuleError(
-            f"{files.path(own.WEIGHTS)} is not there; expected a directory written by fastsae.save, or a checkpoint in "
+            f"{files.path(own.WEIGHTS)} is missing; expected a directory written by fastsae.save, or a checkpoint in "
             f"one of the formats {', '.join(FORMATS)}"
         )
     raise SavedModuleError(
-        f"{files.label} holds {', '.join(there[:5])}, which is of none of the formats {', '.join((OWN, *FORMATS))}"
+        f"{files.label} holds {', '.join(there[:5])}, expected files of a format {', '.join((OWN, *FORMATS))}"
     )

@@ -1,7 +1,7 @@
 """SAELens: cfg.json beside sae_weights.safetensors, with W_enc (d_in, d_sae) and W_dec (d_sae, d_out).
 
-Settings of 6.0 and later are in layers (`metadata` has what is about the model); older ones are one flat object, and
-may leave the architecture out. BatchTopK and Matryoshka are saved for inference as JumpReLU, and for training with
+Settings of 6.0 and later are nested (`metadata` describes the model); older ones are one flat object, and may leave
+the architecture out. BatchTopK and Matryoshka are saved for inference as JumpReLU, and for training with
 their running threshold, `topk_threshold`.
 """
 
@@ -69,7 +69,7 @@ def _config(files: Checkpoint) -> dict[str, Any]:
     if found and int(found.group()) == MAJOR:
         known_only(config, path, KNOWN | {"sae_lens_version", "sae_lens_training_version"})
         return config
-    # Before 6.0: what does not matter here is not looked at.
+    # Before 6.0: settings that do not matter here are ignored.
     for name in ("finetuning_scaling_factor", "use_error_term", "noise_scale"):
         if config.get(name):
             raise SavedModuleError(f"{path} has {name} = {config[name]!r}, which fastsae does not have")
@@ -133,8 +133,8 @@ def _factor(files: Checkpoint) -> float:
     """What inputs were multiplied by in training, outside of the SAE: a checkpoint of training has it in a file."""
     if SCALER not in files:
         warn(
-            f"{files.path(CONFIG)} has normalize_activations = 'expected_average_only_in', and no {SCALER} beside it "
-            "has the factor: scale inputs yourself as in training, unless it was folded into the weights",
+            f"{files.path(CONFIG)} has normalize_activations = 'expected_average_only_in', but there is no {SCALER} "
+            "with the factor: scale inputs yourself as in training, unless it was folded into the weights",
             UserWarning,
         )
         return 1.0

@@ -1,4 +1,4 @@
-"""Thresholds from data: the number that a given share of all pre-acts exceeds, in one pass and bounded memory."""
+"""Thresholds from data: the value that a given share of all pre-acts exceeds, in one pass and bounded memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastsae.reference import wide
 PIECE = 2**22
 """Pre-acts (tokens times latents) that are computed at a time."""
 DROPPED = 11
-"""Bits of a float32 that a bin ignores: 12 of its mantissa stay, so a bin is at most 1/4096 of its numbers wide."""
+"""Low bits of a float32 that binning drops: 12 bits of mantissa remain, so a bin's relative width is at most 1/4096."""
 
 
 class Tail:
@@ -28,7 +28,7 @@ class Tail:
         self.counts = torch.zeros(2 ** (31 - DROPPED), dtype=torch.int64, device=device)
 
     def add(self, numbers: Tensor) -> None:
-        """Counts finite numbers of any shape; those of at most 0 in the lowest bin, which `bar` never reaches."""
+        """Counts finite numbers of any shape; numbers <= 0 go into the lowest bin, which `bar` never reaches."""
         bins = (numbers.float().clamp_min(0).flatten().view(torch.int32) >> DROPPED).long()
         if bins.device.type == "cpu":
             self.counts += torch.bincount(bins, minlength=len(self.counts))
@@ -36,15 +36,12 @@ class Tail:
             self.counts.scatter_add_(0, bins, torch.ones_like(bins))
 
     def bar(self, wanted: float) -> float:
-        """The number at a bin's edge that is exceeded by as near to `wanted` of the numbers as an edge allows.
-
-        0 where fewer are above 0.
-        """
+        """The bin edge for which the count of larger numbers is nearest to `wanted`; 0 if fewer numbers are above 0."""
         above = self.counts[1:].flip(0).cumsum(0).flip(0)  # above[b]: how many are in bin b + 1 or higher
         if wanted >= int(above[0]):
             return 0.0
         edge = int((above.double() - wanted).abs().argmin()) + 1
-        # One below the least number of the bin, since active means strictly above.
+        # The float just below the bin's smallest number, since active means strictly above.
         return float(torch.tensor((edge << DROPPED) - 1, dtype=torch.int32, device="cpu").view(torch.float32))
 
 
@@ -59,22 +56,22 @@ def blocks_of(rows: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tens
 def pre_acts(encoder_input: Tensor, W: Tensor, b: Tensor) -> Iterator[Tensor]:
     """x Wᵀ + b of x (n, D), W (M, D), b (M,) in pieces of tokens, float32 at least.
 
-    Raises ValueError where one is not finite.
+    Raises ValueError if one is not finite.
     """
     W, b = wide(W), wide(b)
     for piece in wide(encoder_input).split(max(1, PIECE // W.shape[0])):
         pre = torch.addmm(b, piece, W.mT)
         if not bool(torch.isfinite(pre).all()):
-            raise ValueError("a pre-act of the rows to calibrate on is not finite; pass finite rows of finite weights")
+            raise ValueError("a pre-act is not finite on the rows to calibrate on; rows and weights must be finite")
         yield pre
 
 
 def start_rule_(sae: Parameters, encoder_input: Tensor, goal: Tensor, zero: float) -> None:
     """`Activation.start`, `stretch` and `start_weight` from encoder_input (n, d_in) and goal (n, d_out), n > 1.
 
-    goal: what A W_dec should be. zero: the loss of A = 0. W_enc is scaled along: many latents at random directions,
-    each at its whole size, add up to several times the goal, and the first hundred steps would only shrink them. Tied
-    rows keep their norm, and so do all where the rule was given a threshold, which is in the units of the acts.
+    goal: what A W_dec should be. zero: the loss of A = 0. W_enc is rescaled too: at full size, many latents with random
+    directions add up to several times the goal, and the first hundred steps would only shrink them. Tied rows keep
+    their norm, and so do all rows if the rule was given a threshold, because that is in the units of the acts.
     """
     rule, W_dec = sae.rule, wide(sae.W_dec)
     rule.start(sae.rule_state, _sample(sae, encoder_input))
@@ -97,7 +94,7 @@ def start_rule_(sae: Parameters, encoder_input: Tensor, goal: Tensor, zero: floa
 
 
 def _acts(sae: Parameters, x: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor, dict[str, Tensor]], slice]]:
-    """Pre-acts, acts and per-latent rows of x (n, d_in), in pieces, and where in x they are."""
+    """Pre-acts, acts and per-latent rows of x (n, d_in), in pieces, each with its position in x."""
     rule, start = sae.rule, 0
     rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(sae.rule_state).items()}
     for pre in pre_acts(x, sae.encoder_weight, sae.b_enc):
@@ -106,7 +103,7 @@ def _acts(sae: Parameters, x: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor, di
 
 
 def _sample(sae: Parameters, encoder_input: Tensor) -> Sample:
-    """What the pre-acts of encoder_input (n, d_in), n > 1, say at the weights as they are."""
+    """Statistics of the pre-acts of encoder_input (n, d_in), n > 1, with the current weights."""
     n, W, b = encoder_input.shape[0], sae.encoder_weight, sae.b_enc.detach().clone()
     first, second = (torch.zeros(sae.d_sae, dtype=torch.float64, device=W.device) for _ in range(2))
     for pre in pre_acts(encoder_input, W, b):

@@ -1,12 +1,12 @@
-"""Counting batches of training: each once, over all processes, in the order in which they came.
+"""Counting training batches: each once, over all processes, in the order of their forward passes.
 
 What is counted: tokens and firings of each latent, a running threshold, a driven penalty weight, drawn prefixes. A
 batch counts at the end of the first backward pass that goes through its forward pass in training mode. So a forward
-pass alone counts nothing, and all that one backward pass goes through sees the same counters, computed again or not.
+pass alone counts nothing, and all forward passes of one backward pass see the same counters, recomputed or not.
 
-Activation checkpointing computes a forward pass again, inside the backward pass, when other batches may have counted
-since. It then sees the counters of its first run: torch numbers the nodes of autograd as they are made, so the node
-whose backward pass runs it again says when that was.
+Activation checkpointing recomputes a forward pass inside the backward pass, when other batches may have counted since.
+The recomputed pass sees the counters of its first run: torch numbers autograd nodes in the order of their creation, so
+the node whose backward pass recomputes it tells when that was.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 KEPT = 16
-"""Counted batches after which a checkpointed forward pass can still be computed again; each keeps (M,) numbers."""
+"""How many counted batches ago a checkpointed forward pass may have run first; each of them keeps (M,) numbers."""
 
 
 def in_backward() -> bool:
-    """Whether a backward pass runs: a forward pass in it is one that activation checkpointing computes again."""
+    """Whether a backward pass is running: a forward pass in it is one that activation checkpointing recomputes."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -39,7 +39,7 @@ def _under_hooks() -> bool:
 
 
 def first_run() -> int:
-    """When the forward pass that runs now ran first, in autograd's numbers: nodes made before have smaller ones."""
+    """When the running forward pass first ran, as an autograd sequence number: nodes made before have smaller ones."""
     node = torch._C._current_autograd_node() if in_backward() else None
     if node is None:
         return torch._C._autograd._get_sequence_nr()
@@ -52,12 +52,12 @@ def first_run() -> int:
 def counts_here(x: Tensor) -> Tensor:
     """True, 0-d on x's device, in a compiled forward pass, which counts while it runs.
 
-    Raises RuntimeError where a non-reentrant checkpoint runs it again: its graph would count twice, and see other
-    counters. An op, so that it asks when the graph runs.
+    Raises RuntimeError if a non-reentrant checkpoint recomputes it: its graph would count twice and see other counters.
+    It is an op, so that the check happens when the graph runs.
     """
     if in_backward() and _under_hooks():
         raise RuntimeError(
-            "an activation checkpoint runs a compiled forward pass of an SAE again, which would count its tokens "
+            "an activation checkpoint recomputes a compiled forward pass of an SAE, which would count its tokens "
             "twice; compile the function that calls torch.utils.checkpoint, or pass it use_reentrant=True"
         )
     return torch.ones((), dtype=torch.bool, device=x.device)
@@ -80,8 +80,8 @@ class _Batch:
 
 @dataclass(eq=False)
 class _Passed:
-    """The batches that a running backward pass went through. Its end is a callback of torch's engine, which alone keeps
-    this object: of a backward pass that fails nothing counts, and nothing stays.
+    """The batches that a running backward pass went through. `end` is a callback of torch's engine, which holds the
+    only reference to this object: if the backward pass fails, nothing counts and nothing is left over.
     """
 
     batches: dict[tuple[int, int], _Batch] = field(default_factory=dict)
@@ -135,8 +135,8 @@ class _Kept(NamedTuple):
 
 @dataclass(eq=False)
 class _History:
-    """The counters of a module before the last KEPT batches, each with autograd's number at the first forward pass that
-    saw them; first: that number for the counters as they are now, None if no forward pass saw them.
+    """The counters of a module before each of the last KEPT batches, with autograd's number at the first forward pass
+    that saw them; first: that number for the current counters, None if no forward pass has seen them.
     """
 
     states: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT))
@@ -144,7 +144,7 @@ class _History:
     forgotten: bool = False
 
     def at(self, number: int) -> dict[str, Tensor] | None:
-        """The counters that the last forward pass before that number saw; None for those of now."""
+        """The counters that the last forward pass before that number saw; None for the current ones."""
         if self.first is not None and self.first <= number:
             return None
         for kept in reversed(self.states):
@@ -152,8 +152,8 @@ class _History:
                 return kept.state
         if self.forgotten:
             raise RuntimeError(
-                f"an activation checkpoint computes a forward pass again after more than {KEPT} batches were counted "
-                "since, and what it saw is not kept that long; go backward sooner, or do not checkpoint the SAE"
+                f"an activation checkpoint recomputes a forward pass after more than {KEPT} later batches counted; "
+                "its counters are not kept that long. Run the backward pass sooner, or do not checkpoint the SAE"
             )
         return None
 
@@ -167,9 +167,9 @@ def _history(module: nn.Module) -> _History:
 
 @contextmanager
 def as_first_seen(module: nn.Module) -> Iterator[None]:
-    """A forward pass of training: computed again by a checkpoint, it reads the counters that its first run read.
+    """For a training forward pass: if a checkpoint recomputes it, it reads the counters that its first run read.
 
-    Raises RuntimeError where they are not kept any more, see KEPT.
+    Raises RuntimeError if these are no longer kept, see KEPT.
     """
     history, old = _history(module), None
     if in_backward():
@@ -185,7 +185,7 @@ def as_first_seen(module: nn.Module) -> Iterator[None]:
 
 
 def keep_counters(module: nn.Module, names: Iterable[str]) -> None:
-    """Before a batch changes these buffers: keeps them, where a forward pass saw them."""
+    """Keeps these buffers before a batch changes them, if a forward pass saw them."""
     history = _history(module)
     if history.first is not None:
         history.forgotten |= len(history.states) == KEPT
@@ -200,7 +200,7 @@ _groups: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def processes_of(module: nn.Module) -> Any:
-    """The process group over which DistributedDataParallel runs this forward pass; None where it does not.
+    """The process group over which DistributedDataParallel runs this forward pass; None if it does not.
 
     Raises RuntimeError inside `DistributedDataParallel.join()`.
     """
@@ -212,8 +212,8 @@ def processes_of(module: nn.Module) -> Any:
         return None
     if wrapper._join_config.enable:
         raise RuntimeError(
-            "DistributedDataParallel.join() answers for a process without inputs in its own sums only, and an SAE sums "
-            "its counts over processes too; give every process the same number of batches"
+            "DistributedDataParallel.join() does not support an SAE, which sums its counts over processes: a process "
+            "without inputs would not take part; give every process the same number of batches"
         )
     _groups[module] = wrapper.process_group
     return wrapper.process_group
@@ -226,8 +226,8 @@ def several(module: nn.Module) -> bool:
 
 
 class Counted(NamedTuple):
-    """A batch of one SAE, or of B: counts (*B, M), on how many tokens each latent was active, int64, or whether on any,
-    bool; tokens: how many there were; measured (*B,): what `Activation.measure` says, None for a rule without.
+    """A batch of one SAE, or of B. counts (*B, M): on how many tokens each latent was active, int64, or whether on any,
+    bool; tokens: their number; measured (*B,): the result of `Activation.measure`, None for a rule without one.
     """
 
     counts: Tensor
@@ -236,7 +236,7 @@ class Counted(NamedTuple):
 
 
 def over_processes(module: nn.Module, batch: Counted) -> Counted:
-    """The batch of all processes together: sums, and the mean of what was measured where it is finite."""
+    """The batch of all processes together: sums of counts, and the mean of the finite measurements."""
     group = processes_of(module)
     if group is None:
         return batch
@@ -254,7 +254,7 @@ def over_processes(module: nn.Module, batch: Counted) -> Counted:
 
 
 def in_all_processes(module: nn.Module, good: Tensor) -> Tensor:
-    """Where it is true in every process: bool, of the shape of `good`."""
+    """Whether `good` is true in every process: bool, elementwise."""
     group = processes_of(module)
     if group is None:
         return good

@@ -37,8 +37,8 @@ class CrossLayerResult(NamedTuple):
 class CrossLayerTranscoder(RecordsSettings):
     """An encoder for each layer, and decoders from each layer to itself and all later ones, with a joint top-k.
 
-    layers: their number. d_in, d_out (None: d_in): widths of what each layer reads and is to give. d_sae: latents of
-    each layer. k: active latents per token and layer, on average over the layers of one token. seed: of the weights.
+    layers: their number. d_in, d_out (None: d_in): widths of each layer's input and target. d_sae: latents of each
+    layer. k: active latents per token and layer, on average over the layers of one token. seed: of the weights.
     Parameters: W_enc, W_dec, b_enc, lists over layers of (d_sae, d_in), (d_sae, (layers - layer) · d_out), which has
     the target layers side by side, and (d_sae,); b_dec (layers · d_out,). Raises ValueError for bad settings.
     Source: Lindsey et al. 2025 (Transformer Circuits, Circuit Tracing, section 2); the joint choice by act times norm:
@@ -81,7 +81,7 @@ class CrossLayerTranscoder(RecordsSettings):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Random directions of norm 1, of a decoder over all its targets together; biases 0."""
+        """Random directions of norm 1 (for a decoder, over all its targets together); biases 0."""
         for bias in (*self.b_enc, self.b_dec):
             nn.init.zeros_(bias)
         if self.b_dec.is_meta:
@@ -96,7 +96,7 @@ class CrossLayerTranscoder(RecordsSettings):
         return Config({"kind": "cross_layer_transcoder"} | {name: getattr(self, name) for name in names})
 
     def encode(self, x: Tensor) -> list[SparseCodes]:
-        """The code of each layer, ragged, for x (layers, *batch, d_in); layers · k activations a token in all at most.
+        """The code of each layer, ragged, for x (layers, *batch, d_in); in total at most layers · k acts a token.
 
         Ties go to the lower layer, then to the lower latent. Differentiable in the acts.
         """
@@ -114,7 +114,7 @@ class CrossLayerTranscoder(RecordsSettings):
 
     @torch.no_grad()
     def _chosen(self, flat: Tensor) -> list[SparseCodes]:
-        """Which latents are active, of x (layers, N, d_in)."""
+        """Which latents are active on x (layers, N, d_in)."""
         most = self.layers * self.k
         found = [
             ops.encode_topk(rows, W, b, min(most, self.d_sae), scale=norms.to(W.dtype), backend=self.backend)
@@ -144,7 +144,7 @@ class CrossLayerTranscoder(RecordsSettings):
         return recon.reshape(self.layers, *batch, self.d_out)
 
     def forward(self, x: Tensor, target: Tensor) -> CrossLayerResult:
-        """x (layers, *batch, d_in): what each layer reads; target (layers, *batch, d_out): what its MLP gives."""
+        """x (layers, *batch, d_in): each layer's input; target (layers, *batch, d_out): the output of its MLP."""
         goal = self._checked("target", target, self.d_out)
         if x.shape[:-1] != target.shape[:-1]:
             raise ValueError(f"target has shape {tuple(target.shape)}, expected {(*x.shape[:-1], self.d_out)}")
@@ -155,7 +155,7 @@ class CrossLayerTranscoder(RecordsSettings):
         return CrossLayerResult(loss, recon, codes)
 
     def _checked(self, name: str, x: Tensor, width: int) -> Tensor:
-        """x as (layers, N, width) in the weights' dtype. Raises ValueError where its shape does not fit."""
+        """x as (layers, N, width) in the weights' dtype. Raises ValueError if its shape does not fit."""
         if x.ndim < 3 or x.shape[0] != self.layers or x.shape[-1] != width:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, expected ({self.layers}, *batch, {width}), layers first"

@@ -51,7 +51,7 @@ def objective(
 ) -> tuple[Tensor, Tensor, DenseTask]:
     """The loss of reconstructing goal (N, D_out) from the encoder's input x (N, D_in), and gate_goal from the gate.
 
-    Returns the loss, 0-d float64, and the error (N, D_out), both differentiable, and what else the pass found.
+    Returns the loss, 0-d float64, and the error (N, D_out), both differentiable, and the other results of the pass.
     centred: b_dec was subtracted from x and the goals, without a gradient to it, and is not added to A W_dec.
     weight: the penalty's weight in the loss, 0-d.
     """
@@ -254,7 +254,7 @@ def _of_error(task: DenseTask, x: Tensor, grad: Tensor, wants_x: bool) -> dict[s
 
 
 def _penalty_slope(run: _Pass) -> Tensor | float:
-    """d penalty / d mean, at the mean of this batch. Where it is not always 1, the mean takes an extra encoder pass."""
+    """d penalty / d mean, at the mean of this batch. If it is not always 1, the mean costs an extra encoder pass."""
     if run.rule.penalty_is_mean:
         return 1.0
     mean = torch.zeros((), dtype=torch.float64, device=run.x.device)

@@ -1,6 +1,6 @@
-"""An SAE on disk: config.json (what it is) and sae.safetensors (its state), in one directory.
+"""An SAE on disk: config.json (its settings) and sae.safetensors (its state), in one directory.
 
-The header of sae.safetensors holds the same configuration, so that `load` detects files of two different saves, and a
+The header of sae.safetensors holds the same settings, so that `load` detects files of two different saves, and a
 checksum of settings and tensors. Each file is written under a temporary name, fsync'ed and renamed, so an interrupted
 save leaves the old file or the new one, never half of one. Nothing is pickled.
 """
@@ -104,8 +104,8 @@ def _digest(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file with its metadata in order: that library writes them in another one each time, and equal
-    modules are to have equal files.
+    """A safetensors file with sorted metadata: the library writes it in a different order each time, and equal modules
+    should have equal files.
     """
     save_file(tensors, path, metadata=metadata)
     with open(path, "r+b") as file:
@@ -175,7 +175,7 @@ def _read_config(path: Path, header: dict[str, Any] | None, weights: Path) -> di
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SavedModuleError(f"{path} is damaged: {error}; delete it, {weights.name} holds a copy") from error
+            raise SavedModuleError(f"{path} is damaged: {error}; delete it: {weights.name} holds a copy") from error
     elif header is not None:
         config = header
     else:

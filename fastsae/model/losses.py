@@ -1,4 +1,4 @@
-"""Losses of a reconstruction: what mse and fvu divide by, AuxK and ghost gradients. No (N, M) tensor is made.
+"""Losses of a reconstruction: the denominators of mse and fvu, AuxK and ghost gradients. No (N, M) tensor is made.
 
 Every loss here is a sum of squared errors over a normalizer: N tokens (mse) or the batch's total variance (fvu).
 Arguments are (*batch, D) tensors of one dtype; results are 0-d, float32 or wider.
@@ -23,7 +23,7 @@ GHOST_PIECE = 2**24
 
 
 def total_variance(target: Tensor) -> Tensor:
-    """Σ_n ‖target_n - mean‖², the mean taken over this batch; 0 where it is no more than the rounding of the mean."""
+    """Σ_n ‖target_n - mean‖², the mean taken over this batch; 0 if it is no more than the rounding of the mean."""
     flat = wide(target).reshape(-1, target.shape[-1])
     n = flat.shape[0]
     if flat.is_cuda and n:
@@ -39,17 +39,17 @@ def total_variance(target: Tensor) -> Tensor:
 
 
 def unless_rounding(variance: Tensor, mean: Tensor, n: int) -> Tensor:
-    """A total variance over n tokens (*B,), 0 where the rounding of their mean (*B, D) explains it.
+    """A total variance over n tokens (*B,), or 0 if the rounding of their mean (*B, D) explains it.
 
-    One token repeated has no variance. Its rounding, for a divisor, would be a loss of 10¹⁴ with gradients to match,
-    whose squares second moments do not forget for thousands of steps.
+    One token repeated has no variance. Dividing by its rounding error would give a loss of 10¹⁴ with gradients to
+    match, and Adam's second moments would need thousands of steps to forget their squares.
     """
     rounding = (4 * torch.finfo(mean.dtype).eps) ** 2 * n * mean.detach().double().square().sum(-1)
     return torch.where(variance <= rounding, 0, variance)
 
 
 def loss_denominator(loss: str, target: Tensor) -> Tensor | int:
-    """What the squared error is divided by: the tokens of the batch (mse; 1 if there are none) or its total variance.
+    """The squared error's divisor: the number of tokens (mse; 1 if there are none) or the batch's total variance (fvu).
 
     Raises ValueError for an unknown loss, and for fvu with fewer than two tokens, whose variance is zero.
     """
@@ -94,7 +94,7 @@ def encode_dead(
 
 
 def aux_weight(dead: Tensor, k: int) -> Tensor:
-    """min(number of dead latents / k, 1), float64 0-d: the term grows as latents die, and is 0 while none is dead."""
+    """min(number of dead latents / k, 1), float64 0-d: the term grows as latents die, and is 0 while none are dead."""
     return (dead.sum().double() / k).clamp(max=1.0)
 
 
@@ -165,7 +165,7 @@ def error_weighted_means(x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
 def ghost(
     kind: str, x: Tensor, error: Tensor, rows: tuple[Tensor, Tensor, Tensor], loss_denominator: Tensor | int
 ) -> Tensor:
-    """The ghost gradients' loss of that kind, "residual" or "pull"; rows: W_enc, b_enc, W_dec of the dead latents."""
+    """The ghost gradients' loss of one kind, "residual" or "pull"; rows: W_enc, b_enc, W_dec of the dead latents."""
     W_enc, b_enc, W_dec = rows
     if kind == "pull":
         return ghost_pull(x, error, W_enc, W_dec)

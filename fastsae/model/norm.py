@@ -27,7 +27,7 @@ class TokenStats(NamedTuple):
 
     @property
     def unit(self) -> Tensor:
-        """What a change of 1 in x_normalized is in x."""
+        """The change in x that a change of 1 in x_normalized makes."""
         return self.scale if self.back is None else self.back
 
 
@@ -74,7 +74,7 @@ class InputNorm(nn.Module):
     def statistics(self, x: Tensor) -> TokenStats | None:
         """The shift and scale of x (*batch, D); None in mode none.
 
-        Raises RuntimeError when the constant scale was never set.
+        Raises RuntimeError if the constant scale was never set.
         """
         if self.mode == "none":
             return None

@@ -59,7 +59,7 @@ class Parameters(RecordsSettings):
 
     norm: InputNorm
     started: bool
-    """Whether the rule has what it takes from the first training batch. A host flag: reading it does not sync."""
+    """Whether the rule has been initialized from the first training batch. A host flag: reading it does not sync."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Parameters(RecordsSettings):
         self.dense_above = DENSE_ABOVE
         self.active_share: float | None = None  # of the last step of a threshold rule
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
-        if normalize is None:  # in one unit, biases and thresholds learn at the same pace whatever the inputs' scale
+        if normalize is None:  # a common unit: biases and thresholds learn at the same pace at any scale of the inputs
             normalize = "constant" if activation.from_data and activation.asked_l0 is not None else "none"
         self.norm = InputNorm(normalize, **factory)
         self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out, **factory))
@@ -141,8 +141,8 @@ class Parameters(RecordsSettings):
         """
         if waiting := [name for name, p in self.named_parameters() if isinstance(p.grad, LedgerGradient)]:
             raise RuntimeError(
-                f"gradients of {', '.join(waiting)} wait for an optimizer of fastsae.optim, and cannot be moved or "
-                "cast; call its step() or zero_grad() first"
+                f"{', '.join(waiting)} have gradients pending in an optimizer of fastsae.optim, which cannot be moved "
+                "or cast; call its step() or zero_grad() first"
             )
         learnt, remembered = self._rule_names
         kept = {name: getattr(self, name).detach() for name in (*learnt, *remembered, "penalty_scale")}
@@ -187,7 +187,7 @@ class Parameters(RecordsSettings):
             self.W_dec.mul_(self.init_norm)
 
     def settle_pre_bias_(self, target_given: bool) -> None:
-        """Decides a pre_bias that was left None: the first target turns it off, training without one keeps it on.
+        """Decides a pre_bias that was left None: the first target turns it off; training without a target keeps it on.
 
         Called with every batch, before anything is computed from `pre_bias`. Warns when it turns pre_bias off, and
         once when the first target comes too late, after training without one.
@@ -202,7 +202,7 @@ class Parameters(RecordsSettings):
         if was_open:
             self.pre_bias = False
         if not torch.compiler.is_compiling():  # a warning is a graph break
-            what = "is now off" if was_open else "stays on, since this SAE was trained without a target before"
+            what = "is now off" if was_open else "stays on, because this SAE was trained without a target before"
             warn(
                 f"a target was given and pre_bias was left None: it {what}. Pass pre_bias=False (b_dec is a mean of "
                 "targets, not of x) or pre_bias=True at construction",
@@ -276,7 +276,7 @@ class Parameters(RecordsSettings):
 
     @property
     def selection_state(self) -> dict[str, Tensor]:
-        """`rule_state`, with what the rule's `select` and `dense` read besides: "norms" where it selects by them."""
+        """`rule_state`, and what else the rule's `select` and `dense` read: "norms" if it selects by them."""
         if not self.activation.selects_by_norm:
             return self.rule_state
         return self.rule_state | {"norms": decoder_norms(wide(self.W_dec.detach()), self.layers)}
@@ -329,7 +329,7 @@ def weight_of_old(threshold: Tensor) -> Tensor:
     known = torch.zeros_like(threshold, dtype=torch.bool) if threshold.is_meta else threshold >= 0
     if not known.is_meta and bool(known.any()):
         warn(
-            f"this state's BatchTopK threshold {threshold.tolist()} is of an older fastsae, whose running mean was "
+            f"this state's BatchTopK threshold {threshold.tolist()} is from an older fastsae, whose running mean was "
             "slow: L0 may be far from k at inference. Set it with sae.calibrate_threshold_(x) on rows of the data",
             UserWarning,
         )

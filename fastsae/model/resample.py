@@ -29,24 +29,23 @@ def resample_(
     batch_size: int = 4096,
     seed: int = 0,
 ) -> int:
-    """Turns every dead latent to the direction of a badly reconstructed input; returns how many there were.
+    """Sets every dead latent to the direction of a badly reconstructed input; returns the number of dead latents.
 
     Inputs are drawn from `rows` (n, d_in), or blocks of them, each with probability ∝ (its squared error)², without
     replacement until all are used. The decoder's row becomes the drawn input less b_dec, at norm 1 (free norms: at the
     mean norm of live rows). The encoder's row gets the same direction at `encoder_norm` times the mean norm of live
-    encoder rows. b_enc becomes 0 and the rule's own parameters get their initial values, or, where they started from
-    data, the mean of the live latents'. The state of these rows in
-    `step`'s optimizer becomes 0, and their dead-latent counters restart. dead: bool (M,), None: `sae.dead`. The draw
-    depends on the seed and the inputs only.
+    encoder rows. b_enc becomes 0. The rule's own parameters get their initial values, or, if they were initialized from
+    data, the mean over live latents. The state of these rows in `step`'s optimizer becomes 0, and their dead-latent
+    counters restart. dead: bool (M,), None: `sae.dead`. The draw depends only on the seed and the inputs.
 
-    In several processes call it in each with the same rows and seed, or their weights drift apart.
+    With several processes, call it in each of them with the same rows and seed, or their weights drift apart.
 
     A host sync. Raises ValueError if no input is given or none has a finite error above 0, and for d_out != d_in, where
     an input cannot become a decoder row. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
     """
     sae = as_sae(sae, "sae")
     if sae.d_out != sae.d_in:
-        raise ValueError(f"resampling turns both dictionaries to one input, got d_in = {sae.d_in}, d_out = {sae.d_out}")
+        raise ValueError(f"resampling needs d_out == d_in, got d_in = {sae.d_in}, d_out = {sae.d_out}")
     dead = sae.dead if dead is None else dead
     latents = dead.nonzero().squeeze(1)
     if latents.numel() == 0:

@@ -1,8 +1,8 @@
 """SparseAutoencoder: x̂ = A W_dec + b_dec,  A = activation((x - b_dec) W_encᵀ + b_enc), as an ordinary `nn.Module`.
 
 Both dictionaries are stored (M, D), one latent per contiguous row. The module works on normalized inputs, and its
-loss is measured there; `recon` is in the caller's units. A training step of the rules that fix how many latents are
-active reads nothing back from the device; a threshold rule asks how many there were.
+loss is measured there; `recon` is in the caller's units. With a rule that fixes how many latents are active, a training
+step reads nothing back from the device; with a threshold rule it reads their number.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class ForwardResult(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """x made ready: x normalized, encoder_input = x - b_dec (pre-bias), target normalized, and the way back."""
+    """The prepared inputs: x normalized, encoder_input = x - b_dec (pre-bias), target normalized, and the statistics
+    that undo the normalization."""
 
     x: Tensor
     encoder_input: Tensor
@@ -57,13 +58,13 @@ class Inputs(NamedTuple):
 
 @dataclass(eq=False)
 class Objective:
-    """A forward pass and its loss, before anything is made for the caller.
+    """A forward pass and its loss, before the caller's result is built from it.
 
-    loss and losses: 0-d float64. error (N, d_out) = recon - target, normalized. codes: None where every latent was
-    looked at densely. counts (M,) int64: on how many tokens each latent was active; active: their sum. dead (M,) bool:
-    after this batch. squares: of the error, 0-d. redone: tokens encoded twice, or None. count(made) counts the batch,
-    if a step was made of it (0-d bool); the backward pass does where it is not `for_step`. In several processes under
-    DistributedDataParallel, counts are of all of them.
+    loss and losses: 0-d float64. error (N, d_out) = recon - target, normalized. codes: None if all latents were
+    computed densely. counts (M,) int64: on how many tokens each latent was active; active: their sum. dead (M,) bool:
+    after this batch. squares: of the error, 0-d. redone: tokens encoded twice, or None. count(made) counts the batch if
+    the step was made (0-d bool); unless `for_step`, the backward pass calls it. With several processes under
+    DistributedDataParallel, counts are over all of them.
     """
 
     ready: Inputs
@@ -91,23 +92,23 @@ class SparseAutoencoder(Parameters):
 
     activation    the rule that picks latents, e.g. `TopK(32)`; see fastsae.model.rules.
     d_out         width of the target; None: d_in.
-    pre_bias      subtract b_dec from the input before encoding; needs d_out == d_in. None: yes, unless the target is
-                  another tensor: off where d_out differs, and off, with a warning, from the first target given on.
+    pre_bias      subtract b_dec from the input before encoding; needs d_out == d_in. None: yes, but not in a
+                  transcoder: off if d_out differs, and switched off, with a warning, by the first target given.
     decoder_norm  "unit": rows of W_dec have norm 1. They start so and the fused step keeps them so; with a torch
                   optimizer call `project_gradients_()` before and `normalize_decoder_()` after its step. "free": no
                   constraint, and both helpers do nothing.
-    normalize     "none"; "constant": one factor making the mean of ‖x‖² equal d_in (`calibrate_`); "layer_norm": each
-                  token, undone in the reconstruction; "standardize": the same by the spread of n - 1 plus 1e-5, as
-                  SAELens and openai's SAEs have it. None: "constant" where the rule drives a penalty to a target
-                  L0, from the first training batch if `calibrate_` was not called, else "none".
-    tied          the encoder reads the decoder's rows: `W_enc` is None and `encoder_weight` is W_dec.
+    normalize     "none"; "constant": one factor making the mean of ‖x‖² equal d_in (`calibrate_`); "layer_norm": per
+                  token, undone in the reconstruction; "standardize": the same with the standard deviation (n - 1) plus
+                  1e-5, as in SAELens and openai's SAEs. None: "constant" if the rule drives a penalty to a target L0
+                  (from the first training batch if `calibrate_` was not called), else "none".
+    tied          the encoder uses the decoder's rows: `W_enc` is None and `encoder_weight` is W_dec.
     skip          a linear path beside the latents: recon += x W_skipᵀ, which starts at 0 (Paulo et al. 2025).
-    layers        a row of x and of the target is that many activations of equal width side by side (a crosscoder): a
-                  penalty weighted by decoder norm takes Σ_l ‖W_dec_i,l‖ (Lindsey et al. 2024).
-    init_norm     norm of the encoder's rows at the start, and of the decoder's where it is free.
+    layers        a row of x and of the target is that many activations of equal width side by side (a crosscoder); a
+                  penalty weighted by decoder norm uses Σ_l ‖W_dec_i,l‖ (Lindsey et al. 2024).
+    init_norm     initial norm of the encoder's rows, and of the decoder's if its norm is free.
     aux_k         latents per token in the AuxK loss on dead latents; None: no such loss. aux_coef: its weight.
     ghost         ghost gradients for dead latents: "residual" (exp-activated dead latents model half the residual,
-                  Jermyn & Templeton 2024) or "pull" (dead rows turn to where the error is large); None: none.
+                  Jermyn & Templeton 2024) or "pull" (dead rows turn towards tokens with a large error); None: none.
                   ghost_coef: their weight.
     dead_after    tokens without firing after which a latent counts as dead.
     loss          "mse": mean over tokens of the summed squared error; "fvu": the same over the batch's variance.
@@ -117,7 +118,7 @@ class SparseAutoencoder(Parameters):
     Parameters: W_enc (M, d_in), W_dec (M, d_out), b_enc (M,), b_dec (d_out,), W_skip (d_out, d_in) with skip, and the
     rule's own (M,). Buffers: tokens_since_fired (M,) int64, the rule's, and, not saved, fired (M,) int64 and
     fired_over () int64: how often each latent fired in how many tokens since `reset_density_`.
-    `backend` and `precision` are plain attributes handed to the ops; they are choices of a run and are not saved.
+    `backend` and `precision` are plain attributes that are passed to the ops; they belong to a run and are not saved.
     Raises ValueError for settings that do not fit together.
     """
 
@@ -150,14 +151,14 @@ class SparseAutoencoder(Parameters):
         is k.
 
         x (..., d_in), or an iterable of such blocks, any float dtype and device, in the units that `encode` takes, is
-        read once, batch_size rows at a time, in memory that does not grow with it. The threshold is right to 1/4096 of
-        itself, which is some thousandth of L0, and is 0 where fewer than k latents a row are above 0. Training
-        goes on from it. Dense: it costs what encoding x without sparsity costs. Syncs.
+        read once, batch_size rows at a time, in memory that does not grow with it. The threshold is accurate to 1/4096
+        of itself, about a thousandth of L0, and is 0 if fewer than k latents a row are above 0. Later training
+        continues from it. Dense: it costs as much as a dense encoding of x. Syncs.
         Raises ValueError for another rule, no rows, or rows that are not finite.
         """
         k = self.activation.mean_k
         if k is None:
-            raise ValueError(f"{self.activation} has no running threshold to calibrate: BatchTopK has one")
+            raise ValueError(f"{self.activation} has no running threshold to calibrate; only BatchTopK has one")
         tail, n, like = Tail(self.W_dec.device), 0, self.W_dec
         for batch in blocks_of(x, batch_size):
             normal, _ = self._normal(batch.to(like.device))
@@ -172,16 +173,17 @@ class SparseAutoencoder(Parameters):
 
     @torch.no_grad()
     def start_(self, x: Tensor, target: Tensor | None = None) -> SparseAutoencoder:
-        """Sets what the rule takes from data, once, from a batch x (*batch, d_in): biases and thresholds, so that the
-        mean L0 is near the one it aims at, the first weight of its penalty, and the scale of normalize="constant" where
-        it is not set yet. The first training batch does it by itself; call `init_from_` before.
+        """Initializes from a batch x (*batch, d_in), once, what the rule takes from data: biases and thresholds, such
+        that the mean L0 is near its target; the first weight of its penalty; and the scale of normalize="constant" if
+        it is not set yet. The first training batch does this automatically; call `init_from_` before it.
 
-        Each latent gets a threshold at the same number of its own standard deviations above its own mean, on x, at the
-        initial weights: one bar for all would leave most of them dead where a few directions have most of the variance.
-        Rows that are not finite are left out. Nothing is done the second time, and for rules that need no data. Syncs.
-        Before wrapping the module in DistributedDataParallel, call it in the first process at least, whose state the
-        others get; and before torch.compile(fullgraph=True), since it runs outside the graph. A state dict keeps it.
-        Raises ValueError for fewer than two finite rows; RuntimeError where each process would see rows of its own.
+        On x, with the initial weights, every latent's threshold is the same number of its own standard deviations above
+        its own mean. A single threshold for all would leave most of them dead if a few directions have most variance.
+        Rows that are not finite are left out. A second call does nothing, nor does a rule that needs no data. Syncs.
+        Before wrapping the module in DistributedDataParallel, call it at least in the first process, whose state the
+        others receive. Also call it before torch.compile(fullgraph=True), since it runs outside the graph. State dicts
+        include it.
+        Raises ValueError for fewer than two finite rows; RuntimeError if each process would see different rows.
         """
         if self.started:
             return self
@@ -190,7 +192,7 @@ class SparseAutoencoder(Parameters):
             return self
         if DistributedDataParallel._get_active_ddp_module() is not None:
             raise RuntimeError(
-                "the rule's thresholds are not set yet, and each process sees rows of its own; call sae.start_(x) on a "
+                "the rule's thresholds are not set yet, and each process sees different rows; call sae.start_(x) on a "
                 "batch before wrapping the module in DistributedDataParallel"
             )
         self.check_input(x, target)
@@ -202,7 +204,7 @@ class SparseAutoencoder(Parameters):
             target = target[good]
         rows = rows[good]
         if len(rows) < 2:
-            raise ValueError(f"{len(rows)} finite rows in x {tuple(x.shape)}, expected two or more to start from")
+            raise ValueError(f"x of shape {tuple(x.shape)} has {len(rows)} finite rows, expected at least two to start")
         if not self.norm.calibrated:
             self.norm.calibrate_(rows)
         ready = self.inputs(rows, target)
@@ -226,7 +228,7 @@ class SparseAutoencoder(Parameters):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (*batch, {width}){hint}")
 
     def check_input(self, x: Tensor, target: Tensor | None) -> None:
-        """Raises ValueError or TypeError where the target does not fit x (*batch, d_in)."""
+        """Raises ValueError or TypeError if the target does not fit x (*batch, d_in)."""
         self._check(x, self.d_in, "x")
         if target is not None:
             self._check(target, self.d_out, "target")
@@ -242,9 +244,9 @@ class SparseAutoencoder(Parameters):
         return self.norm.normalize(flat, stats), stats
 
     def inputs(self, x: Tensor, target: Tensor | None = None, *, held: bool = False) -> Inputs:
-        """x (*batch, d_in) and its target (*batch, d_out; None: x itself), flattened to tokens and made ready.
+        """x (*batch, d_in) and its target (*batch, d_out; None: x itself), flattened to tokens and normalized.
 
-        held: encoder_input has no gradient of b_dec, which the encoder hands on then (`EncodeOptions.pre_bias`).
+        held: encoder_input passes no gradient to b_dec; the encoder computes it instead (`EncodeOptions.pre_bias`).
         """
         self.check_input(x, target)
         normal, stats = self._normal(x)
@@ -258,13 +260,13 @@ class SparseAutoencoder(Parameters):
         return Inputs(normal, encoder_input, goal, stats)
 
     def encode_options(self, screen: Screen | None = None, *, held: bool = False) -> EncodeOptions:
-        """How this module's encoder computes; held: as of `inputs`."""
+        """How this module's encoder computes; held: as for `inputs`."""
         return EncodeOptions(screen, self.precision, self.backend, self.b_dec if held and self.pre_bias else None)
 
     def pre_acts(
         self, encoder_input: Tensor, options: EncodeOptions | None = None, capacity: int | None = None
     ) -> Selected:
-        """The pre-acts (N, ...) that the rule looks at; capacity: None for all of them (see `Activation.select`)."""
+        """The pre-acts (N, ...) that the rule selects; capacity: None for all of them (see `Activation.select`)."""
         options = options or self.encode_options()
         state = self.selection_state
         return self.rule.select(
@@ -272,7 +274,7 @@ class SparseAutoencoder(Parameters):
         )
 
     def _activated(self, pre: SparseCodes) -> tuple[SparseCodes, Tensor | None]:
-        """The code of these pre-acts, and the penalty, where the rule has one."""
+        """The code of these pre-acts, and the penalty if the rule has one."""
         rule = self.rule
         if not rule.shaped:
             return pre, None
@@ -287,7 +289,7 @@ class SparseAutoencoder(Parameters):
         return replace(pre, acts=acts.to(pre.acts.dtype)), penalty
 
     def _at_slots(self, pre: SparseCodes, rule_state: RuleState) -> dict[str, Tensor]:
-        """What the rule knows of each latent, at the slots of a code."""
+        """The rule's per-latent values at the slots of a code."""
         return {name: per_latent(t, pre, self.backend) for name, t in self.rule.per_latent(rule_state).items()}
 
     def _decoder_norms(self) -> Tensor:
@@ -301,8 +303,9 @@ class SparseAutoencoder(Parameters):
         """The sparse code of x (*batch, d_in).
 
         latents (n,): only these, in any order, in a code whose latent i is latents[i], so that `.to_dense()` has n
-        columns: the same acts as without. Where each latent's act depends on its own pre-act alone (ReLU, JumpReLU,
-        Gated, and BatchTopK by its threshold) only their rows are read; the other rules choose among all latents first.
+        columns. Their acts are the same as in the full code. If each latent's act depends only on its own pre-act
+        (ReLU, JumpReLU, Gated, and BatchTopK by its threshold), only their rows are read; the other rules select among
+        all latents first.
         Raises TypeError or ValueError for latents that are not distinct numbers in [0, d_sae).
         """
         normal, _ = self._normal(x)
@@ -316,7 +319,7 @@ class SparseAutoencoder(Parameters):
         return codes.with_batch(tuple(x.shape[:-1]))
 
     def _codes(self, encoder_input: Tensor, W_enc: Tensor, rule_state: RuleState) -> SparseCodes:
-        """The code of encoder_input (N, d_in) by these latents, with their rows of the state."""
+        """The code of encoder_input (N, d_in) for the given latents, with their rows of the state."""
         rule = self.rule
         codes = rule.select(
             encoder_input, W_enc, rule_state["b_enc"], rule_state, self.training, self.encode_options()
@@ -354,20 +357,21 @@ class SparseAutoencoder(Parameters):
         return self.norm.restore(recon, stats)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> ForwardResult:
-        """Encode, decode and measure. In training mode with the losses on dead latents, and the batch then counts.
+        """Encode, decode and compute the loss. In training mode this includes the losses on dead latents, and the batch
+        counts.
 
         A batch counts once, at the end of the first backward pass that goes through it, whether or not an optimizer
         steps afterwards: dead-latent counters, densities, BatchTopK's running threshold, a driven penalty weight, drawn
-        prefixes. In tokens: m microbatches count as their tokens, and move a running threshold m times. What does not
-        count: a forward pass alone (under no_grad, in inference mode, or without a backward pass), eval mode, a second
-        backward pass of the same graph, one that fails, and a batch whose loss is not finite. A step that an optimizer
-        or a GradScaler skips has had its backward pass, and counts, unless the loss was not finite; a train step knows
-        whether it was made, and counts then only.
+        prefixes. Counts are of tokens: m microbatches count by their tokens, and update a running threshold m times.
+        What does not count: a forward pass alone (under no_grad, in inference mode, or without a backward pass), eval
+        mode, a second backward pass of the same graph, one that fails, and a batch whose loss is not finite. A batch
+        whose step an optimizer or a GradScaler skips has had its backward pass and counts, unless its loss was not
+        finite; a train step knows whether the step was made, and counts only then.
 
         Activation checkpointing, reentrant or not, counts once and sees the same counters in both runs. Under
-        torch.compile a forward pass counts when it runs with gradients enabled, since its graph has no other place.
+        torch.compile a forward pass counts when it runs with gradients enabled, since its graph cannot count later.
         Under DistributedDataParallel the batches of all processes count together, in every process, as one batch: sums,
-        and for BatchTopK, where each process keeps the N·k largest of its own N tokens, the threshold moves by the mean
+        and for BatchTopK, where each process keeps the N·k largest of its own N tokens, the threshold follows the mean
         of their smallest acts. Every process has to run the same forward passes in training mode.
         """
         found = self.objective(x, target)
@@ -382,10 +386,10 @@ class SparseAutoencoder(Parameters):
         return self.norm.restore(error + ready.target, ready.stats).reshape(*batch, self.d_out)
 
     def objective(self, x: Tensor, target: Tensor | None = None, *, for_step: bool = False) -> Objective:
-        """The loss of x (*batch, d_in), where it stands: every training step and every caller's loop has it from here.
+        """The loss of x (*batch, d_in), assembled here for every training step and every loop of a caller.
 
-        for_step: the caller reads no codes and counts the batch itself. A threshold rule may then look at all latents
-        densely, where many are active (`dense_above`). While a ledger is open, the backward pass overwrites the error.
+        for_step: the caller reads no codes and counts the batch itself. A threshold rule may then compute all latents
+        densely if many are active (`dense_above`). While a ledger is open, the backward pass overwrites the error.
         """
         if self.training and not self.started:
             if torch.compiler.is_compiling():
@@ -407,8 +411,8 @@ class SparseAutoencoder(Parameters):
         held = ledger is not None
         if held and self.training and counting.several(self):
             raise RuntimeError(
-                "DistributedDataParallel wraps an SAE whose gradients an optimizer of fastsae.optim keeps as terms, "
-                "and it cannot sum these over processes; delete that optimizer and use a torch optimizer"
+                "DistributedDataParallel wraps an SAE that belongs to an optimizer of fastsae.optim, whose sparse "
+                "gradients it cannot sum over processes; delete that optimizer and use a torch optimizer"
             )
         ready = self.inputs(x, target, held=held)
         if ledger is not None:
@@ -474,7 +478,7 @@ class SparseAutoencoder(Parameters):
         )  # fmt: skip
 
     def _gate_goal(self, ready: Inputs) -> Tensor:
-        """The gate's target less what the latents have not to explain, differentiable in x alone."""
+        """The gate's target minus the parts that latents need not explain, differentiable in x alone."""
         return ready.target if self.W_skip is None else ready.target - (ready.x @ self.W_skip.mT).detach()
 
     def dead_latent_loss(
@@ -486,10 +490,10 @@ class SparseAutoencoder(Parameters):
         options: EncodeOptions,
         overwrite: bool = False,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """AuxK's or the ghost gradients' weighted loss, None for none, and the loss by name before its weight.
+        """AuxK's or the ghost gradients' weighted loss (or None), and the loss by name before its weight.
 
-        error (N, d_out) = recon - target, held fixed. Ghost gradients are dense in the dead latents' rows, and so look
-        at how many there are.
+        error (N, d_out) = recon - target, held fixed. Ghost gradients are dense over the dead latents' rows, and so
+        read their number.
         """
         if self.aux_k is not None:
             codes = losses.encode_dead(
@@ -522,7 +526,7 @@ class SparseAutoencoder(Parameters):
             self.active_share = dense.sampled_share(self, encoder_input)
         if self.active_share > self.dense_above:
             return None
-        # Room for what the sparse way should carry, a little more than it has carried: more than that goes densely.
+        # A little more capacity than the last step used; if that overflows, the step is dense.
         room = min(pairs, int(self.dense_above * pairs) + 1)
         guess = min(room, int(1.5 * self.active_share * pairs) + 64 * n)
         for capacity in dict.fromkeys((guess, room)):
@@ -559,7 +563,7 @@ class SparseAutoencoder(Parameters):
         return self.tokens_since_fired >= self.dead_after
 
     def _over_processes(self, batch: counting.Counted) -> counting.Counted:
-        """In training the batch of all processes."""
+        """In training, the counts of the batch summed over all processes."""
         if not self.training:
             return batch
         return outside_graph("over_processes")(self, batch)
@@ -613,13 +617,13 @@ class SparseAutoencoder(Parameters):
 
     @torch.no_grad()
     def reset_density_(self) -> None:
-        """Begins a new window of `density`."""
+        """Starts a new window of `density`."""
         self.fired.zero_()
         self.fired_over.zero_()
 
 
 def as_sae(given: object, name: str) -> SparseAutoencoder:
-    """The SparseAutoencoder that `given` is, or that torch.compile wrapped: the wrapper names parameters otherwise.
+    """`given` if it is a SparseAutoencoder, or the one that torch.compile wrapped, whose parameter names differ.
 
     Raises TypeError, with what to pass instead, for anything else.
     """
@@ -632,12 +636,12 @@ def as_sae(given: object, name: str) -> SparseAutoencoder:
     elif isinstance(given, torch.nn.Module) and any(isinstance(m, SparseAutoencoder) for m in given.modules()):
         hint = "; pass the one inside it"
     elif hasattr(given, "to_sae"):
-        hint = "; take one SAE of it, .to_sae(i), or train all of them by a BatchTrainStep"
+        hint = "; take one SAE of it with .to_sae(i), or train all with a BatchTrainStep"
     raise TypeError(f"{name} is a {type(given).__name__}, expected a SparseAutoencoder{hint}")
 
 
 def check_dense(name: str, x: Any, device: torch.device) -> None:
-    """Raises ValueError or TypeError for what is no dense floating tensor on this device."""
+    """Raises ValueError or TypeError for anything but a dense floating-point tensor on this device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor({name})")
     if x.layout != torch.strided:
@@ -649,7 +653,7 @@ def check_dense(name: str, x: Any, device: torch.device) -> None:
 
 
 def outside_graph(name: str) -> Callable[..., Any]:
-    """A function of fastsae.model.counting that asks other processes: where there are any, no graph can hold it."""
+    """A function of fastsae.model.counting that communicates with other processes, which no graph can contain."""
     if torch.compiler.is_compiling():
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return lambda _, given: given

@@ -80,7 +80,7 @@ def check_settings(sae: Any) -> None:
 
 
 def check_creation(dtype: Any, seed: Any) -> None:
-    """Raises ValueError for a dtype that weights cannot have, and for a seed that is no number."""
+    """Raises ValueError for a dtype that weights cannot have, and for a seed that is not a number."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"dtype is {dtype!r}, expected a floating one of torch, such as torch.float32, or None")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
@@ -88,16 +88,16 @@ def check_creation(dtype: Any, seed: Any) -> None:
 
 
 def check_rule_dtype(rule: Activation, dtype: torch.dtype) -> None:
-    """Raises ValueError for a rule's parameters below float32: rounding would swallow their steps."""
+    """Raises ValueError for a rule_dtype narrower than float32: rounding would swallow the parameters' steps."""
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"rule_dtype is {dtype}, expected torch.float32 or torch.float64: the parameters of {type(rule).__name__} "
-            f"move by steps that {dtype} cannot hold; leave rule_dtype out, only the weights may be narrower"
+            f"rule_dtype is {dtype}, expected torch.float32 or torch.float64: {dtype} cannot hold the small steps of "
+            f"{type(rule).__name__}'s parameters; leave rule_dtype out, only the weights may be narrower"
         )
 
 
 class RecordsSettings(nn.Module):
-    """A module whose state dict has its `config` beside the tensors, and which refuses that of other settings."""
+    """A module whose state dict has its `config` beside the tensors, and which refuses a state with other settings."""
 
     @property
     def config(self) -> Config:
@@ -119,8 +119,8 @@ class RecordsSettings(nn.Module):
         """As torch's, but it refuses the state of a module with other settings, before it changes anything.
 
         Settings that do not change what the weights mean may differ, see fastsae.model.settings.MAY_DIFFER.
-        allow_other_config: load the tensors without comparing settings; with strict=False also where one of the rules
-        has tensors that the other lacks. A state without settings, such as plain tensors by name, is never compared.
+        allow_other_config: load the tensors without comparing settings; with strict=False also if one of the rules has
+        tensors that the other lacks. A state without settings, such as plain tensors by name, is never compared.
         Raises ValueError naming each setting that differs, with what was got and expected.
         """
         if allow_other_config:
@@ -162,7 +162,7 @@ class RecordsSettings(nn.Module):
             missing.remove(prefix + EXTRA_STATE)
 
     def _of_older(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        """The state, which fits, with what one of an older fastsae lacks."""
+        """The state, which fits, with the entries added that a state of an older fastsae lacks."""
         return state_dict
 
 

@@ -1,4 +1,4 @@
-"""What a compiled forward pass runs outside its graph. Imported while compiling only: torch._dynamo takes a second."""
+"""What a compiled forward pass runs outside its graph. Imported only for compiling: torch._dynamo takes a second."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def start(sae: Any, x: Tensor, target: Tensor | None) -> None:
     sae.start_(x, target)
 
 
-_several = "DistributedDataParallel runs this forward pass, which asks the other processes for their counts"
+_several = "DistributedDataParallel runs this forward pass, which reads the other processes' counts"
 over_processes = torch.compiler.disable(counting.over_processes, reason=_several)
 in_all_processes = torch.compiler.disable(counting.in_all_processes, reason=_several)

@@ -1,15 +1,16 @@
-"""The functional face of the engine, over the raw ops torch.ops.fastsae.*.
+"""The functional interface of the engine, over the raw ops torch.ops.fastsae.*.
 
-    encode.py           encode_topk, encode_above, encode_batch_topk; encode_by for a code of one's own; prepare_screen
+    encode.py           encode_topk, encode_above, encode_batch_topk; encode_by for your own selection; prepare_screen
     products.py         decode, decode_error, active_dot, active_outer, by_latent
     update.py           update_latents_: the backward and the optimizer step of a whole SAE
-    reconstruction.py   squared_errors, what losses are made of
+    reconstruction.py   squared_errors, from which losses are built
     ledger.py           what backward passes keep for a fused update; gradients.py: the same as ordinary tensors
-    register.py         how an op becomes torch.ops.fastsae.<op>; checks.py: the words in which ops refuse
+    register.py         how an op becomes torch.ops.fastsae.<op>; checks.py: the checks of arguments and their messages
 
 Every function takes leading batch dimensions, which are flattened on the way in and restored on the way out, and
-`backend=None|"reference"|"cpu"|...`: None takes the fastest backend that has nothing against the call, a name fails
-loudly with the reason. All of them are deterministic, work for N = 0, and are differentiable where that makes sense.
+`backend=None|"reference"|"cpu"|...`: None takes the fastest backend that supports the call; a name raises, with the
+reason, if that backend does not. All of them are deterministic, work for N = 0, and are differentiable where that makes
+sense.
 precision="exact" returns the fp32 answer even if a backend screens in a narrower format first; "screened" trusts the
 screen, so its selection depends on the screen's format; "fp32" does not screen.
 

@@ -1,6 +1,6 @@
 """The checks of arguments that several ops share. A message says what was got, what was expected, what to do.
 
-A public function checks what its raw op cannot see: leading batch dimensions, the dictionary of its codes and of its
+A public function checks what its raw op cannot see: leading batch dimensions, and the dictionary of its codes and
 screen. The raw op checks the rest, for every caller, before a backend uses a size or an index as an address. No check
 costs a host sync unless its docstring says so.
 """
@@ -25,23 +25,22 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 MOST = 2**31 - 1
 """Tokens and latents are counted in int32."""
 LEAST_EPS = 1.2e-38
-"""Of Adam: the smallest normal float32, rounded up, which its kernels add in."""
+"""Smallest eps of Adam: the smallest normal float32, rounded up, in which its kernels add it."""
 
 
 # -- memory, sizes, dtypes, devices -----------------------------------------------------------------------------------
 
 
 def given(name: str, value: Any) -> None:
-    """An argument that must be there is. torch hands None to an op in place of a tensor."""
+    """Raises TypeError if a required argument is None, which torch passes to an op in place of a tensor."""
     if value is None:
         raise TypeError(f"{name} is None, expected a value")
 
 
 def has_memory(name: str, value: Any) -> None:
-    """Each tensor in an argument of a raw op is dense, and its numbers lie in its storage. Other arguments pass.
+    """Checks that each tensor in an argument of a raw op is dense, and that its storage holds all of its numbers.
 
-    torch keeps the shape of a tensor whose storage was taken away, and raises errors of its own, without a name, where
-    such a tensor is read.
+    torch keeps the shape of a tensor whose storage was freed; reading it raises an error that does not name it.
     """
     if isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
@@ -78,8 +77,8 @@ def same_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def one_device(named: dict[str, Any]) -> None:
-    """All tensors of a call are on one device, those in lists and those of no numbers too: torch would take the meta
-    device for the call's, where nothing is computed."""
+    """Checks that all tensors of a call are on one device, including empty ones and those in lists: with one on meta,
+    torch would dispatch the whole call there, and compute nothing."""
     seen: dict[torch.device, str] = {}
     for name, value in named.items():
         for t in value if isinstance(value, (list, tuple)) else (value,):
@@ -91,7 +90,7 @@ def one_device(named: dict[str, Any]) -> None:
 
 
 def same_kind(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    """Same dtype and device. Autocast, if it is on, has cast before."""
+    """Checks for the same dtype and device. Autocast, if it is on, has already cast."""
     if t.dtype != other.dtype:
         raise TypeError(
             f"{name} has dtype {t.dtype} but {other_name} has {other.dtype}; cast with {name}.to({other.dtype}), or "
@@ -155,7 +154,7 @@ def tokens(name: str, x: Tensor, codes: SparseCodes) -> None:
 
 def latents_of(codes: SparseCodes, d_sae: int) -> None:
     if codes.d_sae != d_sae:
-        raise ValueError(f"codes have d_sae = {codes.d_sae}, expected {d_sae}, the latents of their dictionary")
+        raise ValueError(f"codes have d_sae = {codes.d_sae}, expected {d_sae}, the size of their dictionary")
 
 
 def code_tokens(acts: Tensor, offsets: Tensor | None) -> int:
@@ -168,7 +167,7 @@ def code(acts: Tensor, indices: Tensor, offsets: Tensor | None, of: str = "") ->
     if acts.ndim != (2 if offsets is None else 1) or indices.shape != acts.shape:
         raise ValueError(
             f"{of}acts has shape {tuple(acts.shape)} and {of}indices has shape {tuple(indices.shape)}, expected the "
-            "same: (N, K), or (capacity,) where there are offsets"
+            "same: (N, K), or (capacity,) with offsets"
         )
     if indices.dtype != torch.int32:
         raise TypeError(f"{of}indices have dtype {indices.dtype}, expected torch.int32; use .int()")
@@ -191,7 +190,7 @@ def code_of(acts: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) ->
 def rows_of_code(name: str, x: Tensor, acts: Tensor, offsets: Tensor | None) -> None:
     n = code_tokens(acts, offsets)
     if x.shape[0] != n:
-        raise ValueError(f"{name} has {x.shape[0]} rows and the code {n} tokens, expected as many")
+        raise ValueError(f"{name} has {x.shape[0]} rows and the code {n} tokens, expected equal numbers")
 
 
 def code_inside(indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
@@ -207,7 +206,7 @@ def code_inside(indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
     if indices.numel():
         low, high = (int(v) for v in torch.aminmax(indices))
         if low < 0 or high >= d_sae:
-            raise IndexError(f"codes point at latents {low} to {high}, expected 0 to {d_sae - 1}, their dictionary")
+            raise IndexError(f"codes have latents {low} to {high}, expected 0 to {d_sae - 1}, their dictionary's")
 
 
 def rises(offsets: Tensor, capacity: int) -> bool:
@@ -225,11 +224,11 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 @contextmanager
 def reading_a_state(what: str) -> Iterator[None]:
-    """Raises ValueError where what is read in here is not nested as a state of `what` is."""
+    """In the block, errors from a state that is not structured like one of `what` become a ValueError."""
     try:
         yield
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"this is no state of {what}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"this is not a state of {what}: {type(error).__name__}: {error}") from error
 
 
 def at_least_0(name: str, value: Any) -> None:
@@ -262,8 +261,7 @@ def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: f
         )
     if kind == "adam" and weight_decay:
         raise ValueError(
-            f"weight_decay is {weight_decay} and optimizer 'adam', which has none; pass optimizer='adamw' for "
-            "decoupled decay"
+            f"weight_decay is {weight_decay}, but optimizer 'adam' has none; pass optimizer='adamw' for decoupled decay"
         )
 
 
@@ -290,7 +288,7 @@ def one_process(independent: bool) -> None:
     size = torch.distributed.get_world_size() if running and not independent else 1
     if size > 1:
         raise RuntimeError(
-            f"this is one of {size} processes, and this step sums no gradients over them, so their weights would drift "
-            "apart; use a torch optimizer with DistributedDataParallel, or pass independent=True where each process "
+            f"this is one of {size} processes, and this step does not sum gradients over them, so their weights would "
+            "drift apart; use a torch optimizer with DistributedDataParallel, or pass independent=True if each process "
             "trains an SAE of its own"
         )

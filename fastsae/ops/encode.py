@@ -55,13 +55,13 @@ def _flat_input(x: Tensor, W: Tensor, check: bool) -> Tensor:
 
 
 def infinite_as_nan(x: Tensor) -> Tensor:
-    """x with NaN for infinity: a token that is no number has scores that are none, where relu(-∞) would be 0.
+    """x with NaN in place of infinity: a token with either gets scores of NaN, whereas relu(-∞) would be 0.
 
-    Otherwise x to the last bit, and x itself where a CPU finds at once that there is none.
+    All other numbers keep their bits; x itself is returned if a CPU finds at once that all are finite.
     """
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
     plain = plain and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    if plain and bool(torch.isfinite(x.detach().sum())):  # a sum that overflows costs a copy, no more
+    if plain and bool(torch.isfinite(x.detach().sum())):  # a sum that overflows only costs a copy
         return x
     return torch.add(x, x, alpha=0)  # x + 0 · x, in one pass
 
@@ -89,8 +89,8 @@ def encode_by(
 ) -> SparseCodes:
     """run(x, W, b): a code whose acts are x Wᵀ + b at its slots, selected in any way by differentiable ops; x (N, D).
 
-    pre_bias (D,): x is x₀ - pre_bias, computed without a gradient of it, which the encoder hands on. While a ledger is
-    open for W and b, it keeps the gradient as a term, and run is called without autograd.
+    pre_bias (D,): x is x₀ - pre_bias, computed without a gradient to it; the encoder's backward computes that. While a
+    ledger is open for W and b, it keeps the gradient as a term, and run is called without autograd.
     """
     ledger = ledgers.open_ledger(W_enc=W, b_enc=b, **({} if pre_bias is None else {"b_dec": pre_bias}))
     if ledger is None:
@@ -108,7 +108,7 @@ def prepare_screen(
 ) -> Screen | None:
     """The low-precision copy of an encoder that the chosen backend screens with, or None if it needs none.
 
-    It goes stale when W changes: only `update_latents_` maintains it. Without it an encoder makes its own, every call.
+    It goes stale when W changes: only `update_latents_` maintains it. Without it an encoder makes one in each call.
     x (*batch, D) and k: a sample of what it will encode, by which a backend may choose its format. Speed depends on
     that choice; results do only with precision="screened", which trusts the format.
     """
@@ -180,7 +180,7 @@ def encode_topk_weighted(
 ) -> SparseCodes:
     """The pre-acts of each token at the k largest of relu(pre-act · weight); weight (M,), at least 0, is held fixed.
 
-    x (N, D); the other arguments as of `encode_topk`, whose `scale=` gives acts that are multiplied by it.
+    x (N, D); the other arguments as in `encode_topk`, whose `scale=`, in contrast, also multiplies the acts.
     """
     held = weight.detach().to(b.dtype)
 
@@ -373,7 +373,7 @@ def encode_batch_topk(
 ) -> SparseCodes:
     """The N·k largest of relu(x Wᵀ + b) over the whole batch: ragged codes of capacity N·k, zeros are never stored.
 
-    A token with NaN or infinity in x has NaN at the first k latents; the others get what they would without it.
+    A token with NaN or infinity in x has NaN at the first k latents; the other tokens get the same as without it.
     """
     flat, kept = _flat_input(x, W, check), screen_tensors(screen, backend)
 

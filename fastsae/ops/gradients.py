@@ -1,6 +1,6 @@
 """The gradients of an encoder from raw ops: for autograd's formulas, and for a ledger that keeps no terms.
 
-And what a step asks of gradients and its rate before it changes anything: whether it leaves finite numbers.
+And the check that a step makes of gradients and learning rate before it changes anything: whether it stays finite.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def encoder_gradients(
 
 
 NARROW = 3e38
-"""The largest second moment that bf16 and 8 bits hold, less what their rounding may add."""
+"""The largest second moment that bf16 and 8 bits hold, minus what their rounding may add."""
 
 
 def largest_square(dtype: torch.dtype, narrow: bool) -> float:
@@ -67,10 +67,10 @@ def largest_square(dtype: torch.dtype, narrow: bool) -> float:
 
 
 def gradients_are_bounded(terms: Iterable[UpdateTerm], dense: Iterable[Tensor], like: Tensor, largest: float) -> Tensor:
-    """Whether the norms of all gradients are finite for certain: 0-d bool on like's device; NaN and infinity are not.
+    """Whether the norms of all gradients are certainly finite: 0-d bool on like's device; False for NaN and infinity.
 
     With ‖·‖ the norm of a whole matrix and decoder rows of norm 1, ‖dW_dec_i‖ ≤ ‖acts‖ ‖grad‖, ‖dW_enc_i‖ ≤
-    max(‖grad‖, ‖dacts‖) ‖x‖ and ‖db_dec‖ ≤ √N ‖grad‖. They are held against the square root of `largest_square`, since
+    max(‖grad‖, ‖dacts‖) ‖x‖ and ‖db_dec‖ ≤ √N ‖grad‖. They are compared with the square root of `largest_square`, since
     norms and second moments square them; decoder rows may be longer by 10³.
     """
     worst = []
@@ -107,7 +107,7 @@ def whole_norm(t: Tensor) -> Tensor:
 def moves_little(kind: str, group: Mapping[str, Any], like: Tensor, *, lr: Tensor, step: Tensor) -> Tensor:
     """Whether a step at this rate, 0-d float64, leaves weights of like's dtype finite: 0-d bool on the rate's device.
 
-    NaN and infinity do not. kind, group: the optimizer and its settings; step: 0-d, counts this one.
+    False for NaN and infinity. kind, group: the optimizer and its settings; step: 0-d, counts this one.
     """
     # lr / (1 - β₁ᵗ) is Adam's own; its moves are below 10³ in units of it.
     size = lr / (1 - group["betas"][0] ** step.double()) if "v" in MOMENTS_OF[kind] else lr
@@ -117,7 +117,7 @@ def moves_little(kind: str, group: Mapping[str, Any], like: Tensor, *, lr: Tenso
 def rows_of(p: Tensor, transposed: bool) -> Tensor:
     """p (M, D), or the transpose of p (D, M), one latent per contiguous row; p itself where it is not transposed.
 
-    A parameter whose memory has another order is given new memory, in place, as after `p.data = ...` by other code.
+    If its memory has another order, as after `p.data = ...` by other code, the parameter gets new memory, in place.
     """
     rows = p.t() if transposed else p
     if not rows.is_contiguous():

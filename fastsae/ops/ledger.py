@@ -5,12 +5,12 @@ append terms, each a sparse code with the encoder's input and the gradient of a 
 spends them. Where an act reaches a decoder as the encoder made it, the update computes its gradient ⟨dL/d recon, W_dec⟩
 itself, with both rows in registers: the two backward passes are then one term, and no gather of W_dec runs here.
 
-The terms stand for gradients, and p.grad says so: it is a `LedgerGradient`, which has no storage. Dropping it
+The terms represent gradients, and p.grad shows that: it is a `LedgerGradient`, which has no storage. Dropping it
 (`zero_grad`) drops the terms; its norm and its scaling work, so `clip_grad_norm_` and `GradScaler` do; `to_dense()`
-makes the gradient. What reaches a parameter by other ways (a penalty on weights, say) is added as an ordinary tensor.
+makes the gradient. Gradients from elsewhere (a penalty on weights, say) are added as ordinary tensors.
 
 Everything that does not accumulate into the parameters (torch.autograd.grad, double backward, `backward(inputs=...)`,
-torch.compile) takes the ordinary formulas instead and gives dense gradients.
+torch.compile) uses the ordinary formulas instead and gives dense gradients.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class LedgerGradient(torch.Tensor):
 
     @property
     def ledger(self) -> Ledger:
-        """The ledger that keeps the terms. Raises RuntimeError where its optimizer is gone."""
+        """The ledger that keeps the terms. Raises RuntimeError if its optimizer no longer exists."""
         ledger = self._ledger()
         if ledger is None:
             raise RuntimeError(
-                f"the gradient of {self.parameter_name} was kept as terms by an optimizer of fastsae.optim that is "
-                "gone; drop it (zero_grad) and go backward again"
+                f"the gradient of {self.parameter_name} was kept as terms by an optimizer of fastsae.optim that no "
+                "longer exists; drop it (zero_grad) and run the backward pass again"
             )
         return ledger
 
@@ -98,7 +98,7 @@ class LedgerGradient(torch.Tensor):
                 if len(args) > 1 and args[1] != 2:
                     raise RuntimeError(
                         f"the {args[1]}-norm of {name}'s gradient, which is kept as terms, is not known, only its "
-                        "2-norm; clip with norm_type=2, or take .grad.to_dense()"
+                        "2-norm; clip with norm_type=2, or use .grad.to_dense()"
                     )
                 return ledger.norm(name).to(mine.dtype)
         if op in (aten._amp_foreach_non_finite_check_and_unscale_, aten._foreach_mul_, aten._foreach_zero_):
@@ -108,7 +108,7 @@ class LedgerGradient(torch.Tensor):
         names = sorted({t.parameter_name for t in _flat(args) if isinstance(t, LedgerGradient)})
         raise RuntimeError(
             f"the gradient of {', '.join(names)} is kept as terms for an optimizer of fastsae.optim, and {func} cannot "
-            "use it; give these parameters to that optimizer alone, or take .grad.to_dense()"
+            "use it; give these parameters to that optimizer alone, or use .grad.to_dense()"
         )
 
 
@@ -146,7 +146,7 @@ class KeepsScreen(Protocol):
 
 
 class Taken(NamedTuple):
-    """What a step spends: terms; dense gradients by name; decoder_pull (M, L); the factor of the terms, 0-d float64."""
+    """What a step consumes: terms; dense gradients by name; decoder_pull (M, L); the terms' factor, 0-d float64."""
 
     terms: list[UpdateTerm]
     dense: dict[str, Tensor]
@@ -186,7 +186,7 @@ class Ledger:
         self._pass: int | None = None
 
     def open(self) -> None:
-        """From now on backward passes write here, until the owner is gone or a parameter gets another ledger."""
+        """From now on backward passes write here, until the owner is deleted or a parameter gets another ledger."""
         for p in self.parameters.values():
             _owners[p] = weakref.ref(self)
 
@@ -195,7 +195,7 @@ class Ledger:
         return all(ref is not None and ref() is self for ref in map(_owners.get, self.parameters.values()))
 
     def turned(self, name: str, t: Tensor) -> Tensor:
-        """A tensor shaped like this parameter as one shaped like its rows, or the other way round."""
+        """Converts a tensor between the shape of this parameter and that of its rows, in either direction."""
         return t.t() if name in self.transposed else t
 
     def rows(self, name: str) -> Tensor:
@@ -211,24 +211,24 @@ class Ledger:
         return same and t.data_ptr() == p.data_ptr()
 
     def screen_for(self, x: Tensor) -> Screen | None:
-        """The owner's low-precision copy of the encoder, for inputs x (N, D_in); None where it keeps none."""
+        """The owner's low-precision copy of the encoder, for inputs x (N, D_in); None if it keeps none."""
         return None if self.kept is None else self.kept.current(x)
 
     def note_redone(self, share: Tensor) -> None:
-        """Which share of the tokens the encoder had to do again with that copy, 0-d."""
+        """Records the share of tokens that the encoder had to encode again with that copy, 0-d."""
         if self.kept is not None:
             self.kept.redone = share
 
     # -- what backward passes ask and say ----------------------------------------------------------------------------
 
     def accumulates(self, *names: str) -> bool:
-        """Whether the backward pass that runs now ends in the .grad of these parameters, which are in its graph, and
-        nothing but a step wants to see the gradients.
+        """Whether the running backward pass accumulates into the .grad of these parameters, which are in its graph, and
+        only a step reads the gradients.
         """
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             return False
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters.values()):
-            return False  # a hook is owed the gradient
+            return False  # a hook must receive the gradient
         if not self._nodes:  # not at the start, which may be in inference mode
             self._nodes = {name: get_gradient_edge(p).node for name, p in self.parameters.items()}
         nodes = [self._nodes.get(name, self._nodes["W_dec"]) for name in names]
@@ -238,7 +238,7 @@ class Ledger:
             return False
 
     def add(self, term: UpdateTerm) -> None:
-        """A term is complete."""
+        """Adds a complete term."""
         self._begin()
         self._make_room()
         self.terms.append(term)
@@ -263,7 +263,7 @@ class Ledger:
         self.terms[self.terms.index(term)] = replace(term, dacts=dacts)
 
     def set_pre_bias(self, pre_bias: bool) -> None:
-        """Whether encoders get x - b_dec from now on; terms from before are spent as they were made."""
+        """Whether encoders get x - b_dec from now on; earlier terms are used as they were made."""
         if pre_bias != self.pre_bias and self.terms:
             self._begin()
             self._fold()
@@ -276,7 +276,7 @@ class Ledger:
         self._stamps += [(t, t._version) for t in held if t is not None]
 
     def check(self) -> None:
-        """Raises RuntimeError for what a step could not spend: see `take`. Changes nothing."""
+        """Raises RuntimeError for anything that a step could not use: see `take`. Changes nothing."""
         if any(isinstance(p.grad, LedgerGradient) and p.grad.is_of(self) for p in self.parameters.values()):
             self._forget_discarded()
             if self._versions is not None and self._versions != self._current_versions():
@@ -300,7 +300,7 @@ class Ledger:
         self._norms = None
 
     def _begin(self) -> None:
-        """Sees to what was discarded since, and that every parameter's .grad says what is kept here."""
+        """Handles discarded gradients, and makes every parameter's .grad represent what is kept here."""
         self._forget_discarded()
         if any(self._factors.values()):
             raise RuntimeError(
@@ -325,8 +325,8 @@ class Ledger:
         elif not all(kept):
             missing = [name for name, k in zip(self.parameters, kept, strict=True) if not k]
             raise RuntimeError(
-                f"the gradients of {', '.join(missing)} were replaced or dropped and those of the other parameters of "
-                "the same SAE were not, but they are kept together; drop all of them with optimizer.zero_grad()"
+                f"the gradients of {', '.join(missing)} were replaced or dropped, but those of the other parameters of "
+                "the same SAE were not, and all are kept together; drop all of them with optimizer.zero_grad()"
             )
 
     def _current_versions(self) -> tuple[int, ...]:
@@ -334,19 +334,19 @@ class Ledger:
 
     def _raise_written(self) -> None:
         raise RuntimeError(
-            "W_enc or W_dec was written between backward() and optimizer.step(), whose gradients are computed from "
-            "them; write weights before the forward pass or after the step"
+            "W_enc or W_dec was written between backward() and optimizer.step(), which computes gradients from them; "
+            "write weights before the forward pass or after the step"
         )
 
     # -- what owners ask ---------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forgets everything that was not spent."""
+        """Drops everything that was not used."""
         self.terms, self._decoded, self._dense, self._pull = [], [], {}, None
         self._factors, self._norms, self._versions, self._stamps = {}, None, None, []
 
     def take(self) -> Taken | None:
-        """Everything since the last step, which is forgotten here; None where there was no gradient at all."""
+        """Returns and clears everything since the last step; None if there was no gradient at all."""
         if not any(isinstance(p.grad, LedgerGradient) and p.grad.is_of(self) for p in self.parameters.values()):
             self.clear()
         self.check()
@@ -385,7 +385,7 @@ class Ledger:
         if any(len(one) != len(lists[0]) for one in lists):
             raise RuntimeError(
                 f"gradients were scaled {dict(zip(self.parameters, map(len, lists), strict=True))} times, expected "
-                "all of an SAE's as often; scale or clip all of its parameters together"
+                "the same number for all of an SAE's; scale or clip all of its parameters together"
             )
         device = self.parameters["W_dec"].device
         product = torch.ones((), dtype=torch.float64, device=device)
@@ -398,7 +398,7 @@ class Ledger:
         if self._norms is None:
             squares = self.measure()
             if squares is None:
-                raise RuntimeError("the norm of gradients kept as terms is the optimizer's to measure, and it is gone")
+                raise RuntimeError("only the optimizer can measure the norm of its gradients, and it no longer exists")
             self._norms = squares.sqrt()
         norm = self._norms[NAMES.index(name)]
         for factor in self._factors.get(name, []):
@@ -406,7 +406,7 @@ class Ledger:
         return norm
 
     def peek(self) -> Taken:
-        """What `take` would give, without the factor, and nothing is forgotten."""
+        """What `take` would return, without the factor; nothing is cleared."""
         self.check()
         return Taken(self._all_terms(), dict(self._dense), self._pull, None)
 
@@ -422,7 +422,7 @@ class Ledger:
 
     @property
     def most_bytes(self) -> int:
-        """Dense gradients take this much: terms of earlier backward passes that take more are turned into them."""
+        """The size of dense gradients: if terms of earlier backward passes take more, they are turned into these."""
         return sum(p.nbytes for p in self.parameters.values())
 
     def held_bytes(self) -> int:
@@ -432,9 +432,9 @@ class Ledger:
         return sum(held.values())
 
     def _make_room(self) -> None:
-        """At the first term of a backward pass: accumulation over any number of passes has a bound.
+        """Called at the first term of a backward pass, so that accumulation over many passes needs bounded memory.
 
-        One pass alone is never folded, however many tokens it has: it keeps alive only what its graph held anyway.
+        The terms of a single pass are never turned into dense gradients: they keep alive only what its graph held.
         """
         this_pass = torch._C._current_graph_task_id()
         if this_pass != self._pass:
@@ -451,7 +451,7 @@ class Ledger:
             self.add_dense(name, grad)
 
     def dense_gradients(self) -> dict[str, Tensor]:
-        """Every gradient as an ordinary tensor, by name; nothing is forgotten."""
+        """Every gradient as an ordinary tensor, by name; nothing is cleared."""
         self.check()
         sums = self._summed(self._all_terms())
         for name, grad in self._dense.items():
@@ -489,9 +489,7 @@ class Ledger:
 
 
 def open_ledger(**roles: Tensor) -> Ledger | None:
-    """The ledger that is open for these parameters, each in its role (W_dec=...), where a backward pass could use it;
-    else None.
-    """
+    """The open ledger of these parameters, each in its role (W_dec=...), if a backward pass could use it; else None."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     refs = [_owners.get(t if t._base is None else t._base) for t in roles.values()]
@@ -521,7 +519,7 @@ def _same_slots(codes: SparseCodes, indices: Tensor, offsets: Tensor | None) -> 
 
 @dataclass(eq=False)
 class Encoded:
-    """What an encoder did: its ledger, and the decoders' halves of terms, which wait for its own backward pass.
+    """The record of an encoder call: its ledger, and the decoders' halves of terms, pending its own backward pass.
 
     defers: the update may compute the acts' gradients, since nothing else (x's gradient, say) needs them here.
     """
@@ -531,7 +529,7 @@ class Encoded:
     names: tuple[str, ...]
     """The parameters that its backward pass gives a gradient."""
     waiting: list[tuple[int, UpdateTerm]] = field(default_factory=list)
-    """With the backward pass that they are of: those of one that failed are not spent."""
+    """With the backward pass that they belong to: those of a failed one are not used."""
 
 
 def encode(
@@ -545,7 +543,7 @@ def encode(
 ) -> SparseCodes:
     """run(x, W, b), whose acts are x Wᵀ + b at its slots, with a backward pass that writes into the ledger.
 
-    x (N, D). pre_bias (D,): x is x₀ - pre_bias without a gradient of it, which is handed on from here.
+    x (N, D). pre_bias (D,): x is x₀ - pre_bias without a gradient to it; that is computed here.
     """
     made: list[SparseCodes] = []
     acts = _Encode.apply(x, W, b, pre_bias, run, ledger, made, backend)
@@ -592,7 +590,7 @@ class _Encode(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         if ledger.pre_bias and not ctx.centred:
-            # The update takes every x for one less b_dec; this one's gradient of b_dec goes by autograd, or is none.
+            # The update assumes x - b_dec for every x; here the gradient to b_dec goes through autograd, or is absent.
             db = latent_sums(grad, indices, offsets, W.shape[0], None, ctx.backend)
             ledger.add_dense("b_dec", weighted_rows(db, W, ctx.backend))
         other = ledger.decoded_with(indices, offsets)
@@ -664,7 +662,7 @@ def decoded_backward(
     None where the update will compute the acts' gradient: then the term waits for the encoder's backward pass, which
     always comes later.
     """
-    # x is the encoder's to give.
+    # The encoder supplies x.
     half = UpdateTerm(codes.detach(), grad, grad, has_bias)
     if ledger is not None and encoded is not None and encoded.ledger is ledger and encoded.defers:
         encoded.waiting.append((torch._C._current_graph_task_id(), half))

@@ -221,7 +221,7 @@ def _check_active_outer(
     if got != expected:
         said = [", ".join(f"{dtype} of shape {size}" for dtype, size in one) for one in (got, expected)]
         raise ValueError(
-            f"by_latent is {said[0]}, expected {said[1]}: it was made of another code; use ops.by_latent(codes)"
+            f"by_latent is {said[0]}, expected {said[1]}: it was made from another code; use ops.by_latent(codes)"
         )
     for t in by_latent:
         check_that.same_device("by_latent", t, "acts", acts)
@@ -252,7 +252,7 @@ def _check_order_inside(order: list[Tensor], capacity: int, tokens: int) -> None
             low, high = torch.aminmax(places[: int(offsets[-1])])
             inside = int(low) >= 0 and int(high) < count
     if not inside:
-        raise ValueError("by_latent points outside the code; it was made of another one: use ops.by_latent(codes)")
+        raise ValueError("by_latent points outside the code: it was made from another one; use ops.by_latent(codes)")
 
 
 def _setup_active_outer(ctx: Any, inputs: Any, output: Any) -> None:

@@ -45,11 +45,11 @@ def squared_errors(
 ) -> SquaredErrors:
     """The squared errors of the reconstructions that parts, codes of N tokens with their weights, add up to.
 
-    W (M, D), goal (N, D), bias (D,). centred: goal has bias subtracted already (without a gradient of it), so that
-    nothing is added. start (N, D): what stands for bias - goal, which are then left out.
-    While a ledger is open for W, the gradient is kept as terms. overwrite: the error may be overwritten in the backward
-    pass, which saves (N, D) numbers; the caller then reads `error` before it.
-    Differentiable in acts, W, goal, bias and start; the plain way any number of times.
+    W (M, D), goal (N, D), bias (D,). centred: bias is already subtracted from goal (without a gradient to it), so it is
+    not added. start (N, D): replaces bias - goal, which are then left out.
+    While a ledger is open for W, the gradient is kept as terms. overwrite: the backward pass may overwrite the error,
+    which saves (N, D) numbers; the caller must then read `error` before it.
+    Differentiable in acts, W, goal, bias and start; without a ledger any number of times.
     """
     ledger = ledgers.open_ledger(W_dec=W, **({} if bias is None else {"b_dec": bias}))
     frozen = not W.requires_grad and any(part.acts.requires_grad for part, _ in parts)
@@ -73,7 +73,7 @@ def _composed(
     start: Tensor | None,
     backend: str | None,
 ) -> SquaredErrors:
-    """By differentiable ops of torch's and ours."""
+    """The same composed of differentiable ops."""
     error = start
     sums = []
     for codes, _ in parts:
@@ -191,7 +191,7 @@ def _errors(
 def _slopes(errors: list[Tensor], plan: _Plan, grads: tuple[Tensor | None, ...], in_place: bool) -> list[Tensor]:
     """G_j of every part: the gradient of all reconstructions that it is in."""
     of_weighted, of_last, of_error = grads
-    # A copy, where it is the caller's tensor that would be kept.
+    # Copy if the caller's own tensor would be kept.
     alone = of_weighted is None and of_last is None
     whole, slopes = of_error.clone() if alone and of_error is not None else of_error, []
     for j in reversed(range(len(errors))):

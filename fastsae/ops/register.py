@@ -93,7 +93,7 @@ def define(
 
     def lazily_negated(*args: Any, **named: Any) -> Any:
         raise TypeError(
-            f"a tensor of fastsae.{op} is negated when it is read (t.is_neg()), which torch cannot write back; pass "
+            f"an argument of fastsae.{op} is lazily negated (t.is_neg()), and torch cannot write it back; pass "
             "t.resolve_neg()"
         )
 
@@ -111,9 +111,9 @@ def define(
 
 
 def without_autocast(device: str) -> torch.autocast:
-    """Under autocast the ops run in the weights' dtype; so does, in here, what torch computes around them on a device.
+    """Turns autocast off in the block: the ops run in the weights' dtype, and so should torch's ops around them.
 
-    A device type that has no autocast (meta) has none to turn off.
+    Does nothing for a device type without autocast (meta).
     """
     return torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False)
 

@@ -65,7 +65,7 @@ def update_latents_(
     order, float32 (M, ceil(D / 128)), and the biases' wide. bfloat16 and 8 bits need a seed for their stochastic
     rounding: rounded to nearest, v would never move, since a step changes it by less than half a unit.
 
-    What adds to the gradients of the terms:
+    Added to the gradients of the terms:
     decoder_pull (M, L), L dividing D_out: dW_dec_i gains decoder_pull[i, l] · W_dec_i in the l-th of L equal segments.
     db_enc (M,): added to b_enc's gradient alone, not to what pre_bias passes on to b_dec.
     added: [dW_enc (M, D), dW_dec (M, D_out), dpre (M,)] of a dense path, dpre being Σ_n of the pre-acts' gradient;
@@ -158,7 +158,7 @@ def _check_parameters(call: UpdateArguments) -> None:
     if W_enc is not None:
         check_that.dictionary("W_enc", W_enc)
         if W_enc.shape[0] != W_dec.shape[0]:
-            raise ValueError(f"W_enc has {W_enc.shape[0]} latents and W_dec {W_dec.shape[0]}, expected as many")
+            raise ValueError(f"W_enc has {W_enc.shape[0]} latents and W_dec {W_dec.shape[0]}, expected equal numbers")
     check_that.shape("b_enc", call.b_enc, W_dec.shape[:1], ": one number per latent")
     check_that.shape("b_dec", call.b_dec, W_dec.shape[1:], ", the width of W_dec")
     for name, p in call.parameters().items():
@@ -170,9 +170,9 @@ def _check_parameters(call: UpdateArguments) -> None:
 
 def _check_written(name: str, t: Tensor) -> None:
     if not t.is_contiguous():
-        raise ValueError(f"{name} is not contiguous, and it is updated in place; pass a contiguous tensor")
+        raise ValueError(f"{name} is not contiguous, but is updated in place; pass a contiguous tensor")
     if t.is_inference() and not torch.is_inference_mode_enabled():  # torch would see it when all is written
-        raise ValueError(f"{name} was made under torch.inference_mode, and it is updated outside of it; pass .clone()")
+        raise ValueError(f"{name} was made under torch.inference_mode, but is updated outside of it; pass .clone()")
 
 
 def _check_moments(call: UpdateArguments) -> None:
@@ -189,8 +189,8 @@ def _check_moments(call: UpdateArguments) -> None:
     if found and found not in ({torch.bfloat16}, {wide}) and not (eight and kept == "mv"):
         got = ", ".join(sorted(str(dtype) for dtype in found))
         raise TypeError(
-            f"moments are {got}, expected all {wide} or all torch.bfloat16 for {weights} weights, or, of adam and "
-            f"adamw, the dictionaries' {EIGHT_BIT} and the biases' {wide}"
+            f"moments are {got}, expected all {wide} or all torch.bfloat16 for {weights} weights, or, for adam and "
+            f"adamw, {EIGHT_BIT} for dictionaries and {wide} for biases"
         )
     for i, (name, p) in enumerate(params.items()):
         for which, moment in zip(kept, moments[i * len(kept) :], strict=False):
@@ -271,7 +271,7 @@ def _check_terms(call: UpdateArguments) -> None:
     counts = {name: len(getattr(call, name)) for name in columns}
     if len(set(counts.values())) > 1:
         got = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise ValueError(f"got {got}, expected as many of each")
+        raise ValueError(f"got {got}, expected equal numbers of each")
     for i, (term, dacts) in enumerate(zip(call.terms(), call.dacts, strict=True)):
         of = f"terms[{i}]"
         check_that.code(term.acts, term.indices, term.offsets, f"{of}.codes.")
@@ -288,14 +288,14 @@ def _check_terms(call: UpdateArguments) -> None:
 
 def _check_values(call: UpdateArguments) -> None:
     if call.step.device.type == "cpu" and int(call.step) < 1:
-        raise ValueError(f"step is {int(call.step)}: step counts this one, expected >= 1")
+        raise ValueError(f"step is {int(call.step)}, expected >= 1: the count includes this step")
     for term in call.terms():
         check_that.code_inside(term.indices, term.offsets, call.W_dec.shape[0])
     _check_apart(call)
 
 
 def _check_apart(call: UpdateArguments) -> None:
-    """What is written shares no memory with another argument: a latent's new row would be read as an old one."""
+    """Checks that written arguments share no memory with another one: a new row would be read as an old one."""
     places = []
     for field in fields(call):
         value = getattr(call, field.name)

@@ -29,7 +29,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Parts:
-    """What adds to the gradients beside the terms.
+    """What is added to the gradients besides the terms.
 
     decoder_pull (M, L): dW_decᵢ gains decoder_pull[i, l] · W_decᵢ in the l-th of L equal segments of the row, the
     gradient of a penalty Σ c[i, l] ‖W_dec[i, segment l]‖ being c / ‖W_dec[i, segment l]‖ times that segment.

@@ -42,7 +42,7 @@ def batch_top_k(pre: Tensor, k: int | Tensor) -> Tensor:
     """A (N, M): relu(pre) with all but the N·k largest of the batch set to 0 (BatchTopK, arXiv:2412.06410 eq. 4).
 
     Ties go to the lower token, then to the lower latent. A token whose scores are all NaN keeps its first k, and the
-    others what they would keep without it. k: a number, or one for each of the leading axes.
+    other tokens keep the same as without it. k: a number, or one for each of the leading axes.
     """
     k = torch.as_tensor(k, dtype=torch.int64, device=pre.device)[..., None]
     positive, blank = torch.relu(pre), pre.isnan().all(-1, keepdim=True)

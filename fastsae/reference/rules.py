@@ -3,7 +3,7 @@
 Every function takes pre-acts of any shape, and per-latent numbers that broadcast to it: the dense (N, M) with (M,), or
 the slots of a code with what belongs to each slot's latent. So dense and sparse SAEs share these formulas. A bandwidth
 is a number, or likewise one for each latent, which gets no gradient. A pre-act of NaN is above every threshold, so that
-a token that is no number has acts that are none.
+a token with NaN has acts of NaN.
 """
 
 from __future__ import annotations

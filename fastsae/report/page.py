@@ -306,7 +306,7 @@ def measure(log: RunLog, options: ReportOptions) -> tuple[LatentSection | None, 
         source = rows_of_run(log.config)
         with_text = isinstance(source, ShardSource) and source.manifest.vocabulary is not None
         if options.latents and not with_text:
-            log.notes.append("The latents asked for are not shown: the run's data is not stored with its text.")
+            log.notes.append("The requested latents are not shown: the run's data is not stored with its text.")
         if source is None:
             return None, None
         run = open_run(log.folder)
@@ -339,7 +339,7 @@ def latent_section(run: OpenedRun, source: ShardSource, options: ReportOptions) 
         f"{n} of the latents that fired, one drawn at random (seed {options.seed}) from each of {n} equal strata of "
         "density rank, densest first."
         if options.latents is None
-        else "The latents that were asked for."
+        else "The requested latents."
     )
     intro = (
         f"{chosen} For each, its {options.passages} strongest passages that neither overlap nor repeat, over "
@@ -359,7 +359,7 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None, options:
         check_latents(options.latents or (), d_sae)
     path = log.folder / "report.html" if out is None else Path(out)
     if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else "lies in a folder that is not there"
+        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
         raise ValueError(f"the report cannot be written to {path}, which {what}; give the name of a file")
     latents, timing = measure(log, options)
     text = render(log, latents, timing)

@@ -6,8 +6,7 @@ W_U (V, D) is the unembedding without its bias, γ (D,) the final norm's weight,
 mean over the D coordinates (LayerNorm), it is removed from W_dec_i too. The norm's division by the residual stream's
 length is left out: it differs from token to token and scales all logits alike. W_dec_i is in the units of the
 activations, for an activation of 1: times the scale of normalize="constant"; with "layer_norm" and "standardize" that
-scale is each token's own, and is left out. It is the direct path alone: what later layers make of the latent is not in
-it. Float32.
+scale is per token, and is left out. Only the direct path is included, not the effect through later layers. Float32.
 Source: nostalgebraist (2020, "interpreting GPT: the logit lens"); folded and centred as in TransformerLens.
 """
 
@@ -72,14 +71,14 @@ def promoted_of_run(run: OpenedRun, latents: Sequence[int], names: Sequence[str]
         # A transcoder writes at its target; of a crosscoder the last layer's rows are shown.
         written = record.stream.hooks[-1] if record.target is None else record.target
         if not in_residual_stream(model.model, written):
-            raise ValueError(f"what is at {written} is not added to the residual stream that the head reads")
+            raise ValueError(f"the output at {written} is not added to the residual stream that the head reads")
         found = promoted(run.sae, latents, unembedding(model.model), names)
     except (ImportError, OSError, ValueError, MemoryError) as error:
-        return {}, f"The tokens that the latents promote are left out: {' '.join(str(error).split())}."
+        return {}, f"The promoted tokens are left out: {' '.join(str(error).split())}."
     return dict(zip(latents, found, strict=True)), (
         "A latent promotes the tokens whose logits it raises most and suppresses those that it lowers most, by the "
         f"logit lens on {record.model}: its decoder row times the final norm's weight, through the unembedding, less "
-        "the mean over the vocabulary. What later layers make of it is not in this."
+        "the mean over the vocabulary. Effects through later layers are not included."
     )
 
 
@@ -93,7 +92,7 @@ def promoted(
     """
     width = read_out.weight.shape[1]
     if sae.d_out != width * sae.layers:
-        raise ValueError(f"a latent writes {sae.d_out // sae.layers} numbers, the residual stream has {width}")
+        raise ValueError(f"a latent writes {sae.d_out // sae.layers} numbers, but the residual stream has {width}")
     rows = sae.W_dec.detach()[list(latents)].float().cpu()[:, -width:]
     if sae.norm.mode == "constant":
         rows = rows * sae.norm.scale.float().cpu()

@@ -70,7 +70,7 @@ def ordered(records: dict[str, Record]) -> list[Record]:
 
 
 def front(records: Sequence[Record], y: Sequence[float | None]) -> list[bool]:
-    """`pareto` of the records' measured L0 and y; a missing number is on no front."""
+    """`pareto` of the records' measured L0 and y; a record with a missing number is not on the front."""
     nan = float("nan")
     return pareto([(_or(record.get("l0"), nan), _or(value, nan)) for record, value in zip(records, y, strict=True)])
 

@@ -1,4 +1,4 @@
-"""Where people watch a run beside its files: TensorBoard and Weights & Biases."""
+"""Dashboards for a run, beside its files: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TensorBoardLog:
         # Imported here: it takes seconds, and most processes that import fastsae never write an event.
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides the steps that a killed run logged after its last checkpoint and that come again.
+        # purge_step hides the steps that a killed run logged after its last checkpoint, since they are logged again.
         purge = resumed_step + 1 if resumed_step else None
         try:
             self._writer = SummaryWriter(str(directory), purge_step=purge, max_queue=1000, flush_secs=30)
@@ -49,7 +49,7 @@ class TensorBoardLog:
             raise LogWriteError(f"cannot write TensorBoard events: {error}; checkpoints are intact") from error
 
     def close(self) -> None:
-        """Flushes and closes. Warns where that fails: the run itself is saved by then."""
+        """Flushes and closes. Warns if that fails: the run itself is already saved."""
         try:
             self._writer.close()
         except OSError as error:
@@ -65,9 +65,9 @@ def check_wandb(project: str | None) -> None:
 class WandbLog:
     """Scalars of a run in a Weights & Biases project, under the name of its folder.
 
-    Login, mode and server are wandb's own business (`wandb login`, WANDB_MODE=offline). A run that goes on is the same
-    run there: its id, drawn at random, is in the folder (wandb-id). Points are plotted over `step`; those after the
-    checkpoint that a killed run went on from are there twice.
+    Login, mode and server are set in wandb itself (`wandb login`, WANDB_MODE=offline). A resumed run continues the same
+    wandb run: its random id is in the folder (wandb-id). Points are plotted over `step`; if a run was killed, the
+    points after the checkpoint that it resumed from appear twice.
     """
 
     def __init__(self, project: str, run_dir: Path) -> None:
@@ -84,8 +84,8 @@ class WandbLog:
             )  # fmt: skip
         except (wandb.Error, OSError) as error:
             raise LogWriteError(
-                f"wandb cannot start a run in the project {project!r}: {error}; WANDB_MODE=offline writes it to the "
-                f"disk alone, for `wandb sync`, and without the option there is none"
+                f"wandb cannot start a run in the project {project!r}: {error}; set WANDB_MODE=offline to write it to "
+                f"disk for `wandb sync`, or leave the wandb option out"
             ) from error
         self._run.define_metric("*", step_metric="step")
 
@@ -94,5 +94,5 @@ class WandbLog:
         self._run.log({**scalars(prefix, record), "step": step})
 
     def close(self) -> None:
-        """Sends what is left and ends the run there."""
+        """Sends what is left and finishes the wandb run."""
         self._run.finish()

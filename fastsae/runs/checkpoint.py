@@ -131,7 +131,7 @@ def verify_checkpoint(path: Path, only: Collection[str] | None = None) -> None:
         _verify(path, only)
     except OSError as error:
         raise UnreadableError(
-            f"cannot read {error.filename or path} to verify it: {error.strerror or error}; it may be whole, so "
+            f"cannot read {error.filename or path} to verify it: {error.strerror or error}; it may be intact, so "
             "nothing was changed. Make it readable (permissions, disk) and start the same run again"
         ) from error
 
@@ -229,8 +229,8 @@ def prune(root: Path, keep: int) -> None:
             shutil.rmtree(doomed)
         except OSError as error:
             warn(
-                f"cannot delete the old checkpoint {path}: {error}; training goes on, the newest are safe. "
-                "It uses disk space until you delete it",
+                f"cannot delete the old checkpoint {path}: {error}; training continues, and newer checkpoints are "
+                "safe. It uses disk space until you delete it",
                 RuntimeWarning,
             )
 

@@ -23,25 +23,25 @@ class TrainConfig:
     lr: float = 2e-4
     """Peak learning rate."""
     lr_rule: Literal["fixed", "inverse_sqrt"] = "fixed"
-    """Use the rate as given, or times √(2¹⁴ / d_sae): chosen for 16,384 latents, scaled to others."""
+    """Use lr as given, or multiply it by √(2¹⁴ / d_sae): an lr chosen for 16,384 latents, scaled to other sizes."""
     optimizer: Literal["adam", "adamw", "lion", "signsgd"] = "adam"
-    """The optimizer. With fused off, only the first two."""
+    """The optimizer. With fused off, only adam and adamw."""
     betas: tuple[float, float] = (0.9, 0.999)
     """The two decay rates of Adam, AdamW or Lion."""
     eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, of every optimizer but adam."""
+    """Decoupled weight decay, for every optimizer except adam."""
     clip_norm: float | None = None
-    """Largest norm of all gradients together; costs a second backward pass. Left out: no clipping."""
+    """Clip the norm of all gradients together to this; costs a second backward pass. Left out: no clipping."""
     clip_rows: float | None = None
-    """Largest norm of one latent's gradient in one dictionary. Left out: none."""
+    """Clip the norm of each latent's gradient in each dictionary to this. Left out: no clipping."""
     penalty_warmup: int = 0
     """Updates over which the activation's penalty (L1, L0) rises linearly from 0."""
     k_start: int | None = None
     """K of the first update, annealed to the activation's own over `k_anneal` updates. Left out: no annealing."""
     k_anneal: int = 1000
-    """Updates of K's annealing."""
+    """Updates over which K is annealed."""
     resample_at: tuple[int, ...] = ()
     """Updates after which dead latents are resampled at badly reconstructed inputs."""
     resample_rows: int = 65_536
@@ -51,11 +51,11 @@ class TrainConfig:
     decay: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls at the end. Only a "constant" run can be extended later."""
     decay_fraction: float = 0.2
-    """Share of the updates, at the end, over which the rate falls to 0."""
+    """Share of the updates, at the end, over which the learning rate falls to 0."""
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"
     """The optimizer's moments: fp32, or with stochastic rounding bf16 (half the memory) or 8bit (a quarter)."""
     fused: bool = True
-    """One fused call per update. Off: autograd and torch.optim, slower, with the same curve."""
+    """Use one fused call per update. Off: autograd and torch.optim, slower, with the same learning curve."""
     backend: str | None = None
     """Backend of the ops, see `fastsae info`. Left out: the fastest that supports them."""
     init_b_dec: Literal["mean", "geometric_median", "zero"] = "mean"
@@ -63,7 +63,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of torch's generator and the stochastic rounding. The module and the source have their own seeds."""
     threads: int | None = None
-    """CPU threads of torch and of the engine, whose results do not depend on it. Left out: torch's default."""
+    """CPU threads of torch and of the engine; the engine's results do not depend on it. Left out: torch's default."""
     log_every: int = 10
     """Updates per line of metrics.jsonl."""
     eval_every: int = 500
@@ -75,7 +75,7 @@ class TrainConfig:
     tensorboard: bool = True
     """Write TensorBoard events under tensorboard/."""
     wandb: str | None = None
-    """Project of Weights & Biases that gets the metrics too; needs the package wandb. Left out: none."""
+    """Weights & Biases project to log the metrics to; needs the package wandb. Left out: none."""
     progress: bool = True
     """Show a progress bar on stderr."""
 
@@ -104,21 +104,21 @@ class TrainConfig:
                     f"moments={self.moments!r} needs fused=True: torch.optim.Adam keeps them in the weights' dtype"
                 )
             if self.optimizer not in ("adam", "adamw"):
-                raise ValueError(f"optimizer={self.optimizer!r} needs fused=True; without, there are adam and adamw")
+                raise ValueError(f"optimizer={self.optimizer!r} needs fused=True; without it, use adam or adamw")
             if self.clip_rows is not None:
-                raise ValueError(f"clip_rows={self.clip_rows} needs fused=True; without, there is clip_norm")
+                raise ValueError(f"clip_rows={self.clip_rows} needs fused=True; without it, use clip_norm")
         if self.k_start is not None and self.k_start < 1:
             raise ValueError(f"k_start is {self.k_start}, expected at least 1, or none")
         if any(at < 1 for at in self.resample_at):
             raise ValueError(f"resample_at is {self.resample_at}, expected updates from 1 on")
 
     def total_steps(self, n_tokens: int | None) -> int:
-        """The updates of a whole run on a source of `n_tokens` rows (None: endless, so set steps or tokens)."""
+        """The number of updates of a whole run on `n_tokens` rows (None: endless, so steps or tokens must be set)."""
         if self.steps is not None:
             return self.steps
         tokens = self.tokens or n_tokens
         if tokens is None:
-            raise ValueError("the source is endless and says no length; set steps or tokens")
+            raise ValueError("the source is endless, so the number of updates is unknown; set steps or tokens")
         return math.ceil(tokens / self.batch_size)
 
     def schedule(self, total: int) -> Schedule:
@@ -142,12 +142,12 @@ class TrainConfig:
         return AnnealK(self.k_start, k, self.k_anneal)
 
     def why_not_free(self) -> dict[str, str]:
-        """Of settings that may not change when a run resumes: what would allow it, for those of which one asks."""
+        """For some of the settings that may not change when a run resumes: why not, and what would allow it."""
         if self.decay == "constant":
             return {}
         what = (
             f"with decay = {self.decay} the learning rate of every step depends on the length of the whole run, so it "
-            "cannot be made longer or shorter; only a run that began with --decay constant can"
+            "cannot be made longer or shorter; only a run started with --decay constant can"
         )
         return {"train.steps": what, "train.tokens": what}
 

@@ -7,7 +7,8 @@
     fvu_per_token = mean_n ‖x_n - x̂_n‖² / ‖x_n - x̄‖²             (tokens at x̄ itself are left out)
     explained variance, whole and per token = 1 - fvu, 1 - fvu_per_token
 
-The whole fvu weighs a token by how far it lies from the mean: a few huge rows decide it. Per token all weigh the same.
+The whole fvu weights a token by its squared distance from the mean, so a few huge rows dominate it. Per token, all
+tokens have the same weight.
 All are in the units of the rows, even if the module normalizes its input (its training loss is then in other units).
 Two passes over the rows in batches, the first for x̄; sums in float64; memory is one batch's codes and a few vectors of
 M: no (N, M).
@@ -63,7 +64,7 @@ class EvalResult:
     explained_variance: float = math.nan
     """1 - fvu."""
     fvu_per_token: float = math.nan
-    """Mean over tokens of ‖x - x̂‖² / ‖x - x̄‖². NaN where the rows came as an iterator, which gives x̄ too late."""
+    """Mean over tokens of ‖x - x̂‖² / ‖x - x̄‖². NaN if the rows came as an iterator, which gives x̄ too late."""
     explained_variance_per_token: float = math.nan
     """1 - fvu_per_token."""
 
@@ -152,8 +153,8 @@ def evaluate(
 ) -> EvalResult:
     """EvalResult of `sae` on rows (..., d_in), or on an iterable of such blocks (shards), streamed.
 
-    rows        any float dtype, any device; moved to the module's device and dtype batch by batch. Rows that can be
-                read once only (an iterator) leave out the measures per token.
+    rows        any float dtype, any device; moved to the module's device and dtype batch by batch. For rows that can
+                be read only once (an iterator) there are no measures per token.
     targets     the reconstruction's targets (..., d_out), in the order of rows; None: the rows themselves.
     Runs in eval mode (no dead-latent counts), then restores the mode; without autograd.
     Raises ValueError: no rows at all; a NaN or infinity in the rows (naming the row); targets that do not match.
@@ -234,7 +235,7 @@ def _next_target(batches: Iterator[Tensor], rows: Tensor, like: Tensor) -> Tenso
     target = next(batches, None)
     if target is None or target.shape[0] != rows.shape[0]:
         got = "none left" if target is None else f"{target.shape[0]}"
-        raise ValueError(f"evaluate: targets must come in step with rows: {rows.shape[0]} rows, targets {got}")
+        raise ValueError(f"evaluate: expected a target for every row, got {rows.shape[0]} rows and targets {got}")
     return target.to(like.device, like.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: JSONL files, boards, a progress bar, and where the time went."""
+"""The logs of a training run: JSONL files, dashboards, a progress bar, and where the time went."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ class JsonlLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one line; NaN and infinities, which JSON does not have, as null.
 
-        Raises LogWriteError when it does not fit; the file then still ends with the line before.
+        Raises LogWriteError if the disk is full; the file then still ends with the previous line.
         """
         line = json.dumps(_jsonable(record), allow_nan=False).encode() + b"\n"
         end = os.lseek(self._fd, 0, os.SEEK_END)
         try:
             written = 0
             while written < len(line):
-                # A disk that is nearly full takes a part of the line first and refuses the rest afterwards.
+                # A nearly full disk may accept part of the line and refuse the rest.
                 written += os.write(self._fd, line[written:])
         except OSError as error:
             os.ftruncate(self._fd, end)
             raise self._failed("write to", error) from error
 
     def cut_after(self, step: int) -> int:
-        """Removes the lines of later steps, and a last line torn by a kill; returns how many went.
+        """Removes the lines of later steps, and an incomplete last line left by a kill; returns how many were removed.
 
         A resumed run calls it with its checkpoint's step, so that each step is there exactly once.
         """
@@ -82,7 +82,7 @@ class JsonlLog:
             raise self._failed("sync", error) from error
 
     def close(self) -> None:
-        """Closes the file; again is fine."""
+        """Closes the file; may be called again."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -90,7 +90,7 @@ class JsonlLog:
     def _failed(self, verb: str, error: OSError) -> LogWriteError:
         return LogWriteError(
             f"cannot {verb} {self.path}: {error.strerror}; the lines and checkpoints written so far are intact. "
-            "Make room (or fix the directory) and start the same run again to go on."
+            "Make room (or fix the directory) and start the same run again to continue."
         )
 
 
@@ -147,7 +147,7 @@ class PartTimer:
             self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """{part: seconds}, and starts anew."""
+        """{part: seconds}; resets the timer."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
@@ -159,7 +159,7 @@ class ProgressBar:
         self._bar = bar(steps, "step", enabled, done=start)
 
     def advance(self) -> None:
-        """One step more. Costs no device sync: numbers are shown as of the last logged step."""
+        """Advances by one step. Costs no device sync: the numbers shown are those of the last logged step."""
         self._bar.update(1)
 
     def name(self, what: str) -> None:
@@ -185,8 +185,8 @@ class ProgressBar:
 class RunLogs:
     """Everything a run writes besides checkpoints; a context manager.
 
-    metrics.jsonl and eval.jsonl are cut after `step`, where the run goes on, so that each step is there exactly once.
-    Every method raises LogWriteError where the disk is full.
+    metrics.jsonl and eval.jsonl are cut after `step`, where the run resumes, so that each step is there exactly once.
+    Every method raises LogWriteError if the disk is full.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class RunLogs:
         self._stack.close()
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl, which the bar shows too."""
+        """Writes a line of metrics.jsonl, and shows it in the bar."""
         self._files[0].append(record)
         for board in self._boards:
             board.add("train", record, record["step"])
@@ -231,7 +231,7 @@ class RunLogs:
             board.add("eval", record, record["step"])
 
     def advance(self) -> None:
-        """One step more on the bar."""
+        """Advances the bar by one step."""
         self._bar.advance()
 
     def say(self, line: str) -> None:

@@ -47,7 +47,7 @@ class OpenedRun:
 class Selection:
     """Which rows of a folder or file: the hooks of a folder, or the tensors of a .safetensors file.
 
-    hook           of a folder with several; several of them stand side by side. target: what a transcoder gives.
+    hook           if the folder has several; several chosen ones stand side by side. target: a transcoder's target.
     tensor         None: "activations", or the only one there. target_tensor: likewise for a transcoder.
     """
 
@@ -57,7 +57,7 @@ class Selection:
     target_tensor: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hook", "target"):  # JSON and the command line have lists; none is no choice
+        for name in ("hook", "target"):  # JSON and the command line give lists; an empty one means no choice
             given = getattr(self, name)
             if isinstance(given, list | tuple):
                 one = given[0] if len(given) == 1 else tuple(given)
@@ -83,10 +83,10 @@ def open_rows(
         if not (path / MANIFEST).is_file():
             raise ValueError(f"{path} holds no activations: expected a {MANIFEST} in it, as `fastsae harvest` writes")
         if select.target_tensor is not None:
-            raise ValueError(f"{path} is a folder, whose targets are a hook's: name it with target (--target-hook)")
+            raise ValueError(f"{path} is a folder: name the hook of its targets with target (--target-hook)")
         return ShardSource(path, hook=select.hook, target=select.target, holdout=holdout, seed=seed)
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: expected a folder of `fastsae harvest`, .safetensors or .npy")
+        raise FileNotFoundError(f"{path} does not exist: expected a folder of `fastsae harvest`, .safetensors or .npy")
     if select.hook is not None or select.target is not None:
         raise ValueError(f"{path} is a file, which has no hooks: name its tensors (--tensor, --target-tensor)")
     x = _read_tensor(path, select.tensor)
@@ -133,7 +133,7 @@ def open_run(path: str | Path, *, device: str | None = None) -> OpenedRun:
         is_checkpoint = path.parent.name == "checkpoints" and path.name.startswith("step_")
         config = run_config(path.parent.parent) if is_checkpoint else {}
         if is_checkpoint and (path / MANIFEST).is_file():
-            verify_checkpoint(path, only=(WEIGHTS, CONFIG))  # a file of another run is a whole module too
+            verify_checkpoint(path, only=(WEIGHTS, CONFIG))  # files of another run would also load as a module
         return OpenedRun(load(path, device), path, step_of(path) if is_checkpoint else None, config)
     checkpoint, problems = newest_valid(path / "checkpoints")
     if checkpoint is None:
@@ -167,7 +167,7 @@ def describe_rows(
 def open_with_notes(
     path: str | Path, select: Selection | None = None, *, holdout: int | None = None, seed: int = 0
 ) -> tuple[ShardSource | TensorSource, dict[str, Any]]:
-    """`open_rows`, and what a run trained on them notes as "data": where they are, and how they were harvested."""
+    """`open_rows`, and the "data" entry of a run's notes: where the rows are, and how they were harvested."""
     source = open_rows(path, select, holdout=holdout, seed=seed)
     notes = describe_rows(path, select, holdout=holdout, seed=seed)
     return source, notes | ({"harvest": source.manifest.settings} if isinstance(source, ShardSource) else {})
@@ -186,7 +186,7 @@ def rows_of_run(config: dict[str, Any]) -> ShardSource | TensorSource | None:
     if not (isinstance(tensor, str | None) and isinstance(holdout, int | None) and isinstance(seed, int)):
         raise ValueError(
             f"the run's record of its data has tensor = {tensor!r}, holdout = {holdout!r}, seed = {seed!r}, expected a "
-            "name, a number of rows and a number; was config.json edited? Give the data by name"
+            "name, a number of rows and a number; was config.json edited? Name the data yourself"
         )
     return open_rows(data["path"], selection_of(data), holdout=holdout, seed=seed)
 
@@ -198,7 +198,7 @@ def selection_of(data: dict[str, Any]) -> Selection:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageRecord:
-    """The language model and the text that a run's activations come from; None where the run does not say."""
+    """The language model and the text that a run's activations come from; None if the run does not record them."""
 
     model: str
     text: dict[str, Any] | None
@@ -206,9 +206,9 @@ class LanguageRecord:
     stream: StreamConfig
     """Its hook is the one that the autoencoder reads, or those of a crosscoder."""
     targets: tuple[Hook, ...] = ()
-    """The hook that a transcoder gives, or several, side by side."""
+    """The hook that a transcoder predicts, or several, side by side."""
     others: tuple[Hook, ...] = ()
-    """Further hooks that were read, whose norms left out tokens too."""
+    """Further hooks of the harvest, whose norm filters also dropped tokens."""
     dtype: str | None = None
     """Type in which the model ran."""
     digest: str | None = None
@@ -218,11 +218,11 @@ class LanguageRecord:
 
     @property
     def target(self) -> Hook | None:
-        """The one hook that a transcoder gives; None of an autoencoder. Raises ValueError for several."""
+        """The hook that a transcoder predicts; None for an autoencoder. Raises ValueError for several."""
         if len(self.targets) > 1:
             raise ValueError(
-                f"this transcoder gives {', '.join(map(str, self.targets))} side by side, and only one hook can be put "
-                "into a model; measure it on stored rows, without --spliced"
+                f"this transcoder predicts {', '.join(map(str, self.targets))} side by side, but only one hook can be "
+                "spliced into a model; measure it on stored rows, without --spliced"
             )
         return self.targets[0] if self.targets else None
 
@@ -277,14 +277,14 @@ def language_of_run(config: dict[str, Any]) -> LanguageRecord | None:
 
 
 def other_model(model: LanguageModel, record: LanguageRecord) -> str | None:
-    """How this model is not the one that the run's activations come from; None where it is, or the run does not say."""
+    """How this model differs from the one that the run's activations come from; None if not, or if unknown."""
     here = model.base.describe()
     if record.digest is None or here["dtype"] != record.dtype:  # the digest is of rounded weights
         return None
     if record.digest in model.digests():
         return None
     return (
-        f"the model {model.name} has digest {here['digest']}, the run's activations come from {record.model} with "
+        f"the model {model.name} has digest {here['digest']}, but the run's activations come from {record.model} with "
         f"digest {record.digest}"
     )
 

@@ -51,8 +51,8 @@ def claim(
     If the run has saved nothing yet, its settings are overwritten.
 
     config  JSON-able sections of settings.
-    free    dotted names that may change from one start to the next, as "train.log_every"; they are updated.
-    why     what would allow a setting to change, by dotted name; the error says so where it is one that differs.
+    free    dotted names that may change from one start to the next, such as "train.log_every"; they are updated.
+    why     what would allow a setting to change, by dotted name; the error says it if that setting differs.
     Raises RunDirError naming every other setting that differs, or a config.json that cannot be read.
     """
     path = run_dir / CONFIG
@@ -83,7 +83,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], free: Colle
     """Every setting that differs between two JSON-able trees, `free` ones apart, each as one clause."""
     old, new = _flat(saved), _flat(json.loads(json.dumps(wanted)))
     missing = "(not set)"
-    # A setting that is None now is one that an older fastsae did not have.
+    # An older fastsae did not have a setting that is None now.
     return [
         f"{name} is {json.dumps(old.get(name, missing))} there and {json.dumps(new.get(name, missing))} here"
         for name in sorted(old.keys() | new.keys())
@@ -92,7 +92,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], free: Colle
 
 
 def other_settings(run_dir: Path, found: Sequence[str], reasons: Sequence[str] = ()) -> RunDirError:
-    """The error for a directory whose run has other settings: those `differences` found; reasons: why they may not."""
+    """The error for a directory whose run has other settings, from `differences`; reasons: why they may not change."""
     return RunDirError(
         f"{run_dir} holds a run with other settings: {'; '.join(found)}. "
         "Give these settings to continue it, or another directory" + "".join(f". {reason}" for reason in reasons)

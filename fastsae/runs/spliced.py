@@ -1,16 +1,16 @@
-"""What a language model loses if reconstructions take the place of its activations.
+"""The language model's loss when reconstructions replace its activations.
 
     CE   mean over predictions of -log p(next token), in nats
     KL   mean over predictions of Σ_v p(v) log(p(v) / q(v)), p of the untouched model, q of the changed one
     recovered over an ablation = (CE_ablation - CE_spliced) / (CE_ablation - CE_untouched)
 
-The share is undefined where the ablation costs nothing that these predictions could show: where its cost, the divisor,
-is not above twice its standard error over the predictions (taken as independent). Around a divisor of 0 the share is
-any number, of either sign, and where the ablation lowers the cross-entropy it has no meaning.
+The share is undefined if the ablation has no measurable cost on these predictions: if its cost, the divisor, is not
+above twice its standard error over the predictions (taken as independent). Near a divisor of 0 the share could be any
+number, of either sign, and if the ablation lowers the cross-entropy it has no meaning.
 
-Two ablations: the activations are replaced by 0, or by their mean. The mean is the fairer one where activations lie far
+Two ablations: the activations are replaced by 0, or by their mean. The mean is the fairer one if activations lie far
 from 0: zeroing a residual stream breaks the model altogether, and almost any SAE recovers nearly all of that. Both
-change the tokens that the splice changes and no others, chosen by the untouched model's activations. Every token of a
+change exactly the tokens that the splice changes, chosen by the untouched model's activations. Every token of a
 window but the last predicts the next one.
 
 Four passes of the model over every window; logits of one batch of windows twice, log-probabilities in float64 of a few
@@ -98,14 +98,14 @@ def spliced_loss(
     model       a causal language model with its head: its output is logits (windows, window, vocabulary), or has them
                 as `.logits` or first. It and the SAEs run in eval mode, and get their own modes back.
     token_ids   (windows, window) int64, whole windows of text that the SAEs were not trained on; PAD (-1) at their end
-                stands for no token, is masked, never replaced and no prediction.
+                means no token: it is masked, never replaced and not predicted.
     where       see `splice`: the tokens whose activations are replaced, in the ablations too. An `Ordinary` that leaves
-                out token ids is told those of each batch.
+                out token ids receives the ids of each batch.
     means       of the mean ablation, (d_out,) by hook; `mean_of` says of what. None: of the activations that are
-                replaced here, from a pass of their own.
+                replaced here, from an extra pass.
     special     a sentence for the result: which tokens keep the model's own activation.
-    ablations   a result of other SAEs with the same model, hooks, token_ids, where and means, whose ablations are taken
-                over: they do not depend on the SAEs, and are half of the passes.
+    ablations   a result for other SAEs with the same model, hooks, token_ids, where and means, whose ablations are
+                reused: they do not depend on the SAEs, and are half of the passes.
     windows_per_batch  None: as many as keep the logits of a batch small.
     Raises ValueError for no windows, nothing to predict, no hooks, a model without logits, ablations of other hooks,
     windows or tokens, and as `splice`.
@@ -191,7 +191,7 @@ def spliced_loss(
 
 
 def _check_same(ablations: SplicedLoss, hooks: tuple[str, ...], token_ids: Tensor, share: float) -> None:
-    """Raises ValueError where these ablations are visibly of something else."""
+    """Raises ValueError if these ablations are visibly of something else."""
     theirs = (ablations.hooks, ablations.n_windows, ablations.window, ablations.replaced_share)
     ours = (hooks, *token_ids.shape, share)
     if theirs != ours:
@@ -208,9 +208,9 @@ def activations_at(
     where: Where | None = None,
     windows_per_batch: int = 16,
 ) -> tuple[Tensor, Tensor | None]:
-    """(rows (n, d_in), targets) at a site of the untouched model, of the tokens of `where`; none of padding.
+    """(rows (n, d_in), targets) at a site of the untouched model, for the tokens of `where`, without padding.
 
-    targets (n, d_out) is what a transcoder replaces; None where the site is a single hook. The layers after the site do
+    targets (n, d_out) is what a transcoder replaces; None if the site is a single hook. The layers after the site do
     not run. The model is put into eval mode.
     """
     module = model.model if isinstance(model, LanguageModel) else model
@@ -361,7 +361,7 @@ def _sums(clean: Tensor, changed: Tensor, target: Tensor) -> _Sums:
 
 
 def _costs_nothing(ce: Mapping[str, float], ablation: str, square: float, n: int) -> str | None:
-    """Why no share can be recovered over an ablation; None where its cost is above twice its standard error.
+    """Why no share can be recovered over an ablation; None if its cost is above twice its standard error.
 
     square: the mean of the predictions' squared costs, of n predictions.
     """

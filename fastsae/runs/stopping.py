@@ -19,7 +19,7 @@ from fastsae.warn import warn
 SKIPS_IN_A_ROW = 10
 """Steps in a row that changed nothing, after which a run ends: the next batches will be no better."""
 READ_AFTER = 1024
-"""Steps whose numbers stay on the device at most, where a run reads none for that long."""
+"""At most this many steps' numbers stay on the device before they are read."""
 DROP = "Drop these rows where the activations are made"
 CALM = "use a lower learning rate, a longer warm-up or normalized activations"
 
@@ -27,7 +27,7 @@ CALM = "use a lower learning rate, a longer warm-up or normalized activations"
 class TrainingInterrupted(KeyboardInterrupt):
     """A run that was asked to stop and has saved where it was. `signal`: which signal asked.
 
-    goes_on: whether there is a checkpoint and something left to do.
+    goes_on: whether the run can be continued: there is a checkpoint, and steps are left.
     """
 
     def __init__(self, message: str, signum: signal.Signals, *, goes_on: bool = False):
@@ -66,12 +66,10 @@ class StopSignals:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         name = signal.Signals(signum)
         if self.requested is not None:
-            raise KeyboardInterrupt(
-                f"{name.name}, the second: stopped at once, nothing saved since the last checkpoint"
-            )
+            raise KeyboardInterrupt(f"second {name.name}: stopped at once, nothing saved since the last checkpoint")
         self.requested = name
         # os.write, because a handler may run in the middle of a buffered write to the same stream.
-        line = f"\n{name.name}: finishing this step and writing a checkpoint; once more stops at once\n"
+        line = f"\n{name.name}: finishing this step and writing a checkpoint; a second one stops at once\n"
         os.write(2, line.encode())
 
 
@@ -80,12 +78,12 @@ Origin = Callable[[Sequence[int]], list[str]]
 
 
 class SkipGuard:
-    """A step makes no update of a bad batch: this says once where, and ends a run that only skips.
+    """A step skips a bad batch: this warns once, with the place, and ends a run that only skips.
 
-    `ended` is the error to raise when SKIPS_IN_A_ROW steps in a row were skipped; nothing is wrong with the weights
-    then, so they can be saved first. On a CPU it is set after that very step. On another device the numbers are noted
-    there and read where the run reads numbers anyway (`read`), at the latest after READ_AFTER steps.
-    The steps in a row are those of this process: a run that goes on from a checkpoint may skip as many again.
+    `ended` is the error to raise when SKIPS_IN_A_ROW steps in a row were skipped; the weights are fine then, so they
+    can be saved first. On a CPU it is set right after that step. On another device the numbers are kept there and read
+    when the run reads numbers anyway (`read`), at the latest after READ_AFTER steps.
+    The steps in a row are those of this process: a run that resumes from a checkpoint may skip as many again.
 
     skipped: how many the step had skipped before the first that this sees.
     """
@@ -117,7 +115,7 @@ class SkipGuard:
             self.read()
 
     def read(self) -> None:
-        """Takes in what was noted: warns at the first skip, sets `ended`. Waits for the device."""
+        """Processes the recorded steps: warns at the first skip, sets `ended`. Waits for the device."""
         noted, self._noted = self._noted, []
         values = iter(torch.cat([found for *_, found in noted]).tolist() if noted else ())
         for step, of, origin, found in noted:
@@ -132,7 +130,7 @@ class SkipGuard:
             if not self._said:
                 self._said = True
                 warn(
-                    f"step {step}: {what}. The step changed nothing and the run goes on; further ones are counted "
+                    f"step {step}: {what}. The step changed nothing and the run continues; further skips are counted "
                     'without a warning, as "skipped" in metrics.jsonl',
                     RuntimeWarning,
                 )
@@ -142,7 +140,7 @@ class SkipGuard:
                     f"step {begin}: {what}. From there to step {step}, {SKIPS_IN_A_ROW} steps in a row changed "
                     "nothing, so training stopped; everything up to there is saved. "
                     + _named(f"step {step}", bad, worst, origin)
-                    + (DROP if bad else f"Go on from an earlier checkpoint and {CALM}"),
+                    + (DROP if bad else f"Continue from an earlier checkpoint and {CALM}"),
                     begin,
                 )
 
@@ -151,12 +149,12 @@ class SkipGuard:
 def look_at_parameters(module: nn.Module, step: int) -> None:
     """Raises NonFiniteError naming a parameter that is not finite; a pass over all of them, for checkpoints."""
     for name, parameter in module.named_parameters():
-        # aminmax hands on NaN, and needs no mask as large as the parameter.
+        # aminmax propagates NaN, and needs no mask as large as the parameter.
         low, high = torch.aminmax(parameter)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise NonFiniteError(
                 f"after step {step} the parameter {name} holds NaN or infinity; it is not saved. "
-                "Go on from the newest checkpoint with a lower learning rate or a longer warm-up",
+                "Continue from the newest checkpoint with a lower learning rate or a longer warm-up",
                 step,
             )
 
@@ -171,7 +169,7 @@ def _rows(rows: int, of: int, first: int) -> str:
 
 
 def _named(when: str, bad: int, worst: list[int], origin: Origin | None) -> str:
-    """Where the worst rows of a batch come from: the bad ones, or else the largest; nothing where it is not known."""
+    """Where the worst rows of a batch come from: the bad ones, or else the largest; empty if not known."""
     if origin is None or not worst:
         return ""
     rows = worst[:bad] if bad else worst[:1]
@@ -185,6 +183,6 @@ def never_begun(x: Tensor, origin: Origin | None) -> NonFiniteError:
     bad, worst = worst_rows(x)
     return NonFiniteError(
         f"step 1: {_rows(int(bad), x.shape[0], int(worst[0]))}, and each of the first {SKIPS_IN_A_ROW} batches holds "
-        f"such rows. Training did not begin. {_named('step 1', int(bad), worst.tolist(), origin)}{DROP}",
+        f"such rows. Training did not start. {_named('step 1', int(bad), worst.tolist(), origin)}{DROP}",
         1,
     )

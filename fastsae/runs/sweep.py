@@ -1,10 +1,10 @@
-"""A sweep: rules × L0s × sizes × seeds over one set of activations, and a record of what each cell came to.
+"""A sweep: rules × L0s × sizes × seeds over one set of activations, and a record of each cell's results.
 
     FOLDER/sweep.json     what the activations are, and the record of every finished cell; replaced after each of them
     FOLDER/runs/NAME/     each cell, an ordinary run of `Trainer`
 
-Cells take turns. `SAEBatch` would train several at once, but it is slower above N·M = 2¹⁸ (64 latents at 4,096 tokens a
-step: `BATCH_WORTH`), drives no penalty to an L0, and is no run that can be resumed.
+Cells are trained one after the other. `SAEBatch` would train several at once, but it is slower above N·M = 2¹⁸ (64
+latents at 4,096 tokens a step: `BATCH_WORTH`), does not support a target L0, and cannot be resumed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Further:
     """A measurement of every finished cell beside `evaluate`, such as in a language model.
 
     name   of its entry in a cell's record.
-    asked  JSON-able: what is measured. A record that was made with another is made again, from the trained run.
+    asked  JSON-able: what is measured. If a record has another value, the measurement is repeated on the trained run.
     open   loads what it needs; called once, before any training, and only if a cell is missing.
     """
 
@@ -99,15 +99,15 @@ class Further:
 
 
 def transcoder_settings(settings: Mapping[str, Any], d_target: int) -> dict[str, Any]:
-    """What SparseAutoencoder takes for targets of this width: no pre-bias, unless it was asked for. b_dec is a mean of
-    targets, and subtracted from inputs it is noise.
+    """The arguments of SparseAutoencoder for targets of this width: no pre-bias, unless it was asked for. b_dec is a
+    mean of targets; subtracted from inputs it would be noise.
     """
     asked = settings.get("pre_bias")
     return {"d_out": d_target, "pre_bias": False if asked is None else asked}
 
 
 def rule_with_l0(name: str, l0: float, d_sae: int) -> Activation:
-    """The rule of that name (`fastsae train --activation`) asked for an L0: its k, or its target_l0.
+    """The rule of that name (`fastsae train --activation`) with an L0 as its k or its target_l0.
 
     Matryoshka gets five groups: d_sae/32, /16, /8, /4 and the rest; HierarchicalTopK k/4, k/2 and k.
     Raises ValueError for an unknown rule, a rule with neither, or an L0 that does not fit it or d_sae.
@@ -127,7 +127,7 @@ def rule_with_l0(name: str, l0: float, d_sae: int) -> Activation:
     elif "target_l0" in settings:
         made = {"target_l0": l0}
     elif "k" not in settings:
-        raise ValueError(f"{name} has neither k nor target_l0: a sweep cannot ask it for an L0; leave it out")
+        raise ValueError(f"{name} has neither k nor target_l0, so a sweep cannot set its L0; leave it out")
     found = rule(**made)
     found.check(d_sae)
     return found
@@ -144,7 +144,7 @@ def grid(
 ) -> list[Cell]:
     """Every combination, seeds innermost; each seed takes the place of the config's.
 
-    Raises ValueError for an empty list, a size or seed that is none, and as `rule_with_l0`.
+    Raises ValueError for an empty list, an invalid size or seed, and as `rule_with_l0`.
     """
     for what, values in (("rules", rules), ("L0s", l0s), ("sizes d_sae", sizes), ("seeds", seeds)):
         if not values:
@@ -166,10 +166,10 @@ def run_cell(
     cell: Cell, source: ActivationSource, folder: Path, *, notes: Mapping[str, Any] | None = None,
     after_step: Callable[[], object] | None = None, further: Mapping[str, Measure] | None = None,
 ) -> Record:  # fmt: skip
-    """Trains a cell in folder/runs/NAME, or goes on with what is there, measures it, and returns its record.
+    """Trains a cell in folder/runs/NAME, or resumes it, measures it, and returns its record.
 
     source      at its start; afterwards where the cell's last step left it.
-    after_step  takes the place of the run's own progress bar.
+    after_step  replaces the run's own progress bar.
     further     measurements by name, each of the trained SAE; their results are entries of the record.
     Raises as `Trainer.run`.
     """
@@ -194,14 +194,14 @@ def run_sweep(
 ) -> dict[str, Record]:  # fmt: skip
     """Trains and measures the cells that are missing in `folder`; returns all records there, by name.
 
-    source  at its start, to which it is put back for every cell; it holds rows out.
+    source  at its start, to which it is reset for every cell; it must hold rows out.
     notes   as `Trainer`'s.
     after   called after every cell, when sweep.json has been replaced.
 
     A cell whose numbers stop being finite is recorded as failed, and tried again by the next call.
-    Raises ValueError where no rows are held out or sweep.json is damaged; RunDirError for other activations or
-    settings than the folder's, or a folder in use; KeyboardInterrupt or TrainingInterrupted, after which the same call
-    goes on; and as `Trainer.run`.
+    Raises ValueError if no rows are held out or sweep.json is damaged; RunDirError for other activations or settings
+    than the folder's, or a folder in use; KeyboardInterrupt or TrainingInterrupted, after which the same call
+    continues; and as `Trainer.run`.
     """
     folder = Path(folder)
     data = identity(source)
@@ -238,7 +238,7 @@ def run_sweep(
                     after()
         except KeyboardInterrupt as stop:
             finished = sum(book.has(cell, source, further) for cell in cells)
-            message = f"{finished} of {len(cells)} cells are finished in {folder}; the same command goes on"
+            message = f"{finished} of {len(cells)} cells are finished in {folder}; the same command continues"
             if isinstance(stop, TrainingInterrupted):
                 raise TrainingInterrupted(f"{stop}. {message}", stop.signal) from None
             raise KeyboardInterrupt(f"interrupted: {message}") from None
@@ -261,7 +261,7 @@ def read_sweep(folder: str | Path) -> Record:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other beats: none is as low in both numbers and lower in one. A point with NaN is beaten."""
+    """Which points are on the Pareto front: no other is as low in both numbers and lower in one. NaN never is."""
     return [
         not (math.isnan(x) or math.isnan(y)) and not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
         for x, y in points
@@ -269,9 +269,9 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def identity(source: ActivationSource) -> Record:
-    """What tells these activations, their order and their held-out rows from others: JSON-able.
+    """Identifies these activations, their order and their held-out rows: JSON-able.
 
-    Raises ValueError where no rows are held out.
+    Raises ValueError if no rows are held out.
     """
     rows = source.held_out()
     if len(rows) == 0:
@@ -310,7 +310,7 @@ class _Book:
         return self.content["cells"]
 
     def has(self, cell: Cell, source: ActivationSource, further: Further | None) -> bool:
-        """Whether the cell is trained to its end and measured. Raises RunDirError where it is with other settings."""
+        """Whether the cell is fully trained and measured. Raises RunDirError if its record has other settings."""
         record, run = self.records.get(cell.name), self.folder / RUNS / cell.name
         if record is None or "failed" in record or not run.is_dir():
             return False
@@ -326,7 +326,7 @@ class _Book:
 
 
 def _given(asked: Any) -> Any:
-    """What was asked, as it is stored and without what was left out: versions differ in which options there are."""
+    """What was asked, as stored, without options that were left out: versions differ in their options."""
     asked = json.loads(json.dumps(asked))
     return {name: value for name, value in asked.items() if value is not None} if isinstance(asked, dict) else asked
 
@@ -346,7 +346,7 @@ def _newest_step(run: Path) -> int:
 
 
 def _shape(cell: Cell) -> tuple[str, int]:
-    """The cells that take about the same time a step."""
+    """A key for cells whose steps take about the same time."""
     return cell.rule_name, cell.d_sae
 
 

@@ -3,8 +3,8 @@
     Trainer(sae, source, TrainConfig(steps=2000), "runs/a").run()
 
 The loop's state after a step is a function of the settings and the step alone (and, with precision="screened", of the
-screen's format, chosen anew at every start), so a run that was killed goes on from its newest checkpoint to the same
-weights, bit for bit, as one that was not.
+screen's format, chosen again at every start), so a killed run continues from its newest checkpoint to the same weights,
+bit for bit, as one that was not killed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CHECKPOINTS = "checkpoints"
 CALIBRATION_ROWS = 16_384
 """Rows on which a run's end sets BatchTopK's threshold: their mean L0 is within some 0.5 % of that of all rows."""
 L0_OFF = 0.1
-"""A run that ends further than this share from the L0 it was asked for warns."""
+"""A run warns if it ends further than this share from its target L0."""
 REDONE_LIMIT = 0.01
 """Share of tokens whose selection was repeated above which a run warns: the fast path is not what it should be."""
 
@@ -70,13 +70,13 @@ class TrainResult:
 
 
 class Trainer:
-    """`Trainer(sae, source, config, run_dir).run()` trains `sae` in place, or goes on with what run_dir holds.
+    """`Trainer(sae, source, config, run_dir).run()` trains `sae` in place, or resumes the run in run_dir.
 
     A source with targets (fastsae.data.source.TargetSource) trains a transcoder.
 
-    notes   JSON-able facts for config.json that are no settings, e.g. which model the activations come from.
-    resume  False: refuse a directory that has a checkpoint already.
-    after_step  called after every step, as for a progress bar of several runs. It may change the SAE, to hold it to a
+    notes   JSON-able facts for config.json that are not settings, e.g. which model the activations come from.
+    resume  False: refuse a directory that already has a checkpoint.
+    after_step  called after every step, e.g. for a progress bar of several runs. It may change the SAE, to enforce a
             constraint: checkpoints and evaluations come after it.
 
     Raises ValueError when the module, the source and the settings do not fit together.
@@ -95,19 +95,19 @@ class Trainer:
     ):
         sae = as_sae(sae, "sae")
         if source.d_in != sae.d_in:
-            raise ValueError(f"the source has rows of {source.d_in} numbers, the SAE wants d_in = {sae.d_in}")
+            raise ValueError(f"the source has rows of {source.d_in} numbers, but the SAE has d_in = {sae.d_in}")
         width = target_width(source)
         if width is None and sae.d_out != sae.d_in:
             raise ValueError(
-                f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}, and this source has no targets; open it with "
+                f"the SAE maps d_in = {sae.d_in} to d_out = {sae.d_out}, but this source has no targets; open it with "
                 "target="
             )
         if width is not None and width != sae.d_out:
-            raise ValueError(f"the source has targets of {width} numbers, the SAE gives d_out = {sae.d_out}")
+            raise ValueError(f"the source has targets of {width} numbers, but the SAE has d_out = {sae.d_out}")
         if width is not None and config.resample_at:
             raise ValueError(
-                f"resample_at is {config.resample_at}: resampling turns both dictionaries of a latent to one input, "
-                "and a transcoder's targets are others; leave it out, and revive dead latents with aux_k"
+                f"resample_at is {config.resample_at}: resampling sets both dictionaries of a latent to an input, but "
+                "a transcoder's targets are not its inputs; leave it out, and revive dead latents with aux_k"
             )
         sae.train().settle_pre_bias_(target_given=width is not None)  # so that config.json says what is trained
         self.sae, self.source, self.config, self.resume = sae, source, config, resume
@@ -123,16 +123,17 @@ class Trainer:
         self._warned = self._begun = False
 
     def run(self) -> TrainResult:
-        """Trains to the end and returns how it went; a run that is already at its end returns at once.
+        """Trains to the end and returns the result; a run that is already at its end returns at once.
 
-        The first Ctrl-C or SIGTERM ends the step that runs, writes a checkpoint and raises TrainingInterrupted (a
-        KeyboardInterrupt). Raises RunDirError (directory in use, or of another run), CheckpointError and LogWriteError
-        (disk full), NonFiniteError (bad numbers), RuntimeError (a second call, none saved); each says what is saved.
+        After the first Ctrl-C or SIGTERM it finishes the current step, writes a checkpoint and raises
+        TrainingInterrupted (a KeyboardInterrupt). Raises RunDirError (directory in use, or of another run),
+        CheckpointError and LogWriteError (disk full), NonFiniteError (bad numbers), RuntimeError (a second call, none
+        saved); each says what is saved.
 
-        A step makes no update of a batch whose loss or gradients are not finite (fastsae.training.step), and the run
-        goes on as if the batch had been left out. It warns at the first; metrics.jsonl counts them as "skipped", the
-        number so far, resumed runs included. After SKIPS_IN_A_ROW in a row it saves and raises NonFiniteError, which
-        names the rows of the data that made the last one: those that are not finite, or else the largest.
+        A step skips a batch whose loss or gradients are not finite (fastsae.training.step), and the run continues as if
+        the batch had been left out. It warns at the first skip; "skipped" in metrics.jsonl is the number so far,
+        resumed runs included. After SKIPS_IN_A_ROW in a row it saves and raises NonFiniteError, which names the rows of
+        the data that caused the last one: those that are not finite, or else the largest.
         """
         with StopSignals() as stop:
             for _ in self._steps(stop):
@@ -140,7 +141,7 @@ class Trainer:
         return self._result()
 
     def _steps(self, stop: StopSignals) -> Generator[None]:
-        """The run, step by step; the directory is held until the last step was asked for what comes after it."""
+        """The run, step by step, as a generator; it holds the directory's lock until it is exhausted or closed."""
         if self._begun and self._saved is None:
             raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
         with ExitStack() as stack:
@@ -166,7 +167,7 @@ class Trainer:
                 )
             )
             if self._saved:
-                self.logs.say(f"going on from step {self.step} of {self.total}: {self._saved}")
+                self.logs.say(f"continuing from step {self.step} of {self.total}: {self._saved}")
             yield  # opened, and where its checkpoint is
             yield from self._loop()
             self._raise_if_stopped()
@@ -176,10 +177,10 @@ class Trainer:
         return TrainResult(self.step, self._tokens, self._saved, self.last["metrics"] or {}, self.last["evaluation"])
 
     def seconds_per_step(self, steps: int = 3) -> float:
-        """The median time of a few updates after a first one, which takes longer; for an estimate before a run.
+        """The median time of a few updates after a slower first one, for an estimate before a run.
 
-        They train the module and read the source, and write nothing: do this with a module that is not trained
-        afterwards, and put the source back.
+        The updates train the module and read the source, but write nothing: use a module that is not needed afterwards,
+        and reset the source.
         """
         times = []
         with _settings_of_the_run(self.config, self.sae):
@@ -215,7 +216,7 @@ class Trainer:
         c = self.config
         if c.penalty_warmup and not (self.sae.activation.penalizes and self.sae.activation.coef):
             raise ValueError(
-                f"penalty_warmup is {c.penalty_warmup}, but {self.sae.activation} penalizes nothing; leave it"
+                f"penalty_warmup is {c.penalty_warmup}, but {self.sae.activation} has no penalty; leave it out"
             )
         common: dict[str, Any] = {
             "lr": c.rate(self.sae.d_sae), "betas": c.betas, "eps": c.eps, "schedule": self.schedule,
@@ -229,11 +230,11 @@ class Trainer:
             )
         else:
             step = PlainTrainStep(self.sae, **common)
-        step.first_skip.said = True  # SkipGuard says it, with the rows of the data
+        step.first_skip.said = True  # SkipGuard warns instead, with the rows of the data
         return step
 
     def _go_to_checkpoint(self) -> None:
-        """Loads the newest checkpoint that verifies, if there is any; newer broken ones are named and set aside."""
+        """Loads the newest valid checkpoint, if there is one; newer broken ones are reported and set aside."""
         path, problems = checkpoint.newest_valid(self.checkpoints)
         if path is None:
             if problems:
@@ -258,7 +259,7 @@ class Trainer:
         checkpoint.prune(self.checkpoints, self.config.keep)  # a kill may have come between a checkpoint and this
         for problem in problems:
             warn(
-                f"{problem}. Going on from {path} instead; kept for a look: {', '.join(str(m) for m in moved)}",
+                f"{problem}. Continuing from {path} instead; kept for inspection: {', '.join(str(m) for m in moved)}",
                 RuntimeWarning,
             )
 
@@ -335,7 +336,7 @@ class Trainer:
         return x, None if target is None else target.to(self.device, self.sae.W_dec.dtype, non_blocking=True)
 
     def _initialize(self, x: Tensor, target: Tensor | None) -> None:
-        """What the module estimates from data, from the first finite batch; x itself is then a batch as any other."""
+        """Initializes what the module takes from data, on the first finite batch; x is then trained on as usual."""
         centre = self.config.init_b_dec != "zero" and not bool(self.sae.b_dec.any())
         if centre or not (self.sae.norm.calibrated and self.sae.started):
             x, target = self._first_finite(x, target)
@@ -346,9 +347,9 @@ class Trainer:
         self.sae.start_(x, target)
 
     def _first_finite(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x and its target, or the first batch after it without a bad row; the data's position stays where it is.
+        """x and its target, or the next batch without a bad row; the data's position does not change.
 
-        Raises NonFiniteError where there is none among as many as a run may skip.
+        Raises NonFiniteError if there is none among as many batches as a run may skip.
         """
         position, origin, batch = self.source.state_dict(), origin_of(self.source), (x, target)
         try:
@@ -361,7 +362,7 @@ class Trainer:
         raise never_begun(_side_by_side(x, target), origin)
 
     def _resample(self) -> None:
-        """Dead latents go to coming rows that are reconstructed badly; the data's position stays where it is."""
+        """Resamples dead latents at badly reconstructed upcoming rows; the data's position does not change."""
         c, position = self.config, self.source.state_dict()
         blocks = (self.source.next_batch(min(c.batch_size, c.resample_rows - start)) for start in
                   range(0, c.resample_rows, c.batch_size))  # fmt: skip
@@ -373,9 +374,9 @@ class Trainer:
         self.logs.say(f"step {self.step}: resampled {count:,} dead latents of {self.sae.d_sae:,}")
 
     def _calibrate_threshold(self) -> None:
-        """BatchTopK's inference threshold, from coming rows of the training data, whose position stays where it is.
+        """Sets BatchTopK's inference threshold from upcoming training rows; the data's position does not change.
 
-        Rows that are not finite are left out; where none is, the running mean stays.
+        Rows that are not finite are left out; if no row is finite, the running mean stays.
         """
         position = self.source.state_dict()
         try:
@@ -389,7 +390,7 @@ class Trainer:
             self.sae.calibrate_threshold_(rows)
 
     def _look_at_l0(self) -> None:
-        """Warns where the run ends further than L0_OFF from the L0 that its rule was asked for."""
+        """Warns if the run ends further than L0_OFF from its rule's target L0."""
         rule = self.sae.activation
         if rule.asked_l0 is None:
             return
@@ -399,7 +400,7 @@ class Trainer:
             return
         where = "held-out rows" if self.config.eval_every else "the last batch"
         warn(
-            f"{self.run_dir}: the run ended at L0 {l0:.4g} on {where}, and {rule.asked_l0:.4g} was asked for "
+            f"{self.run_dir}: the run ended at L0 {l0:.4g} on {where}, but {rule.asked_l0:.4g} was asked for "
             f"({l0 / rule.asked_l0 - 1:+.0%}). {_what_to_do(rule, l0)}",
             RuntimeWarning,
         )
@@ -424,7 +425,7 @@ class Trainer:
         self.guard.read()
         share = int(self._redone) / (self._window * self.config.batch_size)
         parts = self.timer.take()
-        # What the update costs and what it waits for; evaluations and checkpoints are as rare as one makes them.
+        # The cost of the update and of waiting for data; how rare evaluations and checkpoints are is the user's choice.
         training = parts.get("data", 0.0) + parts.get("step", 0.0)
         record = {
             "step": self.step,
@@ -443,8 +444,8 @@ class Trainer:
         if share > REDONE_LIMIT and not self._warned:
             self._warned = True
             warn(
-                f"step {self.step}: the encoder repeated its selection for {share:.1%} of the tokens, expected at most "
-                f"{REDONE_LIMIT:.0%}. The results are exact, but it costs time; look at redone_share in metrics.jsonl",
+                f"step {self.step}: the encoder encoded {share:.1%} of the tokens twice, expected at most "
+                f"{REDONE_LIMIT:.0%}. The results are exact, but it costs time; see redone_share in metrics.jsonl",
                 RuntimeWarning,
             )
 
@@ -477,15 +478,15 @@ class Trainer:
 def run_together(trainers: Sequence[Trainer]) -> list[TrainResult]:
     """Trains several SAEs in step, each in a directory of its own, as `Trainer.run` each; for readers of one stream.
 
-    A step of one is followed by the same step of the others, and who is behind, as after a kill between two
-    checkpoints, catches up first. Raises as `run`; then all are at the checkpoint that their own message names, or at
-    the last one before.
+    Each step of one is followed by the same step of the others; a trainer that is behind, as after a kill between two
+    checkpoints, catches up first. Raises as `run`; each is then at the checkpoint that its own message names, or at the
+    last one before.
     """
     with StopSignals() as stop, ExitStack() as closing:
         steps = [trainer._steps(stop) for trainer in trainers]
         drawn: list[dict[str, Any]] = []  # what each has drawn from the generators that all would share
         for one in steps:
-            closing.callback(one.close)  # last opened, first closed: they put back threads
+            closing.callback(one.close)  # last opened, first closed: they restore the thread count
             next(one)
             drawn.append(rng_state())
         while stop.requested is None and (left := [i for i, t in enumerate(trainers) if t.step < t.total]):
@@ -515,15 +516,15 @@ def _what_to_do(rule: Activation, l0: float) -> str:
             "Its threshold was set on training rows: these rows differ from them, or fewer latents are above 0. "
             "sae.calibrate_threshold_(x) sets it on rows of your choice"
         )
-    more = "Train for more steps or at a higher --lr: biases and thresholds move by the rate at most, each step"
+    more = "Train for more steps or at a higher --lr: biases and thresholds move by at most the rate per step"
     if isinstance(rule, JumpReLU) and rule.penalty_kind == "target":
         return f"{more}. Or leave penalty_kind out: a driven weight has no lasting error"
-    return more if l0 > (rule.asked_l0 or 0) else f"{more}. Or its latents died: look at dead in metrics.jsonl"
+    return more if l0 > (rule.asked_l0 or 0) else f"{more}. Or its latents died: see dead in metrics.jsonl"
 
 
 @contextmanager
 def _settings_of_the_run(config: TrainConfig, sae: SparseAutoencoder) -> Iterator[None]:
-    """Threads and backend as the config says, and as they were before afterwards."""
+    """Sets threads and backend from the config, and restores them afterwards."""
     threads, backend = torch.get_num_threads(), sae.backend
     if config.threads is not None:
         torch.set_num_threads(config.threads)

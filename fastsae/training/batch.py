@@ -1,8 +1,8 @@
 """SAEBatch: B independent SAEs of one shape, and BatchTrainStep, which trains all of them at once.
 
 For sweeps of seeds or sparsities over SAEs so small that overhead dominates a single step. One dense product computes
-all pre-acts (B, N, M) of x (N, D) or (B, N, D). All B·N·M numbers are computed and stored: above `BATCH_WORTH`, fused
-steps of single SAEs in turn are faster.
+all pre-acts (B, N, M) of x (N, D) or (B, N, D). All B·N·M numbers are computed and stored: above `BATCH_WORTH`, one
+fused step after the other is faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastsae.training.skipped import FirstSkip, refuse_float16, say_rows
 from fastsae.training.step import check_settings_of, load_named_state, settings_of
 
 BATCH_WORTH = 2**18
-"""N·M above which SAEs are better trained in turn, each by a FusedTrainStep: `python -m bench.batch` measures it."""
+"""N·M above which SAEs train faster one by one, each with a FusedTrainStep: `python -m bench.batch` measures it."""
 NORMS = ("unit", "forward", "free")
 COEFFICIENT = {"relu": "l1", "gated": "l1", "jumprelu": "l0"}
 
@@ -43,9 +43,9 @@ class SAEBatch(RecordsSettings):
                   or k (TopK, BatchTopK).
     d_out, pre_bias, tied, loss, ghost, ghost_coef, dead_after: as SparseAutoencoder's; ghost is None or "pull".
     decoder_norm  "unit" and "free" as SparseAutoencoder's. "forward": rows are divided by their norm whenever they are
-                  read; the parameters' own norms, free to grow, then only set how fast the rows turn.
+                  read; the parameters' own norms are free to grow, and only affect how fast the rows turn.
     encoder_norm  "free", or "forward" in the same way.
-    init_norm     norm of the encoder's rows at the start, and of a decoder's that is not "unit".
+    init_norm     initial norm of the encoder's rows, and of the decoder's unless decoder_norm is "unit".
     seeds         one for each SAE, 0 to B - 1 by default: initial weights as of SparseAutoencoder(seed=...).
 
     Parameters: W_enc (B, M, d_in; none when tied), W_dec (B, M, d_out), b_enc (B, M), b_dec (B, d_out), the rule's own
@@ -92,7 +92,7 @@ class SAEBatch(RecordsSettings):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}")
         if tied and encoder_norm != "free":
-            raise ValueError("a tied encoder is the decoder's rows, which decoder_norm normalizes; drop encoder_norm")
+            raise ValueError("a tied encoder uses the decoder's rows, which decoder_norm normalizes; drop encoder_norm")
         if not isinstance(activation, (Activation, Sequence)):
             raise ValueError(f"activation is {activation!r}, expected a rule, as fastsae.TopK(32), or a list of {n}")
         self.rules = (activation,) * n if isinstance(activation, Activation) else tuple(activation)
@@ -104,7 +104,7 @@ class SAEBatch(RecordsSettings):
         }  # fmt: skip
         members = [self._single(d_in, d_sae, rule, seed) for rule, seed in zip(self.rules, seeds, strict=True)]
         first = members[0]
-        self.counts = True  # False: who calls it counts, as a step that may skip
+        self.counts = True  # False: the caller counts, such as a step that may be skipped
         self.seeds, self.pre_bias, self.loss = seeds, pre_bias, loss
         self.ghost, self.ghost_coef, self.dead_after = ghost, ghost_coef, dead_after
         self.d_in, self.d_sae, self.d_out = first.d_in, first.d_sae, first.d_out
@@ -163,9 +163,9 @@ class SAEBatch(RecordsSettings):
         return self.tokens_since_fired >= self.dead_after
 
     def checked(self, x: Tensor, width: int, name: str) -> Tensor:
-        """x (B, N, width) in the weights' dtype, from that or from (N, width), shared by all.
+        """x as (B, N, width) in the weights' dtype, from that shape or from (N, width), shared by all.
 
-        Raises ValueError or TypeError for another shape, what is no dense floating tensor, or one on another device.
+        Raises ValueError or TypeError for another shape or device, and for anything but a dense floating-point tensor.
         """
         check_dense(name, x, self.tokens_since_fired.device)
         if x.ndim not in (2, 3) or x.shape[-1] != width or (x.ndim == 3 and x.shape[0] != len(self)):
@@ -218,7 +218,7 @@ class SAEBatch(RecordsSettings):
         return replace(out, losses=losses)
 
     def counted(self, A: Tensor) -> counting.Counted:
-        """What of a batch's code A (B, N, M) counts."""
+        """The counts of a batch's code A (B, N, M)."""
         A, measured = A.detach(), None
         if self.activation.mean_k is not None:
             acts = torch.where(A > 0, A, torch.inf).float()
@@ -227,7 +227,7 @@ class SAEBatch(RecordsSettings):
 
     @torch.no_grad()
     def count_(self, batch: counting.Counted, made: Tensor) -> None:
-        """Counts a batch for the SAEs where made (B,) is true."""
+        """Counts a batch for the SAEs for which made (B,) is true."""
         rule_state = {name: getattr(self, name) for name in self._rule_names}
         if not torch.compiler.is_compiling():
             counting.keep_counters(self, ("tokens_since_fired", *self.activation.new_buffers()))
@@ -252,11 +252,11 @@ class SAEBatch(RecordsSettings):
         return Forward(A, recon, {self.loss: loss, "loss": loss})
 
     def _unit(self, goal: Tensor) -> Tensor | int:
-        """What the squared error of goal (B, N, d_out) is divided by."""
+        """The divisor of the squared error of goal (B, N, d_out)."""
         return _variance(goal) if self.loss == "fvu" else max(goal.shape[-2], 1)
 
     def _kept(self, pre: Tensor) -> Tensor:
-        """Where the rule keeps relu(pre) and it is not 0: bool (B, N, M). NaN counts as the largest."""
+        """Whether the rule keeps relu(pre) and it is not 0: bool (B, N, M). NaN counts as the largest."""
         rule = self.activation
         by_threshold = isinstance(rule, BatchTopK) and not self.training and not bool((self.threshold < 0).any())
         if self.ks.numel() and not by_threshold:
@@ -317,11 +317,10 @@ class BatchTrainStep:
     lr, betas, eps, weight_decay, optimizer ("adam", "adamw"): as torch's. They are elementwise, so the SAEs do not
     affect each other. schedule: multiplier of lr from the number of updates done.
     measure: also return mse, fvu, l0 and dead (latents). independent: as FusedTrainStep's.
-    skipped: int64 (B,), steps that changed nothing of an SAE, since its loss or a gradient of it was not finite; see
-    fastsae.training.step. The others go on, and the first such step warns. It reads one bool back for that. Adam's
-    count of steps, which corrects its means at the start, is one for all: a step that only some skip counts for them
-    too.
-    Raises ValueError for another optimizer, for a weight decay of adam, and for float16 weights.
+    skipped: int64 (B,), the steps that left an SAE unchanged because its loss or one of its gradients was not finite;
+    see fastsae.training.step. The other SAEs still take the step, and the first skip warns; this reads one bool back.
+    Adam's step count, for bias correction, is shared: a step that only some skip counts for those too.
+    Raises ValueError for another optimizer, for weight decay with adam, and for float16 weights.
     """
 
     def __init__(
@@ -337,11 +336,11 @@ class BatchTrainStep:
         independent: bool = False,
     ):
         self._forward = batch
-        batch = getattr(batch, "_orig_mod", batch)  # torch.compile's wrapper names parameters otherwise
+        batch = getattr(batch, "_orig_mod", batch)  # torch.compile's wrapper changes the parameters' names
         if not isinstance(batch, SAEBatch):
             raise TypeError(f"batch is a {type(batch).__name__}, expected an SAEBatch; FusedTrainStep trains one SAE")
         if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer is {optimizer!r}, a batch's step has {', '.join(OPTIMIZERS)}")
+            raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
         checks.optimizer(optimizer, betas, eps, weight_decay, lr)
         W = batch.get_parameter("W_dec")
         refuse_float16(W)
@@ -411,12 +410,12 @@ class BatchTrainStep:
 
     @staticmethod
     def _say(stays: Tensor, x: Tensor) -> str:
-        """Which SAEs did not make a step, and which rows of x (N, d_in) or (B, N, d_in) may be at fault."""
+        """Which SAEs skipped the step, and which rows of x (N, d_in) or (B, N, d_in) may be at fault."""
         which = ", ".join(str(i) if x.ndim == 2 else f"{i} ({say_rows(x[i])})" for i in stays.tolist())
         return f" of SAE {which}" + (f"; {say_rows(x)}" if x.ndim == 2 else "")
 
     def _update(self, stays: Tensor | None) -> None:
-        """One step of all SAEs but those with these indices."""
+        """One step of all SAEs except those with these indices."""
         parameters = [p for p in self.batch.parameters() if p.grad is not None]  # a frozen one has none
         W = self.batch.get_parameter("W_dec")
         kept = [] if stays is None else [p[stays].clone() for p in parameters]
@@ -447,10 +446,10 @@ class BatchTrainStep:
 
     @checks.reading_a_state("a step of a batch")
     def load_state_dict(self, state: dict[str, Any], allow_other_config: bool = False) -> None:
-        """Puts back what `state_dict` returned. Raises ValueError, and changes nothing, where it is of other settings,
-        or does not fit this batch.
+        """Restores what `state_dict` returned. Raises ValueError, and changes nothing, if it has other settings or does
+        not fit this batch.
 
-        allow_other_config: as of FusedTrainStep.
+        allow_other_config: as for FusedTrainStep.
         """
         if not allow_other_config:
             check_settings_of(state, self.state_dict())
@@ -475,13 +474,13 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
         raise ValueError(f"activation has {len(rules)} rules, expected one for each of {n} SAEs, all of one kind")
     if waiting := [rule for rule in rules if rule.from_data]:
         raise ValueError(
-            f"a batch of SAEs drives no penalty, and starts no threshold from data, got {waiting[0]}; give l1 "
+            f"a batch of SAEs cannot drive a penalty or start thresholds from data, got {waiting[0]}; give l1 "
             "(ReLU, Gated), or l0 and threshold (JumpReLU)"
         )
     if first.selects_by_norm:
-        raise ValueError(f"a batch of SAEs selects by the acts alone, got {first}; leave weighted out")
+        raise ValueError(f"a batch of SAEs selects by acts alone, got {first}; leave weighted out")
     if isinstance(first, Matryoshka) and first.sampled is not None:
-        raise ValueError("a batch cannot draw prefixes anew for each SAE; give Matryoshka fixed groups")
+        raise ValueError("a batch of SAEs cannot draw prefixes; give Matryoshka fixed groups")
     scale = torch.ones(n, dtype=torch.float64, device="cpu")
     ks = torch.empty(0, dtype=torch.int64, device="cpu")
     if all(rule == first for rule in rules):
@@ -500,7 +499,7 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
 
 
 def _together(values: list[Any]) -> Any:
-    """One value for all that are the same, a list of those that differ; of dicts, name by name."""
+    """One value if all are equal, else a list; for dicts, name by name."""
     if all(value == values[0] for value in values):
         return values[0]
     if isinstance(values[0], dict):

@@ -1,4 +1,4 @@
-"""Dictionaries: the parameters of one SAE as a fused update needs to know them, whatever module holds them."""
+"""Dictionaries: the parameters of one SAE, as a fused update needs them, whatever module holds them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastsae.ops.gradients import rows_of
 
 @dataclass(eq=False)
 class Dictionaries:
-    """The parameters of one SAE that is no SparseAutoencoder: what a fused update needs to know of it.
+    """The parameters of one SAE that is not a SparseAutoencoder: what a fused update needs to know about it.
 
     W_enc (M, D_in; None where the encoder reads W_dec), W_dec (M, D_out), b_enc (M,), b_dec (D_out,): leaf tensors, one
-    latent per row. decoder_norm: "unit" keeps the rows of W_dec at norm 1. pre_bias: encoders get x - b_dec and say so
-    (`pre_bias=` of fastsae.ops). k: active latents per token, or a call that says it, for a backend that chooses its
-    screen by it.
+    latent per row. decoder_norm: "unit" keeps the rows of W_dec at norm 1. pre_bias: encoders receive x - b_dec and are
+    told so (`pre_bias=` of fastsae.ops). k: active latents per token, or a function that returns it, for a backend that
+    chooses its screen by it.
     others: further parameters, stepped elementwise; those named in `undecayed` without weight decay.
     transposed: the names of those that are (D, M) instead, with a contiguous transpose; the ops get p.t() of them.
     """
@@ -43,7 +43,7 @@ class Dictionaries:
         return {name: p for name, p in named.items() if p is not None}
 
     def turned(self, name: str | None, t: Tensor) -> Tensor:
-        """A tensor shaped like this parameter as one shaped like its rows, or the other way round."""
+        """Converts a tensor between the shape of this parameter and that of its rows, in either direction."""
         return t.t() if name in self.transposed else t
 
     @staticmethod
@@ -68,7 +68,7 @@ class Dictionaries:
 
     @staticmethod
     def of(given: Any) -> Dictionaries:
-        """Those of a module, or the given ones.
+        """The Dictionaries of a module, or the given ones.
 
         Of a SparseAutoencoder, whose rule's own parameters do not decay: a threshold of 1 is no resting place.
         """
@@ -85,6 +85,6 @@ class Dictionaries:
 
 @runtime_checkable
 class HasDictionaries(Protocol):
-    """A module that says which of its parameters a fused update steps, and how; `fastsae.accelerate` makes such."""
+    """A module that says which of its parameters a fused update steps, and how; `fastsae.accelerate` makes these."""
 
     def dictionaries(self) -> Dictionaries: ...

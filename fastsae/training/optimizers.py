@@ -6,9 +6,9 @@
     optimizer.step()     # one pass over the rows: gradient, projection, clipping, moments, renormalization
     optimizer.zero_grad()
 
-They behave as torch's own: param_groups with "lr" and "weight_decay", closures, hooks, state_dict. What differs: a step
-spends the gradients (every .grad is None after it), and a step never destroys its parameters. One whose gradients are
-NaN, infinite or too large to square, or whose learning rate is, changes nothing (no parameter, moment or count) and is
+They behave like torch's own: param_groups with "lr" and "weight_decay", closures, hooks, state_dict. What differs: a
+step consumes the gradients (every .grad is None after it), and a step never destroys its parameters. If its gradients
+or its learning rate are NaN, infinite or too large to square, it changes nothing (no parameter, moment or count) and is
 counted in `skipped`; every other step leaves finite numbers.
 """
 
@@ -37,7 +37,7 @@ from fastsae.training.skipped import FirstSkip
 
 MOMENTS = ("fp32", "bf16", "8bit")
 KEYS = {"m": "exp_avg", "v": "exp_avg_sq"}
-"""A moment's name in an optimizer's state, as torch has it."""
+"""A moment's name in an optimizer's state, as in torch."""
 
 
 class _Member:
@@ -65,13 +65,13 @@ class _Member:
         return {**self.dictionaries.main, **self.dictionaries.others}
 
     def current(self) -> dict[str, Tensor]:
-        """The same names as the module has them now."""
+        """The module's current parameters by the same names."""
         if self.sae is not None:
             return {name: getattr(self.sae, name) for name in self.parameters()}
         if self.module is not None and not isinstance(self.module, HasDictionaries):
             raise RuntimeError(
-                f"this optimizer's {type(self.module).__name__} was given back by fastsae.unaccelerate; make a new "
-                "optimizer for it"
+                f"this optimizer's {type(self.module).__name__} is not accelerated any more (fastsae.unaccelerate); "
+                "make a new optimizer for it"
             )
         now = self.dictionaries if self.module is None else Dictionaries.of(self.module)
         return {**now.main, **now.others}
@@ -89,16 +89,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     moments       "fp32": in the weights' dtype, float32 at least. "bf16": half the memory, "8bit" (Adam, AdamW): a
                   quarter; both rounded stochastically as a function of (seed, step, position).
     clip_rows     scale each latent's row of each dictionary's gradient to at most this norm, at no cost.
-    clip_norm     the same for all gradients of an SAE together, after projection, as clip_grad_norm_ does: at the cost
-                  of a second pass, in which the gradients are computed again rather than stored. A group of other
-                  tensors is clipped by itself.
+    clip_norm     the same for all gradients of an SAE together, after projection, as clip_grad_norm_ does. It costs a
+                  second pass, because the gradients are recomputed and not stored. A group of other tensors is clipped
+                  separately.
     backend       of the update, see `fastsae.backends()`; None takes the fastest.
     independent   with several processes of torch.distributed: True says that each trains an SAE of its own. Without it
-                  a step is refused, since nothing here sums gradients over processes.
+                  a step is refused, because gradients are not summed over processes.
 
-    skipped: 0-d int64, steps not made because a gradient or the rate was not finite, counted for each SAE; made: 0-d
-    bool, whether the last step was made, of every SAE; grad_norm: 0-d float64, of all gradients of the last step,
-    before projection and clipping.
+    skipped: 0-d int64, steps not made because a gradient or the learning rate was not finite, counted for each SAE;
+    made: 0-d bool, whether the last step was made for every SAE; grad_norm: 0-d float64, the norm of all gradients of
+    the last step, before projection and clipping.
     """
 
     kind: ClassVar[str]
@@ -121,7 +121,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if moments not in MOMENTS:
             raise ValueError(f"moments is {moments!r}, expected one of {', '.join(MOMENTS)}")
         if moments == "8bit" and self.kind not in ("adam", "adamw"):
-            raise ValueError(f"moments='8bit' goes with adam and adamw, got {self.kind!r}; use 'fp32' or 'bf16'")
+            raise ValueError(f"moments='8bit' needs adam or adamw, got {self.kind!r}; use 'fp32' or 'bf16'")
         for name, value in (("clip_norm", clip_norm), ("clip_rows", clip_rows)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}, expected a number above 0, or None")
@@ -143,7 +143,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         device = self._members[0].dictionaries.W_dec.device
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._complete = True
-        for member in self._members:  # only now: one that cannot be made takes nothing from another optimizer
+        for member in self._members:  # only now: if construction fails, no other optimizer has lost its parameters
             member.ledger.open()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"params is a {what}, expected a module that is or holds a SparseAutoencoder or a module of "
                 "fastsae.accelerate, or fastsae.optim.Dictionaries; pass the module itself, not its parameters(): a "
-                'fused update needs to know which is which. Parameters beside it go into a group, {"params": [tensors]}'
+                'fused update needs to know which is which. Other parameters go into a group, {"params": [tensors]}'
             )
         settings = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
         lr = settings["lr"]
@@ -170,7 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         member = _Member(given, self.backend)
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         if twice := [name for name, p in member.parameters().items() if id(p) in mine]:
-            raise ValueError(f"{', '.join(twice)} of params are in this optimizer already")
+            raise ValueError(f"{', '.join(twice)} of params are already in this optimizer")
         undecayed = member.dictionaries.undecayed
         named = member.parameters()
         if member.module is not None:  # in the order of its parameters(), as a torch optimizer's state has them
@@ -192,7 +192,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             member.ledger.open()
 
     def _begin_state(self, parameters: Mapping[Any, Tensor], dictionaries: Dictionaries | None = None) -> None:
-        """Zeros. One count of steps for all. dictionaries: whose `main` are those that `update_latents_` steps."""
+        """State of zeros, with one step count for all. dictionaries: their `main` are stepped by `update_latents_`."""
         main = {} if dictionaries is None else dictionaries.main
         turned = Dictionaries.turned_by(dictionaries)
         count = torch.zeros((), dtype=torch.int64, device=next(iter(parameters.values())).device)
@@ -216,16 +216,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients, and the tensors that were kept for them."""
+        """Drops the gradients and the tensors kept for them."""
         super().zero_grad(set_to_none)
         for member in self._members:
             member.ledger.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every SAE that has a gradient; spends the gradients. Returns the closure's loss, if any.
+        """One update of every SAE that has a gradient; consumes the gradients. Returns the closure's loss, if any.
 
-        Raises RuntimeError where a parameter was moved, cast, replaced, frozen or taken over by another optimizer since
+        Raises RuntimeError if a parameter was moved, cast, replaced, frozen or taken over by another optimizer since
         this one was made, and with several processes unless `independent`; nothing has changed then.
         """
         loss = None
@@ -248,7 +248,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.made = functools.reduce(torch.logical_and, made)
 
     def refuse(self) -> None:
-        """Raises RuntimeError where a step would: see `step`."""
+        """Raises RuntimeError whenever a step would: see `step`."""
         checks.one_process(self.independent)
         for member in self._members:
             self._check(member)
@@ -264,7 +264,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     )
 
     def screen_of(self, sae: SparseAutoencoder) -> KeptScreen:
-        """What keeps the low-precision copy of an SAE's encoder."""
+        """The keeper of the low-precision copy of an SAE's encoder."""
         return next(member.screen for member in self._members if member.sae is sae)
 
     def _step_member(self, index: int, lr_factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor] | None:
@@ -301,7 +301,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return stats.sum() * _square(taken.factor) + of_others, made
 
     def _arguments(self, index: int, taken: Taken) -> dict[str, Any]:
-        """What `update_latents_` takes of the gradients and settings, but for lr and step."""
+        """The arguments of `update_latents_` from gradients and settings, without lr and step."""
         member, group = self._members[index], self.param_groups[self._groups[index][0]]
         d, dense, terms = member.dictionaries, taken.dense, list(taken.terms)
         latents, d_out = d.rows["W_dec"].shape
@@ -364,7 +364,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         largest = largest_square(d.W_dec.dtype, narrow=self.moments != "fp32" and bool(self.rule_letters))
         bounded = gradients_are_bounded(given["terms"], [*taken.dense.values(), *pull], d.W_dec, largest)
         if bounded.device.type == "cpu" and not bool(bounded):
-            # Before clip_rows, which would make 0 of what cannot be squared.
+            # Before clip_rows, which would turn what cannot be squared into 0.
             squares = self._update(index, {**given, "clip_rows": None}, norms_only=True, **numbers).sum()
             bounded = squares <= largest
         for grad in others.values():
@@ -374,7 +374,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return bounded & moves_little(self.kind, self.param_groups[self._groups[index][0]], d.W_dec, **numbers)
 
     def _step_plain(self, group: dict[str, Any], lr_factor: Tensor | float) -> tuple[Tensor, Tensor] | None:
-        """One step of a group of tensors that are no SAE's. Returns as `_step_member`."""
+        """One step of a group of tensors that belong to no SAE. Returns as `_step_member`."""
         grads = {p: p.grad for p in group["params"] if p.grad is not None}
         if not grads:
             return None
@@ -420,8 +420,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raises RuntimeError for parameters that are not what they were."""
         if not member.ledger.is_open:
             raise RuntimeError(
-                "another optimizer of fastsae.optim was made for these parameters since; step that one, or make this "
-                "one anew"
+                "another optimizer of fastsae.optim was made for these parameters later; step that one, or make a new "
+                "one"
             )
         for name, now in member.current().items():
             p = member.parameters()[name]
@@ -429,7 +429,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"{name} of the module was replaced since this optimizer was made; make a new one")
             if not p.requires_grad:
                 raise RuntimeError(
-                    f"{name} does not require a gradient any more, but a fused update steps every parameter of an SAE; "
+                    f"{name} no longer requires a gradient, but a fused update steps every parameter of an SAE; "
                     "call .requires_grad_(), or use a torch optimizer on the others"
                 )
             self._check_moments(name, p)
@@ -464,7 +464,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t)[latents] = 0
 
     def refresh(self, encoder_input: Tensor | None = None) -> None:
-        """Makes the low-precision copies of the encoders anew. Needed only after a write that torch cannot see.
+        """Rebuilds the low-precision copies of the encoders. Needed only after a write that torch cannot see.
 
         encoder_input (N, d_in): what they will encode, for a backend that chooses its format by it.
         """
@@ -472,7 +472,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             member.screen.make(encoder_input)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: {"state", "param_groups"}. Each parameter has a count of steps of its own there."""
+        """As torch's: {"state", "param_groups"}. Each parameter has its own step count there."""
         found = super().state_dict()
         found["state"] = {i: {**state, "step": state["step"].clone()} for i, state in found["state"].items()}
         return found
@@ -507,7 +507,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.optimizer(self.kind, betas, eps, group.get("weight_decay", 0.0), group["lr"])
             wrong = [name for name in ("maximize", "amsgrad") if group.get(name)]
             if wrong:
-                raise ValueError(f"the state is of an optimizer with {', '.join(wrong)}, which fastsae.optim has not")
+                raise ValueError(f"the state is of an optimizer with {', '.join(wrong)}, which fastsae.optim lacks")
         if len(groups) == len(self.param_groups):
             for group, theirs in zip(self.param_groups, groups, strict=True):
                 self._load_group(group, theirs)
@@ -549,7 +549,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not isinstance(theirs, Tensor):
                 theirs = torch.tensor(theirs, dtype=ours.dtype, device="cpu")
             if theirs.is_meta and not ours.is_meta:
-                raise ValueError(f"{key} of parameter {number} of the state is on meta and has no values")
+                raise ValueError(f"{key} of parameter {number} of the state is on the meta device and has no values")
             if theirs.shape != ours.shape or (key != "step" and theirs.dtype != ours.dtype):
                 raise ValueError(
                     f"{key} of parameter {number} is {theirs.dtype} {tuple(theirs.shape)}, expected {ours.dtype} "

@@ -18,9 +18,9 @@ REDONE_LIMIT = 0.01
 
 
 def shared_backend(encoder: str | None, update: str | None) -> str | None:
-    """Whose copy both can read, of the backends that they were given; None: the fastest's.
+    """The backend whose copy both can read; None: the fastest.
 
-    No backend reads another one's copy: of two different ones it is the reference's, which keeps none.
+    No backend reads another one's copy: for two different backends it is the reference, which keeps none.
     """
     return encoder or update if None in (encoder, update) or encoder == update else "reference"
 
@@ -32,8 +32,8 @@ class KeptScreen:
     write through `.data` changes neither. Such a write goes undetected on a GPU, or where it misses those samples.
     `screen` is None where the backend or the rule uses none.
 
-    W gives (M, D_in), b (M,): the encoder. k: says how many latents are active per token, or None. used: whether the
-    encoder uses a screen at all. backend: says whose copy it is.
+    W returns (M, D_in), b (M,): the encoder. k: returns the active latents per token, or None. used: whether the
+    encoder uses a screen at all. backend: returns the backend whose copy it is.
 
     The current inputs determine the format. Speed depends on it, and with precision="screened" the selection too: such
     a run is reproducible only from its start, not from a state loaded in the middle.
@@ -44,7 +44,7 @@ class KeptScreen:
         backend: Callable[[], str | None],
     ):  # fmt: skip
         self.W, self.b, self.k, self.used, self.backend = W, b, k, used, backend
-        self.in_place = False  # a CUDA graph needs it at the same address
+        self.in_place = False  # a CUDA graph needs the copy at the same address
         self.screen: Screen | None = None
         self.redone: Tensor | None = None  # share of tokens, in the last step
         self._seen: tuple[Any, ...] | None = None
@@ -87,7 +87,7 @@ class KeptScreen:
         self._sample = self._fingerprint() if sampled else None
 
     def _outgrown(self) -> bool:
-        """Whether the screen's format should be chosen again: training changes how well it tells latents apart."""
+        """Whether the screen's format should be chosen again: training changes how well it separates latents."""
         if self.screen is None or self.redone is None or self.redone.device.type != "cpu":
             return False  # reading it on a GPU would be a host sync
         return self._age >= SCREEN_LIFE or (self._age >= SCREEN_TRIAL and float(self.redone) > REDONE_LIMIT)
@@ -101,5 +101,5 @@ class KeptScreen:
         W, b = self.W().detach(), self.b.detach()
         rows = torch.arange(W.shape[0], dtype=torch.int64, device=W.device)
         parts = (W.take(rows * W.shape[1] + rows * 7919 % W.shape[1]), b)
-        # Not by torch.cat of these: under autocast it has a dtype of its own.
+        # Not torch.cat of these: autocast changes its dtype.
         return torch.cat([part.view(torch.uint8) for part in parts])

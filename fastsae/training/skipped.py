@@ -1,4 +1,4 @@
-"""What is said of a step that was not made: which rows of its batch are at fault. And what torch's Adam cannot step."""
+"""The warning about a skipped step, with the rows of its batch at fault. And what torch's Adam cannot step."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from fastsae.warn import warn
 
 SKIPPED = (
-    "a gradient is not finite (NaN, infinite or too large to square), or the loss or the rate, so this step changed "
-    "nothing"
+    "a gradient, the loss or the learning rate is not finite (NaN, infinite or too large to square), so this step "
+    "changed nothing"
 )
 COUNTED = "Further ones are counted in `skipped` without a warning"
 NAMED = 5
-"""Rows that are named at most."""
+"""At most this many rows are named."""
 
 
 class FirstSkip:
-    """Warns of the first step that was not made, and of no other. `said`: whether that was done, here or elsewhere."""
+    """Warns about the first skipped step only. `said`: whether that was done, here or elsewhere."""
 
     def __init__(self) -> None:
         self.said = False
 
     def __call__(self, what: Callable[[], str]) -> None:
-        """what: which rows or SAEs, in words, which follow SKIPPED."""
+        """what: which rows or SAEs, in words; it follows SKIPPED in the message."""
         if not self.said:
             self.said = True
             warn(f"{SKIPPED}{what()}. {COUNTED}", RuntimeWarning)
@@ -37,7 +37,7 @@ def worst_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     First come those that are not finite, ascending, then the others by their largest magnitude. No host sync.
     """
-    # The largest magnitude hands on NaN and, unlike a sum, cannot overflow; it needs no mask as large as x.
+    # The largest magnitude propagates NaN and, unlike a sum, cannot overflow; it needs no mask as large as x.
     size = torch.linalg.vector_norm(x, ord=math.inf, dim=-1).double()
     bad, n = ~torch.isfinite(size), x.shape[0]
     above = torch.finfo(torch.float64).max * (
@@ -58,7 +58,7 @@ def say_rows(x: Tensor, target: Tensor | None = None) -> str:
 def said(bad: int, of: int, worst: list[int], what: str) -> str:
     """`worst_rows` in words."""
     if not bad:
-        return f"the rows of {what} are finite, the largest is row {worst[0]}"
+        return f"the rows of {what} are finite, and the largest is row {worst[0]}"
     named = ", ".join(map(str, worst[:bad]))
     return f"{bad} of {of} rows of {what} hold NaN or infinity: {named}{', ...' if bad > len(worst) else ''}"
 
@@ -67,6 +67,6 @@ def refuse_float16(W: Tensor) -> None:
     """Raises ValueError for float16 weights under torch's Adam, which keeps moments in their dtype."""
     if W.dtype == torch.float16:
         raise ValueError(
-            "the weights are float16, in which the second moments of torch's Adam underflow: it would step by m / eps; "
-            "use FusedTrainStep, whose moments are float32, or bfloat16 weights"
+            "the weights are float16, and torch's Adam would keep its second moments in float16, where they underflow "
+            "(it would step by m / eps); use FusedTrainStep, whose moments are float32, or bfloat16 weights"
         )

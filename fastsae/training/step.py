@@ -1,15 +1,15 @@
-"""Training steps as one call: FusedTrainStep by a fastsae optimizer, PlainTrainStep by torch's.
+"""Training steps as one call: FusedTrainStep with a fastsae optimizer, PlainTrainStep with torch's.
 
     metrics = step(x)
 
-Both are a face over what any loop does: the module's objective, backward(), optimizer.step(). The numbers are the same;
-the fused one stores no gradient of a dictionary, and can be captured in a CUDA graph. For rules that fix how many
-latents are active it reads nothing back from the device: learning rate, step count and metrics are 0-d tensors. A
-threshold rule asks once a step how many latents were above, and goes the dense way while they are too many.
+Both wrap what any loop does: the module's objective, backward(), optimizer.step(). The numbers are the same; the fused
+one stores no gradient of a dictionary, and can be captured in a CUDA graph. For rules that fix how many latents are
+active it reads nothing back from the device: learning rate, step count and metrics are 0-d tensors. A threshold rule
+reads once per step how many latents were above their thresholds, and is dense while there are too many.
 
-A step never destroys a run. Where the loss or a gradient is NaN, infinite or too large to square, or the rate is, the
+A step never destroys a run. If the loss, a gradient or the learning rate is NaN, infinite or too large to square, the
 call changes nothing: no parameter, moment, dead-latent counter, running threshold, penalty weight or count of updates.
-It returns the metrics as they were, and `skipped` counts it; the next call goes on as if the batch had been left out.
+It returns the metrics as they were, and `skipped` counts it; the next call continues as if the batch had been left out.
 After any other call all of these are finite. On a CPU the first skipped step warns, with the rows of x that are not
 finite or else the largest (`fastsae.training.skipped.say_rows`); a `Trainer` also names the rows of the data, and stops
 after ten skipped steps in a row. Off the CPU a bound decides, see `fastsae.ops.gradients.gradients_are_bounded`.
@@ -40,13 +40,13 @@ from fastsae.training.skipped import FirstSkip, refuse_float16, say_rows
 
 FORMAT = 3
 GRAPH_WARMUP = 2
-"""Steps before a CUDA graph is captured: kernels are compiled and loaded by then, which a capture would not survive."""
+"""Steps before a CUDA graph is captured: compiling and loading kernels during a capture would make it fail."""
 
 Outer = Callable[[Tensor], Tensor]
 
 
 class _TrainStep:
-    """What both steps share: one batch through objective and backward, and the metrics of it."""
+    """What both steps share: one batch through objective and backward, and its metrics."""
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class _TrainStep:
     ):
         if isinstance(sae, DistributedDataParallel):
             raise TypeError(
-                f"sae is a {type(sae).__name__}, whose gradients this step does not sum over processes. Train it in a "
-                "loop of your own with a torch optimizer, project_gradients_() before its step and "
-                "normalize_decoder_() after; or, where each process trains an SAE of its own, pass .module, and "
+                f"sae is a {type(sae).__name__}, whose gradients this step does not sum over processes. Train it in "
+                "your own loop with a torch optimizer, project_gradients_() before its step and "
+                "normalize_decoder_() after; or, if each process trains an SAE of its own, pass .module and "
                 "independent=True"
             )
         self.sae = sae = as_sae(sae, "sae")
@@ -85,7 +85,7 @@ class _TrainStep:
     def _backward(
         self, x: Tensor, target: Tensor | None, outer: Outer | None, *, for_step: bool
     ) -> tuple[Objective, dict[str, Tensor]]:
-        """loss.backward(), and the metrics of before the update."""
+        """loss.backward(), and the metrics from before the update."""
         sae, n = self.sae, x.shape[:-1].numel()
         if n == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
@@ -131,21 +131,21 @@ class FusedTrainStep(_TrainStep):
 
     lr, betas, eps   of the optimizer. `step.lr` is a 0-d float64 tensor: `step.lr = 1e-4` and `step.lr.fill_(...)`.
     schedule         multiplier of lr from the 0-d count of updates done before this one, e.g. `Schedule(...)`; None: 1.
-    moments, seed    as fastsae.optim.Adam's, and clip_norm, clip_rows, weight_decay, independent.
+    moments, seed, clip_norm, clip_rows, weight_decay, independent   as fastsae.optim.Adam's.
     backend          of the ops, see `fastsae.backends()`; None takes the fastest.
     check            raise ValueError for NaN in x before anything changes; a host sync on a GPU.
     cuda_graph       capture the step in a CUDA graph after two ordinary ones and replay it from then on, as long as
                      shapes, settings and parameter addresses do not change; other shapes run without. lr is read on
                      the device; a schedule must be made of tensor ops.
     optimizer        "adam", "adamw", "lion", "signsgd".
-    penalty_schedule multiplier of the rule's penalty from the count, as `schedule`: a warm-up of L1, for instance.
-    k_schedule       the rule's k from the calls so far, an int, for annealing; None: the rule's own.
-    dense_above      sets `sae.dense_above`: a threshold rule's step is made densely where more than this share of the
-                     latents was active in the step before (or, at first, on a sample), or turns out to be.
+    penalty_schedule multiplier of the rule's penalty from the count, like `schedule`: a warm-up of L1, for instance.
+    k_schedule       the rule's k from the number of calls so far, an int, for annealing; None: the rule's own.
+    dense_above      sets `sae.dense_above`: a threshold rule's step is dense if more than this share of the latents was
+                     active in the previous step (or, at first, on a sample), or turns out to be in this one.
 
-    `step.optimizer` is the fastsae optimizer behind it; torch's learning-rate schedulers may drive that one, where
-    `schedule` is None. Its low-precision copy of the encoder is maintained by the update, and made anew
-    after other code wrote the weights: call `refresh()` after writes that torch cannot see.
+    `step.optimizer` is the fastsae optimizer behind it; torch's learning-rate schedulers may drive that one if
+    `schedule` is None. The update maintains its low-precision copy of the encoder, which is rebuilt after other code
+    wrote the weights: call `refresh()` after writes that torch cannot see.
 
     Raises ValueError for bad settings and for parameters that do not require a gradient.
     """
@@ -225,12 +225,12 @@ class FusedTrainStep(_TrainStep):
 
     @property
     def skipped(self) -> Tensor:
-        """Steps that were not made because the loss, a gradient or the rate was not finite: 0-d int64 on the device."""
+        """Steps that were not made because the loss, a gradient or the lr was not finite: 0-d int64 on the device."""
         return self.optimizer.skipped
 
     @property
     def first_skip(self) -> FirstSkip:
-        """What warns of the first of them."""
+        """The object that warns about the first skipped step."""
         return self.optimizer.first_skip
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ class FusedTrainStep(_TrainStep):
     def __call__(self, x: Tensor, target: Tensor | None = None, *, outer: Outer | None = None) -> dict[str, Tensor]:
         """One update on x (*batch, d_in), towards target (*batch, d_out) or x itself.
 
-        outer: a further loss of the reconstruction (*batch, d_out), in the caller's units, that is added. Where x
-        requires a gradient, that of the whole loss flows into it, as by any backward().
+        outer: a function of the reconstruction (*batch, d_out), in the caller's units, whose loss is added. If x
+        requires a gradient, it gets that of the whole loss, as from any backward().
         Returns 0-d tensors: loss (what was minimized), mse, fvu and the other parts of `ForwardResult.losses` (all in
         normalized units), l0 (mean active latents), redone (tokens whose selection was repeated), dead (latents),
         grad_norm (before projection), lr, skipped (steps so far that changed nothing, see the top of this module),
@@ -248,7 +248,7 @@ class FusedTrainStep(_TrainStep):
         """
         self.sae.check_input(x, target)
         if self.cuda_graph and (outer is not None or x.requires_grad):
-            raise ValueError("a CUDA graph captures neither outer losses nor x's gradient; pass cuda_graph=False")
+            raise ValueError("a CUDA graph can capture neither outer losses nor x's gradient; pass cuda_graph=False")
         with without_autocast(x.device.type):
             return self._replayed(x, target) if self.cuda_graph else self._step(x, target, outer)
 
@@ -269,7 +269,7 @@ class FusedTrainStep(_TrainStep):
             optimizer.describe = lambda: say_rows(x, target)
             optimizer.step_scheduled(factor * torch.where(metrics["loss"].isfinite(), lr.new_ones(()), torch.nan))
         except BaseException:
-            optimizer.zero_grad()  # nothing of a step that failed stays
+            optimizer.zero_grad()  # drops what a failed step left behind
             if x.is_leaf:
                 x.grad = x_grad
             raise
@@ -284,7 +284,7 @@ class FusedTrainStep(_TrainStep):
     # -- the same as a CUDA graph -------------------------------------------------------------------------------------
 
     def _replayed(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
-        """The step by its CUDA graph, captured when nothing has changed for GRAPH_WARMUP steps."""
+        """The step through its CUDA graph, captured when nothing has changed for GRAPH_WARMUP steps."""
         settings = self._graph_settings(x, target)
         if self._graph_of != settings:
             if self._graph is not None and self._graph_of is not None and self._graph_of[1:] == settings[1:]:
@@ -310,7 +310,7 @@ class FusedTrainStep(_TrainStep):
         return metrics
 
     def _captured(self, x: Tensor, target: Tensor | None) -> StepGraph:
-        """The graph. Raises RuntimeError where it cannot be captured: nothing was computed then, and the next calls run
+        """The graph. Raises RuntimeError if it cannot be captured: nothing was computed then, and the next calls run
         without one before it is tried again.
         """
         steps = self._steps
@@ -323,7 +323,7 @@ class FusedTrainStep(_TrainStep):
             self._steps = steps
 
     def _graph_settings(self, x: Tensor, target: Tensor | None) -> tuple[Any, ...]:
-        """All that a captured step holds fixed: the shapes first, then the settings and the addresses in memory."""
+        """Everything that a captured step fixes: the shapes first, then the settings and the addresses in memory."""
         sae, optimizer = self.sae, self.optimizer
         shapes = tuple((t.shape, t.dtype, t.device) for t in (x, target) if t is not None)
         states = [t for state in optimizer.state.values() for t in state.values()]
@@ -342,7 +342,7 @@ class FusedTrainStep(_TrainStep):
         self.optimizer.forget_rows_(self.sae, latents)
 
     def refresh(self, encoder_input: Tensor | None = None) -> None:
-        """Makes the low-precision copy of the encoder anew. Needed only after a write that torch cannot see.
+        """Rebuilds the low-precision copy of the encoder. Needed only after a write that torch cannot see.
 
         encoder_input (N, d_in): what it will encode, for a backend that chooses its format by it.
         """
@@ -368,8 +368,7 @@ class FusedTrainStep(_TrainStep):
         """Restores what `state_dict` gave, bit for bit; lr, betas, eps, weight decay and seed become the saved ones.
 
         allow_other_config: do not compare the settings of the SAE and the kind of optimizer, which older states lack.
-        Raises ValueError, and changes nothing, when it is of another format, or of other settings, or does not fit this
-        module.
+        Raises ValueError, and changes nothing, if it has another format or other settings, or does not fit this module.
         """
         expected = self.state_dict()
         if not isinstance(state, dict):
@@ -393,15 +392,15 @@ class FusedTrainStep(_TrainStep):
 
 
 class PlainTrainStep(_TrainStep):
-    """g = ∇loss(sae(x));  project g;  torch.optim.Adam or AdamW;  renormalize: the same step by torch's own optimizer.
+    """g = ∇loss(sae(x));  project g;  torch.optim.Adam or AdamW;  renormalize: the same step with torch's optimizer.
 
-    Slower, any backend, and readable: the curve that the fused step is held against. It reads one bool back: whether
+    Slower but readable, and for any backend: the reference curve for the fused step. It reads one bool back: whether
     the step may be made.
 
     lr: peak learning rate; schedule: step -> multiplier, with step counting the updates done before; optimizer: "adam"
     or "adamw"; clip_norm, penalty_schedule, k_schedule, independent: as FusedTrainStep's. skipped: as FusedTrainStep's.
-    Raises ValueError for another optimizer, and for float16 weights: torch's Adam keeps moments in their dtype, where
-    the squares of small gradients are 0, and then steps by m / eps.
+    Raises ValueError for another optimizer, and for float16 weights: torch's Adam would keep its moments in float16,
+    where the squares of small gradients are 0, and then step by m / eps.
     """
 
     def __init__(
@@ -423,7 +422,7 @@ class PlainTrainStep(_TrainStep):
         sae = self.sae
         kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         if optimizer not in kinds:
-            raise ValueError(f"optimizer is {optimizer!r}, a plain step has {', '.join(kinds)}; use a fused step")
+            raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(kinds)}; or use FusedTrainStep")
         checks.optimizer(optimizer, betas, eps, weight_decay, lr)
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}, expected a number above 0, or None")
@@ -478,7 +477,7 @@ class PlainTrainStep(_TrainStep):
         return metrics | {"skipped": self.skipped.clone()}
 
     def _may_step(self, found: Objective, squares: Tensor, lr: Tensor) -> Tensor:
-        """squares: the squared norm of all gradients, 0-d float64, which a norm in their own dtype has to hold."""
+        """squares: the squared norm of all gradients, 0-d float64; it must also be finite in the gradients' dtype."""
         W, group, step = self.sae.W_dec, self.optimizer.param_groups[0], torch.full_like(self.skipped, self.step + 1)
         held = squares <= torch.finfo(wide(W).dtype).max
         return found.loss.detach().isfinite() & held & moves_little("adam", group, W, lr=lr, step=step)
@@ -517,13 +516,13 @@ class PlainTrainStep(_TrainStep):
 
 
 def settings_of(optimizer: torch.optim.Optimizer, config: Config) -> dict[str, Any]:
-    """What a step's state means: the kind of the optimizer, and the settings of what it trains."""
+    """The settings recorded in a step's state: the kind of the optimizer, and the config of what it trains."""
     return {"optimizer": type(optimizer).__name__, "sae": config.to_dict()}
 
 
 @checks.reading_a_state("a step")
 def check_settings_of(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises ValueError naming each setting in which a step's state differs; one without settings is not compared."""
+    """Raises ValueError naming each setting in which a step's state differs; a state without them is not compared."""
     if "settings" in state:
         theirs, ours = state["settings"], expected["settings"]
         names = {"optimizer": theirs["optimizer"]}, {"optimizer": ours["optimizer"]}
@@ -531,7 +530,7 @@ def check_settings_of(state: Mapping[str, Any], expected: Mapping[str, Any]) -> 
 
 
 def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state with the names of the module's parameters for numbers: {"state", "param_groups"}."""
+    """An optimizer's state with parameter names instead of numbers: {"state", "param_groups"}."""
     names = {id(p): name for name, p in sae.named_parameters()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     state = optimizer.state_dict()
@@ -544,7 +543,7 @@ def named_state(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> dic
 
 @checks.reading_a_state("an optimizer")
 def load_named_state(sae: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Puts back what `named_state` gave. Raises ValueError, and changes nothing, where it is of other parameters."""
+    """Restores what `named_state` gave. Raises ValueError, and changes nothing, if it is of other parameters."""
     names = {id(p): name for name, p in sae.named_parameters()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     saved = [name for group in state["param_groups"] for name in group["params"]]

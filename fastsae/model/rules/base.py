@@ -37,10 +37,10 @@ class Selected(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What the first training batch says of the pre-acts at random directions, for `Activation.start`.
+    """Statistics of the first training batch's pre-acts at random directions, for `Activation.start`.
 
-    mean, std (M,) float64: of each latent's pre-acts. bar(l0): how many standard deviations above its mean every latent
-    must be so that l0 of them are, on average over the batch.
+    mean, std (M,) float64: of each latent's pre-acts. bar(l0): the threshold, in standard deviations above each
+    latent's mean, that l0 latents exceed on average over the batch.
     """
 
     mean: Tensor
@@ -68,9 +68,9 @@ class EncodeOptions:
 class Activation(ABC):
     """The base class. `kind` is the name in saved files; `shaped`: acts are not pre-acts, or there is a penalty.
 
-    coef: the penalty's weight in the loss, where it is fixed (see `weight`). The methods' defaults are those of a rule
+    coef: the penalty's weight in the loss, if it is fixed (see `weight`). The methods' defaults are those of a rule
     without that feature.
-    A subclass with a `kind` is registered under it. Raises TypeError where another rule has that kind.
+    A subclass with a `kind` is registered under it. Raises TypeError if another rule has that kind.
     """
 
     kind: ClassVar[str]
@@ -83,7 +83,7 @@ class Activation(ABC):
         other = ACTIVATIONS.get(cls.kind, cls)
         # Reloading a module or rerunning a notebook cell defines the same class again.
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(f"{cls.__qualname__} has kind = {cls.kind!r}, which {other.__qualname__} has; take another")
+            raise TypeError(f"{cls.__qualname__} has kind = {cls.kind!r}, but so has {other.__qualname__}; rename one")
         ACTIVATIONS[cls.kind] = cls
 
     @classmethod
@@ -127,7 +127,7 @@ class Activation(ABC):
 
     @property
     def asked_l0(self) -> float | None:
-        """The mean L0 at inference that the settings ask for and training aims at; None: they ask for none."""
+        """The target mean L0 at inference, from the settings; None: they set none."""
         return None
 
     @property
@@ -141,7 +141,7 @@ class Activation(ABC):
         return None
 
     def apart(self, rule_state: RuleState, training: bool) -> bool:
-        """Whether each latent's act depends on its own pre-act alone, so that some are encoded without the others."""
+        """Whether each latent's act depends only on its own pre-act, so that some can be encoded without the others."""
         return False
 
     def considered(self, pre: Tensor, rows: RuleState) -> Tensor:
@@ -162,7 +162,7 @@ class Activation(ABC):
 
     def with_k(self, k: int) -> Activation:
         """The same rule with another number of active latents, for annealing. Raises ValueError if it has no k."""
-        raise ValueError(f"{type(self).__name__} has no k to anneal: TopK, AbsTopK, BatchTopK and Matryoshka have")
+        raise ValueError(f"{type(self).__name__} has no k to anneal; TopK, AbsTopK, BatchTopK and Matryoshka have one")
 
     @abstractmethod
     def select(
@@ -201,23 +201,23 @@ class Activation(ABC):
         return None
 
     def parts(self, codes: SparseCodes, rule_state: RuleState) -> list[tuple[SparseCodes, float]]:
-        """Disjoint parts of a code, each with the weight of the error of it and all parts before it together."""
+        """Disjoint parts of a code, each with a weight: that of the error of this and all earlier parts together."""
         return [(codes, 1.0)]
 
     def measure(self, codes: SparseCodes) -> Tensor | None:
-        """What `observe` wants to know of the code of a training batch: 0-d float32, infinite where it says nothing;
-        None for a rule that wants nothing. Several processes take the mean of theirs. No gradient, no host sync.
+        """The statistic of a training batch's code that `observe` needs: 0-d float32, infinite if there is none; None
+        for a rule that needs none. It is averaged over processes. No gradient, no host sync.
         """
         return None
 
     def observe(self, measured: Tensor | None, rule_state: RuleState, made: Tensor) -> None:  # noqa: B027 (most have none)
         """Updates the rule's buffers in place when a training batch counts; no gradient, no host sync.
 
-        measured: of `measure`. made: bool on the device, whether the batch counts; if not, the buffers do not change.
+        measured: from `measure`. made: bool on the device, whether the batch counts; if not, the buffers do not change.
         """
 
     def weight(self, rule_state: RuleState) -> Tensor | float:
-        """The penalty's weight in the loss: `coef`, or 0-d where the rule drives it."""
+        """The penalty's weight in the loss: `coef`, or a 0-d tensor if the rule adjusts it."""
         return self.coef
 
     def start(self, rule_state: RuleState, sample: Sample) -> None:
@@ -226,7 +226,7 @@ class Activation(ABC):
 
     @property
     def rescales(self) -> bool:
-        """Whether W_enc may be scaled where the rule starts from data."""
+        """Whether W_enc may be rescaled when the rule starts from data."""
         return True
 
     def stretch(self, rule_state: RuleState, factor: float) -> None:
@@ -240,12 +240,12 @@ class Activation(ABC):
     def steer(self, rule_state: RuleState, l0: Tensor, made: Tensor) -> None:  # noqa: B027 (most drive nothing)
         """Updates the weight of the penalty in place after a training batch of that mean L0, 0-d float64.
 
-        made: as of `observe`. No host sync.
+        made: as for `observe`. No host sync.
         """
 
     @abstractmethod
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
-        """A (*B, N, M) from all pre-acts: the truth of `select` and `activate`."""
+        """A (*B, N, M) from all pre-acts: the dense reference of `select` and `activate`."""
 
     def dense_parts(self, A: Tensor, rule_state: RuleState) -> list[tuple[Tensor, float]]:
         """`parts` of a dense code."""

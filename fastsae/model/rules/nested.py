@@ -1,4 +1,4 @@
-"""Rules whose parts reconstruct on their own: prefixes of the dictionary, or a token's k strongest for several k."""
+"""Rules whose parts reconstruct on their own: prefixes of the dictionary, or the k strongest latents for several k."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _check_weights(rule: str, weights: tuple[float, ...] | None, count: int) -> 
 class Matryoshka(Activation):
     """Nested prefixes of the dictionary, each of which must reconstruct: L = Σ_g weight_g · error of m_g latents.
 
-    A prefix ends after each of `groups`. Or there are `sampled` prefixes of log-uniform length, drawn from the count of
-    batches and `seed`; the last one is the whole dictionary.
+    A prefix ends after each of `groups`. Alternatively there are `sampled` prefixes of log-uniform length, drawn from
+    the batch count and `seed`; the last one is the whole dictionary.
     Source: Bussmann et al. 2025 (arXiv 2503.17547), eq. 3; sampled prefixes: Nabeshima 2024.
     """
 
@@ -53,14 +53,14 @@ class Matryoshka(Activation):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, (TopK, BatchTopK)):
             raise ValueError(f"Matryoshka has inner = {self.inner!r}, expected TopK or BatchTopK")
-        for name in ("groups", "weights"):  # a list serves too
+        for name in ("groups", "weights"):  # lists are accepted too
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if bool(self.groups) == (self.sampled is not None):
             neither, both = "neither groups nor sampled", f"both groups = {self.groups} and sampled = {self.sampled}"
             raise ValueError(
-                f"Matryoshka has {both if self.groups else neither}; give groups, sizes that sum to d_sae, as "
-                "(512, 1536, 2048), or sampled, the number of prefixes that each batch draws"
+                f"Matryoshka has {both if self.groups else neither}; give groups, sizes that sum to d_sae, such as "
+                "(512, 1536, 2048), or sampled, the number of prefixes drawn for each batch"
             )
         for size in self.groups:
             whole_number("Matryoshka", "groups", size)
@@ -71,7 +71,7 @@ class Matryoshka(Activation):
 
     @property
     def count(self) -> int:
-        """Prefixes."""
+        """The number of prefixes."""
         return len(self.groups) or self.sampled or 0
 
     @property
@@ -172,7 +172,7 @@ class HierarchicalTopK(Activation):
     kind: ClassVar[str] = "hierarchical_topk"
 
     def __post_init__(self) -> None:
-        for name in ("ks", "weights"):  # a list serves too
+        for name in ("ks", "weights"):  # lists are accepted too
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for k in self.ks:

@@ -64,9 +64,9 @@ class AbsTopK(Activation):
 
 
 def strongest(above: SparseCodes, below: SparseCodes, k: int) -> SparseCodes:
-    """The k largest of two flat codes of k slots each, acts of the second with the other sign.
+    """The k largest of two flat codes of k slots each; acts of the second get the opposite sign.
 
-    No latent is in both but where its act is NaN, which is then counted once.
+    A latent can be in both only if its act is NaN; it is then counted once.
     """
     with without_autocast(above.acts.device.type):  # on a CPU it has no float16 for cat
         acts = torch.cat([above.acts, -torch.where(below.acts.isnan(), 0, below.acts)], -1)

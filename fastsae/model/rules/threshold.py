@@ -14,21 +14,21 @@ from fastsae.model.rules.base import Activation, EncodeOptions, RuleState, Sampl
 from fastsae.reference import wide
 
 DEFAULT_L0 = 32.0
-"""The target of a rule that is given neither a weight nor a target, and where thresholds start without one."""
+"""Target L0 of a rule that is given neither a weight nor a target; without a target, thresholds also start there."""
 START = 0.1
 """The L1 penalty at the start, as a share of the loss of reconstructing nothing."""
 START_L0 = 0.03
-"""The same of JumpReLU's penalty, whose gradient does not shrink with the acts: at 0.3 L0 fell from 10 to 1 first."""
+"""The same for JumpReLU's penalty, whose gradient does not shrink with the acts: at 0.3, L0 first fell from 10 to 1."""
 SMOOTH = 0.9
 """Decay, per batch, of the mean of L0 that the penalty's weight follows."""
 INTEGRAL = 0.05
-"""By how much the logarithm of the weight rises a batch where L0 is e times its target."""
+"""By how much the logarithm of the weight rises per batch while L0 is e times its target."""
 PROPORTIONAL = 3.0
 """By how much the logarithm of the weight rises when L0 becomes e times what it was."""
 REWARD = 10.0
-"""How far a weight may fall below 0, in its first value, so that a reward stays a share of the loss to begin with."""
+"""How far a weight may fall below 0, in units of its first value, so that a reward stays in proportion to the loss."""
 WIDTH = 0.5
-"""The kernel's width as a share of the threshold, where no bandwidth is given."""
+"""The kernel's width as a share of the threshold, if no bandwidth is given."""
 TINY = 1e-12
 """Below every L0, loss and penalty that is not 0, whose logarithm would not be finite."""
 
@@ -60,19 +60,19 @@ class _Targeted(_Threshold):
         e   = log(m / target_l0), held within ±3
         log_coef += INTEGRAL · (e held within ±1) + PROPORTIONAL · (e - e of the batch before)
 
-    so a factor in L0 changes the weight by a factor, whatever the sizes of both. L0 answers to a weight by drifting,
-    not at once: without the second term (a proportional one, seen from the weight) the two would swing around each
-    other. If the logarithm of L0 falls by a·d in a batch whose weight is e^d times the one that holds L0, the loop's
-    poles are the roots of s² + a·PROPORTIONAL·s + a·INTEGRAL: real, so that L0 does not swing, from a = 4·INTEGRAL /
-    PROPORTIONAL² = 1 / 45 on, and the slower one is near INTEGRAL / PROPORTIONAL: an error fades in some 60 batches.
+    so a factor in L0 changes the weight by a factor, whatever the sizes of both. L0 responds to a weight by drifting,
+    not at once: without the second term (proportional, as the weight sees it) the two would oscillate. If the logarithm
+    of L0 falls by a·d in a batch whose weight is e^d times the one that holds L0, the loop's poles are the roots of
+    s² + a·PROPORTIONAL·s + a·INTEGRAL. They are real, so that L0 does not oscillate, for a >= 4·INTEGRAL /
+    PROPORTIONAL² = 1 / 45, and the slower one is near INTEGRAL / PROPORTIONAL: an error decays in some 60 batches.
 
-    Where the squared error alone holds L0 below its target, no penalty is small enough. A rule that `rewards` goes on
-    below 0, from its first weight w on (log_start = log w):
+    If the squared error alone holds L0 below its target, no penalty is small enough. A rule that `rewards` lets the
+    weight fall below 0; w is its first weight (log_start = log w):
 
         weight = exp(log_coef)                              where log_coef >= log_start
                  w · (2 - exp(log_start - log_coef))        below: the same value and slope there, 0 at log(w / 2)
 
-    which is held at -REWARD · w or above, log_coef too, so that it turns around at once.
+    The weight is clamped to at least -REWARD · w, and log_coef with it, so that it can turn around at once.
     """
 
     @property
@@ -104,7 +104,7 @@ class _Targeted(_Threshold):
         return self.fixed is None
 
     def settle(self, name: str, fixed: float | None, target: float | None) -> None:
-        """Makes a rule without a weight and without a target aim at DEFAULT_L0. Raises ValueError for bad numbers."""
+        """A rule without a weight and a target gets the target DEFAULT_L0. Raises ValueError for bad numbers."""
         rule = type(self).__name__
         if fixed is None and target is None:
             object.__setattr__(self, "target_l0", DEFAULT_L0)
@@ -153,7 +153,7 @@ class _Targeted(_Threshold):
     @torch.no_grad()
     def start_weight(self, rule_state: RuleState, zero: float, penalty: float) -> None:
         if self.fixed is None:
-            # A batch of one repeated token has no loss to measure by: it counts as 1, and the controller does the rest.
+            # A batch of one repeated token may have no finite loss: use 1 instead, and the controller does the rest.
             zero, penalty = (max(v, TINY) if math.isfinite(v) else 1.0 for v in (zero, penalty))
             first = math.log(self.first_share * zero / penalty)
             for name in ("log_coef", "log_start") if self.rewards else ("log_coef",):
@@ -181,7 +181,7 @@ class _Targeted(_Threshold):
 
 
 def no_log_start(device: torch.device) -> Tensor:
-    """The `log_start` of a weight that never falls below 0: not started, or saved before one could. 0-d float64."""
+    """The `log_start` of a weight that never falls below 0: not started, or saved by an older version. 0-d float64."""
     return torch.full((), -math.inf, dtype=torch.float64, device=device)
 
 
@@ -229,7 +229,7 @@ class _WithL1(_Targeted):
 class ReLU(_WithL1):
     """acts = relu(x Wᵀ + b); penalty l1 · mean over tokens of Σ_i acts_i, or of Σ_i acts_i ‖W_dec_i‖ (weighted).
 
-    Plain L1 needs a decoder of unit norm, or the acts shrink while the decoder grows. Source: Bricken et al. 2023;
+    Plain L1 needs a decoder of unit norm; otherwise acts shrink while the decoder grows. Source: Bricken et al. 2023;
     weighted by decoder norm: Templeton et al. 2024 (Scaling Monosemanticity); over layers: Lindsey et al. 2024.
     """
 
@@ -274,8 +274,8 @@ class JumpReLU(_Targeted):
     penalty_kind: Literal["l0", "tanh", "target"] = "l0"
     """L0 itself, a tanh that trains the weights too, or the squared distance from target_l0."""
     target_l0: float | None = None
-    """Active latents per token, to which the penalty's weight is driven, or the target of penalty_kind target. Left
-    out: 32, or as many as its fixed weight leaves."""
+    """Target for the active latents per token: the penalty's weight is driven to it, or penalty_kind target penalizes
+    the distance from it. Left out: 32, or, with a fixed weight, none."""
     tanh_scale: float = 4.0
     """How steep the tanh of penalty_kind tanh is."""
     kind: ClassVar[str] = "jumprelu"
@@ -317,8 +317,8 @@ class JumpReLU(_Targeted):
 
     @property
     def rewards(self) -> bool:
-        # A count of active latents is bounded, and its gradient ends where a pre-act leaves the kernel. A reward of
-        # acts, as of a negative L1, would have no end, and one of their tanh would enlarge acts that are active.
+        # A count of active latents is bounded, and its gradient vanishes once a pre-act leaves the kernel. A reward for
+        # acts, such as a negative L1, would be unbounded, and one for their tanh would enlarge active acts.
         return self.fixed is None and self.penalty_kind == "l0"
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
@@ -330,7 +330,7 @@ class JumpReLU(_Targeted):
             return
         b_enc, log_threshold = rule_state["b_enc"], rule_state["log_threshold"]
         b_enc.sub_(sample.mean.to(b_enc.dtype))
-        # A latent that is constant would start at log 0.
+        # A constant latent would start at log 0.
         log_threshold.copy_((max(bar, TINY) * sample.std).clamp_min(TINY).log())
 
     @property
@@ -342,7 +342,7 @@ class JumpReLU(_Targeted):
         rule_state["log_threshold"].add_(math.log(factor))
 
     def start_weight(self, rule_state: RuleState, zero: float, penalty: float) -> None:
-        # At the target the squared distance is 0 and has no size; its slope is 2 where that of L0 / target_l0 is 1.
+        # At the target the squared distance is 0 and gives no scale; its slope is 2 where that of L0 / target_l0 is 1.
         super().start_weight(rule_state, zero, 0.1 if self.penalty_kind == "target" else penalty)
 
     def steer(self, rule_state: RuleState, l0: Tensor, made: Tensor) -> None:
@@ -382,8 +382,9 @@ class JumpReLU(_Targeted):
         if self.penalty_kind == "tanh":
             return torch.tanh(self.tanh_scale * wide(acts) * norms)
         threshold = rows["threshold"].expand_as(pre)
-        # A threshold moves by the learning rate at most, and the rows of an encoder outrun it: a weight that is to hold
-        # an L0 needs a hold on both. By θ alone SmolLM2 stayed at L0 12.7 of 10, with the weight rising to the end.
+        # A threshold moves by at most the learning rate per step, and the encoder's rows move faster: a weight that
+        # holds an L0 must act on both. Through θ alone SmolLM2 stayed at L0 12.7 (target 10) while the weight kept
+        # rising.
         return reference.heaviside(wide(pre), threshold, self.width(threshold), through=self.l0 is None)
 
     def penalty(self, mean: Tensor) -> Tensor:
@@ -427,7 +428,7 @@ class Gated(_WithL1):
         return torch.relu(pre)
 
     def start_thresholds(self, rule_state: RuleState, sample: Sample, bar: float) -> None:
-        # What passes the gate has its whole size: gate - b_enc + b_mag is the pre-act less its mean.
+        # What passes the gate keeps its size: gate - b_enc + b_mag is the pre-act less its mean.
         rule_state["b_mag"].copy_(rule_state["b_enc"] - sample.mean)
         super().start_thresholds(rule_state, sample, bar)
 

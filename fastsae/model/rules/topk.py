@@ -28,8 +28,9 @@ from fastsae.ops.register import without_autocast
 class TopK(Activation):
     """acts = relu(x Wᵀ + b) at its k largest entries, 0 elsewhere. Ties go to the lower index.
 
-    weighted: at the k entries where relu(x Wᵀ + b) · ‖W_dec‖ is largest, the share of each in the reconstruction. The
-    acts themselves are the same, so a unit-norm decoder makes no difference, and the selection has no gradient.
+    weighted: at the k entries where relu(x Wᵀ + b) · ‖W_dec‖ is largest, the size of each one's contribution to the
+    reconstruction. The acts themselves are not scaled, so it makes no difference with a unit-norm decoder. The
+    selection has no gradient.
     Source: Makhzani & Frey 2013 (arXiv 1312.5663); Gao et al. 2024 (arXiv 2406.04093), eq. 3.
     """
 
@@ -82,13 +83,13 @@ class TopK(Activation):
 class BatchTopK(Activation):
     """In training relu(x Wᵀ + b) at the N·k largest entries of the batch; at inference where it is above `threshold`.
 
-    The threshold is a running mean of each batch's smallest act, whose weights decay by `decay` a batch and are divided
-    by their sum: w = decay·w + 1 - decay, t += (1 - decay)/w · (min - t), from w = 0. So it is the first batch's at
-    first, and is never behind by more than some 1/(1 - decay) batches: the smallest act falls by half in a few
-    hundred. Both are float32 and saved with the module (`threshold`, `threshold_weight`). Before any training t is -1,
-    and inference selects by batch. `sae.calibrate_threshold_(x)` sets t from rows, as a run does at its end.
-    Under DistributedDataParallel each process selects among its own tokens, and t moves by the mean of their smallest
-    acts, in all of them.
+    The threshold t is a running mean of each batch's smallest act, whose weights decay by `decay` per batch and are
+    divided by their sum: w = decay·w + 1 - decay, t += (1 - decay)/w · (min - t), from w = 0. So it starts as the first
+    batch's smallest act and lags by some 1/(1 - decay) batches at most; the smallest act needs a few hundred to halve.
+    Both are float32 and saved with the module (`threshold`, `threshold_weight`). Before any training t is -1, and
+    inference selects by batch. `sae.calibrate_threshold_(x)` sets t from rows, as a run does at its end.
+    Under DistributedDataParallel each process selects among its own tokens, and every process updates t with the mean
+    of the processes' smallest acts.
     Source: Bussmann, Leask & Nanda 2024 (arXiv 2412.06410), eq. 4 and 5; the division: Kingma & Ba 2015, section 3.
     """
 
@@ -156,7 +157,7 @@ class BatchTopK(Activation):
         threshold, weight = rule_state["threshold"], rule_state["threshold_weight"]
         some = made & torch.isfinite(measured)
         heavier = self.decay * weight + (1 - self.decay)
-        # The first share is exactly 1, and so the first mean exactly the first batch's.
+        # The first share is exactly 1, so the first mean is exactly the first batch's value.
         share = torch.where(weight == 0, 1.0, (1 - self.decay) / heavier)
         threshold.copy_(torch.where(some, torch.lerp(threshold, measured, share), threshold))
         weight.copy_(torch.where(some, heavier, weight))
