@@ -261,7 +261,7 @@ def test_a_state_of_another_batch_is_refused_and_changes_nothing() -> None:
     states += [{**good, "step": -1}, {**good, "skipped": torch.zeros(5, dtype=torch.int64)}]
     states += [{**good, "step": 7, "optimizer": {}}, {"step": 7}, {}]
     for state in states:
-        with pytest.raises(ValueError, match=r"expected|no state of a step of a batch"):
+        with pytest.raises(ValueError, match=r"expected|not a state of a step of a batch"):
             step.load_state_dict(state, allow_other_config=True)
         assert step.step == 1
         assert step.skipped.tolist() == [0, 0]

@@ -285,7 +285,7 @@ def test_errors_name_the_thing(place, capsys, tmp_path):
     np.save(tmp_path / "cube.npy", np.ones((4, 3, 2), np.float32))
     np.save(tmp_path / "nan.npy", np.full((40, 16), np.nan, np.float32))
     for name, message in [
-        ("missing.npy", "missing.npy is not there"),
+        ("missing.npy", "missing.npy does not exist"),
         ("empty", "holds no activations: expected a manifest.json"),
         ("text.txt", "neither a folder nor a .safetensors or .npy file"),
         ("broken.npy", "broken.npy is truncated or not a .npy file"),

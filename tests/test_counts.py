@@ -323,7 +323,7 @@ def test_a_fused_step_that_is_not_made_does_not_count() -> None:
     step, truth = fastsae.FusedTrainStep(sae, k_schedule=lambda i: 5 - min(i, 3)), ByHand(sae)
     bad = tokens()
     bad[0, 0] = torch.inf
-    with pytest.warns(RuntimeWarning, match="a gradient is not finite"):
+    with pytest.warns(RuntimeWarning, match="a gradient, the loss or the learning rate is not finite"):
         step(bad)
     truth.check(sae)
     assert (int(step.skipped), int(step.count)) == (1, 0)

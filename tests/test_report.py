@@ -159,7 +159,7 @@ def test_missing_weights_or_rows_are_reported_and_do_not_stop_the_page(run, tmp_
     config = json.loads((moved / "config.json").read_text())
     config["notes"]["data"]["path"] = "/nowhere/acts"
     (moved / "config.json").write_text(json.dumps(config))
-    assert "/nowhere/acts is not there" in "".join(checked(write_report(moved)).text)
+    assert "/nowhere/acts does not exist" in "".join(checked(write_report(moved)).text)
 
 
 def test_a_run_without_text_has_timings_but_no_latents(run, tmp_path):

@@ -518,7 +518,7 @@ def test_a_run_that_ends_off_its_target_says_so_and_one_on_it_does_not(tmp_path:
         assert result.evaluation is not None
         return result.evaluation
 
-    with pytest.warns(RuntimeWarning, match=r"the run ended at L0 .* on held-out rows, and 40 was asked for .*--lr"):
+    with pytest.warns(RuntimeWarning, match=r"the run ended at L0 .* on held-out rows, but 40 was asked for .*--lr"):
         record = run(fastsae.JumpReLU(target_l0=40.0, threshold=1e3), "off")
     assert record["asked_l0"] == 40
     with warnings.catch_warnings():

@@ -311,7 +311,7 @@ def test_weights_and_biases_that_fail_say_what_to_do(tmp_path: Path, monkeypatch
         raise RuntimeError("no API key")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", refused)
-    with pytest.raises(LogWriteError, match="project 'saes': no API key; WANDB_MODE=offline"):
+    with pytest.raises(LogWriteError, match="project 'saes': no API key; set WANDB_MODE=offline"):
         trainer(tmp_path / "a", steps=2, wandb="saes").run()
     monkeypatch.delitem(sys.modules, "wandb")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
