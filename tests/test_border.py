@@ -52,7 +52,15 @@ def test_no_call_fails_under_torchs_defaults() -> None:
     assert not wrong
 
 
-every_setting = pytest.mark.parametrize("setting", [name for name in border_worker.SETTINGS if name != "as it is"])
+EVERY_TIME = ("two threads", "inference_mode", "meta", "float64")
+every_setting = pytest.mark.parametrize(
+    "setting",
+    [
+        name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.long)
+        for name in border_worker.SETTINGS
+        if name != "as it is"
+    ],
+)
 midway_too = pytest.mark.parametrize("when", ["start", pytest.param("midway", marks=pytest.mark.long)])
 
 

@@ -215,6 +215,7 @@ def test_a_product_is_wgmma_and_a_sum_is_not(toys) -> None:
         assert plain[target]["warps"] == 4
 
 
+@pytest.mark.long
 def test_what_spills_and_what_does_not_compile_is_found(toys) -> None:
     found = compiled.faults(toys)
     assert any(re.match(r"toy/held on sm_90 spills \d+ bytes", line) for line in found)

@@ -125,7 +125,8 @@ def test_what_a_rule_learns_and_remembers_stays_float32() -> None:
         for name, value in before.items():
             assert torch.equal(getattr(sae, name), value), f"{name} was rounded on the way"
     with pytest.raises(
-        ValueError, match=r"rule_dtype is torch.bfloat16, expected torch.float32.*the small steps of JumpReLU's parameters"
+        ValueError,
+        match=r"rule_dtype is torch.bfloat16, expected torch.float32.*the small steps of JumpReLU's parameters",
     ):
         fastsae.SparseAutoencoder(D, M, RULES["jumprelu"], rule_dtype=torch.bfloat16)
 
