@@ -1,7 +1,7 @@
 # One command for each job. Every target makes what it needs first; a second call does not make it again.
 #
 #   make demo    harvest real activations, train a TopK SAE, compare with dense PyTorch, write a report
-#   make test    run the test suite, about five minutes     make lint    run ruff and mypy
+#   make test    run the test suite, about six minutes      make lint    run ruff and mypy
 #   make test-all    run the test suite with the slow tests
 #   make test-cuda   test the CUDA kernels on a CPU: fibers for threads, under address and undefined-behaviour sanitizers
 #   make test-asan   test the C++ extension under the same sanitizers: hostile calls of every op, and the ops' tests
