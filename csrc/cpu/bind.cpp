@@ -113,7 +113,7 @@ PYBIND11_MODULE(_cpu, m) {
                                                    ragged(a, acts, indices, offsets));
           return std::make_tuple(c.above, c.redone, c.candidates);
         },
-        release_gil(), "How many latents are above, how many tokens were scored in full, how many latents of the others were scored.");
+        release_gil(), "How many latents are above, tokens scored in full, and latents scored in fp32 of the other tokens.");
   m.def("encode_batch_topk",
         [ragged](const EncodeArgs& a, const Numbers& acts, const Numbers& indices, const Numbers& offsets) {
           fits("the size of acts", acts.count, product("k", a.x.rows, a.k));

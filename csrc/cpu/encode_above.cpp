@@ -9,9 +9,8 @@
 
 namespace fastsae::FASTSAE_ISA {
 
-// Where there is no room for all, the first
-// `capacity` in token order are kept and the offsets end there. Memory follows what is above among kAtOnce tokens, which
-// is more than the capacity there.
+// Where there is no room for all, the first `capacity` in token order are kept and the offsets end there. Memory follows
+// what is above among kAtOnce tokens, which is more than the capacity there.
 AboveCounts encode_above(const EncodeArgs& a, const float* per_latent, const float* per_token, const RaggedCodes& out) {
   AboveCounts counts{0, 0, 0};
   out.offsets[0] = 0;

@@ -13,6 +13,7 @@
 #include <omp.h>
 
 #include <numeric>
+#include <optional>
 
 #include "exhaustive.h"
 #include "registry.h"
@@ -250,6 +251,7 @@ struct TightCopy {
 template <class T>
 std::vector<int64_t> encode_lots(const EncodeArgs& a, const std::vector<int64_t>& tokens, bool guess, const FixedCodes& out,
                                  int64_t& rivals) {
+  if (tokens.empty()) return {};
   const LatentTerms terms = latent_terms(a, nullptr);
   std::vector<int64_t> open;
   for (size_t first = 0; first < tokens.size(); first += kAtOnce) {
@@ -271,14 +273,12 @@ template <class T> TopkCounts encode_topk_typed(const EncodeArgs& a, const Fixed
   if (!a.redo) return counts;
   int64_t more = 0;
   const Format tight = tight_format(ops().name);
+  std::optional<TightCopy> copy;
   if (a.screen.format == Format::i8 && tight != Format::i8 && int64_t(again.size()) >= kWorthACopy) {
-    const TightCopy copy(a, tight);
-    again = encode_lots<T>(copy.args, again, true, out, more);
-    again = encode_lots<T>(copy.args, again, false, out, more);
-  } else {
-    again = encode_lots<T>(a, again, false, out, more);
+    copy.emplace(a, tight);
+    again = encode_lots<T>(copy->args, again, true, out, more);
   }
-  encode_in_full<T>(a, again, out);
+  encode_in_full<T>(a, encode_lots<T>(copy ? copy->args : a, again, false, out, more), out);
   return counts;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format) -> tuple[_cpu.Screen,
 def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None) -> Screen | None:
     W = W.contiguous()
     bias = buffers.zeros((W.shape[0],), torch.float32, CPU) if b is None else b.float().contiguous()
-    judge = None if x is None or k is None else _topk_serves(x, W, bias, k, None, None)
-    fmt, tensors = _best_copy(W, None, judge)
+    serves = None if x is None or k is None else partial(_topk_serves, x, W, bias, k, None, None)
+    fmt, tensors = _best_copy(W, None, serves)
     return Screen(tensors, f"cpu/{fmt.name}")
 
 
@@ -112,32 +113,28 @@ def _few(t: Tensor) -> Tensor:
     return t[:: max(1, t.shape[0] // PROBED)][:PROBED].contiguous()
 
 
-def _topk_serves(x: Tensor, W: Tensor, b: Tensor, k: int, rows: Tensor | None, scale: Tensor | None) -> Judge:
+def _topk_serves(
+    x: Tensor, W: Tensor, b: Tensor, k: int, rows: Tensor | None, scale: Tensor | None, narrow: _cpu.Screen
+) -> bool:
     few = _few(x).to(W.dtype)
     n = few.shape[0]
-
-    def serves(narrow: _cpu.Screen) -> bool:
-        args = _encode_args(few, W, b, k, rows, scale, 0, narrow, rescore=True, redo=False)
-        held, places = _fixed(n, k)
-        redone, rivals = _cpu.encode_topk(args, *places)
-        del held
-        return redone <= REDONE_WORTH * n and rivals <= RIVALS_WORTH * narrow.latents * n
-
-    return serves
+    args = _encode_args(few, W, b, k, rows, scale, 0, narrow, rescore=True, redo=False)
+    held, places = _fixed(n, k)
+    redone, rivals = _cpu.encode_topk(args, *places)
+    del held
+    return redone <= REDONE_WORTH * n and rivals <= RIVALS_WORTH * narrow.latents * n
 
 
-def _above_serves(x: Tensor, W: Tensor, b: Tensor, per_latent: Tensor | None, bars: Tensor | None) -> Judge:
+def _above_serves(
+    x: Tensor, W: Tensor, b: Tensor, per_latent: Tensor | None, bars: Tensor | None, narrow: _cpu.Screen
+) -> bool:
     few, bars = _few(x).to(W.dtype), None if bars is None else _few(bars)
     n, latents = few.shape[0], W.shape[0]
-
-    def serves(narrow: _cpu.Screen) -> bool:
-        args = _encode_args(few, W, b, 1, None, None, 0, narrow, rescore=True, redo=True)
-        held, places = _ragged(n, 0)
-        above, _, candidates = _cpu.encode_above(args, *_thresholds(per_latent, bars, latents, n), *places)
-        del held
-        return candidates - above <= CANDIDATES_WORTH * latents * n
-
-    return serves
+    args = _encode_args(few, W, b.float().contiguous(), 1, None, None, 0, narrow, rescore=True, redo=True)
+    held, places = _ragged(n, 0)
+    above, _, candidates = _cpu.encode_above(args, *_thresholds(per_latent, bars, latents, n), *places)
+    del held
+    return candidates - above <= CANDIDATES_WORTH * latents * n
 
 
 def _thresholds(per_latent: Tensor | None, bars: Tensor | None, latents: int, n: int) -> list[_cpu.Numbers | None]:
@@ -192,7 +189,7 @@ def arguments(
     elif kept is None and precision == "fp32":
         narrow, kept = fill(W, considered, _cpu.Format.f32)
     elif kept is None:
-        kept = _best_copy(W, considered, serves or _topk_serves(x, W, bias, k, considered, gain))[1]
+        kept = _best_copy(W, considered, serves or partial(_topk_serves, x, W, bias, k, considered, gain))[1]
         narrow = view(kept, count, W.shape[1])
     rescore = precision != "screened"
     args = _encode_args(x, W, bias, k, considered, gain, index_offset, narrow, rescore=rescore, redo=True)
@@ -223,7 +220,7 @@ def encode_above(
     per_token, n = threshold.ndim == 2, x.shape[0]
     per_latent = None if per_token else threshold.float().expand(W.shape[0]).contiguous()
     bars = threshold.float().expand(n, 1).contiguous() if per_token else None
-    serves = _above_serves(x, W, b.float().contiguous(), per_latent, bars)
+    serves = partial(_above_serves, x, W, b, per_latent, bars)
     args, held = arguments(x, W, b, 1, None, None, 0, screen, precision, serves)
     (acts, indices, offsets), places = _ragged(n, capacity)
     above, redone, _ = _cpu.encode_above(args, *_thresholds(per_latent, bars, W.shape[0], n), *places)
