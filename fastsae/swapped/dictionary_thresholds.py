@@ -24,15 +24,7 @@ from fastsae.ops.gradients import latent_sums
 from fastsae.ops.ledger import LedgerGradient
 from fastsae.ops.products import per_latent
 from fastsae.ops.sums import fixed_sum
-from fastsae.swapped.base import (
-    OverABC,
-    Unsupported,
-    decoded,
-    remove_along_rows_,
-    scaled,
-    token_mean,
-    token_sums,
-)
+from fastsae.swapped.base import OverABC, Unsupported, decoded, remove_along_rows_, scaled, token_mean, token_sums
 from fastsae.swapped.dictionaries import LossLog, SwappedDictionary, SwappedTrainer, UnitNormTrainer
 from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts
 from fastsae.swapped.trainers import fused
