@@ -30,7 +30,7 @@ from bench import cases, peers, real
 from bench.cases import Inputs
 from bench.dense import LR
 from bench.machine import ROOT, describe, device_folder
-from bench.plot import table, with_numbers
+from bench.plot import milliseconds, table, with_numbers
 from bench.results import RESULTS
 from bench.run import rotating, shape
 from bench.timing import interleaved
@@ -136,8 +136,7 @@ def shown(result: dict[str, Any]) -> str:
     def cells(ways: dict[str, dict[str, float]]) -> list[str]:
         own = ways[AS_IT_IS]["ms"]
         return [
-            f"{time['ms']:,.{0 if time['ms'] >= 100 else 1}f}"
-            + ("" if way == AS_IT_IS else f" ({own / time['ms']:.1f}×)")
+            milliseconds(time["ms"]) + ("" if way == AS_IT_IS else f" ({own / time['ms']:.1f}×)")
             for way, time in ways.items()
         ]
 
@@ -193,14 +192,16 @@ def main() -> int:
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    for library in dict.fromkeys([STEPS[name][0] for name in options.steps] + ["sae-lens"]):
+    for library in dict.fromkeys(
+        [STEPS[name][0] for name in options.steps] + ["sae-lens"] * (not options.no_inference)
+    ):
         if reason := peers.unavailable(library):
             print(f"{reason} into .venv-peers: .venv-peers/bin/python -m bench.interop", file=sys.stderr)
             return 2
     case = cases.PRIMARY if options.size is None else cases.named(options.size)
     inputs = cases.build(case, real.rows, real.trained)
-    result: dict[str, Any] = {"format": FORMAT, "machine": describe(), **{name: getattr(case, name) for name in "NDMK"}}
-    result |= {"steps": {}, "inference": None}
+    sizes = {name: getattr(case, name) for name in "NDMK"}
+    result: dict[str, Any] = {"format": FORMAT, "machine": describe(), **sizes, "steps": {}, "inference": None}
     path = (options.out or RESULTS / device_folder()) / "interop.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     turns = len(options.steps) + (0 if options.no_inference else len(TOKENS))
