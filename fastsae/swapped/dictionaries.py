@@ -31,7 +31,7 @@ from fastsae.swapped.base import (
     traced,
     values,
 )
-from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
+from fastsae.swapped.lazy import Source, kept_of, lazy_pre_acts, spread
 from fastsae.swapped.trainers import follow, fused
 from fastsae.training.optimizers import FusedOptimizer
 
@@ -65,7 +65,7 @@ class SwappedDictionary(Swapped):
     def code_to_decode(self, f: Tensor) -> SparseCodes | None:
         """The code behind acts; None of dense ones, and where hooks on its decoder want dense acts."""
         dense = hooked(self, (getattr(self, "decoder", None),), "decoder")  # type: ignore[arg-type]
-        return f.kept if isinstance(f, LazyActs) and not dense else None
+        return None if dense else kept_of(f)
 
     def flat(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
@@ -219,7 +219,7 @@ class AuxOnDead:
 
     def get_auxiliary_loss(self: Any, residual_BD: Tensor, post_relu_acts_BF: Tensor) -> Tensor:
         dead = self.num_tokens_since_fired >= self.dead_feature_threshold
-        source = post_relu_acts_BF.kept if isinstance(post_relu_acts_BF, LazyActs) else None
+        source = kept_of(post_relu_acts_BF)
         if source is None or not bool(dead.any()):
             return super().get_auxiliary_loss(residual_BD, post_relu_acts_BF)  # type: ignore[misc]
         self.dead_features = int(dead.sum())
@@ -242,7 +242,7 @@ class ThresholdOfActs:
     """The running threshold of the trainers that select over the batch: it reads the positive acts alone."""
 
     def update_threshold(self: Any, f: Tensor) -> None:
-        codes = f.kept if isinstance(f, LazyActs) else None
+        codes = kept_of(f)
         super().update_threshold(f if codes is None else values(codes))  # type: ignore[misc]
 
 
@@ -258,7 +258,7 @@ class SwappedMatryoshkaBatchTopKTrainer(ThresholdOfActs, AuxOnDead, UnitNormTrai
 
     def loss(self: Any, x: Tensor, step: int | None = None, logging: bool = False) -> Any:
         f, active, post = self.ae.encode(x, return_active=True, use_threshold=False)
-        codes = f.kept if isinstance(f, LazyActs) else None
+        codes = kept_of(f)
         if codes is None:
             return super().loss(x, step=step, logging=logging)
         if step is not None and step > self.threshold_start_step:

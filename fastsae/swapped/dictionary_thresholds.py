@@ -26,15 +26,9 @@ from fastsae.ops.products import per_latent
 from fastsae.ops.sums import fixed_sum
 from fastsae.swapped.base import OverABC, Unsupported, decoded, remove_along_rows_, scaled, token_mean, token_sums
 from fastsae.swapped.dictionaries import LossLog, SwappedDictionary, SwappedTrainer, UnitNormTrainer
-from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts
+from fastsae.swapped.lazy import Source, kept_of, lazy_pre_acts
 from fastsae.swapped.trainers import fused
 from fastsae.training.optimizers import Adam, FusedOptimizer
-
-
-def code_of(f: Tensor) -> SparseCodes | None:
-    """The code of acts of this file; None of dense ones."""
-    found: SparseCodes | None = f.kept if isinstance(f, LazyActs) else None
-    return found
 
 
 class SwappedAutoEncoder(OverABC, SwappedDictionary, AutoEncoder):
@@ -160,7 +154,7 @@ class L1:
 
     def strengths(self: Any, f: Tensor) -> Tensor:
         """The mean over tokens of what is penalized."""
-        codes = code_of(f)
+        codes = kept_of(f)
         return f.norm(p=1, dim=-1).mean() if codes is None else token_mean(codes)
 
     def count(self: Any, f: Tensor) -> None:
@@ -184,7 +178,7 @@ class L1:
 
 def latents_that_fired(f: Tensor) -> Tensor:
     """Which latents have an act that is not 0, (M,) bool."""
-    codes = code_of(f)
+    codes = kept_of(f)
     if codes is None:
         return (f != 0).reshape(-1, f.shape[-1]).any(dim=0)
     found = torch.zeros(codes.d_sae, dtype=torch.bool, device=codes.acts.device)
@@ -200,7 +194,7 @@ class SwappedStandardTrainerAprilUpdate(L1, Trainer, StandardTrainerAprilUpdate)
     """StandardTrainerAprilUpdate: acts are penalized times the norms of the decoder's rows."""
 
     def strengths(self: Any, f: Tensor) -> Tensor:
-        codes, norms = code_of(f), self.ae.decoder_norms()
+        codes, norms = kept_of(f), self.ae.decoder_norms()
         return (f * norms).sum(dim=-1).mean() if codes is None else token_mean(scaled(codes, norms))
 
     def count(self: Any, f: Tensor) -> None:
@@ -211,7 +205,7 @@ class SwappedPAnnealTrainer(Constrained, PAnnealTrainer):
     """PAnnealTrainer. With resample_steps its count of what fired reads dense acts."""
 
     def lp_norm(self: Any, f: Tensor, p: float) -> Tensor:
-        codes = code_of(f)
+        codes = kept_of(f)
         if codes is None or not p > 0 or self.sparsity_function not in ("Lp", "Lp^p"):
             return super().lp_norm(f, p)
         powers = replace(codes, acts=codes.acts.pow(p), made_by=None)
@@ -224,7 +218,7 @@ class SwappedGatedSAETrainer(Constrained, GatedSAETrainer):
     def loss(self: Any, x: Tensor, step: int, logging: bool = False, **_: Any) -> Any:
         f, f_gate = self.ae.encode(x, return_gate=True)
         x_hat, frozen = self.ae.decode(f), self.ae.rows("W_dec").detach()
-        gate = code_of(f_gate)
+        gate = kept_of(f_gate)
         by_gate = f_gate @ frozen if gate is None else ops.decode(gate, frozen).view(x.shape)
         l1 = torch.linalg.norm(f_gate, ord=1, dim=-1).mean() if gate is None else token_mean(gate)
         recon = (x - x_hat).pow(2).sum(dim=-1).mean()

@@ -190,6 +190,11 @@ def _mask(ones: SparseCodes, like: LazyActs, dtype: torch.dtype) -> LazyActs:
     return found.keep(Fired(ones))
 
 
+def kept_of(given: Any) -> Any:
+    """What lazy acts keep; None for other tensors, and where the numbers were written since."""
+    return given.kept if isinstance(given, LazyActs) else None
+
+
 def spread(codes: SparseCodes, shape: tuple[int, ...], kept: Any, owner: tuple[Any, ...] | None = None) -> Tensor:
     """The dense tensor (*batch, M) of a flat code, lazily; differentiable in its acts. owner: as of `keep`."""
     found = _Spread.apply(codes.acts, codes.detach(), shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsae.codes import SparseCodes
 from fastsae.swapped.base import OverModule, Swapped, Unsupported, decoded, hooked, traced
-from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
+from fastsae.swapped.lazy import Source, kept_of, lazy_pre_acts, spread
 
 RULES = "relu", "jumprelu", "topk", "batchtopk"
 
@@ -88,7 +88,7 @@ class SwappedSparseAutoEncoder(OverModule, Swapped, SparseAutoEncoder):
         return acts, pre
 
     def decode(self, feature_acts: Tensor, **kwargs: Any) -> Tensor:
-        codes = feature_acts.kept if isinstance(feature_acts, LazyActs) else None
+        codes = kept_of(feature_acts)
         if codes is None:
             return super().decode(feature_acts, **kwargs)
         found = decoded(codes, self.rows("W_dec"), feature_acts.shape)

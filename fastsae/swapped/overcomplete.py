@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastsae.codes import SparseCodes
 from fastsae.swapped.base import EncoderInputs, OverABC, Swapped, Unsupported, decoded, has_hooks, traced
-from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
+from fastsae.swapped.lazy import Source, kept_of, lazy_pre_acts, spread
 
 
 class SwappedSAE(Swapped):
@@ -87,7 +87,7 @@ class SwappedSAE(Swapped):
         return super().encode(x)  # type: ignore[misc]
 
     def decode(self, z: Tensor) -> Tensor:
-        codes = z.kept if isinstance(z, LazyActs) else None
+        codes = kept_of(z)
         if codes is None or has_hooks((self.dictionary,)):  # type: ignore[attr-defined]
             return super().decode(z)  # type: ignore[misc]
         dictionary = self.dictionary.get_dictionary()  # type: ignore[attr-defined]

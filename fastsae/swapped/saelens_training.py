@@ -24,7 +24,7 @@ from fastsae import ops, reference
 from fastsae.codes import SparseCodes
 from fastsae.ops.products import per_latent
 from fastsae.swapped.base import OverModule, coo, decoded, scaled, token_mean, token_sums, values
-from fastsae.swapped.lazy import LazyActs, Source, lazy_pre_acts, spread
+from fastsae.swapped.lazy import LazyActs, Source, kept_of, lazy_pre_acts, spread
 from fastsae.swapped.saelens import SwappedSAE, SwappedTopK, check_activation, make_contiguous
 from fastsae.swapped.trainers import follow, fused
 
@@ -54,7 +54,7 @@ class AuxOnDead:
         self: Any, sae_in: Tensor, sae_out: Tensor, hidden_pre: Tensor, dead_neuron_mask: Tensor | None
     ) -> Tensor:
         normal = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
-        source = hidden_pre.kept if isinstance(hidden_pre, LazyActs) else None
+        source = kept_of(hidden_pre)
         dead = 0 if dead_neuron_mask is None else int(dead_neuron_mask.sum())
         if dead == 0 or normal or source is None:  # nothing, an error, or dense pre-acts: the library's
             return super().calculate_topk_aux_loss(  # type: ignore[misc]
@@ -95,7 +95,7 @@ class SwappedBatchTopKTrainingSAE(OverModule, AuxOnDead, SwappedTraining, BatchT
         return self.encoder_inputs(flat).batch_topk(int(self.activation_fn.k * flat.shape[0]), scale)
 
     def update_topk_threshold(self, acts_topk: Tensor) -> None:
-        raw = acts_topk.kept if isinstance(acts_topk, LazyActs) else None
+        raw = kept_of(acts_topk)
         if raw is not None:  # it reads the positive acts alone, in any order
             norms = self.norms()
             acts_topk = values(raw if norms is None else scaled(raw, norms))
@@ -123,7 +123,7 @@ class SwappedMatryoshkaTrainingSAE(SwappedBatchTopKTrainingSAE, MatryoshkaBatchT
         self, sae_in: Tensor, sae_out: Tensor, feature_acts: Tensor, hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        source = hidden_pre.kept if isinstance(hidden_pre, LazyActs) else None
+        source = kept_of(hidden_pre)
         if dead_neuron_mask is None or source is None or not bool(dead_neuron_mask.any()):
             return super().calculate_matryoshka_aux_loss(
                 sae_in=sae_in, sae_out=sae_out, feature_acts=feature_acts, hidden_pre=hidden_pre,
@@ -186,7 +186,7 @@ class SwappedThresholdTraining(SwappedTraining):
         self, step_input: Any, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:  # fmt: skip
         codes = self.own_code(feature_acts)
-        source = hidden_pre.kept if isinstance(hidden_pre, LazyActs) else None
+        source = kept_of(hidden_pre)
         if codes is not None and source is not None and self.sparsely(step_input, source):
             return self.aux_losses(step_input, codes, source)
         return super().calculate_aux_loss(  # type: ignore[misc]

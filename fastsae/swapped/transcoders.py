@@ -19,7 +19,7 @@ from fastsae import ops
 from fastsae.codes import SparseCodes
 from fastsae.ops.products import per_latent
 from fastsae.swapped.base import EncoderInputs, OverModule, Swapped, Unsupported, coo, decoded, hooked, traced
-from fastsae.swapped.lazy import LazyActs, spread
+from fastsae.swapped.lazy import LazyActs, kept_of, spread
 
 RELUS = torch.relu, nn.functional.relu
 
@@ -93,7 +93,7 @@ class SwappedSingleLayerTranscoder(OverModule, SwappedTranscoder, SingleLayerTra
         return super().encode(input_acts, apply_activation_function)
 
     def decode(self, acts: Tensor, input_acts: Tensor | None = None) -> Tensor:
-        codes = acts.kept if isinstance(acts, LazyActs) else None
+        codes = kept_of(acts)
         if codes is None:
             return super().decode(acts, input_acts)
         found = decoded(codes, self.rows("W_dec"), acts.shape) + self.b_dec
