@@ -302,8 +302,7 @@ def hostile() -> Iterator[tuple[str, Callable[[], Any]]]:
     # Structs that do not fit each other: a caller in Python may pass them, and C++ refuses them.
     A, small = memory.matrix("W", W), memory.matrix("W", W[: M // 2])
     code, f32 = memory.codes(codes.acts, codes.indices, None, M), _cpu.Dtype.f32
-    past_all = codes.indices + 2  # kept alive: C++ gets its address
-    wrong = memory.codes(codes.acts, past_all, None, M)
+    wrong = memory.codes(codes.acts, codes.indices + 2, None, M)
     few = memory.codes(codes.acts[:4], codes.indices[:4], None, M)
     tokens, numbers = memory.matrix("x", x), _cpu.Numbers(x.data_ptr(), N * D, f32)
     yield "decode, a dictionary of half the latents", lambda: _cpu.decode(code, small, tokens, 1)

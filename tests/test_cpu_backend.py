@@ -6,7 +6,8 @@ inputs are large enough that several threads take part and a hot latent is cut i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastsae import SparseCodes, _cpu, ops, reference
 from fastsae.backends import BackendError, cpu
 from fastsae.backends.cpu import memory as cpu_memory
+from fastsae.backends.cpu import screen as cpu_screen
 from tests import truth
 from tests.cases import DTYPES
 
@@ -243,6 +245,57 @@ def test_slots_and_rows_past_2_to_the_31(isa: str) -> None:
 
     _cpu.active_outer(codes, by_latent, cpu_memory.matrix("x", x), cpu_memory.matrix("out", out), 2)
     assert out.tolist() == [[0.0] * 20, [10.0] * 20]
+
+
+def test_structs_keep_their_tensors_alive() -> None:
+    """Each is made of temporaries, which live as long as it does, through whatever it is made of, and no longer."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    def kept(t: Tensor) -> Tensor:
+        alive.append(weakref.ref(t))
+        return t
+
+    def vector(n: int, dtype: torch.dtype = torch.float32) -> _cpu.Numbers:
+        return cpu_memory.numbers("vector", kept(torch.zeros(n, dtype=dtype)), dtype, (n,))
+
+    def matrix() -> _cpu.Matrix:
+        return cpu_memory.matrix("matrix", kept(torch.zeros(3, 5)))
+
+    def codes() -> _cpu.Codes:
+        offsets = kept(torch.zeros(4, dtype=torch.int64))
+        return cpu_memory.codes(kept(torch.zeros(6)), kept(torch.zeros(6, dtype=torch.int32)), offsets, 3)
+
+    def narrow() -> _cpu.Screen:
+        tensors = [kept(t) for t in cpu_screen.allocate(3, 5, _cpu.tight_format())]
+        return cpu_screen.view(tensors, 3, 5)
+
+    def term() -> _cpu.UpdateTerm:
+        code = codes()
+        order = cpu_memory.latent_order(code, kept(torch.zeros(4, dtype=torch.int64)), *map(kept, entries()))
+        _cpu.by_latent(code, order, 1)
+        return _cpu.UpdateTerm(code, order, matrix(), matrix(), vector(6), True)
+
+    def entries() -> tuple[Tensor, Tensor]:
+        return torch.zeros(6, dtype=torch.int32), torch.zeros(6, dtype=torch.int64)
+
+    makers: dict[Callable[[], object], int] = {
+        lambda: vector(3): 1,
+        matrix: 1,
+        codes: 3,
+        narrow: 2,  # the format's number is read, not kept
+        term: 9,
+        lambda: _cpu.EncodeArgs(
+            matrix(), matrix(), vector(3), vector(3), vector(3, torch.int32), 0, 1, True, True, narrow(), 1
+        ): 7,
+        lambda: _cpu.UpdateParts(vector(3), 1, vector(3), vector(15), vector(15), vector(3)): 5,
+        lambda: _cpu.Parameter(*(vector(n) for n in (6, 6, 6, 3, 3)), 0): 5,
+    }
+    for make, count in makers.items():
+        alive.clear()
+        made = make()
+        assert sum(t() is not None for t in alive) == count
+        del made
+        assert not any(t() is not None for t in alive)
 
 
 @every_dtype

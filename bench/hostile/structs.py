@@ -20,12 +20,10 @@ KINDS = tuple(memory.KINDS)
 
 
 class Pool:
-    """Random tensors and structs, nearly all of one size in each dimension, so that many a call misses by one struct.
-    It keeps the tensors alive."""
+    """Random tensors and structs, nearly all of one size per dimension, so that many a call misses by one struct."""
 
     def __init__(self, draw: Draw):
         self.draw = draw
-        self.held: list[Tensor] = []
         self.usual, self.dtype = draw.of(SIZES), draw.of(memory.DTYPES)
 
     def size(self) -> int:
@@ -36,9 +34,7 @@ class Pool:
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         made = self.draw.randn(shape, torch.float32) if dtype.is_floating_point else None
-        t = made.to(dtype) if made is not None else torch.from_numpy(self.draw.rng.integers(-1, 20, shape)).to(dtype)
-        self.held.append(t)
-        return t
+        return made.to(dtype) if made is not None else torch.from_numpy(self.draw.rng.integers(-1, 20, shape)).to(dtype)
 
     def numbers(self, dtype: torch.dtype | None = None, size: int | None = None) -> Any:
         dtype = dtype if dtype and self.draw.chance(0.97) else self.draw.of(KINDS)
@@ -64,15 +60,12 @@ class Pool:
         offsets[0] = 0
         if self.draw.chance(0.05):
             offsets = offsets.flip(0)
-        self.held += [indices, offsets]
         return memory.codes(self.tensor(shape, dtype), indices, offsets if ragged else None, latents)
 
     def order(self, code: Any = None) -> Any:
         code = self.codes() if code is None or self.draw.chance(0.1) else code
         if self.draw.chance(0.8):
-            made, tensors = memory.sort(code)
-            self.held += tensors
-            return made
+            return memory.sort(code)[0]
         sizes = ((code.d_sae + 1, torch.int64), (code.slots, torch.int32), (code.slots, torch.int64))
         offsets, tokens, slots = (self.tensor((n,), dtype) for n, dtype in sizes)
         return memory.latent_order(code, offsets, tokens, slots)
@@ -83,7 +76,6 @@ class Pool:
         made = screen.allocate(latents, d, self.draw.of(formats))
         for t in made[:2]:
             t.zero_()
-        self.held += made
         return screen.view(made, latents, d)
 
     def encode(self) -> Any:

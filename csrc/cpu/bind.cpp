@@ -9,6 +9,15 @@ namespace py = pybind11;
 using namespace fastsae;
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
+// A struct keeps alive, in Python, all that it was made of: down to the tensors that own the memory of its Numbers.
+template <class T, class Init, size_t... I, class... Names>
+void define(py::class_<T>& type, Init&& init, std::index_sequence<I...>, const Names&... names) {
+  type.def(std::forward<Init>(init), names..., py::keep_alive<1, I + 2>()...);
+}
+template <class T, class Init, class... Names> void made_of(py::class_<T>& type, Init&& init, const Names&... names) {
+  define(type, std::forward<Init>(init), std::index_sequence_for<Names...>(), names...);
+}
+
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastsae's CPU ops on raw memory; use fastsae.ops instead";
   m.attr("sources") = FASTSAE_SOURCES;  // their digest: fastsae/backends/extension.py
@@ -20,22 +29,23 @@ PYBIND11_MODULE(_cpu, m) {
       .value("i32", Kind::i32)
       .value("i64", Kind::i64)
       .value("fp8", Kind::fp8);
-  py::class_<Numbers>(m, "Numbers")
-      .def(py::init<uintptr_t, int64_t, Kind>(), py::arg("address"), py::arg("count"), py::arg("dtype"));
+  py::class_<Numbers> numbers_type(m, "Numbers");
+  made_of(numbers_type, py::init([](uintptr_t address, int64_t count, Kind kind, const py::object&) {
+            return Numbers(address, count, kind);
+          }),
+          py::arg("address"), py::arg("count"), py::arg("dtype"), py::arg("owner") = py::none());
 
-  py::class_<Matrix>(m, "Matrix")
-      .def(py::init(&matrix), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("stride"));
+  py::class_<Matrix> matrix_type(m, "Matrix");
+  made_of(matrix_type, py::init(&matrix), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("stride"));
 
-  py::class_<Codes>(m, "Codes")
-      .def(py::init(&codes), py::arg("acts"), py::arg("indices"), py::arg("offsets"), py::arg("n"), py::arg("k"),
-           py::arg("d_sae"))
-      .def_readonly("n", &Codes::n)
-      .def_readonly("slots", &Codes::slots)
-      .def_readonly("d_sae", &Codes::d_sae);
+  py::class_<Codes> codes_type(m, "Codes");
+  made_of(codes_type, py::init(&codes), py::arg("acts"), py::arg("indices"), py::arg("offsets"), py::arg("n"), py::arg("k"),
+          py::arg("d_sae"));
+  codes_type.def_readonly("n", &Codes::n).def_readonly("slots", &Codes::slots).def_readonly("d_sae", &Codes::d_sae);
 
-  py::class_<Order>(m, "LatentOrder")
-      .def(py::init<const Numbers&, const Numbers&, const Numbers&>(), py::arg("offsets"), py::arg("tokens"),
-           py::arg("slots"));
+  py::class_<Order> order_type(m, "LatentOrder");
+  made_of(order_type, py::init<const Numbers&, const Numbers&, const Numbers&>(), py::arg("offsets"), py::arg("tokens"),
+          py::arg("slots"));
 
   m.def("decode",
         [](const Codes& c, const Matrix& W, const Matrix& out, int threads) {
@@ -78,9 +88,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("words_per_row", &words_per_row);
   m.def("blocks_of", &blocks_of);
 
-  py::class_<Screen>(m, "Screen")
-      .def(py::init(&screen), py::arg("words"), py::arg("tables"), py::arg("format"), py::arg("latents"), py::arg("d"))
-      .def_readonly("latents", &Screen::latents);
+  py::class_<Screen> screen_type(m, "Screen");
+  made_of(screen_type, py::init(&screen), py::arg("words"), py::arg("tables"), py::arg("format"), py::arg("latents"),
+          py::arg("d"));
+  screen_type.def_readonly("latents", &Screen::latents);
   m.def("prepare_screen",
         [](const Matrix& W, const Maybe& rows, const Screen& out, int threads) {
           threads_fit(threads);
@@ -89,9 +100,9 @@ PYBIND11_MODULE(_cpu, m) {
         },
         release_gil());
 
-  py::class_<EncodeArgs>(m, "EncodeArgs")
-      .def(py::init(&encode_args), py::arg("x"), py::arg("W"), py::arg("bias"), py::arg("scale"), py::arg("rows"),
-           py::arg("index_offset"), py::arg("k"), py::arg("rescore"), py::arg("redo"), py::arg("screen"), py::arg("threads"));
+  py::class_<EncodeArgs> encode_type(m, "EncodeArgs");
+  made_of(encode_type, py::init(&encode_args), py::arg("x"), py::arg("W"), py::arg("bias"), py::arg("scale"), py::arg("rows"),
+          py::arg("index_offset"), py::arg("k"), py::arg("rescore"), py::arg("redo"), py::arg("screen"), py::arg("threads"));
   m.def("encode_topk",
         [](const EncodeArgs& a, const Numbers& acts, const Numbers& indices) {
           const int64_t size = product("k", a.x.rows, a.k);
@@ -121,16 +132,16 @@ PYBIND11_MODULE(_cpu, m) {
         },
         release_gil(), "The number of tokens that were redone.");
 
-  py::class_<UpdateTerm>(m, "UpdateTerm")
-      .def(py::init([](const Codes& c, const Order& order, const Matrix& x, const Matrix& grad, const Maybe& dacts,
-                       bool has_bias) {
-             codes_inside(c), order_is_of(c, order);
-             return term(c, order, x, grad, dacts, has_bias);
-           }),
-           py::arg("codes"), py::arg("order"), py::arg("x"), py::arg("grad"), py::arg("dacts"), py::arg("has_bias"));
-  py::class_<GivenParts>(m, "UpdateParts")
-      .def(py::init<Maybe, int64_t, Maybe, Maybe, Maybe, Maybe>(), py::arg("pull"), py::arg("segments"), py::arg("db_enc"),
-           py::arg("enc"), py::arg("dec"), py::arg("pre"));
+  py::class_<UpdateTerm> term_type(m, "UpdateTerm");
+  made_of(term_type, py::init([](const Codes& c, const Order& order, const Matrix& x, const Matrix& grad, const Maybe& dacts,
+                                 bool has_bias) {
+            codes_inside(c), order_is_of(c, order);
+            return term(c, order, x, grad, dacts, has_bias);
+          }),
+          py::arg("codes"), py::arg("order"), py::arg("x"), py::arg("grad"), py::arg("dacts"), py::arg("has_bias"));
+  py::class_<GivenParts> parts_type(m, "UpdateParts");
+  made_of(parts_type, py::init<Maybe, int64_t, Maybe, Maybe, Maybe, Maybe>(), py::arg("pull"), py::arg("segments"),
+          py::arg("db_enc"), py::arg("enc"), py::arg("dec"), py::arg("pre"));
   py::enum_<OptimizerKind>(m, "OptimizerKind")
       .value("adam", OptimizerKind::adam)
       .value("adamw", OptimizerKind::adamw)
@@ -141,9 +152,9 @@ PYBIND11_MODULE(_cpu, m) {
                        double kept) { return OptimizerArgs{kind, lr, step_size, root2, beta1, beta2, eps, kept}; }),
            py::arg("kind"), py::arg("lr"), py::arg("step_size"), py::arg("root2"), py::arg("beta1"), py::arg("beta2"),
            py::arg("eps"), py::arg("kept"));
-  py::class_<GivenParameter>(m, "Parameter")
-      .def(py::init<Maybe, Maybe, Maybe, Maybe, Maybe, uint32_t>(), py::arg("data"), py::arg("m"), py::arg("v"),
-           py::arg("m_scales"), py::arg("v_scales"), py::arg("stream"));
+  py::class_<GivenParameter> parameter_type(m, "Parameter");
+  made_of(parameter_type, py::init<Maybe, Maybe, Maybe, Maybe, Maybe, uint32_t>(), py::arg("data"), py::arg("m"), py::arg("v"),
+          py::arg("m_scales"), py::arg("v_scales"), py::arg("stream"));
   m.def("update_latents",
         [](const std::optional<GivenParameter>& W_enc, const GivenParameter& W_dec, const GivenParameter& b_enc,
            const GivenParameter& b_dec, int64_t latents, int64_t d_in, int64_t d_out, const std::vector<UpdateTerm>& terms,

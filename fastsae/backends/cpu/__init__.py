@@ -83,7 +83,7 @@ def active_outer(
     acts: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, d_sae: int, by_latent: list[Tensor] | None
 ) -> Tensor:
     code = codes(acts, indices, offsets, d_sae)
-    order, _held = sort(code) if by_latent is None else (latent_order(code, *by_latent), by_latent)
+    order = sort(code)[0] if by_latent is None else latent_order(code, *by_latent)
     out = buffers.empty((d_sae, x.shape[1]), x.dtype, CPU)
     _cpu.active_outer(code, order, matrix("x", x), matrix("out", out), torch.get_num_threads())
     return out

@@ -4,8 +4,8 @@ Every address that C++ gets is made here, and only here, as _cpu.Numbers: the ad
 numbers lie there and of which dtype. This module checks that the tensor's storage holds them all. csrc/cpu/given.h
 checks that they are as many, and of the dtype, as a kernel reads or writes, and that values used as indices lie inside.
 
-The caller keeps the tensors alive during the call, and no other thread writes them. torch is imported before the
-extension, so that both use one OpenMP runtime.
+Numbers keep their tensor alive, and what is made of them keeps them. No other thread writes the tensor meanwhile.
+torch is imported before the extension, so that both use one OpenMP runtime.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _place(name: str, t: Tensor, dtype: torch.dtype, span: int) -> _cpu.Numbers:
             f"{name} of shape {tuple(t.shape)} lies at address {place}, expected memory that begins at a multiple of "
             f"its element size, {t.itemsize}; pass .clone()"
         )
-    return _cpu.Numbers(place, span, KINDS[dtype])
+    return _cpu.Numbers(place, span, KINDS[dtype], t)
 
 
 def numbers(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> _cpu.Numbers | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +75,7 @@ def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format) -> tuple[_cpu.Screen,
 
 def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None) -> Screen | None:
     W = W.contiguous()
-    bias = buffers.zeros((W.shape[0],), torch.float32, CPU) if b is None else b.float().contiguous()
+    bias = buffers.zeros((W.shape[0],), torch.float32, CPU) if b is None else b
     serves = None if x is None or k is None else partial(_topk_serves, x, W, bias, k, None, None)
     fmt, tensors = _best_copy(W, None, serves)
     return Screen(tensors, f"cpu/{fmt.name}")
@@ -119,9 +118,7 @@ def _topk_serves(
     few = _few(x).to(W.dtype)
     n = few.shape[0]
     args = _encode_args(few, W, b, k, rows, scale, 0, narrow, rescore=True, redo=False)
-    held, places = _fixed(n, k)
-    redone, rivals = _cpu.encode_topk(args, *places)
-    del held
+    redone, rivals = _cpu.encode_topk(args, *_fixed(n, k)[1])
     return redone <= REDONE_WORTH * n and rivals <= RIVALS_WORTH * narrow.latents * n
 
 
@@ -130,10 +127,8 @@ def _above_serves(
 ) -> bool:
     few, bars = _few(x).to(W.dtype), None if bars is None else _few(bars)
     n, latents = few.shape[0], W.shape[0]
-    args = _encode_args(few, W, b.float().contiguous(), 1, None, None, 0, narrow, rescore=True, redo=True)
-    held, places = _ragged(n, 0)
-    above, _, candidates = _cpu.encode_above(args, *_thresholds(per_latent, bars, latents, n), *places)
-    del held
+    args = _encode_args(few, W, b, 1, None, None, 0, narrow, rescore=True, redo=True)
+    above, _, candidates = _cpu.encode_above(args, *_thresholds(per_latent, bars, latents, n), *_ragged(n, 0)[1])
     return candidates - above <= CANDIDATES_WORTH * latents * n
 
 
@@ -157,10 +152,11 @@ def _encode_args(
     rescore: bool,
     redo: bool,
 ) -> _cpu.EncodeArgs:
-    each = (W.shape[0],)
+    each, bias = (W.shape[0],), b.float().contiguous()
+    gain = None if scale is None else scale.float().contiguous()
     return _cpu.EncodeArgs(
-        matrix("x", x), matrix("W", W), numbers("b", b, torch.float32, each),
-        numbers("scale", scale, torch.float32, each), numbers("rows", rows, torch.int32, (narrow.latents,)),
+        matrix("x", x), matrix("W", W), numbers("b", bias, torch.float32, each),
+        numbers("scale", gain, torch.float32, each), numbers("rows", rows, torch.int32, (narrow.latents,)),
         index_offset, k, rescore, redo, narrow, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -176,24 +172,21 @@ def arguments(
     screen: _Tensors | None,
     precision: str,
     serves: Judge | None = None,
-) -> tuple[_cpu.EncodeArgs, list[Any]]:
-    """What every encoder passes to C++, and the tensors that must live as long. serves: left out, that of a top k."""
-    bias = b.float().contiguous()
-    gain = None if scale is None else scale.float().contiguous()
+) -> _cpu.EncodeArgs:
+    """What every encoder passes to C++. serves: left out, that of a top k."""
     considered = None if rows is None else rows[rows >= 0].contiguous()
     count = W.shape[0] if considered is None else considered.shape[0]
     kept = screen if considered is None and precision != "fp32" else None
     narrow = absent(count, W.shape[1]) if kept is None else view(kept, count, W.shape[1])
     if x.shape[0] <= (FEW if kept is None or int(kept[2]) == int(_cpu.Format.f32) else FEW_KEPT):
-        narrow, kept = absent(count, W.shape[1]), []
+        narrow = absent(count, W.shape[1])
     elif kept is None and precision == "fp32":
-        narrow, kept = fill(W, considered, _cpu.Format.f32)
+        narrow = fill(W, considered, _cpu.Format.f32)[0]
     elif kept is None:
-        kept = _best_copy(W, considered, serves or partial(_topk_serves, x, W, bias, k, considered, gain))[1]
-        narrow = view(kept, count, W.shape[1])
+        made = _best_copy(W, considered, serves or partial(_topk_serves, x, W, b, k, considered, scale))[1]
+        narrow = view(made, count, W.shape[1])
     rescore = precision != "screened"
-    args = _encode_args(x, W, bias, k, considered, gain, index_offset, narrow, rescore=rescore, redo=True)
-    return args, [bias, gain, considered, kept]
+    return _encode_args(x, W, b, k, considered, scale, index_offset, narrow, rescore=rescore, redo=True)
 
 
 def encode_topk(
@@ -207,10 +200,9 @@ def encode_topk(
     screen: _Tensors | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    args, held = arguments(x, W, b, k, rows, scale, index_offset, screen, precision)
+    args = arguments(x, W, b, k, rows, scale, index_offset, screen, precision)
     (acts, indices), places = _fixed(x.shape[0], k)
     redone, _ = _cpu.encode_topk(args, *places)
-    del held
     return acts.to(x.dtype), indices, _count(redone)
 
 
@@ -221,10 +213,9 @@ def encode_above(
     per_latent = None if per_token else threshold.float().expand(W.shape[0]).contiguous()
     bars = threshold.float().expand(n, 1).contiguous() if per_token else None
     serves = partial(_above_serves, x, W, b, per_latent, bars)
-    args, held = arguments(x, W, b, 1, None, None, 0, screen, precision, serves)
+    args = arguments(x, W, b, 1, None, None, 0, screen, precision, serves)
     (acts, indices, offsets), places = _ragged(n, capacity)
     above, redone, _ = _cpu.encode_above(args, *_thresholds(per_latent, bars, W.shape[0], n), *places)
-    del held
     overflow = buffers.scalar(above > capacity, torch.bool, CPU)
     return acts.to(x.dtype), indices, offsets, overflow, _count(redone)
 
@@ -237,10 +228,9 @@ def encode_batch_topk(
     if blank is not None and not bool(blank.any()):
         blank = None
     numbered = x if blank is None else x[~blank].contiguous()
-    args, held = arguments(numbered, W, b, k, None, None, 0, screen, precision)
+    args = arguments(numbered, W, b, k, None, None, 0, screen, precision)
     (acts, indices, offsets), places = _ragged(numbered.shape[0], numbered.shape[0] * k)
     redone = _cpu.encode_batch_topk(args, *places)
-    del held
     acts = acts.to(x.dtype)
     if blank is None:
         return acts, indices, offsets, _count(redone)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +25,6 @@ def update_latents_(call: UpdateArguments) -> Tensor:
     parameters = [
         _parameter(call, name, p, moments[name], stream=2 * i) for i, (name, p) in enumerate(call.parameters().items())
     ]
-    held: list[Any] = []  # what C++ reads lives as long as this
-    terms = _terms(call, held)
-    parts = _parts(call, held)
     no_copy = cpu_screen.absent(latents, d_in)
     refreshed = call.screen and not call.norms_only
     stats = buffers.empty((4,), torch.float64, CPU)
@@ -38,8 +34,8 @@ def update_latents_(call: UpdateArguments) -> Tensor:
         latents=latents,
         d_in=d_in,
         d_out=d_out,
-        terms=terms,
-        parts=parts,
+        terms=_terms(call),
+        parts=_parts(call),
         optimizer=_optimizer(call),
         clip_rows=call.clip_rows or 0.0,
         grad_scale=1.0 if call.grad_scale is None else float(call.grad_scale),
@@ -52,7 +48,6 @@ def update_latents_(call: UpdateArguments) -> Tensor:
         threads=torch.get_num_threads(),
         stats=numbers("stats", stats, torch.float64, (4,)),
     )
-    del held
     return stats
 
 
@@ -87,20 +82,18 @@ def _optimizer(call: UpdateArguments) -> _cpu.OptimizerArgs:
     )
 
 
-def _terms(call: UpdateArguments, held: list[Any]) -> list[_cpu.UpdateTerm]:
+def _terms(call: UpdateArguments) -> list[_cpu.UpdateTerm]:
     terms = []
     for t in call.terms():
         acts, x, grad = t.acts.to(call.W_dec.dtype), wide(t.x).contiguous(), wide(t.grad).contiguous()
         dacts = None if t.dacts is None else wide(t.dacts).contiguous()
         code = codes(acts, t.indices, t.offsets, call.W_dec.shape[0])
-        order, of_order = sort(code)
         given = numbers("dacts", dacts, x.dtype, tuple(acts.shape))
-        terms.append(_cpu.UpdateTerm(code, order, matrix("x", x), matrix("grad", grad), given, t.has_bias))
-        held.append((acts, x, grad, dacts, of_order))
+        terms.append(_cpu.UpdateTerm(code, sort(code)[0], matrix("x", x), matrix("grad", grad), given, t.has_bias))
     return terms
 
 
-def _parts(call: UpdateArguments, held: list[Any]) -> _cpu.UpdateParts:
+def _parts(call: UpdateArguments) -> _cpu.UpdateParts:
     parts, (latents, d_out), dtype = call.parts(), call.W_dec.shape, wide(call.W_dec).dtype
     segments = 1 if parts.decoder_pull is None else parts.decoder_pull.shape[1]
     given = {
@@ -114,6 +107,5 @@ def _parts(call: UpdateArguments, held: list[Any]) -> _cpu.UpdateParts:
     for name, (t, shape) in given.items():
         read = None if t is None else wide(t.detach()).contiguous()
         places.append(numbers(name, read, dtype, shape))
-        held.append(read)
     pull, *others = places
     return _cpu.UpdateParts(pull, segments, *others)
