@@ -237,6 +237,8 @@ class Counted(NamedTuple):
 
 def over_processes(module: nn.Module, batch: Counted) -> Counted:
     """The batch of all processes together: sums of counts, and the mean of the finite measurements."""
+    if (placement := getattr(module, "placement", None)) is not None:
+        return placement.counted(batch)
     group = processes_of(module)
     if group is None:
         return batch
@@ -255,6 +257,8 @@ def over_processes(module: nn.Module, batch: Counted) -> Counted:
 
 def in_all_processes(module: nn.Module, good: Tensor) -> Tensor:
     """Whether `good` is true in every process: bool, elementwise."""
+    if (placement := getattr(module, "placement", None)) is not None:
+        return placement.everywhere(good)
     group = processes_of(module)
     if group is None:
         return good

@@ -276,6 +276,18 @@ def no_nan(name: str, x: Tensor) -> None:
         )
 
 
+def dense(name: str, x: Any, device: torch.device) -> None:
+    """Raises ValueError or TypeError for anything but a dense floating-point tensor on this device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor({name})")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} is stored as {x.layout}, expected a dense tensor: {name}.to_dense()")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating-point one")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, the SAE on {device}; move one of them")
+
+
 def gradients_possible() -> None:
     """Raises RuntimeError under torch.inference_mode(), which, unlike no_grad(), torch.enable_grad() does not undo."""
     if torch.is_inference_mode_enabled():
