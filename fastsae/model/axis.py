@@ -40,7 +40,7 @@ class Axis:
         total = pieces.view(self.size, each)[0].clone()
         for piece in pieces.view(self.size, each)[1:]:
             total += piece
-        dist.all_gather_into_tensor(_bits(padded), _bits(total), group=self.group)
+        dist.all_gather(list(_bits(padded).chunk(self.size)), _bits(total), group=self.group)
         self.received += 2 * (self.size - 1) * each * t.itemsize
         return padded[: flat.numel()].view(t.shape)
 
@@ -55,7 +55,7 @@ class Axis:
         padded[: t.shape[0]] = t.detach().reshape(t.shape[0], width)
         whole = padded.new_empty(self.size, most, width)
         if most and width:
-            dist.all_gather_into_tensor(_bits(whole.view(-1)), _bits(padded.view(-1)), group=self.group)
+            dist.all_gather(list(_bits(whole.view(self.size, -1))), _bits(padded.view(-1)), group=self.group)
         self.received += (self.size - 1) * padded.nbytes
         return [one[:n].reshape(n, *t.shape[1:]) for one, n in zip(whole, counts, strict=True)]
 
@@ -66,7 +66,7 @@ class Axis:
         whole = t.new_empty(self.size, *t.shape)
         own = t.detach().contiguous()
         if t.numel():
-            dist.all_gather_into_tensor(_bits(whole.view(-1)), _bits(own.view(-1)), group=self.group)
+            dist.all_gather(list(_bits(whole.view(self.size, -1))), _bits(own.view(-1)), group=self.group)
         self.received += (self.size - 1) * t.nbytes
         return whole
 
