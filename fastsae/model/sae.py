@@ -194,10 +194,10 @@ class SparseAutoencoder(Parameters):
         if bool(self.get_buffer("start_done")):  # the first process started it, and DistributedDataParallel copied it
             self.started = self.norm.calibrated = True
             return self
-        if DistributedDataParallel._get_active_ddp_module() is not None:
+        if counting.several(self):
             raise RuntimeError(
                 "the rule's thresholds are not set yet, and each process sees different rows; call sae.start_(x) on a "
-                "batch before wrapping the module in DistributedDataParallel"
+                "batch before DistributedDataParallel or fully_shard gets the module"
             )
         self.check_input(x, target)
         rows = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)

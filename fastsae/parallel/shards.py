@@ -16,6 +16,7 @@ from fastsae.model.parameters import EXTRA_STATE
 from fastsae.model.placement import Placement
 from fastsae.model.rules import GroupMax
 from fastsae.model.sae import SparseAutoencoder, as_sae
+from fastsae.ops import checks
 from fastsae.ops.ledger import LedgerGradient
 
 AXES = ("data", "latents")
@@ -45,8 +46,8 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
     dictionary's, its training step exchanges what docs/distributed.md says, and a fastsae optimizer made for it steps
     the whole. Call it before making the optimizer, and after `start_` and `calibrate_`.
     Raises ValueError if processes have different weights or settings, if the dictionary cannot be cut so, or for a
-    module that takes its start from data and has not had it; RuntimeError for one that is on several processes already,
-    or has gradients pending.
+    module that takes its start from data and has not had it; TypeError for one that fully_shard has cut; RuntimeError
+    for one that is on several processes already, or has gradients pending.
     """
     sae = as_sae(sae, "sae")
     names = mesh.mesh_dim_names or ()
@@ -54,6 +55,7 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
         raise ValueError(
             f"the mesh has axes {names}, expected 'data' and 'latents'; make it with fastsae.parallel.mesh"
         )
+    checks.not_fully_sharded(dict(sae.named_parameters()))
     if sae.placement is not None:
         raise RuntimeError("this SAE is on several processes already; gathered(sae) makes an ordinary one")
     if pending := [name for name, p in sae.named_parameters() if isinstance(p.grad, LedgerGradient)]:

@@ -49,6 +49,7 @@ class _Member:
         self.sae = given if isinstance(given, SparseAutoencoder) else None
         self.module = given if isinstance(given, nn.Module) else None
         self.dictionaries = d = Dictionaries.of(given)
+        checks.not_fully_sharded(self.parameters())
         frozen = [name for name, p in self.parameters().items() if not p.requires_grad]
         if frozen:
             raise ValueError(
