@@ -161,8 +161,26 @@ def moments(grid: Any, kind: str, dtype: torch.dtype = torch.float32, steps: int
         for i in range(part * steps, (part + 1) * steps):
             metrics = step(batch(i, grid).to(dtype))
         state = gathered_state(step.state_dict(), sae)
+        _same_on_the_first(state, sae, step)
         sae = gathered(sae)
     return {**state_of(sae), **{f"metrics.{name}": value for name, value in metrics.items() if name != "redone"}}
+
+
+def _same_on_the_first(state: dict[str, Any], sae: fastsae.SparseAutoencoder, step: fastsae.FusedTrainStep) -> None:
+    """What the first process alone gathers is what all of them do; the others get nothing."""
+    whole = gathered(sae)
+    mine, its_state = gathered(sae, first_only=True), gathered_state(step.state_dict(), sae, first_only=True)
+    if dist.is_initialized() and dist.get_rank():
+        assert mine is its_state is None
+        return
+    assert mine is not None
+    assert its_state is not None
+    assert all(torch.equal(t, mine.state_dict()[name]) for name, t in state_of(whole).items())
+    assert torch.equal(mine.fired, whole.fired)
+    for name, kept in state["optimizer"]["state"].items():
+        for key, t in kept.items():
+            other = its_state["optimizer"]["state"][name][key]
+            assert torch.equal(other.reshape(-1).view(torch.uint8), t.reshape(-1).view(torch.uint8)), (name, key)
 
 
 def refusals(grid: Any) -> dict[str, str]:

@@ -105,7 +105,9 @@ def test_processes_that_were_not_started_say_what_to_call(ranks: list[dict]) -> 
         assert message.startswith(
             "the rule's thresholds are not set yet, and each process sees different rows; call sae"
         )
-        assert message.endswith("call sae.start_(x) on a batch before wrapping the module in DistributedDataParallel")
+        assert message.endswith(
+            "call sae.start_(x) on a batch before DistributedDataParallel or fully_shard gets the module"
+        )
         assert "\n" not in message
         assert unchanged
 

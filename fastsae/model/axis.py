@@ -59,6 +59,24 @@ class Axis:
         self.received += (self.size - 1) * padded.nbytes
         return [one[:n].reshape(n, *t.shape[1:]) for one, n in zip(whole, counts, strict=True)]
 
+    def collect(self, t: Tensor) -> Tensor | None:
+        """`gather` for the first process alone, concatenated on its CPU, one shard at a time; None in the others."""
+        counts = self.stack(torch.tensor([t.shape[0]], dtype=torch.int64, device=t.device))[:, 0].tolist()
+        own, first = t.detach().contiguous(), 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        if self.rank:
+            if own.numel():
+                dist.send(_bits(own.view(-1)), dst=first, group=self.group)
+            return None
+        whole = torch.empty(sum(counts), *t.shape[1:], dtype=t.dtype, device="cpu")
+        for rank, part in enumerate(whole.split(counts)):
+            shard = own
+            if rank and part.numel():
+                shard = torch.empty(part.shape, dtype=t.dtype, device=t.device)
+                dist.recv(_bits(shard.view(-1)), src=dist.get_global_rank(self.group, rank), group=self.group)
+                self.received += shard.nbytes
+            part.copy_(shard)
+        return whole
+
     def stack(self, t: Tensor) -> Tensor:
         """Every process's t, of one shape in all of them: (size, *shape)."""
         if self.size == 1:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -84,19 +84,30 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
     return sae
 
 
-def gathered(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """An ordinary SAE with the latents of all processes, in each of them; `sae` itself if it is one already."""
+@overload
+def gathered(sae: SparseAutoencoder) -> SparseAutoencoder: ...
+@overload
+def gathered(sae: SparseAutoencoder, *, first_only: bool) -> SparseAutoencoder | None: ...
+def gathered(sae: SparseAutoencoder, *, first_only: bool = False) -> SparseAutoencoder | None:
+    """An ordinary SAE with the latents of all processes, in each of them; `sae` itself if it is one already.
+
+    first_only: only in the first process, on its CPU, and None in the others: less memory, for a checkpoint.
+    """
     placement = sae.placement
     if placement is None:
         return sae
+    join = _joining(placement, first_only)
+    joined = {name: join(getattr(sae, name)) for name in _by_latent(sae)}
+    rows = {name: t for name, t in joined.items() if t is not None}
+    if len(rows) < len(joined):
+        return None
     settings = sae.config.to_dict() | {"d_sae": placement.d_sae}
     whole = SparseAutoencoder.from_config(settings, device="meta", dtype=sae.W_dec.dtype)
-    state = {name: t for name, t in sae.state_dict().items() if name != EXTRA_STATE}
-    for name in _by_latent(sae):
-        if name in state:
-            state[name] = _joined(state[name], placement)
+    device = torch.device("cpu") if first_only else sae.W_dec.device
+    state = {name: t.to(device) for name, t in sae.state_dict().items() if name != EXTRA_STATE and name not in rows}
+    state |= {name: t for name, t in rows.items() if name != "fired"}
     whole.load_state_dict({**state, EXTRA_STATE: whole.get_extra_state()}, assign=True)
-    whole.fired.copy_(_joined(sae.fired, placement))
+    whole.fired.copy_(rows["fired"])
     whole.fired_over.copy_(sae.fired_over)
     for name, p in whole.named_parameters():
         p.requires_grad_(sae.get_parameter(name).requires_grad)
@@ -104,30 +115,35 @@ def gathered(sae: SparseAutoencoder) -> SparseAutoencoder:
     return whole.train(sae.training)
 
 
-def gathered_state(state: Mapping[str, Any], sae: SparseAutoencoder) -> dict[str, Any]:
+def gathered_state(
+    state: Mapping[str, Any], sae: SparseAutoencoder, *, first_only: bool = False
+) -> dict[str, Any] | None:
     """A step's `state_dict()` of a part as that of a step for the whole SAE: moments of all latents.
 
-    The state may then go on with any number of processes, or with one.
+    The state may then go on with any number of processes, or with one. first_only: as for `gathered`.
     """
-    return _of_rows(state, sae, lambda t, placement: _joined(t, placement), gathering=True)
+    if sae.placement is None:
+        return dict(state)
+    found = _of_rows(state, sae, _joining(sae.placement, first_only), sae.placement.d_sae)
+    return None if first_only and not _is_first(sae.placement) else found
 
 
 def own_state(state: Mapping[str, Any], sae: SparseAutoencoder) -> dict[str, Any]:
     """The part of a step's `state_dict()` of the whole SAE that belongs to this process."""
-    return _of_rows(state, sae, lambda t, p: t[p.first : p.first + p.own].clone(), gathering=False)
-
-
-def _of_rows(state: Mapping[str, Any], sae: SparseAutoencoder, change: Any, *, gathering: bool) -> dict[str, Any]:
-    placement = sae.placement
-    if placement is None:
+    p = sae.placement
+    if p is None:
         return dict(state)
-    d_sae = placement.d_sae if gathering else placement.own
-    rows, inner = _by_latent(sae), state["optimizer"]
+    return _of_rows(state, sae, lambda t: t[p.first : p.first + p.own].clone(), p.own)
+
+
+def _of_rows(
+    state: Mapping[str, Any], sae: SparseAutoencoder, change: Callable[[Tensor], Tensor | None], d_sae: int
+) -> dict[str, Any]:
+    rows, inner, settings = _by_latent(sae), state["optimizer"], state["settings"]
     moments = {
-        name: {key: change(t, placement) if name in rows and key != "step" else t for key, t in kept.items()}
+        name: {key: change(t) if name in rows and key != "step" else t for key, t in kept.items()}
         for name, kept in sorted(inner["state"].items())
     }
-    settings = state["settings"]
     return {
         **state,
         "optimizer": {**inner, "state": moments},
@@ -135,14 +151,23 @@ def _of_rows(state: Mapping[str, Any], sae: SparseAutoencoder, change: Any, *, g
     }
 
 
+def _joining(placement: Placement, first_only: bool) -> Callable[[Tensor], Tensor | None]:
+    """What joins the rows of all latents: in every process, or in the first alone."""
+    if not first_only:
+        return lambda t: torch.cat(placement.latents.gather(t))
+    if placement.tokens.rank:
+        return lambda t: None  # the first process has its latents from those that share its rows
+    return placement.latents.collect
+
+
+def _is_first(placement: Placement) -> bool:
+    return placement.tokens.rank == placement.latents.rank == 0
+
+
 def _by_latent(sae: SparseAutoencoder) -> list[str]:
     """The parameters and buffers that have a row for each latent, in one order everywhere."""
     tied = () if sae.W_enc is None else ("W_enc",)
     return [*tied, "W_dec", "b_enc", *sae.rule_parameters, *COUNTERS]
-
-
-def _joined(t: Tensor, placement: Placement) -> Tensor:
-    return torch.cat(placement.latents.gather(t))
 
 
 def _check_alike(sae: SparseAutoencoder, tokens: Axis, latents: Axis) -> None:

@@ -427,10 +427,15 @@ class Trainer:
             rows = [block[torch.isfinite(block).all(-1)] for block in blocks]
         finally:
             self.source.load_state_dict(position)
-        if any(len(block) for block in rows):
-            whole = gathered(self.sae).calibrate_threshold_(rows)
-            for name in ("threshold", "threshold_weight"):
-                self.sae.get_buffer(name).copy_(whole.get_buffer(name))
+        if not any(len(block) for block in rows):
+            return
+        names, whole, found = ("threshold", "threshold_weight"), self._whole(), None
+        if whole is not None:
+            whole.calibrate_threshold_(rows)
+            found = [float(whole.get_buffer(name)) for name in names]
+        found = found if self.team is None else self.team.from_first(found)
+        for name, value in zip(names, found or [], strict=True):
+            self.sae.get_buffer(name).fill_(value)
 
     def _look_at_l0(self) -> None:
         """Warns if the run ends further than L0_OFF from its rule's target L0."""
@@ -452,14 +457,19 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.guard.read()
-        whole, record = gathered(self.sae), None
+        whole, record = self._whole(), None
         with self._agreed():
-            if self._writes:
+            if whole is not None:
                 record = self._evaluated(whole)
                 self.logs.evaluation(record)
         if int(self.sae.fired_over):
             self.sae.reset_density_()
         self.last["evaluation"] = record if self.team is None else self.team.from_first(record)
+
+    def _whole(self) -> SparseAutoencoder | None:
+        """The SAE with all its latents, on its device, in the process that writes; None in the others."""
+        whole = gathered(self.sae, first_only=True)
+        return whole if whole is None else whole.to(self.device)
 
     def _evaluated(self, sae: SparseAutoencoder) -> dict[str, Any]:
         result = evaluate(
@@ -512,10 +522,10 @@ class Trainer:
             self.guard.read()
             with self._agreed():
                 look_at_parameters(self.sae, self.step)
-            whole, optimizer = gathered(self.sae), gathered_state(self.update.state_dict(), self.sae)
-            saved = None
+            whole = gathered(self.sae, first_only=True)
+            optimizer, saved = gathered_state(self.update.state_dict(), self.sae, first_only=True), None
             with self._agreed():
-                if self._writes:
+                if whole is not None and optimizer is not None:
                     saved = self._write(whole, optimizer)
             self._saved = saved if self.team is None else self.team.from_first(saved)
 
