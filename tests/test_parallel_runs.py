@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.cli_case import write_text, write_tiny_model
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24
@@ -72,6 +75,13 @@ def assert_close(run_dir: Path, alone: Path, tolerance: float) -> None:
             assert mine["fvu"] == pytest.approx(theirs["fvu"], rel=max(tolerance, 1e-9))
 
 
+def cut_back(run_dir: Path) -> None:
+    """To the middle of its steps, as if it had been stopped there."""
+    for path in (run_dir / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > STEPS // 2:
+            shutil.rmtree(path)
+
+
 @pytest.fixture(scope="module")
 def alone(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("alone") / "run"
@@ -90,11 +100,7 @@ def test_a_shared_batch_is_one_processs_run_and_shards_go_on_with_it(rows: Path,
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["machine"]["processes"] == {"data": 2, "latents": 1}
 
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step_")) > STEPS // 2:
-            for file in sorted(path.iterdir()):
-                file.unlink()
-            path.rmdir()
+    cut_back(tmp_path / "run")
     done = run(2, rows, tmp_path / "run", "--resume", "--latent-shards", "2", "--keep", "9")
     assert done.returncode == 0, done.stderr
     assert_close(tmp_path / "run", alone, 1e-5)
@@ -109,6 +115,26 @@ def test_errors_are_one_line_from_every_process(rows: Path, alone: Path, tmp_pat
     assert "holds a run with checkpoints" in done.stderr
     assert "process 0: RunDirError" in done.stderr
     assert done.stderr.count("fastsae train: error") == 2
+
+
+@pytest.mark.long
+def test_a_live_model_runs_in_the_first_process_alone(tmp_path: Path) -> None:
+    """Its run is that of one process, and goes on in one."""
+    model, text = write_tiny_model(tmp_path / "model"), write_text(tmp_path / "text.txt")
+    live = ["--live.model", str(model), "--live.text", str(text), "--live.hook", "1", "--live.window", "16",
+            "--live.buffer-rows", "600", "--live.holdout", "128"]  # fmt: skip
+    for name, processes in (("alone", 1), ("two", 2)):
+        done = run(processes, Path("live"), tmp_path / name, *live, "--keep", "9")
+        assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "two", tmp_path / "alone", 0.0)
+    cut_back(tmp_path / "two")
+    done = run(1, Path("live"), tmp_path / "two", *live, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "two", tmp_path / "alone", 0.0)
+    (tmp_path / "text.txt").unlink()
+    done = run(2, Path("live"), tmp_path / "gone", *live)
+    assert done.returncode == 1
+    assert "process 0: ValueError: no text" in done.stderr
 
 
 @pytest.mark.long

@@ -62,6 +62,7 @@ from fastsae.runs.opening import (
     version,
 )
 from fastsae.runs.stopping import TrainingInterrupted
+from fastsae.runs.together import FromFirst, Team
 from fastsae.runs.trainer import CHECKPOINTS, Trainer, TrainResult, run_together
 
 
@@ -106,6 +107,16 @@ def open_source(options: Train) -> tuple[ActivationSource, dict[str, Any]]:
         target = {"target": list(options.target_hook)} if options.target_hook else {}
         return options.live.open(options.target_hook), {LIVE: options.live.notes(), **target}
     return open_with_notes(options.data, selection(options), holdout=options.holdout, seed=options.data_seed)
+
+
+def open_together(options: Train, team: Team) -> tuple[ActivationSource, dict[str, Any]]:
+    """`open_source` in each of several processes; a live model runs in the first, which sends the others their rows."""
+    source: ActivationSource | None = None
+    notes: dict[str, Any] = {}
+    with team.agreed():
+        if team.writes or options.data != LIVE:
+            source, notes = open_source(options)
+    return (FromFirst(source, team) if source is None or options.data == LIVE else source), notes
 
 
 def separate_hooks(options: Train) -> tuple[int | str, ...]:
@@ -206,7 +217,7 @@ def train_one(options: Train, mesh: DeviceMesh | None) -> int:
     """One autoencoder of `fastsae train`."""
     if mesh is None or mesh.get_rank() == 0:
         say_if_new(options, options.run_dir)
-    source, notes = open_source(options)
+    source, notes = open_source(options) if mesh is None else open_together(options, Team(mesh))
     check_held_out(options, source)
     sae = options.sae.build(source.d_in, target_width(source))
     trainer = Trainer(

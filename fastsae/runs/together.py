@@ -12,7 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastsae.data.source import ActivationSource, EpochSource, TargetSource, origin_of, target_width
+from fastsae.data.source import (
+    ActivationSource,
+    EpochSource,
+    TargetSource,
+    next_pair,
+    origin_of,
+    pair_of,
+    target_width,
+)
 from fastsae.model.axis import bounds
 
 
@@ -75,11 +83,81 @@ class Team:
         return signal.Signals(int(asked)) if int(asked) else None
 
 
+class FromFirst:
+    """A source that the first process alone has, such as a live model; it sends the others their rows.
+
+    source: None in the others. Reading is for all processes at once. The position, statistics and held-out rows are the
+    first one's: the others, which save and evaluate nothing, have as many rows of zeros.
+    """
+
+    def __init__(self, source: ActivationSource | None, team: Team):
+        self.source, self.team = source, team
+        facts = None if source is None else (source.d_in, source.n_tokens, target_width(source), len(source.held_out()))
+        self.d_in, self.n_tokens, self.d_target, self._n_held_out = team.from_first(facts)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return {} if self.source is None else self.source.stats
+
+    def _read(self, n: int, ends: Sequence[int], shares: Sequence[int]) -> Tensor:
+        """The rows [ends[i], ends[i + 1]) of the next n, with their targets beside them, for the process of share i.
+
+        Raises what the source raises, and in the other processes a ProcessError.
+        """
+        rows: Tensor | None = None
+        with self.team.agreed():
+            if self.source is not None:
+                x, target = next_pair(self.source, n)
+                rows = x if target is None else torch.cat([x, target], 1)
+        dtype = self.team.from_first(None if rows is None else rows.dtype)
+        device = torch.device(self.team.mesh.device_type)
+        if rows is None:
+            share = shares[self.team.rank]
+            width = self.d_in + (self.d_target or 0)
+            mine = torch.empty(ends[share + 1] - ends[share], width, dtype=dtype, device=device)
+            dist.recv(mine.view(torch.uint8), src=0)
+            return mine
+        parts = [rows[ends[share] : ends[share + 1]].contiguous().to(device) for share in shares]
+        sent = [dist.isend(part.view(torch.uint8), dst=rank) for rank, part in enumerate(parts) if rank]
+        for one in sent:
+            if one is not None:
+                one.wait()
+        return parts[0]
+
+    def own(self, n: int, share: int, shares: int) -> Tensor:
+        """This process's rows of the next n, with their targets beside them."""
+        return self._read(n, bounds(n, shares), self.team.every(share))
+
+    def next_batch(self, n: int) -> Tensor:
+        return self._read(n, [0, n], [0] * self.team.size)[:, : self.d_in]
+
+    def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
+        """See TargetSource."""
+        return pair_of(self._read(n, [0, n], [0] * self.team.size), self.d_in)
+
+    def held_out(self) -> Tensor:
+        return torch.zeros(1, 1).expand(self._n_held_out, self.d_in) if self.source is None else self.source.held_out()
+
+    def held_out_targets(self) -> Tensor:
+        """See TargetSource."""
+        if self.source is None:
+            return torch.zeros(1, 1).expand(self._n_held_out, self.d_target or 0)
+        assert isinstance(self.source, TargetSource)
+        return self.source.held_out_targets()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.source is None else self.source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.source is not None:
+            self.source.load_state_dict(state)
+
+
 class OwnRows:
     """A source of the rows of each batch that are this process's: contiguous ones, in the order of one process.
 
     Its position is that of the whole source, so any number of processes can go on from it. Stored rows of the others
-    are not read; other sources make all rows and keep these.
+    are not read; of another source that every process has, all rows are made and these kept.
     """
 
     def __init__(self, source: ActivationSource, share: int, shares: int):
@@ -105,10 +183,14 @@ class OwnRows:
 
     def next_batch(self, n: int) -> Tensor:
         """This process's rows of the next n. Raises ValueError where n rows are fewer than the processes."""
+        if isinstance(self.source, FromFirst):
+            return self.source.own(n, self.share, self.shares)[:, : self.d_in]
         return self._own(n, self.source.next_batch)
 
     def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
         """See TargetSource."""
+        if isinstance(self.source, FromFirst):
+            return pair_of(self.source.own(n, self.share, self.shares), self.d_in)
         assert isinstance(self.source, TargetSource)
         return self._own(n, self.source.next_pair)
 

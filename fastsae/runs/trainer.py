@@ -43,7 +43,7 @@ from fastsae.runs.stopping import (
     look_at_parameters,
     never_begun,
 )
-from fastsae.runs.together import NoLogs, OwnRows, Team
+from fastsae.runs.together import FromFirst, NoLogs, OwnRows, Team
 from fastsae.training.step import FusedTrainStep, PlainTrainStep
 from fastsae.warn import warn
 
@@ -216,11 +216,12 @@ class Trainer:
 
     def _describe(self) -> dict[str, Any]:
         processes = {} if self.team is None else {"processes": self.team.describe()}
+        source = self.source.source if isinstance(self.source, FromFirst) else self.source
         return {
             "train": asdict(self.config),
             "sae": {**self.sae.config, "dtype": str(self.sae.W_dec.dtype), "precision": self.sae.precision},
             "source": {
-                "kind": type(self.source).__name__, "d_in": self.sae.d_in, "n_tokens": self.source.n_tokens,
+                "kind": type(source).__name__, "d_in": self.sae.d_in, "n_tokens": self.source.n_tokens,
                 **({"d_target": self.sae.d_out} if target_width(self.source) is not None else {}),
             },
             "machine": {
