@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastsae
+from bench.parallel.model import Shape, received
 from fastsae.model.axis import bounds
 from fastsae.parallel import gathered, gathered_state, mesh, own_state, parallelize
 from tests.family_case import RULES, D, M, family_sae, tokens
@@ -246,6 +247,21 @@ EDGES: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
+def counted_bytes(grid: Any) -> dict[str, float]:
+    """What a process has received in a step, and what the formula says."""
+    shape = Shape(512, 256, 2048, 16, grid.size(0), grid.size(1))
+    sae = parallelize(fastsae.SparseAutoencoder(shape.D, shape.M, fastsae.TopK(shape.K), seed=0), grid)
+    step, placement = fastsae.FusedTrainStep(sae), sae.placement
+    assert placement is not None
+    seen = []
+    for i in range(2):
+        generator = torch.Generator().manual_seed(i)
+        ends, share = bounds(shape.N, grid.size(0)), grid.get_local_rank("data")
+        step(torch.randn(shape.N, shape.D, generator=generator)[ends[share] : ends[share + 1]])
+        seen.append(placement.tokens.received + placement.latents.received)
+    return {"counted": seen[1] - seen[0], "formula": sum(received(shape).values())}
+
+
 def everything(world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for data, latents in MESHES[world]:
@@ -261,6 +277,7 @@ def everything(world: int) -> dict[str, Any]:
         if data == 1:
             found[f"{shape}, torch's optimizer"] = torch_optimizer(grid)
         found[f"{shape}, refusals"] = refusals(grid)
+        found[f"{shape}, bytes"] = counted_bytes(grid)
     return found
 
 

@@ -1,7 +1,8 @@
-"""`python -m bench.parallel`: its formulas against bytes counted in real runs, and the page's tables."""
+"""`python -m bench.parallel`: its formulas by hand, a run, and the page's tables; test_parallel.py counts the bytes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,14 @@ from bench.parallel.model import Shape
 from bench.results import RESULTS
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(512, 256, 2048, 16, data=2),
-        Shape(512, 256, 2048, 16, latents=2),
-        pytest.param(Shape(600, 256, 2048, 16, latents=3), marks=pytest.mark.long),
-        pytest.param(Shape(512, 256, 2048, 16, data=2, latents=2), marks=pytest.mark.long),
-    ],
-    ids=str,
-)
-def test_counted_bytes_are_those_of_the_formula(shape: Shape) -> None:
-    expected = sum(model.received(shape).values())
-    for process in program.launch(shape, threads=1, steps=2):
-        assert process["received"] == pytest.approx(expected, rel=0.02)
+@pytest.mark.long
+def test_a_run_at_a_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = ["--size", "256,64,1024,8", "--rounds", "1", "--steps", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["parallel", *size])
+    assert program.main() == 0
+    ways = json.loads((tmp_path / "parallel.json").read_text())["ways"]
+    assert [(way["data"], way["latents"]) for way in ways.values()] == [(1, 1), (2, 1), (1, 2)]
+    assert all(way["received"] == pytest.approx(way["formula"], rel=0.05) for way in ways.values())
 
 
 def test_known_sizes() -> None:

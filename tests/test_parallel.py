@@ -121,6 +121,14 @@ def test_refusals_say_the_same_in_every_process(world: int, shape: str, results:
         assert part in said[what], what
 
 
+@each_mesh
+def test_counted_bytes_are_those_of_the_formula(world: int, shape: str, results: Any) -> None:
+    """Within 2 %: docs/distributed.md carries it to larger machines."""
+    for rank in results(world):
+        found = rank[f"{shape}, bytes"]
+        assert found["counted"] == pytest.approx(found["formula"], rel=0.02)
+
+
 @pytest.mark.long
 def test_200_steps_in_float32(tmp_path: Path) -> None:
     """Two processes of each mesh against one: bit for bit with a shared batch, else within rounding that training

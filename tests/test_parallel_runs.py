@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastsae.cli.processes import joined
 from tests.cli_case import write_text, write_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -90,26 +91,42 @@ def alone(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_shared_batch_is_one_processs_run_and_shards_go_on_with_it(rows: Path, alone: Path, tmp_path: Path) -> None:
-    """Two processes to the end; then their run, cut back to its middle, goes on with the dictionary shared instead."""
-    done = run(2, rows, tmp_path / "run")
+def test_a_run_of_one_process_goes_on_with_a_shared_batch(rows: Path, alone: Path, tmp_path: Path) -> None:
+    """To the bits that the one process ends with."""
+    shutil.copytree(alone, tmp_path / "run")
+    cut_back(tmp_path / "run")
+    done = run(2, rows, tmp_path / "run", "--resume", "--keep", "9")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("checkpoint ") == 1, "one process writes and prints"
     assert_close(tmp_path / "run", alone, 0.0)
-    assert len(lines(tmp_path / "run", "metrics.jsonl")[0]["ms_step_by_rank"]) == 2
+    assert len(lines(tmp_path / "run", "metrics.jsonl")[-1]["ms_step_by_rank"]) == 2
+
+
+@pytest.mark.long
+def test_a_shared_batch_goes_on_with_a_shared_dictionary_and_in_one_process(
+    rows: Path, alone: Path, tmp_path: Path
+) -> None:
+    done = run(2, rows, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["machine"]["processes"] == {"data": 2, "latents": 1}
-
     cut_back(tmp_path / "run")
     done = run(2, rows, tmp_path / "run", "--resume", "--latent-shards", "2", "--keep", "9")
     assert done.returncode == 0, done.stderr
     assert_close(tmp_path / "run", alone, 1e-5)
+    cut_back(tmp_path / "run")
+    done = run(1, rows, tmp_path / "run", "--resume", "--keep", "9")
+    assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "run", alone, 0.0)
 
 
-def test_errors_are_one_line_from_every_process(rows: Path, alone: Path, tmp_path: Path) -> None:
-    done = run(1, rows, tmp_path / "a", "--latent-shards", "2")
-    assert done.returncode == 1
-    assert "torchrun --nproc-per-node 2 -m fastsae train" in done.stderr
+def test_shards_without_torchrun() -> None:
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2 -m fastsae train"), joined("cpu", 2):
+        pass
+
+
+@pytest.mark.long
+def test_errors_are_one_line_from_every_process(rows: Path, alone: Path) -> None:
     done = run(2, rows, alone)  # a run is there, and --resume was not given
     assert done.returncode == 1
     assert "holds a run with checkpoints" in done.stderr
