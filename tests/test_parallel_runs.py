@@ -113,7 +113,7 @@ def test_a_shared_batch_goes_on_with_a_shared_dictionary_and_in_one_process(
     cut_back(tmp_path / "run")
     done = run(2, rows, tmp_path / "run", "--resume", "--latent-shards", "2", "--keep", "9")
     assert done.returncode == 0, done.stderr
-    assert_close(tmp_path / "run", alone, 1e-5)
+    assert_close(tmp_path / "run", alone, 1e-4)
     cut_back(tmp_path / "run")
     done = run(1, rows, tmp_path / "run", "--resume", "--keep", "9")
     assert done.returncode == 0, done.stderr
