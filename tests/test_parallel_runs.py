@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastsae.cli.main import UsageError
+from fastsae.cli.main import run as cli_run
 from fastsae.cli.processes import joined
 from tests.cli_case import write_text, write_tiny_model
 
@@ -123,6 +125,12 @@ def test_a_shared_batch_goes_on_with_a_shared_dictionary_and_in_one_process(
 def test_shards_without_torchrun() -> None:
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2 -m fastsae train"), joined("cpu", 2):
         pass
+
+
+def test_other_commands_are_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # what torch looks at
+    with pytest.raises(UsageError, match="run fastsae eval alone"):
+        cli_run(["eval", "runs/a"])
 
 
 @pytest.mark.long

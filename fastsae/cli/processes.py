@@ -13,13 +13,18 @@ from fastsae.parallel import mesh
 from fastsae.runs.together import ProcessError
 
 
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process, among others or alone."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 @contextmanager
 def joined(device: str, latent_shards: int) -> Iterator[DeviceMesh | None]:
     """Joins the processes that torchrun started into a mesh; None for a single process.
 
     Raises ValueError if `latent_shards` does not divide their number; ProcessError if one of them ends too early.
     """
-    if not dist.is_torchelastic_launched():
+    if not started_by_torchrun():
         if latent_shards != 1:
             raise ValueError(
                 f"--latent-shards {latent_shards} shares the dictionary between processes, and this is one process; "
@@ -45,7 +50,7 @@ def joined(device: str, latent_shards: int) -> Iterator[DeviceMesh | None]:
 
 def local_device(device: str) -> str:
     """The device of this process: of several GPUs each takes the one of its number on the machine."""
-    if device == "cuda" and dist.is_torchelastic_launched():
+    if device == "cuda" and started_by_torchrun():
         return f"cuda:{dist.get_node_local_rank()}"
     return device
 
