@@ -127,7 +127,9 @@ def microbatches(grid: Any) -> dict[str, Tensor]:
 
 def transcoder(grid: Any) -> dict[str, Tensor]:
     """Targets, d_out other than d_in, and x's gradient, of which each data rank has that of its own rows."""
-    sae = fastsae.SparseAutoencoder(D, M, fastsae.TopK(5), d_out=7, dtype=torch.float64, seed=3, skip=True)
+    sae = fastsae.SparseAutoencoder(
+        D, M, fastsae.TopK(5), d_out=7, dtype=torch.float64, seed=3, skip=True, aux_k=3, dead_after=N
+    )
     sae = sae if grid is None else parallelize(sae, grid)
     step, grads = fastsae.FusedTrainStep(sae, lr=1e-2), []
     for i in range(STEPS):

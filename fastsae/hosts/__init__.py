@@ -66,6 +66,7 @@ def as_saebench(
 def usable(sae: SparseAutoencoder, host: str) -> SparseAutoencoder:
     """`sae`. Raises ValueError if its reconstruction depends on more than its acts."""
     sae = as_sae(sae, "sae")
+    sae.check_whole(host)
     wrong = {
         "a transcoder": sae.d_in != sae.d_out, "a crosscoder": sae.layers > 1, "skip=True": sae.skip,
         f"normalize={sae.norm.mode!r}": sae.norm.mode in PER_TOKEN,

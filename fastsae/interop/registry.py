@@ -88,6 +88,7 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str], format: str 
     if format not in WRITTEN:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(WRITTEN)}")
     sae, root = as_sae(sae, "sae"), Path(directory)
+    sae.check_whole("save")
     if root.exists() and not root.is_dir():
         raise SavedModuleError(f"{root} is a file, expected a folder; give another name")
     if root.is_dir():

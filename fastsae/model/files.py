@@ -37,6 +37,7 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
     file of that name is then unchanged. Raises TypeError for a module that holds or wraps one.
     """
     sae = as_sae(sae, "sae")
+    sae.check_whole("save")
     root = Path(directory)
     config = {"architecture": ARCHITECTURE, "version": VERSION, "dtype": _dtype_name(sae.W_dec.dtype), **sae.config}
     tensors = {name: t.detach().contiguous() for name, t in _tensors(sae).items()}

@@ -25,11 +25,11 @@ GHOST_PIECE = 2**24
 def total_variance(target: Tensor, placement: Placement | None = None) -> Tensor:
     """Σ_n ‖target_n - mean‖², the mean taken over this batch; 0 if it is no more than the rounding of the mean.
 
-    placement: the batch has tokens in other processes too; no gradient then.
+    placement: the batch has tokens in other processes too.
     """
     flat = wide(target).reshape(-1, target.shape[-1])
     if placement is not None and placement.tokens.size > 1:
-        return _variance_of_all(flat.detach(), placement)
+        return _variance_of_all(flat, placement)
     n = flat.shape[0]
     if flat.is_cuda and n:
         # One kernel over columns instead of hundreds over pieces.
@@ -45,9 +45,10 @@ def total_variance(target: Tensor, placement: Placement | None = None) -> Tensor
 
 def _variance_of_all(flat: Tensor, placement: Placement) -> Tensor:
     n = placement.n
-    mean = (placement.tokens.sum(flat.double().sum(0)) / max(n, 1)).to(flat.dtype)
+    # Its own gradient to the mean is 0: the deviations add up to nothing.
+    mean = (placement.tokens.sum(flat.detach().double().sum(0)) / max(n, 1)).to(flat.dtype)
     squares = torch.stack([sum_of_squares(piece - mean) for piece in flat.split(512)]).sum()
-    return unless_rounding(placement.tokens.sum(squares).to(flat.dtype), mean, n)
+    return unless_rounding(placement.tokens.summed(squares).to(flat.dtype), mean, n)
 
 
 def unless_rounding(variance: Tensor, mean: Tensor, n: int) -> Tensor:

@@ -261,6 +261,19 @@ class Parameters(RecordsSettings):
             raise ValueError(f"the settings do not fit a SparseAutoencoder: {error}") from error
 
     @property
+    def n_latents(self) -> int:
+        """The latents of the whole SAE, of which this process may have d_sae."""
+        return self.d_sae if self.placement is None else self.placement.d_sae
+
+    def check_whole(self, what: str) -> None:
+        """Raises RuntimeError if this process has a part of an SAE only, for what needs all of it."""
+        if self.placement is not None:
+            raise RuntimeError(
+                f"{what} reads all rows and latents, and this process has a part of them; call it before parallelize, "
+                "or on fastsae.parallel.gathered(sae)"
+            )
+
+    @property
     def encoder_weight(self) -> nn.Parameter:
         """The dictionary that the encoder reads (M, d_in): W_enc, or W_dec when tied."""
         return self.W_dec if self.W_enc is None else self.W_enc

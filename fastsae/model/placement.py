@@ -38,16 +38,36 @@ class Placement:
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
-    def begin(self, n: int, device: torch.device) -> None:
-        """Notes the number of tokens of a batch. Raises ValueError if processes of one shard row got different ones."""
-        counts = self.tokens.stack(torch.tensor([n], dtype=torch.int64, device=device))[:, 0]
+    def begin(self, x: Tensor) -> None:
+        """Notes the number of tokens of a batch x (n, D). Raises ValueError if processes that share a dictionary got
+        other numbers of tokens, or other first and last ones.
+        """
+        counts = self.tokens.stack(torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device))[:, 0]
         self.n = int(counts.sum())
         self._before = int(counts[: self.tokens.rank].sum())
-        alike = self.latents.stack(torch.tensor([n, self.n], dtype=torch.int64, device=device))
-        if self.latents.size > 1 and bool((alike != alike[0]).any()):
+        if self.latents.size == 1:
+            return
+        ends = x.detach()[:: max(1, x.shape[0] - 1)][:2].double().sum(1).view(torch.int64)
+        facts = counts.new_tensor([x.shape[0], self.n, x.requires_grad])
+        alike = self.latents.stack(torch.cat([facts, ends, ends.new_zeros(2)])[:5])
+        if bool((alike != alike[0]).any()):
             raise ValueError(
-                f"the processes along the mesh's axis of latents got {alike[:, 0].tolist()} tokens, expected the same "
-                "batch in all of them; only along the axis of data does each process take its own rows"
+                f"the processes along the mesh's axis of latents got {alike[:, 0].tolist()} tokens, other rows, or "
+                "a gradient for some of them, "
+                "expected the same batch in all of them; only along the axis of data has each process its own rows"
+            )
+
+    def check(self, gradients_are_added: bool, wrapped_by: Any) -> None:
+        """Raises RuntimeError where a forward pass could not be trained on."""
+        if wrapped_by is not None:
+            raise RuntimeError(
+                "this SAE is on several processes by parallelize, and DistributedDataParallel or fully_shard has it "
+                "too; leave one of them out"
+            )
+        if self.tokens.size > 1 and torch.is_grad_enabled() and not gradients_are_added:
+            raise RuntimeError(
+                "this SAE shares each batch with other processes, whose gradients only an optimizer of fastsae.optim "
+                "adds; make one for it, or leave parallelize out and use DistributedDataParallel"
             )
 
     def over_tokens(self, errors: SquaredErrors) -> SquaredErrors:
@@ -67,6 +87,10 @@ class Placement:
         if measured is not None:
             measured = self.tokens.stack(self.latents.stack(measured).amin(0)).amin(0)
         return Counted(self.tokens.sum(counts), self.n, measured)
+
+    def over_shards(self, t: Tensor) -> Tensor:
+        """The sum of t over the shards of the dictionary."""
+        return self.latents.sum(t)
 
     @property
     def sums_shards(self) -> Callable[[Tensor], Tensor] | None:

@@ -44,6 +44,7 @@ def resample_(
     an input cannot become a decoder row. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
     """
     sae = as_sae(sae, "sae")
+    sae.check_whole("resample_")
     if sae.d_out != sae.d_in:
         raise ValueError(f"resampling needs d_out == d_in, got d_in = {sae.d_in}, d_out = {sae.d_out}")
     dead = sae.dead if dead is None else dead

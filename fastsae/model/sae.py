@@ -8,8 +8,8 @@ step reads nothing back from the device; with a threshold rule it reads their nu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,66 +23,14 @@ from fastsae.model.calibrate import Tail, blocks_of, pre_acts, start_rule_
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import PER_TOKEN, TokenStats
 from fastsae.model.parameters import Parameters
+from fastsae.model.results import ForwardResult, Inputs, Objective
 from fastsae.model.rules import Activation, EncodeOptions, HierarchicalTopK, RuleState, Selected
-from fastsae.ops import checks
+from fastsae.ops import checks, recorded
 from fastsae.ops import ledger as ledgers
 from fastsae.ops.products import per_latent
 from fastsae.ops.reconstruction import SquaredErrors, squared_errors
 from fastsae.ops.sums import fixed_sum
 from fastsae.reference import wide
-
-
-class ForwardResult(NamedTuple):
-    """What `sae(x)` returns.
-
-    loss: 0-d, what to minimize; recon (*batch, d_out) in the units of the target; codes: the active latents; losses:
-    the loss's parts before their coefficients: "mse" or "fvu"; of a rule with several reconstructions "nested", their
-    weighted sum; of one with a penalty "sparsity"; of Gated "gate"; and in training "aux" or "ghost" where the module
-    has them.
-    """
-
-    loss: Tensor
-    recon: Tensor
-    codes: SparseCodes
-    losses: dict[str, Tensor]
-
-
-class Inputs(NamedTuple):
-    """The prepared inputs: x normalized, encoder_input = x - b_dec (pre-bias), target normalized, and the statistics
-    that undo the normalization."""
-
-    x: Tensor
-    encoder_input: Tensor
-    target: Tensor
-    stats: TokenStats | None
-
-
-@dataclass(eq=False)
-class Objective:
-    """A forward pass and its loss, before the caller's result is built from it.
-
-    loss and losses: 0-d float64. error (N, d_out) = recon - target, normalized. codes: None if all latents were
-    computed densely. counts (M,) int64: on how many tokens each latent was active; active: their sum. dead (M,) bool:
-    after this batch. squares: of the error, 0-d. redone: tokens encoded twice, or None. count(made) counts the batch if
-    the step was made (0-d bool); unless `for_step`, the backward pass calls it. With several processes under
-    DistributedDataParallel, counts are over all of them.
-    """
-
-    ready: Inputs
-    loss: Tensor
-    losses: dict[str, Tensor]
-    error: Tensor
-    codes: SparseCodes | None
-    counts: Tensor
-    dead: Tensor
-    squares: Tensor
-    redone: Tensor | None
-    count: Callable[[Tensor], None]
-
-    @property
-    def active(self) -> Tensor:
-        return self.counts.sum()
-
 
 OFF = -1e4
 """The pre-act of a slot that no token owns: below every threshold, and finite."""
@@ -128,7 +76,7 @@ class SparseAutoencoder(Parameters):
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> SparseAutoencoder:
         """Estimates the factor of normalize="constant" from sample inputs x (n, d_in); nothing in other modes."""
-        self._whole("calibrate_")
+        self.check_whole("calibrate_")
         self.norm.calibrate_(self._checked(x, self.d_in, "x"))
         return self
 
@@ -138,7 +86,7 @@ class SparseAutoencoder(Parameters):
 
         Call it after `calibrate_`. Raises ValueError for an empty sample or a centre that is not finite. Syncs.
         """
-        self._whole("init_from_")
+        self.check_whole("init_from_")
         if how not in ("mean", "geometric_median"):
             raise ValueError(f"how is {how!r}, expected 'mean' or 'geometric_median'")
         points = self.inputs(x, target).target.double()
@@ -159,7 +107,7 @@ class SparseAutoencoder(Parameters):
         continues from it. Dense: it costs as much as a dense encoding of x. Syncs.
         Raises ValueError for another rule, no rows, or rows that are not finite.
         """
-        self._whole("calibrate_threshold_")
+        self.check_whole("calibrate_threshold_")
         k = self.activation.mean_k
         if k is None:
             raise ValueError(f"{self.activation} has no running threshold to calibrate; only BatchTopK has one")
@@ -217,13 +165,6 @@ class SparseAutoencoder(Parameters):
         self.started = True
         return self
 
-    def _whole(self, what: str) -> None:
-        if self.placement is not None:
-            raise RuntimeError(
-                f"{what} reads all rows and latents, and this process has a part of them; call it before parallelize, "
-                "or on fastsae.parallel.gathered(sae)"
-            )
-
     # -- the forward pass -------------------------------------------------------------------------------------------
 
     def _checked(self, x: Tensor, width: int, name: str) -> Tensor:
@@ -252,7 +193,7 @@ class SparseAutoencoder(Parameters):
         """x (*batch, d_in) as normalized tokens (N, d_in), and their statistics."""
         flat = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
         if self.placement is not None:
-            self.placement.begin(flat.shape[0], flat.device)
+            self.placement.begin(flat)
         stats = self.norm.statistics(flat)
         return self.norm.normalize(flat, stats), stats
 
@@ -282,12 +223,20 @@ class SparseAutoencoder(Parameters):
     ) -> Selected:
         """The pre-acts (N, ...) that the rule selects; capacity: None for all of them (see `Activation.select`)."""
         options = options or self.encode_options()
-        if self.placement is not None:
-            encoder_input = self.placement.latents.copied(encoder_input)
         state = self.selection_state
         return self.rule.select(
-            encoder_input, self.encoder_weight, self.b_enc, state, self.training, options, capacity=capacity
+            self._for_shards(encoder_input),
+            self.encoder_weight,
+            self.b_enc,
+            state,
+            self.training,
+            options,
+            capacity=capacity,
         )
+
+    def _for_shards(self, encoder_input: Tensor) -> Tensor:
+        """The encoder's input, whose gradient is the sum over the shards of the dictionary."""
+        return encoder_input if self.placement is None else self.placement.latents.copied(encoder_input)
 
     def _activated(self, pre: SparseCodes) -> tuple[SparseCodes, Tensor | None]:
         """The code of these pre-acts, and the penalty if the rule has one."""
@@ -317,7 +266,7 @@ class SparseAutoencoder(Parameters):
         ledger = ledgers.open_ledger(W_dec=self.W_dec)
         if ledger is None:
             return reference.decoder_norms(wide(self.W_dec), self.layers)
-        return ledgers.decoder_norms(self.W_dec, self.layers, ledger)
+        return recorded.decoder_norms(self.W_dec, self.layers, ledger)
 
     def encode(self, x: Tensor, latents: Tensor | Sequence[int] | None = None) -> SparseCodes:
         """The sparse code of x (*batch, d_in).
@@ -342,7 +291,12 @@ class SparseAutoencoder(Parameters):
         """The code of encoder_input (N, d_in) for the given latents, with their rows of the state."""
         rule = self.rule
         codes = rule.select(
-            encoder_input, W_enc, rule_state["b_enc"], rule_state, self.training, self.encode_options()
+            self._for_shards(encoder_input),
+            W_enc,
+            rule_state["b_enc"],
+            rule_state,
+            self.training,
+            self.encode_options(),
         ).codes
         if not rule.shaped:
             return codes
@@ -351,6 +305,7 @@ class SparseAutoencoder(Parameters):
 
     def _codes_of(self, latents: Tensor, encoder_input: Tensor) -> SparseCodes:
         """`encode` of some latents."""
+        self.check_whole("encode(latents=...)")
         state = self.selection_state
         if not self.rule.apart(state, self.training):
             return self._codes(encoder_input, self.encoder_weight, state).only(latents)
@@ -430,12 +385,8 @@ class SparseAutoencoder(Parameters):
         if torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and not for_step:
             here = counting.counts_here(x)
         held = ledger is not None
-        shared = placement is not None and placement.tokens.size > 1
-        if shared and not held and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "this SAE shares each batch with other processes, whose gradients only an optimizer of fastsae.optim "
-                "adds; make one for it, or leave parallelize out and use DistributedDataParallel"
-            )
+        if placement is not None:
+            placement.check(held or not self.training, counting.processes_of(self))
         if held and self.training and counting.several(self):
             raise RuntimeError(
                 "DistributedDataParallel wraps an SAE that belongs to an optimizer of fastsae.optim, whose sparse "
@@ -540,10 +491,8 @@ class SparseAutoencoder(Parameters):
         read their number.
         """
         if self.aux_k is not None:
-            encoder_input, n_dead = ready.encoder_input, dead.sum()
-            if self.placement is not None:
-                encoder_input = self.placement.latents.copied(encoder_input)
-                n_dead = self.placement.latents.sum(n_dead)
+            n_dead = dead.sum() if self.placement is None else self.placement.latents.sum(dead.sum())
+            encoder_input = self._for_shards(ready.encoder_input)
             codes = losses.encode_dead(encoder_input, self.encoder_weight, self.b_enc, dead, self.aux_k, options)
             if codes is None:
                 return None, {"aux": error.new_zeros((), dtype=torch.float64)}

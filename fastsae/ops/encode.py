@@ -21,6 +21,7 @@ from fastsae.backends import check_name, choose
 from fastsae.codes import Screen, SparseCodes
 from fastsae.ops import checks as check_that
 from fastsae.ops import ledger as ledgers
+from fastsae.ops import recorded
 from fastsae.ops.gradients import encoder_gradients, latent_sums
 from fastsae.ops.register import define, empty_ints, no_gradients
 
@@ -95,7 +96,7 @@ def encode_by(
     ledger = ledgers.open_ledger(W_enc=W, b_enc=b, **({} if pre_bias is None else {"b_dec": pre_bias}))
     if ledger is None:
         return run(_with_gradient_of(x, pre_bias), W, b)
-    return ledgers.encode(run, x, W, b, pre_bias, ledger, backend)
+    return recorded.encode(run, x, W, b, pre_bias, ledger, backend)
 
 
 def _with_gradient_of(x: Tensor, pre_bias: Tensor | None) -> Tensor:

@@ -16,8 +16,8 @@ torch.compile) uses the ordinary formulas instead and gives dense gradients.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,11 +25,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastsae import reference
 from fastsae.codes import Screen, SparseCodes, UpdateTerm
 from fastsae.ops import gradients
-from fastsae.ops.gradients import encoder_gradients, gradients_are_bounded, largest_square, latent_sums, weighted_rows
-from fastsae.reference import wide
+from fastsae.ops.gradients import gradients_are_bounded, largest_square, latent_sums, weighted_rows
 
 _raw = torch.ops.fastsae
 
@@ -131,12 +129,22 @@ def _each(op: Any, args: Any) -> None:
         else:
             found_inf, inverse_scale = args[1:3]
             found_inf.logical_or_(~t.ledger.finite())
+            if t.ledger.processes is not None:  # also of the ordinary gradients, or one process would make no step
+                found_inf.copy_(~t.ledger.processes.everywhere(found_inf == 0))
             t.ledger.scale(t.parameter_name, inverse_scale)
 
 
 # -- the ledger -------------------------------------------------------------------------------------------------------
 
 _owners: Any = WeakIdKeyDictionary()  # parameter -> weak reference to its ledger
+
+
+class Processes(Protocol):
+    """What a ledger asks of the processes that share its SAE."""
+
+    def over_shards(self, t: Tensor) -> Tensor: ...
+
+    def everywhere(self, good: Tensor) -> Tensor: ...
 
 
 class KeepsScreen(Protocol):
@@ -160,7 +168,7 @@ class Ledger:
     transposed  the dictionaries that are given as (D, M), each with a transpose that is contiguous: `rows_of(p, True)`
                 is what the ops get, and what terms and sums are shaped like. Only a .grad is shaped like its parameter.
     pre_bias   encoders that are told of b_dec (`pre_bias=`) get x - b_dec, and the update adds b_dec's share.
-    folds   whether terms may become dense gradients: not where a step joins them with other processes'.
+    processes   those that share the SAE, if there are several: then a step joins their terms, and none become dense.
     measure, kept   set by the owner: the squared norms (4,) of the gradients as its step would use them, None where the
                     owner is gone; and what keeps the low-precision copy of the encoder that a forward pass may use.
     """
@@ -175,7 +183,7 @@ class Ledger:
         self.pre_bias = pre_bias
         self.measure: Callable[[], Tensor | None] = lambda: None
         self.kept: KeepsScreen | None = None
-        self.folds = True
+        self.processes: Processes | None = None
         self.terms: list[UpdateTerm] = []
         self._decoded: list[UpdateTerm] = []
         self._dense: dict[str, Tensor] = {}
@@ -416,9 +424,10 @@ class Ledger:
         """Whether no gradient can be infinite or NaN: 0-d bool on the device. See `gradients_are_bounded`."""
         pull = [] if self._pull is None else [self._pull]
         W = self.parameters["W_dec"]
-        return gradients_are_bounded(
+        good = gradients_are_bounded(
             self._all_terms(), [*self._dense.values(), *pull], W, largest_square(W.dtype, narrow=False)
         )
+        return good if self.processes is None else self.processes.everywhere(good)
 
     # -- dense gradients from terms ----------------------------------------------------------------------------------
 
@@ -441,7 +450,7 @@ class Ledger:
         this_pass = torch._C._current_graph_task_id()
         if this_pass != self._pass:
             self._pass = this_pass
-            if self.folds and self.held_bytes() > self.most_bytes:
+            if self.processes is None and self.held_bytes() > self.most_bytes:
                 self._fold()
 
     def _fold(self) -> None:
@@ -453,7 +462,12 @@ class Ledger:
             self.add_dense(name, grad)
 
     def dense_gradients(self) -> dict[str, Tensor]:
-        """Every gradient as an ordinary tensor, by name; nothing is cleared."""
+        """Every gradient as an ordinary tensor, by name; nothing is cleared. Raises RuntimeError with `processes`."""
+        if self.processes is not None:
+            raise RuntimeError(
+                "the gradients of an SAE on several processes are joined in the step, and none of them has the whole; "
+                "leave them to optimizer.step()"
+            )
         self.check()
         sums = self._summed(self._all_terms())
         for name, grad in self._dense.items():
@@ -514,185 +528,3 @@ def _same_slots(codes: SparseCodes, indices: Tensor, offsets: Tensor | None) -> 
         return mine.shape == indices.shape and mine.stride() == indices.stride()
     same = codes.offsets.data_ptr() == offsets.data_ptr() and codes.offsets.shape == offsets.shape
     return same and mine.numel() <= indices.numel()
-
-
-# -- the ops while a ledger is open -----------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Encoded:
-    """The record of an encoder call: its ledger, and the decoders' halves of terms, pending its own backward pass.
-
-    defers: the update may compute the acts' gradients, since nothing else (x's gradient, say) needs them here.
-    """
-
-    ledger: Ledger
-    defers: bool
-    names: tuple[str, ...]
-    """The parameters that its backward pass gives a gradient."""
-    waiting: list[tuple[int, UpdateTerm]] = field(default_factory=list)
-    """With the backward pass that they belong to: those of a failed one are not used."""
-
-
-def encode(
-    run: Callable[[Tensor, Tensor, Tensor], SparseCodes],
-    x: Tensor,
-    W: Tensor,
-    b: Tensor,
-    pre_bias: Tensor | None,
-    ledger: Ledger,
-    backend: str | None,
-) -> SparseCodes:
-    """run(x, W, b), whose acts are x Wᵀ + b at its slots, with a backward pass that writes into the ledger.
-
-    x (N, D). pre_bias (D,): x is x₀ - pre_bias without a gradient to it; that is computed here.
-    """
-    made: list[SparseCodes] = []
-    acts = _Encode.apply(x, W, b, pre_bias, run, ledger, made, backend)
-    centred = pre_bias is not None
-    names = ("W_enc", "b_enc", "b_dec") if centred else ("W_enc", "b_enc")
-    record = Encoded(ledger, defers=not x.requires_grad and centred == ledger.pre_bias, names=names)
-    acts.grad_fn.record = record
-    codes = replace(made[0], acts=acts)
-    codes.note_made_by(record)
-    return codes
-
-
-class _Encode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor, pre_bias: Tensor | None, run: Any, ledger: Ledger,
-        made: list[SparseCodes], backend: str | None,
-    ) -> Tensor:  # fmt: skip
-        codes = run(x.detach(), W.detach(), b.detach())
-        made.append(codes)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, W, codes.acts, codes.indices, codes.offsets)
-        ctx.ledger, ctx.centred, ctx.backend = ledger, pre_bias is not None, backend
-        return codes.acts
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad, ledger, rest = grads[0], ctx.ledger, (None,) * 4
-        x, W, acts, indices, offsets = ctx.saved_tensors
-        if grad is not None and offsets is None:
-            grad = torch.where(acts != 0, grad, 0)
-        if not ledger.accumulates(*ctx.record.names):
-            if grad is None:
-                return (None,) * 8
-            needs = (ctx.needs_input_grad[0], True, True)
-            dx, dW, db = encoder_gradients(needs, grad, x, W, acts, indices, offsets, ctx.backend)
-            assert db is not None
-            return dx, dW, db, -weighted_rows(db, W, ctx.backend) if ctx.centred else None, *rest
-        this_pass = torch._C._current_graph_task_id()
-        for of_pass, term in ctx.record.waiting:
-            if of_pass == this_pass:
-                ledger.add(replace(term, x=x))
-        ctx.record.waiting.clear()
-        if grad is None:
-            return (None,) * 8
-        if ledger.pre_bias and not ctx.centred:
-            # The update assumes x - b_dec for every x; here the gradient to b_dec goes through autograd, or is absent.
-            db = latent_sums(grad, indices, offsets, W.shape[0], None, ctx.backend)
-            ledger.add_dense("b_dec", weighted_rows(db, W, ctx.backend))
-        other = ledger.decoded_with(indices, offsets)
-        if other is None:
-            ledger.add(_encoder_only(ledger, x, grad, indices, offsets))
-        else:
-            ledger.add(replace(other, x=x, dacts=grad[: other.codes.acts.shape[0]]))
-        dx = _raw.decode(grad, indices, offsets, W, ctx.backend) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, *rest
-
-
-def _encoder_only(ledger: Ledger, x: Tensor, grad: Tensor, indices: Tensor, offsets: Tensor | None) -> UpdateTerm:
-    """A term without a reconstruction: in a ragged code, whose slots may hold an act of 0 and yet a gradient."""
-    latents, d_out = ledger.rows("W_dec").shape
-    slots = SparseCodes(grad, indices, latents, offsets)
-    if offsets is None:
-        slots = slots.keep(grad != 0)
-    nothing = replace(slots, acts=torch.zeros_like(slots.acts))
-    return UpdateTerm(nothing, x, x.new_zeros(x.shape[0], d_out), has_bias=False, dacts=slots.acts)
-
-
-def decode(codes: SparseCodes, W: Tensor, ledger: Ledger, backend: str | None) -> Tensor:
-    """A W (N, D) of a flat code, with a backward pass that writes into the ledger."""
-    return _Decode.apply(codes.acts, W, codes.detach(), codes.encoded, ledger, backend)
-
-
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, acts: Tensor, W: Tensor, codes: SparseCodes, encoded: Any, ledger: Ledger, backend: Any
-    ) -> Tensor:
-        ctx.save_for_backward(acts, W)
-        ctx.codes, ctx.encoded, ctx.ledger, ctx.backend = codes, encoded, ledger, backend
-        return _raw.decode(codes.acts, codes.indices, codes.offsets, W.detach(), backend)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        acts, W = ctx.saved_tensors
-        codes, kept = replace(ctx.codes, acts=acts), keeps(ctx.ledger, [ctx.encoded], has_bias=False)
-        dacts = decoded_backward(codes, grads[0], W, ctx.ledger if kept else None, ctx.encoded, False, ctx.backend)
-        dW = None
-        if not kept and ctx.needs_input_grad[1]:
-            dW = _raw.active_outer(acts, codes.indices, codes.offsets, grads[0], W.shape[0], None, ctx.backend)
-        return dacts if ctx.needs_input_grad[0] else None, dW, None, None, None, None
-
-
-def keeps(ledger: Ledger | None, encoded: Iterable[Encoded | None], has_bias: bool) -> bool:
-    """Whether a decoder's backward pass keeps its half of a term, of codes that these encoders made."""
-    if ledger is None:
-        return False
-    names = ["W_dec", "b_dec"] if has_bias else ["W_dec"]
-    for one in encoded:
-        if one is not None and one.ledger is ledger:
-            names += one.names
-    return ledger.accumulates(*names)
-
-
-def decoded_backward(
-    codes: SparseCodes,
-    grad: Tensor,
-    W: Tensor,
-    ledger: Ledger | None,
-    encoded: Encoded | None,
-    has_bias: bool,
-    backend: str | None,
-) -> Tensor | None:
-    """The acts' gradient ⟨grad, W⟩ of a decoder; its half of a term goes to the ledger, if there is one.
-
-    None where the update will compute the acts' gradient: then the term waits for the encoder's backward pass, which
-    always comes later.
-    """
-    # The encoder supplies x.
-    half = UpdateTerm(codes.detach(), grad, grad, has_bias)
-    if ledger is not None and encoded is not None and encoded.ledger is ledger and encoded.defers:
-        encoded.waiting.append((torch._C._current_graph_task_id(), half))
-        return None
-    if ledger is not None:
-        ledger.add_decoded(half)
-    return _raw.active_dot(grad, codes.acts, codes.indices, codes.offsets, W, backend)
-
-
-def decoder_norms(W_dec: Tensor, layers: int, ledger: Ledger) -> Tensor:
-    """reference.decoder_norms, float32 at least, whose gradient the ledger keeps as a pull on each row."""
-    return _DecoderNorms.apply(W_dec, layers, ledger)
-
-
-class _DecoderNorms(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, W: Tensor, layers: int, ledger: Ledger) -> Tensor:
-        ctx.save_for_backward(W)
-        ctx.layers, ctx.ledger = layers, ledger
-        return reference.decoder_norms(wide(W.detach()), layers)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (W,) = ctx.saved_tensors
-        segments = wide(W).unflatten(1, (ctx.layers, -1))
-        each = torch.linalg.vector_norm(segments, dim=-1)
-        pull = grads[0][:, None] / torch.where(each > 0, each, torch.inf)
-        if ctx.ledger.accumulates("W_dec"):
-            ctx.ledger.add_pull(pull)
-            return None, None, None
-        return (pull[..., None] * segments).flatten(1).to(W.dtype), None, None

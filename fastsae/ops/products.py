@@ -23,6 +23,7 @@ from fastsae.backends import check_name
 from fastsae.codes import LatentOrder, SparseCodes
 from fastsae.ops import checks as check_that
 from fastsae.ops import ledger as ledgers
+from fastsae.ops import recorded
 from fastsae.ops.gradients import latent_sums
 from fastsae.ops.register import CODE, define, empty_ints, no_gradients
 
@@ -41,7 +42,7 @@ def decode(codes: SparseCodes, W: Tensor, *, backend: str | None = None) -> Tens
     if ledger is None:
         out = _raw.decode(flat.acts, flat.indices, flat.offsets, W, backend)
     else:
-        out = ledgers.decode(flat, W, ledger, backend)
+        out = recorded.decode(flat, W, ledger, backend)
     return out.view(*codes.batch_shape, W.shape[1])
 
 

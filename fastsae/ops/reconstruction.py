@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsae.codes import SparseCodes
 from fastsae.ops import ledger as ledgers
+from fastsae.ops import recorded
 from fastsae.ops.products import decode, decode_error
 from fastsae.ops.sums import sum_of_squares, total
 from fastsae.reference import wide
@@ -130,7 +131,7 @@ class _SquaredErrors(torch.autograd.Function):
             errors = _errors(W, goal, bias, start, plan)[0]
         slopes = _slopes(errors, plan, grads, in_place=plan.overwrite and not plan.spent)
         plan.spent = plan.overwrite
-        ledger = plan.ledger if ledgers.keeps(plan.ledger, plan.encoded, bias is not None) else None
+        ledger = plan.ledger if recorded.keeps(plan.ledger, plan.encoded, bias is not None) else None
         dacts: list[Tensor | None] = []
         dW: Tensor | None = None
         for j, (part, slope) in enumerate(zip(plan.parts, slopes, strict=True)):
@@ -138,7 +139,7 @@ class _SquaredErrors(torch.autograd.Function):
             dact = None
             if needs[0] or needs[5 + j]:
                 has_bias = j == 0 and bias is not None
-                dact = ledgers.decoded_backward(code, slope, W, ledger, plan.encoded[j], has_bias, plan.backend)
+                dact = recorded.decoded_backward(code, slope, W, ledger, plan.encoded[j], has_bias, plan.backend)
             dacts.append(dact if needs[5 + j] else None)
             if ledger is None and needs[0]:
                 more = _raw.active_outer(code.acts, part.indices, part.offsets, slope, W.shape[0], None, plan.backend)

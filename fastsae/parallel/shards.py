@@ -121,7 +121,10 @@ def gathered_state(
     """A step's `state_dict()` of a part as that of a step for the whole SAE: moments of all latents.
 
     The state may then go on with any number of processes, or with one. first_only: as for `gathered`.
+    Raises TypeError for a state that has no "optimizer", such as an optimizer's own.
     """
+    if "optimizer" not in state:
+        raise TypeError(f"got a state of {sorted(state)}, expected that of a FusedTrainStep, whose moments have names")
     if sae.placement is None:
         return dict(state)
     found = _of_rows(state, sae, _joining(sae.placement, first_only), sae.placement.d_sae)

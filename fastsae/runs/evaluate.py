@@ -161,6 +161,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"evaluate: batch_size must be at least 1, got {batch_size}")
+    sae.check_whole("evaluate")
     like = sae.W_dec
     counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=like.device)
     spread = _CenteredSum()

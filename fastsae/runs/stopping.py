@@ -85,16 +85,18 @@ class SkipGuard:
     when the run reads numbers anyway (`read`), at the latest after READ_AFTER steps.
     The steps in a row are those of this process: a run that resumes from a checkpoint may skip as many again.
 
-    skipped: how many the step had skipped before the first that this sees.
+    skipped: how many the step had skipped before the first that this sees. alone: whether x are all rows of a step.
     """
 
-    def __init__(self, device: torch.device, skipped: int):
+    def __init__(self, device: torch.device, skipped: int, *, alone: bool = True):
         self.ended: NonFiniteError | None = None
         self._immediate, self._skipped = device.type == "cpu", skipped
         self._seen: tuple[Tensor, Origin | None] | None = None
         # Step, rows of the batch, where they come from, (skipped, bad rows, the worst of them).
         self._noted: list[tuple[int, int, Origin | None, Tensor]] = []
         self._in_a_row, self._began, self._said = 0, (0, ""), False
+        whose = "the rows are" if alone else "this process's rows are; look at what the others say"
+        self._why_else = f"the loss or a gradient is not finite although {whose}"
 
     def look_at_input(self, x: Tensor, origin: Origin | None = None) -> None:
         """x (n, D) of the coming step; its rows are counted when the step has said whether it skipped."""
@@ -124,7 +126,7 @@ class SkipGuard:
                 self._in_a_row = 0
                 continue
             self._skipped, self._in_a_row = skipped, self._in_a_row + 1
-            what = _rows(bad, of, worst[0]) if bad else "the loss or a gradient is not finite although the rows are"
+            what = _rows(bad, of, worst[0]) if bad else self._why_else
             if self._in_a_row == 1:
                 self._began = (step, what)
             if not self._said:

@@ -68,6 +68,8 @@ class Team:
             yield
         except (LookupError, MemoryError, OSError, RuntimeError, ValueError) as error:  # raised below, in every process
             problem = error
+        if not self.most(problem is not None):  # far cheaper than sending words
+            return
         said = self.every(None if problem is None else f"{type(problem).__name__}: {problem}")
         if problem is not None:
             raise problem
@@ -76,11 +78,14 @@ class Team:
 
     def stop_of(self, mine: signal.Signals | None) -> signal.Signals | None:
         """The signal that any process was asked to stop with."""
-        asked = torch.tensor([0 if mine is None else int(mine)], dtype=torch.int64)
-        if self.mesh.device_type != "cpu":
-            asked = asked.to(self.mesh.device_type)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return signal.Signals(int(asked)) if int(asked) else None
+        asked = self.most(0 if mine is None else int(mine))
+        return signal.Signals(asked) if asked else None
+
+    def most(self, value: int) -> int:
+        """The largest of the processes' values."""
+        largest = torch.tensor([value], dtype=torch.int64, device=self.mesh.device_type)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
 
 
 class FromFirst:

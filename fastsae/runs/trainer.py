@@ -156,6 +156,10 @@ class Trainer:
         """The run, step by step, as a generator; it holds the directory's lock until it is exhausted or closed."""
         if self._begun and self._saved is None:
             raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
+        if self.team is not None and self.sae.placement is not None:
+            raise RuntimeError(
+                "this SAE is a part, as after a run; make a new Trainer with fastsae.parallel.gathered(sae)"
+            )
         with ExitStack() as stack:
             self.stop = stop
             stack.enter_context(_settings_of_the_run(self.config, self.sae))
@@ -185,6 +189,8 @@ class Trainer:
         The updates train the module and read the source, but write nothing: use a module that is not needed afterwards,
         and reset the source.
         """
+        if self.team is not None:
+            raise ValueError("the time of a step of several processes is not estimated; run some steps")
         times = []
         with _settings_of_the_run(self.config, self.sae):
             torch.manual_seed(self.config.seed)
@@ -240,7 +246,7 @@ class Trainer:
                 f"penalty_warmup is {c.penalty_warmup}, but {self.sae.activation} has no penalty; leave it out"
             )
         common: dict[str, Any] = {
-            "lr": c.rate(self.sae.d_sae), "betas": c.betas, "eps": c.eps, "schedule": self.schedule,
+            "lr": c.rate(self.sae.n_latents), "betas": c.betas, "eps": c.eps, "schedule": self.schedule,
             "optimizer": c.optimizer, "weight_decay": c.weight_decay, "clip_norm": c.clip_norm,
             "penalty_schedule": c.penalty_schedule(), "k_schedule": c.k_schedule(self.sae.activation.screen_k),
         }  # fmt: skip
@@ -308,14 +314,14 @@ class Trainer:
             raise ValueError("the source holds out no rows to evaluate on; set its holdout, or eval_every to 0")
         self.sae.train()
         skipped = self.update.skipped.clone()
-        self.guard = SkipGuard(self.device, int(skipped))
+        self.guard = SkipGuard(self.device, int(skipped), alone=self.team is None)
         self.timer = PartTimer()
         self._window = self._resampled = 0
         self._redone = torch.zeros((), dtype=torch.int64, device=self.device)
         self._started = time.perf_counter() - self.seconds
         while self.step < self.total and not self._asked_to_stop():
             self._begun = True
-            with self.timer("data"):
+            with self.timer("data"), self._agreed():
                 x, target = self._next()
                 self.guard.look_at_input(_side_by_side(x, target), origin_of(self.rows))
                 if self.step == 0 and self.team is None:

@@ -22,6 +22,7 @@ from fastsae.codes import Screen, SparseCodes
 from fastsae.model.losses import dead_rows
 from fastsae.model.parameters import DENSE_ABOVE
 from fastsae.ops import ledger as ledgers
+from fastsae.ops import recorded
 from fastsae.ops.encode import encode_by, encode_topk_weighted
 from fastsae.ops.gradients import latent_sums, rows_of
 from fastsae.ops.products import per_latent
@@ -281,7 +282,7 @@ class Swapped:
         """‖W_dec_i‖: (M,), whose gradient an open ledger keeps as a pull on each row."""
         W = self.rows("W_dec")
         ledger = ledgers.open_ledger(W_dec=W)
-        return W.norm(dim=-1) if ledger is None else ledgers.decoder_norms(W, 1, ledger).to(W.dtype)
+        return W.norm(dim=-1) if ledger is None else recorded.decoder_norms(W, 1, ledger).to(W.dtype)
 
     def centred(self, x: Tensor) -> Tensor:
         """x (N, D) as the encoder reads it, differentiable in b_dec too."""

@@ -64,17 +64,10 @@ def _joined(term: UpdateTerm, axis: Axis) -> UpdateTerm:
         lengths = torch.cat(axis.gather(codes.offsets.diff()))
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     dacts = None if term.dacts is None else torch.cat(axis.gather(term.dacts[: codes.acts.shape[0]]))
-    x = _gathered_rows(term.x, axis)
-    grad = x if term.grad is term.x else _gathered_rows(term.grad, axis)
+    x = torch.cat(axis.gather(term.x.contiguous()))
+    grad = x if term.grad is term.x else torch.cat(axis.gather(term.grad.contiguous()))
     joined = SparseCodes(acts, indices, codes.d_sae, offsets)
     return UpdateTerm(joined, x, grad, term.has_bias, dacts)
-
-
-def _gathered_rows(t: Tensor, axis: Axis) -> Tensor:
-    if t.numel() and not any(t.stride()):  # one number for all rows, as where the encoder has no gradient
-        counts = axis.gather(t.new_zeros(t.shape[0], 0))
-        return t[:1, :1].expand(sum(len(one) for one in counts), t.shape[1])
-    return torch.cat(axis.gather(t.contiguous()))
 
 
 def with_pre_share(taken: Taken, placement: Placement, W_enc: Tensor, W_dec: Tensor) -> Taken:

@@ -62,7 +62,7 @@ class _Member:
             d.encoder_rows, d.b_enc, lambda: d.screen_k if sae is None else sae.rule.screen_k, d.screened,
             lambda: backend if sae is None else shared_backend(sae.backend, backend),
         )  # fmt: skip
-        self.ledger.kept, self.ledger.folds = self.screen, self.placement is None
+        self.ledger.kept, self.ledger.processes = self.screen, self.placement
 
     def parameters(self) -> dict[str, Tensor]:
         return {**self.dictionaries.main, **self.dictionaries.others}

@@ -64,7 +64,7 @@ class _TrainStep:
         self.sae = sae = as_sae(sae, "sae")
         self.penalty_schedule, self.k_schedule = penalty_schedule, k_schedule
         if k_schedule is not None:
-            sae.activation.with_k(k_schedule(0)).check(sae.d_sae)
+            sae.activation.with_k(k_schedule(0)).check(sae.n_latents)
 
     @contextmanager
     def _scheduled(self, penalty_at: Any, step: int) -> Iterator[None]:
@@ -87,13 +87,17 @@ class _TrainStep:
     ) -> tuple[Objective, dict[str, Tensor]]:
         """loss.backward(), and the metrics from before the update."""
         sae, n = self.sae, x.shape[:-1].numel()
-        if n == 0:
+        if n == 0 and sae.placement is None:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
         if sae.placement is None:
             losses.check_tokens(sae.loss, n)
         checks.gradients_possible()
         with torch.enable_grad():
             found = sae.objective(x, target, for_step=for_step)
+            if sae.placement is not None:
+                n = sae.placement.n  # now, since `outer` may use the SAE for other rows
+                if n == 0:
+                    raise ValueError("no process got a row: an empty batch cannot train; skip it")
             loss, behind = found.loss, None
             if outer is not None:
                 behind = self._behind(found, outer, tuple(x.shape[:-1]))
@@ -117,7 +121,6 @@ class _TrainStep:
         squares, active, dead = found.squares.detach(), found.active, found.dead.sum()
         rule, placement = self.sae.activation, self.sae.placement
         if placement is not None:
-            n = placement.n
             active, dead = placement.latents.sum(torch.stack([active, dead])).unbind()
         metrics = {
             **{name: value.detach() for name, value in found.losses.items()},
@@ -261,7 +264,10 @@ class FusedTrainStep(_TrainStep):
     def _step(self, x: Tensor, target: Tensor | None, outer: Outer | None = None) -> dict[str, Tensor]:
         sae, optimizer = self.sae, self.optimizer
         optimizer.refuse()
-        if self.check:
+        if self.check and sae.placement is not None:  # all of them raise, or some would wait for the others
+            if not bool(sae.placement.everywhere(x.isfinite().all())):
+                raise ValueError("x holds values that are NaN or infinite in some process; drop those rows")
+        elif self.check:
             checks.no_nan("x", x)
         optimizer.zero_grad()
         x_grad = x.grad.clone() if x.is_leaf and x.grad is not None else None

@@ -1,0 +1,203 @@
+"""One of two processes of test_parallel_faults.py: RANK WORLD STORE OUT SHAPE CASE."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fastsae
+from fastsae.data.tensor import TensorSource
+from fastsae.parallel import gathered, mesh, parallelize
+from fastsae.runs.evaluate import evaluate
+from fastsae.runs.trainer import TrainConfig, Trainer
+from tests.parallel_worker import batch, state_of
+
+D, M, N = 12, 41, 37
+
+
+def sae_of(grid: Any, rule: Any = None, M: int = M, **settings: Any) -> fastsae.SparseAutoencoder:
+    rule = rule or fastsae.TopK(5)
+    sae = fastsae.SparseAutoencoder(D, M, rule, seed=1, **{"dtype": torch.float64, **settings})
+    return sae if grid is None else parallelize(sae, grid)
+
+
+def all_rows(sae: fastsae.SparseAutoencoder, t: Tensor) -> Tensor:
+    return t if sae.placement is None else torch.cat(sae.placement.tokens.gather(t))
+
+
+def through_encode(grid: Any) -> dict[str, Tensor]:
+    """x's gradient through encode and decode, and torch's Adam on that loss where only the dictionary is shared."""
+    sae = sae_of(grid)
+    x = batch(0, grid).requires_grad_()
+    (sae.decode(sae.encode(x)) - x).pow(2).sum().backward()
+    assert x.grad is not None
+    found = {"x.grad": all_rows(sae, x.grad)}
+    if grid is None or grid.size(0) == 1:
+        assert sae.b_dec.grad is not None
+        found["b_dec.grad"] = sae.b_dec.grad
+    return found
+
+
+def hooked(grid: Any) -> dict[str, Tensor]:
+    """With a hook on a parameter gradients are dense: b_dec's has a share of every shard's encoder."""
+    sae = sae_of(grid)
+    adam = fastsae.optim.Adam(sae, lr=1e-2)
+    assert sae.W_enc is not None
+    sae.W_enc.register_hook(lambda grad: grad)
+    for i in range(3):
+        sae(batch(i, grid)).loss.backward()
+        adam.step()
+    return state_of(gathered(sae))
+
+
+def fvu_of_x(grid: Any) -> dict[str, Tensor]:
+    sae = sae_of(grid, loss="fvu").eval()
+    x = batch(0, grid).requires_grad_()
+    sae(x).loss.backward()
+    assert x.grad is not None
+    return {"x.grad": all_rows(sae, x.grad)}
+
+
+def annealed(grid: Any) -> dict[str, Tensor]:
+    sae = sae_of(grid, fastsae.Matryoshka(fastsae.TopK(5), groups=(10, 31)))
+    step = fastsae.FusedTrainStep(sae, lr=1e-2, k_schedule=lambda i: 30 - i)
+    for i in range(3):
+        step(batch(i, grid))
+    return state_of(gathered(sae))
+
+
+def scaled_rate(grid: Any) -> dict[str, Tensor]:
+    """The learning rate by the number of latents is that of the whole dictionary."""
+    rows = torch.randn(500, D, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(
+        steps=4, batch_size=40, eval_every=0, log_every=4, checkpoint_every=4, progress=False, lr_rule="inverse_sqrt"
+    )
+    sae = fastsae.SparseAutoencoder(D, M, fastsae.TopK(5), seed=1)
+    run_dir = Path(sys.argv[4]) / ("together" if grid is not None else f"alone{sys.argv[1]}")
+    Trainer(sae, TensorSource(rows, holdout=50), config, run_dir, mesh=grid).run()
+    return {name: t.double() for name, t in state_of(gathered(sae)).items()}
+
+
+def scaler(grid: Any) -> dict[str, Tensor]:
+    """A gradient that is not finite in one process: no process makes the step, and all lower their scale."""
+    sae = sae_of(grid)
+    adam, scaler = fastsae.optim.Adam(sae, lr=1e-2), torch.amp.GradScaler("cpu", init_scale=4.0)
+    last = grid is None or dist.get_rank() == dist.get_world_size() - 1
+    for i in range(3):
+        result = sae(batch(i, grid))
+        loss = result.loss
+        if i == 1 and last:
+            loss = loss + result.codes.acts.sum() * torch.inf
+        scaler.scale(loss).backward()
+        scaler.step(adam)
+        scaler.update()
+        adam.zero_grad()
+    return {**state_of(gathered(sae)), "scale": torch.tensor(scaler.get_scale())}
+
+
+def no_rows(grid: Any) -> dict[str, Tensor]:
+    """All rows in the first process of the data axis: through a step, and a decoder whose codes are held fixed."""
+    sae = sae_of(grid)
+    x = batch(0)[: 0 if grid is not None and grid.get_local_rank("data") else None]
+    fastsae.FusedTrainStep(sae, lr=1e-2)(x)
+    adam = fastsae.optim.Adam(sae, lr=1e-2)
+    with torch.no_grad():
+        codes = sae.encode(x)
+    ((sae.decode(codes) - x).pow(2).sum() / N).backward()
+    adam.step()
+    return state_of(gathered(sae))
+
+
+NUMBERS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
+    "through encode": through_encode,
+    "hooked": hooked,
+    "fvu of x": fvu_of_x,
+    "annealed": annealed,
+    "scaled rate": scaled_rate,
+    "scaler": scaler,
+    "no rows": no_rows,
+}
+
+
+# -- what has to be refused: each returns what it did instead, or raises ----------------------------------------------
+
+
+def other_rows(grid: Any) -> object:
+    """Rows split by rank, as a DistributedSampler would, along the axis of latents."""
+    return fastsae.FusedTrainStep(sae_of(grid))(batch(dist.get_rank()))
+
+
+def saved(grid: Any) -> object:
+    return fastsae.save(sae_of(grid), Path(sys.argv[4]) / f"saved{dist.get_rank()}")
+
+
+def resampled(grid: Any) -> object:
+    sae = sae_of(grid)
+    sae.tokens_since_fired[:3] = sae.dead_after
+    return fastsae.resample_(sae, batch(0))
+
+
+def evaluated(grid: Any) -> object:
+    return evaluate(sae_of(grid), batch(0))
+
+
+def wrapped(grid: Any) -> object:
+    sae = sae_of(grid, M=40)  # equal parts, or DistributedDataParallel itself refuses them
+    return torch.nn.parallel.DistributedDataParallel(sae)(batch(0))
+
+
+def some_latents(grid: Any) -> object:
+    return sae_of(grid).encode(batch(0), latents=[1, 2])
+
+
+def read(grid: Any) -> object:
+    sae = sae_of(grid)
+    adam = fastsae.optim.Adam(sae)
+    sae(batch(0, grid)).loss.backward()
+    grad: Any = sae.b_dec.grad
+    found = grad.to_dense()
+    adam.zero_grad()
+    return found
+
+
+REFUSED: dict[str, Callable[[Any], object]] = {
+    "other rows": other_rows,
+    "saved": saved,
+    "resampled": resampled,
+    "evaluated": evaluated,
+    "wrapped": wrapped,
+    "some latents": some_latents,
+    "read": read,
+}
+
+
+def outcome(what: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"found": what(), "said": None}
+    except (RuntimeError, ValueError, TypeError) as error:
+        return {"found": None, "said": f"{type(error).__name__}: {error}"}
+
+
+def main(rank: int, world: int, store: str, out: str, shape: str) -> None:
+    torch.set_num_threads(1)
+    expected = {name: case(None) for name, case in NUMBERS.items()}
+    joined = dist.FileStore(store, world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=joined, timeout=timedelta(seconds=60))
+    data, latents = map(int, shape.split("x"))
+    grid = mesh(data, latents)
+    found = {name: outcome(lambda case=case: case(grid)) for name, case in NUMBERS.items()}
+    if latents > 1:
+        found |= {name: outcome(lambda case=case: repr(case(grid))) for name, case in REFUSED.items()}
+    torch.save({"found": found, "expected": expected}, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])
