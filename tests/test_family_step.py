@@ -66,7 +66,7 @@ def assert_equal_training(sae: fastsae.SparseAutoencoder, step: FusedTrainStep, 
         assert torch.equal(sae.fired, plain.fired)
 
 
-# Every rule with every setting. Where there is cpu, the reference has two settings of each rule, and the others are long.
+# Every rule with every setting. Beside cpu, the reference has two settings of each rule; the others are long.
 EVERY = [
     pytest.param(
         *(name, settings, backend),
