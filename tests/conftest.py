@@ -38,8 +38,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(not_interpreted)
 
 
-# Interpreted kernels run a thousand times slower than compiled ones. So every case runs in float32 with one threshold
-# and one precision, and only these cases run with all dtypes, thresholds and precisions. On a GPU everything runs.
+# Interpreted kernels run a thousand times slower than compiled ones, emulated ones hardly faster. So every case runs
+# in float32 with one threshold and one precision, and only these cases run with all dtypes, thresholds and precisions.
+# On a GPU everything runs.
 IN_FULL = ("odd", "norms", "nan", "no-tokens", "one-token", "strided")
 QUICK = ("odd", "nan", "no-tokens", "one-token", "strided", "few-ties")
 """Of these, in float32, `make test` runs; the others are long. LOG.md says which cases have found what."""
@@ -48,12 +49,12 @@ OTHER = {"dtype": torch.float32, "precision": "exact", "kind": "one", "biased": 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also what takes long, as `make test-all` does")
-    parser.addoption("--all-interpreted", action="store_true", help="every case of Triton's interpreter; takes an hour")
+    parser.addoption("--all-interpreted", action="store_true", help="every case of kernels on a CPU; takes an hour")
 
 
 def _left_out(item: pytest.Item) -> bool:
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    if given.get("backend") != "triton" or str(given.get("case", given.get("name", "odd"))) in IN_FULL:
+    if given.get("backend") not in ("cuda", "triton") or str(given.get("case", given.get("name", "odd"))) in IN_FULL:
         return False
     return any(given.get(name, usual) != usual for name, usual in OTHER.items())
 
