@@ -55,8 +55,6 @@ SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "as it is": contextlib.nullcontext,
     "bfloat16": _dtype(torch.bfloat16),
     "float16": _dtype(torch.float16),
-    "float64": _dtype(torch.float64),
-    "meta": lambda: _done(torch.set_default_device, "meta"),
     "float64 on meta": lambda: _done(_both_defaults),
     "two threads": lambda: _done(torch.set_num_threads, 2),
     "three threads": lambda: _done(torch.set_num_threads, 3),
