@@ -9,7 +9,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastsae import ops, optim
+from fastsae import ops, optim, parallel
 from fastsae.backends import BackendError, backends
 from fastsae.codes import LatentOrder, Screen, SparseCodes, UpdateTerm
 from fastsae.interop.registry import load, push_to_hub, save
@@ -72,6 +72,6 @@ __all__ = [
     "AbsTopK", "BackendError", "BatchTopK", "BatchTrainStep", "CrossLayerTranscoder", "ForwardResult",
     "FusedTrainStep", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU",
     "SAEBatch", "Schedule", "Screen", "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "accelerate",
-    "as_saebench", "as_saelens", "backends", "evaluate", "load", "ops", "optim", "push_to_hub", "register_saelens",
-    "resample_", "save", "splice", "spliced_loss", "steer", "unaccelerate",
+    "as_saebench", "as_saelens", "backends", "evaluate", "load", "ops", "optim", "parallel", "push_to_hub",
+    "register_saelens", "resample_", "save", "splice", "spliced_loss", "steer", "unaccelerate",
 ]  # fmt: skip

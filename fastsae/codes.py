@@ -96,7 +96,8 @@ class SparseCodes:
             return replace(self, batch_shape=batch_shape)
         shape = (*batch_shape, self.k)
         indices = self.indices.reshape(shape)
-        return self._same_acts(replace(self, acts=self.acts.reshape(shape), indices=indices, batch_shape=batch_shape))
+        acts = self.acts.reshape(shape)
+        return self.with_same_acts(replace(self, acts=acts, indices=indices, batch_shape=batch_shape))
 
     @property
     def encoded(self) -> Any:
@@ -111,7 +112,7 @@ class SparseCodes:
         """Records that an encoder with this record made the code as it is now."""
         self.made_by = (record, self.acts, self.acts._version, self.indices, self.offsets)
 
-    def _same_acts(self, other: SparseCodes) -> SparseCodes:
+    def with_same_acts(self, other: SparseCodes) -> SparseCodes:
         """`other`, with this code's record: its acts are a selection of this code's, each of the same token."""
         record, other.made_by = self.encoded, None
         if record is not None:
@@ -197,7 +198,7 @@ class SparseCodes:
             place = torch.where(kept, before[:-1], size)  # the other slots go to one place that is cut off
             acts = self.acts.new_zeros(size + 1).scatter(0, place, self.acts.flatten())[:size]
             indices = self.indices.new_zeros(size + 1).scatter(0, place, self.indices.flatten())[:size]
-        return self._same_acts(SparseCodes(acts, indices, self.d_sae, offsets, self.batch_shape, self.redone))
+        return self.with_same_acts(SparseCodes(acts, indices, self.d_sae, offsets, self.batch_shape, self.redone))
 
     def only(self, latents: Tensor) -> SparseCodes:
         """The activations of some latents only, as a ragged code in which latent i is latents[i].

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -197,6 +200,42 @@ def train_started(how: str, rank: int | None) -> dict[str, Tensor]:
     return train_on(sae, model, rank)
 
 
+FULLY_SHARDED = ("topk", "jumprelu", "gated", "matryoshka")
+
+
+def train_fully_sharded(rule: str, rank: int | None) -> dict[str, Tensor]:
+    """As `train`, with FSDP2 in place of DistributedDataParallel."""
+    sae = sae_of(rule)
+    if rank is not None:
+        fully_shard(sae, mesh=one_axis())
+    found = train_on(sae, sae, rank)
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
+    return {name: t for name, t in whole.items() if name != "_extra_state"}
+
+
+def one_axis() -> DeviceMesh:
+    return init_device_mesh("cpu", (RANKS,))
+
+
+def fully_sharded_refusals() -> dict[str, str]:
+    """What is said where a fully sharded SAE meets what cannot serve it."""
+    attempts: dict[str, Callable[[fastsae.SparseAutoencoder], object]] = {
+        "optimizer": fastsae.optim.Adam,
+        "parallelize": lambda sae: fastsae.parallel.parallelize(sae, fastsae.parallel.mesh()),
+        "start": lambda sae: sae(batch(0, dist.get_rank())),
+        "two axes": lambda sae: sae(batch(0, dist.get_rank())),
+    }
+    said = {}
+    for name, attempt in attempts.items():
+        sae = targeted() if name == "start" else sae_of("topk")
+        mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("a", "b")) if name == "two axes" else one_axis()
+        try:
+            attempt(fully_shard(sae, mesh=mesh))
+        except (TypeError, RuntimeError) as error:
+            said[name] = str(error)
+    return said
+
+
 def without_start(rank: int) -> tuple[str, bool]:
     """The error message of a forward pass without a start, and whether the state is unchanged."""
     sae = targeted()
@@ -269,6 +308,8 @@ def main(rank: int, store: str, out: str, only: str | None = None) -> None:
     refused = {attempt.__name__: refusal(attempt) for attempt in ATTEMPTS}
     refused["without_start"] = without_start(rank)
     found |= {how: train_started(how, rank) for how in STARTED}
+    found |= {f"fully sharded {rule}": train_fully_sharded(rule, rank) for rule in FULLY_SHARDED}
+    refused["fully sharded"] = fully_sharded_refusals()
     torch.save({"found": found, "refused": refused, "alone": train_alone(rank)}, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 

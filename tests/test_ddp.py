@@ -119,7 +119,9 @@ def test_processes_that_were_not_started_say_what_to_call(ranks: list[dict]) -> 
         assert message.startswith(
             "the rule's thresholds are not set yet, and each process sees different rows; call sae"
         )
-        assert message.endswith("call sae.start_(x) on a batch before wrapping the module in DistributedDataParallel")
+        assert message.endswith(
+            "call sae.start_(x) on a batch before DistributedDataParallel or fully_shard gets the module"
+        )
         assert "\n" not in message
         assert unchanged
 
@@ -145,3 +147,19 @@ def test_independent_processes_train_saes_of_their_own(ranks: list[dict]) -> Non
                 got["alone"][name], value, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
             )
     assert not torch.equal(*(got["alone"]["loop.W_dec"] for got in ranks))
+
+
+@pytest.mark.parametrize("rule", ddp_worker.FULLY_SHARDED)
+def test_fsdp2_trains_and_counts_as_one_process(rule: str, ranks: list[dict]) -> None:
+    check(ranks, f"fully sharded {rule}", ddp_worker.train_fully_sharded(rule, None))
+
+
+def test_what_fsdp2_cannot_have_is_named(ranks: list[dict]) -> None:
+    words = {
+        "optimizer": "use a torch optimizer on them", "parallelize": "fastsae.parallel.parallelize",
+        "start": "call sae.start_(x)", "two axes": "a mesh of one axis",
+    }  # fmt: skip
+    for rank in ranks:
+        said = rank["refused"]["fully sharded"]
+        assert said.keys() == words.keys()
+        assert all(part in said[name] for name, part in words.items())

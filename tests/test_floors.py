@@ -35,7 +35,7 @@ FLOORS = {
     "backends": 1, "kernels": 1, "_cpu": 1, "_cuda": 1,
     "ops": 2,
     "model": 3,
-    "training": 4, "optim": 4, "hosts": 4,
+    "training": 4, "optim": 4, "hosts": 4, "parallel": 4,
     "data": 5, "runs": 5, "interop": 5, "swapped": 5,
     "report": 6, "systems": 6,
     "cli": 7, "__main__": 7,

@@ -78,7 +78,7 @@ def test_aux_weight_grows_with_the_number_of_dead_latents():
     seen = []
     for n in range(6):
         mask[:n] = True
-        seen.append(float(losses.aux_weight(mask, 4)))
+        seen.append(float(losses.aux_weight(mask.sum(), 4)))
     assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
@@ -135,5 +135,5 @@ def test_aux_k_formula_is_the_reference():
     truth = (reference.decode(A, params["W_dec"]) - missed).square().sum() / 20
     codes = losses.encode_dead(x - sae.b_dec, sae.W_enc, sae.b_enc, dead, 5)
     error = sae(x).recon - x
-    got = losses.aux_k(codes, sae.W_dec, error, losses.aux_weight(dead, 5), 20)
+    got = losses.aux_k(codes, sae.W_dec, error, losses.aux_weight(dead.sum(), 5), 20)
     torch.testing.assert_close(got.detach(), truth, rtol=1e-10, atol=0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae.backends import backends
 from fastsae.cli.language import asks_for_language, measure_in_model, open_text, spliced_in
@@ -33,6 +34,7 @@ from fastsae.cli.options import (
     selection,
     torch_dtype,
 )
+from fastsae.cli.processes import joined, local_device
 from fastsae.data.harvest import harvest
 from fastsae.data.hooks import Hooks
 from fastsae.data.live import LiveSource
@@ -60,6 +62,7 @@ from fastsae.runs.opening import (
     version,
 )
 from fastsae.runs.stopping import TrainingInterrupted
+from fastsae.runs.together import FromFirst, Team
 from fastsae.runs.trainer import CHECKPOINTS, Trainer, TrainResult, run_together
 
 
@@ -106,6 +109,16 @@ def open_source(options: Train) -> tuple[ActivationSource, dict[str, Any]]:
     return open_with_notes(options.data, selection(options), holdout=options.holdout, seed=options.data_seed)
 
 
+def open_together(options: Train, team: Team) -> tuple[ActivationSource, dict[str, Any]]:
+    """`open_source` in each of several processes; a live model runs in the first, which sends the others their rows."""
+    source: ActivationSource | None = None
+    notes: dict[str, Any] = {}
+    with team.agreed():
+        if team.writes or options.data != LIVE:
+            source, notes = open_source(options)
+    return (FromFirst(source, team) if source is None or options.data == LIVE else source), notes
+
+
 def separate_hooks(options: Train) -> tuple[int | str, ...]:
     """The hooks that get an autoencoder each; empty if there is only one autoencoder.
 
@@ -125,20 +138,34 @@ def separate_hooks(options: Train) -> tuple[int | str, ...]:
 
 def run_train(options: Train) -> int:
     """fastsae train"""
+    options = dataclasses.replace(
+        options, sae=dataclasses.replace(options.sae, device=local_device(options.sae.device))
+    )
     separate = separate_hooks(options)
-    if not separate:
-        return train_one(options)
-    if options.data == LIVE:
-        return train_live(options, separate)
-    for hook in separate:
-        one = dataclasses.replace(options, hook=(hook,), run_dir=options.run_dir / folder_of(hook))
-        print(f"hook {hook}: {one.run_dir}")
-        train_one(one)
+    with joined(options.sae.device, options.latent_shards) as mesh:
+        if not separate:
+            return train_one(options, mesh)
+        if options.data == LIVE:
+            return train_live(options, separate, mesh)
+        for hook in separate:
+            one = dataclasses.replace(options, hook=(hook,), run_dir=options.run_dir / folder_of(hook))
+            say(mesh, f"hook {hook}: {one.run_dir}")
+            train_one(one, mesh)
     return 0
 
 
-def train_live(options: Train, hooks: Sequence[int | str]) -> int:
+def say(mesh: DeviceMesh | None, line: str) -> None:
+    """Prints a line of the command's results, once if several processes run it."""
+    if mesh is None or mesh.get_rank() == 0:
+        print(line)
+
+
+def train_live(options: Train, hooks: Sequence[int | str], mesh: DeviceMesh | None) -> int:
     """An autoencoder of each hook of one live stream, trained in step."""
+    if mesh is not None:
+        raise ValueError(
+            f"several processes train one SAE, and there are {len(hooks)} live hooks; name one --live.hook"
+        )
     if options.target_hook:
         raise ValueError(f"--target-hook with {len(hooks)} live hooks: train transcoders one by one, or on stored rows")
     source, notes = open_source(options)
@@ -186,18 +213,21 @@ def folder_of(hook: int | str) -> str:
     return str(hook).replace(":", "-").replace("/", "-")
 
 
-def train_one(options: Train) -> int:
+def train_one(options: Train, mesh: DeviceMesh | None) -> int:
     """One autoencoder of `fastsae train`."""
-    say_if_new(options, options.run_dir)
-    source, notes = open_source(options)
+    if mesh is None or mesh.get_rank() == 0:
+        say_if_new(options, options.run_dir)
+    source, notes = open_source(options) if mesh is None else open_together(options, Team(mesh))
     check_held_out(options, source)
     sae = options.sae.build(source.d_in, target_width(source))
     trainer = Trainer(
-        sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()}
-    )
+        sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()},
+        mesh=mesh,
+    )  # fmt: skip
     with saying_resume():
         result = trainer.run()
-    print_training(options.run_dir, result)
+    if mesh is None or mesh.get_rank() == 0:
+        print_training(options.run_dir, result)
     return 0
 
 

@@ -106,7 +106,10 @@ def run(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UsageError(f"no command {command!r}; the commands are {', '.join(COMMANDS)}; see fastsae --help")
     from fastsae.cli import commands
+    from fastsae.cli.processes import started_by_torchrun
 
+    if started_by_torchrun() and command not in ("train", "info"):
+        raise UsageError(f"torchrun started this, but only fastsae train shares its work; run fastsae {command} alone")
     if command == "bench":
         return commands.bench(rest)
     options = parse(commands.OPTIONS[command], command, rest)

@@ -294,6 +294,8 @@ class Train(Common):
     """Rows held out for evaluation, at the end. Left out: the folder's own; for a file 2,048, at most a tenth."""
     data_seed: int = 0
     """Seed of the order of the rows."""
+    latent_shards: int = 1
+    """Under torchrun: how many processes share the dictionary. The batch is shared by processes / latent_shards."""
     train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How to train.")] = dataclasses.field(
         default_factory=TrainConfig
     )

@@ -183,6 +183,11 @@ class EpochSource:
                 self._epoch, self._cursor = self._epoch + 1, 0
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def skip(self, n: int) -> None:
+        """Moves n rows on without reading them."""
+        epochs, self._cursor = divmod(self._cursor + n, self._rows_per_epoch)
+        self._epoch += epochs
+
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity(), "epoch": self._epoch, "cursor": self._cursor}
 

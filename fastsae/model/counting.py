@@ -12,6 +12,7 @@ the node whose backward pass recomputes it tells when that was.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -200,12 +201,15 @@ _groups: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def processes_of(module: nn.Module) -> Any:
-    """The process group over which DistributedDataParallel runs this forward pass; None if it does not.
+    """The process group over which DistributedDataParallel or fully_shard (FSDP2) runs this forward pass, or None.
 
-    Raises RuntimeError inside `DistributedDataParallel.join()`.
+    Raises RuntimeError inside `DistributedDataParallel.join()`, and for fully_shard over two axes of a mesh.
     """
     if in_backward():  # which is not inside DistributedDataParallel; the first run of this forward pass was
         return _groups.get(module)
+    if (shards := _fsdp_group(module)) is not None:
+        _groups[module] = shards
+        return shards
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is None:
         _groups.pop(module, None)
@@ -219,8 +223,24 @@ def processes_of(module: nn.Module) -> Any:
     return wrapper.process_group
 
 
+def _fsdp_group(module: nn.Module) -> Any:
+    """The process group of a module that torch's fully_shard was applied to; torch has no public name for it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return None
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # before torch 2.13: one
+    info = found[0].mesh_info
+    if hasattr(info, "replicate_process_group"):
+        raise RuntimeError(
+            "fully_shard over two axes of a mesh does not support an SAE, which sums its counts over one group of "
+            "processes; give it a mesh of one axis"
+        )
+    return info.shard_process_group
+
+
 def several(module: nn.Module) -> bool:
-    """Whether DistributedDataParallel runs this forward pass in more than one process."""
+    """Whether DistributedDataParallel or fully_shard runs this forward pass in more than one process."""
     group = processes_of(module)
     return group is not None and group.size() > 1
 
@@ -237,6 +257,8 @@ class Counted(NamedTuple):
 
 def over_processes(module: nn.Module, batch: Counted) -> Counted:
     """The batch of all processes together: sums of counts, and the mean of the finite measurements."""
+    if (placement := getattr(module, "placement", None)) is not None:
+        return placement.counted(batch)
     group = processes_of(module)
     if group is None:
         return batch
@@ -255,6 +277,8 @@ def over_processes(module: nn.Module, batch: Counted) -> Counted:
 
 def in_all_processes(module: nn.Module, good: Tensor) -> Tensor:
     """Whether `good` is true in every process: bool, elementwise."""
+    if (placement := getattr(module, "placement", None)) is not None:
+        return placement.everywhere(good)
     group = processes_of(module)
     if group is None:
         return good

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsae import ops
 from fastsae.codes import SparseCodes
-from fastsae.model.rules.base import EncodeOptions
+from fastsae.model.placement import Placement
+from fastsae.model.rules.base import EncodeOptions, select_topk
 from fastsae.ops.reconstruction import squared_errors
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import wide
@@ -22,9 +22,14 @@ GHOST_PIECE = 2**24
 """Entries of (N, dead) that ghost gradients compute at a time."""
 
 
-def total_variance(target: Tensor) -> Tensor:
-    """Σ_n ‖target_n - mean‖², the mean taken over this batch; 0 if it is no more than the rounding of the mean."""
+def total_variance(target: Tensor, placement: Placement | None = None) -> Tensor:
+    """Σ_n ‖target_n - mean‖², the mean taken over this batch; 0 if it is no more than the rounding of the mean.
+
+    placement: the batch has tokens in other processes too; no gradient then.
+    """
     flat = wide(target).reshape(-1, target.shape[-1])
+    if placement is not None and placement.tokens.size > 1:
+        return _variance_of_all(flat.detach(), placement)
     n = flat.shape[0]
     if flat.is_cuda and n:
         # One kernel over columns instead of hundreds over pieces.
@@ -38,6 +43,13 @@ def total_variance(target: Tensor) -> Tensor:
     )
 
 
+def _variance_of_all(flat: Tensor, placement: Placement) -> Tensor:
+    n = placement.n
+    mean = (placement.tokens.sum(flat.double().sum(0)) / max(n, 1)).to(flat.dtype)
+    squares = torch.stack([sum_of_squares(piece - mean) for piece in flat.split(512)]).sum()
+    return unless_rounding(placement.tokens.sum(squares).to(flat.dtype), mean, n)
+
+
 def unless_rounding(variance: Tensor, mean: Tensor, n: int) -> Tensor:
     """A total variance over n tokens (*B,), or 0 if the rounding of their mean (*B, D) explains it.
 
@@ -48,18 +60,18 @@ def unless_rounding(variance: Tensor, mean: Tensor, n: int) -> Tensor:
     return torch.where(variance <= rounding, 0, variance)
 
 
-def loss_denominator(loss: str, target: Tensor) -> Tensor | int:
+def loss_denominator(loss: str, target: Tensor, placement: Placement | None = None) -> Tensor | int:
     """The squared error's divisor: the number of tokens (mse; 1 if there are none) or the batch's total variance (fvu).
 
     Raises ValueError for an unknown loss, and for fvu with fewer than two tokens, whose variance is zero.
     """
-    n = target.shape[:-1].numel()
+    n = target.shape[:-1].numel() if placement is None else placement.n
     if loss == "mse":
         return max(n, 1)
     if loss != "fvu":
         raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
     check_tokens(loss, n)
-    return total_variance(target)
+    return total_variance(target, placement)
 
 
 def check_tokens(loss: str, n: int) -> None:
@@ -88,14 +100,16 @@ def encode_dead(
     x (*batch, D): the encoder's input; dead (M,) bool. None if no latent is dead; only eager
     mode on a CPU checks this, because the check is a host sync on a GPU and a graph break under torch.compile.
     """
-    if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
+    placement = None if options is None else options.placement
+    several = placement is not None and placement.latents.size > 1  # whose shards must all take part
+    if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not several and not bool(dead.any()):
         return None
-    return ops.encode_topk(x, W, b, k, rows=dead_rows(dead), **(options or EncodeOptions()).arguments())
+    return select_topk(x, W, b, k, options or EncodeOptions(), rows=dead_rows(dead))
 
 
-def aux_weight(dead: Tensor, k: int) -> Tensor:
-    """min(number of dead latents / k, 1), float64 0-d: the term grows as latents die, and is 0 while none are dead."""
-    return (dead.sum().double() / k).clamp(max=1.0)
+def aux_weight(n_dead: Tensor, k: int) -> Tensor:
+    """min(n_dead / k, 1), float64 0-d: the term grows as latents die, and is 0 while none are dead."""
+    return (n_dead.double() / k).clamp(max=1.0)
 
 
 def aux_k(
@@ -106,6 +120,7 @@ def aux_k(
     loss_denominator: Tensor | int,
     *,
     overwrite: bool = False,
+    placement: Placement | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """weight · Σ_n ‖e_n - ê_n‖² / loss_denominator,  ê = A_dead W_dec: dead latents model the error of the live ones.
@@ -115,8 +130,10 @@ def aux_k(
     """
     # Another backward pass overwrites `missed`, and this one may need it to recompute its error.
     missed = missed.detach().clone() if overwrite else missed.detach()
-    left_over = squared_errors([(codes, 1.0)], W_dec, start=missed, overwrite=overwrite, backend=backend).weighted
-    return weight * left_over / loss_denominator
+    shards = None if placement is None else placement.sums_shards
+    left = squared_errors([(codes, 1.0)], W_dec, start=missed, overwrite=overwrite, shards=shards, backend=backend)
+    left = left if placement is None else placement.over_tokens(left)
+    return weight * left.weighted / loss_denominator
 
 
 def ghost_residual(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastsae.model.initial import unit_rows
 from fastsae.model.norm import InputNorm
+from fastsae.model.placement import Placement
 from fastsae.model.rules import Activation, activation_from_config
 from fastsae.model.rules.threshold import no_log_start
 from fastsae.model.settings import (
@@ -106,6 +107,7 @@ class Parameters(RecordsSettings):
         self.precision = "exact"
         self.dense_above = DENSE_ABOVE
         self.active_share: float | None = None  # of the last step of a threshold rule
+        self.placement: Placement | None = None  # set by fastsae.parallel: what this process has of a larger SAE
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         if normalize is None:  # a common unit: biases and thresholds learn at the same pace at any scale of the inputs
             normalize = "constant" if activation.from_data and activation.asked_l0 is not None else "none"

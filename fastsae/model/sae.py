@@ -23,10 +23,11 @@ from fastsae.model.calibrate import Tail, blocks_of, pre_acts, start_rule_
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import PER_TOKEN, TokenStats
 from fastsae.model.parameters import Parameters
-from fastsae.model.rules import EncodeOptions, RuleState, Selected
+from fastsae.model.rules import Activation, EncodeOptions, HierarchicalTopK, RuleState, Selected
+from fastsae.ops import checks
 from fastsae.ops import ledger as ledgers
 from fastsae.ops.products import per_latent
-from fastsae.ops.reconstruction import squared_errors
+from fastsae.ops.reconstruction import SquaredErrors, squared_errors
 from fastsae.ops.sums import fixed_sum
 from fastsae.reference import wide
 
@@ -127,6 +128,7 @@ class SparseAutoencoder(Parameters):
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> SparseAutoencoder:
         """Estimates the factor of normalize="constant" from sample inputs x (n, d_in); nothing in other modes."""
+        self._whole("calibrate_")
         self.norm.calibrate_(self._checked(x, self.d_in, "x"))
         return self
 
@@ -136,6 +138,7 @@ class SparseAutoencoder(Parameters):
 
         Call it after `calibrate_`. Raises ValueError for an empty sample or a centre that is not finite. Syncs.
         """
+        self._whole("init_from_")
         if how not in ("mean", "geometric_median"):
             raise ValueError(f"how is {how!r}, expected 'mean' or 'geometric_median'")
         points = self.inputs(x, target).target.double()
@@ -156,6 +159,7 @@ class SparseAutoencoder(Parameters):
         continues from it. Dense: it costs as much as a dense encoding of x. Syncs.
         Raises ValueError for another rule, no rows, or rows that are not finite.
         """
+        self._whole("calibrate_threshold_")
         k = self.activation.mean_k
         if k is None:
             raise ValueError(f"{self.activation} has no running threshold to calibrate; only BatchTopK has one")
@@ -190,10 +194,10 @@ class SparseAutoencoder(Parameters):
         if bool(self.get_buffer("start_done")):  # the first process started it, and DistributedDataParallel copied it
             self.started = self.norm.calibrated = True
             return self
-        if DistributedDataParallel._get_active_ddp_module() is not None:
+        if counting.several(self):
             raise RuntimeError(
                 "the rule's thresholds are not set yet, and each process sees different rows; call sae.start_(x) on a "
-                "batch before wrapping the module in DistributedDataParallel"
+                "batch before DistributedDataParallel or fully_shard gets the module"
             )
         self.check_input(x, target)
         rows = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
@@ -213,6 +217,13 @@ class SparseAutoencoder(Parameters):
         self.started = True
         return self
 
+    def _whole(self, what: str) -> None:
+        if self.placement is not None:
+            raise RuntimeError(
+                f"{what} reads all rows and latents, and this process has a part of them; call it before parallelize, "
+                "or on fastsae.parallel.gathered(sae)"
+            )
+
     # -- the forward pass -------------------------------------------------------------------------------------------
 
     def _checked(self, x: Tensor, width: int, name: str) -> Tensor:
@@ -222,7 +233,7 @@ class SparseAutoencoder(Parameters):
 
     def _check(self, x: Tensor, width: int, name: str) -> None:
         """Raises ValueError or TypeError when the shape, dtype or device of x does not fit."""
-        check_dense(name, x, self.W_dec.device)
+        checks.dense(name, x, self.W_dec.device)
         if x.ndim < 2 or x.shape[-1] != width:
             hint = "; for one token pass its row as a batch, x[None]" if x.ndim == 1 else ""
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (*batch, {width}){hint}")
@@ -240,6 +251,8 @@ class SparseAutoencoder(Parameters):
     def _normal(self, x: Tensor) -> tuple[Tensor, TokenStats | None]:
         """x (*batch, d_in) as normalized tokens (N, d_in), and their statistics."""
         flat = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
+        if self.placement is not None:
+            self.placement.begin(flat.shape[0], flat.device)
         stats = self.norm.statistics(flat)
         return self.norm.normalize(flat, stats), stats
 
@@ -261,13 +274,16 @@ class SparseAutoencoder(Parameters):
 
     def encode_options(self, screen: Screen | None = None, *, held: bool = False) -> EncodeOptions:
         """How this module's encoder computes; held: as for `inputs`."""
-        return EncodeOptions(screen, self.precision, self.backend, self.b_dec if held and self.pre_bias else None)
+        pre_bias = self.b_dec if held and self.pre_bias else None
+        return EncodeOptions(screen, self.precision, self.backend, pre_bias, self.placement)
 
     def pre_acts(
         self, encoder_input: Tensor, options: EncodeOptions | None = None, capacity: int | None = None
     ) -> Selected:
         """The pre-acts (N, ...) that the rule selects; capacity: None for all of them (see `Activation.select`)."""
         options = options or self.encode_options()
+        if self.placement is not None:
+            encoder_input = self.placement.latents.copied(encoder_input)
         state = self.selection_state
         return self.rule.select(
             encoder_input, self.encoder_weight, self.b_enc, state, self.training, options, capacity=capacity
@@ -285,7 +301,11 @@ class SparseAutoencoder(Parameters):
         if rule.needs_norms:
             norms = per_latent(self._decoder_norms(), pre, self.backend)
         sparsity = rule.sparsity(z, acts, rows, norms)
-        penalty = None if sparsity is None else rule.penalty(fixed_sum(sparsity) / max(pre.n_tokens, 1))
+        if sparsity is None:
+            return replace(pre, acts=acts.to(pre.acts.dtype)), None
+        whole = fixed_sum(sparsity)
+        whole = whole / max(pre.n_tokens, 1) if self.placement is None else self.placement.mean(whole)
+        penalty = rule.penalty(whole)
         return replace(pre, acts=acts.to(pre.acts.dtype)), penalty
 
     def _at_slots(self, pre: SparseCodes, rule_state: RuleState) -> dict[str, Tensor]:
@@ -351,7 +371,8 @@ class SparseAutoencoder(Parameters):
             raise ValueError(f"{why} encoded input: sae.decode(codes, like=x)")
         if self.norm.mode != "none":
             stats = self.norm.statistics(self.b_dec if like is None else self._checked(like, self.d_in, "like"))
-        recon = ops.decode(codes, self.W_dec, backend=self.backend) + self.b_dec
+        recon = ops.decode(codes, self.W_dec, backend=self.backend)
+        recon = (recon if self.placement is None else self.placement.latents.summed(recon)) + self.b_dec
         if self.W_skip is not None and like is not None:
             recon = recon + self.norm.normalize(self._checked(like, self.d_in, "like"), stats) @ self.W_skip.mT
         return self.norm.restore(recon, stats)
@@ -404,11 +425,17 @@ class SparseAutoencoder(Parameters):
             return self._objective(x, target, for_step)
 
     def _objective(self, x: Tensor, target: Tensor | None, for_step: bool) -> Objective:
-        rule, ledger = self.rule, self._ledger()
+        rule, ledger, placement = self.rule, self._ledger(), self.placement
         here = None  # in a graph, whose forward pass has to count by itself
         if torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and not for_step:
             here = counting.counts_here(x)
         held = ledger is not None
+        shared = placement is not None and placement.tokens.size > 1
+        if shared and not held and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "this SAE shares each batch with other processes, whose gradients only an optimizer of fastsae.optim "
+                "adds; make one for it, or leave parallelize out and use DistributedDataParallel"
+            )
         if held and self.training and counting.several(self):
             raise RuntimeError(
                 "DistributedDataParallel wraps an SAE that belongs to an optimizer of fastsae.optim, whose sparse "
@@ -418,7 +445,7 @@ class SparseAutoencoder(Parameters):
         if ledger is not None:
             ledger.set_pre_bias(self.pre_bias)  # a first target may have switched it off
         n = ready.target.shape[0]
-        denominator = losses.loss_denominator(self.loss, ready.target)
+        denominator = losses.loss_denominator(self.loss, ready.target, placement)
         centred = self.pre_bias and target is None
         goal = ready.encoder_input if centred else ready.target  # recon - x = A W_dec - (x - b_dec), if centred
         if self.W_skip is not None:
@@ -426,7 +453,7 @@ class SparseAutoencoder(Parameters):
         screen = None if ledger is None or not self.training else ledger.screen_for(ready.encoder_input)
         options = self.encode_options(screen, held=held)
         weight = self.penalty_weight
-        if for_step and held and rule.shaped and self.training:
+        if for_step and held and rule.shaped and self.training and placement is None:
             pre = self._sparse_enough(ready.encoder_input, options)
             if pre is None:
                 return self._densely(ready, goal, centred, denominator, weight)
@@ -436,9 +463,11 @@ class SparseAutoencoder(Parameters):
             ledger.note_redone(pre.redone / n)
         codes, penalty = self._activated(pre)
         bias = None if centred and not held else self.b_dec
-        parts = rule.parts(codes, self.rule_state)
+        parts = self._parts(rule, codes)
         how: dict[str, Any] = {"overwrite": held, "backend": self.backend}
-        errors = squared_errors(parts, self.W_dec, goal, bias, centred=centred, **how)
+        if placement is not None:
+            how["shards"] = placement.sums_shards
+        errors = self._over_tokens(squared_errors(parts, self.W_dec, goal, bias, centred=centred, **how))
         loss = errors.weighted / denominator
         found = {self.loss: errors.last / denominator}
         if len(parts) > 1:
@@ -452,7 +481,7 @@ class SparseAutoencoder(Parameters):
             frozen = goal.detach() if not ready.target.requires_grad else self._gate_goal(ready)
             code = replace(pre, acts=gate.to(pre.acts.dtype))
             fixed = None if centred and not ready.target.requires_grad else self.b_dec.detach()
-            gated = squared_errors([(code, 1.0)], self.W_dec.detach(), frozen, fixed, **how)
+            gated = self._over_tokens(squared_errors([(code, 1.0)], self.W_dec.detach(), frozen, fixed, **how))
             found["gate"] = gated.weighted / denominator
             loss = loss + found["gate"]
         if rule.shaped and not for_step:
@@ -471,6 +500,21 @@ class SparseAutoencoder(Parameters):
             made = torch.ones_like(loss.detach(), dtype=torch.bool)
             counting.when_passed((pre.acts, errors.error), lambda: count(made))
         return Objective(ready, loss, found, errors.error, codes, batch.counts, dead, errors.last, codes.redone, count)
+
+    def _parts(self, rule: Activation, codes: SparseCodes) -> list[tuple[SparseCodes, float]]:
+        """`rule.parts`, of the whole dictionary's prefixes or ranks where this process has a part of it."""
+        placement = self.placement
+        if placement is None or placement.latents.size == 1:
+            return rule.parts(codes, self.rule_state)
+        whole = placement.in_whole(codes)
+        if isinstance(rule, HierarchicalTopK):
+            parts = rule.parts_by(placement.ranks(codes, rule.ks[-1]), whole)
+        else:
+            parts = rule.parts(whole, self.rule_state)
+        return [(placement.in_shard(part), weight) for part, weight in parts]
+
+    def _over_tokens(self, errors: SquaredErrors) -> SquaredErrors:
+        return errors if self.placement is None else self.placement.over_tokens(errors)
 
     def _ledger(self) -> ledgers.Ledger | None:
         return ledgers.open_ledger(
@@ -496,14 +540,16 @@ class SparseAutoencoder(Parameters):
         read their number.
         """
         if self.aux_k is not None:
-            codes = losses.encode_dead(
-                ready.encoder_input, self.encoder_weight, self.b_enc, dead, self.aux_k, options
-            )  # fmt: skip
+            encoder_input, n_dead = ready.encoder_input, dead.sum()
+            if self.placement is not None:
+                encoder_input = self.placement.latents.copied(encoder_input)
+                n_dead = self.placement.latents.sum(n_dead)
+            codes = losses.encode_dead(encoder_input, self.encoder_weight, self.b_enc, dead, self.aux_k, options)
             if codes is None:
                 return None, {"aux": error.new_zeros((), dtype=torch.float64)}
-            weight = losses.aux_weight(dead, self.aux_k)
             aux = losses.aux_k(
-                codes, self.W_dec, error, weight, denominator, overwrite=overwrite, backend=self.backend
+                codes, self.W_dec, error, losses.aux_weight(n_dead, self.aux_k), denominator, overwrite=overwrite,
+                placement=self.placement, backend=self.backend,
             )  # fmt: skip
             return self.aux_coef * aux, {"aux": aux}
         if self.ghost is None:
@@ -581,7 +627,8 @@ class SparseAutoencoder(Parameters):
                 counting.keep_counters(self, ("tokens_since_fired", *self._rule_names[1]))
             made, rule_state = made & finite, self.rule_state
             self.count_fired_(counts, tokens, made)
-            rule.steer(rule_state, counts.sum().double() / tokens, made)
+            active = counts.sum() if self.placement is None else self.placement.latents.sum(counts.sum())
+            rule.steer(rule_state, active.double() / tokens, made)
             rule.observe(measured, rule_state, made)
 
         return count
@@ -638,18 +685,6 @@ def as_sae(given: object, name: str) -> SparseAutoencoder:
     elif hasattr(given, "to_sae"):
         hint = "; take one SAE of it with .to_sae(i), or train all with a BatchTrainStep"
     raise TypeError(f"{name} is a {type(given).__name__}, expected a SparseAutoencoder{hint}")
-
-
-def check_dense(name: str, x: Any, device: torch.device) -> None:
-    """Raises ValueError or TypeError for anything but a dense floating-point tensor on this device."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor({name})")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} is stored as {x.layout}, expected a dense tensor: {name}.to_dense()")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating-point one")
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, the SAE on {device}; move one of them")
 
 
 def outside_graph(name: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -276,10 +276,31 @@ def no_nan(name: str, x: Tensor) -> None:
         )
 
 
+def dense(name: str, x: Any, device: torch.device) -> None:
+    """Raises ValueError or TypeError for anything but a dense floating-point tensor on this device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor({name})")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} is stored as {x.layout}, expected a dense tensor: {name}.to_dense()")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating-point one")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, the SAE on {device}; move one of them")
+
+
 def gradients_possible() -> None:
     """Raises RuntimeError under torch.inference_mode(), which, unlike no_grad(), torch.enable_grad() does not undo."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("a step needs gradients, and torch.inference_mode() is on; leave it for the step")
+
+
+def not_fully_sharded(parameters: Mapping[str, Tensor]) -> None:
+    """Raises TypeError for parameters that torch's fully_shard (FSDP2) or another of its parallel plans has cut."""
+    if cut := [name for name, p in parameters.items() if hasattr(p, "device_mesh")]:
+        raise TypeError(
+            f"{', '.join(cut)} are DTensors, as fully_shard makes them; use a torch optimizer on them, or cut an "
+            "ordinary SAE with fastsae.parallel.parallelize"
+        )
 
 
 def one_process(independent: bool) -> None:

@@ -173,6 +173,7 @@ def encode_topk_weighted(
     k: int,
     weight: Tensor,
     *,
+    merge: Callable[[SparseCodes], SparseCodes] | None = None,
     pre_bias: Tensor | None = None,
     screen: Screen | None = None,
     precision: str = "exact",
@@ -180,12 +181,14 @@ def encode_topk_weighted(
 ) -> SparseCodes:
     """The pre-acts of each token at the k largest of relu(pre-act · weight); weight (M,), at least 0, is held fixed.
 
-    x (N, D); the other arguments as in `encode_topk`, whose `scale=`, in contrast, also multiplies the acts.
+    x (N, D); the other arguments as in `encode_topk`, whose `scale=`, in contrast, also multiplies the acts. merge:
+    drops slots of the weighted code, for a shard of a dictionary whose latents compete with those of others.
     """
     held = weight.detach().to(b.dtype)
 
     def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
         codes = encode_topk(x, W, b, k, scale=held, screen=screen, precision=precision, backend=backend)
+        codes = codes if merge is None else merge(codes)
         # Divided by the weight it was made with; an empty slot's may be 0.
         return replace(codes, acts=codes.acts / torch.where(codes.acts == 0, 1.0, held[codes.indices.long()]))
 

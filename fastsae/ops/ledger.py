@@ -160,6 +160,7 @@ class Ledger:
     transposed  the dictionaries that are given as (D, M), each with a transpose that is contiguous: `rows_of(p, True)`
                 is what the ops get, and what terms and sums are shaped like. Only a .grad is shaped like its parameter.
     pre_bias   encoders that are told of b_dec (`pre_bias=`) get x - b_dec, and the update adds b_dec's share.
+    folds   whether terms may become dense gradients: not where a step joins them with other processes'.
     measure, kept   set by the owner: the squared norms (4,) of the gradients as its step would use them, None where the
                     owner is gone; and what keeps the low-precision copy of the encoder that a forward pass may use.
     """
@@ -174,6 +175,7 @@ class Ledger:
         self.pre_bias = pre_bias
         self.measure: Callable[[], Tensor | None] = lambda: None
         self.kept: KeepsScreen | None = None
+        self.folds = True
         self.terms: list[UpdateTerm] = []
         self._decoded: list[UpdateTerm] = []
         self._dense: dict[str, Tensor] = {}
@@ -439,7 +441,7 @@ class Ledger:
         this_pass = torch._C._current_graph_task_id()
         if this_pass != self._pass:
             self._pass = this_pass
-            if self.held_bytes() > self.most_bytes:
+            if self.folds and self.held_bytes() > self.most_bytes:
                 self._fold()
 
     def _fold(self) -> None:

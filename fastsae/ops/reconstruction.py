@@ -8,7 +8,7 @@ dgoal = -G_1,    dbias = Σ_n G_1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ def squared_errors(
     centred: bool = False,
     start: Tensor | None = None,
     overwrite: bool = False,
+    shards: Callable[[Tensor], Tensor] | None = None,
     backend: str | None = None,
 ) -> SquaredErrors:
     """The squared errors of the reconstructions that parts, codes of N tokens with their weights, add up to.
@@ -49,17 +50,18 @@ def squared_errors(
     not added. start (N, D): replaces bias - goal, which are then left out.
     While a ledger is open for W, the gradient is kept as terms. overwrite: the backward pass may overwrite the error,
     which saves (N, D) numbers; the caller must then read `error` before it.
+    shards: W is a part of a dictionary, and this function sums what all parts give; no second derivatives then.
     Differentiable in acts, W, goal, bias and start; without a ledger any number of times.
     """
     ledger = ledgers.open_ledger(W_dec=W, **({} if bias is None else {"b_dec": bias}))
     frozen = not W.requires_grad and any(part.acts.requires_grad for part, _ in parts)
     frozen = frozen and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if ledger is None and not frozen:
+    if ledger is None and not frozen and shards is None:
         return _composed(parts, W, goal, bias, centred, start, backend)
     flat = [part.flatten() for part, _ in parts]
     plan = _Plan(
         [part.detach() for part in flat], [weight for _, weight in parts], [part.encoded for part in flat], ledger,
-        centred, overwrite, backend,
+        centred, overwrite, shards, backend,
     )  # fmt: skip
     return SquaredErrors(*_SquaredErrors.apply(W, goal, bias, start, plan, *[part.acts for part in flat]))
 
@@ -98,6 +100,7 @@ class _Plan:
     ledger: ledgers.Ledger | None
     centred: bool
     overwrite: bool
+    shards: Callable[[Tensor], Tensor] | None
     backend: str | None
     spent: bool = False
 
@@ -120,6 +123,8 @@ class _SquaredErrors(torch.autograd.Function):
         W, goal, bias, start, *rest = ctx.saved_tensors
         acts, errors = rest[: len(plan.parts)], rest[len(plan.parts) :]
         if torch.is_grad_enabled():
+            if plan.shards is not None:
+                raise RuntimeError("a sharded SAE has no second derivatives; leave create_graph=True out")
             return _differentiable_backward(plan, needs, (W, goal, bias, start, *acts), grads)
         if plan.spent:
             errors = _errors(W, goal, bias, start, plan)[0]
@@ -179,11 +184,15 @@ def _errors(
             if before is None:
                 assert goal is not None
                 added = None if bias is None or plan.centred else bias.detach()
-                error, rows = decode_error(part, W.detach(), goal, added, backend=plan.backend)
-                sums.append(total(rows))
-            else:
-                error = decode(part, W.detach(), backend=plan.backend).add_(before)
-                sums.append(sum_of_squares(error))
+                if plan.shards is None:
+                    error, rows = decode_error(part, W.detach(), goal, added, backend=plan.backend)
+                    sums.append(total(rows))
+                    errors.append(error)
+                    continue
+                before = -goal if added is None else added - goal
+            error = decode(part, W.detach(), backend=plan.backend)
+            error = (error if plan.shards is None else plan.shards(error)).add_(before)
+            sums.append(sum_of_squares(error))
             errors.append(error)
     return errors, sums
 

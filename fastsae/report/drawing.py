@@ -172,14 +172,15 @@ def line_plot(
             marker = "o" if curve.points or len(x) == 1 else ""
             axes.plot(
                 x, y, color=curve.ink, label=curve.label, marker=marker, markersize=3.5,
-                linestyle=(0, (4, 2)) if curve.dashed else "-",
+                linestyle=(0, (4, 2)) if curve.dashed else "-", linewidth=2.4 if curve.dashed else None,
             )  # fmt: skip
         values = [v for c in curves for v in c.y]
         if log and min(values) > 0 and max(values) > 1.5 * min(values):
             axes.set_yscale("log")
             _log_ticks(axes.yaxis, (1.0, 2.0, 5.0))
         elif from_zero:
-            axes.set_ylim(bottom=0, top=max(values) * 1.08 or 1.0)
+            # A curve that is 0 throughout would lie on the axis and look as if it were missing.
+            axes.set_ylim(bottom=0 if max(values) else -0.1, top=max(values) * 1.08 or 1.0)
         if max(values) >= 10_000 and axes.get_yscale() == "linear":
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if max(v for c in curves for v in c.x) >= 10_000:

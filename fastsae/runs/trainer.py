@@ -12,19 +12,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae.data.source import ActivationSource, held_out_targets, next_pair, origin_of, target_width
 from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
 from fastsae.model.rules import Activation, JumpReLU
 from fastsae.model.sae import SparseAutoencoder, as_sae
+from fastsae.parallel import gathered, gathered_state, own_state, parallelize
 from fastsae.runs import checkpoint
 from fastsae.runs.checkpoint import CheckpointError
 from fastsae.runs.config import TrainConfig
@@ -41,6 +43,7 @@ from fastsae.runs.stopping import (
     look_at_parameters,
     never_begun,
 )
+from fastsae.runs.together import FromFirst, NoLogs, OwnRows, Team
 from fastsae.training.step import FusedTrainStep, PlainTrainStep
 from fastsae.warn import warn
 
@@ -78,6 +81,9 @@ class Trainer:
     resume  False: refuse a directory that already has a checkpoint.
     after_step  called after every step, e.g. for a progress bar of several runs. It may change the SAE, to enforce a
             constraint: checkpoints and evaluations come after it.
+    mesh    of fastsae.parallel.mesh: all its processes make the same Trainer, with the same SAE and source, and train
+            it together. Each reads its rows of a batch and keeps its rows of the dictionary; the first one evaluates
+            and writes. Checkpoints are those of one process, and go on with any number of them.
 
     Raises ValueError when the module, the source and the settings do not fit together.
     """
@@ -92,6 +98,7 @@ class Trainer:
         resume: bool = True,
         notes: Mapping[str, Any] | None = None,
         after_step: Callable[[], object] = lambda: None,
+        mesh: DeviceMesh | None = None,
     ):
         sae = as_sae(sae, "sae")
         if source.d_in != sae.d_in:
@@ -109,6 +116,11 @@ class Trainer:
                 f"resample_at is {config.resample_at}: resampling sets both dictionaries of a latent to an input, but "
                 "a transcoder's targets are not its inputs; leave it out, and revive dead latents with aux_k"
             )
+        self.team = None if mesh is None else Team(mesh)
+        self.rows: ActivationSource = source
+        if self.team is not None:
+            check_together(config, self.team)
+            self.rows = OwnRows(source, self.team.share, self.team.shares)
         sae.train().settle_pre_bias_(target_given=width is not None)  # so that config.json says what is trained
         self.sae, self.source, self.config, self.resume = sae, source, config, resume
         self.run_dir, self.notes, self.after_step = Path(run_dir), dict(notes or {}), after_step
@@ -145,27 +157,18 @@ class Trainer:
         if self._begun and self._saved is None:
             raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
         with ExitStack() as stack:
-            stack.enter_context(RunLock(self.run_dir))
             self.stop = stop
             stack.enter_context(_settings_of_the_run(self.config, self.sae))
-            if not self.resume and checkpoint.list_checkpoints(self.checkpoints):
-                what = f"{self.run_dir} holds a run with checkpoints"
-                raise RunDirError(f"{what}; resume it (--resume) or give another directory")
-            claim(self.run_dir, self._describe(), self._free(), why=self.config.why_not_free())
-            checkpoint.remove_unfinished(self.checkpoints)
+            with self._agreed():
+                if self._writes:
+                    stack.enter_context(RunLock(self.run_dir))
+                    self._claim()
             torch.manual_seed(self.config.seed)
-            self.update = self._make_step()
-            self._go_to_checkpoint()
-            self.logs = stack.enter_context(
-                RunLogs(
-                    self.run_dir,
-                    self.step,
-                    self.total,
-                    self.config.tensorboard,
-                    self.config.progress,
-                    self.config.wandb,
-                )
-            )
+            self._open()
+            with self._agreed():
+                c = self.config
+                logs = RunLogs(self.run_dir, self.step, self.total, c.tensorboard, c.progress, c.wandb)
+                self.logs = stack.enter_context(logs) if self._writes else NoLogs()
             if self._saved:
                 self.logs.say(f"continuing from step {self.step} of {self.total}: {self._saved}")
             yield  # opened, and where its checkpoint is
@@ -197,15 +200,33 @@ class Trainer:
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
+    @property
+    def _writes(self) -> bool:
+        return self.team is None or self.team.writes
+
+    def _agreed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.team is None else self.team.agreed()
+
+    def _claim(self) -> None:
+        if not self.resume and checkpoint.list_checkpoints(self.checkpoints):
+            what = f"{self.run_dir} holds a run with checkpoints"
+            raise RunDirError(f"{what}; resume it (--resume) or give another directory")
+        claim(self.run_dir, self._describe(), self._free(), why=self.config.why_not_free())
+        checkpoint.remove_unfinished(self.checkpoints)
+
     def _describe(self) -> dict[str, Any]:
+        processes = {} if self.team is None else {"processes": self.team.describe()}
+        source = self.source.source if isinstance(self.source, FromFirst) else self.source
         return {
             "train": asdict(self.config),
             "sae": {**self.sae.config, "dtype": str(self.sae.W_dec.dtype), "precision": self.sae.precision},
             "source": {
-                "kind": type(self.source).__name__, "d_in": self.sae.d_in, "n_tokens": self.source.n_tokens,
+                "kind": type(source).__name__, "d_in": self.sae.d_in, "n_tokens": self.source.n_tokens,
                 **({"d_target": self.sae.d_out} if target_width(self.source) is not None else {}),
             },
-            "machine": {"torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads()},
+            "machine": {
+                "torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads(), **processes,
+            },
             "notes": self.notes,
         }  # fmt: skip
 
@@ -233,28 +254,44 @@ class Trainer:
         step.first_skip.said = True  # SkipGuard warns instead, with the rows of the data
         return step
 
-    def _go_to_checkpoint(self) -> None:
-        """Loads the newest valid checkpoint, if there is one; newer broken ones are reported and set aside."""
-        path, problems = checkpoint.newest_valid(self.checkpoints)
+    def _open(self) -> None:
+        """Makes the step and loads the newest valid checkpoint; newer broken ones are reported and set aside."""
+        path, problems = checkpoint.newest_valid(self.checkpoints) if self._writes else (None, [])
+        if self.team is not None:
+            path, problems = self.team.from_first((path, problems))
+        if path is None and problems:
+            raise CheckpointError(
+                f"none of the checkpoints in {self.checkpoints} can be used: {'; '.join(problems)}. "
+                "Restore one, or give another directory"
+            )
+        state: dict[str, Any] | None = None
+        with self._agreed():
+            if path is not None:
+                state = checkpoint.read_state(path)
+                with _fitting(path):
+                    self.sae.load_state_dict(load(path).state_dict())
+                    self.sae.fired.copy_(state["density"]["fired"])
+                    self.sae.fired_over.fill_(state["density"]["over"])
+            elif self.team is not None:  # on all rows of the first batch, before the dictionary is shared
+                position = self.source.state_dict()
+                self._initialize(*self._next(self.source))
+                self.source.load_state_dict(position)
+        if self.team is not None:
+            parallelize(self.sae, self.team.mesh)
+        with self._agreed():
+            self.update = self._make_step()
+            if path is not None and state is not None:
+                with _fitting(path):
+                    self.update.load_state_dict(own_state(state["optimizer"], self.sae))
+                    self.source.load_state_dict(state["source"])
+                    restore_rng_state(state["rng"])
+                    self.step, self.seconds = state["step"], state["trainer"]["seconds"]
+                    self.last = state["trainer"]["last"]
         if path is None:
-            if problems:
-                raise CheckpointError(
-                    f"none of the checkpoints in {self.checkpoints} can be used: {'; '.join(problems)}. "
-                    "Restore one, or give another directory"
-                )
             return
-        state = checkpoint.read_state(path)
-        try:
-            self.sae.load_state_dict(load(path).state_dict())
-            self.update.load_state_dict(state["optimizer"])
-            self.source.load_state_dict(state["source"])
-            restore_rng_state(state["rng"])
-            self.sae.fired.copy_(state["density"]["fired"])
-            self.sae.fired_over.fill_(state["density"]["over"])
-            self.step, self.seconds, self.last = state["step"], state["trainer"]["seconds"], state["trainer"]["last"]
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint {path} does not fit this run: {error}") from error
         self._saved = path
+        if not self._writes:
+            return
         moved = checkpoint.set_aside_newer(self.checkpoints, self.step)  # only now that this one was loaded
         checkpoint.prune(self.checkpoints, self.config.keep)  # a kill may have come between a checkpoint and this
         for problem in problems:
@@ -276,12 +313,12 @@ class Trainer:
         self._window = self._resampled = 0
         self._redone = torch.zeros((), dtype=torch.int64, device=self.device)
         self._started = time.perf_counter() - self.seconds
-        while self.step < self.total and self.stop.requested is None:
+        while self.step < self.total and not self._asked_to_stop():
             self._begun = True
             with self.timer("data"):
                 x, target = self._next()
-                self.guard.look_at_input(_side_by_side(x, target), origin_of(self.source))
-                if self.step == 0:
+                self.guard.look_at_input(_side_by_side(x, target), origin_of(self.rows))
+                if self.step == 0 and self.team is None:
                     self._initialize(x, target)
             with self.timer("step"):
                 metrics = self.update(x, target)
@@ -329,9 +366,14 @@ class Trainer:
             goes_on=goes_on,
         )
 
-    def _next(self) -> tuple[Tensor, Tensor | None]:
-        """The next batch and its targets, on the device and in the dtype of the weights."""
-        x, target = next_pair(self.source, self.config.batch_size)
+    def _asked_to_stop(self) -> bool:
+        if self.team is not None:
+            self.stop.requested = self.team.stop_of(self.stop.requested)
+        return self.stop.requested is not None
+
+    def _next(self, source: ActivationSource | None = None) -> tuple[Tensor, Tensor | None]:
+        """The next batch and its targets, on the device and in the dtype of the weights; source: that of `rows`."""
+        x, target = next_pair(source or self.rows, self.config.batch_size)
         x = x.to(self.device, self.sae.W_dec.dtype, non_blocking=True)
         return x, None if target is None else target.to(self.device, self.sae.W_dec.dtype, non_blocking=True)
 
@@ -356,7 +398,7 @@ class Trainer:
             for _ in range(SKIPS_IN_A_ROW):
                 if not bad_rows(_side_by_side(*batch)):
                     return batch
-                batch = self._next()
+                batch = self._next(self.source)
         finally:
             self.source.load_state_dict(position)
         raise never_begun(_side_by_side(x, target), origin)
@@ -386,8 +428,15 @@ class Trainer:
             rows = [block[torch.isfinite(block).all(-1)] for block in blocks]
         finally:
             self.source.load_state_dict(position)
-        if any(len(block) for block in rows):
-            self.sae.calibrate_threshold_(rows)
+        if not any(len(block) for block in rows):
+            return
+        names, whole, found = ("threshold", "threshold_weight"), self._whole(), None
+        if whole is not None:
+            whole.calibrate_threshold_(rows)
+            found = [float(whole.get_buffer(name)) for name in names]
+        found = found if self.team is None else self.team.from_first(found)
+        for name, value in zip(names, found or [], strict=True):
+            self.sae.get_buffer(name).fill_(value)
 
     def _look_at_l0(self) -> None:
         """Warns if the run ends further than L0_OFF from its rule's target L0."""
@@ -395,6 +444,8 @@ class Trainer:
         if rule.asked_l0 is None:
             return
         last = self.last["evaluation"] if self.config.eval_every else self.last["metrics"]
+        if not self._writes:
+            return
         l0 = (last or {}).get("l0")
         if l0 is None or abs(l0 / rule.asked_l0 - 1) <= L0_OFF:
             return
@@ -407,19 +458,31 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.guard.read()
+        whole, record = self._whole(), None
+        with self._agreed():
+            if whole is not None:
+                record = self._evaluated(whole)
+                self.logs.evaluation(record)
+        if int(self.sae.fired_over):
+            self.sae.reset_density_()
+        self.last["evaluation"] = record if self.team is None else self.team.from_first(record)
+
+    def _whole(self) -> SparseAutoencoder | None:
+        """The SAE with all its latents, on its device, in the process that writes; None in the others."""
+        whole = gathered(self.sae, first_only=True)
+        return whole if whole is None else whole.to(self.device)
+
+    def _evaluated(self, sae: SparseAutoencoder) -> dict[str, Any]:
         result = evaluate(
-            self.sae, self.source.held_out(), targets=held_out_targets(self.source), batch_size=self.config.batch_size
+            sae, self.source.held_out(), targets=held_out_targets(self.source), batch_size=self.config.batch_size
         )
         record = {"step": self.step, "tokens": self._tokens, **result.to_json(), "source": self.source.stats}
-        if self.sae.activation.asked_l0 is not None:
-            record["asked_l0"] = self.sae.activation.asked_l0
-        if int(self.sae.fired_over):
+        if sae.activation.asked_l0 is not None:
+            record["asked_l0"] = sae.activation.asked_l0
+        if int(sae.fired_over):
             # Of the training rows since the last evaluation: the held-out ones are too few to tell rare from dead.
-            n_tokens = int(self.sae.fired_over)
-            record["training_density"] = asdict(density_histogram(self.sae.density.cpu(), n_tokens))
-            self.sae.reset_density_()
-        self.logs.evaluation(record)
-        self.last["evaluation"] = record
+            record["training_density"] = asdict(density_histogram(sae.density.cpu(), int(sae.fired_over)))
+        return record
 
     def _log(self, values: dict[str, float]) -> None:
         self.guard.read()
@@ -427,7 +490,7 @@ class Trainer:
         parts = self.timer.take()
         # The cost of the update and of waiting for data; how rare evaluations and checkpoints are is the user's choice.
         training = parts.get("data", 0.0) + parts.get("step", 0.0)
-        record = {
+        record: dict[str, Any] = {
             "step": self.step,
             "tokens": self._tokens,
             **values,
@@ -437,11 +500,15 @@ class Trainer:
             "time_s": time.perf_counter() - self._started,
             **{f"ms_{part}": 1e3 * seconds / self._window for part, seconds in parts.items()},
         }
+        if self.team is not None:  # who makes the others wait is seen in the data, which no process waits for
+            each = self.team.every({name: parts.get(name, 0.0) for name in ("data", "step")})
+            for name in ("data", "step"):
+                record[f"ms_{name}_by_rank"] = [1e3 * one[name] / self._window for one in each]
         self.logs.metrics(record)
         self.last["metrics"] = record
         self._window = self._resampled = 0
         self._redone.zero_()
-        if share > REDONE_LIMIT and not self._warned:
+        if share > REDONE_LIMIT and not self._warned and self._writes:
             self._warned = True
             warn(
                 f"step {self.step}: the encoder encoded {share:.1%} of the tokens twice, expected at most "
@@ -454,21 +521,29 @@ class Trainer:
             return
         with self.timer("checkpoint"):
             self.guard.read()
-            look_at_parameters(self.sae, self.step)
-            # The log first: a checkpoint must not be newer than the lines up to its step.
-            self.logs.sync()
-            self.seconds = time.perf_counter() - self._started
-            state = {
-                "optimizer": self.update.state_dict(),
-                "source": self.source.state_dict(),
-                "rng": rng_state(),
-                "trainer": {"seconds": self.seconds, "last": self.last},
-                "density": {"fired": self.sae.fired, "over": int(self.sae.fired_over)},
-            }
-            self._saved = checkpoint.write_checkpoint(
-                self.checkpoints, self.step, state, lambda path: save(self.sae, path)
-            )
-            checkpoint.prune(self.checkpoints, self.config.keep)
+            with self._agreed():
+                look_at_parameters(self.sae, self.step)
+            whole = gathered(self.sae, first_only=True)
+            optimizer, saved = gathered_state(self.update.state_dict(), self.sae, first_only=True), None
+            with self._agreed():
+                if whole is not None and optimizer is not None:
+                    saved = self._write(whole, optimizer)
+            self._saved = saved if self.team is None else self.team.from_first(saved)
+
+    def _write(self, sae: SparseAutoencoder, optimizer: dict[str, Any]) -> Path:
+        # The log first: a checkpoint must not be newer than the lines up to its step.
+        self.logs.sync()
+        self.seconds = time.perf_counter() - self._started
+        state = {
+            "optimizer": optimizer,
+            "source": self.source.state_dict(),
+            "rng": rng_state(),
+            "trainer": {"seconds": self.seconds, "last": self.last},
+            "density": {"fired": sae.fired, "over": int(sae.fired_over)},
+        }
+        saved = checkpoint.write_checkpoint(self.checkpoints, self.step, state, lambda path: save(sae, path))
+        checkpoint.prune(self.checkpoints, self.config.keep)
+        return saved
 
     @property
     def _tokens(self) -> int:
@@ -520,6 +595,29 @@ def _what_to_do(rule: Activation, l0: float) -> str:
     if isinstance(rule, JumpReLU) and rule.penalty_kind == "target":
         return f"{more}. Or leave penalty_kind out: a driven weight has no lasting error"
     return more if l0 > (rule.asked_l0 or 0) else f"{more}. Or its latents died: see dead in metrics.jsonl"
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {path} does not fit this run: {error}") from error
+
+
+def check_together(config: TrainConfig, team: Team) -> None:
+    """Raises ValueError for settings that several processes cannot serve."""
+    if config.batch_size < team.shares:
+        raise ValueError(
+            f"batch_size is {config.batch_size}, expected at least one row for each of {team.shares} processes"
+        )
+    if config.resample_at:
+        raise ValueError(
+            f"resample_at is {config.resample_at}: resampling looks at all latents in one process; leave it out, and "
+            "revive dead latents with aux_k"
+        )
+    if not config.fused:
+        raise ValueError("fused is False, but only the fused step adds the processes' gradients; leave it out")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from fastsae import reference
 from fastsae.model import counting, losses
 from fastsae.model.parameters import normalize_rows_, of_older, project_rows_
 from fastsae.model.rules import Activation, BatchTopK, GroupMax, Matryoshka, TopK
-from fastsae.model.sae import SparseAutoencoder, check_dense, outside_graph
+from fastsae.model.sae import SparseAutoencoder, outside_graph
 from fastsae.model.settings import Config, RecordsSettings
 from fastsae.ops import checks
 from fastsae.ops.encode import infinite_as_nan
@@ -167,7 +167,7 @@ class SAEBatch(RecordsSettings):
 
         Raises ValueError or TypeError for another shape or device, and for anything but a dense floating-point tensor.
         """
-        check_dense(name, x, self.tokens_since_fired.device)
+        checks.dense(name, x, self.tokens_since_fired.device)
         if x.ndim not in (2, 3) or x.shape[-1] != width or (x.ndim == 3 and x.shape[0] != len(self)):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (N, {width}) or ({len(self)}, N, {width})")
         return x.to(self.get_parameter("W_dec").dtype).expand(len(self), *x.shape[-2:])

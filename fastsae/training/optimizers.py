@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.codes import SparseCodes, UpdateTerm
+from fastsae.model.placement import Placement
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.ops import checks
 from fastsae.ops.gradients import can_be_squared, gradients_are_bounded, largest_square, moves_little
@@ -31,6 +32,7 @@ from fastsae.ops.ledger import Ledger, LedgerGradient, Taken
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import Optimizer as Rule
 from fastsae.reference import scales_shape
+from fastsae.training import gathered
 from fastsae.training.dictionaries import Dictionaries, HasDictionaries
 from fastsae.training.screen import KeptScreen, shared_backend
 from fastsae.training.skipped import FirstSkip
@@ -47,6 +49,7 @@ class _Member:
         self.sae = given if isinstance(given, SparseAutoencoder) else None
         self.module = given if isinstance(given, nn.Module) else None
         self.dictionaries = d = Dictionaries.of(given)
+        checks.not_fully_sharded(self.parameters())
         frozen = [name for name, p in self.parameters().items() if not p.requires_grad]
         if frozen:
             raise ValueError(
@@ -59,10 +62,31 @@ class _Member:
             d.encoder_rows, d.b_enc, lambda: d.screen_k if sae is None else sae.rule.screen_k, d.screened,
             lambda: backend if sae is None else shared_backend(sae.backend, backend),
         )  # fmt: skip
-        self.ledger.kept = self.screen
+        self.ledger.kept, self.ledger.folds = self.screen, self.placement is None
 
     def parameters(self) -> dict[str, Tensor]:
         return {**self.dictionaries.main, **self.dictionaries.others}
+
+    @property
+    def placement(self) -> Placement | None:
+        return None if self.sae is None else self.sae.placement
+
+    @property
+    def shares_latents(self) -> bool:
+        return self.placement is not None and self.placement.latents.size > 1
+
+    def squares_of(self, others: dict[str, Tensor]) -> Tensor | float:
+        """The sum of squares of the gradients of `others`; a rule's have a part in each shard of the dictionary."""
+        squares = {name: sum_of_squares(grad.reshape(1, -1)) for name, grad in others.items()}
+        if self.placement is not None:
+            for name in self.dictionaries.undecayed:
+                if name in squares:
+                    squares[name] = self.placement.latents.sum(squares[name])
+        return sum(squares.values())
+
+    def squared_norm(self, stats: Tensor) -> Tensor:
+        """The squared norm of all gradients from the sums of squares (4,) that an update returns."""
+        return stats.sum() if self.placement is None else self.placement.squared_norm(stats)
 
     def current(self) -> dict[str, Tensor]:
         """The module's current parameters by the same names."""
@@ -249,7 +273,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def refuse(self) -> None:
         """Raises RuntimeError whenever a step would: see `step`."""
-        checks.one_process(self.independent)
+        if self._plain or any(member.placement is None for member in self._members):
+            checks.one_process(self.independent)
         for member in self._members:
             self._check(member)
             member.ledger.check()
@@ -271,18 +296,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The squared norm of its gradients, and whether the step was made; None where there was no gradient."""
         member, group = self._members[index], self.param_groups[self._groups[index][0]]
         d = member.dictionaries
-        taken = member.ledger.take()
+        taken, placement = member.ledger.take(), member.placement
+        if placement is not None:
+            taken = gathered.of_all_tokens(taken, placement, d.W_dec)
         others = {name: p.grad for name, p in d.others.items() if p.grad is not None}
         if taken is None and not others:
             return None
         taken = taken or Taken([], {}, None, None)
+        if placement is not None:
+            others = {name: placement.tokens.sum(grad) for name, grad in others.items()}
+            if member.shares_latents and member.ledger.pre_bias:
+                taken = gathered.with_pre_share(taken, placement, d.encoder_rows(), d.rows["W_dec"])
         given = self._arguments(index, taken)
         count = self.state[d.W_dec]["step"] + 1
         numbers = {"lr": _on_device(group["lr"], d.W_dec) * lr_factor, "step": count}
-        of_others: Any = sum(sum_of_squares(g.reshape(1, -1)) for g in others.values())
+        of_others = member.squares_of(others)
         scale = taken.factor
         if self.clip_norm is not None:
-            squares = self._update(index, given, norms_only=True, **numbers).sum()
+            squares = member.squared_norm(self._update(index, given, norms_only=True, **numbers))
             norm = (squares * _square(scale) + of_others).sqrt()
             clip = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
             scale = clip if scale is None else scale * clip
@@ -298,7 +329,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         member.screen.remember()
         member.ledger.drop()
         self._count_skipped(made)
-        return stats.sum() * _square(taken.factor) + of_others, made
+        return member.squared_norm(stats) * _square(taken.factor) + of_others, made
 
     def _arguments(self, index: int, taken: Taken) -> dict[str, Any]:
         """The arguments of `update_latents_` from gradients and settings, without lr and step."""
@@ -331,7 +362,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
             "unit_norm": (d.decoder_norm if member.sae is None else member.sae.decoder_norm) == "unit",
-            "pre_bias": member.ledger.pre_bias,
+            "pre_bias": member.ledger.pre_bias and not member.shares_latents,
             "clip_rows": self.clip_rows,
             "seed": self.seed,
             "screen": member.screen.screen,
@@ -344,6 +375,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _measure(self, index: int) -> Tensor:
         """The squared norms (4,) of the gradients so far, as a step would use them."""
+        if self._members[index].placement is not None:
+            raise RuntimeError(
+                "the gradients of an SAE on several processes are summed in the step, so their norm is not known "
+                "before; clip with clip_norm= of the optimizer, and read grad_norm after the step"
+            )
         d = self._members[index].dictionaries
         given = self._arguments(index, self._members[index].ledger.peek())
         count = self.state[d.W_dec]["step"] + 1
@@ -371,7 +407,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             bounded = bounded & can_be_squared(grad)
         if scale is not None:
             bounded = bounded & scale.isfinite()
-        return bounded & moves_little(self.kind, self.param_groups[self._groups[index][0]], d.W_dec, **numbers)
+        bounded = bounded & moves_little(self.kind, self.param_groups[self._groups[index][0]], d.W_dec, **numbers)
+        placement = self._members[index].placement
+        return bounded if placement is None else placement.everywhere(bounded)
 
     def _step_plain(self, group: dict[str, Any], lr_factor: Tensor | float) -> tuple[Tensor, Tensor] | None:
         """One step of a group of tensors that belong to no SAE. Returns as `_step_member`."""

@@ -89,7 +89,8 @@ class _TrainStep:
         sae, n = self.sae, x.shape[:-1].numel()
         if n == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
-        losses.check_tokens(sae.loss, n)
+        if sae.placement is None:
+            losses.check_tokens(sae.loss, n)
         checks.gradients_possible()
         with torch.enable_grad():
             found = sae.objective(x, target, for_step=for_step)
@@ -113,17 +114,22 @@ class _TrainStep:
         return value.double().reshape(())
 
     def _metrics(self, found: Objective, n: int) -> dict[str, Tensor]:
-        squares = found.squares.detach()
-        rule = self.sae.activation
+        squares, active, dead = found.squares.detach(), found.active, found.dead.sum()
+        rule, placement = self.sae.activation, self.sae.placement
+        if placement is not None:
+            n = placement.n
+            active, dead = placement.latents.sum(torch.stack([active, dead])).unbind()
         metrics = {
             **{name: value.detach() for name, value in found.losses.items()},
             **({"penalty_weight": self.sae.penalty_weight} if rule.from_data and rule.penalizes else {}),
             "mse": squares / n,
-            "fvu": squares / losses.total_variance(found.ready.target.detach()),
-            "l0": found.active.double() / n,
-            "dead": found.dead.sum(),
+            "fvu": squares / losses.total_variance(found.ready.target.detach(), placement),
+            "l0": active.double() / n,
+            "dead": dead,
         }
-        return metrics if found.redone is None else metrics | {"redone": found.redone}
+        if found.redone is None:
+            return metrics
+        return metrics | {"redone": found.redone if placement is None else placement.tokens.sum(found.redone)}
 
 
 class FusedTrainStep(_TrainStep):

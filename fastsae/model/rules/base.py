@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastsae import ops, reference
 from fastsae.codes import Screen, SparseCodes
+from fastsae.model.placement import Placement
 
 RuleState = Mapping[str, Tensor]
 """A rule's parameters and buffers by name, and b_enc; "norms" too where it `selects_by_norm`."""
@@ -53,12 +54,14 @@ class EncodeOptions:
     """How an encoder computes: arguments of the encoders of fastsae.ops. Not settings of a rule, and not saved.
 
     pre_bias (D,): b_dec, where x is x₀ - b_dec and the encoder computes b_dec's gradient.
+    placement: W is a part of the dictionary, or x of the batch, and latents compete with those of other processes.
     """
 
     screen: Screen | None = None
     precision: str = "exact"
     backend: str | None = None
     pre_bias: Tensor | None = None
+    placement: Placement | None = None
 
     def arguments(self) -> dict[str, Any]:
         names = ("screen", "precision", "backend", "pre_bias")
@@ -257,6 +260,20 @@ class Activation(ABC):
         return {"kind": self.kind} | {
             name: value.config() if isinstance(value, Activation) else value for name, value in values.items()
         }
+
+
+def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int, options: EncodeOptions, **more: Any) -> SparseCodes:
+    """`ops.encode_topk`, among the latents of all processes if they share the dictionary; more: its `rows`."""
+    placement = options.placement
+    if placement is None or placement.latents.size == 1:
+        return ops.encode_topk(x, W, b, k, **more, **options.arguments())
+    most = placement.local_k(k)
+    own: dict[str, Any] = {**options.arguments(), **more, "pre_bias": None}
+
+    def chosen(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+        return placement.topk(ops.encode_topk(x, W, b, most, **own), k)
+
+    return ops.encode_by(chosen, x, W, b, pre_bias=options.pre_bias, backend=options.backend)
 
 
 def whole_number(rule: str, name: str, value: object) -> None:

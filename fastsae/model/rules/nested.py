@@ -9,9 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastsae import ops, reference
+from fastsae import reference
 from fastsae.codes import SparseCodes
-from fastsae.model.rules.base import Activation, EncodeOptions, RuleState, Selected, fits, number, whole_number
+from fastsae.model.rules.base import (
+    Activation,
+    EncodeOptions,
+    RuleState,
+    Selected,
+    fits,
+    number,
+    select_topk,
+    whole_number,
+)
 from fastsae.model.rules.topk import BatchTopK, TopK
 
 
@@ -203,12 +212,15 @@ class HierarchicalTopK(Activation):
         options: EncodeOptions,
         capacity: int | None = None,
     ) -> Selected:
-        return Selected(ops.encode_topk(x, W, b, self.ks[-1], **options.arguments()))
+        return Selected(select_topk(x, W, b, self.ks[-1], options))
 
     def parts(self, codes: SparseCodes, rule_state: RuleState) -> list[tuple[SparseCodes, float]]:
         order = codes.rank_order()
         ranks = torch.arange(order.shape[-1], dtype=torch.int64, device=order.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(-1, order, ranks)
+        return self.parts_by(torch.empty_like(order).scatter_(-1, order, ranks), codes)
+
+    def parts_by(self, rank: Tensor, codes: SparseCodes) -> list[tuple[SparseCodes, float]]:
+        """`parts`, given the place of each slot among its token's acts by size."""
         bounds = pairwise((0, *self.ks))
         return [(codes.keep((rank >= a) & (rank < b)), w) for (a, b), w in zip(bounds, self.each_weight, strict=True)]
 

@@ -51,11 +51,13 @@ class AbsTopK(Activation):
         capacity: int | None = None,
     ) -> Selected:
         def chosen(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+            k = self.k if options.placement is None else options.placement.local_k(self.k)
             above, below = (
-                ops.encode_topk(sign * x, W, sign * b, self.k, precision=options.precision, backend=options.backend)
+                ops.encode_topk(sign * x, W, sign * b, k, precision=options.precision, backend=options.backend)
                 for sign in (1, -1)
             )
-            return strongest(above, below, self.k)
+            found = strongest(above, below, k)
+            return found if options.placement is None else options.placement.topk(found, self.k)
 
         return Selected(ops.encode_by(chosen, x, W, b, pre_bias=options.pre_bias, backend=options.backend))
 

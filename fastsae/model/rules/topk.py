@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from fastsae.model.rules.base import (
     fits,
     number,
     select_above,
+    select_topk,
     whole_number,
 )
 from fastsae.ops.encode import encode_topk_weighted
@@ -68,8 +70,12 @@ class TopK(Activation):
         capacity: int | None = None,
     ) -> Selected:
         if not self.weighted:
-            return Selected(ops.encode_topk(x, W, b, self.k, **options.arguments()))
-        return Selected(encode_topk_weighted(x, W, b, self.k, rule_state["norms"], **options.arguments()))
+            return Selected(select_topk(x, W, b, self.k, options))
+        placement, k = options.placement, self.k
+        if placement is None:
+            return Selected(encode_topk_weighted(x, W, b, k, rule_state["norms"], **options.arguments()))
+        most, merge = placement.local_k(k), partial(placement.topk, k=k)
+        return Selected(encode_topk_weighted(x, W, b, most, rule_state["norms"], merge=merge, **options.arguments()))
 
     def dense(self, pre: Tensor, rows: RuleState, rule_state: RuleState, training: bool) -> Tensor:
         if not self.weighted:
@@ -141,7 +147,15 @@ class BatchTopK(Activation):
         capacity: int | None = None,
     ) -> Selected:
         if not self.apart(rule_state, training):
-            return Selected(ops.encode_batch_topk(x, W, b, self.k, **options.arguments()))
+            placement, k = options.placement, self.k
+            if placement is None:
+                return Selected(ops.encode_batch_topk(x, W, b, k, **options.arguments()))
+            most, own = placement.batch_k(k, x.shape[0]), {**options.arguments(), "pre_bias": None}
+
+            def chosen(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
+                return placement.batch_topk(ops.encode_batch_topk(x, W, b, most, **own), k)
+
+            return Selected(ops.encode_by(chosen, x, W, b, pre_bias=options.pre_bias, backend=options.backend))
         return select_above(x, W, b, rule_state["threshold"], options, capacity)
 
     @torch.no_grad()
@@ -204,7 +218,7 @@ class GroupMax(Activation):
     ) -> Selected:
         def chosen(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
             # Each group is encoded as a separate shard of the dictionary, with its own low-precision copy.
-            size = W.shape[0] // self.k
+            size = (W.shape[0] if options.placement is None else options.placement.d_sae) // self.k
             own: dict[str, Any] = {"precision": options.precision, "backend": options.backend}
             found = [
                 ops.encode_topk(x, rows, bias, 1, index_offset=i * size, **own)

@@ -1,0 +1,162 @@
+"""Where an SAE's latents and a batch's tokens lie among processes, and what a forward pass exchanges because of it.
+
+Along the axis `latents` each process has some consecutive rows of both dictionaries, and sees the same tokens. It finds
+its own candidates, the processes agree on which of them are active, and the sum of their reconstructions is the
+reconstruction. From there on all of them compute the same, so a gradient needs no exchange. Along the axis `tokens`
+each process has its own tokens of the batch: it computes its part of the loss, divided by the numbers of the whole
+batch. What an update needs of the others' tokens, the optimizer gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.codes import SparseCodes
+from fastsae.model.axis import Axis
+from fastsae.model.counting import Counted
+from fastsae.ops.reconstruction import SquaredErrors
+
+
+@dataclass(eq=False)
+class Placement:
+    """The latents [first, first + own) of `d_sae` are this process's; tokens, latents: the axes of the mesh.
+
+    n: the tokens of the running batch in all processes, set by `begin`.
+    """
+
+    tokens: Axis
+    latents: Axis
+    first: int
+    own: int
+    d_sae: int
+    n: int = 0
+
+    # -- a batch ------------------------------------------------------------------------------------------------------
+
+    def begin(self, n: int, device: torch.device) -> None:
+        """Notes the number of tokens of a batch. Raises ValueError if processes of one shard row got different ones."""
+        counts = self.tokens.stack(torch.tensor([n], dtype=torch.int64, device=device))[:, 0]
+        self.n = int(counts.sum())
+        self._before = int(counts[: self.tokens.rank].sum())
+        alike = self.latents.stack(torch.tensor([n, self.n], dtype=torch.int64, device=device))
+        if self.latents.size > 1 and bool((alike != alike[0]).any()):
+            raise ValueError(
+                f"the processes along the mesh's axis of latents got {alike[:, 0].tolist()} tokens, expected the same "
+                "batch in all of them; only along the axis of data does each process take its own rows"
+            )
+
+    def over_tokens(self, errors: SquaredErrors) -> SquaredErrors:
+        """The sums of squares of the whole batch, beside this process's error. Each passes its gradient on as it is."""
+        if self.tokens.size == 1:
+            return errors
+        weighted, last = self.tokens.summed(torch.stack([errors.weighted, errors.last])).unbind()
+        return SquaredErrors(weighted, last, errors.error)
+
+    def mean(self, total: Tensor) -> Tensor:
+        """The mean over all tokens of a sum over this process's tokens and latents."""
+        return self.tokens.summed(self.latents.summed(total)) / max(self.n, 1)
+
+    def counted(self, batch: Counted) -> Counted:
+        """The counts of this process's latents over all tokens; measured: the least of all."""
+        counts, _, measured = batch
+        if measured is not None:
+            measured = self.tokens.stack(self.latents.stack(measured).amin(0)).amin(0)
+        return Counted(self.tokens.sum(counts), self.n, measured)
+
+    @property
+    def sums_shards(self) -> Callable[[Tensor], Tensor] | None:
+        """Adds what the shards of the dictionary give; None if there is one."""
+        return None if self.latents.size == 1 else self.latents.sum
+
+    def everywhere(self, good: Tensor) -> Tensor:
+        """Whether `good` is true in every process: bool, elementwise."""
+        return self.tokens.all(self.latents.all(good))
+
+    # -- selection ----------------------------------------------------------------------------------------------------
+
+    def local_k(self, k: int) -> int:
+        """How many of the k strongest latents of a token can be of this process."""
+        return min(k, self.own)
+
+    def topk(self, codes: SparseCodes, k: int) -> SparseCodes:
+        """Of a flat fixed code of this process's strongest latents, what belongs to the k strongest of all.
+
+        By the size of the acts; ties go to the lower latent, and NaN counts as the largest.
+        """
+        if self.latents.size == 1:
+            return codes
+        size = codes.acts.detach().abs()
+        size = torch.where(size.isnan(), torch.inf, size)
+        shards = self.latents.gather(size.mT.contiguous())
+        everyone = torch.cat(shards)  # (slots of all shards, N), in the order of the latents
+        bar = everyone.topk(k, dim=0).values[-1]
+        above, level = everyone > bar, everyone == bar
+        kept = above | (level & (level.cumsum(0) <= k - above.sum(0)))
+        return codes.keep(kept.split([len(shard) for shard in shards])[self.latents.rank].mT)
+
+    def ranks(self, codes: SparseCodes, k: int) -> Tensor:
+        """The rank of each slot of a flat ragged code, of at most k acts a token, among the acts of its token in all
+        shards: int64, shape of acts; 0 for the largest, and of equal ones for the lower latent.
+        """
+        assert codes.offsets is not None
+        token = codes.token_ids()
+        place = torch.arange(token.numel(), dtype=torch.int64, device=token.device) - codes.offsets[token]
+        size = codes.acts.new_full((k, codes.n_tokens), -torch.inf)
+        size[place, token] = torch.where(codes.acts.isnan(), torch.inf, codes.acts.detach())
+        order = self.latents.stack(size).flatten(0, 1).sort(dim=0, descending=True, stable=True).indices
+        return order.argsort(dim=0)[place + k * self.latents.rank, token]
+
+    def batch_k(self, k: int, n: int) -> int:
+        """The k of a local BatchTopK that cannot miss any of the N·k largest acts of the whole batch."""
+        return min(self.own, -(-self.n * k // max(n, 1)))
+
+    def batch_topk(self, codes: SparseCodes, k: int) -> SparseCodes:
+        """Of a flat ragged code of this process's largest acts, what belongs to the N·k largest of all processes.
+
+        Ties go to the lower token, then to the lower latent. A token of NaN keeps its acts and takes no one's place.
+        """
+        if self.latents.size == self.tokens.size == 1:
+            return codes
+        acts, occupied = codes.acts.detach(), codes.occupied()
+        blank = occupied & acts.isnan()
+        blanks = torch.zeros(codes.n_tokens, dtype=torch.uint8, device=acts.device)
+        blanks[codes.token_ids()[blank]] = 1
+        wanted = k * (self.n - int(self.tokens.sum(self.latents.stack(blanks).amax(0).sum().long())))
+        competing = occupied & ~blank
+        size = torch.where(competing, acts, 0)
+        everyone = torch.cat(self._gathered(size[competing]))
+        if everyone.numel() <= wanted:
+            return codes.keep(competing | blank)
+        if wanted == 0:
+            return codes.keep(blank)
+        bar = everyone.topk(wanted).values[-1]
+        above, level = size > bar, competing & (size == bar)
+        free = wanted - int((everyone > bar).sum())
+        place = (codes.token_ids() + self._before) * self.d_sae + codes.indices + self.first
+        last = torch.cat(self._gathered(place[level])).sort().values[free - 1]
+        return codes.keep((above & competing) | (level & (place <= last)) | blank)
+
+    def _gathered(self, t: Tensor) -> list[Tensor]:
+        return self.tokens.gather(torch.cat(self.latents.gather(t)))
+
+    def in_whole(self, codes: SparseCodes) -> SparseCodes:
+        """The same code with the latents' numbers in the whole dictionary."""
+        return codes.with_same_acts(replace(codes, indices=codes.indices + self.first, d_sae=self.d_sae))
+
+    def in_shard(self, codes: SparseCodes) -> SparseCodes:
+        """The opposite of `in_whole`."""
+        return codes.with_same_acts(replace(codes, indices=codes.indices - self.first, d_sae=self.own))
+
+    # -- what an update needs of the others' tokens -------------------------------------------------------------------
+
+    def squared_norm(self, stats: Tensor) -> Tensor:
+        """The squared norm of all gradients from those (4,) of W_enc, W_dec, b_enc of this shard, and of b_dec."""
+        return self.latents.sum(stats[:3]).sum() + stats[3]
+
+    def __deepcopy__(self, memo: Any) -> Placement:
+        return self  # process groups cannot be copied

@@ -1,0 +1,94 @@
+"""What a step needs of the other processes' backward passes: their terms, along the axis of tokens of a mesh.
+
+A term is a sparse code with the encoder's input and the output's gradient: at 8,192 tokens of 4,096 numbers in bf16
+138 MB, where the gradient of two dictionaries of 131,072 latents has 4.3 GB. The terms of all processes are joined in
+the order of their ranks, so the update computes what one process with the whole batch would, in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastsae.codes import SparseCodes, UpdateTerm
+from fastsae.model.axis import Axis
+from fastsae.model.placement import Placement
+from fastsae.ops.gradients import latent_sums, weighted_rows
+from fastsae.ops.ledger import Taken
+
+_raw = torch.ops.fastsae
+
+
+def of_all_tokens(taken: Taken | None, placement: Placement, like: Tensor) -> Taken | None:
+    """What all processes' backward passes left, joined; None if none of them left anything. like: for the device.
+
+    Raises RuntimeError where they ran different backward passes.
+    """
+    axis = placement.tokens
+    if axis.size == 1:
+        return taken
+    terms, dense, pull = ([], {}, None) if taken is None else (taken.terms, taken.dense, taken.decoder_pull)
+    kinds = [len(terms), *sorted(map(_kind, terms)), pull is not None, *(name in dense for name in _NAMES)]
+    facts = torch.zeros(64, dtype=torch.int64, device=like.device)
+    facts[: len(kinds)] = torch.tensor(kinds[:64], dtype=torch.int64)
+    everyone = axis.stack(facts)
+    if bool((everyone != everyone[0]).any()):
+        raise RuntimeError(
+            f"the processes left {everyone[:, 0].tolist()} sparse gradients of different kinds since the last step, "
+            "expected the same in all of them; run the same forward and backward passes in every process"
+        )
+    if taken is None:
+        return None
+    return Taken(
+        [_joined(term, axis) for term in terms],
+        {name: axis.sum(grad) for name, grad in sorted(dense.items())},
+        None if pull is None else axis.sum(pull),
+        taken.factor,
+    )
+
+
+_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
+
+
+def _kind(term: UpdateTerm) -> int:
+    return 1 + 2 * (term.codes.offsets is not None) + 4 * (term.dacts is not None) + 8 * term.has_bias
+
+
+def _joined(term: UpdateTerm, axis: Axis) -> UpdateTerm:
+    codes = term.codes.trimmed()
+    acts, indices = (torch.cat(axis.gather(t)) for t in (codes.acts, codes.indices))
+    offsets = None
+    if codes.offsets is not None:
+        lengths = torch.cat(axis.gather(codes.offsets.diff()))
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    dacts = None if term.dacts is None else torch.cat(axis.gather(term.dacts[: codes.acts.shape[0]]))
+    x = _gathered_rows(term.x, axis)
+    grad = x if term.grad is term.x else _gathered_rows(term.grad, axis)
+    joined = SparseCodes(acts, indices, codes.d_sae, offsets)
+    return UpdateTerm(joined, x, grad, term.has_bias, dacts)
+
+
+def _gathered_rows(t: Tensor, axis: Axis) -> Tensor:
+    if t.numel() and not any(t.stride()):  # one number for all rows, as where the encoder has no gradient
+        counts = axis.gather(t.new_zeros(t.shape[0], 0))
+        return t[:1, :1].expand(sum(len(one) for one in counts), t.shape[1])
+    return torch.cat(axis.gather(t.contiguous()))
+
+
+def with_pre_share(taken: Taken, placement: Placement, W_enc: Tensor, W_dec: Tensor) -> Taken:
+    """The same gradients with b_dec's share from the encoder's input x - b_dec, -Σᵢ db_encᵢ W_encᵢ, in `dense`.
+
+    It is a sum over the latents of all processes, so no process's update can find it by itself.
+    """
+    own, terms = torch.zeros_like(W_enc[0]), []
+    for term in taken.terms:
+        acts, code, dacts = term.codes.acts, (term.codes.indices, term.codes.offsets), term.dacts
+        if dacts is None:
+            dacts = torch.where(acts != 0, _raw.active_dot(term.grad, acts, *code, W_dec, None), 0)
+        own -= weighted_rows(latent_sums(dacts, *code, W_dec.shape[0], None, None), W_enc)
+        terms.append(replace(term, dacts=dacts))
+    share = placement.latents.sum(own)
+    b_dec = share + taken.dense["b_dec"] if "b_dec" in taken.dense else share
+    return taken._replace(terms=terms, dense={**taken.dense, "b_dec": b_dec})
