@@ -157,7 +157,7 @@ def test_encode_above_overflows_in_token_order(case: Case, backend: str, dtype: 
     x, W, b = case.inputs(dtype)
     pre, _ = truth.scores(x, W, b)
     _, latents = (pre > 0.5).nonzero(as_tuple=True)
-    for capacity in (0, 1, 77):
+    for capacity in (0, 1, 77) if case is FEW_TIES else (77,):
         codes, overflow = ops.encode_above(x, W, b, 0.5, capacity, backend=backend)
         assert bool(overflow)
         assert codes.offsets is not None
