@@ -1,7 +1,7 @@
 # One command for each job. Every target makes what it needs first; a second call does not make it again.
 #
 #   make demo    harvest real activations, train a TopK SAE, compare with dense PyTorch, write a report
-#   make test    run the test suite, about six minutes      make lint    run ruff and mypy
+#   make test    run the test suite, about five minutes      make lint    run ruff and mypy
 #   make test-all    run the test suite with the slow tests
 #   make test-cuda   test the CUDA kernels on a CPU: fibers for threads, under address and undefined-behaviour sanitizers
 #   make test-asan   test the C++ extension under the same sanitizers: hostile calls of every op, and the ops' tests
@@ -90,12 +90,14 @@ $(VENV)/.demo: $(VENV)/.installed
 demo: $(VENV)/.demo
 	@$(BIN)/python -m bench.demo $(ARGS)
 
-# One process for each core, and whole files to each: this halves the time of the Triton kernels' interpreter.
+# One process for each core, each with one thread, and whole files to each. With a thread for each core in every process
+# they wait for each other, many times longer on a busy machine; tests of several threads ask for them.
+PYTEST := env OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile --long $(ARGS)
+	$(PYTEST) --long $(ARGS)
 
 # Skipped by `make test` where the libraries are not installed.
 test-peers: $(PEERS)/.installed
@@ -151,9 +153,11 @@ emulation: $(VENV)/.installed
 WATCHED := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 
+# Only the files that speak of backends, since collecting all of them is slow under a sanitizer. test_cuda_build.py looks
+# at what nvcc built, which `make test` does as well.
 test-cuda: emulation
-	env FASTSAE_CUDA_EMULATION=$(CURDIR)/$(EMULATION)/_cuda.so $(WATCHED) \
-	  $(BIN)/python -m pytest -n auto --dist loadfile -k cuda $(ARGS)
+	env FASTSAE_CUDA_EMULATION=$(CURDIR)/$(EMULATION)/_cuda.so $(WATCHED) $(PYTEST) -k "cuda and not test_cuda_build" \
+	  $$(grep -lE 'BACKENDS|ENGINES|GPU|_backend|backend_dtypes|cuda' tests/test_*.py) $(ARGS)
 
 # The C++ extension under the same two sanitizers, in a folder of its own. `make test-asan CALLS=20000` takes longer.
 ASAN := build/asan
@@ -163,8 +167,10 @@ test-asan: $(VENV)/.installed
 	  --build-temp $(ASAN)/objects --build-lib $(ASAN)/lib
 	env FASTSAE_CPU_BUILD=$$(ls $(CURDIR)/$(ASAN)/lib/fastsae/_cpu*.so) $(WATCHED) \
 	  $(BIN)/python -m bench.hostile --parts calls --cases $(CALLS) --backend cpu
+	# The settings of torch in test_border.py change no access to memory, and each is a process.
 	env FASTSAE_CPU_BUILD=$$(ls $(CURDIR)/$(ASAN)/lib/fastsae/_cpu*.so) $(WATCHED) \
-	  $(BIN)/python -m pytest -p no:cacheprovider -n auto --dist loadfile -k "not reference and not triton and not cuda" \
+	  $(BIN)/python -m pytest -p no:cacheprovider -n auto --dist loadfile \
+	  -k "not reference and not triton and not cuda and not no_setting_of_torch" \
 	  tests/test_ops.py tests/test_cpu_backend.py tests/test_screening.py tests/test_update.py tests/test_border.py $(ARGS)
 
 lint: $(VENV)/.installed

@@ -46,12 +46,16 @@ def _done(change: Callable[..., None], *arguments: Any, **settings: Any) -> cont
     return contextlib.nullcontext()
 
 
+def _both_defaults() -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+
+
 SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "as it is": contextlib.nullcontext,
     "bfloat16": _dtype(torch.bfloat16),
     "float16": _dtype(torch.float16),
-    "float64": _dtype(torch.float64),
-    "meta": lambda: _done(torch.set_default_device, "meta"),
+    "float64 on meta": lambda: _done(_both_defaults),
     "two threads": lambda: _done(torch.set_num_threads, 2),
     "three threads": lambda: _done(torch.set_num_threads, 3),
     "deterministic": lambda: _done(torch.use_deterministic_algorithms, True),

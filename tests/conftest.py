@@ -8,6 +8,7 @@ is of a version that the mended interpreter does not know, its tests are skipped
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import zlib
@@ -37,22 +38,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(not_interpreted)
 
 
-# Interpreted kernels run a thousand times slower than compiled ones. So every case runs in float32 with one threshold
-# and one precision, and only these cases run with all dtypes, thresholds and precisions. On a GPU everything runs.
+# Interpreted kernels run a thousand times slower than compiled ones, emulated ones hardly faster. So every case runs
+# in float32 with one threshold and one precision, and only these cases run with all dtypes, thresholds and precisions.
+# On a GPU everything runs.
 IN_FULL = ("odd", "norms", "nan", "no-tokens", "one-token", "strided")
-QUICK = ("odd", "nan", "no-tokens", "one-token", "strided")
+QUICK = ("odd", "nan", "no-tokens", "one-token", "strided", "few-ties")
 """Of these, in float32, `make test` runs; the others are long. LOG.md says which cases have found what."""
 OTHER = {"dtype": torch.float32, "precision": "exact", "kind": "one", "biased": True, "regrouped": False}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also what takes long, as `make test-all` does")
-    parser.addoption("--all-interpreted", action="store_true", help="every case of Triton's interpreter; takes an hour")
+    parser.addoption("--all-interpreted", action="store_true", help="every case of kernels on a CPU; takes an hour")
 
 
 def _left_out(item: pytest.Item) -> bool:
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    if given.get("backend") != "triton" or str(given.get("case", given.get("name", "odd"))) in IN_FULL:
+    if given.get("backend") not in ("cuda", "triton") or str(given.get("case", given.get("name", "odd"))) in IN_FULL:
         return False
     return any(given.get(name, usual) != usual for name, usual in OTHER.items())
 
@@ -63,6 +65,8 @@ def _is_long(item: pytest.Item) -> bool:
     given = item.callspec.params if hasattr(item, "callspec") else {}
     if given.get("backend") != "triton" or torch.cuda.is_available():
         return False
+    if item.get_closest_marker("long_interpreted"):
+        return True
     return str(given.get("case", given.get("name", "odd"))) not in QUICK or given.get("dtype") == torch.bfloat16
 
 
@@ -96,6 +100,16 @@ def shuffled_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     library.emulate(seed=zlib.crc32(request.node.nodeid.encode()))
     yield
     library.emulate()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def docstrings_are_read_once() -> None:
+    """A start of `fastsae train` reads the source of every rule several times, which takes a second. In one process the
+    sources do not change; that they are read right, test_cli.py sees in what --help says.
+    """
+    from fastsae.cli import rules  # late, as above
+
+    rules._docstrings = functools.cache(rules._docstrings)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,16 +53,19 @@ def test_no_call_fails_under_torchs_defaults() -> None:
     assert not wrong
 
 
-EVERY_TIME = ("two threads", "inference_mode", "meta", "float64")
-every_setting = pytest.mark.parametrize(
-    "setting",
-    [
-        name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.long)
-        for name in border_worker.SETTINGS
-        if name != "as it is"
-    ],
-)
-midway_too = pytest.mark.parametrize("when", ["start", pytest.param("midway", marks=pytest.mark.long)])
+EVERY_TIME = ("two threads", "inference_mode", "float64 on meta")
+
+
+def starts_and_midways() -> Iterator[Any]:
+    """(setting, when): each from the start; midway, where what was made before is used on, one of each kind."""
+    for setting in border_worker.SETTINGS:
+        if setting != "as it is":
+            yield pytest.param(setting, "start", marks=[] if setting in EVERY_TIME else pytest.mark.long)
+        if setting in EVERY_TIME:
+            yield pytest.param(setting, "midway", marks=pytest.mark.long)
+
+
+every_setting = pytest.mark.parametrize(("setting", "when"), list(starts_and_midways()))
 
 
 def differing(setting: str, when: str, *, steps: bool) -> dict[str, str]:
@@ -75,7 +79,6 @@ def differing(setting: str, when: str, *, steps: bool) -> dict[str, str]:
 
 @pytest.mark.long
 @needs_cpu
-@midway_too
 @every_setting
 def test_no_setting_of_torch_changes_a_bit_of_an_op(setting: str, when: str) -> None:
     """This includes a module with its own dtype and device: its initial weights, its forward pass and its codes."""
@@ -83,7 +86,6 @@ def test_no_setting_of_torch_changes_a_bit_of_an_op(setting: str, when: str) -> 
 
 
 @needs_cpu
-@midway_too
 @every_setting
 def test_no_setting_of_torch_changes_a_bit_of_a_step(setting: str, when: str) -> None:
     wrong = differing(setting, when, steps=True)

@@ -15,13 +15,12 @@ from tests.counts_case import ByHand, assert_same
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    out = tmp_path_factory.mktemp("ddp")
+def processes(out: Path, *only: str) -> list[dict]:
+    """What each process found."""
     command = [sys.executable, "-m", "tests.ddp_worker"]
     running = [
         subprocess.Popen(
-            [*command, str(rank), str(out / "store"), str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(out / "store"), str(out), *only], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
         for rank in range(ddp_worker.RANKS)
     ]
@@ -29,6 +28,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(ddp_worker.RANKS)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return processes(tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("rule", ddp_worker.BY_TOKEN)
@@ -50,8 +54,18 @@ def check(ranks: list[dict], name: str, expected: dict[str, torch.Tensor]) -> No
             )
 
 
-@pytest.mark.parametrize("how", ddp_worker.WRAPPED)
-def test_microbatches_checkpoints_and_graphs_train_and_count_as_one_process(how: str, ranks: list[dict]) -> None:
+@pytest.mark.parametrize("how", [how for how in ddp_worker.WRAPPED if how not in ddp_worker.LONG])
+def test_microbatches_and_checkpoints_train_and_count_as_one_process(how: str, ranks: list[dict]) -> None:
+    check_wrapped(ranks, how)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ddp_worker.LONG)
+def test_graphs_train_and_count_as_one_process(how: str, tmp_path: Path) -> None:
+    check_wrapped(processes(tmp_path, how), how)
+
+
+def check_wrapped(ranks: list[dict], how: str) -> None:
     expected = ddp_worker.train_wrapped(how, None)
     assert int(expected["fired_over"]) == 2 * ddp_worker.STEPS * ddp_worker.N
     check(ranks, how, expected)

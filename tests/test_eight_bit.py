@@ -122,17 +122,24 @@ def widen(problem: Problem) -> Problem:
     return problem
 
 
-@pytest.mark.parametrize("backend", truth.BACKENDS)
-@pytest.mark.parametrize("kind", ["adam", "adamw"])
-@pytest.mark.parametrize("dtype", truth.NARROW, ids=str)
+# On a GPU plain Adam takes another path in float32 than in 8 bits, and one other case is enough.
+@pytest.mark.parametrize(
+    ("width", "dtype", "kind", "backend"),
+    [
+        (width, dtype, kind, backend)
+        for width in (65, 128, 200)
+        for dtype in truth.NARROW
+        for kind in ("adam", "adamw")
+        for backend in truth.BACKENDS
+        if backend not in truth.GPU or (kind, dtype, width) == ("adamw", torch.float32, 200)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"d_out": 300}], ids=["free", "tied", "d_out"])
-@pytest.mark.parametrize("width", [65, 128, 200])
 def test_codes_and_scales_are_the_reference_ones(
     width: int, options: dict, dtype: torch.dtype, kind: str, backend: str
 ) -> None:
     """From equal moments, the backend and the reference round equal float32 results to equal codes."""
-    if backend in truth.GPU and (kind, dtype, width) != ("adamw", torch.float32, 200):
-        pytest.skip("on a GPU plain Adam takes another path in float32 than in 8 bits, and one other case is enough")
 
     def made() -> Problem:
         problem = in_eight_bits(make_problem(Case("eight", 9, width, 40, 3, MAKE), dtype, **options))

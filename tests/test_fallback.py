@@ -71,8 +71,8 @@ def run_copy(folder: Path, program: str = TWICE) -> subprocess.CompletedProcess[
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The package and its sources, with the extension that is in use."""
-    clean = shutil.ignore_patterns("*.so", "__pycache__")
+    """The package and its sources, with the extension that is in use; compiled files save a second of each import."""
+    clean = shutil.ignore_patterns("*.so")
     for name in ("fastsae", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=clean)
     shutil.copy(ROOT / "setup.py", tmp_path)

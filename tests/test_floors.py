@@ -23,6 +23,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,11 @@ LONG_FILES: dict[str, str] = {}
 
 MAX_LINES = 700
 SOURCE_FOLDERS = ("fastsae", "csrc", "bench", "tests")
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -97,7 +103,7 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[i
 
 def parsed() -> Iterator[tuple[str, Path, ast.Module]]:
     for module, path in FILES.items():
-        yield module, path, ast.parse(path.read_text(), filename=str(path))
+        yield module, path, tree_of(path)
 
 
 def test_imports_go_down_only() -> None:
@@ -166,7 +172,7 @@ def test_environment_variables_are_read_in_one_place() -> None:
     for path in python_files("fastsae", "bench"):
         if path == ROOT / "fastsae" / "env.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             attribute = node.attr if isinstance(node, ast.Attribute) else ""
             name = node.name if isinstance(node, ast.alias) else ""
             if {attribute, name} & {"environ", "environb", "getenv", "getenvb", "putenv"}:
@@ -188,7 +194,7 @@ def test_no_broad_except() -> None:
     """`except BaseException` may clean up if it raises again. No handler may swallow an unknown error."""
     wrong = []
     for path in python_files("fastsae", "bench", "tests"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             kinds, last = caught(node), node.body[-1]
@@ -217,7 +223,7 @@ def import_time(statements: list[ast.stmt]) -> Iterator[ast.AST]:
 def test_nothing_is_printed_at_import() -> None:
     wrong = []
     for path in python_files("fastsae", "bench"):
-        for node in import_time(ast.parse(path.read_text()).body):
+        for node in import_time(tree_of(path).body):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in (
                 "print", "sys.stdout.write", "sys.stderr.write", "logging.basicConfig", "warnings.warn",
             ):  # fmt: skip

@@ -39,7 +39,7 @@ AVAILABLE = {name for name, entry in fastsae.backends().items() if entry["availa
 needs_cpu = pytest.mark.skipif(
     "cpu" not in AVAILABLE, reason="the C++ extension is not built: the cpu backend is missing"
 )
-CASES = {"calls": 150, "modules": 12, "files": 12, "interruptions": 1}
+CASES = {"calls": 80, "modules": 12, "files": 12, "interruptions": 1}
 """Of each kind."""
 EMULATED = 8  # of each op, of a backend that runs its kernels on the CPU, slowly
 SEED = 1

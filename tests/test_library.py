@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # -- opcheck ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long_interpreted  # what is registered is the same for every backend
 @every_backend
 def test_opcheck_of_encoders(backend: str) -> None:
     x, W, b = inputs(grad=True)
@@ -33,6 +34,7 @@ def test_opcheck_of_encoders(backend: str) -> None:
     opcheck(raw.encode_batch_topk.default, (x, W, b, K, tensors, "exact", backend))
 
 
+@pytest.mark.long_interpreted  # what is registered is the same for every backend
 @every_backend
 @pytest.mark.parametrize("layout", [0, 1], ids=["fixed", "ragged"])
 def test_opcheck_of_sparse_products(backend: str, layout: int) -> None:

@@ -316,13 +316,12 @@ def test_bfloat16_moments_stay_finite_at_their_limit() -> None:
         assert bool(found[5].isnan())
 
 
-@pytest.mark.parametrize("moments", ["bf16", "8bit"])
-@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize(
+    ("kind", "moments"), [*itertools.product(FUSED, ["bf16"]), ("adam", "8bit"), ("adamw", "8bit")]
+)
 @pytest.mark.parametrize("scale", [1e8, 1e10, 1e13, 1e18, 1e19, 1e20, 1e30, 1e60])
 def test_float64_weights_with_narrow_moments(kind: str, moments: str, scale: float) -> None:
     """Gradients whose squares float64 holds, and bf16 and 8 bits do not, past 3e38."""
-    if moments == "8bit" and kind not in ("adam", "adamw"):
-        pytest.skip("8 bits go with Adam and AdamW")
     sae = SparseAutoencoder(D, M, fastsae.TopK(3), dtype=torch.float64, decoder_norm="free", skip=True, seed=0)
     given: dict[str, Any] = {} if kind == "signsgd" else {"betas": (0.0, 0.0)}  # the moment is the last square
     if kind == "adam":
@@ -400,7 +399,8 @@ def test_torchs_adam_refuses_float16_weights() -> None:
 def test_autocast_and_a_scaler_that_overflows(rule: str, narrow: torch.dtype) -> None:
     """The scaler's first scale is too large for float32; and then a batch of its own is bad."""
     sae = Run(rule, "adam", {}).sae
-    optimizer, scaler = fastsae.optim.Adam(sae, lr=LR), torch.amp.GradScaler("cpu", init_scale=1e37, growth_interval=1)
+    optimizer = fastsae.optim.Adam(sae, lr=LR)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e37, backoff_factor=2**-8, growth_interval=1)
 
     def step(x: Tensor) -> bool:
         before = [p.detach().clone() for p in sae.parameters()]
@@ -414,8 +414,9 @@ def test_autocast_and_a_scaler_that_overflows(rule: str, narrow: torch.dtype) ->
         return not all(map(torch.equal, before, sae.parameters()))
 
     assert not step(rows())
-    made = [step(rows(seed=seed)) for seed in range(130)]
-    assert any(made[:125])
+    made = [step(rows(seed=seed)) for seed in range(20)]
+    assert not made[0]
+    assert any(made[:18])
     assert not step(spoilt(NAN))
     assert not step(spoilt(1e30))
     assert any([step(rows(seed=seed)) for seed in range(10)])
@@ -481,25 +482,34 @@ def test_one_of_many_saes_skips_and_the_others_go_on(rule: str, value: float) ->
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("backend", [name for name in truth.BACKENDS if name != "triton" or torch.cuda.is_available()])
 def test_nan_in_nan_out_and_the_other_tokens_as_without(rule: str, backend: str) -> None:
-    good = torch.ones(9, dtype=torch.bool)
-    good[[2, 7]] = False
-    for settings in ({}, {"normalize": "layer_norm"}, {"normalize": "constant"}, {"skip": True}, {"tied": True}):
+    """Tokens with one number that is none, and tokens of nothing else, of each kind."""
+    good = torch.ones(13, dtype=torch.bool)
+    one, whole = [1, 4, 9], [2, 7, 12]
+    good[one + whole] = False
+    x, values = rows(13, 4), torch.tensor([NAN, INF, -INF])
+    y = x.clone()
+    y[one, 3], y[whole] = values, values[:, None]
+    every: list[dict[str, Any]] = [
+        {},
+        {"normalize": "layer_norm"},
+        {"normalize": "constant"},
+        {"skip": True},
+        {"tied": True},
+    ]
+    if backend == "cuda" and not torch.cuda.is_available():
+        every = [{}]  # emulated kernels are slow, and around them these settings are torch's own operations
+    for settings in every:
         sae = Run(rule, "adam", settings).sae
         sae.backend = backend
-        x = rows(9, 4)
         for training in (True, False):
             sae.train(training)
             with torch.no_grad():
-                alone = sae(x[good])
-                for value in (NAN, INF, -INF):
-                    y = x.clone()
-                    y[2, 3], y[7] = value, value
-                    out, codes = sae(y), sae.encode(y)
-                    assert bool(out.recon[~good].isnan().all())
-                    assert not bool(codes.to_dense()[~good].isfinite().all(-1).any())
-                    assert bool(sae.decode(codes, like=y)[~good].isnan().all())
-                    torch.testing.assert_close(out.recon[good], alone.recon)
-                    torch.testing.assert_close(out.codes.to_dense()[good], alone.codes.to_dense())
+                alone, out, codes = sae(x[good]), sae(y), sae.encode(y)
+                assert bool(out.recon[~good].isnan().all())
+                assert not bool(codes.to_dense()[~good].isfinite().all(-1).any())
+                assert bool(sae.decode(codes, like=y)[~good].isnan().all())
+                torch.testing.assert_close(out.recon[good], alone.recon)
+                torch.testing.assert_close(out.codes.to_dense()[good], alone.codes.to_dense())
 
 
 @pytest.mark.parametrize("rule", BATCH_RULES)

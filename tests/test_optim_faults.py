@@ -31,30 +31,31 @@ def torch_adam(sae: nn.Module) -> torch.optim.Adam:
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e38, 1e20])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_gradient_that_is_not_finite_changes_nothing(rule: str, bad: float, moments: str) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(rule: str, moments: str) -> None:
     sae = family_sae(RULES[rule], dtype=torch.float32, aux_k=3, skip=True)
     optimizer = fastsae.optim.Adam(sae, lr=1e-2, moments=moments)
     sae(tokens().float()).loss.backward()
     optimizer.step()
     before = copy.deepcopy((sae.state_dict(), optimizer.state_dict(), sae.fired_over))
-    x = tokens(seed=1).float()
-    x[3, 2] = bad
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            sae(x).loss.backward()
-            optimizer.step()
-    assert int(optimizer.skipped) == 2
-    assert [str(w.message)[:28] for w in seen if "not finite" in str(w.message)] == ["a gradient, the loss or the "]
-    for name, value in sae.state_dict().items():
-        assert torch.equal(value, before[0][name]), name
-    for number, state in optimizer.state_dict()["state"].items():
-        for key, t in state.items():
-            same = t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
-            old = before[1]["state"][number][key]
-            assert torch.equal(same, old.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else old), key
+    for number, bad in enumerate((torch.nan, torch.inf, 1e38, 1e20), 1):
+        x = tokens(seed=1).float()
+        x[3, 2] = bad
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                sae(x).loss.backward()
+                optimizer.step()
+        assert int(optimizer.skipped) == 2 * number, bad
+        said = [str(w.message)[:28] for w in seen if "not finite" in str(w.message)]
+        assert said == (["a gradient, the loss or the "] if number == 1 else []), "it should be said once"
+        for name, value in sae.state_dict().items():
+            assert torch.equal(value, before[0][name]), (name, bad)
+        for group, state in optimizer.state_dict()["state"].items():
+            for key, t in state.items():
+                same = t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
+                old = before[1]["state"][group][key]
+                assert torch.equal(same, old.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else old), (key, bad)
     assert int(sae.fired_over) == int(before[2])
     sae(tokens().float()).loss.backward()
     optimizer.step()

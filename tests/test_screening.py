@@ -351,14 +351,23 @@ def test_sizes_that_once_went_wrong():
     assert int(codes.nnz) == 0
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-def test_ragged_encoders_return_the_bits_of_the_full_fp32_scores(fmt):
-    """More tokens than one batch of work, incomplete panels and groups of tiles, ties, and a token of NaN."""
-    k, (W, b, g) = 5, dictionary(1100, 33)
+@pytest.fixture(scope="module")
+def ragged_problem():
+    """x, W, b, every latent's fp32 score, and which of them are the best of all: 5 a token on average."""
+    W, b, g = dictionary(1100, 33)
     W[1::2], b[1::2] = W[::2].clone(), b[::2].clone()
     x = torch.randn(4200, 33, generator=g)
     acts, indices, _ = encode(x, W, b, 1100, _cpu.Format.f32)
     scores = torch.zeros(4200, 1100).scatter_add(1, indices.long(), acts)
+    best = scores.flatten().sort(descending=True, stable=True).indices[: 4200 * 5]
+    return x, W, b, scores, torch.zeros(4200 * 1100, dtype=torch.bool).index_fill(0, best, True).view(4200, 1100)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_ragged_encoders_return_the_bits_of_the_full_fp32_scores(fmt, ragged_problem):
+    """More tokens than one batch of work, incomplete panels and groups of tiles, ties, and a token of NaN."""
+    x, W, b, scores, chosen = ragged_problem
+    x, scores = x.clone(), scores.clone()
 
     def check(codes, chosen):
         acts, indices, offsets = codes[:3]
@@ -371,9 +380,7 @@ def test_ragged_encoders_return_the_bits_of_the_full_fp32_scores(fmt):
     bars = torch.linspace(0.1, 3, 4200)[:, None]
     above = scores > bars
     check(cpu_screen.encode_above(x, W, b, bars, int(above.sum()), screen, "exact"), above)
-    best = scores.flatten().sort(descending=True, stable=True).indices[: 4200 * k]
-    chosen = torch.zeros(4200 * 1100, dtype=torch.bool).index_fill(0, best, True).view(4200, 1100)
-    check(cpu_screen.encode_batch_topk(x, W, b, k, screen, "exact"), chosen)
+    check(cpu_screen.encode_batch_topk(x, W, b, 5, screen, "exact"), chosen)
 
     x[7], scores[7] = float("nan"), float("nan")
     *codes, redone = cpu_screen.encode_above(x, W, b, bars, int(above.sum()) + 1100, screen, "exact")

@@ -468,19 +468,20 @@ def test_a_fused_step_is_a_plain_one_while_the_weight_is_driven(name: str, dense
 
 @pytest.mark.parametrize("name", DRIVEN)
 def test_the_inputs_scale_changes_nothing(name: str, real: Tensor) -> None:
-    """A power of two to the bit; a hundred and a hundredth to rounding, which a hundred steps enlarge."""
+    """A power of two to the bit; a hundredth to rounding, which a hundred steps enlarge."""
     curves = {}
-    for scale in (1.0, 128.0, 1 / 128, 100.0, 0.01):
+    for scale in (1.0, 128.0, 0.01):
         sae = fastsae.SparseAutoencoder(48, 128, TARGETED[name](target_l0=6.0), seed=0)
         step = FusedTrainStep(sae, lr=1e-3)
         curves[scale] = [float(step(scale * real[i % 8 * 256 :][:256])["l0"]) for i in range(40)]
-    assert curves[128.0] == curves[1 / 128] == curves[1.0]
-    for scale in (100.0, 0.01):
-        assert curves[scale] == pytest.approx(curves[1.0], rel=0.02)
+    assert curves[128.0] == curves[1.0]
+    assert curves[0.01] == pytest.approx(curves[1.0], rel=0.02)
 
 
-@pytest.mark.parametrize("target", [4.0, 16.0])
-@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu"])
+@pytest.mark.parametrize(("name", "target"), [
+    ("relu", 16.0), ("gated", 4.0), ("jumprelu", 16.0),
+    *(pytest.param(*other, marks=pytest.mark.long) for other in (("relu", 4.0), ("gated", 16.0), ("jumprelu", 4.0))),
+])  # fmt: skip
 def test_the_target_is_reached(name: str, target: float, real: Tensor) -> None:
     sae = fastsae.SparseAutoencoder(48, 256, TARGETED[name](target_l0=target), seed=0)
     step = FusedTrainStep(sae, lr=2e-3, schedule=fastsae.Schedule(250, 0, "linear", 0.2))
@@ -489,11 +490,20 @@ def test_the_target_is_reached(name: str, target: float, real: Tensor) -> None:
     assert sum(l0[-20:]) / 20 == pytest.approx(target, rel=0.15)  # in a quarter of the steps of a run
 
 
-@pytest.mark.parametrize("rule", [
+RESUMED = [
     fastsae.ReLU(target_l0=6.0), fastsae.JumpReLU(target_l0=6.0), fastsae.Gated(target_l0=6.0), fastsae.BatchTopK(6),
     fastsae.Matryoshka(fastsae.BatchTopK(6), groups=(32, 64)),
-], ids=lambda rule: rule.kind)  # fmt: skip
-@pytest.mark.parametrize("fused", [True, False])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "fused"),
+    [pytest.param(rule, True, id=f"{rule.kind}-fused") for rule in RESUMED]
+    + [
+        pytest.param(rule, False, id=f"{rule.kind}-plain", marks=[] if i in (1, 3) else pytest.mark.long)
+        for i, rule in enumerate(RESUMED)
+    ],
+)
 def test_a_resumed_run_is_one_that_never_stopped(rule: Activation, fused: bool, tmp_path: Path) -> None:
     whole, resumed = (fastsae.SparseAutoencoder(D_IN, 96, rule, seed=0) for _ in range(2))
     config = TrainConfig(steps=14, batch_size=BATCH, lr=3e-3, checkpoint_every=6, fused=fused, tensorboard=False,

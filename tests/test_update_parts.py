@@ -220,12 +220,29 @@ def bits(problem: Problem, screen: Screen | None) -> list[Tensor]:
     return [t.clone().contiguous().reshape(-1).view(torch.uint8) for t in held]
 
 
-@pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
+SKIPPED = [
+    (kind, storage, ragged)
+    for kind, kept in reference.MOMENTS_OF.items()
+    for storage in STORED
+    for ragged in (False, True)
+    if (kept or storage == "wide") and (kept == "mv" or storage != "8 bit")
+]
+INTERPRETED = [("adam", "wide", True), ("adam", "bf16", False), ("adamw", "8 bit", True), ("lion", "bf16", True),
+               ("signsgd", "wide", False)]  # fmt: skip
+"""Each optimizer, each way to store moments and both layouts; the interpreter takes a second for each."""
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "storage"),
-    [(kind, storage) for kind, kept in reference.MOMENTS_OF.items() for storage in STORED
-     if (kept or storage == "wide") and (kept == "mv" or storage != "8 bit")],
-)  # fmt: skip
+    ("optimizer", "storage", "ragged"),
+    [
+        pytest.param(
+            *which,
+            id=f"{which[0]}-{which[1]}-{'ragged' if which[2] else 'fixed'}",
+            marks=[] if which in INTERPRETED else pytest.mark.long_interpreted,
+        )
+        for which in SKIPPED
+    ],
+)
 @pytest.mark.parametrize("backend", truth.BACKENDS)
 def test_a_skipped_update_changes_nothing(backend: str, optimizer: str, storage: str, ragged: bool) -> None:
     """The gradient is NaN, as after a loss that is not finite. With skip False, every bit is that of a plain call."""
