@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends.gpu import accumulation, bounds, narrow
+from fastsae.backends.gpu.product import fp32_sums
 
 KINDS = {(16, 2): 0.66, (16, 1): 1.19, (16, 0): 2.25, (8, 1): 1.38}
 """k products at once, g bits kept below a float32's last: the worst loss of D columns in units of D · 2⁻²⁴."""
@@ -105,3 +107,25 @@ def test_the_bound_in_use_holds_for_the_worst_unit() -> None:
     lost = float((added_up(products, 16, 0) - products.sum()).abs() / products.sum())
     assert lost > (1.25 * D + 64) * 2.0**-24, "the bound before it was known what tensor cores lose"
     assert lost <= bounds.bound_of_sums(D, accumulation.constant(torch.device("cpu"), torch.float16))
+
+
+@pytest.mark.parametrize("given", [(True, True), (False, True), (False, False)])  # torch refuses (True, False)
+@pytest.mark.parametrize("accumulated", [True, False])
+def test_torchs_settings_of_sums_are_put_back(given: tuple[bool, bool], accumulated: bool) -> None:
+    settings = torch.backends.cuda.matmul
+
+    def held() -> tuple[bool, bool, bool]:
+        return (
+            settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction,
+            settings.allow_fp16_reduced_precision_reduction_split_k,
+        )  # fmt: skip
+
+    before = held()
+    settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction = accumulated, given
+    try:
+        with contextlib.suppress(ZeroDivisionError), fp32_sums():
+            assert held() == (False, False, given[1])
+            raise ZeroDivisionError
+        assert held() == (accumulated, *given)
+    finally:
+        settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction = before[0], before[1:]
