@@ -93,6 +93,7 @@ def test_more_redone_tokens_than_slots(rows: bool, monkeypatch: pytest.MonkeyPat
     W[1:9] = W[200:] = 0.5
     given = torch.arange(299, -1, -2, dtype=torch.int32).flip(0).contiguous() if rows else None
     monkeypatch.setattr(exhaustive, "SLOTS", 2)
+    monkeypatch.setattr(exhaustive, "STAYING_PROGRAMS", 3)
     monkeypatch.setattr(plan, "LIST_BYTES", 8 * 64 * 12)
     assert plan.plan(23, 150 if rows else 300, 4).tokens < 23
     codes = ops.encode_topk(x, W, b, 4, rows=given, backend="triton").check()
