@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import machine
 from bench.gpu import (
     cost,
     plan,
@@ -137,3 +138,8 @@ def test_the_clock_on_a_cpu() -> None:
         watch.mark("second")
     assert {name: sample.n for name, sample in watch.samples().items()} == {"first": 2, "second": 2}
     assert extra_peak_bytes(lambda x: x, torch.zeros(1)) is None
+
+
+def test_a_machine_without_git_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.describe()["commit"] == ""
