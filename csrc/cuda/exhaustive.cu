@@ -18,8 +18,8 @@
 namespace fastsae {
 namespace {
 
-constexpr int WARPS = 8, SELECT_WARPS = 16;
-template <class T> constexpr int TOGETHER = V<T> == 4 ? 8 : 4;  // tokens of a warp: with more, sm_80 spills
+constexpr int WARPS = 6, SELECT_WARPS = 16;  // two blocks of 6 warps leave a thread 168 registers; with 128 some target spills
+template <class T> constexpr int TOGETHER = V<T> == 4 ? 8 : 4;  // tokens of a warp
 constexpr int TILE = WARPS * DOTS;  // latents of a block
 constexpr int64_t MOST_BLOCKS = 1024;
 constexpr int STAYING_BLOCKS = 2 * 160;  // all that run at once, and few that find nothing left

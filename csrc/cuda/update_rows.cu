@@ -103,55 +103,55 @@ __device__ inline void add_entries(const LatentEntries<T>& entries, int begin, i
         for (int i = 0; i < 4; ++i) enc[j][i] = fmaf(dact[k], t[i], enc[j][i]);
       });
     }
-    return;
-  }
-  for (int e = begin; e < end; e += AT_ONCE) {
-    const T* row[AT_ONCE];
-    float act[AT_ONCE], dact[AT_ONCE] = {};
+  } else {
+    for (int e = begin; e < end; e += AT_ONCE) {
+      const T* row[AT_ONCE];
+      float act[AT_ONCE], dact[AT_ONCE] = {};
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) {
-      row[k] = e + k < end ? entries.grad_row(e + k, D_out) : nullptr;
-      act[k] = e + k < end ? entries.acts[e + k] : 0.f;
-    }
+      for (int k = 0; k < AT_ONCE; ++k) {
+        row[k] = e + k < end ? entries.grad_row(e + k, D_out) : nullptr;
+        act[k] = e + k < end ? entries.acts[e + k] : 0.f;
+      }
 #pragma unroll
-    for (int j = 0; j < FOURS; ++j) {
-      const int c = column(j);
-      if (c >= D_out) continue;
-      float grad[AT_ONCE][4], of_w[4];
+      for (int j = 0; j < FOURS; ++j) {
+        const int c = column(j);
+        if (c >= D_out) continue;
+        float grad[AT_ONCE][4], of_w[4];
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k)
-        if (e + k < end) gather_four(row[k] + c, grad[k]);
-      load_four(w + c, of_w);
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (e + k < end) gather_four(row[k] + c, grad[k]);
+        load_four(w + c, of_w);
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k)
-        if (e + k < end) {
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (e + k < end) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            dact[k] = fmaf(grad[k][i], of_w[i], dact[k]);
-            dec[j][i] = fmaf(act[k], grad[k][i], dec[j][i]);
+            for (int i = 0; i < 4; ++i) {
+              dact[k] = fmaf(grad[k][i], of_w[i], dact[k]);
+              dec[j][i] = fmaf(act[k], grad[k][i], dec[j][i]);
+            }
           }
-        }
-    }
-    sums.add(dact);
+      }
+      sums.add(dact);
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) {
-      row[k] = e + k < end ? entries.x_row(e + k, D_in) : nullptr;
-      bias += dact[k];
-    }
+      for (int k = 0; k < AT_ONCE; ++k) {
+        row[k] = e + k < end ? entries.x_row(e + k, D_in) : nullptr;
+        bias += dact[k];
+      }
 #pragma unroll
-    for (int j = 0; j < FOURS; ++j) {
-      const int c = column(j);
-      if (c >= D_in) continue;
-      float x[AT_ONCE][4];
+      for (int j = 0; j < FOURS; ++j) {
+        const int c = column(j);
+        if (c >= D_in) continue;
+        float x[AT_ONCE][4];
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k)
-        if (e + k < end) gather_four(row[k] + c, x[k]);
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (e + k < end) gather_four(row[k] + c, x[k]);
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k)
-        if (e + k < end) {
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (e + k < end) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) enc[j][i] = fmaf(dact[k], x[k][i], enc[j][i]);
-        }
+            for (int i = 0; i < 4; ++i) enc[j][i] = fmaf(dact[k], x[k][i], enc[j][i]);
+          }
+      }
     }
   }
 }
