@@ -111,7 +111,11 @@ def cpu_flags() -> list[str]:
 
 
 def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    """What git says here; "" outside a clone, and where there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -135,10 +139,15 @@ def describe() -> dict[str, object]:
     }
 
 
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def device_folder() -> str:
     """The folder name of this device: the processor, its widest instruction set for this work, the thread count."""
     widest = next(iter(cpu_flags()), platform.machine())
-    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {widest} {torch.get_num_threads()}t".lower()).strip("-")
+    return slug(f"{cpu_name()} {widest} {torch.get_num_threads()}t")
 
 
 def floors_dict(case: Case, floors: Floors) -> dict[str, object]:

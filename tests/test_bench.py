@@ -250,7 +250,7 @@ SCRIPTS = sorted(
     {"bench" if p.name == "__main__.py" and p.parent == ROOT / "bench"
      else ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
      for p in (ROOT / "bench").rglob("*.py") if "ArgumentParser" in p.read_text() or p.name == "__main__.py"}
-    - {"bench.run", "bench.gpu.options"}
+    - {"bench.run"}
 )  # fmt: skip
 
 

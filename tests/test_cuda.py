@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 import fastsae
-from fastsae import ops
+from fastsae import ops, reference
 from tests import truth
 from tests.cases import BY_NAME
-from tests.update_case import make_problem
+from tests.update_case import check, make_problem
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in truth.BACKENDS, reason="no CUDA kernels here: no GPU, and no emulation (make test-cuda)"
 )
 if "cuda" in truth.BACKENDS:
+    from fastsae.backends.cuda import stages
     from fastsae.backends.cuda.library import EMULATED, library, where
 else:
     EMULATED = False
@@ -160,3 +163,65 @@ def test_tokens_that_are_cut_into_pieces(dtype: torch.dtype) -> None:
     expected = A @ W64 + bias.double() - x.double()
     truth.assert_within(error, expected, A.abs() @ W64.abs() + bias.double().abs() + x.double().abs())
     torch.testing.assert_close(squares, expected.square().sum(1), rtol=1e-5, atol=0)
+
+
+# -- rows that a whole number of steps fills: kernels without a bound -------------------------------------------------
+
+
+@pytest.mark.parametrize("D", [384, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"tied": True, "aux": True}], ids=["plain", "tied-aux"])
+def test_an_update_of_rows_that_are_filled(D: int, dtype: torch.dtype, options: dict[str, bool]) -> None:
+    """Latents of no, one, two, three, four and more entries, and one that is cut into pieces."""
+    case = replace(BY_NAME["hot-latent"], D=D, N=90, M=70, K=3)
+    problem = make_problem(case, dtype, **options)
+    used = torch.bincount(problem.terms[0].codes.indices.flatten().long(), minlength=case.M)
+    assert {0, 1, 2, 3, 4, 5} <= set(used.tolist())
+    assert int(used.max()) > 64
+    check(problem, "cuda")
+
+
+def test_an_infinite_row_spoils_no_other_latent() -> None:
+    """Past its end a latent's last entry is read again: times an infinite weight it must not count."""
+    problem = make_problem(replace(BY_NAME["random"], D=384, N=40, M=70, K=3), torch.float32)
+    used = torch.bincount(problem.terms[0].codes.indices.flatten().long(), minlength=70)
+    one = int((used == 1).nonzero()[0])
+    problem.params["W_dec"][one, 5] = float("inf")
+    problem.run("cuda")
+    others = torch.arange(70) != one
+    for name in ("W_enc", "W_dec", "b_enc"):
+        assert bool(problem.params[name][others].isfinite().all())
+
+
+# -- tokens without a certificate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("listed", [3, 4, 14])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_without_a_certificate_in_batches(
+    listed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Infinite residuals leave no token certified: a first batch, others tile by tile, with the bits of active_dot."""
+    g = torch.Generator().manual_seed(0)
+    N, D, M, K = listed, 40, 203, 5
+    x, W = torch.randn(N, D, generator=g).to(dtype), torch.randn(M, D, generator=g).to(dtype)
+    b = (0.1 * torch.randn(M, generator=g)).to(dtype)
+    screen = ops.prepare_screen(W, b, backend="cuda")
+    assert screen is not None
+    screen.tensors[3].fill_(float("inf"))
+    monkeypatch.setattr(stages, "SLOTS", 3)
+    counts: list[Tensor] = []
+    launch = library.exhaustive_top_k
+    monkeypatch.setattr(library, "exhaustive_top_k", lambda *a: (counts.append(a[-1]), launch(*a))[1])
+    codes = ops.encode_topk(x, W, b, K, screen=screen, backend="cuda").check()
+    assert int(codes.redone) == listed
+    batches, tiles = -(-listed // 3), -(-M // 24)
+    taken, scored, selected = counts[0].tolist()
+    assert (scored, selected) == ((batches - 1) * tiles, listed - 3)
+    assert taken >= (batches - 1) * (tiles + 3)
+    if dtype == torch.float32:
+        every = fastsae.SparseCodes(torch.ones(N, M), torch.arange(M).int().repeat(N, 1), M)
+        scores = ops.active_dot(x, every, W, backend="cuda") + b
+        assert torch.equal(codes.to_dense(), reference.keep_top_k(scores, K))
+    pre, magnitude = truth.scores(x, W, b)
+    truth.assert_top_k(codes, pre, magnitude, K, exact=False)

@@ -1,11 +1,9 @@
-"""`python -m bench.gpu`: checks and times the engine on a GPU, unattended and within a budget; a crash costs one case.
+"""`python -m bench.gpu`: times the engine on a GPU within a budget, after a selection of its tests has passed there.
 
-parent.py   goes through the plan, every job in a child process; no CUDA in here; its options: options.py
-plan.py     the jobs, most important first, and their sizes
-child.py    runs the items of one job and reports each
-checks.py   every op against float64 (check_codes.py, check_update.py, check_steps.py; the bound: truth.py)
-op_times.py ops, checked and then timed, on the inputs of a case and on codes of every layout (layouts.py); sparse.py:
-            the same by torch.sparse; timings.py: whole steps; spot.py checks at full size; cost.py: bytes and flops
-overhead.py what a call costs the host
-report.py   the outputs: CSV and Markdown (sections.py); draw.py: the plots
+__main__.py  the options      run.py     the parent: jobs in order, in processes of their own, within the time
+plan.py      what is run      child.py   one job's process        store.py  results, which of them hold, the archive
+machine.py   builds what is missing, says what this machine is, and measures what its tensor cores lose
+checks.py    tests, graphs and compute-sanitizer      ceilings.py  the device's best rates      cost.py  least costs
+steps.py     whole training steps, ours and others    op_times.py  single ops      profiles.py  a step's kernels
+clock.py     time on a device     layouts.py  codes of every layout     report.py  results.csv and summary.md
 """

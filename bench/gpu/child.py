@@ -1,4 +1,4 @@
-"""One job in a process of its own: `python -m bench.gpu.child SPEC`, started by parent.py.
+"""One job in a process of its own: `python -m bench.gpu.child SPEC`, started by run.py.
 
 SPEC is JSON: {"job", "settings", "items", "progress"}. For every item two lines of JSON go to the file `progress`:
 {"begun": item}, and {"item": item, "result": {...}} when it is done. If the second line is missing, the parent knows of
@@ -20,20 +20,18 @@ from typing import Any
 from bench.gpu.plan import Job, Settings
 
 KINDS = {
-    "machine": ("setup_machine", "Machine"),
-    "quick check": ("checks", "Checks"),
+    "machine": ("machine", "Machine"),
     "check": ("checks", "Checks"),
     "ceilings": ("ceilings", "Ceilings"),
+    "profile": ("steps", "Steps"),
+    "steps": ("steps", "Steps"),
     "ops": ("op_times", "OpTimes"),
     "codes": ("op_times", "CodeTimes"),
-    "sparse": ("sparse", "SparseTimes"),
-    "overhead": ("overhead", "Overhead"),
-    "step": ("timings", "StepTimes"),
-    "sweep": ("timings", "StepTimes"),
-    "sanitizer": ("sanitize", "Sanitizer"),
 }
 """kind: module and class. Made with (job, settings), called with an item, it returns a result or raises."""
 LOST = 3
+CAUGHT = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError)
+"""What ends an item and not its process. Anything else ends the process, and the parent records that."""
 
 
 def finite(value: Any) -> Any:
@@ -45,34 +43,40 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def outcome(call: Callable[[], dict[str, Any]], device: str) -> tuple[dict[str, Any], bool]:
-    """The result of an item with its status, and whether this process can go on.
+def text(error: BaseException) -> str:
+    """The kind and the message, cut to fit a table."""
+    return f"{type(error).__name__}: {error}"[:1500]
 
-    Status: ok, failed (a wrong result), error, oom, unserved (a backend refused), missing (not there to be measured).
-    """
+
+def status_of(error: Exception) -> str:
+    """failed (a wrong result), oom, unserved (a backend refused), missing (not there to be measured), or error."""
+    kinds = {"NotThere": "missing", "OutOfMemoryError": "oom", "BackendError": "unserved"}
+    return "failed" if isinstance(error, AssertionError) else kinds.get(type(error).__name__, "error")
+
+
+def lost(device: str) -> Exception | None:
+    """How an earlier launch broke the CUDA context: nothing more can be measured in this process."""
     import torch
 
-    from bench.gpu.faults import NotThere, Poisoned, caught, ensure_alive, text
-    from fastsae import BackendError
+    if device == "cuda" and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            return error
+    return None
 
+
+def outcome(call: Callable[[], dict[str, Any]], device: str) -> tuple[dict[str, Any], bool]:
+    """The result of an item with its status, and whether this process can go on."""
     try:
         result = {"status": "ok"} | call()
-        ensure_alive(device)
-        return result, True
-    except Poisoned as lost:
-        return lost.result | {"status": "error", "error": text(lost)}, False
-    except NotThere as error:
-        return {"status": "missing", "error": str(error)}, True
-    except caught() as error:
-        kinds: tuple[tuple[type[BaseException], str], ...] = (
-            (torch.OutOfMemoryError, "oom"), (BackendError, "unserved"), (AssertionError, "failed"),
-        )  # fmt: skip
-        status = next((status for kind, status in kinds if isinstance(error, kind)), "error")
-        result = {"status": status, "error": text(error)}
-    try:
-        ensure_alive(device)
-    except Poisoned as lost:
-        return result | {"poisoned": text(lost)}, False
+    except CAUGHT as error:
+        result = {"status": status_of(error), "error": text(error)}
+        error.__traceback__ = None  # it holds the tensors of the item
+    gc.collect()
+    if (poisoned := lost(device)) is not None:
+        return {"error": text(poisoned)} | result | {"status": "error", "poisoned": text(poisoned)}, False
     return result, True
 
 
@@ -91,23 +95,6 @@ def run(spec: dict[str, Any]) -> int:
             measure = getattr(importlib.import_module(f"bench.gpu.{module}"), name)(job, settings)
         return measure(item)
 
-    if job.kind == "machine":  # before fastsae is imported: it may not be built yet
-        for item in spec["items"]:
-            report({"begun": item})
-            try:
-                result = {"status": "ok"} | one(item)
-            except (RuntimeError, ImportError) as error:
-                result = {"status": "error", "error": str(error)}
-            report({"item": item, "result": result})
-        return 0
-    import torch
-
-    from bench.gpu import faults
-
-    if settings.device == "cpu":
-        torch.set_num_threads(1)  # toys: a second thread only waits
-    if settings.plant:
-        faults.plant(settings.plant)
     for item in spec["items"]:
         report({"begun": item})
         begun = time.monotonic()
@@ -115,8 +102,6 @@ def run(spec: dict[str, Any]) -> int:
         report({"item": item, "result": result | {"took_s": round(time.monotonic() - begun, 2)}})
         if not alive:
             return LOST
-        gc.collect()
-        faults.free()
     return 0
 
 

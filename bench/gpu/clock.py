@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +17,17 @@ WARMUP = 3
 MOST_RUNS = 200
 
 
-class _Moment:
+def _now(device: str) -> Any:
     """A point in the stream's time."""
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def __init__(self, device: str) -> None:
-        self.event = torch.cuda.Event(enable_timing=True) if device == "cuda" else None
-        self.seconds = 0.0
 
-    def now(self) -> _Moment:
-        if self.event is not None:
-            self.event.record()
-        else:
-            self.seconds = time.perf_counter()
-        return self
-
-    def until(self, end: _Moment) -> float:
-        """Seconds; on CUDA both must have happened."""
-        if self.event is not None and end.event is not None:
-            return self.event.elapsed_time(end.event) / 1e3
-        return end.seconds - self.seconds
+def _seconds(first: Any, last: Any) -> float:
+    return float(last - first if isinstance(first, float) else first.elapsed_time(last) / 1e3)
 
 
 def synchronize(device: str) -> None:
@@ -64,34 +56,11 @@ def measure(call: Callable[[], object], device: str, seconds: float, *, least: i
     for _ in range(max(least, min(MOST_RUNS, int(seconds / once)))):
         if rest is not None:
             rest.zero_()
-        first, last = _Moment(device), _Moment(device)
-        first.now()
+        first = _now(device)
         call()
-        last.now()
-        spans.append((first, last))
+        spans.append((first, _now(device)))
     synchronize(device)
-    return Sample.of([first.until(last) for first, last in spans])
-
-
-class PartWatch:
-    """The mark of a step that is split into parts: collects the time of each part over many steps."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._spans: dict[str, list[tuple[_Moment, _Moment]]] = defaultdict(list)
-        self._last = _Moment(device)
-
-    def start(self) -> None:
-        self._last = _Moment(self.device).now()
-
-    def mark(self, part: str) -> None:
-        here = _Moment(self.device).now()
-        self._spans[part].append((self._last, here))
-        self._last = here
-
-    def samples(self) -> dict[str, Sample]:
-        synchronize(self.device)
-        return {part: Sample.of([a.until(b) for a, b in spans]) for part, spans in self._spans.items()}
+    return Sample.of([_seconds(*span) for span in spans])
 
 
 def extra_peak_bytes(step: Callable[[Tensor], object], x: Tensor) -> int | None:

@@ -17,7 +17,6 @@ points to is counted each time it is gathered, as if no cache held it: where one
                          order, then weight, m and v of both dictionaries read and written, the copy written
                   flops  6 nnz D + 2 · 12 M D: acts' gradients and both dictionaries', then Adam
   step            encode_topk + decode + by_latent + update_latents_, and 3 N D w for the loss: x, error, gradient
-  torch.topk      bytes  N M w + nnz (w + 8)
   dense step      flops  10 N M D: five products;  bytes M D (2 · 24 + 2 · 2 w) + 6 N M w: Adam and the gradients, and
                          pre-acts, acts and their gradients written and read (fused or not, they do not fit a cache)
 """
@@ -41,43 +40,29 @@ class Cost:
     flops: float
     unit: str = "fp32"
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.bytes + other.bytes, self.flops + other.flops, "narrow")
-
 
 def of(what: str, case: Case, nnz: int | None = None) -> Cost | None:
     """The cost of an op or of a contestant's whole step at these sizes; None for one that is not counted."""
     N, D, M = case.N, case.D, case.M
     n = case.N * case.K if nnz is None else nnz
-    adam = M * D * 2 * 24
-    match what:
-        case "encode_topk" | "encode_batch_topk" | "encode_above":
-            return Cost(N * D * W + 2 * M * D + n * D * W + n * (W + 4), 2 * N * M * D, "narrow")
-        case "decode":
-            return Cost(n * D * W + n * (W + 4) + N * D * W, 2 * n * D)
-        case "decode_error":
-            return Cost(n * D * W + n * (W + 4) + 2 * N * D * W + 8 * N, 2 * n * D + 4 * N * D)
-        case "active_dot":
-            return Cost(n * D * W + N * D * W + n * (4 + W), 2 * n * D)
-        case "by_latent":
-            return Cost(n * (W + 4) + n * 12 + 8 * M, 0)
-        case "active_outer":
-            return Cost(n * D * W + n * (W + 12) + M * D * W, 2 * n * D)
-        case "update_latents_":
-            return Cost(2 * n * D * W + n * (W + 12) + adam + 2 * M * D, 6 * n * D + 24 * M * D)
-        case "torch.topk":
-            return Cost(N * M * W + n * (W + 8), 0)
+    gather, adam = n * D * W, M * D * 2 * 24
+    encode = Cost(N * D * W + 2 * M * D + gather + n * (W + 4), 2 * N * M * D, "narrow")
+    ops = {
+        **dict.fromkeys(("encode_topk", "encode_batch_topk", "encode_above"), encode),
+        "decode": Cost(gather + n * (W + 4) + N * D * W, 2 * n * D),
+        "decode_error": Cost(gather + n * (W + 4) + 2 * N * D * W + 8 * N, 2 * n * D + 4 * N * D),
+        "active_dot": Cost(gather + N * D * W + n * (4 + W), 2 * n * D),
+        "by_latent": Cost(n * (W + 4) + n * 12 + 8 * M, 0),
+        "active_outer": Cost(gather + n * (W + 12) + M * D * W, 2 * n * D),
+        "update_latents_": Cost(2 * gather + n * (W + 12) + adam + 2 * M * D, 6 * n * D + 24 * M * D),
+    }
     if what.startswith("fastsae"):
-        parts = [of(op, case, n) for op in ("encode_topk", "decode", "by_latent", "update_latents_")]
-        whole = Cost(3 * N * D * W, 0)
-        for part in parts:
-            assert part is not None
-            whole = whole + part
-        return whole
+        parts = [ops[op] for op in ("encode_topk", "decode", "by_latent", "update_latents_")]
+        return Cost(3 * N * D * W + sum(p.bytes for p in parts), sum(p.flops for p in parts), "narrow")
     if what.startswith("dense"):
         unit = "narrow" if "bf16" in what else "tf32" if "tf32" in what else "fp32"
         return Cost(adam + 4 * M * D * W + 6 * N * M * W, 10 * N * M * D, unit)
-    return None
+    return ops.get(what)
 
 
 @dataclass(frozen=True)
@@ -93,31 +78,24 @@ class Ceilings:
         """From the items of the job "ceilings"."""
 
         def best(*starts: str) -> float:
-            rates = [e["rate"] for name, e in items.items() if name.startswith(starts) and "rate" in e]
-            return max(rates, default=0.0)
+            return max((e["rate"] for name, e in items.items() if name.startswith(starts) and "rate" in e), default=0.0)
 
         return cls(best("copy"), best("bf16", "fp16"), best("fp32"))
 
-    def flops(self, unit: str) -> float:
-        return {"narrow": self.narrow, "fp32": self.fp32}.get(unit, 0.0)
-
     def seconds(self, cost: Cost) -> float:
         """The least time: bytes at the copy's rate or operations at the product's, the slower of both; 0: unknown."""
-        by_bytes = cost.bytes / self.copy if self.copy else 0.0
-        by_flops = cost.flops / self.flops(cost.unit) if self.flops(cost.unit) else 0.0
-        return max(by_bytes, by_flops)
+        rate = {"narrow": self.narrow, "fp32": self.fp32}.get(cost.unit, 0.0)
+        return max(cost.bytes / self.copy if self.copy else 0.0, cost.flops / rate if rate else 0.0)
 
 
 def figures(what: str, case: Case, ms: float, ceilings: Ceilings, nnz: int | None = None) -> dict[str, float | None]:
     """tokens/s, GB/s, TFLOP/s, the floor in ms and its share of the time, for one measured time."""
-    found: dict[str, float | None] = {"tokens_per_s": case.N / ms * 1e3}
     cost = of(what, case, nnz)
-    if cost is None:
-        return found | {"gbs": None, "tflops": None, "floor_ms": None, "share_of_floor": None}
-    floor = ceilings.seconds(cost) * 1e3
-    return found | {
-        "gbs": cost.bytes / ms / 1e6,
-        "tflops": cost.flops / ms / 1e9 if cost.flops else None,
+    floor = ceilings.seconds(cost) * 1e3 if cost else 0.0
+    return {
+        "tokens_per_s": case.N / ms * 1e3,
+        "gbs": cost.bytes / ms / 1e6 if cost else None,
+        "tflops": cost.flops / ms / 1e9 if cost and cost.flops else None,
         "floor_ms": floor or None,
         "share_of_floor": floor / ms if floor else None,
     }

@@ -19,15 +19,6 @@ HEAVY, EVERY = 100, 100
 """A heavy token is HEAVY times as long as the others; every EVERY-th token is heavy, beginning with the first."""
 
 
-def lengths(case: Case, weights: Tensor) -> Tensor:
-    """int64 (N,): N·K slots shared out by weight, no token more than M. Raises ValueError where they do not fit."""
-    ends = (weights.double().cumsum(0) / weights.double().sum() * case.N * case.K).round().long()
-    counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    if int(counts.max()) > case.M:
-        raise ValueError(f"a token of {int(counts.max())} latents does not fit into {case.M}")
-    return counts
-
-
 def spread(counts: Tensor, latents: int, generator: torch.Generator) -> Tensor:
     """int32 (Σ counts,): for each token so many different latents, ascending: one drawn from each equal stretch."""
     tokens = torch.repeat_interleave(counts)
@@ -51,6 +42,7 @@ def make(layout: str, case: Case, device: str) -> SparseCodes:
         weights = torch.rand(case.N, generator=generator, device=device)
     else:
         weights = torch.ones(case.N, device=device).index_fill(0, torch.arange(0, case.N, EVERY, device=device), HEAVY)
-    counts = lengths(case, weights)
+    ends = (weights.double().cumsum(0) / weights.double().sum() * case.N * case.K).round().long()
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return SparseCodes(acts, spread(counts, case.M, generator), case.M, offsets)

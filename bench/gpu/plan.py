@@ -5,80 +5,57 @@ A job is a child process, an item what is measured, recorded and resumed on its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from bench.cases import Case
 
 SMALL = Case("small", N=8192, D=768, M=24576, K=32)
 BIG = Case("big", N=8192, D=4096, M=131072, K=64)
-ZIPF = replace(SMALL, name="zipf", distribution="zipf")
-HOT = replace(SMALL, name="hot", distribution="hot")
-SWEEP = (
-    replace(SMALL, name="sweep-base"),
-    *(replace(SMALL, name=f"sweep-K-{K}", K=K) for K in (256, 8, 64, 128, 512)),
-    *(replace(SMALL, name=f"sweep-N-{N}", N=N) for N in (1024, 16384, 2048, 4096)),
-    *(replace(SMALL, name=f"sweep-M-{M}", M=M) for M in (6144, 98304, 12288, 49152)),
-    *(replace(SMALL, name=f"sweep-D-{D}", D=D) for D in (384, 4096, 1536)),
-)
+AXES = {"K": (256, 8, 64, 128, 512), "N": (1024, 16384, 2048, 4096), "M": (6144, 98304, 12288, 49152),
+        "D": (384, 4096, 1536)}  # fmt: skip
 TOY = Case("small", N=16, D=24, M=96, K=4)
-TOY_SWEEP = (
-    replace(TOY, name="sweep-base"),
-    replace(TOY, name="sweep-K-2", K=2),
-    replace(TOY, name="sweep-N-8", N=8),
-    replace(TOY, name="sweep-M-48", M=48),
-    replace(TOY, name="sweep-D-12", D=12),
-)
+
+
+def _cases(small: Case, big: Case, axes: dict[str, tuple[int, ...]]) -> dict[str, Case]:
+    cases = [small, big, *(replace(small, name=kind, distribution=kind) for kind in ("zipf", "hot"))]
+    cases.append(replace(small, name="sweep-base"))
+    for axis, sizes in axes.items():
+        cases += [Case(**asdict(small) | {"name": f"sweep-{axis}-{size}", axis: size}) for size in sizes]
+    return {case.name: case for case in cases}
+
+
 CASES = {
-    "full": {case.name: case for case in (SMALL, BIG, ZIPF, HOT, *SWEEP)},
-    "toy": {
-        case.name: case
-        for case in (
-            TOY,
-            replace(TOY, name="big", D=40, M=160),
-            replace(TOY, name="zipf", distribution="zipf"),
-            replace(TOY, name="hot", distribution="hot"),
-            *TOY_SWEEP,
-        )
-    },
+    "full": _cases(SMALL, BIG, AXES),
+    "toy": _cases(TOY, replace(TOY, name="big", D=40, M=160), {"K": (2,), "N": (8,)}),
 }
 
-OPS = ("encode_topk", "encode_batch_topk", "encode_above", "decode", "decode_error", "active_dot", "by_latent",
-       "active_outer", "update_latents_")  # fmt: skip
-TIMED = (*OPS, "encode_topk rows")
+OPS = ("encode_topk", "decode", "decode_error", "active_dot", "by_latent", "active_outer", "update_latents_",
+       "encode_batch_topk", "encode_above", "encode_topk rows")  # fmt: skip
 LAYOUTS = ("fixed", "ragged", "heavy", "hot")
-SPARSE = ("decode", "active_dot", "active_outer", "active_outer_regrouped")
-"""What torch.sparse can do too; regrouped: the transposed code made inside the timing."""
+SPARSE = ("decode", "active_dot", "active_outer")
+"""What torch.sparse can do too."""
 CODES = tuple(f"{op} {layout}" for op in (*SPARSE, "decode_error", "by_latent") for layout in LAYOUTS)
 SPARSE_CODES = tuple(f"{op} {layout}" for op in SPARSE for layout in LAYOUTS)
-CALLS = ("decode", "decode bare", "active_dot", "active_outer", "by_latent", "encode_topk", "update_latents_",
-         "fused step")  # fmt: skip
-TORCH_CALLS = ("decode", "active_dot", "active_outer", "torch.mm")
-CHECKS = (*OPS, "exact is fp32", "run twice", "deterministic", "fused step", "fused step as a CUDA graph")
-CEILINGS = ("copy", "bf16 8192", "fp16 8192", "fp32 8192", "bf16 encoder", "fp16 encoder", "fp32 encoder")
-OURS = ("fastsae", "fastsae graph", "fastsae by part")
-"""The fused step, the same as a CUDA graph, and the same op by op, for the time of its parts."""
-FIRST = ("dense bf16 compiled", "dense bf16", "sparsify")
-"""The contestants that the targets name."""
-LATER = ("dense tf32", "dense tf32 compiled", "dense fp32", "dense fp32 compiled", "sparse eager", "sparse eager bf16",
-         "sae-lens", "sae-lens bf16", "sae-lens sparse", "dictionary-learning")  # fmt: skip
-SLOW = ("compiled",)  # what needs g++ or the GPU's compiler, tens of seconds
+CEILINGS = ("copy", "fp16 8192", "bf16 8192", "fp32 8192", "fp16 encoder", "fp32 encoder")
+OURS = ("fastsae graph", "fastsae")
+DENSE = ("dense bf16", "dense bf16 compiled")
+MORE_DENSE = ("dense tf32", "dense tf32 compiled", "dense fp32", "sparse eager", "sparse eager bf16")
+MORE_PEERS = ("sae-lens", "sae-lens bf16", "sae-lens sparse", "dictionary-learning")
+
+
+class NotThere(RuntimeError):
+    """What was to be measured does not exist here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What parent and children share. backends: checked, and timed as `timed` says; plant: see faults.plant."""
+    """What parent and children share. everything: what is of less weight too."""
 
     device: str = "cuda"
     size: str = "full"
-    backends: tuple[str, ...] = ("cuda", "triton", "reference")
-    plant: str | None = None
-
-    @property
-    def timed(self) -> tuple[str, ...]:
-        """All but the reference, which is there to compare with; if it is the only one, the reference."""
-        return tuple(name for name in self.backends if name != "reference") or self.backends
+    backends: tuple[str, ...] = ("cuda", "triton")
+    everything: bool = False
 
     @property
     def cases(self) -> dict[str, Case]:
@@ -91,7 +68,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """kind: what runs it, see child.KINDS; limit: seconds after which an item is given up and its process killed."""
+    """kind: what runs it, see child.KINDS; limit: seconds after which an item is given up and its process killed.
+
+    file: the file that the results depend on, with the device and torch, where they are not of our sources.
+    """
 
     name: str
     kind: str
@@ -99,99 +79,58 @@ class Job:
     case: str | None = None
     backend: str | None = None
     limit: float = 60.0
-
-    def identity(self) -> dict[str, Any]:
-        """What a stored result must agree in: everything but how many items were asked for, and their limit."""
-        return {key: value for key, value in asdict(self).items() if key not in ("items", "limit")}
+    file: str | None = None
 
 
 def jobs(settings: Settings) -> list[Job]:
     """Every job of a run, most important first. Names: <kind>-<case>-<backend>; without a backend it is not ours."""
-    toy, timed = settings.is_toy, settings.timed
-    step_limit = 60.0 if toy else 120.0
 
-    def each(make: Callable[[str], Job]) -> list[Job]:
-        return [make(backend) for backend in timed]
+    def first(backend: str) -> list[Job]:
+        """The tests, without which nothing of a backend is timed."""
+        items = ("accumulation", "tests") if backend != "cpu" else ("tests",)
+        return [Job(f"check-{backend}", "check", items, backend=backend, limit=240)]
 
-    def check(backend: str) -> Job:
-        # Two calls of the reference need not agree: it is made of torch's own ops.
-        items = tuple(i for i in CHECKS if backend != "reference" or i not in ("run twice", "deterministic"))
-        return Job(f"check-{backend}", "check", items, backend=backend, limit=100)
+    def ours(kind: str, backend: str, case: str, items: tuple[str, ...], limit: float = 60.0) -> Job:
+        return Job(f"{kind}-{case}-{backend}", kind, items, case, backend, limit)
 
-    def quick(backend: str) -> Job:
-        return Job(f"quick-check-{backend}", "quick check", CHECKS, backend=backend, limit=100)
-
-    def ops(case: str) -> list[Job]:
-        more = ("torch.topk",)  # of no backend: timed beside the first one
-        items = {backend: (*TIMED, *(more if backend == timed[0] else ())) for backend in timed}
-        return each(lambda backend: Job(f"ops-{case}-{backend}", "ops", items[backend], case, backend))
-
-    def codes(case: str) -> list[Job]:
-        ours = each(lambda backend: Job(f"codes-{case}-{backend}", "codes", CODES, case, backend))
-        return [*ours, Job(f"codes-{case}-cusparse", "sparse", SPARSE_CODES, case)]
-
-    def ours(case: str) -> list[Job]:
-        return each(lambda backend: Job(f"steps-{case}-{backend}", "step", OURS, case, backend, step_limit))
-
-    def theirs(case: str, items: Sequence[str], name: str = "steps") -> Job:
-        kept = tuple(item for item in items if not (toy and any(word in item for word in SLOW)))
-        return Job(f"{name}-{case}", "step", kept, case, limit=step_limit)
-
-    def sanitizer(backend: str) -> Job:
-        return Job(f"sanitizer-{backend}", "sanitizer", ("memcheck", "racecheck"), backend=backend, limit=120)
-
-    def sweep(backend: str) -> Job:
-        points = tuple(name for name in settings.cases if name.startswith("sweep-"))
-        return Job(f"sweep-{backend}", "sweep", points, backend=backend)
-
-    overhead = [
-        *each(lambda backend: Job(f"overhead-{backend}", "overhead", CALLS, backend=backend)),
-        Job("overhead-torch", "overhead", TORCH_CALLS),
-    ]
-    ceilings = Job("ceilings", "ceilings", CEILINGS)
-    untimed = [check(backend) for backend in settings.backends if backend not in timed]
-    if toy:
+    def steps(backend: str) -> list[Job]:
         return [
-            *each(check), ceilings, *ours("small"), theirs("small", FIRST), *ops("small"), *codes("small"), *overhead,
-            *ours("big"), theirs("big", FIRST), *ours("zipf"), *ours("hot"), *each(sanitizer),
-            theirs("small", LATER, "more-steps"), *each(sweep), *untimed,
-        ]  # fmt: skip
-    return [
-        # On a cold machine every shape is compiled first, so the whole set of cases waits until the most wanted times
-        # are there. An item stops on its own after some seconds and counts what it did not reach.
-        *each(quick),
-        ceilings,
-        *ours("small"),
-        theirs("small", FIRST),
-        *ops("small"),
-        *ours("big"),
-        theirs("big", FIRST),
-        *ops("big"),
-        *overhead,
-        *codes("big"),
-        *ours("zipf"),
-        *ours("hot"),
-        *each(check),
-        *each(sanitizer),
-        *codes("small"),
-        theirs("small", LATER, "more-steps"),
-        *each(sweep),
-        *ops("zipf"),
-        *ops("hot"),
-        theirs("big", LATER, "more-steps"),
-        *untimed,
-    ]
+            *(ours("profile", backend, case, ("kernels",), 120) for case in ("small", "big")),
+            *(ours("steps", backend, case, (*OURS, "graph is step"), 120) for case in ("small", "big")),
+        ]
+
+    def theirs(case: str, dense: tuple[str, ...], peers: tuple[str, ...], start: str = "") -> list[Job]:
+        dense = tuple(name for name in dense if not (settings.is_toy and "compiled" in name))  # a compiler's minute
+        return [
+            Job(f"{start}dense-{case}", "steps", dense, case, limit=120, file="bench/dense.py"),
+            Job(f"{start}peers-{case}", "steps", peers, case, limit=120, file="bench/peers.py"),
+        ]
+
+    one, others = settings.backends[:1], settings.backends[1:]
+    found = [job for backend in one for job in first(backend)]
+    found.append(Job("ceilings", "ceilings", CEILINGS, file="bench/gpu/ceilings.py"))
+    found += [job for backend in one for job in steps(backend)]
+    found += [job for case in ("small", "big") for job in theirs(case, DENSE, ("sparsify",))]
+    found += [ours("ops", backend, "big", OPS) for backend in one]
+    found += [job for backend in others for job in (*first(backend), *steps(backend))]
+    if not settings.everything:
+        return found
+    for backend in settings.backends:
+        found += [Job(f"sanitizer-{backend}", "check", ("memcheck", "racecheck"), backend=backend, limit=300)]
+        found += [ours("ops", backend, case, OPS) for case in ("small", "big") if (backend, case) != (one[0], "big")]
+        found += [ours("codes", backend, "big", CODES)]
+        found += [ours("steps", backend, case, OURS) for case in settings.cases if case not in ("small", "big")]
+    found.append(Job("codes-big", "codes", SPARSE_CODES, "big", file="bench/gpu/op_times.py"))
+    return [*found, *(job for case in ("small", "big") for job in theirs(case, MORE_DENSE, MORE_PEERS, "more-"))]
 
 
-def chosen(plan: Sequence[Job], only: Sequence[str], items: Sequence[str]) -> list[Job]:
-    """The jobs whose name starts with one of `only`, with those of their items that `items` names; nothing given: all.
+def chosen(plan: Sequence[Job], only: Sequence[str]) -> list[Job]:
+    """The jobs whose name starts with one of `only`, and the checks of their backends; nothing given: all.
 
     Raises ValueError where nothing is left.
     """
     kept = [job for job in plan if not only or any(job.name.startswith(start) for start in only)]
-    kept = [replace(job, items=tuple(i for i in job.items if not items or i in items)) for job in kept]
-    kept = [job for job in kept if job.items]
     if not kept:
-        names = ", ".join(job.name for job in plan)
-        raise ValueError(f"no job is left: --only {' '.join(only)} --items {' '.join(items)}; the jobs are {names}")
-    return kept
+        raise ValueError(f"no job is left: --only {' '.join(only)}; the jobs are {', '.join(job.name for job in plan)}")
+    checked = {job.backend for job in kept}
+    return [job for job in plan if job in kept or (job.name == f"check-{job.backend}" and job.backend in checked)]

@@ -12,7 +12,6 @@ import torch
 import bench.synth as package
 from bench import machine, peers
 from bench.family.store import Store
-from bench.gpu.setup_machine import slug
 from bench.results import RESULTS
 from bench.synth import draw, run
 from bench.synth.trainers import RULES
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; leave the option out")
     device = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
-    folder = options.out or RESULTS / (slug(device) if on_gpu else machine.device_folder()) / "synth"
+    folder = options.out or RESULTS / (machine.slug(device) if on_gpu else machine.device_folder()) / "synth"
     if not options.draw:
         if reason := peers.unavailable("sae-lens"):
             print(f"{reason} into .venv-peers: .venv-peers/bin/python -m bench.synth", file=sys.stderr)

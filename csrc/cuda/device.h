@@ -73,6 +73,30 @@ template <bool ALIGNED, class T> __device__ inline void load_pack(const T* row, 
   }
 }
 
+// A pack as it was loaded, to be widened when it is used: 16 bytes of registers whatever the type, if rows are aligned.
+template <bool ALIGNED, class T> struct Loaded {
+  Pack<T> pack;
+
+  __device__ void load(const T* row, int64_t c, int64_t D) {
+    pack = {};
+    if (c < D) pack = *reinterpret_cast<const Pack<T>*>(row + c);
+  }
+  __device__ void widen_to(float (&out)[V<T>]) const {
+#pragma unroll
+    for (int i = 0; i < V<T>; ++i) out[i] = widen(pack.t[i]);
+  }
+};
+
+template <class T> struct Loaded<false, T> {
+  float t[V<T>];
+
+  __device__ void load(const T* row, int64_t c, int64_t D) { load_pack<false>(row, c, D, t); }
+  __device__ void widen_to(float (&out)[V<T>]) const {
+#pragma unroll
+    for (int i = 0; i < V<T>; ++i) out[i] = t[i];
+  }
+};
+
 template <bool ALIGNED, class T> __device__ inline void store_pack(T* row, int64_t c, int64_t D, const float (&t)[V<T>]) {
   if constexpr (ALIGNED) {
     Pack<T> pack;

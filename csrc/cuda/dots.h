@@ -34,4 +34,36 @@ __device__ inline void row_dots(const T* const (&x)[DOTS], const T* const (&w)[D
   for (int j = 0; j < DOTS; ++j) s[j] = warp_sum(s[j]);
 }
 
+// s[t][j] = ⟨x[t], w[j]⟩, known to every lane, of several x with the same rows of w, which are read once for all of them; 0
+// where x[t] or w[j] is null. Each in the order of row_dots, and so with its bits.
+template <bool ALIGNED, int TOKENS, class T>
+__device__ inline void tile_dots(const T* const (&x)[TOKENS], const T* const (&w)[DOTS], int64_t D, float (&s)[TOKENS][DOTS]) {
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+    for (int j = 0; j < DOTS; ++j) s[t][j] = 0.f;
+  for (int64_t c = lane() * V<T>; c < D; c += WARP * V<T>) {
+    float b[DOTS][V<T>];
+#pragma unroll
+    for (int j = 0; j < DOTS; ++j)
+      if (w[j]) load_pack<ALIGNED>(w[j], c, D, b[j]);
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      if (!x[t]) continue;
+      float a[V<T>];
+      load_pack<ALIGNED>(x[t], c, D, a);
+#pragma unroll
+      for (int j = 0; j < DOTS; ++j)
+        if (w[j]) {
+#pragma unroll
+          for (int i = 0; i < V<T>; ++i) s[t][j] = fmaf(a[i], b[j][i], s[t][j]);
+        }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+    for (int j = 0; j < DOTS; ++j) s[t][j] = warp_sum(s[t][j]);
+}
+
 }  // namespace fastsae

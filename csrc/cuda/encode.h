@@ -31,10 +31,10 @@ void rescore(const Where&, const Array& x, const Array& W, const Array& b, const
 void top_k(const Where&, const Array& latents, const Array& scores, const Array& counts, const Array& certified,
            const Array& acts, const Array& indices, int64_t offset, int64_t last);
 
-// exhaustive.cu. scratch (slots, positions) float: how many tokens are scored side by side.
+// exhaustive.cu. scratch (slots, positions) float: slots are the tokens of a batch; progress (3,) int32, for the kernels.
 void exhaustive_top_k(const Where&, const Array& x, const Array& W, const Array& b, const Maybe& gate, const Maybe& rows,
                       const Array& count, const Array& tokens, const Array& listed, const Array& acts,
-                      const Array& indices, int64_t offset, int64_t last, const Array& scratch);
+                      const Array& indices, int64_t offset, int64_t last, const Array& scratch, const Array& progress);
 
 // ragged.cu
 void count_listed(const Where&, const Array& latents, const Array& scores, const Array& found, const Array& thresholds,

@@ -1,14 +1,15 @@
 // The K largest of a few tokens by scoring every latent: for tokens that no screen could certify, listed on the device.
 //
-// The host does not know how many there are, so the launches are fixed and return at once if there is nothing to do. The
-// list's first tokens, as many as there are rows of scratch memory, come first: all blocks compute their scores together,
-// each warp DOTS latents for one token after the other, and one block a token selects. Then one block a token does the
-// rest: this suits the few tokens that a screen leaves, and is slow where it leaves many. The K-th largest key comes from
-// four counts over the row. Then a pass over the row in order gives ties to the lower index. Scores are those of
-// `rescore`, bit for bit.
-// Bytes: M·D·sizeof(W) for each token. Of the first tokens' rows of W, from L2, or from L1 where the DOTS rows of a block's
-// warps fit there (D <= 512 or so in float); 5·M·4 to select.
-// Flops: 2·M·D a token.
+// A product in batches of as many tokens as there are rows of scratch memory. A block takes TILE latents at a time, for all
+// tokens of the batch, and each of its warps DOTS of them for TOGETHER tokens at once, so that W is read once for so many.
+// When a batch is scored, one block a token selects: the K-th largest key comes from four counts over the row, then a pass
+// over the row in order gives ties to the lower index. Scores are those of `rescore`, bit for bit.
+//
+// The host does not know how many tokens there are, so the launches are fixed and return at once if there is nothing to do:
+// two for the first batch, and one in which all blocks go through the other batches, tile by tile and token by token. They
+// draw tickets in that order, and wait for what tickets before theirs have to finish: those belong to blocks that run.
+// Bytes: M·D·sizeof(W) for each TOGETHER tokens, from L2 where several follow each other; 5·M·4 a token to select.
+// Flops: 2·M·D a token. So, at D = 4096 and M = 131072, some 3 ms a batch of 64 (predicted for an H200: from L2).
 #include "encode.h"
 #include "keys.h"
 #include "launch.h"
@@ -17,12 +18,17 @@
 namespace fastsae {
 namespace {
 
-constexpr int SCORE_WARPS = 8, SELECT_WARPS = 16;
+constexpr int WARPS = 6, SELECT_WARPS = 16;  // two blocks of 6 warps leave a thread 168 registers; with 128 some target spills
+template <class T> constexpr int TOGETHER = V<T> == 4 ? 8 : 4;  // tokens of a warp
+constexpr int TILE = WARPS * DOTS;  // latents of a block
 constexpr int64_t MOST_BLOCKS = 1024;
+constexpr int STAYING_BLOCKS = 2 * 160;  // all that run at once, and few that find nothing left
+enum { TAKEN, SCORED, SELECTED, COUNTS };
 
 struct Redo {
   const int32_t *rows, *count, *tokens, *listed;
   float* scratch;  // (slots, positions)
+  int32_t* progress;  // (COUNTS,): tickets, tiles and tokens of the batches after the first
   Acts acts;
   int32_t* indices;
   int64_t N, positions;
@@ -34,25 +40,28 @@ struct Redo {
   __device__ int32_t latent(int position) const { return rows ? rows[position] : position; }
 };
 
-// Scores of tokens [first, first + many) of the list for the positions that block `block` of `blocks` takes, into the rows
-// of scratch from `row` on.
-template <bool ALIGNED, int WARPS, class T>
-__device__ inline void score_positions(const Redo& s, const Encoder<T>& encoder, int first, int many, int row, int block,
-                                       int blocks) {
-  const int count = s.positions_counted(), step = blocks * WARPS * DOTS;
-  for (int start = (block * WARPS + warp()) * DOTS; start < count; start += step) {
-    int32_t latents[DOTS];
+// Scores of tokens [first, first + many) of the list for the tile of positions from `start` on, into rows of scratch.
+template <bool ALIGNED, class T>
+__device__ inline void score_tile(const Redo& s, const Encoder<T>& encoder, int first, int many, int start) {
+  const int count = s.positions_counted(), mine = start + warp() * DOTS;
+  if (mine >= count) return;
+  int32_t latents[DOTS];
 #pragma unroll
-    for (int j = 0; j < DOTS; ++j) latents[j] = start + j < count ? s.latent(start + j) : -1;
-    for (int t = 0; t < many; ++t) {
-      int64_t n;
-      if (!s.token(first + t, n)) continue;
-      float scores[DOTS];
-      exact_scores<ALIGNED>(encoder, n, latents, scores);
+  for (int j = 0; j < DOTS; ++j) latents[j] = mine + j < count ? s.latent(mine + j) : -1;
+  constexpr int TOKENS = TOGETHER<T>;
+  for (int row = 0; row < many; row += TOKENS) {
+    int64_t tokens[TOKENS];
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t)
+      if (row + t >= many || !s.token(first + row + t, tokens[t])) tokens[t] = -1;
+    float scores[TOKENS][DOTS];
+    exact_scores<ALIGNED>(encoder, tokens, latents, scores);
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t)
 #pragma unroll
       for (int j = 0; j < DOTS; ++j)
-        if (lane() == j && start + j < count) s.scratch[(row + t) * s.positions + start + j] = scores[j];
-    }
+        if (lane() == t * DOTS + j && tokens[t] >= 0 && mine + j < count)
+          s.scratch[(row + t) * s.positions + mine + j] = scores[t][j];
   }
 }
 
@@ -94,9 +103,12 @@ template <int WARPS> __device__ inline void select_row(const Redo& s, int64_t ro
 }
 
 template <bool ALIGNED, class T>
-__global__ void __launch_bounds__(SCORE_WARPS* WARP, 2) score_kernel(Redo s, Encoder<T> encoder) {
-  const int many = min(s.tokens_listed(), s.slots);
-  score_positions<ALIGNED, SCORE_WARPS>(s, encoder, 0, many, 0, blockIdx.x, gridDim.x);
+__global__ void __launch_bounds__(WARPS* WARP, 2) score_kernel(Redo s, Encoder<T> encoder) {
+  if (blockIdx.x == 0 && threadIdx.x < COUNTS) s.progress[threadIdx.x] = 0;
+  const int many = min(s.tokens_listed(), s.slots), count = s.positions_counted();
+  if (many)
+    for (int start = blockIdx.x * TILE; start < count; start += gridDim.x * TILE)
+      score_tile<ALIGNED>(s, encoder, 0, many, start);
 }
 
 __global__ void __launch_bounds__(SELECT_WARPS* WARP, 2) select_rows_kernel(Redo s) {
@@ -105,16 +117,43 @@ __global__ void __launch_bounds__(SELECT_WARPS* WARP, 2) select_rows_kernel(Redo
   if (t < s.tokens_listed() && s.token(t, n)) select_row<SELECT_WARPS>(s, t, n);
 }
 
+// Says that this block has finished a part, whose writes are then visible to who waits for the count.
+__device__ inline void finish(int32_t* count) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(count, 1);
+}
+
+__device__ inline void wait_for(const int32_t* count, int least) {
+  if (threadIdx.x == 0)
+    while (*static_cast<const volatile int32_t*>(count) < least) {
+    }
+  __threadfence();
+  __syncthreads();
+}
+
 template <bool ALIGNED, class T>
-__global__ void __launch_bounds__(SELECT_WARPS* WARP, 1) rest_kernel(Redo s, Encoder<T> encoder) {
-  const int row = blockIdx.x, listed = s.tokens_listed();
-  for (int t = s.slots + row; t < listed; t += s.slots) {
-    int64_t n;
-    if (!s.token(t, n)) continue;
-    __syncthreads();  // the row has been read to its end
-    score_positions<ALIGNED, SELECT_WARPS>(s, encoder, t, 1, row, 0, 1);
+__global__ void __launch_bounds__(WARPS* WARP, 2) rest_kernel(Redo s, Encoder<T> encoder) {
+  SHARED(int, drawn);
+  const int listed = s.tokens_listed(), tiles = static_cast<int>(ceil_div(s.positions_counted(), TILE));
+  if (listed <= s.slots) return;
+  for (;;) {
+    __syncthreads();  // all have read the last ticket
+    if (threadIdx.x == 0) drawn = atomicAdd(s.progress + TAKEN, 1);
     __syncthreads();
-    select_row<SELECT_WARPS>(s, row, n);
+    const int batch = drawn / (tiles + s.slots) + 1, part = drawn % (tiles + s.slots), first = batch * s.slots;
+    if (first >= listed) return;
+    const int many = min(s.slots, listed - first), row = part - tiles;
+    int64_t n;
+    if (part < tiles) {
+      wait_for(s.progress + SELECTED, (batch - 1) * s.slots);  // the rows have been read
+      score_tile<ALIGNED>(s, encoder, first, many, part * TILE);
+      finish(s.progress + SCORED);
+    } else if (row < many) {
+      wait_for(s.progress + SCORED, batch * tiles);
+      if (s.token(first + row, n)) select_row<WARPS>(s, row, n);
+      finish(s.progress + SELECTED);
+    }
   }
 }
 
@@ -122,26 +161,28 @@ __global__ void __launch_bounds__(SELECT_WARPS* WARP, 1) rest_kernel(Redo s, Enc
 
 void exhaustive_top_k(const Where& where, const Array& x, const Array& W, const Array& b, const Maybe& gate, const Maybe& rows,
                       const Array& count, const Array& tokens, const Array& listed, const Array& acts,
-                      const Array& indices, int64_t offset, int64_t last, const Array& scratch) {
+                      const Array& indices, int64_t offset, int64_t last, const Array& scratch, const Array& progress) {
   const int64_t positions = rows ? rows->rows : W.rows;
   fit_encoder(x, W, b, gate), fit("rows", rows, positions), fit("count", count, 1), fit("listed", listed, 1);
   fit("acts", acts, x.rows, counted("k", acts.cols)), fit("indices", indices, x.rows, acts.cols);
   fit("tokens", tokens, x.rows + 1), fit("scratch", scratch, counted("slots", scratch.rows), positions);
+  fit("progress", progress, COUNTS);
   counted("offset", offset), counted("last", last);
   if (!acts.size()) return;
   const Redo s{pointer<const int32_t>(rows), count.as<const int32_t>(), tokens.as<const int32_t>(),
-               listed.as<const int32_t>(), scratch.as<float>(), acts_of(acts), indices.as<int32_t>(), x.rows,
-               scratch.cols, static_cast<int>(scratch.rows), static_cast<int>(acts.cols), static_cast<int>(offset),
-               static_cast<int>(last)};
-  const int64_t blocks = std::max<int64_t>(1, std::min(MOST_BLOCKS, ceil_div(s.positions, SCORE_WARPS * DOTS)));
+               listed.as<const int32_t>(), scratch.as<float>(), progress.as<int32_t>(), acts_of(acts),
+               indices.as<int32_t>(), x.rows, scratch.cols, static_cast<int>(scratch.rows), static_cast<int>(acts.cols),
+               static_cast<int>(offset), static_cast<int>(last)};
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(s.positions, TILE));
   by_dtype(W.dtype, [&](auto t) {
     using T = decltype(t);
     const Encoder<T> of_all = encoder<T>(x, W, b, gate);
     by_alignment([&](auto aligned) {
-      launch(where, "exhaustive_scores", score_kernel<aligned.value, T>, {dim3(blocks), dim3(SCORE_WARPS * WARP)}, s, of_all);
+      launch(where, "exhaustive_scores", score_kernel<aligned.value, T>,
+             {dim3(std::min(MOST_BLOCKS, tiles)), dim3(WARPS * WARP)}, s, of_all);
       launch(where, "exhaustive_select", select_rows_kernel, {dim3(s.slots), dim3(SELECT_WARPS * WARP)}, s);
       if (s.N > s.slots)
-        launch(where, "exhaustive_rest", rest_kernel<aligned.value, T>, {dim3(s.slots), dim3(SELECT_WARPS * WARP)}, s, of_all);
+        launch(where, "exhaustive_rest", rest_kernel<aligned.value, T>, {dim3(STAYING_BLOCKS), dim3(WARPS * WARP)}, s, of_all);
     }, x, W);
   });
 }

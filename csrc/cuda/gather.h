@@ -1,10 +1,10 @@
 // out[i] = Σ_e weight(e) · matrix[row(e), :] over the entries e of owner i: what decode does for tokens and active_outer
 // for latents.
 //
-// A row of threads computes one owner, a pack of columns to a thread, AT_ONCE rows of the matrix in flight at a time and
-// added in order; several owners share a block where rows are short. Long owners are cut into pieces (pieces.h): so rows of
-// very different lengths cost what their entries cost. 4 loads of 16 bytes in each of 1024 threads are 64 KiB in flight on
-// a multiprocessor, twice what hides the latency of an H200's memory at its full bandwidth.
+// A row of threads, whole warps, computes one owner, a pack of columns to a thread, AT_ONCE rows of the matrix in flight at a
+// time and added in order; several owners share a block where rows are short. Long owners are cut into pieces (pieces.h): so
+// rows of very different lengths cost what their entries cost. 4 or 8 loads of 16 bytes in each of 768 threads are 48 or 96
+// KiB in flight on a multiprocessor; 32 hide the latency of an H200's memory at its full bandwidth.
 #pragma once
 #include "launch.h"
 #include "pieces.h"
@@ -12,28 +12,39 @@
 namespace fastsae {
 
 constexpr int GATHER_THREADS = 256;  // of a block, at most
-// On a multiprocessor, at least. Eight values loaded one by one need registers for their addresses.
-template <bool ALIGNED, class T> constexpr int GATHER_BLOCKS = ALIGNED || V<T> == 4 ? 4 : 3;
+// On a multiprocessor, at least: registers for the rows in flight; values loaded one by one need more, for their addresses.
+template <bool ALIGNED, class T> constexpr int GATHER_BLOCKS = ALIGNED ? 3 : 2;
 
-// An Entries type says, in device code: begin(i), end(i), weight(e), row(e). A weight of 0 is an empty entry: it adds
-// nothing, whatever its row holds.
+// An Entries type says, in device code: begin(i), end(i), weight(e), row(e), which fits 32 bits. A weight of 0 is an empty
+// entry: it adds nothing, whatever its row holds, and its row is not read.
 template <bool ALIGNED, class T, class Entries>
 __device__ inline void add_rows(const Entries& entries, int64_t begin, int64_t end, const T* matrix, int64_t D, int64_t c,
                                 float (&sum)[V<T>]) {
-  constexpr int AT_ONCE = 4;
-  for (int64_t e = begin; e < end; e += AT_ONCE) {
-    float weight[AT_ONCE], row[AT_ONCE][V<T>];
+  constexpr int AT_ONCE = ALIGNED && V<T> == 4 ? 8 : 4;  // of 16-bit rows eight spill
+  static_assert(WARP % AT_ONCE == 0);
+  for (int64_t first = begin; first < end; first += WARP) {
+    // A lane reads one of the next 32 entries, and tells the others: what they are is not waited for at each of them.
+    const int64_t mine = first + lane();
+    const float my_weight = mine < end ? entries.weight(mine) : 0.f;
+    const int my_row = my_weight != 0.f ? static_cast<int>(entries.row(mine)) : 0;
+    const int count = static_cast<int>(min(int64_t{WARP}, end - first));
+    for (int e = 0; e < count; e += AT_ONCE) {
+      float weight[AT_ONCE];
+      Loaded<ALIGNED, T> row[AT_ONCE];
 #pragma unroll
-    for (int j = 0; j < AT_ONCE; ++j) {
-      weight[j] = e + j < end ? entries.weight(e + j) : 0.f;
-      if (weight[j] != 0.f) load_pack<ALIGNED>(matrix + entries.row(e + j) * D, c, D, row[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; ++j)
-      if (weight[j] != 0.f) {
-#pragma unroll
-        for (int i = 0; i < V<T>; ++i) sum[i] = fmaf(weight[j], row[j][i], sum[i]);
+      for (int j = 0; j < AT_ONCE; ++j) {
+        weight[j] = __shfl_sync(ALL, my_weight, e + j);
+        const int64_t at = __shfl_sync(ALL, my_row, e + j);
+        row[j].load(matrix + at * D, c, weight[j] != 0.f ? D : 0);
       }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        float t[V<T>];
+        row[j].widen_to(t);
+#pragma unroll
+        for (int i = 0; i < V<T>; ++i) sum[i] = fmaf(weight[j], t[i], sum[i]);  // of an empty entry, zeros
+      }
+    }
   }
 }
 

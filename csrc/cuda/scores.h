@@ -22,8 +22,14 @@ Encoder<T> encoder(const Array& x, const Array& W, const Array& b, const Maybe& 
   return {x.as<const T>(), W.as<const T>(), b.as<const T>(), pointer<const T>(gate), W.rows, W.cols};
 }
 
-// The scores of token n for DOTS latents, known to every lane; 0 for what is no latent. Additions and products are rounded
-// one by one, so that no kernel fuses what another does not.
+// The score of a latent whose dot is known. Addition and product are rounded one by one, so that no kernel fuses what
+// another does not.
+template <class T> __device__ inline float score_of(const Encoder<T>& e, int32_t latent, float dot) {
+  const float s = __fadd_rn(dot, widen(e.b[latent]));
+  return e.gate ? __fmul_rn(s, widen(e.gate[latent])) : s;
+}
+
+// The scores of token n for DOTS latents, known to every lane; 0 for what is no latent.
 template <bool ALIGNED, class T>
 __device__ inline void exact_scores(const Encoder<T>& e, int64_t n, const int32_t (&latents)[DOTS], float (&s)[DOTS]) {
   const T *rows[DOTS], *weights[DOTS];
@@ -35,9 +41,25 @@ __device__ inline void exact_scores(const Encoder<T>& e, int64_t n, const int32_
   row_dots<ALIGNED, true>(rows, weights, e.D, s);
 #pragma unroll
   for (int j = 0; j < DOTS; ++j)
+    if (weights[j]) s[j] = score_of(e, latents[j], s[j]);
+}
+
+// The same for several tokens, with the same bits; those that are negative are no tokens.
+template <bool ALIGNED, int TOKENS, class T>
+__device__ inline void exact_scores(const Encoder<T>& e, const int64_t (&tokens)[TOKENS], const int32_t (&latents)[DOTS],
+                                    float (&s)[TOKENS][DOTS]) {
+  const T *rows[TOKENS], *weights[DOTS];
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) rows[t] = tokens[t] < 0 ? nullptr : e.x + tokens[t] * e.D;
+#pragma unroll
+  for (int j = 0; j < DOTS; ++j)
+    weights[j] = static_cast<uint32_t>(latents[j]) < e.latents ? e.W + latents[j] * e.D : nullptr;
+  tile_dots<ALIGNED>(rows, weights, e.D, s);
+#pragma unroll
+  for (int j = 0; j < DOTS; ++j)
     if (weights[j]) {
-      s[j] = __fadd_rn(s[j], widen(e.b[latents[j]]));
-      if (e.gate) s[j] = __fmul_rn(s[j], widen(e.gate[latents[j]]));
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) s[t][j] = score_of(e, latents[j], s[t][j]);
     }
 }
 

@@ -18,6 +18,11 @@
 // it is three blocks of 57 KiB, at 8192 one of 225. On sm_80 (164 KiB, of which a block gets 163) 4096 columns are one
 // block, and 8192 in float do not fit.
 //
+// A loop over columns with a bound, and over entries with an end, has a branch for each, and no load moves over a branch: the
+// eight steps of four entries would be eight exposed latencies, 18 µs a latent at D = 4096. So rows that a whole number of
+// STEPS fills (both of them, 768 columns in three and 4096 in four) have kernels without a bound, where HOISTED entries are
+// read in all columns before the first of them is used; past the end the last entry is read again, and counts as zeros.
+//
 // Bytes: nnz·(D_in·sizeof(x) + D_out·sizeof(grad)) gathered; M·(D_in + D_out)·(2·sizeof(W) + 4·sizeof(moment)).
 // Flops: 6·nnz·D + 15·M·(D_in + D_out).
 #include "copy.h"
@@ -30,70 +35,129 @@ namespace {
 // Fours of columns to a thread; threads at most. 128 registers a thread, so 512 threads on a multiprocessor in any number of
 // blocks: eight blocks of two warps at 768 columns.
 constexpr int FOURS = 4, THREADS = 512, BLOCKS = 1;
+constexpr int HOISTED = 2;  // entries: their fours of a thread are 32 registers in float
 static_assert(4 * FOURS * THREADS == STAGED_COLUMNS);
 
 using RowPart = float[FOURS][4];
 
 __device__ inline int column(int j) { return 4 * (threadIdx.x + j * blockDim.x); }
 
+// Steps of a loop over a thread's columns, and whether column c is inside. STEPS 0: any rows; else those that it fills.
+template <int STEPS> constexpr int COUNT = STEPS ? STEPS : FOURS;
+template <int STEPS> __device__ inline bool inside(int c, int D) { return STEPS || c < D; }
+
+// Calls use(j, c, k, four) for the fours of entries begin .. end, HOISTED entries at a time, each in all columns.
+template <int STEPS, class T, class RowAt, class Use>
+__device__ inline void each_four(int begin, int end, const RowAt& row_at, const Use& use) {
+#pragma unroll
+  for (int first = 0; first < ENTRIES_AT_ONCE; first += HOISTED) {
+    if (begin + first >= end) break;
+    const T* row[HOISTED];
+#pragma unroll
+    for (int k = 0; k < HOISTED; ++k) row[k] = row_at(min(begin + first + k, end - 1));
+    Four<T> four[HOISTED][STEPS];
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j)
+#pragma unroll
+      for (int k = 0; k < HOISTED; ++k) four[k][j].bits = __ldg(&four_at(row[k] + column(j))->bits);
+    // Zeros past the end, and no branch around the use: the compiler would move the loads behind it.
+#pragma unroll
+    for (int k = 0; k < HOISTED; ++k)
+#pragma unroll
+      for (int j = 0; j < STEPS; ++j) {
+        float t[4];
+        four[k][j].widen_to(t);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) t[i] = begin + first + k < end ? t[i] : 0.f;
+        use(j, first + k, t);
+      }
+  }
+}
+
 // Adds to dW_dec_i, dW_enc_i and db_enc_i the entries begin .. end; w: W_dec_i, in shared or global memory.
-template <class T>
+template <int STEPS, class T>
 __device__ inline void add_entries(const LatentEntries<T>& entries, int begin, int end, const T* w, int D_in, int D_out,
                                    RowPart& dec, RowPart& enc, float& bias, BlockSums& sums) {
   constexpr int AT_ONCE = ENTRIES_AT_ONCE;
-  for (int e = begin; e < end; e += AT_ONCE) {
-    const T* row[AT_ONCE];
-    float act[AT_ONCE], dact[AT_ONCE] = {};
+  if constexpr (STEPS != 0) {
+    for (int e = begin; e < end; e += AT_ONCE) {
+      float act[AT_ONCE], dact[AT_ONCE] = {};
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) {
-      row[k] = e + k < end ? entries.grad_row(e + k, D_out) : nullptr;
-      act[k] = e + k < end ? entries.acts[e + k] : 0.f;
+      for (int k = 0; k < AT_ONCE; ++k) act[k] = e + k < end ? entries.acts[e + k] : 0.f;
+      each_four<STEPS, T>(e, end, [&](int at) { return entries.grad_row(at, D_out); }, [&](int j, int k, const float (&t)[4]) {
+        float of_w[4];
+        load_four(w + column(j), of_w);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          dact[k] = fmaf(t[i], of_w[i], dact[k]);
+          dec[j][i] = fmaf(act[k], t[i], dec[j][i]);
+        }
+      });
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) dact[k] = e + k < end ? dact[k] : 0.f;  // 0 times infinity is not
+      sums.add(dact);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) bias += dact[k];
+      each_four<STEPS, T>(e, end, [&](int at) { return entries.x_row(at, D_in); }, [&](int j, int k, const float (&t)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) enc[j][i] = fmaf(dact[k], t[i], enc[j][i]);
+      });
     }
+  } else {
+    for (int e = begin; e < end; e += AT_ONCE) {
+      const T* row[AT_ONCE];
+      float act[AT_ONCE], dact[AT_ONCE] = {};
 #pragma unroll
-    for (int j = 0; j < FOURS; ++j) {
-      const int c = column(j);
-      if (c >= D_out) continue;
-      float grad[AT_ONCE][4], of_w[4];
+      for (int k = 0; k < AT_ONCE; ++k) {
+        row[k] = e + k < end ? entries.grad_row(e + k, D_out) : nullptr;
+        act[k] = e + k < end ? entries.acts[e + k] : 0.f;
+      }
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k)
-        if (e + k < end) gather_four(row[k] + c, grad[k]);
-      load_four(w + c, of_w);
+      for (int j = 0; j < FOURS; ++j) {
+        const int c = column(j);
+        if (c >= D_out) continue;
+        float grad[AT_ONCE][4], of_w[4];
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k)
-        if (e + k < end) {
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (e + k < end) gather_four(row[k] + c, grad[k]);
+        load_four(w + c, of_w);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            dact[k] = fmaf(grad[k][i], of_w[i], dact[k]);
-            dec[j][i] = fmaf(act[k], grad[k][i], dec[j][i]);
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (e + k < end) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              dact[k] = fmaf(grad[k][i], of_w[i], dact[k]);
+              dec[j][i] = fmaf(act[k], grad[k][i], dec[j][i]);
+            }
           }
-        }
-    }
-    sums.add(dact);
+      }
+      sums.add(dact);
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) {
-      row[k] = e + k < end ? entries.x_row(e + k, D_in) : nullptr;
-      bias += dact[k];
-    }
+      for (int k = 0; k < AT_ONCE; ++k) {
+        row[k] = e + k < end ? entries.x_row(e + k, D_in) : nullptr;
+        bias += dact[k];
+      }
 #pragma unroll
-    for (int j = 0; j < FOURS; ++j) {
-      const int c = column(j);
-      if (c >= D_in) continue;
-      float x[AT_ONCE][4];
+      for (int j = 0; j < FOURS; ++j) {
+        const int c = column(j);
+        if (c >= D_in) continue;
+        float x[AT_ONCE][4];
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k)
-        if (e + k < end) gather_four(row[k] + c, x[k]);
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (e + k < end) gather_four(row[k] + c, x[k]);
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k)
-        if (e + k < end) {
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (e + k < end) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) enc[j][i] = fmaf(dact[k], x[k][i], enc[j][i]);
-        }
+            for (int i = 0; i < 4; ++i) enc[j][i] = fmaf(dact[k], x[k][i], enc[j][i]);
+          }
+      }
     }
   }
 }
 
 // sums.rows[j] (D_out + D_in,), sums.biases[j] = what piece j adds to dW_dec_i, dW_enc_i and db_enc_i of its latent.
-template <class T>
+template <int STEPS, class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     row_pieces_kernel(LatentEntries<T> entries, Pieces pieces, PieceSums out, const T* W_dec, int D_in, int D_out) {
   const int64_t piece = blockIdx.x;
@@ -103,14 +167,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Piece p = find_piece(pieces, piece, entries);
   RowPart dec = {}, enc = {};
   float bias = 0.f;
-  add_entries(entries, p.begin, p.end, W_dec + p.owner * D_out, D_in, D_out, dec, enc, bias, sums);
+  add_entries<STEPS>(entries, p.begin, p.end, W_dec + p.owner * D_out, D_in, D_out, dec, enc, bias, sums);
 
   float* row = out.rows + piece * (D_out + D_in);
 #pragma unroll
-  for (int j = 0; j < FOURS; ++j) {
+  for (int j = 0; j < COUNT<STEPS>; ++j) {
     const int c = column(j);
-    if (c < D_out) store_four(row + c, dec[j]);
-    if (c < D_in) store_four(row + D_out + c, enc[j]);
+    if (inside<STEPS>(c, D_out)) store_four(row + c, dec[j]);
+    if (inside<STEPS>(c, D_in)) store_four(row + D_out + c, enc[j]);
   }
   if (threadIdx.x == 0) out.biases[piece] = bias;
 }
@@ -155,7 +219,7 @@ template <class T> __device__ inline void stream_weights(T* p, const float (&t)[
   stream_four(p, rounded);
 }
 
-template <class T, class Moment>
+template <int STEPS, class T, class Moment>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     update_rows_kernel(LatentEntries<T> entries, Pieces pieces, PieceSums of_pieces, Update<T, Moment> u) {
   const int R = gridDim.x, M = u.latents_to_update(), D_in = u.D_in, D_out = u.D_out;
@@ -194,15 +258,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     float bias = 0.f;
     stages.template wait<2>(use % 2, use / 2);
     const T* const w = staged.dec(use % 2);
-    add_entries(entries, begin, end, w, D_in, D_out, dec, enc, bias, sums);
+    add_entries<STEPS>(entries, begin, end, w, D_in, D_out, dec, enc, bias, sums);
     if (cut)
       for (int piece = pieces.first[latent]; piece < pieces.first[latent + 1]; ++piece) {
         const float* row = of_pieces.rows + int64_t{piece} * (D_out + D_in);
 #pragma unroll
-        for (int j = 0; j < FOURS; ++j) {
+        for (int j = 0; j < COUNT<STEPS>; ++j) {
           const int c = column(j);
-          if (c < D_out) add_four(row + c, dec[j]);
-          if (c < D_in) add_four(row + D_out + c, enc[j]);
+          if (inside<STEPS>(c, D_out)) add_four(row + c, dec[j]);
+          if (inside<STEPS>(c, D_in)) add_four(row + D_out + c, enc[j]);
         }
         bias += of_pieces.biases[piece];
       }
@@ -210,9 +274,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     // Their norms, and how far W_dec's lies along its row.
     float total[4] = {};  // ‖dW_dec‖², ⟨dW_dec, W_dec⟩, ‖W_dec‖², ‖dW_enc‖²
 #pragma unroll
-    for (int j = 0; j < FOURS; ++j) {
+    for (int j = 0; j < COUNT<STEPS>; ++j) {
       const int c = column(j);
-      if (c >= D_out) continue;
+      if (!inside<STEPS>(c, D_out)) continue;
       float of_w[4];
       load_four(w + c, of_w);
 #pragma unroll
@@ -226,7 +290,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     if (!u.tied()) {
 #pragma unroll
-      for (int j = 0; j < FOURS; ++j)
+      for (int j = 0; j < COUNT<STEPS>; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) total[3] = fmaf(enc[j][i], enc[j][i], total[3]);
     }
@@ -241,9 +305,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     stages.template wait<1>(REST, use);
     float square[1] = {};
 #pragma unroll
-    for (int j = 0; j < FOURS; ++j) {
+    for (int j = 0; j < COUNT<STEPS>; ++j) {
       const int c = column(j);
-      if (c >= D_out) continue;
+      if (!inside<STEPS>(c, D_out)) continue;
       float p[4];
       load_four(w + c, p);
       if (u.unit_norm) {
@@ -259,9 +323,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     if (!u.tied()) {
 #pragma unroll
-      for (int j = 0; j < FOURS; ++j) {
+      for (int j = 0; j < COUNT<STEPS>; ++j) {
         const int c = column(j);
-        if (c >= D_in) continue;
+        if (!inside<STEPS>(c, D_in)) continue;
         float p[4];
         load_four(staged.enc() + c, p);
 #pragma unroll
@@ -277,9 +341,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     else __syncthreads();
     const float scale = u.unit_norm ? to_unit(square[0]) : 1.f;
 #pragma unroll
-    for (int j = 0; j < FOURS; ++j) {
+    for (int j = 0; j < COUNT<STEPS>; ++j) {
       const int c = column(j);
-      if (c < D_out) stream_weights(u.dec.p + int64_t{latent} * D_out + c, dec[j], scale);
+      if (inside<STEPS>(c, D_out)) stream_weights(u.dec.p + int64_t{latent} * D_out + c, dec[j], scale);
     }
     begin_rest(int64_t{latent} + R);
     begin_dec(latent + 2 * int64_t{R}, use % 2);
@@ -289,10 +353,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   // Sums over this block's latents.
   if (u.pre_bias) {
 #pragma unroll
-    for (int j = 0; j < FOURS; ++j)
-      if (column(j) < D_in) store_four(u.pre_bias + int64_t{blockIdx.x} * D_in + column(j), pre_bias[j]);
+    for (int j = 0; j < COUNT<STEPS>; ++j)
+      if (inside<STEPS>(column(j), D_in)) store_four(u.pre_bias + int64_t{blockIdx.x} * D_in + column(j), pre_bias[j]);
   }
   if (threadIdx.x == 0) store_squares(squares, u.stats);
+}
+
+// Calls f with the STEPS that suit the rows, and the threads.
+template <class F> void by_steps(int64_t D_in, int64_t D_out, F f) {
+  const auto fill = [&](int64_t steps) { return D_in == D_out && D_in % (4 * steps * WARP) == 0; };
+  if (fill(4)) f(std::integral_constant<int, 4>{}, D_out / 16);
+  else if (fill(3)) f(std::integral_constant<int, 3>{}, D_out / 12);
+  else f(std::integral_constant<int, 0>{}, ceil_div(std::max(D_in, D_out), 4 * FOURS * WARP) * WARP);
 }
 
 }  // namespace
@@ -300,14 +372,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 template <class T, class Moment>
 void update_rows(const Where& where, const LatentEntries<T>& entries, const Pieces& pieces, const PieceSums& sums,
                  const Update<T, Moment>& u, int64_t programs) {
-  const dim3 block(ceil_div(std::max(u.D_in, u.D_out), 4 * FOURS * WARP) * WARP);
   const size_t shared = staged_bytes(sizeof(T), sizeof(Moment), u.tied(), u.D_in, u.D_out);
-  const Shape shape{dim3(programs), block, shared};
-  foresee(where, "update_rows", update_rows_kernel<T, Moment>, shape);
-  if (pieces.first)
-    launch(where, "row_pieces", row_pieces_kernel<T>, {dim3(pieces.capacity), block}, entries, pieces, sums, u.dec.p, u.D_in,
-           u.D_out);
-  launch(where, "update_rows", update_rows_kernel<T, Moment>, shape, entries, pieces, sums, u);
+  by_steps(u.D_in, u.D_out, [&](auto steps, unsigned threads) {
+    constexpr int STEPS = decltype(steps)::value;
+    const Shape shape{dim3(programs), dim3(threads), shared};
+    foresee(where, "update_rows", update_rows_kernel<STEPS, T, Moment>, shape);
+    if (pieces.first)
+      launch(where, "row_pieces", row_pieces_kernel<STEPS, T>, {dim3(pieces.capacity), dim3(threads)}, entries, pieces, sums,
+             u.dec.p, u.D_in, u.D_out);
+    launch(where, "update_rows", update_rows_kernel<STEPS, T, Moment>, shape, entries, pieces, sums, u);
+  });
 }
 
 #define FOR(T, Moment)                                                                                                       \

@@ -1,12 +1,13 @@
 """The K largest of a few tokens by scoring every latent: for tokens that no screen could certify, listed on the device.
 
 The host does not know how many there are, so the launches are fixed and return at once if there is nothing to do.
-First come the list's first SLOTS tokens: all programs compute their scores together into rows of scratch memory, and
-one program per token selects from its row. Then come the others, one program per token. Scores are those of `rescore`,
-bit for bit. The K-th key is found bit by bit over the whole row, then the row is walked through in order: ties go to
-the lower index.
+Tokens come in batches of SLOTS: all programs compute their scores together into rows of scratch memory, and one program
+per token selects from its row. Two launches do so for the first batch; in a third all programs go through the others:
+they draw tickets, for blocks of latents and then for tokens, and wait for what tickets before theirs have to finish,
+which belong to programs that run. Scores are those of `rescore`, bit for bit. The K-th key is found bit by bit over the
+whole row, then the row is walked through in order: ties go to the lower index.
 
-Bytes: M·D·sizeof(W) for each token of the list (from L2 where that fits), 32·M·4 to select.
+Bytes: M·D·sizeof(W) for each token of the list, from L2 within a batch; 32·M·4 to select.
 Flops: 2·M·D a token.
 """
 
@@ -20,12 +21,16 @@ from torch import Tensor
 from fastsae.backends import buffers
 from fastsae.kernels.dots import BLOCK_D, BLOCK_L, NUM_WARPS
 from fastsae.kernels.keys import key_of
+from fastsae.kernels.limits import register_limit
 from fastsae.kernels.rescore import exact_scores
 from fastsae.kernels.variants import POINTERS, Variant
 
 SLOTS = 64
 PROGRAMS = 1024
+STAYING_PROGRAMS = 512  # all that run at once, and few that find nothing left
+TAKEN, SCORED, SELECTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BLOCK = 1024
+REGISTERS = 160  # of rest
 REST_BLOCK = 256  # of a program that also holds a block of dots, without spilling with any of Triton 3.6 to 3.9
 
 
@@ -94,10 +99,13 @@ def select_row(score_row, rows_ptr, count, acts_row, indices_row, K, index_offse
 
 @triton.jit
 def _scores_kernel(
-    x_ptr, w_ptr, b_ptr, gate_ptr, rows_ptr, count_ptr, list_ptr, listed_ptr, scratch_ptr, D, positions, programs,
-    SLOTS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, gate_ptr, rows_ptr, count_ptr, list_ptr, listed_ptr, scratch_ptr, progress_ptr,
+    D, positions, programs, SLOTS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     listed, count = tl.load(listed_ptr), tl.load(count_ptr)
+    if tl.program_id(0) == 0:
+        for counter in tl.static_range(3):
+            tl.store(progress_ptr + counter, 0)
     for t in range(0, tl.minimum(listed, SLOTS)):
         n = tl.load(list_ptr + t).to(tl.int64)
         score_blocks(
@@ -122,19 +130,52 @@ def _select_kernel(
 
 
 @triton.jit
+def finish(counter_ptr):
+    """Says that this program has finished a part, whose writes are then visible to who waits for the count."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+
+
+@triton.jit
+def wait_for(counter_ptr, least):
+    while tl.atomic_add(counter_ptr, 0, sem="acq_rel") < least:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
 def _rest_kernel(
     x_ptr, w_ptr, b_ptr, gate_ptr, rows_ptr, count_ptr, list_ptr, listed_ptr, scratch_ptr, acts_ptr, indices_ptr,
-    D, positions, K, index_offset, last,
+    progress_ptr, D, positions, K, index_offset, last,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    count = tl.load(count_ptr)
-    row = scratch_ptr + tl.program_id(0).to(tl.int64) * positions
-    for t in range(SLOTS + tl.program_id(0), tl.load(listed_ptr), SLOTS):
-        n = tl.load(list_ptr + t).to(tl.int64)
-        tl.debug_barrier()  # the row is read to its end before it is written again, and written before it is read
-        score_blocks(x_ptr + n * D, w_ptr, b_ptr, gate_ptr, rows_ptr, row, D, count, 0, 1, BLOCK_L, BLOCK_D)
-        tl.debug_barrier()
-        select_row(row, rows_ptr, count, acts_ptr + n * K, indices_ptr + n * K, K, index_offset, last, BLOCK)
+    listed, count = tl.load(listed_ptr), tl.load(count_ptr)
+    blocks = tl.cdiv(count, BLOCK_L)
+    # The tickets of all batches after the first; the last batch may have fewer tokens than slots.
+    tickets = tl.maximum(tl.cdiv(listed, SLOTS) - 1, 0) * (blocks + SLOTS)
+    ticket = tl.full((), 0, tl.int32)
+    if tickets > 0:
+        ticket = tl.atomic_add(progress_ptr + TAKEN, 1)
+    while ticket < tickets:
+        batch, part = ticket // (blocks + SLOTS) + 1, ticket % (blocks + SLOTS)
+        many = tl.minimum(listed - batch * SLOTS, SLOTS)
+        if part < blocks:
+            wait_for(progress_ptr + SELECTED, (batch - 1) * SLOTS)  # the rows have been read
+            for t in range(0, many):
+                n = tl.load(list_ptr + batch * SLOTS + t).to(tl.int64)
+                row = scratch_ptr + (tl.full((), 0, tl.int64) + t) * positions
+                score_blocks(
+                    x_ptr + n * D, w_ptr, b_ptr, gate_ptr, rows_ptr, row, D, count, part, blocks, BLOCK_L, BLOCK_D
+                )
+            finish(progress_ptr + SCORED)
+        elif part - blocks < many:
+            wait_for(progress_ptr + SCORED, batch * blocks)
+            t = part - blocks
+            n = tl.load(list_ptr + batch * SLOTS + t).to(tl.int64)
+            row = scratch_ptr + t.to(tl.int64) * positions
+            select_row(row, rows_ptr, count, acts_ptr + n * K, indices_ptr + n * K, K, index_offset, last, BLOCK)
+            finish(progress_ptr + SELECTED)
+        ticket = tl.atomic_add(progress_ptr + TAKEN, 1)
 
 
 def exhaustive_top_k(
@@ -156,11 +197,12 @@ def exhaustive_top_k(
     k, positions = acts.shape[1], W.shape[0] if rows is None else rows.shape[0]
     slots = min(SLOTS, n)
     scratch = buffers.empty((slots, positions), torch.float32, x.device)
+    progress = buffers.empty((3,), torch.int32, x.device)
     programs = min(PROGRAMS, triton.cdiv(positions, BLOCK_L))
     block = min(BLOCK, max(64, triton.next_power_of_2(positions)))
     blocks = {"BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}
     _scores_kernel[(programs,)](
-        x, W, b, gate, rows, count, tokens, listed, scratch, D, positions, programs,
+        x, W, b, gate, rows, count, tokens, listed, scratch, progress, D, positions, programs,
         SLOTS=slots, **blocks, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     _select_kernel[(slots,)](
@@ -168,9 +210,10 @@ def exhaustive_top_k(
         enable_fp_fusion=True,
     )  # fmt: skip
     if n > slots:
-        _rest_kernel[(slots,)](
-            x, W, b, gate, rows, count, tokens, listed, scratch, acts, indices, D, positions, k, offset, last,
-            SLOTS=slots, BLOCK=min(REST_BLOCK, block), **blocks, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        _rest_kernel[(STAYING_PROGRAMS,)](
+            x, W, b, gate, rows, count, tokens, listed, scratch, acts, indices, progress, D, positions, k, offset, last,
+            SLOTS=slots, BLOCK=min(REST_BLOCK, block), **blocks, num_warps=NUM_WARPS, **register_limit(REGISTERS),
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -181,19 +224,21 @@ def variants() -> list[Variant]:
         inputs = {"x_ptr": value, "w_ptr": value, "b_ptr": value}
         lists = {"count_ptr": "*i32", "list_ptr": "*i32", "listed_ptr": "*i32", "scratch_ptr": "*fp32"}
         outputs = {"acts_ptr": value, "indices_ptr": "*i32"}
+        progress = {"progress_ptr": "*i32"}
         blocks = {"BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}
         for kernel, name, signature, sizes, constants, warps in (
-            (_scores_kernel, "scores", inputs | lists, ("D", "positions", "programs"),
+            (_scores_kernel, "scores", inputs | lists | progress, ("D", "positions", "programs"),
              {"gate_ptr": None, "SLOTS": SLOTS, **blocks}, NUM_WARPS),
             (_select_kernel, "select", lists | outputs, ("positions", "K", "index_offset", "last"),
              {"BLOCK": BLOCK}, 8),
-            (_rest_kernel, "rest", inputs | lists | outputs, ("D", "positions", "K", "index_offset", "last"),
+            (_rest_kernel, "rest", inputs | lists | outputs | progress, ("D", "positions", "K", "index_offset", "last"),
              {"gate_ptr": None, "SLOTS": SLOTS, "BLOCK": REST_BLOCK, **blocks}, NUM_WARPS),
         ):  # fmt: skip
             found.append(
                 Variant(
                     kernel, f"exhaustive {name}/{value[1:]}", signature | dict.fromkeys(sizes, "i32"),
                     constants | {"rows_ptr": None}, warps, aligned=tuple({"D", "positions"} & set(sizes)),
+                    maxnreg=REGISTERS if name == "rest" else None,
                 )
             )  # fmt: skip
     return found

@@ -100,6 +100,7 @@ struct f16 { uint16_t bits; };
 #define gridDim (emulation::thread().grid_shape)
 
 inline void __syncthreads() { emulation::wait_for_block(); }
+inline void __threadfence() {}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::show(mask, 0); }
 
 template <class T> T __shfl_sync(unsigned mask, T t, int from, int width = 32) {

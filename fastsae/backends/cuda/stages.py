@@ -25,7 +25,7 @@ __all__ = [
 ROW_LIMIT = None
 """update_rows takes rows of any width (csrc/cuda/update_wide.cu)."""
 SLOTS = 64
-"""Tokens that are scored exhaustively at the same time: the rows of scores in scratch memory."""
+"""Tokens that are scored exhaustively in a batch: the rows of scores in scratch memory."""
 STREAMS = 8
 """Streams of random bits in a step: 2i is the i-th parameter's m, 2i + 1 its v."""
 
@@ -141,8 +141,9 @@ def exhaustive_top_k(
 ) -> None:  # fmt: skip
     positions = W.shape[0] if rows is None else rows.shape[0]
     scratch = buffers.empty((min(SLOTS, x.shape[0]), positions), torch.float32, x.device)
+    progress = buffers.empty((3,), torch.int32, x.device)
     library.exhaustive_top_k(
-        where(x), x, W, b, gate, rows, count, tokens, listed, acts, indices, offset, last, scratch
+        where(x), x, W, b, gate, rows, count, tokens, listed, acts, indices, offset, last, scratch, progress
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 A screened score v of the exact score s obeys |v - s| <= e with
     v = ŝ · 2^(..) · g + b·g,      e = p_n · A_i + q_n · B_i + (|v| + |b_i·g|) · r + t_n
     A_i = |g_i| ‖ŵ_i‖,  B_i = |g_i| ‖w_i - ŵ_i‖,  p_n = ‖x_n - x̂_n‖ + c ‖x_n‖,  q_n = ‖x_n‖
-where g is the gate of a latent (1 without), c bounds the accumulation in fp32 of both scores, whatever the order, r the
+where g is the gate of a latent (1 without), c bounds the accumulation of both scores (`accumulation`), r the
 rounding of ŝ to its storage and of the last operations, and t_n keeps underflow from hiding a positive score. t_n is
 left out where A_i = B_i = 0, so that a latent of zeros never survives a bar of 0.
 """
@@ -13,15 +13,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae.backends.gpu import accumulation
 from fastsae.backends.gpu.narrow import Narrow
 
 TABLE_ROWS = 5
 """scale·gate, bias·gate, A, B, threshold: by chunk, then by row of the table, then by column of the chunk."""
 
 
-def bound_of_sums(D: int) -> float:
-    """c: D roundings of a product in any order, tensor cores that truncate included, and the exact score's own few."""
-    return (1.25 * D + 64) * 2.0**-24
+def bound_of_sums(D: int, constant: float) -> float:
+    """c: what the product loses (accumulation.constant), and the exact score's own roundings, a 32nd of D and few."""
+    return ((constant + 1 / 32) * D + 64) * 2.0**-24
 
 
 def tables(
@@ -52,7 +53,8 @@ def tables(
 def token_bounds(x: Narrow, D: int) -> Tensor:
     """(4, N) fp32: the scale of each token's narrow row, p, q and t."""
     full = x.norm + x.residual
-    p = (x.residual + bound_of_sums(D) * full) * (1 + 2.0**-16)
+    c = bound_of_sums(D, accumulation.constant(x.low.device, x.low.dtype))
+    p = (x.residual + c * full) * (1 + 2.0**-16)
     floor = torch.full_like(full, 1e-37)  # two plain numbers would give torch.where's result the default dtype
     return torch.stack([x.scale, p, full * (1 + 2.0**-16), torch.where(full > 0, floor, 0)])
 

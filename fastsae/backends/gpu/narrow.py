@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ WIDEST = 65504
 """Most columns of a row: products of two narrow rows are below that in magnitude, so they fit fp16."""
 ALIGNMENT = 16
 """Columns of a narrow copy are padded with zeros to a multiple of this: products are fast on whole 32-byte sectors."""
+SAMPLED = 256
+"""Rows of a kept copy that are compared with W before it is used."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,22 @@ def narrowed(stages: EncodeStages, t: Tensor, dtype: torch.dtype = torch.float16
     return copy
 
 
+def trusted(kept: Narrow, W: Tensor) -> Narrow:
+    """A kept copy for a W that may have been written since, as through `.data`, of which torch keeps no record.
+
+    Some rows are compared. If one of them is farther from W than its residual says, the residuals of all become
+    infinite: then no bound excludes a latent, and every token is scored from W itself. The host reads nothing back.
+    """
+    step = max(1, W.shape[0] // SAMPLED)
+    rows, low, up = W[::step].float(), kept.low[::step, : W.shape[1]].float(), kept.scale[::step].reciprocal()
+    lost = torch.linalg.vector_norm(torch.addcmul(low, rows, up[:, None], value=-1), dim=1)
+    # In units of the row, where no square overflows; the residual was rounded too. NaN, of rows with NaN, is not above.
+    stale = (lost > kept.residual[::step] * up * (1 + 2.0**-10) + 2.0**-20).any()
+    return replace(kept, residual=torch.where(stale, float("inf"), kept.residual))
+
+
 def screening_copy(stages: EncodeStages, W: Tensor, kept: Narrow | None, precision: str) -> Narrow:
     """What an encoder screens with: the copy that was kept, or a new one; in float32 for precision "fp32"."""
     if kept is not None and precision != "fp32":
-        return kept
+        return trusted(kept, W)
     return narrowed(stages, W, torch.float32 if precision == "fp32" else torch.float16)

@@ -14,17 +14,24 @@ from fastsae.backends.gpu.stages import EncodeStages
 
 @contextlib.contextmanager
 def fp32_sums() -> Iterator[None]:
-    """cuBLAS sums an fp16 product in fp32. torch has two settings that allow fp16 sums, for which no bound holds."""
+    """cuBLAS sums an fp16 product in fp32. torch has two settings that allow fp16 sums, for which no bound holds.
+
+    Both are of the whole process: what is set here is put back, with the half of the second that is about split-K.
+    """
     settings = torch.backends.cuda.matmul
-    before = settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction
-    if not any(before):
-        yield
-        return
-    settings.allow_fp16_accumulation = settings.allow_fp16_reduced_precision_reduction = False
+    accumulated, reduced = settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction
+    split_k = getattr(settings, "allow_fp16_reduced_precision_reduction_split_k", True)
     try:
+        if accumulated:
+            settings.allow_fp16_accumulation = False
+        if reduced:
+            settings.allow_fp16_reduced_precision_reduction = (False, split_k)
         yield
     finally:
-        settings.allow_fp16_accumulation, settings.allow_fp16_reduced_precision_reduction = before
+        if accumulated:
+            settings.allow_fp16_accumulation = True
+        if reduced:
+            settings.allow_fp16_reduced_precision_reduction = (True, split_k)
 
 
 def chunk_product(
