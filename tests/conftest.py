@@ -8,7 +8,6 @@ is of a version that the mended interpreter does not know, its tests are skipped
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import zlib
@@ -100,16 +99,6 @@ def shuffled_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     library.emulate(seed=zlib.crc32(request.node.nodeid.encode()))
     yield
     library.emulate()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def docstrings_are_read_once() -> None:
-    """A start of `fastsae train` reads the source of every rule several times, which takes a second. In one process the
-    sources do not change; that they are read right, test_cli.py sees in what --help says.
-    """
-    from fastsae.cli import rules  # late, as above
-
-    rules._docstrings = functools.cache(rules._docstrings)
 
 
 @pytest.fixture(autouse=True)

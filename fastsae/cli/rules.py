@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import typing
@@ -110,6 +111,7 @@ def _owners(rule: type[Activation], parts: dict[str, type[Activation]]) -> dict[
     return found
 
 
+@functools.cache  # one command reads them several times, which takes a second
 def _docstrings(owner: type) -> dict[str, str]:
     """The docstring under each field of a class and its bases; none if the source is not available."""
     found: dict[str, str] = {}

@@ -29,7 +29,8 @@ class KeptScreen:
     """`update_latents_` maintains the copy; this class decides when to rebuild it.
 
     It detects other writes by address and version, and on a CPU also by a sample of one weight in every row, because a
-    write through `.data` changes neither. Such a write goes undetected on a GPU, or where it misses those samples.
+    write through `.data` changes neither; on a GPU the encoder compares 256 rows in each call. Such a write goes
+    undetected where it misses those samples.
     `screen` is None where the backend or the rule uses none.
 
     W returns (M, D_in), b (M,): the encoder. k: returns the active latents per token, or None. used: whether the
