@@ -141,12 +141,16 @@ class FromFirst:
         return pair_of(self._read(n, [0, n], [0] * self.team.size), self.d_in)
 
     def held_out(self) -> Tensor:
-        return torch.zeros(1, 1).expand(self._n_held_out, self.d_in) if self.source is None else self.source.held_out()
+        return (
+            torch.zeros(1, 1, dtype=torch.float32, device="cpu").expand(self._n_held_out, self.d_in)
+            if self.source is None
+            else self.source.held_out()
+        )
 
     def held_out_targets(self) -> Tensor:
         """See TargetSource."""
         if self.source is None:
-            return torch.zeros(1, 1).expand(self._n_held_out, self.d_target or 0)
+            return torch.zeros(1, 1, dtype=torch.float32, device="cpu").expand(self._n_held_out, self.d_target or 0)
         assert isinstance(self.source, TargetSource)
         return self.source.held_out_targets()
 

@@ -32,7 +32,7 @@ def of_all_tokens(taken: Taken | None, placement: Placement, like: Tensor) -> Ta
     terms, dense, pull = ([], {}, None) if taken is None else (taken.terms, taken.dense, taken.decoder_pull)
     kinds = [len(terms), *sorted(map(_kind, terms)), pull is not None, *(name in dense for name in _NAMES)]
     facts = torch.zeros(64, dtype=torch.int64, device=like.device)
-    facts[: len(kinds)] = torch.tensor(kinds[:64], dtype=torch.int64)
+    facts[: len(kinds)] = torch.tensor(kinds[:64], dtype=torch.int64, device="cpu")
     everyone = axis.stack(facts)
     if bool((everyone != everyone[0]).any()):
         raise RuntimeError(

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastsae.backends import buffers
+
 UNMEASURED = 2.25
 """worst(16, 0)."""
 ROUNDED = 1.0
@@ -75,9 +77,12 @@ def probe(D: int, tokens: int, power: int, device: torch.device) -> tuple[Tensor
     step = 2.0 ** -(power // 2 + 11)  # of float16 just below 2^(-power/2)
     delta = (ceil(2.0 ** (-power / 2) / step) - 1) * step
     ends = (1, D - 1, D // 2 - 1, D // 4 - 1)
-    p = torch.tensor([ends[t % len(ends)] for t in range(tokens)], device=device)
-    column = torch.arange(D, device=device)
-    x = torch.where(column < torch.where(p == 1, SPREAD, p)[:, None], delta, 0.0)
+    p = buffers.zeros((tokens,), torch.int64, device)
+    for first, end in enumerate(ends):
+        p[first :: len(ends)] = end
+    column = buffers.arange(D, torch.int64, device)
+    x = buffers.zeros((tokens, D), torch.float32, device)
+    x.masked_fill_(column < torch.where(p == 1, SPREAD, p)[:, None], delta)
     x[:, 0] = 1
     x.scatter_(1, p[:, None], 1)
     W = x.scatter(1, p[:, None], -1)
