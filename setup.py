@@ -141,9 +141,10 @@ class BuildExtensions(build_ext):
                 if mode == "require":
                     sys.exit(f"the CUDA extension could not be built, and FASTSAE_CUDA is require: {why}")
                 print(f"fastsae: the CUDA extension is left out: {why}", file=sys.stderr)
-                # An older build would be taken for this one.
-                for old in (self.get_ext_fullpath(extension.name), ROOT / self.get_ext_filename(extension.name)):
-                    Path(old).unlink(missing_ok=True)
+                # An older build would be taken for this one. A sanitized build lies elsewhere and takes no one's place.
+                old = [self.get_ext_fullpath(extension.name), ROOT / self.get_ext_filename(extension.name)]
+                for path in [] if SANITIZE else old:
+                    Path(path).unlink(missing_ok=True)
                 self.extensions.remove(extension)
 
     def compile_all(self, jobs) -> list[str]:
