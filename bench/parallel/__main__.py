@@ -211,6 +211,7 @@ def main() -> int:
         worker(int(rank), Shape(*map(int, sizes.split(","))), int(threads), int(steps), Path(folder))
         return 0
     if not options.draw:
+        torch.set_num_threads(options.processes)  # as results are filed: what the processes have together
         case = cases.PRIMARY if options.size is None else cases.named(options.size)
         sizes = {name: getattr(case, name) for name in "NDMK"}
         result = measure(**sizes, processes=options.processes, rounds=options.rounds, steps=options.steps)
