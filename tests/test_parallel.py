@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,17 @@ from tests import parallel_worker as worker
 
 ROOT = Path(__file__).parent.parent
 MESHES = [(world, f"{data}x{latents}") for world, shapes in worker.MESHES.items() for data, latents in shapes]
-each_mesh = pytest.mark.parametrize(
-    ("world", "shape"), [pytest.param(*one, marks=[pytest.mark.long] if one[0] > 2 else []) for one in MESHES]
-)
+
+
+def of_meshes(fits: Callable[[str], bool] = lambda shape: True) -> Any:
+    """Parametrizes a test by the meshes whose shape fits; more than two processes are long."""
+    chosen = [one for one in MESHES if fits(one[1])]
+    return pytest.mark.parametrize(
+        ("world", "shape"), [pytest.param(*one, marks=[pytest.mark.long] if one[0] > 2 else []) for one in chosen]
+    )
+
+
+each_mesh = of_meshes()
 CLOSE = 1e-9
 """Of float64: sums of one process and of several differ in their rounding."""
 
@@ -81,21 +90,17 @@ def test_ties_microbatches_targets_states_and_bad_numbers(world: int, shape: str
         assert_close(results(world), f"{shape}, {name}", alone(name), **close)
 
 
-@each_mesh
+@of_meshes(lambda shape: shape.endswith("x1"))  # shards add their reconstructions in another order
 def test_a_shared_batch_gives_one_processs_bits(world: int, shape: str, results: Any) -> None:
     """In float32, whatever stores the moments: the update adds the tokens in the same order."""
-    if not shape.endswith("x1"):
-        pytest.skip("shards of a dictionary add their reconstructions, in another order than one process")
     exact = {"fp32": worker.train("topk", "plain", "adam", None, torch.float32)}
     exact |= {f"{kind} moments": worker.moments(None, kind) for kind in ("bf16", "8bit")}
     for name, expected in exact.items():
         assert_close(results(world), f"{shape}, {name}", expected, rtol=0, atol=0)
 
 
-@each_mesh
+@of_meshes(lambda shape: shape.startswith("1x"))  # a shared batch needs an optimizer that adds gradients
 def test_shards_of_a_dictionary_take_torchs_optimizers(world: int, shape: str, results: Any) -> None:
-    if not shape.startswith("1x"):
-        pytest.skip("a shared batch needs an optimizer that adds the processes' gradients")
     assert_close(results(world), f"{shape}, torch's optimizer", worker.torch_optimizer(None), rtol=CLOSE, atol=1e-11)
 
 

@@ -149,15 +149,15 @@ def run_train(options: Train) -> int:
             return train_live(options, separate, mesh)
         for hook in separate:
             one = dataclasses.replace(options, hook=(hook,), run_dir=options.run_dir / folder_of(hook))
-            say(mesh, f"hook {hook}: {one.run_dir}")
+            if speaks(mesh):
+                print(f"hook {hook}: {one.run_dir}")
             train_one(one, mesh)
     return 0
 
 
-def say(mesh: DeviceMesh | None, line: str) -> None:
-    """Prints a line of the command's results, once if several processes run it."""
-    if mesh is None or mesh.get_rank() == 0:
-        print(line)
+def speaks(mesh: DeviceMesh | None) -> bool:
+    """Whether this process prints the command's results: of several, only the first does."""
+    return mesh is None or mesh.get_rank() == 0
 
 
 def train_live(options: Train, hooks: Sequence[int | str], mesh: DeviceMesh | None) -> int:
@@ -215,7 +215,7 @@ def folder_of(hook: int | str) -> str:
 
 def train_one(options: Train, mesh: DeviceMesh | None) -> int:
     """One autoencoder of `fastsae train`."""
-    if mesh is None or mesh.get_rank() == 0:
+    if speaks(mesh):
         say_if_new(options, options.run_dir)
     source, notes = open_source(options) if mesh is None else open_together(options, Team(mesh))
     check_held_out(options, source)
@@ -226,7 +226,7 @@ def train_one(options: Train, mesh: DeviceMesh | None) -> int:
     )  # fmt: skip
     with saying_resume():
         result = trainer.run()
-    if mesh is None or mesh.get_rank() == 0:
+    if speaks(mesh):
         print_training(options.run_dir, result)
     return 0
 

@@ -48,8 +48,7 @@ class Axis:
         """Every process's t, by rank; they may differ in their number of rows, which costs a host sync."""
         if self.size == 1:
             return [t]
-        rows = t.new_tensor([t.shape[0]], dtype=torch.int64)
-        counts = [int(n) for n in self.stack(rows)]
+        counts = self.rows(t)
         most, width = max(counts), t.shape[1:].numel()
         padded = t.detach().new_zeros(most, width)
         padded[: t.shape[0]] = t.detach().reshape(t.shape[0], width)
@@ -59,9 +58,13 @@ class Axis:
         self.received += (self.size - 1) * padded.nbytes
         return [one[:n].reshape(n, *t.shape[1:]) for one, n in zip(whole, counts, strict=True)]
 
+    def rows(self, t: Tensor) -> list[int]:
+        """The rows of every process's t. A host sync."""
+        return self.stack(t.new_tensor([t.shape[0]], dtype=torch.int64))[:, 0].tolist()
+
     def collect(self, t: Tensor) -> Tensor | None:
         """`gather` for the first process alone, concatenated on its CPU, one shard at a time; None in the others."""
-        counts = self.stack(torch.tensor([t.shape[0]], dtype=torch.int64, device=t.device))[:, 0].tolist()
+        counts = self.rows(t)
         own, first = t.detach().contiguous(), 0 if self.group is None else dist.get_global_rank(self.group, 0)
         if self.rank:
             if own.numel():

@@ -42,19 +42,18 @@ class Placement:
         """Notes the number of tokens of a batch x (n, D). Raises ValueError if processes that share a dictionary got
         other numbers of tokens, or other first and last ones.
         """
-        counts = self.tokens.stack(torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device))[:, 0]
-        self.n = int(counts.sum())
-        self._before = int(counts[: self.tokens.rank].sum())
+        counts = self.tokens.rows(x)
+        self.n, self._before = sum(counts), sum(counts[: self.tokens.rank])
         if self.latents.size == 1:
             return
         ends = x.detach()[:: max(1, x.shape[0] - 1)][:2].double().sum(1).view(torch.int64)
-        facts = counts.new_tensor([x.shape[0], self.n, x.requires_grad])
+        facts = ends.new_tensor([x.shape[0], self.n, x.requires_grad])
         alike = self.latents.stack(torch.cat([facts, ends, ends.new_zeros(2)])[:5])
         if bool((alike != alike[0]).any()):
             raise ValueError(
-                f"the processes along the mesh's axis of latents got {alike[:, 0].tolist()} tokens, other rows, or "
-                "a gradient for some of them, "
-                "expected the same batch in all of them; only along the axis of data has each process its own rows"
+                f"the processes along the mesh's axis of latents got {alike[:, 0].tolist()} tokens, other rows, "
+                "or x requires a gradient in some of them; expected the same batch in all of them, since only along "
+                "the axis of data has each process its own rows"
             )
 
     def check(self, gradients_are_added: bool, wrapped_by: Any) -> None:
@@ -95,7 +94,7 @@ class Placement:
     @property
     def sums_shards(self) -> Callable[[Tensor], Tensor] | None:
         """Adds what the shards of the dictionary give; None if there is one."""
-        return None if self.latents.size == 1 else self.latents.sum
+        return None if self.latents.size == 1 else self.over_shards
 
     def everywhere(self, good: Tensor) -> Tensor:
         """Whether `good` is true in every process: bool, elementwise."""
@@ -163,7 +162,7 @@ class Placement:
         free = wanted - int((everyone > bar).sum())
         place = (codes.token_ids() + self._before) * self.d_sae + codes.indices + self.first
         last = torch.cat(self._gathered(place[level])).sort().values[free - 1]
-        return codes.keep((above & competing) | (level & (place <= last)) | blank)
+        return codes.keep(above | (level & (place <= last)) | blank)
 
     def _gathered(self, t: Tensor) -> list[Tensor]:
         return self.tokens.gather(torch.cat(self.latents.gather(t)))

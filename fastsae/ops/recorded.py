@@ -1,4 +1,4 @@
-"""The encoders and decoders while a ledger is open: ops whose backward passes write terms into it.
+"""The encoders and decoders while a ledger is open: their backward passes write terms into it.
 
 An encoder's backward pass comes after the decoders' that its code went through, and completes their halves of terms.
 """
@@ -45,7 +45,7 @@ def encode(
     ledger: Ledger,
     backend: str | None,
 ) -> SparseCodes:
-    """run(x, W, b), whose acts are x Wᵀ + b at its slots, with a backward pass that writes into the ledger.
+    """run(x, W, b), a code with acts x Wᵀ + b at its slots, with a backward pass that writes into the ledger.
 
     x (N, D). pre_bias (D,): x is x₀ - pre_bias without a gradient to it; that is computed here.
     """
@@ -112,7 +112,7 @@ def _over_shards(ledger: Ledger, t: Tensor) -> Tensor:
 
 
 def _encoder_only(ledger: Ledger, x: Tensor, grad: Tensor, indices: Tensor, offsets: Tensor | None) -> UpdateTerm:
-    """A term without a reconstruction: in a ragged code, whose slots may hold an act of 0 and yet a gradient."""
+    """A term without a reconstruction: in a ragged code, where a slot may hold an act of 0 and yet a gradient."""
     latents, d_out = ledger.rows("W_dec").shape
     slots = SparseCodes(grad, indices, latents, offsets)
     if offsets is None:
@@ -182,7 +182,7 @@ def decoded_backward(
 
 
 def decoder_norms(W_dec: Tensor, layers: int, ledger: Ledger) -> Tensor:
-    """reference.decoder_norms, float32 at least, whose gradient the ledger keeps as a pull on each row."""
+    """reference.decoder_norms, float32 at least; the ledger keeps its gradient as a pull on each row."""
     return _DecoderNorms.apply(W_dec, layers, ledger)
 
 

@@ -99,6 +99,7 @@ class FromFirst:
         self.source, self.team = source, team
         facts = None if source is None else (source.d_in, source.n_tokens, target_width(source), len(source.held_out()))
         self.d_in, self.n_tokens, self.d_target, self._n_held_out = team.from_first(facts)
+        self._shares = team.every(team.share)
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -129,30 +130,32 @@ class FromFirst:
                 one.wait()
         return parts[0]
 
-    def own(self, n: int, share: int, shares: int) -> Tensor:
+    def own(self, n: int) -> Tensor:
         """This process's rows of the next n, with their targets beside them."""
-        return self._read(n, bounds(n, shares), self.team.every(share))
+        return self._read(n, bounds(n, self.team.shares), self._shares)
+
+    def _whole(self, n: int) -> Tensor:
+        return self._read(n, [0, n], [0] * self.team.size)
 
     def next_batch(self, n: int) -> Tensor:
-        return self._read(n, [0, n], [0] * self.team.size)[:, : self.d_in]
+        return self._whole(n)[:, : self.d_in]
 
     def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
         """See TargetSource."""
-        return pair_of(self._read(n, [0, n], [0] * self.team.size), self.d_in)
+        return pair_of(self._whole(n), self.d_in)
 
     def held_out(self) -> Tensor:
-        return (
-            torch.zeros(1, 1, dtype=torch.float32, device="cpu").expand(self._n_held_out, self.d_in)
-            if self.source is None
-            else self.source.held_out()
-        )
+        return self._zeros(self.d_in) if self.source is None else self.source.held_out()
 
     def held_out_targets(self) -> Tensor:
         """See TargetSource."""
         if self.source is None:
-            return torch.zeros(1, 1, dtype=torch.float32, device="cpu").expand(self._n_held_out, self.d_target or 0)
+            return self._zeros(self.d_target or 0)
         assert isinstance(self.source, TargetSource)
         return self.source.held_out_targets()
+
+    def _zeros(self, width: int) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.float32, device="cpu").expand(self._n_held_out, width)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.source is None else self.source.state_dict()
@@ -193,13 +196,13 @@ class OwnRows:
     def next_batch(self, n: int) -> Tensor:
         """This process's rows of the next n. Raises ValueError where n rows are fewer than the processes."""
         if isinstance(self.source, FromFirst):
-            return self.source.own(n, self.share, self.shares)[:, : self.d_in]
+            return self.source.own(n)[:, : self.d_in]
         return self._own(n, self.source.next_batch)
 
     def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
         """See TargetSource."""
         if isinstance(self.source, FromFirst):
-            return pair_of(self.source.own(n, self.share, self.shares), self.d_in)
+            return pair_of(self.source.own(n), self.d_in)
         assert isinstance(self.source, TargetSource)
         return self._own(n, self.source.next_pair)
 

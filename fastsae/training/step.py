@@ -87,9 +87,9 @@ class _TrainStep:
     ) -> tuple[Objective, dict[str, Tensor]]:
         """loss.backward(), and the metrics from before the update."""
         sae, n = self.sae, x.shape[:-1].numel()
-        if n == 0 and sae.placement is None:
-            raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
         if sae.placement is None:
+            if n == 0:
+                raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch cannot train; skip it")
             losses.check_tokens(sae.loss, n)
         checks.gradients_possible()
         with torch.enable_grad():
