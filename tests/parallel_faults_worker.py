@@ -138,12 +138,6 @@ def saved(grid: Any) -> object:
     return fastsae.save(sae_of(grid), Path(sys.argv[4]) / f"saved{dist.get_rank()}")
 
 
-def resampled(grid: Any) -> object:
-    sae = sae_of(grid)
-    sae.tokens_since_fired[:3] = sae.dead_after
-    return fastsae.resample_(sae, batch(0))
-
-
 def evaluated(grid: Any) -> object:
     return evaluate(sae_of(grid), batch(0))
 
@@ -170,7 +164,6 @@ def read(grid: Any) -> object:
 REFUSED: dict[str, Callable[[Any], object]] = {
     "other rows": other_rows,
     "saved": saved,
-    "resampled": resampled,
     "evaluated": evaluated,
     "wrapped": wrapped,
     "some latents": some_latents,

@@ -28,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fvu": {"loss": "fvu"},
     "unit, no pre-bias": {"decoder_norm": "unit", "pre_bias": False},
     "skip": {"skip": True, "pre_bias": False},
+    "ghost": {"ghost": "residual", "dead_after": N},
+    "ghost pull": {"ghost": "pull", "dead_after": N},
+    "ghost, tied": {"ghost": "residual", "dead_after": N, "tied": True},
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adam": {},
@@ -203,7 +206,6 @@ def refusals(grid: Any) -> dict[str, str]:
         parallelize(sae, grid)
 
     says("other weights", other_weights)
-    says("ghost", lambda: parallelize(family_sae(RULES["topk"], ghost="residual"), grid))
     says(
         "not started",
         lambda: parallelize(fastsae.SparseAutoencoder(D, M, fastsae.JumpReLU(target_l0=4.0), seed=0), grid),
@@ -226,6 +228,25 @@ def refusals(grid: Any) -> dict[str, str]:
     return said
 
 
+def resampled(grid: Any, rule: str = "topk", **settings: Any) -> dict[str, Any]:
+    """Dead latents, of which a shard may have none, become directions of badly reconstructed rows; then some steps."""
+    sae = family_sae(RULES[rule], dead=False, dtype=torch.float64, **settings)
+    sae.start_(tokens(N, seed=99))
+    sae = sae if grid is None else parallelize(sae, grid)
+    step = fastsae.FusedTrainStep(sae, lr=1e-2)
+    step(batch(0, grid))
+    first = 0 if sae.placement is None else sae.placement.first
+    dead = torch.zeros(M, dtype=torch.bool)
+    dead[[0, 3, 4, 7]] = True
+    dead = dead[first : first + sae.d_sae]
+    count = fastsae.resample_(sae, [batch(50), batch(51)[:5]], step, dead=dead, batch_size=16, seed=3)
+    assert count == 4
+    for i in range(1, STEPS):
+        metrics = step(batch(i, grid))
+    state = gathered_state(step.state_dict(), sae)["optimizer"]["state"]
+    return {**state_of(gathered(sae)), "loss": metrics["loss"], "moments": state["W_dec"]["exp_avg"].double()}
+
+
 def bad_numbers(grid: Any) -> dict[str, Any]:
     """NaN in the rows of one process: no process makes the step, and all go on."""
     sae = sae_of("batch_topk", "aux")
@@ -246,6 +267,9 @@ EDGES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "transcoder": transcoder,
     "fp32 moments": lambda grid: moments(grid, "fp32"),
     "bad numbers": bad_numbers,
+    "resampled": resampled,
+    "resampled, from data": lambda grid: resampled(grid, "gated"),
+    "resampled, free": lambda grid: resampled(grid, decoder_norm="free"),
 }
 
 

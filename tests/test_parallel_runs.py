@@ -129,6 +129,20 @@ def test_a_shared_batch_goes_on_with_a_shared_dictionary_and_in_one_process(
     assert_close(tmp_path / "run", alone, 0.0)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "more", [["--aux-k", "None", "--ghost", "residual"], ["--resample-at", "7", "--resample-rows", "300"]]
+)
+def test_dead_latents_are_revived_as_in_one_process(more: list[str], rows: Path, tmp_path: Path) -> None:
+    """By ghost gradients and by resampling, where batch and dictionary are both shared."""
+    dead = ["--dead-after", "300", "--activation", "topk", *more]
+    for name, processes, shards in (("alone", 1, []), ("four", 4, ["--latent-shards", "2"])):
+        done = run(processes, rows, tmp_path / name, *dead, *shards, "--keep", "9")
+        assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "four", tmp_path / "alone", 1e-3)
+    assert sum(line["dead"] for line in lines(tmp_path / "alone", "metrics.jsonl")), "none was dead"
+
+
 def test_shards_without_torchrun() -> None:
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2 -m fastsae train"), joined("cpu", 2):
         pass

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae.codes import SparseCodes
+from fastsae.model.axis import Axis
 from fastsae.model.placement import Placement
 from fastsae.model.rules.base import EncodeOptions, select_topk
 from fastsae.ops.reconstruction import squared_errors
@@ -138,53 +139,65 @@ def aux_k(
 
 
 def ghost_residual(
-    x: Tensor, error: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, loss_denominator: Tensor | int
-) -> Tensor:
+    x: Tensor, error: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, loss_denominator: Tensor | int,
+    placement: Placement | None = None,
+) -> Tensor:  # fmt: skip
     """Σ_n r_n ‖s_n·g_n - e_n‖² / loss_denominator,  g = exp(x W_encᵀ + b_enc) W_dec: dead latents model the error.
 
     s_n makes ‖s_n g_n‖ half of ‖e_n‖ and r_n makes the term as large as the error of its token; both, and e, are held
     fixed. W_enc, W_dec (dead, D), b_enc (dead,): the rows of the dead latents; x (N, D_in); error (N, D_out): target -
-    recon. 0 if none is dead. Dense in (N, dead), computed in pieces. Source: Jermyn & Templeton 2024 (Ghost Grads,
-    Circuits Updates January 2024).
+    recon. 0 if none is dead. Dense in (N, dead), computed in pieces. placement: there are more dead latents, or more
+    tokens, in other processes. Source: Jermyn & Templeton 2024 (Ghost Grads, Circuits Updates January 2024).
     """
-    if W_enc.shape[0] == 0 or x.shape[0] == 0:
+    tokens, shards = (Axis(), Axis()) if placement is None else (placement.tokens, placement.latents)
+    n_dead = len(W_enc) if placement is None else sum(shards.rows(W_enc))
+    if n_dead == 0:
         return x.new_zeros(())
-    pieces = []
-    size = max(1, GHOST_PIECE // W_enc.shape[0])
+    total = x.new_zeros(())
+    size = max(1, GHOST_PIECE // n_dead)
     for inputs, left_over in zip(x.split(size), error.detach().split(size), strict=True):
         pre = inputs @ W_enc.mT + b_enc
         # The output is rescaled to the error's size below, so a token's factor cancels: subtract to avoid overflow.
-        ghost = torch.exp(pre - pre.detach().amax(-1, keepdim=True)) @ W_dec
+        top = pre.detach().amax(-1, keepdim=True) if len(W_enc) else x.new_full((len(inputs), 1), -torch.inf)
+        ghost = shards.summed(torch.exp(pre - shards.stack(top).amax(0)) @ W_dec)
         norms = torch.linalg.vector_norm(left_over, dim=-1, keepdim=True)
         ghost = ghost * (norms / (2 * torch.linalg.vector_norm(ghost, dim=-1, keepdim=True) + 1e-6)).detach()
         term = wide(ghost - left_over).square().sum(-1)
-        pieces.append((wide(left_over).square().sum(-1) / (term + 1e-6)).detach() @ term)
-    return torch.stack(pieces).sum() / loss_denominator
+        total = total + (wide(left_over).square().sum(-1) / (term + 1e-6)).detach() @ term
+    return tokens.summed(total) / loss_denominator
 
 
-def ghost_pull(x: Tensor, error: Tensor, W_enc: Tensor, W_dec: Tensor) -> Tensor:
+def ghost_pull(x: Tensor, error: Tensor, W_enc: Tensor, W_dec: Tensor, placement: Placement | None = None) -> Tensor:
     """Σ_dead softplus(-⟨u, W_enc_i⟩) + softplus(-⟨w, W_dec_i⟩): dead rows turn towards tokens of large error.
 
     u, w: means of x (N, D) and of error (N, D) = target - recon, each token weighted by its squared error; both held
-    fixed. W_enc, W_dec (dead, D). Source: the point_cloud_sae experiments (R. Huben), with rows for columns.
+    fixed. W_enc, W_dec (dead, D). placement: as for `ghost_residual`. Source: the point_cloud_sae experiments
+    (R. Huben), with rows for columns.
     """
-    u, w = error_weighted_means(x.detach(), error.detach())
-    return F.softplus(-(W_enc @ u)).sum() + F.softplus(-(W_dec @ w)).sum()
+    tokens, shards = (Axis(), Axis()) if placement is None else (placement.tokens, placement.latents)
+    u, w = error_weighted_means(x.detach(), error.detach(), tokens)
+    pull = shards.summed(F.softplus(-(W_enc @ u)).sum() + F.softplus(-(W_dec @ w)).sum())
+    return tokens.summed(pull / tokens.size)  # the same in all: each gives its share of the gradient
 
 
-def error_weighted_means(x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over tokens of x (*B, N, D) and error (*B, N, D_out), each token weighted by its squared error: (*B, D)."""
+def error_weighted_means(x: Tensor, error: Tensor, tokens: Axis | None = None) -> tuple[Tensor, Tensor]:
+    """Means over tokens of x (*B, N, D) and error (*B, N, D_out), each token weighted by its squared error: (*B, D).
+
+    tokens: the axis along which other processes have more of them.
+    """
+    tokens = tokens or Axis()
     weights = wide(error).square().sum(-1)
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    weights = weights / tokens.sum(weights.sum(-1, keepdim=True)).clamp_min(torch.finfo(weights.dtype).tiny)
     weights = weights.to(x.dtype).unsqueeze(-2)
-    return (weights @ x).squeeze(-2), (weights @ error).squeeze(-2)
+    return tokens.sum((weights @ x).squeeze(-2)), tokens.sum((weights @ error).squeeze(-2))
 
 
 def ghost(
-    kind: str, x: Tensor, error: Tensor, rows: tuple[Tensor, Tensor, Tensor], loss_denominator: Tensor | int
-) -> Tensor:
+    kind: str, x: Tensor, error: Tensor, rows: tuple[Tensor, Tensor, Tensor], loss_denominator: Tensor | int,
+    placement: Placement | None = None,
+) -> Tensor:  # fmt: skip
     """The ghost gradients' loss of one kind, "residual" or "pull"; rows: W_enc, b_enc, W_dec of the dead latents."""
     W_enc, b_enc, W_dec = rows
     if kind == "pull":
-        return ghost_pull(x, error, W_enc, W_dec)
-    return ghost_residual(x, error, W_enc, b_enc, W_dec, loss_denominator)
+        return ghost_pull(x, error, W_enc, W_dec, placement)
+    return ghost_residual(x, error, W_enc, b_enc, W_dec, loss_denominator, placement)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastsae.model.axis import Axis, bounds
 from fastsae.model.sae import SparseAutoencoder, as_sae
 
 
@@ -38,18 +39,22 @@ def resample_(
     data, the mean over live latents. The state of these rows in `step`'s optimizer becomes 0, and their dead-latent
     counters restart. dead: bool (M,), None: `sae.dead`. The draw depends only on the seed and the inputs.
 
-    With several processes, call it in each of them with the same rows and seed, or their weights drift apart.
+    With several processes, call it in each of them with the same rows and seed, or their weights drift apart. Where
+    fastsae.parallel has shared the SAE between them, `dead` is of this process's latents, each process reconstructs its
+    part of the rows, and all have the same draw; the number returned is that of all latents.
 
     A host sync. Raises ValueError if no input is given or none has a finite error above 0, and for d_out != d_in, where
     an input cannot become a decoder row. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
     """
     sae = as_sae(sae, "sae")
-    sae.check_whole("resample_")
     if sae.d_out != sae.d_in:
         raise ValueError(f"resampling needs d_out == d_in, got d_in = {sae.d_in}, d_out = {sae.d_out}")
+    shards = Axis() if sae.placement is None else sae.placement.latents
     dead = sae.dead if dead is None else dead
     latents = dead.nonzero().squeeze(1)
-    if latents.numel() == 0:
+    each = shards.rows(latents)
+    n_dead = sum(each)
+    if n_dead == 0:
         return 0
     inputs, errors = _errors(sae, [rows] if isinstance(rows, Tensor) else rows, batch_size)
     chance = torch.nan_to_num(errors.double(), nan=0.0, posinf=0.0).square()
@@ -57,17 +62,21 @@ def resample_(
         raise ValueError(f"none of {len(errors)} rows has a finite error above 0 to resample at; pass training rows")
     generator = torch.Generator().manual_seed(seed)
     possible = int((chance > 0).sum())
-    chosen = torch.multinomial(chance.cpu(), min(possible, len(latents)), replacement=False, generator=generator)
-    if len(chosen) < len(latents):
-        more = torch.multinomial(chance.cpu(), len(latents) - len(chosen), replacement=True, generator=generator)
+    chosen = torch.multinomial(chance.cpu(), min(possible, n_dead), replacement=False, generator=generator)
+    if len(chosen) < n_dead:
+        more = torch.multinomial(chance.cpu(), n_dead - len(chosen), replacement=True, generator=generator)
         chosen = torch.cat([chosen, more])
-    direction = inputs[chosen.to(inputs.device)].double()  # a norm of 10¹⁹ or more overflows in float32
+    own = chosen.split(each)[shards.rank]
+    direction = inputs[own.to(inputs.device)].double()  # a norm of 10¹⁹ or more overflows in float32
     direction = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True).clamp_min(1e-30)
     live = ~dead
+    n_live = shards.sum(live.sum())
+
+    def live_mean(t: Tensor) -> Tensor:
+        return shards.sum(t[live].double().sum()) / n_live
 
     def live_norm(W: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(W[live], dim=1)
-        return norms.mean() if norms.numel() else W.new_ones(())
+        return live_mean(torch.linalg.vector_norm(W, dim=1)) if n_live else direction.new_ones(())
 
     norm = direction.new_ones(()) if sae.decoder_norm == "unit" else live_norm(sae.W_dec)
     if sae.W_enc is not None:
@@ -75,27 +84,30 @@ def resample_(
     sae.W_dec[latents] = (direction * norm).to(sae.W_dec.dtype)
     for name, start in {"b_enc": torch.zeros_like(sae.b_enc), **sae.activation.new_parameters(sae.d_sae)}.items():
         parameter, first = getattr(sae, name), start.to(sae.W_dec.device)[latents]
-        if sae.activation.from_data and bool(live.any()):  # where it started no longer fits
-            first = parameter[live].mean()
+        if sae.activation.from_data and n_live:  # where it started no longer fits
+            first = live_mean(parameter)
         parameter[latents] = first.to(parameter.dtype)
     sae.tokens_since_fired[latents] = 0
     if step is not None:
         step.forget_rows_(latents)
-    return len(latents)
+    return n_dead
 
 
 def _errors(sae: SparseAutoencoder, blocks: Iterable[Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
     """The encoder's inputs (n, d_in) and the squared error of each token (n,), in eval mode."""
     was_training = sae.training
     sae.eval()
+    tokens = Axis() if sae.placement is None else sae.placement.tokens
     inputs, errors = [], []
     try:
         for block in blocks:
             for x in block.reshape(-1, sae.d_in).to(sae.W_dec.device, sae.W_dec.dtype).split(batch_size):
-                ready = sae.inputs(x)
-                recon = sae.norm.normalize(sae(x).recon, ready.stats)
-                inputs.append(ready.target - sae.b_dec)
-                errors.append((recon - ready.target).double().square().sum(-1))
+                inputs.append(sae.inputs(x).target - sae.b_dec)
+                ends = bounds(len(x), tokens.size)
+                own = x[ends[tokens.rank] : ends[tokens.rank + 1]]
+                recon, ready = sae(own).recon, sae.inputs(own)
+                error = sae.norm.normalize(recon, ready.stats) - ready.target
+                errors += tokens.gather(error.double().square().sum(-1))
     finally:
         sae.train(was_training)
     if not inputs:

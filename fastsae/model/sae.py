@@ -504,11 +504,12 @@ class SparseAutoencoder(Parameters):
         if self.ghost is None:
             return None, {}
         few = dead.nonzero().squeeze(1)
-        if few.numel() == 0:
+        if few.numel() == 0 and self.placement is None:
             return None, {"ghost": error.new_zeros((), dtype=torch.float64)}
         rows = (wide(self.encoder_weight[few]), wide(self.b_enc[few]), wide(self.W_dec[few]))
-        inputs = wide(ready.x - self.b_dec if self.pre_bias else ready.x)
-        ghost = losses.ghost(self.ghost, inputs, wide(error.detach()).neg(), rows, denominator).double()
+        inputs = wide(self._for_shards(ready.x - self.b_dec if self.pre_bias else ready.x))
+        missed = wide(error.detach()).neg()
+        ghost = losses.ghost(self.ghost, inputs, missed, rows, denominator, self.placement).double()
         return self.ghost_coef * ghost, {"ghost": ghost}
 
     # -- threshold rules while many latents are active ----------------------------------------------------------------

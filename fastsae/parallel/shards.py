@@ -60,8 +60,6 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
         raise RuntimeError("this SAE is on several processes already; gathered(sae) makes an ordinary one")
     if pending := [name for name, p in sae.named_parameters() if isinstance(p.grad, LedgerGradient)]:
         raise RuntimeError(f"{', '.join(pending)} have gradients pending in an optimizer; step or zero_grad() first")
-    if sae.ghost is not None:
-        raise ValueError(f"ghost = {sae.ghost!r} compares all tokens with all dead latents, in one process; use aux_k")
     if not (sae.started and sae.norm.calibrated):
         raise ValueError("this SAE takes thresholds or a scale from its first batch; call sae.start_(x) on it first")
     tokens, latents = (Axis(mesh.get_group(name) if name in names else None) for name in AXES)

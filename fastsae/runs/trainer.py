@@ -412,14 +412,19 @@ class Trainer:
     def _resample(self) -> None:
         """Resamples dead latents at badly reconstructed upcoming rows; the data's position does not change."""
         c, position = self.config, self.source.state_dict()
-        blocks = (self.source.next_batch(min(c.batch_size, c.resample_rows - start)) for start in
+        blocks = (self._whole_batch(min(c.batch_size, c.resample_rows - start)) for start in
                   range(0, c.resample_rows, c.batch_size))  # fmt: skip
         try:
             count = resample_(self.sae, blocks, self.update, batch_size=c.batch_size, seed=c.seed + self.step)
         finally:
             self.source.load_state_dict(position)
         self._resampled += count
-        self.logs.say(f"step {self.step}: resampled {count:,} dead latents of {self.sae.d_sae:,}")
+        self.logs.say(f"step {self.step}: resampled {count:,} dead latents of {self.sae.n_latents:,}")
+
+    def _whole_batch(self, n: int) -> Tensor:
+        """The next n rows, all of them in every process."""
+        with self._agreed():
+            return self.source.next_batch(n)
 
     def _calibrate_threshold(self) -> None:
         """Sets BatchTopK's inference threshold from upcoming training rows; the data's position does not change.
@@ -616,11 +621,6 @@ def check_together(config: TrainConfig, team: Team) -> None:
     if config.batch_size < team.shares:
         raise ValueError(
             f"batch_size is {config.batch_size}, expected at least one row for each of {team.shares} processes"
-        )
-    if config.resample_at:
-        raise ValueError(
-            f"resample_at is {config.resample_at}: resampling looks at all latents in one process; leave it out, and "
-            "revive dead latents with aux_k"
         )
     if not config.fused:
         raise ValueError("fused is False, but only the fused step adds the processes' gradients; leave it out")
