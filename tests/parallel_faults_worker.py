@@ -138,6 +138,18 @@ def saved(grid: Any) -> object:
     return fastsae.save(sae_of(grid), Path(sys.argv[4]) / f"saved{dist.get_rank()}")
 
 
+def rows_of_others(grid: Any) -> object:
+    """The state of the other process's latents, of equal number: what DCP gives for plain tensors."""
+    sae = sae_of(grid, M=40)
+    everyone: list[Any] = [None, None]
+    dist.all_gather_object(everyone, sae.state_dict())
+    return sae.load_state_dict(everyone[1 - dist.get_rank()])
+
+
+def groups_in_unequal_parts(grid: Any) -> object:
+    return fastsae.parallel.Sharded(sae_of(grid, fastsae.GroupMax(3), M=42))
+
+
 def evaluated(grid: Any) -> object:
     return evaluate(sae_of(grid), batch(0))
 
@@ -164,6 +176,8 @@ def read(grid: Any) -> object:
 REFUSED: dict[str, Callable[[Any], object]] = {
     "other rows": other_rows,
     "saved": saved,
+    "rows of others": rows_of_others,
+    "groups in unequal parts": groups_in_unequal_parts,
     "evaluated": evaluated,
     "wrapped": wrapped,
     "some latents": some_latents,

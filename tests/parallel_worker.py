@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 import fastsae
 from bench.parallel.model import Shape, received
 from fastsae.model.axis import bounds
-from fastsae.parallel import gathered, gathered_state, mesh, own_state, parallelize
+from fastsae.parallel import Sharded, gathered, gathered_state, mesh, own_state, parallelize
 from tests.family_case import RULES, D, M, family_sae, tokens
 
 STEPS, N = 4, 37  # neither M nor N divides by 3
@@ -228,6 +229,37 @@ def refusals(grid: Any) -> dict[str, str]:
     return said
 
 
+def saver(grid: Any, rule: str, kind: str, seed: int = 1) -> tuple[Any, fastsae.FusedTrainStep, dict[str, Sharded]]:
+    sae = fastsae.SparseAutoencoder(D, M + 1, RULES[rule], seed=seed, aux_k=3, dead_after=N)
+    if not sae.started:
+        sae.start_(tokens(N, seed=99).float())
+    sae = sae if grid is None else parallelize(sae, grid)
+    step = fastsae.FusedTrainStep(sae, lr=1e-2 * seed, moments=kind)
+    return sae, step, {"train": Sharded(sae, step)}
+
+
+def stopped(grid: Any, path: str, rule: str, kind: str) -> None:
+    """Some steps, then a checkpoint of torch.distributed.checkpoint."""
+    _, step, state = saver(grid, rule, kind)
+    for i in range(2):
+        step(batch(i, grid).float())
+    dcp.save(state, checkpoint_id=path, no_dist=grid is None)
+
+
+def gone_on(grid: Any, path: str, rule: str, kind: str) -> dict[str, Any]:
+    """From that checkpoint into an SAE of other weights, counters and learning rate."""
+    sae, step, state = saver(grid, rule, kind, seed=2)
+    step(batch(7, grid).float())
+    dcp.load(state, checkpoint_id=path, no_dist=grid is None)
+    for i in range(2, STEPS):
+        metrics = step(batch(i, grid).float())
+    whole = gathered(sae)
+    return {**state_of(whole), "fired": whole.fired, "loss": metrics["loss"].detach(), "lr": metrics["lr"]}
+
+
+SAVED = [("topk", "fp32"), ("topk", "8bit"), ("gated", "bf16")]
+
+
 def resampled(grid: Any, rule: str = "topk", **settings: Any) -> dict[str, Any]:
     """Dead latents, of which a shard may have none, become directions of badly reconstructed rows; then some steps."""
     sae = family_sae(RULES[rule], dead=False, dtype=torch.float64, **settings)
@@ -296,6 +328,12 @@ def everything(world: int) -> dict[str, Any]:
             found[f"{shape}, {name}"] = train(*case, grid)
         for name, edge in EDGES.items():
             found[f"{shape}, {name}"] = edge(grid)
+        for rule, kind in SAVED:
+            stopped(grid, f"{sys.argv[4]}/{shape}-{rule}-{kind}", rule, kind)
+            for saved in ("alone", shape):
+                found[f"{shape}, {rule} {kind} from {saved}"] = gone_on(
+                    grid, f"{sys.argv[4]}/{saved}-{rule}-{kind}", rule, kind
+                )
         if latents == 1:
             found[f"{shape}, fp32"] = train("topk", "plain", "adam", grid, torch.float32)
             for kind in ("bf16", "8bit"):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 import fastsae
 from fastsae.model.axis import Axis, bounds
@@ -50,12 +52,17 @@ def launch(world: int, *arguments: str, module: str = "tests.parallel_worker", e
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the processes of a world found, by rank; each world runs once."""
 
+    folders: dict[int, Path] = {}
+
     @cache
     def of(world: int) -> list[dict[str, Any]]:
-        out = tmp_path_factory.mktemp(f"world{world}")
+        out = folders[world] = tmp_path_factory.mktemp(f"world{world}")
+        for rule, kind in worker.SAVED:
+            worker.stopped(None, str(out / f"alone-{rule}-{kind}"), rule, kind)
         launch(world, str(out / "store"), str(out))
         return [torch.load(out / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
+    of.folder = folders.__getitem__
     return of
 
 
@@ -88,6 +95,55 @@ def test_ties_microbatches_targets_states_and_bad_numbers(world: int, shape: str
     for name in worker.EDGES:
         close = {"rtol": CLOSE, "atol": 1e-11} if name != "fp32 moments" else {"rtol": 1e-4, "atol": 1e-6}
         assert_close(results(world), f"{shape}, {name}", alone(name), **close)
+
+
+@each_mesh
+def test_checkpoints_of_torch_go_on_with_any_number_of_processes(
+    world: int, shape: str, results: Any, tmp_path: Path
+) -> None:
+    """From one process on a mesh, from a mesh on itself, and from a mesh in one process."""
+    ranks, made = results(world), results.folder(world)
+    for rule, kind in worker.SAVED:
+        case, rounds = f"{rule} {kind}", kind == "fp32"
+        worker.stopped(None, str(tmp_path / case), rule, kind)
+        expected = worker.gone_on(None, str(tmp_path / case), rule, kind)
+        close = {"rtol": 1e-4, "atol": 1e-6} if rounds else {"rtol": 3e-2, "atol": 3e-3}
+        for saved in ("alone", shape):
+            assert_close(ranks, f"{shape}, {case} from {saved}", expected, **close)
+        back = worker.gone_on(None, str(made / f"{shape}-{rule}-{kind}"), rule, kind)
+        assert_close([{"back": back}], "back", expected, **close)
+
+
+def test_a_checkpoint_of_torch_names_the_settings_that_it_was_made_for(tmp_path: Path) -> None:
+    """And leaves an SAE of others as it was."""
+    worker.stopped(None, str(tmp_path), "topk", "fp32")
+    for rule, kind in (("abs_topk", "fp32"), ("topk", "bf16")):
+        sae, _, state = worker.saver(None, rule, kind, seed=2)
+        before = {name: t.clone() for name, t in sae.state_dict().items()}
+        with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: train.made for \{.*topk"):
+            dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
+        assert all(torch.equal(t, before[name]) for name, t in sae.state_dict().items())
+
+
+def test_a_bare_optimizer_and_torchs_in_a_checkpoint_of_torch(tmp_path: Path) -> None:
+    for kind in (fastsae.optim.AdamW, torch.optim.Adam):
+        found = []
+        for seed in (1, 2):
+            sae = worker.sae_of("topk", "plain", torch.float32)
+            optimizer = kind(sae if kind is fastsae.optim.AdamW else sae.parameters(), lr=seed * 1e-2)
+            state = {"train": fastsae.parallel.Sharded(sae, optimizer)}
+            for i in range(seed):
+                sae(worker.batch(i).float()).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if seed == 1:
+                dcp.save(state, checkpoint_id=str(tmp_path / kind.__name__), no_dist=True)
+            else:
+                dcp.load(state, checkpoint_id=str(tmp_path / kind.__name__), no_dist=True)
+            sae(worker.batch(3).float()).loss.backward()
+            optimizer.step()
+            found.append(worker.state_of(sae))
+        assert_close([{"found": found[1]}], "found", found[0], rtol=0, atol=0)
 
 
 @of_meshes(lambda shape: shape.endswith("x1"))  # shards add their reconstructions in another order

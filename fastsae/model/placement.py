@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae.codes import SparseCodes
 from fastsae.model.axis import Axis
@@ -34,6 +35,7 @@ class Placement:
     first: int
     own: int
     d_sae: int
+    mesh: DeviceMesh
     n: int = 0
 
     # -- a batch ------------------------------------------------------------------------------------------------------

@@ -104,9 +104,13 @@ class RecordsSettings(nn.Module):
         """The settings as JSON."""
         raise NotImplementedError
 
+    def _recorded(self) -> dict[str, Any]:
+        """What a state records of the module it is of."""
+        return self.config
+
     def get_extra_state(self) -> Tensor:
         """`config` as JSON, padded with blanks: uint8 on the CPU, for torch.save, safetensors and DCP alike."""
-        text = json.dumps(self.config).encode()
+        text = json.dumps(self._recorded()).encode()
         padded = text.ljust(-len(text) % EXTRA_BYTES + len(text))
         return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
 
@@ -136,7 +140,7 @@ class RecordsSettings(nn.Module):
         key = prefix + EXTRA_STATE
         if key in state_dict:
             instead = f"remove {key!r} from the state" if prefix else "pass allow_other_config=True"
-            check_state_config(config_of(state_dict[key], instead), self.config, instead)
+            check_state_config(config_of(state_dict[key], instead), self._recorded(), instead)
 
     def _refuse_names(self, state_dict: Mapping[str, Any]) -> None:
         """Raises torch's error for missing and unknown names, which torch raises when it has copied the others."""
@@ -194,9 +198,9 @@ def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any], inst
 
     A pre_bias that either leaves open fits any other. A setting that the state lacks is not compared.
     """
-    theirs, ours = (_flat(json.loads(json.dumps(config))) for config in (got, expected))
+    theirs, ours = (flat(json.loads(json.dumps(config))) for config in (got, expected))
     # A rule's setting that another fastsae did not know yet is not compared either: its kind is.
-    names = [name for name in theirs if name.partition(".")[0] not in MAY_DIFFER and name not in RULES_MAY_DIFFER]
+    names = [name for name in theirs if compared(name)]
     if None in (got.get("pre_bias"), expected.get("pre_bias")):
         names = [name for name in names if name != "pre_bias"]
     none = "no such setting"
@@ -210,6 +214,11 @@ def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any], inst
             f"the state is of an SAE with other settings: {', '.join(differing)}. Build the SAE with these settings, "
             f"or {instead} to load it anyway"
         )
+
+
+def compared(name: str) -> bool:
+    """Whether a setting, by its dotted name, says what the weights mean."""
+    return name.partition(".")[0] not in MAY_DIFFER and name not in RULES_MAY_DIFFER
 
 
 def config_of(state: Any, instead: str = "pass allow_other_config=True") -> dict[str, Any]:
@@ -227,9 +236,9 @@ def config_of(state: Any, instead: str = "pass allow_other_config=True") -> dict
     )
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"activation.k": 32, ...}: the settings of the rule, and of the rule in it, by dotted names."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

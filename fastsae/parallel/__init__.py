@@ -8,6 +8,7 @@
 Every process calls the same methods in the same order. docs/distributed.md says what is exchanged, and how exact it is.
 """
 
+from fastsae.parallel.checkpoint import Sharded
 from fastsae.parallel.shards import gathered, gathered_state, mesh, own_state, parallelize
 
-__all__ = ["gathered", "gathered_state", "mesh", "own_state", "parallelize"]
+__all__ = ["Sharded", "gathered", "gathered_state", "mesh", "own_state", "parallelize"]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastsae.model.axis import Axis, bounds
+from fastsae.model.axis import Axis
 from fastsae.model.parameters import EXTRA_STATE
 from fastsae.model.placement import Placement
 from fastsae.model.rules import GroupMax
@@ -66,16 +66,16 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
     _check_alike(sae, tokens, latents)
     rule, d_sae = sae.activation, sae.d_sae
     unit = d_sae // rule.k if isinstance(rule, GroupMax) else 1  # a group stays whole
-    if d_sae // unit < latents.size:
+    each = unit * -(-d_sae // (unit * latents.size))  # as torch.chunk and DTensor cut: the last may have fewer
+    if each * (latents.size - 1) >= d_sae:
         raise ValueError(
             f"{d_sae} latents in units of {unit} cannot be shared by {latents.size} processes, expected at least one "
-            "unit each"
+            f"unit each, and {each} latents in all but the last"
         )
-    ends = [unit * end for end in bounds(d_sae // unit, latents.size)]
-    first, last = ends[latents.rank], ends[latents.rank + 1]
-    sae.placement = Placement(tokens, latents, first, last - first, d_sae)
+    first, last = each * latents.rank, min(each * (latents.rank + 1), d_sae)
+    sae.placement = Placement(tokens, latents, first, last - first, d_sae, mesh)
     sae.d_sae = last - first
-    for name in _by_latent(sae):
+    for name in by_latent(sae):
         whole = getattr(sae, name)
         own = whole.detach()[first:last].clone()
         setattr(sae, name, nn.Parameter(own, whole.requires_grad) if isinstance(whole, nn.Parameter) else own)
@@ -95,7 +95,7 @@ def gathered(sae: SparseAutoencoder, *, first_only: bool = False) -> SparseAutoe
     if placement is None:
         return sae
     join = _joining(placement, first_only)
-    joined = {name: join(getattr(sae, name)) for name in _by_latent(sae)}
+    joined = {name: join(getattr(sae, name)) for name in by_latent(sae)}
     rows = {name: t for name, t in joined.items() if t is not None}
     if len(rows) < len(joined):
         return None
@@ -140,7 +140,7 @@ def own_state(state: Mapping[str, Any], sae: SparseAutoencoder) -> dict[str, Any
 def _of_rows(
     state: Mapping[str, Any], sae: SparseAutoencoder, change: Callable[[Tensor], Tensor | None], d_sae: int
 ) -> dict[str, Any]:
-    rows, inner, settings = _by_latent(sae), state["optimizer"], state["settings"]
+    rows, inner, settings = by_latent(sae), state["optimizer"], state["settings"]
     moments = {
         name: {key: change(t) if name in rows and key != "step" else t for key, t in kept.items()}
         for name, kept in sorted(inner["state"].items())
@@ -165,7 +165,7 @@ def _is_first(placement: Placement) -> bool:
     return placement.tokens.rank == placement.latents.rank == 0
 
 
-def _by_latent(sae: SparseAutoencoder) -> list[str]:
+def by_latent(sae: SparseAutoencoder) -> list[str]:
     """The parameters and buffers that have a row for each latent, in one order everywhere."""
     tied = () if sae.W_enc is None else ("W_enc",)
     return [*tied, "W_dec", "b_enc", *sae.rule_parameters, *COUNTERS]
