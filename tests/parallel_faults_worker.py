@@ -154,6 +154,24 @@ def evaluated(grid: Any) -> object:
     return evaluate(sae_of(grid), batch(0))
 
 
+def other_settings(grid: Any) -> object:
+    sae = sae_of(grid)
+    adam = fastsae.optim.Adam(sae, eps=1e-8 * (1 + dist.get_rank()))
+    sae(batch(0, grid)).loss.backward()
+    return adam.step()
+
+
+def other_rates(grid: Any) -> object:
+    return fastsae.FusedTrainStep(sae_of(grid), lr=1e-3 * (1 + dist.get_rank()))(batch(0, grid))
+
+
+def run_of(grid: Any, rows_seed: int, **settings: Any) -> object:
+    rows = torch.randn(500, D, generator=torch.Generator().manual_seed(rows_seed))
+    config = TrainConfig(steps=2, batch_size=40, eval_every=0, progress=False, **settings)
+    sae = fastsae.SparseAutoencoder(D, M, fastsae.TopK(5), seed=1)
+    return Trainer(sae, TensorSource(rows, holdout=50), config, Path(sys.argv[4]) / "refused", mesh=grid).run()
+
+
 def wrapped(grid: Any) -> object:
     sae = sae_of(grid, M=40)  # equal parts, or DistributedDataParallel itself refuses them
     return torch.nn.parallel.DistributedDataParallel(sae)(batch(0))
@@ -173,16 +191,26 @@ def read(grid: Any) -> object:
     return found
 
 
-REFUSED: dict[str, Callable[[Any], object]] = {
-    "other rows": other_rows,
-    "saved": saved,
-    "rows of others": rows_of_others,
-    "groups in unequal parts": groups_in_unequal_parts,
-    "evaluated": evaluated,
-    "wrapped": wrapped,
-    "some latents": some_latents,
-    "read": read,
+REFUSED: dict[str, dict[str, Callable[[Any], object]]] = {
+    "1x2": {
+        "other rows": other_rows,
+        "saved": saved,
+        "rows of others": rows_of_others,
+        "groups in unequal parts": groups_in_unequal_parts,
+        "evaluated": evaluated,
+        "wrapped": wrapped,
+        "some latents": some_latents,
+        "read": read,
+        "other settings": other_settings,
+    },
+    "2x1": {
+        "other settings": other_settings,
+        "other rates": other_rates,
+        "a run's other data": lambda grid: run_of(grid, dist.get_rank()),
+        "a run's other settings": lambda grid: run_of(grid, 0, lr=1e-3 * (1 + dist.get_rank())),
+    },
 }
+"""By the mesh, data x latents."""
 
 
 def outcome(what: Callable[[], Any]) -> dict[str, Any]:
@@ -200,8 +228,7 @@ def main(rank: int, world: int, store: str, out: str, shape: str) -> None:
     data, latents = map(int, shape.split("x"))
     grid = mesh(data, latents)
     found = {name: outcome(lambda case=case: case(grid)) for name, case in NUMBERS.items()}
-    if latents > 1:
-        found |= {name: outcome(lambda case=case: repr(case(grid))) for name, case in REFUSED.items()}
+    found |= {name: outcome(lambda case=case: repr(case(grid))) for name, case in REFUSED[shape].items()}
     torch.save({"found": found, "expected": expected}, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -37,9 +37,11 @@ def test_one_processs_numbers(case: str, shape: str, ranks: Any) -> None:
                 torch.testing.assert_close(found["found"][name], t, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", worker.REFUSED)
-def test_refused_where_the_dictionary_is_shared(case: str, ranks: Any) -> None:
-    for rank in ranks("1x2"):
+@pytest.mark.parametrize(("shape", "case"), [(shape, case) for shape in SHAPES for case in worker.REFUSED[shape]])
+def test_refused_in_every_process(shape: str, case: str, ranks: Any) -> None:
+    for rank in ranks(shape):
         found = rank["found"][case]
         assert found["said"] is not None, f"it did instead: {found['found']}"
         assert "gloo" not in found["said"]
+        if case.startswith("a run's"):
+            assert "the processes of a run need the same settings and data" in found["said"]

@@ -89,6 +89,10 @@ class Placement:
             measured = self.tokens.stack(self.latents.stack(measured).amin(0)).amin(0)
         return Counted(self.tokens.sum(counts), self.n, measured)
 
+    def of_all_processes(self, t: Tensor) -> Tensor:
+        """Every process's t, of one shape in all of them: (processes, *shape), in the order of the mesh."""
+        return self.tokens.stack(self.latents.stack(t)).flatten(0, 1)
+
     def over_shards(self, t: Tensor) -> Tensor:
         """The sum of t over the shards of the dictionary."""
         return self.latents.sum(t)

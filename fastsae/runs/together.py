@@ -76,6 +76,18 @@ class Team:
         if failed := [f"process {rank}: {what}" for rank, what in enumerate(said) if what is not None]:
             raise ProcessError("; ".join(failed))
 
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Raises ValueError in every process, naming each fact in which one differs from the first process."""
+        everyone = self.every(dict(facts))
+        said = [
+            f"{name} is {one.get(name)!r} in process {rank} and {everyone[0][name]!r} in process 0"
+            for rank, one in enumerate(everyone)
+            for name in everyone[0]
+            if repr(one.get(name)) != repr(everyone[0][name])
+        ]
+        if said:
+            raise ValueError(f"the processes of a run need the same settings and data: {'; '.join(said)}")
+
     def stop_of(self, mine: signal.Signals | None) -> signal.Signals | None:
         """The signal that any process was asked to stop with."""
         asked = self.most(0 if mine is None else int(mine))

@@ -51,6 +51,8 @@ __all__ = ["TrainConfig", "TrainResult", "Trainer"]
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints."""
+OWN_SETTINGS = ("threads", "tensorboard", "wandb", "progress")
+"""Settings that may differ between the processes of a run."""
 CALIBRATION_ROWS = 16_384
 """Rows on which a run's end sets BatchTopK's threshold: their mean L0 is within some 0.5 % of that of all rows."""
 L0_OFF = 0.1
@@ -271,6 +273,7 @@ class Trainer:
                 "Restore one, or give another directory"
             )
         state: dict[str, Any] | None = None
+        self._check_alike()
         with self._agreed():
             if path is not None:
                 state = checkpoint.read_state(path)
@@ -305,6 +308,18 @@ class Trainer:
                 f"{problem}. Continuing from {path} instead; kept for inspection: {', '.join(str(m) for m in moved)}",
                 RuntimeWarning,
             )
+
+    def _check_alike(self) -> None:
+        """Raises ValueError if processes have different settings, or are to read different rows."""
+        if self.team is None:
+            return
+        facts = {name: value for name, value in asdict(self.config).items() if name not in OWN_SETTINGS}
+        if not isinstance(self.source, FromFirst):  # of which the first process has all
+            with self._agreed():
+                facts["the data's position"] = position = self.source.state_dict()
+                facts["the sum of the next row"] = float(self.source.next_batch(1).double().sum())
+                self.source.load_state_dict(position)
+        self.team.check_alike(facts)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ the order of their ranks, so the update computes what one process with the whole
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +21,43 @@ from fastsae.ops.gradients import latent_sums, weighted_rows
 from fastsae.ops.ledger import Taken
 
 _raw = torch.ops.fastsae
+SETTINGS = 512
+"""Bytes of an optimizer's settings that processes compare."""
 
 
-def of_all_tokens(taken: Taken | None, placement: Placement, like: Tensor) -> Taken | None:
-    """What all processes' backward passes left, joined; None if none of them left anything. like: for the device.
+def check_settings(optimizer: Any, group: Mapping[str, Any], placement: Placement) -> bool:
+    """True. Raises ValueError in every process if one has an optimizer with other settings; the rate may change."""
+    names = ("kind", "moments", "clip_norm", "clip_rows", "seed")
+    settings = {name: getattr(optimizer, name) for name in names}
+    settings |= {name: group[name] for name in ("betas", "eps", "weight_decay")}
+    own = torch.tensor(list(repr(settings).encode()[:SETTINGS].ljust(SETTINGS)), dtype=torch.uint8, device="cpu")
+    everyone = placement.of_all_processes(own.to(optimizer.skipped.device))
+    if bool((everyone != everyone[0]).any()):
+        said = "; ".join(f"process {i}: {bytes(one.tolist()).decode().strip()}" for i, one in enumerate(everyone))
+        raise ValueError(f"the processes have optimizers with different settings; give all of them the same. {said}")
+    return True
 
-    Raises RuntimeError where they ran different backward passes.
+
+def of_all_tokens(taken: Taken | None, placement: Placement, lr: Tensor) -> Taken | None:
+    """What all processes' backward passes left, joined; None if none of them left anything. lr: of this step, float64.
+
+    Raises RuntimeError where they ran different backward passes, or have different learning rates.
     """
     axis = placement.tokens
     if axis.size == 1:
         return taken
     terms, dense, pull = ([], {}, None) if taken is None else (taken.terms, taken.dense, taken.decoder_pull)
-    kinds = [len(terms), *sorted(map(_kind, terms)), pull is not None, *(name in dense for name in _NAMES)]
-    facts = torch.zeros(64, dtype=torch.int64, device=like.device)
-    facts[: len(kinds)] = torch.tensor(kinds[:64], dtype=torch.int64, device="cpu")
+    kinds = [len(terms), *sorted(map(_kind, terms)), pull is not None, *(name in dense for name in _NAMES)][:63]
+    facts = torch.zeros(64, dtype=torch.int64, device=lr.device)
+    facts[: len(kinds)] = torch.tensor(kinds, dtype=torch.int64, device="cpu")
+    facts[63] = lr.view(torch.int64)
     everyone = axis.stack(facts)
-    if bool((everyone != everyone[0]).any()):
+    rates = everyone[:, 63].contiguous().view(torch.float64)
+    if len(set(rates[~rates.isnan()].tolist())) > 1:  # NaN: a step that no process will make
+        raise RuntimeError(
+            f"the processes that share a batch have learning rates of {rates.tolist()}; set the same in all of them"
+        )
+    if bool((everyone[:, :63] != everyone[0, :63]).any()):
         raise RuntimeError(
             f"the processes left {everyone[:, 0].tolist()} sparse gradients of different kinds since the last step, "
             "expected the same in all of them; run the same forward and backward passes in every process"

@@ -62,7 +62,7 @@ class _Member:
             d.encoder_rows, d.b_enc, lambda: d.screen_k if sae is None else sae.rule.screen_k, d.screened,
             lambda: backend if sae is None else shared_backend(sae.backend, backend),
         )  # fmt: skip
-        self.ledger.kept, self.ledger.processes = self.screen, self.placement
+        self.ledger.kept, self.ledger.processes, self.agreed = self.screen, self.placement, False
 
     def parameters(self) -> dict[str, Tensor]:
         return {**self.dictionaries.main, **self.dictionaries.others}
@@ -297,8 +297,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         member, group = self._members[index], self.param_groups[self._groups[index][0]]
         d = member.dictionaries
         taken, placement = member.ledger.take(), member.placement
+        count = self.state[d.W_dec]["step"] + 1
+        numbers = {"lr": _on_device(group["lr"], d.W_dec) * lr_factor, "step": count}
         if placement is not None:
-            taken = gathered.of_all_tokens(taken, placement, d.W_dec)
+            member.agreed = member.agreed or gathered.check_settings(self, group, placement)
+            taken = gathered.of_all_tokens(taken, placement, numbers["lr"])
         others = {name: p.grad for name, p in d.others.items() if p.grad is not None}
         if taken is None and not others:
             return None
@@ -308,8 +311,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             if member.shares_latents and member.ledger.pre_bias:
                 taken = gathered.with_pre_share(taken, placement, d.encoder_rows(), d.rows["W_dec"])
         given = self._arguments(index, taken)
-        count = self.state[d.W_dec]["step"] + 1
-        numbers = {"lr": _on_device(group["lr"], d.W_dec) * lr_factor, "step": count}
         of_others = member.squares_of(others)
         scale = taken.factor
         if self.clip_norm is not None:
