@@ -207,6 +207,26 @@ def test_kills_at_random_moments_on_changing_numbers_of_processes(rows: Path, tm
     assert_same_curves(run_dir, alone, 1e-2)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_a_process_that_does_not_answer_is_named(stopped: int, rows: Path, tmp_path: Path) -> None:
+    """Four processes on both axes, one of them stopped: the others wait as long as asked, and say who it is."""
+    more = ["--latent-shards", "2", "--wait", "4"]
+    started = subprocess.Popen(
+        command(4, rows, tmp_path / "run", *more, steps=100_000), cwd=ROOT, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    _wait_for_a_line(tmp_path / "run" / "metrics.jsonl", started)
+    pid = next(pid for pid in _workers(started) if f"\0RANK={stopped}\0" in Path(f"/proc/{pid}/environ").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    assert started.stderr is not None
+    said = next((line for line in started.stderr if "fastsae train: error" in line), "")
+    os.kill(pid, signal.SIGKILL)
+    started.communicate(timeout=LIMIT)
+    assert f"process {stopped} of this run ended or does not answer" in said
+    assert started.returncode != 0
+
+
 def _wait_for_a_line(path: Path, started: subprocess.Popen[str]) -> None:
     """Until the run has written one line more than there were."""
     before, since = path.stat().st_size if path.exists() else 0, time.monotonic()

@@ -142,7 +142,7 @@ def run_train(options: Train) -> int:
         options, sae=dataclasses.replace(options.sae, device=local_device(options.sae.device))
     )
     separate = separate_hooks(options)
-    with joined(options.sae.device, options.latent_shards) as mesh:
+    with joined(options.sae.device, options.latent_shards, options.wait) as mesh:
         if not separate:
             return train_one(options, mesh)
         if options.data == LIVE:

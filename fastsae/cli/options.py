@@ -296,6 +296,9 @@ class Train(Common):
     """Seed of the order of the rows."""
     latent_shards: int = 1
     """Under torchrun: how many processes share the dictionary. The batch is shared by processes / latent_shards."""
+    wait: float = 1800.0
+    """Under torchrun: seconds that processes wait for one that does not answer. Then the run ends and names it. More
+    than an evaluation takes, which the first process makes alone."""
     train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How to train.")] = dataclasses.field(
         default_factory=TrainConfig
     )

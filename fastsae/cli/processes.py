@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from fastsae.parallel import mesh
 from fastsae.runs.together import ProcessError
+
+ANSWER = 5.0
+"""Seconds in which the processes that lost one say so, and the lost one does not."""
 
 
 def started_by_torchrun() -> bool:
@@ -19,10 +25,11 @@ def started_by_torchrun() -> bool:
 
 
 @contextmanager
-def joined(device: str, latent_shards: int) -> Iterator[DeviceMesh | None]:
+def joined(device: str, latent_shards: int, wait: float = 1800.0) -> Iterator[DeviceMesh | None]:
     """Joins the processes that torchrun started into a mesh; None for a single process.
 
-    Raises ValueError if `latent_shards` does not divide their number; ProcessError if one of them ends too early.
+    Raises ValueError if `latent_shards` does not divide their number; ProcessError, which names it, if one of them
+    ends too early or keeps the others waiting for more than `wait` seconds.
     """
     if not started_by_torchrun():
         if latent_shards != 1:
@@ -32,20 +39,41 @@ def joined(device: str, latent_shards: int) -> Iterator[DeviceMesh | None]:
             )
         yield None
         return
-    kind = torch.device(device).type
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    kind, timeout = torch.device(device).type, timedelta(seconds=wait)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, size = next(rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
+    )
     try:
-        yield mesh(latents=latent_shards, device_type=kind)
+        yield mesh(latents=latent_shards, device_type=kind, timeout=timeout)
     except RuntimeError as error:
         if not _lost(error):
             raise
         what = str(error).splitlines()[0].split(". This is")[0]
         raise ProcessError(
-            f"another process of this run ended or does not answer ({what}). The checkpoints are whole, and the same "
-            "command with --resume goes on; torchrun's report names the process that failed first"
+            f"{_silent(store, rank, size)} of this run ended or does not answer ({what}). The checkpoints are whole, "
+            "and the same command with --resume goes on"
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _silent(store: dist.Store, rank: int, size: int) -> str:
+    """Who of the processes does not say, within some seconds, that it lost another one: that is the one they lost."""
+    names = [f"fastsae/lost_another/{one}" for one in range(size)]
+    try:
+        store.set(names[rank], "")
+        until = time.monotonic() + ANSWER
+        while True:
+            silent = [one for one, name in enumerate(names) if not store.check([name])]
+            if len(silent) <= 1 or time.monotonic() > until:
+                break
+            time.sleep(0.1)
+    except RuntimeError:  # the store went with the process that held it
+        return "another process"
+    return f"process {', '.join(map(str, silent))}" if silent else "another process"
 
 
 def local_device(device: str) -> str:

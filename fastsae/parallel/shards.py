@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae.model.axis import Axis
 from fastsae.model.parameters import EXTRA_STATE
@@ -24,10 +25,14 @@ AXES = ("data", "latents")
 COUNTERS = ("tokens_since_fired", "fired")
 
 
-def mesh(data: int | None = None, latents: int = 1, device_type: str = "cpu") -> DeviceMesh:
+def mesh(
+    data: int | None = None, latents: int = 1, device_type: str = "cpu", *, timeout: timedelta | None = None
+) -> DeviceMesh:
     """A mesh of all processes: `data` groups that share the tokens of a batch, of `latents` shards of the dictionary.
 
     data: None takes all processes / latents. Neighbouring ranks share a batch's rows and split the dictionary.
+    timeout: how long a process waits for the others of its axes; None takes torch's, half an hour with gloo. On GPUs
+    call torch.cuda.set_device first.
     Raises RuntimeError before `torch.distributed.init_process_group`; ValueError if the axes do not fit the processes.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -36,7 +41,10 @@ def mesh(data: int | None = None, latents: int = 1, device_type: str = "cpu") ->
     if latents < 1 or world % latents or (data is not None and data * latents != world):
         asked = f"data = {'any' if data is None else data} x latents = {latents}"
         raise ValueError(f"a mesh of {asked} does not fit {world} processes; their product must be {world}")
-    return init_device_mesh(device_type, (world // latents, latents), mesh_dim_names=AXES)
+    grid = torch.arange(world, dtype=torch.int64, device="cpu").view(world // latents, latents)
+    # Not init_device_mesh, whose groups have torch's default time-out whatever that of the processes is.
+    groups = [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0] for ranks in (grid.mT, grid)]
+    return DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=AXES)
 
 
 def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
