@@ -115,6 +115,21 @@ def no_rows(grid: Any) -> dict[str, Tensor]:
     return state_of(gathered(sae))
 
 
+def ahead(grid: Any) -> dict[str, Tensor]:
+    """An encoder's input is on its way before the pass ends, once for the two terms of a pass with AuxK."""
+    sae = sae_of(grid, M=400, aux_k=3, dead_after=1)
+    step = fastsae.FusedTrainStep(sae, lr=1e-2)
+    step(batch(0, grid))
+    if sae.placement is not None:
+        axis, again = sae.placement.tokens, []
+        gather = axis.gather
+        axis.gather = lambda t: (again.append(t.shape[1:] == (D,)), gather(t))[1]
+        step(batch(1, grid))
+        # The gradients of the reconstruction and of AuxK's, and none of the inputs.
+        assert sum(again) == (2 if axis.size > 1 else 0), again
+    return {}
+
+
 NUMBERS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "through encode": through_encode,
     "hooked": hooked,
@@ -123,6 +138,7 @@ NUMBERS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "scaled rate": scaled_rate,
     "scaler": scaler,
     "no rows": no_rows,
+    "ahead": ahead,
 }
 
 

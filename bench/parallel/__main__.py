@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +30,7 @@ from bench.results import RESULTS
 from bench.run import shape
 from fastsae.atomic import replace_file, write_json
 from fastsae.model.axis import Axis, bounds
+from fastsae.model.placement import Placement
 
 PAGE = ROOT / "docs" / "distributed.md"
 MEASURED = "<!-- measured: begin (python -m bench.parallel --draw) -->", "<!-- measured: end -->"
@@ -67,7 +69,11 @@ def worker(rank: int, s: Shape, threads: int, steps: int, folder: Path) -> None:
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: timed(method, *given)
 
-    with mock.patch.multiple(Axis, sum=watched(Axis.sum), gather=watched(Axis.gather), stack=watched(Axis.stack)):
+    # What is sent ahead is waited for in rows_of_all.
+    waits = {Axis: ("sum", "begin_gather", "gather", "stack"), Placement: ("rows_of_all",)}
+    with ExitStack() as patched:
+        for where, names in waits.items():
+            patched.enter_context(mock.patch.multiple(where, **{n: watched(getattr(where, n)) for n in names}))
         for i in range(WARM + steps):
             if i == WARM:
                 exchanged, before = 0.0, sum(axis.received for axis in axes)

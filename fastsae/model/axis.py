@@ -6,6 +6,7 @@ every element is added in the order of the ranks, by one process, which sends th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,17 +47,30 @@ class Axis:
 
     def gather(self, t: Tensor) -> list[Tensor]:
         """Every process's t, by rank; they may differ in their number of rows, which costs a host sync."""
+        return [t] if self.size == 1 else self.begin_gather(t, self.rows(t))()
+
+    def begin_gather(self, t: Tensor, counts: list[int]) -> Callable[[], list[Tensor]]:
+        """Begins to send t's rows, of which the processes have `counts`, and returns what waits for those of all.
+
+        Meanwhile t may be read, and other exchanges begun, in the same order in all processes.
+        """
         if self.size == 1:
-            return [t]
-        counts = self.rows(t)
+            return lambda: [t]
         most, width = max(counts), t.shape[1:].numel()
         padded = t.detach().new_zeros(most, width)
         padded[: t.shape[0]] = t.detach().reshape(t.shape[0], width)
-        whole = padded.new_empty(self.size, most, width)
+        whole, work = padded.new_empty(self.size, most, width), None
         if most and width:
-            dist.all_gather(list(_bits(whole.view(self.size, -1))), _bits(padded.view(-1)), group=self.group)
+            parts = list(_bits(whole.view(self.size, -1)))
+            work = dist.all_gather(parts, _bits(padded.view(-1)), group=self.group, async_op=True)
         self.received += (self.size - 1) * padded.nbytes
-        return [one[:n].reshape(n, *t.shape[1:]) for one, n in zip(whole, counts, strict=True)]
+
+        def finish() -> list[Tensor]:
+            if work is not None:
+                work.wait()
+            return [one[:n].reshape(n, *t.shape[1:]) for one, n in zip(whole, counts, strict=True)]
+
+        return finish
 
     def rows(self, t: Tensor) -> list[int]:
         """The rows of every process's t. A host sync."""

@@ -9,6 +9,7 @@ batch. What an update needs of the others' tokens, the optimizer gathers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from fastsae.codes import SparseCodes
 from fastsae.model.axis import Axis
 from fastsae.model.counting import Counted
 from fastsae.ops.reconstruction import SquaredErrors
+from fastsae.ops.recorded import sent_ahead
 
 
 @dataclass(eq=False)
@@ -44,7 +46,7 @@ class Placement:
         """Notes the number of tokens of a batch x (n, D). Raises ValueError if processes that share a dictionary got
         other numbers of tokens, or other first and last ones.
         """
-        counts = self.tokens.rows(x)
+        self._counts = counts = self.tokens.rows(x)
         self.n, self._before = sum(counts), sum(counts[: self.tokens.rank])
         if self.latents.size == 1:
             return
@@ -182,6 +184,20 @@ class Placement:
         return codes.with_same_acts(replace(codes, indices=codes.indices - self.first, d_sae=self.own))
 
     # -- what an update needs of the others' tokens -------------------------------------------------------------------
+
+    def send_ahead(self, x: Tensor) -> Callable[[], Tensor] | None:
+        """Begins to send an encoder's input x (n, D) of the running batch, which an update will need of all processes,
+        while this one encodes. Returns what waits for the rows of all; None where nothing is sent.
+        """
+        if self.tokens.size == 1 or len(x) != self._counts[self.tokens.rank]:
+            return None
+        finish = self.tokens.begin_gather(x, self._counts)
+        return functools.cache(lambda: torch.cat(finish()))
+
+    def rows_of_all(self, x: Tensor) -> Tensor:
+        """An encoder's input x (n, D) of all processes, in the order of their ranks."""
+        ahead = sent_ahead(x)
+        return torch.cat(self.tokens.gather(x.contiguous())) if ahead is None else ahead()
 
     def squared_norm(self, stats: Tensor) -> Tensor:
         """The squared norm of all gradients from those (4,) of W_enc, W_dec, b_enc of this shard, and of b_dec."""

@@ -146,6 +146,8 @@ class Processes(Protocol):
 
     def everywhere(self, good: Tensor) -> Tensor: ...
 
+    def send_ahead(self, x: Tensor) -> Callable[[], Tensor] | None: ...
+
 
 class KeepsScreen(Protocol):
     redone: Tensor | None

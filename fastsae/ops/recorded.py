@@ -19,6 +19,7 @@ from fastsae.ops.ledger import Ledger
 from fastsae.reference import wide
 
 _raw = torch.ops.fastsae
+AHEAD = "fastsae_sent_ahead"
 
 
 @dataclass(eq=False)
@@ -66,6 +67,7 @@ class _Encode(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor, pre_bias: Tensor | None, run: Any, ledger: Ledger,
         made: list[SparseCodes], backend: str | None,
     ) -> Tensor:  # fmt: skip
+        ctx.ahead = None if ledger.processes is None else ledger.processes.send_ahead(x)
         codes = run(x.detach(), W.detach(), b.detach())
         made.append(codes)
         ctx.set_materialize_grads(False)
@@ -77,6 +79,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         grad, ledger, rest = grads[0], ctx.ledger, (None,) * 4
         x, W, acts, indices, offsets = ctx.saved_tensors
+        setattr(x, AHEAD, ctx.ahead)  # goes with the term, which holds x
         if grad is not None and offsets is None:
             grad = torch.where(acts != 0, grad, 0)
         if not ledger.accumulates(*ctx.record.names):
@@ -104,6 +107,11 @@ class _Encode(torch.autograd.Function):
             ledger.add(replace(other, x=x, dacts=grad[: other.codes.acts.shape[0]]))
         dx = _raw.decode(grad, indices, offsets, W, ctx.backend) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, *rest
+
+
+def sent_ahead(x: Tensor) -> Callable[[], Tensor] | None:
+    """What waits for the rows of all processes, if this term's input x was sent to them during the forward pass."""
+    return getattr(x, AHEAD, None)
 
 
 def _over_shards(ledger: Ledger, t: Tensor) -> Tensor:
