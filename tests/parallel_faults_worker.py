@@ -15,7 +15,6 @@ from torch import Tensor
 import fastsae
 from fastsae.data.tensor import TensorSource
 from fastsae.parallel import gathered, mesh, parallelize
-from fastsae.runs.evaluate import evaluate
 from fastsae.runs.trainer import TrainConfig, Trainer
 from tests.parallel_worker import batch, state_of
 
@@ -166,10 +165,6 @@ def groups_in_unequal_parts(grid: Any) -> object:
     return fastsae.parallel.Sharded(sae_of(grid, fastsae.GroupMax(3), M=42))
 
 
-def evaluated(grid: Any) -> object:
-    return evaluate(sae_of(grid), batch(0))
-
-
 def other_settings(grid: Any) -> object:
     sae = sae_of(grid)
     adam = fastsae.optim.Adam(sae, eps=1e-8 * (1 + dist.get_rank()))
@@ -213,7 +208,6 @@ REFUSED: dict[str, dict[str, Callable[[Any], object]]] = {
         "saved": saved,
         "rows of others": rows_of_others,
         "groups in unequal parts": groups_in_unequal_parts,
-        "evaluated": evaluated,
         "wrapped": wrapped,
         "some latents": some_latents,
         "read": read,

@@ -15,6 +15,7 @@ import fastsae
 from bench.parallel.model import Shape, received
 from fastsae.model.axis import bounds
 from fastsae.parallel import Sharded, gathered, gathered_state, mesh, own_state, parallelize
+from fastsae.runs.evaluate import evaluate
 from tests.family_case import RULES, D, M, family_sae, tokens
 
 STEPS, N = 4, 37  # neither M nor N divides by 3
@@ -207,14 +208,10 @@ def refusals(grid: Any) -> dict[str, str]:
         parallelize(sae, grid)
 
     says("other weights", other_weights)
-    says(
-        "not started",
-        lambda: parallelize(fastsae.SparseAutoencoder(D, M, fastsae.JumpReLU(target_l0=4.0), seed=0), grid),
-    )
     says("a mesh that does not fit", lambda: mesh(2, 5))
     sae = parallelize(sae_of("topk", "plain"), grid)
     says("twice", lambda: parallelize(sae, grid))
-    says("calibrate", lambda: sae.calibrate_(batch(0)))
+    says("own rows", lambda: sae.calibrate_(batch(0, n=N + dist.get_rank())))
     latents = grid.size(1)
     if latents > 1:
         says("another batch", lambda: sae.eval()(batch(0)[: N - grid.get_local_rank("latents")]))
@@ -260,6 +257,22 @@ def gone_on(grid: Any, path: str, rule: str, kind: str) -> dict[str, Any]:
 SAVED = [("topk", "fp32"), ("topk", "8bit"), ("gated", "bf16")]
 
 
+def started(grid: Any, rule: str) -> dict[str, Any]:
+    """What a part takes from data, scale, centre and thresholds, and what is measured on it."""
+    rules = {"jumprelu": fastsae.JumpReLU(target_l0=6.0), "gated": fastsae.Gated(target_l0=6.0), **RULES}
+    sae = fastsae.SparseAutoencoder(D, M + 1, rules[rule], normalize="constant", dtype=torch.float64, seed=1)
+    sae = sae if grid is None else parallelize(sae, grid)
+    sae.calibrate_(tokens(N, seed=99)).init_from_(tokens(N, seed=99)).start_(tokens(N, seed=99))
+    step = fastsae.FusedTrainStep(sae, lr=1e-2)
+    for i in range(STEPS):
+        step(batch(i, grid))
+    if rule == "batch_topk":
+        sae.calibrate_threshold_(tokens(N, seed=98))
+    found = evaluate(sae, tokens(N, seed=97), batch_size=10)
+    numbers = {k: torch.tensor(v) for k, v in vars(found).items() if isinstance(v, float)}
+    return {**state_of(gathered(sae)), **numbers, "density": found.density}
+
+
 def resampled(grid: Any, rule: str = "topk", **settings: Any) -> dict[str, Any]:
     """Dead latents, of which a shard may have none, become directions of badly reconstructed rows; then some steps."""
     sae = family_sae(RULES[rule], dead=False, dtype=torch.float64, **settings)
@@ -299,6 +312,7 @@ EDGES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "transcoder": transcoder,
     "fp32 moments": lambda grid: moments(grid, "fp32"),
     "bad numbers": bad_numbers,
+    **{f"started {rule}": lambda grid, rule=rule: started(grid, rule) for rule in ("jumprelu", "gated", "batch_topk")},
     "resampled": resampled,
     "resampled, from data": lambda grid: resampled(grid, "gated"),
     "resampled, free": lambda grid: resampled(grid, decoder_norm="free"),

@@ -166,10 +166,9 @@ def test_refusals_say_the_same_in_every_process(world: int, shape: str, results:
     assert all(rank[f"{shape}, refusals"] == said for rank in results(world))
     words = {
         "other weights": f"processes [{world - 1}] of the mesh have other weights",
-        "not started": "call sae.start_(x) on it first",
         "a mesh that does not fit": f"does not fit {world} processes",
         "twice": "on several processes already",
-        "calibrate": "gathered(sae)",
+        "own rows": "Give the rows of the whole batch to each of them",
         "clip_grad_norm_": "clip_norm= of the optimizer",
     }
     if shape.endswith("x1"):

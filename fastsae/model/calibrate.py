@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae import reference
+from fastsae.model.axis import Axis
 from fastsae.model.parameters import Parameters
 from fastsae.model.rules.base import Sample
 from fastsae.reference import wide
@@ -35,9 +36,13 @@ class Tail:
         else:
             self.counts.scatter_add_(0, bins, torch.ones_like(bins))
 
-    def bar(self, wanted: float) -> float:
-        """The bin edge for which the count of larger numbers is nearest to `wanted`; 0 if fewer numbers are above 0."""
-        above = self.counts[1:].flip(0).cumsum(0).flip(0)  # above[b]: how many are in bin b + 1 or higher
+    def bar(self, wanted: float, shards: Axis | None = None) -> float:
+        """The bin edge for which the count of larger numbers is nearest to `wanted`; 0 if fewer numbers are above 0.
+
+        shards: the processes whose counts are added; None: this one alone.
+        """
+        counts = self.counts if shards is None else shards.sum(self.counts)
+        above = counts[1:].flip(0).cumsum(0).flip(0)  # above[b]: how many are in bin b + 1 or higher
         if wanted >= int(above[0]):
             return 0.0
         edge = int((above.double() - wanted).abs().argmin()) + 1
@@ -53,13 +58,14 @@ def blocks_of(rows: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tens
                 yield batch
 
 
-def pre_acts(encoder_input: Tensor, W: Tensor, b: Tensor) -> Iterator[Tensor]:
+def pre_acts(encoder_input: Tensor, W: Tensor, b: Tensor, latents: int | None = None) -> Iterator[Tensor]:
     """x Wᵀ + b of x (n, D), W (M, D), b (M,) in pieces of tokens, float32 at least.
 
+    latents: by whose number the pieces are cut, alike in all processes that share a dictionary; None: M.
     Raises ValueError if one is not finite.
     """
     W, b = wide(W), wide(b)
-    for piece in wide(encoder_input).split(max(1, PIECE // W.shape[0])):
+    for piece in wide(encoder_input).split(max(1, PIECE // (latents or W.shape[0]))):
         pre = torch.addmm(b, piece, W.mT)
         if not bool(torch.isfinite(pre).all()):
             raise ValueError("a pre-act is not finite on the rows to calibrate on; rows and weights must be finite")
@@ -73,31 +79,37 @@ def start_rule_(sae: Parameters, encoder_input: Tensor, goal: Tensor, zero: floa
     directions add up to several times the goal, and the first hundred steps would only shrink them. Tied rows keep
     their norm, and so do all rows if the rule was given a threshold, because that is in the units of the acts.
     """
-    rule, W_dec = sae.rule, wide(sae.W_dec)
+    rule, W_dec, shards = sae.rule, wide(sae.W_dec), shards_of(sae)
     rule.start(sae.rule_state, _sample(sae, encoder_input))
     if sae.W_enc is not None and rule.rescales:
         along, square = 0.0, 0.0
         for (_, acts, _), here in _acts(sae, encoder_input):
-            recon = acts @ W_dec
+            recon = shards.sum(acts @ W_dec)
             along += float((recon * goal[here]).sum(dtype=torch.float64))
             square += float(recon.square().sum(dtype=torch.float64))
         factor = along / square if square > 0 else 1.0
         if factor > 0:
             sae.W_enc.mul_(factor)
             rule.stretch(sae.rule_state, factor)
-    penalty, norms = 0.0, reference.decoder_norms(W_dec, sae.layers).unsqueeze(0)
+    penalty = torch.zeros((), dtype=torch.float64, device=W_dec.device)
+    norms = reference.decoder_norms(W_dec, sae.layers).unsqueeze(0)
     for (pre, found, rows), _ in _acts(sae, encoder_input):
         summed = rule.sparsity(pre, found, rows, norms)
-        penalty += 0.0 if summed is None else float(summed.sum(dtype=torch.float64))
-    mean = torch.tensor(penalty / len(encoder_input), dtype=torch.float64, device="cpu")
+        penalty += 0.0 if summed is None else summed.sum(dtype=torch.float64)
+    mean = shards.sum(penalty).cpu() / len(encoder_input)
     rule.start_weight(sae.rule_state, zero, float(rule.penalty(mean)))
+
+
+def shards_of(sae: Parameters) -> Axis:
+    """The processes that share the SAE's dictionary."""
+    return Axis() if sae.placement is None else sae.placement.latents
 
 
 def _acts(sae: Parameters, x: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor, dict[str, Tensor]], slice]]:
     """Pre-acts, acts and per-latent rows of x (n, d_in), in pieces, each with its position in x."""
     rule, start = sae.rule, 0
     rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(sae.rule_state).items()}
-    for pre in pre_acts(x, sae.encoder_weight, sae.b_enc):
+    for pre in pre_acts(x, sae.encoder_weight, sae.b_enc, sae.n_latents):
         yield (pre, rule.activate(pre, rows), rows), slice(start, start + len(pre))
         start += len(pre)
 
@@ -117,6 +129,6 @@ def _sample(sae: Parameters, encoder_input: Tensor) -> Sample:
         tail, divisor = Tail(W.device), torch.where(std > 0, std, torch.inf)
         for pre in pre_acts(encoder_input, W, b):
             tail.add((pre - mean.to(pre.dtype)) / divisor.to(pre.dtype))
-        return tail.bar(l0 * n)
+        return tail.bar(l0 * n, shards_of(sae))
 
     return Sample(mean, std, bar)

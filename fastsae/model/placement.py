@@ -50,14 +50,22 @@ class Placement:
         self.n, self._before = sum(counts), sum(counts[: self.tokens.rank])
         if self.latents.size == 1:
             return
-        ends = x.detach()[:: max(1, x.shape[0] - 1)][:2].double().sum(1).view(torch.int64)
-        facts = ends.new_tensor([x.shape[0], self.n, x.requires_grad])
-        alike = self.latents.stack(torch.cat([facts, ends, ends.new_zeros(2)])[:5])
+        ends = _ends(x)
+        alike = self.latents.stack(torch.cat([ends, ends.new_tensor([self.n, x.requires_grad])]))
         if bool((alike != alike[0]).any()):
             raise ValueError(
                 f"the processes along the mesh's axis of latents got {alike[:, 0].tolist()} tokens, other rows, "
                 "or x requires a gradient in some of them; expected the same batch in all of them, since only along "
                 "the axis of data has each process its own rows"
+            )
+
+    def check_same(self, x: Tensor) -> None:
+        """Raises ValueError unless all processes got the same x, for what is found from it once for all of them."""
+        everyone = self.of_all_processes(_ends(x))
+        if bool((everyone != everyone[0]).any()):
+            raise ValueError(
+                f"the processes of this SAE got {everyone[:, 0].tolist()} rows, or other rows, expected the same in "
+                "all, since what is found from them is for all. Give the rows of the whole batch to each of them"
             )
 
     def check(self, gradients_are_added: bool, wrapped_by: Any) -> None:
@@ -205,3 +213,10 @@ class Placement:
 
     def __deepcopy__(self, memo: Any) -> Placement:
         return self  # process groups cannot be copied
+
+
+def _ends(x: Tensor) -> Tensor:
+    """The number of rows of x (n, D), and the bits of the sums of the first and the last one: int64 (3,)."""
+    flat = x.detach().flatten(0, -2)
+    sums = flat[:: max(1, len(flat) - 1)][:2].double().sum(1).view(torch.int64)
+    return torch.cat([sums.new_tensor([len(flat)]), sums, sums.new_zeros(2)])[:3]

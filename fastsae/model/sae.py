@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsae import ops, reference
 from fastsae.codes import Screen, SparseCodes, check_latents
 from fastsae.model import counting, dense, losses
-from fastsae.model.calibrate import Tail, blocks_of, pre_acts, start_rule_
+from fastsae.model.calibrate import Tail, blocks_of, pre_acts, shards_of, start_rule_
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import PER_TOKEN, TokenStats
 from fastsae.model.parameters import Parameters
@@ -76,7 +76,7 @@ class SparseAutoencoder(Parameters):
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> SparseAutoencoder:
         """Estimates the factor of normalize="constant" from sample inputs x (n, d_in); nothing in other modes."""
-        self.check_whole("calibrate_")
+        self._check_same(x)
         self.norm.calibrate_(self._checked(x, self.d_in, "x"))
         return self
 
@@ -86,7 +86,7 @@ class SparseAutoencoder(Parameters):
 
         Call it after `calibrate_`. Raises ValueError for an empty sample or a centre that is not finite. Syncs.
         """
-        self.check_whole("init_from_")
+        self._check_same(x)
         if how not in ("mean", "geometric_median"):
             raise ValueError(f"how is {how!r}, expected 'mean' or 'geometric_median'")
         points = self.inputs(x, target).target.double()
@@ -107,19 +107,19 @@ class SparseAutoencoder(Parameters):
         continues from it. Dense: it costs as much as a dense encoding of x. Syncs.
         Raises ValueError for another rule, no rows, or rows that are not finite.
         """
-        self.check_whole("calibrate_threshold_")
         k = self.activation.mean_k
         if k is None:
             raise ValueError(f"{self.activation} has no running threshold to calibrate; only BatchTopK has one")
         tail, n, like = Tail(self.W_dec.device), 0, self.W_dec
         for batch in blocks_of(x, batch_size):
+            self._check_same(batch)
             normal, _ = self._normal(batch.to(like.device))
             for pre in pre_acts(normal - self.b_dec if self.pre_bias else normal, self.encoder_weight, self.b_enc):
                 tail.add(pre)
             n += batch.shape[0]
         if n == 0:
             raise ValueError("calibrate_threshold_ got no rows, expected some of the training data")
-        self.get_buffer("threshold").fill_(tail.bar(k * n))
+        self.get_buffer("threshold").fill_(tail.bar(k * n, shards_of(self)))
         self.get_buffer("threshold_weight").fill_(1.0)
         return self
 
@@ -148,6 +148,7 @@ class SparseAutoencoder(Parameters):
                 "batch before DistributedDataParallel or fully_shard gets the module"
             )
         self.check_input(x, target)
+        self._check_same(x)
         rows = self._checked(x, self.d_in, "x").reshape(-1, self.d_in)
         good = torch.isfinite(rows).all(-1)
         if target is not None:
@@ -164,6 +165,11 @@ class SparseAutoencoder(Parameters):
         start_rule_(self, ready.encoder_input, wide(ready.target - self.b_dec), float(zero))
         self.started = True
         return self
+
+    def _check_same(self, x: Tensor) -> None:
+        """Raises ValueError unless all processes that share this SAE, by fastsae.parallel, were given the same x."""
+        if self.placement is not None:
+            self.placement.check_same(x)
 
     # -- the forward pass -------------------------------------------------------------------------------------------
 

@@ -52,10 +52,11 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
 
     mesh: with axes named "data" and "latents", or one of them. From then on its parameters are rows of the whole
     dictionary's, its training step exchanges what docs/distributed.md says, and a fastsae optimizer made for it steps
-    the whole. Call it before making the optimizer, and after `start_` and `calibrate_`.
-    Raises ValueError if processes have different weights or settings, if the dictionary cannot be cut so, or for a
-    module that takes its start from data and has not had it; TypeError for one that fully_shard has cut; RuntimeError
-    for one that is on several processes already, or has gradients pending.
+    the whole. Call it before making the optimizer. What takes rows of data once, such as `start_`, `calibrate_` or
+    `evaluate`, then needs the same rows in every process.
+    Raises ValueError if processes have different weights or settings, or if the dictionary cannot be cut so; TypeError
+    for one that fully_shard has cut; RuntimeError for one that is on several processes already, or has gradients
+    pending.
     """
     sae = as_sae(sae, "sae")
     names = mesh.mesh_dim_names or ()
@@ -68,8 +69,6 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
         raise RuntimeError("this SAE is on several processes already; gathered(sae) makes an ordinary one")
     if pending := [name for name, p in sae.named_parameters() if isinstance(p.grad, LedgerGradient)]:
         raise RuntimeError(f"{', '.join(pending)} have gradients pending in an optimizer; step or zero_grad() first")
-    if not (sae.started and sae.norm.calibrated):
-        raise ValueError("this SAE takes thresholds or a scale from its first batch; call sae.start_(x) on it first")
     tokens, latents = (Axis(mesh.get_group(name) if name in names else None) for name in AXES)
     _check_alike(sae, tokens, latents)
     rule, d_sae = sae.activation, sae.d_sae

@@ -156,12 +156,12 @@ def evaluate(
     rows        any float dtype, any device; moved to the module's device and dtype batch by batch. For rows that can
                 be read only once (an iterator) there are no measures per token.
     targets     the reconstruction's targets (..., d_out), in the order of rows; None: the rows themselves.
-    Runs in eval mode (no dead-latent counts), then restores the mode; without autograd.
+    Runs in eval mode (no dead-latent counts), then restores the mode; without autograd. Processes that share the SAE
+    (fastsae.parallel) all call it with the same rows, and have the same result.
     Raises ValueError: no rows at all; a NaN or infinity in the rows (naming the row); targets that do not match.
     """
     if batch_size < 1:
         raise ValueError(f"evaluate: batch_size must be at least 1, got {batch_size}")
-    sae.check_whole("evaluate")
     like = sae.W_dec
     counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=like.device)
     spread = _CenteredSum()
@@ -200,6 +200,8 @@ def evaluate(
         sae.train(was_training)
     if n_tokens == 0:
         raise ValueError("evaluate: got no rows, expected at least one; is the held-out set empty?")
+    if sae.placement is not None:
+        counts = torch.cat(sae.placement.latents.gather(counts))
     density = counts.cpu().double() / n_tokens
     fvu = sse / spread.total if spread.total > 0 else math.nan
     fvu_per_token = per_token / n_apart if n_apart else math.nan

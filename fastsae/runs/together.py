@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from fastsae.data.source import (
     ActivationSource,
     EpochSource,
     TargetSource,
+    held_out_targets,
     next_pair,
     origin_of,
     pair_of,
@@ -103,14 +105,14 @@ class Team:
 class FromFirst:
     """A source that the first process alone has, such as a live model; it sends the others their rows.
 
-    source: None in the others. Reading is for all processes at once. The position, statistics and held-out rows are the
-    first one's: the others, which save and evaluate nothing, have as many rows of zeros.
+    source: None in the others. Reading, of held-out rows too, is for all processes at once. The position and the
+    statistics are the first one's: the others save nothing.
     """
 
     def __init__(self, source: ActivationSource | None, team: Team):
         self.source, self.team = source, team
-        facts = None if source is None else (source.d_in, source.n_tokens, target_width(source), len(source.held_out()))
-        self.d_in, self.n_tokens, self.d_target, self._n_held_out = team.from_first(facts)
+        facts = None if source is None else (source.d_in, source.n_tokens, target_width(source))
+        self.d_in, self.n_tokens, self.d_target = team.from_first(facts)
         self._shares = team.every(team.share)
 
     @property
@@ -157,17 +159,22 @@ class FromFirst:
         return pair_of(self._whole(n), self.d_in)
 
     def held_out(self) -> Tensor:
-        return self._zeros(self.d_in) if self.source is None else self.source.held_out()
+        """The first process's rows, which it sends to the others once."""
+        return self._held_out[0]
 
     def held_out_targets(self) -> Tensor:
         """See TargetSource."""
-        if self.source is None:
-            return self._zeros(self.d_target or 0)
-        assert isinstance(self.source, TargetSource)
-        return self.source.held_out_targets()
+        targets = self._held_out[1]
+        assert targets is not None
+        return targets
 
-    def _zeros(self, width: int) -> Tensor:
-        return torch.zeros(1, 1, dtype=torch.float32, device="cpu").expand(self._n_held_out, width)
+    @functools.cached_property
+    def _held_out(self) -> tuple[Tensor, Tensor | None]:
+        rows = None
+        with self.team.agreed():
+            if self.source is not None:
+                rows = self.source.held_out(), held_out_targets(self.source)
+        return self.team.from_first(rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.source is None else self.source.state_dict()

@@ -84,8 +84,8 @@ class Trainer:
     after_step  called after every step, e.g. for a progress bar of several runs. It may change the SAE, to enforce a
             constraint: checkpoints and evaluations come after it.
     mesh    of fastsae.parallel.mesh: all its processes make the same Trainer, with the same SAE and source, and train
-            it together. Each reads its rows of a batch and keeps its rows of the dictionary; the first one evaluates
-            and writes. Checkpoints are those of one process, and go on with any number of them.
+            it together. Each reads its rows of a batch and keeps its rows of the dictionary; the first one alone
+            writes. Checkpoints are those of one process, and go on with any number of them.
 
     Raises ValueError when the module, the source and the settings do not fit together.
     """
@@ -449,20 +449,14 @@ class Trainer:
         position = self.source.state_dict()
         try:
             size = self.config.batch_size
-            blocks = (self.source.next_batch(min(size, CALIBRATION_ROWS - start)) for start in
+            blocks = (self._whole_batch(min(size, CALIBRATION_ROWS - start)) for start in
                       range(0, CALIBRATION_ROWS, size))  # fmt: skip
             rows = [block[torch.isfinite(block).all(-1)] for block in blocks]
         finally:
             self.source.load_state_dict(position)
         if not any(len(block) for block in rows):
             return
-        names, whole, found = ("threshold", "threshold_weight"), self._whole(), None
-        if whole is not None:
-            whole.calibrate_threshold_(rows)
-            found = [float(whole.get_buffer(name)) for name in names]
-        found = found if self.team is None else self.team.from_first(found)
-        for name, value in zip(names, found or [], strict=True):
-            self.sae.get_buffer(name).fill_(value)
+        self.sae.calibrate_threshold_(rows)
 
     def _look_at_l0(self) -> None:
         """Warns if the run ends further than L0_OFF from its rule's target L0."""
@@ -484,31 +478,21 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.guard.read()
-        whole, record = self._whole(), None
+        sae = self.sae
         with self._agreed():
-            if whole is not None:
-                record = self._evaluated(whole)
-                self.logs.evaluation(record)
-        if int(self.sae.fired_over):
-            self.sae.reset_density_()
-        self.last["evaluation"] = record if self.team is None else self.team.from_first(record)
-
-    def _whole(self) -> SparseAutoencoder | None:
-        """The SAE with all its latents, on its device, in the process that writes; None in the others."""
-        whole = gathered(self.sae, first_only=True)
-        return whole if whole is None else whole.to(self.device)
-
-    def _evaluated(self, sae: SparseAutoencoder) -> dict[str, Any]:
-        result = evaluate(
-            sae, self.source.held_out(), targets=held_out_targets(self.source), batch_size=self.config.batch_size
-        )
+            rows, targets = self.source.held_out(), held_out_targets(self.source)
+        result = evaluate(sae, rows, targets=targets, batch_size=self.config.batch_size)
         record = {"step": self.step, "tokens": self._tokens, **result.to_json(), "source": self.source.stats}
         if sae.activation.asked_l0 is not None:
             record["asked_l0"] = sae.activation.asked_l0
         if int(sae.fired_over):
             # Of the training rows since the last evaluation: the held-out ones are too few to tell rare from dead.
-            record["training_density"] = asdict(density_histogram(sae.density.cpu(), int(sae.fired_over)))
-        return record
+            density = sae.density if sae.placement is None else torch.cat(sae.placement.latents.gather(sae.density))
+            record["training_density"] = asdict(density_histogram(density.cpu(), int(sae.fired_over)))
+            sae.reset_density_()
+        with self._agreed():
+            self.logs.evaluation(record)
+        self.last["evaluation"] = record
 
     def _log(self, values: dict[str, float]) -> None:
         self.guard.read()
