@@ -361,17 +361,44 @@ def test_malformed_settings_in_a_state_are_refused(extra: Any) -> None:
         fresh().load_state_dict({**fresh().state_dict(), EXTRA_STATE: extra})
 
 
+def with_config(state: dict[str, Any], config: dict[str, Any]) -> dict[str, Tensor]:
+    return {**state, EXTRA_STATE: torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)}
+
+
 def test_a_missing_setting_is_accepted_and_an_unknown_one_is_named() -> None:
     state = decided().state_dict()
     config = json.loads(bytes(state[EXTRA_STATE].tolist()))
-
-    def with_config(config: dict[str, Any]) -> dict[str, Tensor]:
-        return {**state, EXTRA_STATE: torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)}
-
     config.pop("layers")
-    fresh().load_state_dict(with_config(config))
+    fresh().load_state_dict(with_config(state, config))
     with pytest.raises(ValueError, match=r"colour \(got 'blue', expected 'no such setting'\)"):
-        fresh().load_state_dict(with_config({**config, "colour": "blue"}))
+        fresh().load_state_dict(with_config(state, {**config, "colour": "blue"}))
+
+
+BEFORE = {
+    "weighted": (fastsae.TopK(4, weighted=True), {}, fastsae.TopK(4)),
+    "weighted inside": (
+        fastsae.Matryoshka(fastsae.TopK(4, weighted=True), groups=(10, 20)), {},
+        fastsae.Matryoshka(fastsae.TopK(4), groups=(10, 20)),
+    ),
+    "normalize": (fastsae.TopK(4), {"normalize": "standardize"}, fastsae.TopK(4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_state_from_before_a_setting_is_not_taken_for_one_with_it(name: str) -> None:
+    """It was saved by what the setting's absence meant."""
+    rule, settings, plain = BEFORE[name]
+    state = fresh(plain, pre_bias=True).state_dict()
+    config = json.loads(bytes(state[EXTRA_STATE].tolist()))
+    del config["normalize"]
+    inside = config["activation"].get("inner", config["activation"])
+    del inside["weighted"]
+    old = with_config(state, config)
+    fresh(plain, pre_bias=True).load_state_dict(old)
+    module = fresh(rule, pre_bias=True, **settings)
+    with pytest.raises(ValueError, match=rf"{name.split()[0]} \(got (False|'none'), expected (True|'standardize')\)"):
+        module.load_state_dict(old)
+    module.load_state_dict(old, allow_other_config=True)
 
 
 # -- load, and config -------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ MAY_DIFFER = ("aux_k", "aux_coef", "dead_after", "ghost", "ghost_coef", "init_no
 """Settings that only training uses: they do not change what the weights mean."""
 RULES_MAY_DIFFER = ("activation.decay", "activation.inner.decay")
 """The same of a rule."""
+BEFORE: dict[str, Any] = {"normalize": "none", "layers": 1, "tied": False, "skip": False, "topk.weighted": False}
+"""What the states of older versions meant that lack a setting; of a rule's, with its kind before it."""
 EXTRA_STATE = "_extra_state"
 """torch's name in a state dict for what `get_extra_state` returns."""
 EXTRA_BYTES = 4096
@@ -196,9 +198,15 @@ def check_state_config(got: Mapping[str, Any], expected: Mapping[str, Any], inst
 
     Those in MAY_DIFFER and RULES_MAY_DIFFER are not compared. instead: what to do to load the tensors all the same.
 
-    A pre_bias that either leaves open fits any other. A setting that the state lacks is not compared.
+    A pre_bias that either leaves open fits any other. A setting that the state lacks counts as in BEFORE, and is not
+    compared if it is not there.
     """
     theirs, ours = (flat(json.loads(json.dumps(config))) for config in (got, expected))
+    for name in ours.keys() - theirs.keys():
+        parent, _, last = name.rpartition(".")
+        meant = f"{theirs.get(f'{parent}.kind')}.{last}" if parent else name
+        if meant in BEFORE:
+            theirs[name] = BEFORE[meant]
     # A rule's setting that another fastsae did not know yet is not compared either: its kind is.
     names = [name for name in theirs if compared(name)]
     if None in (got.get("pre_bias"), expected.get("pre_bias")):
