@@ -108,6 +108,33 @@ def test_acts_that_were_written_are_decoded_as_they_are(name: str, number: int, 
 
 
 @every_dense
+def test_the_gradient_of_acts_is_the_librarys_where_it_is_asked_for(name: str, number: int) -> None:
+    """Of acts in the graph, by hooks and retained; of acts without one that become a leaf."""
+    case, modules, x = CASES[name], pair(name, number), inputs(2)
+
+    def gradient(module: Any, graph: bool, ask: Any) -> Tensor | None:
+        with torch.set_grad_enabled(graph):
+            acts = case.encode(module, x)
+        if acts.is_sparse:
+            pytest.skip("sparse acts are no lazy ones")
+        hooked: list[Tensor] = []
+        ask(acts, hooked)
+        case.decode(module, acts, x).square().sum().backward()
+        return hooked[0] if hooked else acts.grad
+
+    for graph, ask in (
+        (True, lambda acts, _: acts.retain_grad()),
+        (True, lambda acts, hooked: acts.register_hook(hooked.append)),
+        (False, lambda acts, _: acts.requires_grad_()),
+        (False, lambda acts, _: setattr(acts, "requires_grad", True)),
+    ):
+        theirs, mine = (gradient(module, graph, ask) for module in modules)
+        assert theirs is not None
+        assert mine is not None
+        close(mine, theirs, "acts")
+
+
+@every_dense
 def test_acts_of_another_sae_are_decoded_as_they_are(name: str, number: int) -> None:
     ours, case = [pair(name, number) for _ in range(2)], CASES[name]
     with torch.no_grad():

@@ -46,9 +46,10 @@ class LazyActs(torch.Tensor):
 
     @property
     def kept(self) -> Any:
-        """What `keep` was given; None where the numbers were written since."""
+        """What `keep` was given; None where the numbers were written since, or were made a leaf of the graph."""
         found = self._kept if self._made_at == _version(self) else None
-        return None if isinstance(found, Fired) else found
+        leaf = self.requires_grad and self.is_leaf
+        return None if leaf or isinstance(found, Fired) else found
 
     @property
     def codes(self) -> SparseCodes | None:
@@ -80,6 +81,17 @@ class LazyActs(torch.Tensor):
 
     def tolist(self) -> Any:
         return self.plain().tolist()
+
+    # Who asks for the gradient of these numbers gets it from a decoder that reads them, not their code.
+
+    def retain_grad(self) -> None:
+        super().retain_grad()
+        self._kept = None
+
+    def register_hook(self, hook: Any) -> Any:
+        found = super().register_hook(hook)  # type: ignore[no-untyped-call]
+        self._kept = None
+        return found
 
     # What reads memory rather than calling an op finds none in this tensor: numbers of nobody, or a crash.
 
