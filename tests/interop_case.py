@@ -518,5 +518,7 @@ CASES: dict[str, Case] = {
     "circuit_tracer-relu": circuit_tracer(False, False, True),
     "circuit_tracer-jumprelu": circuit_tracer(True, True, False),
 }
-RULE: dict[str, Any] = {"qwen_scope": fastsae.TopK(K), "overcomplete-topk": fastsae.TopK(K)}
+RULE: dict[str, Any] = {
+    "qwen_scope": fastsae.TopK(K), "overcomplete-topk": fastsae.TopK(K), "circuit_tracer-relu": fastsae.ReLU(l1=0.0),
+}  # fmt: skip
 """The rules that files do not say."""

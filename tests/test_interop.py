@@ -172,6 +172,7 @@ CONTRADICTIONS = {
     "another architecture": ({"architecture": "jumprelu"}, "lacks threshold"),
     "no k": ({"architecture": "topk"}, "cfg.json has k = None, expected a int"),
     "a norm of each token": ({"normalize_activations": "constant_norm_rescale"}, "'constant_norm_rescale', which"),
+    "a shape of the future": ({"reshape_activations": "spiral"}, "reshape_activations = 'spiral', expected 'none' or"),
     "a text for a switch": ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input = 'yes', expected a bool"),
 }  # fmt: skip
 
@@ -350,6 +351,12 @@ def test_what_other_formats_have_and_fastsae_has_not_is_refused(tmp_path: Path) 
         "subtracts the bias",
         apply_decoder_bias_to_pre_encoder=True,
     )
+    changed(
+        "llama_scope-jumprelu",
+        "hyperparams.json",
+        "says d_sae = 24, and expansion_factor = 4 of d_model = 8",
+        expansion_factor=4,
+    )
     changed("sparsify-topk", "cfg.json", "has signed = True", signed=True)
     changed("sparsify-topk", "cfg.json", "has sideways = 1, which this fastsae does not know", sideways=1)
     changed(
@@ -410,6 +417,8 @@ def test_a_factor_of_the_inputs_that_no_file_has_is_warned_of(tmp_path: Path) ->
     torch.testing.assert_close(sae.encode(inputs()).to_dense(), A)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": null}')
     refused(tmp_path, "activation_scaler.json has scaling_factor = None, expected a float")
+    (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 2, "has_whitening": true}')
+    refused(tmp_path, "activation_scaler.json has has_whitening = True: whitening that was not folded")
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": -1}')
     refused(tmp_path, "activation_scaler.json has scaling_factor = -1, expected a positive number")
 

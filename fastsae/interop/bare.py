@@ -15,6 +15,7 @@ from fastsae.interop.files import Checkpoint, take
 from fastsae.interop.parts import Parts, jump_relu, relu
 from fastsae.model.files import SavedModuleError
 from fastsae.model.rules import Activation, ReLU, TopK
+from fastsae.warn import warn
 
 QWEN = {"W_enc": "d_sae d_in", "W_dec": "d_in d_sae", "b_enc": "d_sae", "b_dec": "d_in"}
 FINAL, DICTIONARY = "encoder.final_block", "dictionary._weights"
@@ -130,6 +131,12 @@ def read_tracer(files: Checkpoint, rule: Activation | None) -> Parts:
     if isinstance(threshold, Tensor):
         says_its_rule(files.label, rule)
         layout[THRESHOLD] = "d_sae" if threshold.ndim else ""
+    elif rule is None:
+        warn(
+            f"{path} does not say which latents are active: it is read as ReLU, as circuit-tracer's own loader does; "
+            "pass activation=TopK(k), or ReLU(l1=0.0)",
+            UserWarning,
+        )
     held = take(path, tensors, layout, {"W_skip": "d_out d_in"})
     W_dec = held["W_dec"].mT if turned else held["W_dec"]
     parts = Parts(rule or relu(), held["W_enc"], W_dec, held["b_enc"], held["b_dec"], False, held.get("W_skip"))

@@ -173,6 +173,8 @@ def take(
             got = str(tensor.dtype) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
             raise SavedModuleError(f"{path}: {name} is {got}, expected float64, float32, float16 or bfloat16")
         shape = tuple(tensor.shape)
+        if 0 in shape:
+            raise SavedModuleError(f"{path}: {name} is {shape} and holds no number, expected ({', '.join(wanted)})")
         if len(shape) == len(wanted):
             for axis, size in zip(wanted, shape, strict=True):
                 known.setdefault(axis, (size, f"{name} has {size}"))

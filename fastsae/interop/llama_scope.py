@@ -34,12 +34,14 @@ def _factors(norms: Mapping[str, Any], hooks: tuple[str, str], d_in: int, path: 
     """√D / average norm, of input and output. Raises SavedModuleError for a norm that is missing or not positive."""
     found = []
     for hook in hooks:
-        value = norms.get(hook)
-        value = float(value) if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool) else math.nan
+        given = norms.get(hook)
+        if isinstance(given, Tensor):  # of one number, in a floating dtype
+            number = given.is_floating_point() and given.numel() == 1
+            given = float(given) if number else f"{given.dtype} {given.tolist()}"
+        value = float(given) if isinstance(given, (int, float)) and not isinstance(given, bool) else math.nan
         if not 0 < value < math.inf:
             raise SavedModuleError(
-                f"{path} was trained on normalized activations, but has no average norm of {hook!r} "
-                f"(got {norms.get(hook)!r})"
+                f"{path} was trained on normalized activations, but has no average norm of {hook!r} (got {given!r:.80})"
             )
         found.append(math.sqrt(d_in) / value)
     return found[0], found[1]
@@ -62,6 +64,11 @@ def read_first(files: Checkpoint, rule: Activation | None) -> Parts:
     sizes = {"d_in": (d_in, HYPERPARAMS)}
     if config.get("d_sae") is not None:
         sizes["d_sae"] = (setting(config, cfg, "d_sae", int), HYPERPARAMS)
+        factor = config.get("expansion_factor")
+        if factor is not None and int(d_in * setting(config, cfg, "expansion_factor", float)) != sizes["d_sae"][0]:
+            raise SavedModuleError(
+                f"{cfg} says d_sae = {sizes['d_sae'][0]}, and expansion_factor = {factor} of d_model = {d_in}"
+            )
     with_bias = setting(config, cfg, "use_decoder_bias", bool, default=True)
     layout = {name: axes for name, axes in FIRST.items() if with_bias or name != "decoder.bias"}
     held = take(path, files.tensors(FINAL), layout, sizes=sizes)

@@ -10,6 +10,7 @@ from fastsae.interop.files import Checkpoint, take
 from fastsae.interop.parts import Parts, relu
 from fastsae.model.files import SavedModuleError
 from fastsae.model.rules import Activation, TopK
+from fastsae.warn import warn
 
 LAYOUT = {"pre_bias": "d_in", "latent_bias": "d_sae", "encoder.weight": "d_sae d_in"}
 DECODERS = {"decoder.weight": "d_in d_sae", "decoder.linear.weight": "d_sae d_in"}
@@ -32,7 +33,12 @@ def read(files: Checkpoint, rule: Activation | None) -> Parts:
         raise SavedModuleError(f"{files.label} has no torch file with {', '.join(LAYOUT)}")
     says_its_rule(files.label, rule)
     path, tensors = files.path(name), files.tensors(name)
-    kind, given = tensors.pop("activation", "ReLU"), tensors.pop("activation_state_dict", {})
+    kind, given = tensors.pop("activation", None), tensors.pop("activation_state_dict", {})
+    if kind is None:
+        if given:
+            raise SavedModuleError(f"{path} has an activation_state_dict, but lacks activation, the name that it is of")
+        warn(f"{path} lacks activation: it is read as ReLU, as openai's own loader does", UserWarning)
+        kind = "ReLU"
     for statistic in STATISTICS:
         tensors.pop(statistic, None)
     tied = "decoder.linear.weight" in tensors

@@ -88,6 +88,11 @@ def _config(files: Checkpoint) -> dict[str, Any]:
 def read(files: Checkpoint, rule: Activation | None) -> Parts:
     config, path, cfg = _config(files), files.path(WEIGHTS), files.path(CONFIG)
     says_its_rule(files.label, rule)
+    shape = config.get("reshape_activations") or "none"
+    if shape not in ("none", "hook_z"):  # rows of all heads, either way
+        raise SavedModuleError(f"{cfg} has reshape_activations = {shape!r}, expected 'none' or 'hook_z'")
+    if SCALER in files and files.json(SCALER).get("has_whitening"):
+        raise SavedModuleError(f"{files.path(SCALER)} has has_whitening = True: whitening that was not folded")
     name = setting(config, cfg, "architecture", str)
     if name not in ARCHITECTURES:
         raise SavedModuleError(f"{cfg} has architecture {name!r}, expected one of {', '.join(ARCHITECTURES)}")
