@@ -172,3 +172,15 @@ def test_average_norms_are_numbers(tmp_path: Path) -> None:
         assert said is not None
         assert "sae_weights.safetensors" in said
         assert "has no average norm of 'blocks.3.in'" in said
+
+
+def test_tensors_that_share_memory_in_a_file_do_not_in_the_sae(tmp_path: Path) -> None:
+    CASES["openai-topk"](tmp_path, drawer())
+    tensors = torch.load(tmp_path / "7.pt")
+    bias = torch.zeros(32, dtype=torch.float64)
+    tensors |= {"decoder.weight": tensors["encoder.weight"].T, "latent_bias": bias[:24], "pre_bias": bias[24:]}
+    torch.save(tensors, tmp_path / "7.pt")
+    sae = fastsae.load(tmp_path).train()
+    held = [t for t in sae.state_dict().values() if t.numel()]
+    assert len({t.untyped_storage().data_ptr() for t in held}) == len(held)
+    fastsae.FusedTrainStep(sae.float(), lr=1e-3)(torch.randn(16, 8))

@@ -96,6 +96,11 @@ class Parts:
             for name, t in (state | self.rule_state).items()
             if t is not None
         }
+        memory: set[int] = set()
+        for name, t in tensors.items():  # a torch file keeps what tensors share; here each is trained by itself
+            if (at := t.untyped_storage().data_ptr()) in memory:
+                tensors[name] = t.clone()
+            memory.add(at)
         sae.load_state_dict({**tensors, EXTRA_STATE: sae.get_extra_state()}, assign=True)
         return sae.eval()
 
