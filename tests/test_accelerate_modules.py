@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -398,6 +399,54 @@ def test_saved_files_load_as_ever(name: str, number: int, tmp_path: Path) -> Non
         assert type(module) is type(theirs)
         close(loss(module, x, None), loss(theirs, x, None))
         close(loss(fastsae.accelerate(module), x, None), loss(theirs, x, None))
+
+
+WITHOUT = """
+import importlib, importlib.util, pathlib, pickle, sys, types
+sys.modules["fastsae"] = None  # an import of it fails
+import torch
+if spec := importlib.util.find_spec("overcomplete"):  # without its __init__, which imports image models
+    sys.modules["overcomplete"] = types.ModuleType("overcomplete")
+    sys.modules["overcomplete"].__path__ = spec.submodule_search_locations
+for folder in map(pathlib.Path, sys.argv[1:]):
+    if (folder / "cfg.json").exists():
+        module, _, name = (folder / "class").read_text().partition(":")
+        found = getattr(importlib.import_module(module), name).load_from_disk(folder)
+    else:
+        found = pickle.loads((folder / "pickle").read_bytes())
+    truth = torch.load(folder / "state.pt", weights_only=True)
+    for key, t in found.state_dict().items():
+        rtol = 1e-6 if "threshold" in key else 0  # saved as its logarithm
+        torch.testing.assert_close(t, truth.pop(key), rtol=rtol, atol=0, check_dtype=not rtol)
+    assert not truth, (folder, truth)
+"""
+
+
+@pytest.mark.parametrize("prefix", sorted({name.split("-")[0] for name, _ in FIRST}))
+def test_files_and_pickles_load_where_fastsae_is_not_installed(prefix: str, tmp_path: Path) -> None:
+    folders = []
+    for name, number in FIRST:
+        theirs, mine = pair(name, number)
+        folder = tmp_path / name
+        if name.split("-")[0] != prefix or not (prefix in ("lens", "sparsify") or CASES[name].pickles):
+            continue
+        folder.mkdir()
+        if prefix == "lens":
+            mine.save_model(folder)
+        elif prefix == "sparsify":
+            mine.save_to_disk(folder)
+        else:
+            (folder / "pickle").write_bytes(pickle.dumps(mine))
+        (folder / "class").write_text(f"{type(theirs).__module__}:{type(theirs).__qualname__}")
+        torch.save(dict(theirs.state_dict()), folder / "state.pt")
+        folders.append(str(folder))
+    if folders:
+        environment = {**os.environ, "SPARSIFY_DISABLE_TRITON": "1"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", WITHOUT, *folders], capture_output=True, text=True, check=False,
+            env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 @first
