@@ -1,14 +1,17 @@
-"""fastsae.optim under Lightning Fabric, Accelerate and a Hugging Face Trainer gives the weights of a plain loop."""
+"""fastsae.optim with torch's schedulers, Fabric, Accelerate, a Hugging Face Trainer: the weights of a plain loop."""
 
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import lr_scheduler
 
 import fastsae
 from fastsae.model.sae import SparseAutoencoder
@@ -69,6 +72,94 @@ def test_a_plain_loop_is_torchs() -> None:
     ours = plain_loop(fresh(), own_optimizer=True)
     assert_equal(ours, plain_loop(fresh(), own_optimizer=False), bits=False)
     assert not torch.equal(ours.W_dec, plain_loop(fresh(), own_optimizer=True, clip=None).W_dec), "clipping did nothing"
+
+
+# Settings of a scheduler, one of each way in which torch's change an optimizer.
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "once": lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=9),  # the betas too
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=4),
+    "in turn": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[2]
+    ),
+    "by the loss": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10.0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_torchs_schedulers(name: str, on_device: bool, tmp_path: Path) -> None:
+    """Two microbatches a step under autocast, stopped and resumed halfway, as torch's Adam with the same scheduler."""
+
+    def train(sae: SparseAutoencoder, make: Callable[..., Any], part: range, saved: Path | None = None) -> Path:
+        lr = torch.tensor(1e-2, dtype=torch.float64) if on_device else 1e-2
+        optimizer = make(sae if make is fastsae.optim.Adam else sae.parameters(), lr=lr, eps=1e-4)
+        scheduler = SCHEDULERS[name](optimizer)
+        parts = {"sae": sae, "optimizer": optimizer, "scheduler": scheduler}
+        if saved is not None:
+            state = torch.load(saved, weights_only=True)
+            for key, one in parts.items():
+                one.load_state_dict(state[key])
+        for i in part:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = sae(batches()[i]).loss / MICRO
+            loss.backward()
+            if i % MICRO < MICRO - 1:
+                continue
+            if make is torch.optim.Adam:
+                sae.project_gradients_()
+            optimizer.step()
+            optimizer.zero_grad()
+            if make is torch.optim.Adam:
+                sae.normalize_decoder_()
+            scheduler.step(*([1.0] if name == "by the loss" else []))
+        path = tmp_path / f"{make.__module__}-{part.start}-{part.stop}.pt"
+        torch.save({key: one.state_dict() for key, one in parts.items()}, path)
+        return path
+
+    half = train(fresh(), fastsae.optim.Adam, range(STEPS // 2))
+    resumed, whole, theirs = fresh(), fresh(), fresh()
+    train(resumed, fastsae.optim.Adam, range(STEPS // 2, STEPS), half)
+    last = train(whole, fastsae.optim.Adam, range(STEPS))
+    assert_equal(resumed, whole)
+    truth = train(theirs, torch.optim.Adam, range(STEPS))
+    assert_equal(whole, theirs, bits=False)
+    rates = [torch.load(path, weights_only=True)["optimizer"]["param_groups"][0] for path in (last, truth)]
+    assert float(rates[0]["lr"]) == pytest.approx(float(rates[1]["lr"]), rel=1e-12)
+    assert float(rates[0]["lr"]) != 1e-2
+    assert rates[0]["betas"] == pytest.approx(rates[1]["betas"], rel=1e-12)
+
+
+def test_hooks_of_states_run() -> None:
+    optimizer = fastsae.optim.Adam(fresh(), lr=1e-2)
+    seen: list[str] = []
+
+    def halve(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        seen.append("before")
+        return {**state, "param_groups": [{**group, "lr": group["lr"] / 2} for group in state["param_groups"]]}
+
+    registered = optimizer.register_load_state_dict_pre_hook(halve)
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("after"))
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert (seen, optimizer.param_groups[0]["lr"], saved["param_groups"][0]["lr"]) == (["before", "after"], 5e-3, 1e-2)
+    registered.remove()
+    with pytest.raises(ValueError, match="has 0 parameters"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    assert seen == ["before", "after"], "a state that is refused was not loaded"
+
+
+def test_a_fused_step_is_a_step_to_hooks_and_schedulers() -> None:
+    step = fastsae.FusedTrainStep(fresh(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(step.optimizer, lambda i: 1 / (i + 1))
+    seen: list[str] = []
+    step.optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    step.optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i, x in enumerate(batches()[:2]):
+            assert float(step(x)["lr"]) == pytest.approx(1e-2 / (i + 1), rel=1e-12)
+            scheduler.step()
+    assert seen == ["before", "after"] * 2
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -239,6 +239,12 @@ def at_least_0(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}, expected a number >= 0")
 
 
+def limit(name: str, value: Any) -> None:
+    """Raises ValueError for anything but a number above 0, or None, which limits nothing."""
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} is {value}, expected a number above 0, or None")
+
+
 def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: float = 0.0, lr: float = 0.0) -> None:
     """An optimizer's settings. Raises ValueError."""
     one_of("optimizer", kind, tuple(MOMENTS_OF))

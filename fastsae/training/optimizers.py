@@ -146,15 +146,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"moments is {moments!r}, expected one of {', '.join(MOMENTS)}")
         if moments == "8bit" and self.kind not in ("adam", "adamw"):
             raise ValueError(f"moments='8bit' needs adam or adamw, got {self.kind!r}; use 'fp32' or 'bf16'")
-        for name, value in (("clip_norm", clip_norm), ("clip_rows", clip_rows)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, expected a number above 0, or None")
+        checks.limit("clip_norm", clip_norm)
+        checks.limit("clip_rows", clip_rows)
         self.moments, self.clip_norm, self.clip_rows = moments, clip_norm, clip_rows
         self.seed, self.backend, self.independent = seed, backend, independent
         self._members: list[_Member] = []
         self._groups: list[tuple[int, int | None]] = []  # of each member: its group, and its rule's
         self.grad_norm: Tensor | None = None
         self.made: Tensor | None = None
+        self._factor: Tensor | float = 1.0  # of every learning rate
         self.first_skip = FirstSkip()
         self.describe: Callable[[], str] | None = None  # what the first skipped step's warning says of its inputs
         given = [params] if isinstance(params, (nn.Module, Dictionaries)) else list(params)
@@ -256,20 +256,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.step_scheduled(1.0)
-        return loss
-
-    @torch.no_grad()
-    def step_scheduled(self, factor: Tensor | float) -> None:
-        """A step with every learning rate times a factor, which may be a 0-d tensor on the device."""
         self.refuse()
-        tried = [self._step_member(i, factor) for i in range(len(self._members))]
-        tried += [self._step_plain(self.param_groups[number], factor) for number in self._plain]
+        tried = [self._step_member(i, self._factor) for i in range(len(self._members))]
+        tried += [self._step_plain(self.param_groups[number], self._factor) for number in self._plain]
         steps = [step for step in tried if step is not None]
         if steps:
             squares, made = ([t.to(self.skipped.device) for t in ts] for ts in zip(*steps, strict=True))
             self.grad_norm = sum(squares[1:], squares[0]).sqrt()
             self.made = functools.reduce(torch.logical_and, made)
+        return loss
+
+    def step_scheduled(self, factor: Tensor | float) -> None:
+        """A step with every learning rate times a factor, which may be a 0-d tensor on the device."""
+        self._factor = factor
+        try:
+            self.step()
+        finally:
+            self._factor = 1.0
 
     def refuse(self) -> None:
         """Raises RuntimeError whenever a step would: see `step`."""
@@ -292,7 +295,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The keeper of the low-precision copy of an SAE's encoder."""
         return next(member.screen for member in self._members if member.sae is sae)
 
-    def _step_member(self, index: int, lr_factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor] | None:
+    def _step_member(self, index: int, lr_factor: Tensor | float) -> tuple[Tensor, Tensor] | None:
         """The squared norm of its gradients, and whether the step was made; None where there was no gradient."""
         member, group = self._members[index], self.param_groups[self._groups[index][0]]
         d = member.dictionaries
@@ -516,14 +519,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         found["state"] = {i: {**state, "step": state["step"].clone()} for i, state in found["state"].items()}
         return found
 
-    @torch.no_grad()
-    @checks.reading_a_state("an optimizer of fastsae.optim")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, bit for bit; also the state of a torch optimizer over sae.parameters().
 
         A state without moments (a torch optimizer that made no step) is a fresh start. Raises ValueError, and changes
         nothing, where parameters, moments or their storage do not fit.
         """
+        if self._optimizer_load_state_dict_pre_hooks:
+            state_dict = dict(state_dict)  # which a hook may change
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._load(state_dict)
+        for done in self._optimizer_load_state_dict_post_hooks.values():
+            done(self)
+
+    @torch.no_grad()
+    @checks.reading_a_state("an optimizer of fastsae.optim")
+    def _load(self, state_dict: dict[str, Any]) -> None:
         groups, saved = state_dict["param_groups"], state_dict["state"]
         ids = [i for group in groups for i in group["params"]]
         mine = [p for group in self.param_groups for p in group["params"]]
@@ -639,14 +651,9 @@ class Adam(FusedOptimizer):
     kind = "adam"
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 2e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        **settings: Any,
-    ):
+        self, params: Any, lr: float | Tensor = 2e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0, **settings: Any,
+    ):  # fmt: skip
         super().__init__(params, lr, betas, eps, weight_decay, **settings)
 
 
@@ -656,14 +663,9 @@ class AdamW(FusedOptimizer):
     kind = "adamw"
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 2e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        **settings: Any,
-    ):
+        self, params: Any, lr: float | Tensor = 2e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, **settings: Any,
+    ):  # fmt: skip
         super().__init__(params, lr, betas, eps, weight_decay, **settings)
 
 
@@ -673,13 +675,9 @@ class Lion(FusedOptimizer):
     kind = "lion"
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        **settings: Any,
-    ):
+        self, params: Any, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0, **settings: Any,
+    ):  # fmt: skip
         super().__init__(params, lr, betas, 0.0, weight_decay, **settings)
 
 

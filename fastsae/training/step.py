@@ -152,9 +152,10 @@ class FusedTrainStep(_TrainStep):
     dense_above      sets `sae.dense_above`: a threshold rule's step is dense if more than this share of the latents was
                      active in the previous step (or, at first, on a sample), or turns out to be in this one.
 
-    `step.optimizer` is the fastsae optimizer behind it; torch's learning-rate schedulers may drive that one if
-    `schedule` is None. The update maintains its low-precision copy of the encoder, which is rebuilt after other code
-    wrote the weights: call `refresh()` after writes that torch cannot see.
+    `step.optimizer` is the fastsae optimizer behind it, whose step hooks run, though not in a replay of a CUDA graph;
+    torch's learning-rate schedulers may drive it if `schedule` is None. The update maintains its low-precision copy of
+    the encoder, which is rebuilt after other code wrote the weights: call `refresh()` after writes that torch cannot
+    see.
 
     Raises ValueError for bad settings and for parameters that do not require a gradient.
     """
@@ -436,8 +437,7 @@ class PlainTrainStep(_TrainStep):
         if optimizer not in kinds:
             raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(kinds)}; or use FusedTrainStep")
         checks.optimizer(optimizer, betas, eps, weight_decay, lr)
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm is {clip_norm}, expected a number above 0, or None")
+        checks.limit("clip_norm", clip_norm)
         refuse_float16(sae.W_dec)
         self.lr, self.schedule, self.clip_norm = lr, schedule, clip_norm
         self.step, self.independent, self.first_skip = 0, independent, FirstSkip()
