@@ -109,6 +109,18 @@ def test_edge_rows(sae):
     for empty in (torch.empty(0, D), []):
         with pytest.raises(ValueError, match="no rows"):
             evaluate(sae, empty)
+    for one in (torch.ones(D), [torch.ones(2, D), torch.ones(D)]):
+        with pytest.raises(ValueError, match=r"rows have shape \(12,\), expected \(\.\.\., D\)"):
+            evaluate(sae, one)
+
+
+def test_empty_blocks_change_nothing(sae):
+    x, y = rows(), rows().flip(0)
+    blocks = [x[:5], x[:0], x[5:]]
+    expected = evaluate(sae, x, targets=y)
+    got = evaluate(sae, blocks, targets=[y[:0], y[:5], y[5:]], batch_size=5)
+    assert (got.n_tokens, got.mse, got.l0) == pytest.approx((expected.n_tokens, expected.mse, expected.l0), rel=1e-9)
+    assert evaluate(sae, blocks).fvu_per_token == pytest.approx(evaluate(sae, x).fvu_per_token, rel=1e-9)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -51,8 +51,10 @@ class Tail:
 
 
 def blocks_of(rows: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Rows (..., d_in), or an iterable of such blocks, as batches (n, d_in) that are not empty."""
+    """Rows (..., D), or an iterable of such blocks, as batches (n, D) that are not empty. Raises ValueError."""
     for block in [rows] if isinstance(rows, Tensor) else rows:
+        if block.ndim < 2:
+            raise ValueError(f"rows have shape {tuple(block.shape)}, expected (..., D); for one row pass row[None]")
         for batch in block.flatten(0, -2).split(batch_size):
             if batch.shape[0]:
                 yield batch

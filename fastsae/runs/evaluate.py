@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastsae.atomic import write_json
 from fastsae.codes import SparseCodes
+from fastsae.model.calibrate import blocks_of
 
 if TYPE_CHECKING:
     from fastsae.model.sae import SparseAutoencoder
@@ -135,14 +136,6 @@ class _CenteredSum:
         self.mean = self.mean + gap * (n / self.n)
 
 
-def _batches(rows: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    blocks = [rows] if isinstance(rows, Tensor) else rows
-    for block in blocks:
-        if block.ndim < 2:
-            raise ValueError(f"evaluate: rows must be (..., d_in), got shape {tuple(block.shape)}")
-        yield from block.flatten(0, -2).split(batch_size)
-
-
 def evaluate(
     sae: SparseAutoencoder,
     rows: Tensor | Iterable[Tensor],
@@ -168,14 +161,12 @@ def evaluate(
     sse = cosine = ratio = per_token = 0.0
     n_tokens = n_nonzero = n_apart = 0
     center = _center(rows if targets is None else targets, batch_size, like)
-    target_batches = None if targets is None else _batches(targets, batch_size)
+    target_batches = None if targets is None else blocks_of(targets, batch_size)
     was_training = sae.training
     sae.eval()
     try:
         with torch.no_grad():
-            for batch in _batches(rows, batch_size):
-                if batch.shape[0] == 0:
-                    continue
+            for batch in blocks_of(rows, batch_size):
                 x = batch.to(like.device, like.dtype)
                 y = x if target_batches is None else _next_target(target_batches, batch, like)
                 _require_finite(batch, n_tokens, "rows")
@@ -226,11 +217,10 @@ def _center(rows: Tensor | Iterable[Tensor], batch_size: int, like: Tensor) -> T
     if isinstance(rows, Iterator):
         return None
     mean, n = torch.zeros((), dtype=torch.float64, device=like.device), 0
-    for batch in _batches(rows, batch_size):
+    for batch in blocks_of(rows, batch_size):
         n += batch.shape[0]
-        if batch.shape[0]:
-            x = batch.to(like.device, like.dtype).double()
-            mean = mean + (x - mean).sum(0) / n
+        x = batch.to(like.device, like.dtype).double()
+        mean = mean + (x - mean).sum(0) / n
     return mean if n else None
 
 
