@@ -264,14 +264,33 @@ def test_a_new_optimizer_starts_without_what_the_old_one_left() -> None:
     assert int(alive[0].state[alive[0].param_groups[0]["params"][0]]["step"]) == 1
 
 
-def test_a_step_over_two_saes_is_whole_or_not_at_all() -> None:
-    one, other = family_sae(RULES["topk"]), family_sae(RULES["topk"])
-    optimizer = fastsae.optim.Adam([one, other])
-    (one(tokens()).loss + other(tokens()).loss).backward()
+def doubled(other: fastsae.SparseAutoencoder, _: Any) -> None:
     with torch.no_grad():
-        other.W_dec.mul_(1.0)
+        other.W_dec.mul_(2.0)
+
+
+def setting(**settings: Any) -> Callable[..., None]:
+    return lambda _, group: group.update(settings)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (doubled, "was written between backward"),
+        (setting(lr="0.1"), "lr is '0.1', expected a number or a 0-d tensor"),
+        (setting(lr=torch.ones(2)), "expected a number or a 0-d tensor"),
+        (setting(betas=(0.9, 2.0)), "betas"),
+        (setting(eps=-1), "eps is -1"),
+        (setting(weight_decay="much"), "weight_decay is 'much'"),
+    ],
+)
+def test_a_step_over_two_saes_is_whole_or_not_at_all(spoil: Callable[..., None], message: str) -> None:
+    one, other = family_sae(RULES["topk"]), family_sae(RULES["topk"])
+    optimizer = fastsae.optim.AdamW([one, other])
+    (one(tokens()).loss + other(tokens()).loss).backward()
+    spoil(other, optimizer.param_groups[1])
     before = {name: p.detach().clone() for name, p in one.named_parameters()}
-    with pytest.raises(RuntimeError, match="was written between backward"):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         optimizer.step()
     for name, p in one.named_parameters():
         assert torch.equal(p, before[name]), name

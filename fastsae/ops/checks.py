@@ -271,6 +271,14 @@ def optimizer(kind: str, betas: tuple[float, float], eps: float, weight_decay: f
         )
 
 
+def group(kind: str, settings: Mapping[str, Any]) -> None:
+    """A parameter group's settings, at a step. Raises ValueError, but not for a rate of NaN, which skips the step."""
+    lr = settings["lr"]
+    if lr.ndim if isinstance(lr, Tensor) else not isinstance(lr, numbers.Real):
+        raise ValueError(f"lr is {lr!r}, expected a number or a 0-d tensor")
+    optimizer(kind, settings["betas"], settings["eps"], settings["weight_decay"])
+
+
 def no_nan(name: str, x: Tensor) -> None:
     """Costs a host sync."""
     bad = ~x.isfinite()

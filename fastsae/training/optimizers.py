@@ -250,7 +250,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """One update of every SAE that has a gradient; consumes the gradients. Returns the closure's loss, if any.
 
         Raises RuntimeError if a parameter was moved, cast, replaced, frozen or taken over by another optimizer since
-        this one was made, and with several processes unless `independent`; nothing has changed then.
+        this one was made, and with several processes unless `independent`; ValueError for a group's bad settings.
+        Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -278,6 +279,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raises RuntimeError whenever a step would: see `step`."""
         if self._plain or any(member.placement is None for member in self._members):
             checks.one_process(self.independent)
+        for group in self.param_groups:  # all before the first SAE changes
+            checks.group(self.kind, group)
         for member in self._members:
             self._check(member)
             member.ledger.check()
