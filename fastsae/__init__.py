@@ -7,6 +7,7 @@
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from fastsae import ops, optim, parallel
@@ -53,9 +54,28 @@ _REPLACED = {
     "latents": "fastsae.resample_ (fastsae.model.resample)",
     "serialize": "fastsae.save and fastsae.load (fastsae.model.files)",
     "plain_step": "fastsae.training.step",
+    "batch": "fastsae.training.batch",
+    "batch_step": "fastsae.training.batch",
+    "normalize": "fastsae.model.norm",
     "train": "fastsae.runs.trainer",
+    "train_config": "fastsae.runs.config",
+    "checkpoint": "fastsae.runs.checkpoint",
+    "evaluate": "fastsae.runs.evaluate",  # the module; fastsae.evaluate is its function
     "schedules": "fastsae.runs.schedules",
 }
+
+
+class _Replaced:
+    """The last finder of imports, asked when all others found nothing: says what replaced `import fastsae.train`."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        parent, _, last = name.rpartition(".")
+        if parent == __name__ and last in _REPLACED:
+            raise ModuleNotFoundError(f"{name} is gone; it is replaced by {_REPLACED[last]}", name=name)
+
+
+sys.meta_path.append(_Replaced)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Any:

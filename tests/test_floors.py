@@ -21,6 +21,9 @@ A new folder needs a floor: these tests fail until FLOORS lists it.
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -270,3 +273,26 @@ def test_removed_names_point_to_their_replacement() -> None:
         _ = fastsae.SAEOutput
     with pytest.raises(AttributeError, match="has no attribute 'surprise'"):
         _ = fastsae.surprise
+    for name in ("train", "evaluate", "plain_step"):
+        with pytest.raises(ModuleNotFoundError, match=rf"^fastsae\.{name} is gone; it is replaced by fastsae\.\w+\."):
+            importlib.import_module(f"fastsae.{name}")
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'fastsae\.surprise'$"):
+        importlib.import_module("fastsae.surprise")
+    with pytest.raises(ImportError, match="cannot import name 'train'"):
+        from fastsae import train  # noqa: F401
+    assert callable(fastsae.evaluate)
+    there = {path.stem for path in (ROOT / "fastsae").iterdir()}
+    assert not there & set(fastsae._REPLACED), "a module that is here was not replaced"
+    for where in re.findall(r"fastsae\.\w+\.\w+", " ".join(fastsae._REPLACED.values())):
+        assert importlib.util.find_spec(where), where
+
+
+def test_importing_the_package_imports_little() -> None:
+    """So that it takes half a second beyond torch's own import."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastsae\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = {name for name in ran.stdout.split() if not name.startswith("_sysconfigdata")}
+    assert found <= {"fastsae", "numpy", "safetensors", "triton"}
