@@ -26,7 +26,7 @@ from fastsae.ops.encode import infinite_as_nan
 from fastsae.ops.gradients import moves_little
 from fastsae.ops.register import without_autocast
 from fastsae.reference import Forward
-from fastsae.training.skipped import FirstSkip, refuse_float16, say_rows
+from fastsae.training.skipped import FirstSkip, say_rows, torch_adam
 from fastsae.training.step import check_settings_of, load_named_state, settings_of
 
 BATCH_WORTH = 2**18
@@ -307,9 +307,6 @@ class SAEBatch(RecordsSettings):
         )
 
 
-OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-
-
 class BatchTrainStep:
     """`metrics = step(x)`: gradient, projection of a unit decoder's, Adam or AdamW, renormalization, for all at once.
 
@@ -339,17 +336,10 @@ class BatchTrainStep:
         batch = getattr(batch, "_orig_mod", batch)  # torch.compile's wrapper changes the parameters' names
         if not isinstance(batch, SAEBatch):
             raise TypeError(f"batch is a {type(batch).__name__}, expected an SAEBatch; FusedTrainStep trains one SAE")
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
-        checks.optimizer(optimizer, betas, eps, weight_decay, lr)
-        W = batch.get_parameter("W_dec")
-        refuse_float16(W)
-        self.skipped = torch.zeros(len(batch), dtype=torch.int64, device=W.device)
+        self.optimizer = torch_adam(optimizer, batch.parameters(), lr, betas, eps, weight_decay, fused=True)
+        self.skipped = torch.zeros(len(batch), dtype=torch.int64, device=batch.get_parameter("W_dec").device)
         self.batch, self.lr, self.schedule, self.measure, self.step = batch, lr, schedule, measure, 0
         self.independent, self.first_skip = independent, FirstSkip()
-        self.optimizer = OPTIMIZERS[optimizer](
-            batch.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-        )
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """One update on x (N, d_in), the same for all, or (B, N, d_in).

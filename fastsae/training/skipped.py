@@ -1,13 +1,15 @@
-"""The warning about a skipped step, with the rows of its batch at fault. And what torch's Adam cannot step."""
+"""The warning about a skipped step, with the rows of its batch at fault; and torch's Adam, where it can step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsae.ops import checks
 from fastsae.warn import warn
 
 SKIPPED = (
@@ -63,10 +65,18 @@ def said(bad: int, of: int, worst: list[int], what: str) -> str:
     return f"{bad} of {of} rows of {what} hold NaN or infinity: {named}{', ...' if bad > len(worst) else ''}"
 
 
-def refuse_float16(W: Tensor) -> None:
-    """Raises ValueError for float16 weights under torch's Adam, which keeps moments in their dtype."""
-    if W.dtype == torch.float16:
+def torch_adam(
+    kind: str, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, **more: Any
+) -> torch.optim.Adam:
+    """torch's Adam or AdamW. Raises ValueError for another kind, bad settings and float16 weights."""
+    kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if kind not in kinds:
+        raise ValueError(f"optimizer is {kind!r}, expected one of {', '.join(kinds)}; FusedTrainStep has others")
+    checks.optimizer(kind, betas, eps, weight_decay, lr)
+    made = kinds[kind](params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **more)
+    if any(p.dtype == torch.float16 for group in made.param_groups for p in group["params"]):
         raise ValueError(
             "the weights are float16, and torch's Adam would keep its second moments in float16, where they underflow "
             "(it would step by m / eps); use FusedTrainStep, whose moments are float32, or bfloat16 weights"
         )
+    return made

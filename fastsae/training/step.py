@@ -36,7 +36,7 @@ from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import wide
 from fastsae.training.graph import StepGraph, check_graph
 from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer
-from fastsae.training.skipped import FirstSkip, refuse_float16, say_rows
+from fastsae.training.skipped import FirstSkip, say_rows, torch_adam
 
 FORMAT = 3
 GRAPH_WARMUP = 2
@@ -433,12 +433,7 @@ class PlainTrainStep(_TrainStep):
     ):
         super().__init__(sae, penalty_schedule, k_schedule)
         sae = self.sae
-        kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        if optimizer not in kinds:
-            raise ValueError(f"optimizer is {optimizer!r}, expected one of {', '.join(kinds)}; or use FusedTrainStep")
-        checks.optimizer(optimizer, betas, eps, weight_decay, lr)
         checks.limit("clip_norm", clip_norm)
-        refuse_float16(sae.W_dec)
         self.lr, self.schedule, self.clip_norm = lr, schedule, clip_norm
         self.step, self.independent, self.first_skip = 0, independent, FirstSkip()
         self.skipped = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
@@ -448,7 +443,7 @@ class PlainTrainStep(_TrainStep):
         groups: list[dict[str, Any]] = [{"params": others}]
         if learnt:
             groups.append({"params": learnt, "weight_decay": 0.0})
-        self.optimizer = kinds[optimizer](groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.optimizer = torch_adam(optimizer, groups, lr, betas, eps, weight_decay)
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """One update on x (*batch, d_in), towards target (*batch, d_out) or x itself.
