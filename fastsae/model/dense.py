@@ -56,12 +56,12 @@ def objective(
     weight: the penalty's weight in the loss, 0-d.
     """
     task = DenseTask(sae, centred, weight.detach(), list(sae.rule_parameters))
-    over = torch.as_tensor(denominator, dtype=torch.float64, device=x.device)
+    denominator = torch.as_tensor(denominator, dtype=torch.float64, device=x.device)
     total, error = _Dense.apply(
         infinite_as_nan(x),
         goal,
         gate_goal,
-        over,
+        denominator,
         sae.W_enc,
         sae.W_dec,
         sae.b_enc,
@@ -152,7 +152,7 @@ class _Found:
 
 
 def _whole_pass(
-    task: DenseTask, x: Tensor, goal: Tensor, gate_goal: Tensor, over: Tensor, wants_x: bool
+    task: DenseTask, x: Tensor, goal: Tensor, gate_goal: Tensor, denominator: Tensor, wants_x: bool
 ) -> _Found:  # fmt: skip
     """The loss and all of its gradients; the other results are stored in the task."""
     run = _Pass(task, x, wants_x)
@@ -180,34 +180,34 @@ def _whole_pass(
         if gate is not None:
             off = run.missed(gate, wide(gate_goal[here]))
             gate_squares += sum_of_squares(off)
-            off = off.mul_(2 / over)
+            off = off.mul_(2 / denominator)
             more.append((gate, off.to(gate.dtype) @ run.W_dec.mT))
             gate_grad = torch.empty_like(gate_goal) if gate_grad is None else gate_grad
             gate_grad[here] = off
-        run.backward(here, z, acts, missed.mul_(2 / over), more)
+        run.backward(here, z, acts, missed.mul_(2 / denominator), more)
         task.counts += (acts != 0).sum(0)
         selected += rule.considered(z.detach(), rows).sum()
     task.squares, task.selected = squares, selected
-    total = squares / over
+    total = squares / denominator
     if rule.penalizes:
         task.losses["sparsity"] = rule.penalty(sparse)
         total = total + task.weight * task.losses["sparsity"]
     if gate_grad is not None:
-        task.losses["gate"] = gate_squares / over
+        task.losses["gate"] = gate_squares / denominator
         total = total + task.losses["gate"]
-    return _Found(total, error, gate_grad, squares + gate_squares, run.finish(wide(error) * (2 / over)))
+    return _Found(total, error, gate_grad, squares + gate_squares, run.finish(wide(error) * (2 / denominator)))
 
 
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, goal: Tensor, gate_goal: Tensor, over: Tensor, W_enc: Tensor | None, W_dec: Tensor,
+        ctx: Any, x: Tensor, goal: Tensor, gate_goal: Tensor, denominator: Tensor, W_enc: Tensor | None, W_dec: Tensor,
         b_enc: Tensor, b_dec: Tensor, task: DenseTask, *rule_parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        found = _whole_pass(task, x, goal, gate_goal, over, ctx.needs_input_grad[0])
+        found = _whole_pass(task, x, goal, gate_goal, denominator, ctx.needs_input_grad[0])
         ctx.set_materialize_grads(False)
         # The weights are saved so that torch detects a write to them before the backward pass.
-        ctx.save_for_backward(x, goal, gate_goal, over, found.error, found.gate_grad, W_dec, W_enc)
+        ctx.save_for_backward(x, goal, gate_goal, denominator, found.error, found.gate_grad, W_dec, W_enc)
         ctx.task, ctx.squares, ctx.grads = task, found.squares, found.grads
         return found.total, found.error
 
@@ -215,27 +215,27 @@ class _Dense(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         of_total, of_error = upstream
-        x, goal, gate_goal, over, error, gate_grad, *_ = ctx.saved_tensors
+        x, goal, gate_goal, denominator, error, gate_grad, *_ = ctx.saved_tensors
         task, needs = ctx.task, ctx.needs_input_grad
         names = ["x", "W_enc", "W_dec", "b_enc", "b_dec", *task.names]
         found: dict[str, Tensor | None] = dict.fromkeys(names)
-        dgoal = dgate = dover = None
+        dgoal = dgate = ddenominator = None
         if of_total is not None:
             # The gradients are returned without a copy; a second backward pass computes them again.
-            found = ctx.grads or _whole_pass(task, x, goal, gate_goal, over, needs[0]).grads
+            found = ctx.grads or _whole_pass(task, x, goal, gate_goal, denominator, needs[0]).grads
             ctx.grads = None
             if of_total.device.type != "cpu" or float(of_total) != 1:
                 found = {name: None if g is None else g.mul_(of_total) for name, g in found.items()}
-            dgoal = error * (-2 * of_total / over) if needs[1] else None
+            dgoal = error * (-2 * of_total / denominator) if needs[1] else None
             dgate = gate_grad * -of_total if needs[2] and gate_grad is not None else None
-            dover = -of_total * ctx.squares / over.square()
+            ddenominator = -of_total * ctx.squares / denominator.square()
         if of_error is not None:
             more = _of_error(task, x, wide(of_error), needs[0])
             found = {name: _sum(found[name], more[name]) for name in names}
             dgoal = _sum(dgoal, -of_error)
         grads = [found[name] for name in names]
         dx, rest = grads[0], grads[1:]
-        return dx, dgoal if needs[1] else None, dgate, dover if needs[3] else None, *rest[:4], None, *rest[4:]
+        return dx, dgoal if needs[1] else None, dgate, ddenominator if needs[3] else None, *rest[:4], None, *rest[4:]
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
