@@ -10,8 +10,8 @@ fastsae._cuda: built if there is an nvcc, for the targets it knows, with CUDA's 
                                 cannot be built), skip
     FASTSAE_CUDA_ARCHITECTURES  nvcc's names, default "80;90a;100a"; PTX for later devices is always included
 
-torch is not needed to build. Objects stay in build/, and are compiled anew where one of the files they were made of is
-newer or the command is another.
+torch is not needed to build. Objects stay in build/, and are compiled anew where the contents of a file that they were
+made of have changed, or the command has.
 """
 
 import os
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -36,8 +37,9 @@ COMMON = [*HOST, "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninit
 SANITIZE: list[str] = []
 if os.environ.get("FASTSAE_SANITIZE"):
     SANITIZE = [f"-fsanitize={os.environ['FASTSAE_SANITIZE']}", "-fno-sanitize-recover=all"]
-    # The reports name lines, and the code compiles in half of the time.
-    COMMON += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
+    # The reports name lines. -Og compiles in half of -O1's time, and the tests take as long. In intrinsics that leave a
+    # vector unset on purpose, gcc 12 warns of it then.
+    COMMON += [*SANITIZE, "-Og", "-g1", "-fno-omit-frame-pointer", "-Wno-uninitialized"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 
 # Sources compiled once, and sources compiled once per instruction set.
@@ -97,25 +99,50 @@ def cuda_architectures(nvcc: str) -> list[str]:
     return found
 
 
-def recorded(command: list[str]) -> str:
-    """A command as it is kept beside its object. Where headers are looked for is left out, since pip moves pybind11's
-    with every build: what was found there is in the list of the files that the object was made of.
+def headers(command: list[str]) -> list[Path]:
+    """The folders in which a command looks for headers; at last the root, for files elsewhere."""
+    return [*(Path(x.removeprefix("-I")) for x in command if x.startswith("-I")), Path("/")]
+
+
+def without_folders(command: list[str]) -> str:
+    """A command as it is kept beside its object. Folders of headers are left out, here and in the names of files, so
+    that a build elsewhere finds the object current: a source archive's, or pip's, which has pybind11 in a new folder.
     """
-    return "\n".join(x for x in map(str, command) if not x.startswith("-I"))
+    return " ".join(x for x in command if not x.startswith("-I"))
+
+
+def files_of(target: Path) -> list[Path]:
+    """What an object was made of: the compiler wrote it down beside it."""
+    names = target.with_suffix(".d").read_text().split(":", 1)[1].replace("\\\n", " ").split()
+    return [Path(name) for name in dict.fromkeys(names)]
+
+
+def record(target: Path, command: list[str]) -> None:
+    """Keeps beside an object its command, and digest and name of every file that it was made of."""
+    lines = [without_folders(command)]
+    for path in files_of(target):
+        name = next(path.relative_to(folder) for folder in headers(command) if path.is_relative_to(folder))
+        lines.append(f"{sha256(path.read_bytes()).hexdigest()} {name}")
+    target.with_suffix(".made").write_text("\n".join(lines) + "\n")
 
 
 def is_current(target: Path, command: list[str]) -> bool:
-    """Whether this command made the object, from files that are all older: the compiler wrote them down beside it."""
-    listed, made_by = target.with_suffix(".d"), target.with_suffix(".cmd")
-    if not (target.exists() and listed.exists() and made_by.exists()) or made_by.read_text() != recorded(command):
+    """Whether this command made the object, of files with the contents that they have now."""
+    kept = target.with_suffix(".made")
+    if not (target.exists() and kept.exists()):
         return False
-    names = listed.read_text().split(":", 1)[1].replace("\\\n", " ").split()
-    made_of = [Path(__file__), *map(Path, names)]
-    return all(p.exists() and p.stat().st_mtime_ns < target.stat().st_mtime_ns for p in made_of)
+    made_by, *files = kept.read_text().splitlines()
+    if made_by != without_folders(command):
+        return False
+    for digest_then, name in (line.split(" ", 1) for line in files):
+        path = next((folder / name for folder in headers(command) if (folder / name).is_file()), None)
+        if path is None or sha256(path.read_bytes()).hexdigest() != digest_then:
+            return False
+    return True
 
 
 class BuildExtensions(build_ext):
-    """Compiles what is older than its sources, in parallel, and links it."""
+    """Compiles what is not current, in parallel, and links it."""
 
     def finalize_options(self):
         # pip builds an editable install in a temporary folder, where the next one would find no objects.
@@ -155,6 +182,7 @@ class BuildExtensions(build_ext):
             if self.force or not is_current(target, command):
                 log = target.with_suffix(".log")
                 log.parent.mkdir(parents=True, exist_ok=True)
+                target.with_suffix(".made").unlink(missing_ok=True)
                 log.touch()
                 start = log.stat().st_mtime_ns  # by the clock of files, which may be behind time.time()
                 depends = ["-MMD", "-MF", str(target.with_suffix(".d"))]
@@ -167,8 +195,9 @@ class BuildExtensions(build_ext):
                 if done.returncode or source.suffix != ".cu":
                     sys.stderr.write(done.stdout)
                 done.check_returncode()
-                os.utime(target, ns=(start, start))  # so that a file which was changed meanwhile is newer
-                target.with_suffix(".cmd").write_text(recorded(command))
+                # A file that was changed meanwhile leaves no record, and the object is compiled again next time.
+                if all(path.stat().st_mtime_ns < start for path in files_of(target)):
+                    record(target, command)
             return str(target)
 
         with ThreadPoolExecutor(cpu_count()) as pool:
