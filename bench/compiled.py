@@ -5,13 +5,16 @@ record holds what decides speed on a GPU and can be seen without one: registers,
 tensor-core instructions. The table is in bench/results/compiled/triton-<minor version>/, since these numbers differ
 between versions; `--check` compiles again and exits with 1 if a kernel fails outright or is worse than in the table.
 
-Triton's own cache keeps the compiled kernels, with these records beside them, so a second run takes seconds.
+Triton's own cache keeps the compiled kernels, with these records beside them, so a second run takes seconds. The table
+names what it was made of: with `--current`, nothing is compiled, and the exit code is 0 if that is what is here.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -31,7 +34,8 @@ from fastsae import env
 from fastsae.atomic import replace_file
 from fastsae.kernels.variants import Variant
 
-FOLDER = Path(__file__).parent / "results" / "compiled"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "bench" / "results" / "compiled"
 RECORD = "fastsae-record-1.json"  # count up when `measured` changes: it names the file in Triton's cache
 GROWTH = 1.10
 REPORT = "run `make kernels-report`"
@@ -244,16 +248,37 @@ def dumped(report: dict[str, Any]) -> str:
     return re.sub(r"\{\n([^{}]*?)\n *\}", lambda record: "{" + " ".join(record[1].split()) + "}", indented) + "\n"
 
 
-def write_table(folder: Path, report: dict[str, Any], page: str) -> Path:
-    """Writes the report as JSON and as a page in Markdown; returns the folder."""
+def digest(folder: Path, names: Iterable[str], compiler: str) -> str:
+    """Of the files that these patterns name in a folder, and of a compiler's version: what a table is made of."""
+    found = hashlib.sha256(compiler.encode())
+    for path in sorted({path for name in names for path in folder.glob(name) if path.is_file()}):
+        found.update(f"\0{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def is_current(folder: Path, made_of: str) -> bool:
+    """Whether the committed table in this folder was made of that, and had no faults."""
+    path = folder / "kernels.json"
+    return path.exists() and json.loads(path.read_text()).get("made_of") == made_of
+
+
+def write_table(folder: Path, report: dict[str, Any], page: str, made_of: str | None) -> Path:
+    """Writes the report as JSON and as a page in Markdown; returns the folder. made_of: None where it has faults."""
+    report = {"made_of": made_of} | report
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "kernels.json", lambda partial: partial.write_text(dumped(report)))
     replace_file(folder / "kernels.md", lambda partial: partial.write_text(page))
     return folder
 
 
+def made_of(version: str) -> str:
+    """What decides the table: the kernels, what compiles and judges them, and Triton's version."""
+    return digest(ROOT, ("fastsae/kernels/*.py", "bench/compiled.py"), version)
+
+
 def write(report: dict[str, Any]) -> Path:
-    return write_table(table_folder(report["triton"]), report, markdown(report))
+    of = None if faults(report) else made_of(report["triton"])
+    return write_table(table_folder(report["triton"]), report, markdown(report), of)
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------
@@ -306,6 +331,7 @@ def check(report: dict[str, Any], only: str = "") -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
+    parser.add_argument("--current", action="store_true", help="say whether the committed table is of these kernels")
     parser.add_argument("--only", default="", help="variants whose name contains this; nothing is written")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--workers", type=int, default=2)
@@ -314,6 +340,9 @@ def main() -> int:
         parser.error("Triton is not installed; it comes with torch's CUDA builds, and alone by: pip install triton")
     if env.triton_is_interpreted():
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
+    if options.current:
+        version = importlib.metadata.version("triton")
+        return 0 if is_current(table_folder(version), made_of(version)) else 1
     report = compile_all(kernel_modules(), options.targets, options.only, options.workers)
     partial = bool(options.only) or options.targets != list(TARGETS)
     if not options.check and not partial:

@@ -7,7 +7,8 @@ registers).
 
 The table is in bench/results/compiled/cuda-<version of nvcc>/; `--check` exits with 1 if something is wrong outright or
 worse than in the table. CUB's kernels are listed, not judged. Dynamic shared memory is not known here: its
-size comes with a launch.
+size comes with a launch. The table names what it was made of: with `--current`, nothing is read but the sources and
+nvcc's version, and the exit code is 0 if that is what is here.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
-from bench.compiled import FOLDER, regressions, write_table
+from bench.compiled import FOLDER, digest, is_current, regressions, write_table
 from bench.ptxas_log import demangled, read_bounds, read_log, read_usage, said_by, short_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,8 +156,24 @@ def table_folder(version: str) -> Path:
     return FOLDER / f"cuda-{version}"
 
 
+def made_of(nvcc: str) -> str:
+    """What decides the table: the sources, what builds, reads and judges them, and what nvcc says of its version."""
+    return digest(ROOT, ("csrc/cuda/*", "setup.py", "bench/ptxas*.py", "bench/compiled.py"), nvcc)
+
+
+def installed_nvcc() -> str:
+    """What nvcc says of its version; "" where there is none."""
+    from torch.utils.cpp_extension import CUDA_HOME  # from CUDA_HOME or the PATH, as setup.py finds it
+
+    nvcc = Path(CUDA_HOME or "/usr/local/cuda") / "bin" / "nvcc"
+    if not nvcc.exists():
+        return ""
+    return subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+
+
 def write(report: dict[str, Any]) -> Path:
-    return write_table(table_folder(report["nvcc"]), report, markdown(report))
+    of = None if faults(report) else made_of(installed_nvcc())
+    return write_table(table_folder(report["nvcc"]), report, markdown(report), of)
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------
@@ -201,7 +219,12 @@ def check(report: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ptxas", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
+    parser.add_argument("--current", action="store_true", help="say whether the committed table is of these sources")
     options = parser.parse_args()
+    if options.current:
+        said = installed_nvcc()
+        release = re.search(r"release (\d+\.\d+)", said)
+        return 0 if release and is_current(table_folder(release[1]), made_of(said)) else 1
     try:
         report = measure()
     except NotBuilt as why:

@@ -127,6 +127,28 @@ def test_the_check_reads_the_table_of_its_minor_version(tmp_path, monkeypatch) -
     assert "- toys: bytes: 4·N; flops: 2·N" in text
 
 
+def test_a_table_is_current_until_a_kernel_or_the_compiler_changes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path / "tables")
+    monkeypatch.setattr(compiled, "ROOT", tmp_path)
+    kernel = tmp_path / "fastsae" / "kernels" / "toy.py"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("one")
+    asked = ["bench.compiled", "--current"]
+    monkeypatch.setattr(sys, "argv", asked)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert compiled.main() == 1, "there is no table"
+    compiled.write(report(spill_bytes=8))
+    assert compiled.main() == 1, "a table with faults is no proof"
+    compiled.write(report())
+    assert compiled.main() == 0
+    version = triton.__version__
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version + ".other")
+    assert compiled.main() == 1
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    kernel.write_text("two")
+    assert compiled.main() == 1
+
+
 def test_costs_are_read_from_the_docstring(monkeypatch) -> None:
     module = SimpleNamespace(
         __doc__="out = A W\n\nBytes: N·D\n and more.\nFlops: none; 3 comparisons.\nWorkspace: 1.\n"

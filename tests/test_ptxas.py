@@ -221,6 +221,30 @@ def test_the_check_compares_with_the_table_of_its_version(tmp_path: Path, monkey
     assert gone == "adding/add_kernel is in the committed table and no longer there: run `make cuda-report`"
 
 
+def test_a_table_is_current_until_a_source_or_nvcc_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["Cuda compilation tools, release 13.0, V13.0.88"]
+    monkeypatch.setattr(ptxas, "FOLDER", tmp_path / "tables")
+    monkeypatch.setattr(ptxas, "ROOT", tmp_path)
+    monkeypatch.setattr(ptxas, "installed_nvcc", lambda: said[0])
+    monkeypatch.setattr(sys, "argv", ["bench.ptxas", "--current"])
+    source = tmp_path / "csrc" / "cuda" / "adding.cu"
+    source.parent.mkdir(parents=True)
+    source.write_text("one")
+    assert ptxas.main() == 1, "there is no table"
+    ptxas.write(report(spill_bytes=8))
+    assert ptxas.main() == 1, "a table with faults is no proof"
+    ptxas.write(report())
+    assert ptxas.main() == 0
+    said[0] = "Cuda compilation tools, release 13.0, V13.0.90"
+    assert ptxas.main() == 1
+    said[0] = ""
+    assert ptxas.main() == 1, "there is no nvcc"
+    said[0] = "Cuda compilation tools, release 13.0, V13.0.88"
+    assert ptxas.main() == 0
+    source.write_text("two")
+    assert ptxas.main() == 1
+
+
 # -- a tree that is not built ------------------------------------------------------------------------------------------
 
 

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(SELECT_WARPS* WARP, 2) select_rows_kernel(Redo
   if (t < s.tokens_listed() && s.token(t, n)) select_row<SELECT_WARPS>(s, t, n);
 }
 
-// Says that this block has finished a part, whose writes are then visible to who waits for the count.
+// Says that this block has finished a part, whose writes are then visible to blocks that wait for the count.
 __device__ inline void finish(int32_t* count) {
   __threadfence();
   __syncthreads();

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS<ALIGNED, T>)
     if (c + i < D) out[c + i] = sum[i];
 }
 
-// Finish: what becomes of a sum, `finish(i, is_owner, c, sum)`; every thread comes to it.
+// Finish: what is done with a sum, `finish(i, is_owner, c, sum)`; every thread calls it.
 template <bool ALIGNED, class T, class Entries, class Finish>
 __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS<ALIGNED, T>)
     sum_rows(Entries entries, Pieces pieces, const T* matrix, const float* sums, int64_t D, Finish finish) {

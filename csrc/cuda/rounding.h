@@ -2,7 +2,7 @@
 //
 //   key = mix(mix(mix(seed) + step) + stream);  bf16 = high half of (bits of t + low half of mix(key ^ index))
 //
-// The random bits hang on (seed, step, stream, place in the tensor) alone, so no order of threads can change them.
+// The random bits depend on (seed, step, stream, place in the tensor) alone, so no order of threads can change them.
 #pragma once
 #include "device.h"
 

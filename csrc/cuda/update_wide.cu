@@ -1,6 +1,6 @@
 // Gradient and Adam step of latents whose rows do not fit in registers and shared memory, or do not begin at whole 16 bytes.
 //
-// The formulas, who has which latents, and what becomes of pieces are those of update_rows.cu. A block walks over the
+// The formulas, the blocks' latents and the use of pieces are those of update_rows.cu. A block walks over the
 // columns of one latent, a tile of THREADS · COLUMNS at a time, neighbouring threads having neighbouring columns:
 //   1. dots: dact_e = ⟨grad_n, W_dec_i⟩ of every entry, into a workspace, and their sum db_enc_i
 //   2. dW_dec_i, tile by tile, into a row of scratch; its norm and its part along W_dec_i

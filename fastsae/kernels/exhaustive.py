@@ -131,7 +131,7 @@ def _select_kernel(
 
 @triton.jit
 def finish(counter_ptr):
-    """Says that this program has finished a part, whose writes are then visible to who waits for the count."""
+    """Says that this program has finished a part, whose writes are then visible to programs that wait for the count."""
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="acq_rel")
 
