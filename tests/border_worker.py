@@ -54,10 +54,8 @@ def _both_defaults() -> None:
 SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "as it is": contextlib.nullcontext,
     "bfloat16": _dtype(torch.bfloat16),
-    "float16": _dtype(torch.float16),
     "float64 on meta": lambda: _done(_both_defaults),
     "two threads": lambda: _done(torch.set_num_threads, 2),
-    "three threads": lambda: _done(torch.set_num_threads, 3),
     "deterministic": lambda: _done(torch.use_deterministic_algorithms, True),
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,

@@ -53,7 +53,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _left_out(item: pytest.Item) -> bool:
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    if given.get("backend") not in ("cuda", "triton") or str(given.get("case", given.get("name", "odd"))) in IN_FULL:
+    case = given.get("case", given.get("name"))
+    if given.get("backend") not in ("cuda", "triton"):
+        return False
+    if (mark := item.get_closest_marker("few_cases")) and str(case) not in (mark.args or QUICK):
+        return True
+    if case is None or str(case) in IN_FULL:
         return False
     return any(given.get(name, usual) != usual for name, usual in OTHER.items())
 

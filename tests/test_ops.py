@@ -9,12 +9,23 @@ from torch import Tensor
 from fastsae import SparseCodes, ops, reference
 from tests import truth
 from tests.cases import BY_NAME, CASES, DTYPES, FINITE, Case
+from tests.conftest import QUICK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize(("backend", "dtype"), truth.backend_dtypes(*DTYPES))
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_finite_case = pytest.mark.parametrize("case", FINITE, ids=str)
 both_layouts = pytest.mark.parametrize("make", [truth.fixed_codes, truth.ragged_codes], ids=["fixed", "ragged"])
+layouts_in_few_cases = pytest.mark.parametrize(
+    "make",
+    [truth.fixed_codes, pytest.param(truth.ragged_codes, marks=pytest.mark.few_cases)],
+    ids=["fixed", "ragged"],
+)
+# What gathers rows does not look at scores, so cases that differ in these alone are one for it.
+few_scores = pytest.mark.few_cases(
+    *("random", "no-tokens", "one-token", "odd", "one-wide", "k-1", "k-all", "one-latent", "repeated-tokens"),
+    *("hot-latent", "duplicates", "strided", "nan"),
+)
 # More of them than a GPU's shortest list holds, and few enough for the interpreter of Triton's kernels.
 FEW_TIES = Case("few-ties", 6, 8, 900, 16, BY_NAME["ties"].make, exact=True)
 
@@ -37,6 +48,7 @@ def test_encode_topk(case: Case, precision: str, backend: str, dtype: torch.dtyp
     assert 0 <= int(codes.redone) <= case.N
 
 
+@pytest.mark.few_cases("odd", "ties")
 @every_backend
 @pytest.mark.parametrize("name", ["random", "odd", "ties", "norms", "hot-latent"])
 def test_encode_topk_with_a_prepared_screen_finds_the_same(name: str, backend: str, dtype: torch.dtype) -> None:
@@ -49,6 +61,7 @@ def test_encode_topk_with_a_prepared_screen_finds_the_same(name: str, backend: s
     assert torch.equal(with_screen.indices, without.indices)
 
 
+@pytest.mark.few_cases
 @every_backend
 @every_finite_case
 def test_encode_topk_on_rows(case: Case, backend: str, dtype: torch.dtype) -> None:
@@ -69,6 +82,7 @@ def test_encode_topk_on_no_rows_is_empty(backend: str, dtype: torch.dtype) -> No
     assert int(codes.nnz) == 0
 
 
+@pytest.mark.few_cases
 @every_backend
 @pytest.mark.parametrize("name", ["random", "odd", "hot-latent"])
 def test_encode_topk_with_many_rows(name: str, backend: str, dtype: torch.dtype) -> None:
@@ -82,6 +96,7 @@ def test_encode_topk_with_many_rows(name: str, backend: str, dtype: torch.dtype)
     truth.assert_top_k(codes, pre, magnitude, case.D // 2, case.exact)
 
 
+@pytest.mark.few_cases
 @every_backend
 @every_finite_case
 def test_encode_topk_gated_by_scale(case: Case, backend: str, dtype: torch.dtype) -> None:
@@ -166,6 +181,7 @@ def test_encode_above_overflows_in_token_order(case: Case, backend: str, dtype: 
         assert torch.equal(codes.indices.long(), latents[:capacity])
 
 
+@pytest.mark.few_cases(*QUICK, "random", "ties", "hot-latent", "norms", "k-all")  # else as encode_above
 @every_backend
 @every_finite_case
 def test_encode_batch_topk(case: Case, backend: str, dtype: torch.dtype) -> None:
@@ -251,6 +267,7 @@ def test_a_token_that_is_no_number_has_acts_that_are_none(name: str, backend: st
 # -- decode, active_dot, active_outer, by_latent ----------------------------------------------------------------------
 
 
+@few_scores
 @every_backend
 @every_finite_case
 @both_layouts
@@ -262,6 +279,7 @@ def test_decode(case: Case, make, backend: str, dtype: torch.dtype) -> None:
     truth.assert_within(got, reference.decode(A, W64), reference.decode(A.abs(), W64.abs()), "the reconstruction")
 
 
+@few_scores
 @every_backend
 @every_finite_case
 @both_layouts
@@ -284,6 +302,7 @@ def test_decode_error(case: Case, make, backend: str, dtype: torch.dtype, biased
     assert bool(((squares - expected.square().sum(-1)).abs() <= allowed).all()), "the sums of squares"
 
 
+@few_scores
 @every_backend
 @every_finite_case
 @both_layouts
@@ -300,9 +319,10 @@ def test_active_dot(case: Case, make, backend: str, dtype: torch.dtype) -> None:
     truth.assert_within(got[slots], dense[tokens, latents], magnitude[tokens, latents], "the dot products")
 
 
+@few_scores
 @every_backend
 @every_finite_case
-@both_layouts
+@layouts_in_few_cases
 @pytest.mark.parametrize("regrouped", [False, True])
 def test_active_outer(case: Case, make, backend: str, dtype: torch.dtype, regrouped: bool) -> None:
     codes, x, _ = make(case, dtype)
