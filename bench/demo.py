@@ -115,7 +115,9 @@ def harvest(settings: Settings) -> None:
 
 def train(settings: Settings) -> TrainResult:
     source = settings.source()
-    notes = {"data": {"path": str(settings.activations), "seed": settings.seed}, "made_by": "make demo"}
+    # With the harvest's settings the report names the hook, and the tokens that a latent promotes.
+    data = {"path": str(settings.activations), "seed": settings.seed, "harvest": source.manifest.settings}
+    notes = {"data": data, "made_by": "make demo"}
     trainer = Trainer(settings.sae(source.d_in), source, settings.train_config(), settings.run_dir, notes=notes)
     result = trainer.run()
     print(f"      {result.step} steps, {result.tokens:,} tokens; checkpoint {shown(result.checkpoint)}")
