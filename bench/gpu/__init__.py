@@ -5,5 +5,5 @@ plan.py      what is run      child.py   one job's process        store.py  resu
 machine.py   builds what is missing, says what this machine is, and measures what its tensor cores lose
 checks.py    tests, graphs and compute-sanitizer      ceilings.py  the device's best rates      cost.py  least costs
 steps.py     whole training steps, ours and others    op_times.py  single ops      profiles.py  a step's kernels
-clock.py     time on a device     layouts.py  codes of every layout     report.py  results.csv and summary.md
+clock.py     time on a device     layouts.py  codes of every layout     report.py  summary.md
 """

@@ -231,7 +231,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _spoiled(draw: Draw, state: Any, said: list[str]) -> None:
-    """One place of a state: gone, of another type, shape or dtype, or with company."""
+    """One place of a state: gone, of another type, shape or dtype, or with one more beside it."""
     holder, key = draw.of(_places(state))
     value = holder[key]
     if draw.chance(0.2):

@@ -1,5 +1,5 @@
-"""Cases in a process of their own: `work` goes through many and says each before it begins, `hunt` starts and watches
-the process that works. So a crash names its case, and another process goes on after it.
+"""Cases in a process of their own: `work` runs many and names each one before it begins; `hunt` starts and watches that
+process. So a crash has the name of its case, and another process continues after it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ An object is given to `fastsae.accelerate` when its class's `__init__` is done, 
 fixture, a loader or a trainer. So `type(x)` is the swapped class, and all names are the library's. Without --peer-swap
 fastsae is not imported.
 
-The lines are JSON: the test, what came of it, why, the objects accelerated and the calls of fastsae's ops meanwhile.
+The lines are JSON: the test, its outcome, why, the objects accelerated and the calls of fastsae's ops meanwhile.
 """
 
 from __future__ import annotations

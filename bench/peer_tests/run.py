@@ -1,4 +1,4 @@
-"""Runs test files of a library in processes of their own, and compares what came of each test both ways."""
+"""Runs test files of a library in processes of their own, and compares each test's two outcomes."""
 
 from __future__ import annotations
 

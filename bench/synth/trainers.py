@@ -1,4 +1,4 @@
-"""Both trainers behind one face: a step on a batch, a state that can be saved, and the SAE as the metrics want it.
+"""Both trainers behind one interface: a step on a batch, a state that can be saved, and the SAE as the metrics take it.
 
 Both start from the weights that SAELens draws, at its learning rate, without decay. What differs is each one's own:
 
