@@ -71,6 +71,17 @@ def test_there_are_blocks_to_run() -> None:
     assert len(README.splitlines()) < 150
 
 
+def test_troubleshooting_quotes_what_is_said() -> None:
+    """Every message in its first column, between its dots, is in the code or the Makefile."""
+    said = " ".join(path.read_text() for path in [ROOT / "Makefile", *(ROOT / "fastsae").rglob("*.py")])
+    rows = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [quote for row in rows for quote in re.findall("`([^`]+)`", row) if quote != "CUBLAS_WORKSPACE_CONFIG"]
+    assert len(quoted) > 8
+    for quote in quoted:
+        for part in filter(None, map(str.strip, quote.split("..."))):
+            assert part in said, f"no message says {part!r}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
