@@ -170,7 +170,7 @@ def open_text(
     calibrate(stream, record)
     if stream.d_in != d_in:
         raise ValueError(
-            f"the activations at {stream.hooked.name} have {stream.d_in} numbers, the autoencoder expects d_in = {d_in}"
+            f"the activations at {stream.name} have {stream.d_in} numbers, the autoencoder expects d_in = {d_in}"
             f"; name the model and hook of {name} with --model and --hook"
         )
     site: Site = config.one_hook if target is None else (config.one_hook, target)
@@ -203,7 +203,7 @@ def measure_in_model(options: Eval, run: OpenedRun) -> InModel:
     for site, (opened, its) in members.items():
         opened.sae.backend = options.backend
         rows, targets = text.rows(site, its)
-        check_widths(opened, its.hooked.name, rows, targets)
+        check_widths(opened, its.name, rows, targets)
         result = evaluate(opened.sae, rows, targets=targets, batch_size=options.batch_size)
         means[site] = (rows if targets is None else targets).double().mean(0)
         others = language_of_run(opened.config)

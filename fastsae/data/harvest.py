@@ -127,12 +127,12 @@ def _describe_or_compare(writer: ShardWriter, language_model: LanguageModel, str
         check_settings(writer.folder, {"model": described}, {"model": writer.manifest.provenance["model"]})
     else:
         version = importlib.metadata.version("torch")
-        writer.manifest.provenance = {"model": described, "layer": stream.hooked.names[0], "torch": version}
+        writer.manifest.provenance = {"model": described, "layer": stream.names[0], "torch": version}
 
 
 def _others(stream: ActivationStream) -> list[HookFiles]:
     """The hooks after the first, without files yet."""
-    places = zip(stream.hooked.hooks, stream.hooked.names, stream.widths, strict=True)
+    places = zip(stream.config.hooks, stream.names, stream.widths, strict=True)
     return [HookFiles(hook, name, width) for hook, name, width in places][1:]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsae.data.filters import Rows
 from fastsae.data.hooks import Hooks, hooks_of
 from fastsae.data.models import LanguageModel
+from fastsae.data.passes import Passes
 from fastsae.data.source import check_state, pair_of, permutation
 from fastsae.data.stream import EARLIER, ActivationStream, StreamConfig, join_rows, load_for
 from fastsae.data.text import Corpus, load_text
@@ -55,7 +56,8 @@ class LiveSource:
     depends on only two blocks: a saved position is a place in the text and a few numbers, and loading it runs the model
     over those two blocks again. Bit-exact on the same machine and thread count.
 
-    model, text: spec strings (see `load_model`, `load_text`) or the objects themselves.
+    model, text: spec strings (see `load_model`, `load_text`) or the objects themselves. If model is one that others run
+    (fastsae.data.passes), they are asked for the next block's passes as soon as a block is there.
     With several hooks (config.hook), a token's activations stand side by side in a row, as a crosscoder reads them.
     target: the hook, or hooks, that a transcoder learns to predict; the same pass reads them.
     buffer_rows: rows in memory, roughly, in the model's dtype. dtype: of the returned rows; None keeps the model's.
@@ -67,7 +69,7 @@ class LiveSource:
 
     def __init__(
         self,
-        model: str | LanguageModel,
+        model: str | LanguageModel | Passes,
         text: str | Corpus,
         config: StreamConfig,
         *,
@@ -85,11 +87,10 @@ class LiveSource:
         self.corpus = load_text(text) if isinstance(text, str) else text
         if isinstance(model, str):
             model = load_for(model, self.corpus, both, dtype=model_dtype, device=device)
-        self.language_model = model
         self.config = config
         self.target = target
         self.dtype = dtype
-        self._stream = ActivationStream(self.language_model, self.corpus, both)
+        self._stream = ActivationStream(model, self.corpus, both)
         self.d_in = sum(self._stream.widths[: len(config.hooks)])
         self.d_target = self._stream.d_in - self.d_in or None
         per_batch = config.windows_per_batch * self._stream.rows_per_window
@@ -98,7 +99,8 @@ class LiveSource:
         self._worker = ThreadPoolExecutor(1, "fastsae-live") if prefetch else None
         self._held: Tensor | None = None
         self._last: list[tuple[Tensor, _Block | None, _Block | None]] = []  # of the last batch
-        self._model_digest = self.language_model.describe()["digest"]
+        self._model_digest = self._stream.passes.digest
+        self._stream.look_ahead(self._batches_per_block)
         self._reset(0)
 
     @property
@@ -137,7 +139,7 @@ class LiveSource:
 
     def origin(self) -> Callable[[Sequence[int]], list[str]]:
         """See NamesRows."""
-        last, tokenizer = self._last, self.language_model.tokenizer
+        last, tokenizer = self._last, self._stream.tokenizer
 
         def places(rows: Sequence[int]) -> list[str]:
             found = []
@@ -252,6 +254,7 @@ class LiveSource:
             if (part := self._stream.next()) is not None:
                 parts.append(part)
                 have += len(part)
+        self._stream.look_ahead(len(starts))
         joined = join_rows(parts, self._stream.d_in, self.config.window)
         rows = joined.activations
         if not len(rows):

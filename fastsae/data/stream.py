@@ -15,7 +15,8 @@ from torch import Tensor
 from fastsae.data.filters import NonFinite, RowFilter, Rows
 from fastsae.data.hooks import Hook, HookedModel, Hooks, hooks_of
 from fastsae.data.models import LanguageModel, load_model, load_tokenizer
-from fastsae.data.padding import is_text, masked, trimmed
+from fastsae.data.padding import is_text
+from fastsae.data.passes import ModelPasses, Passes, PassStream, check_window
 from fastsae.data.source import check_seed
 from fastsae.data.specials import named_ids, special_ids
 from fastsae.data.text import Corpus, Streamed
@@ -253,22 +254,30 @@ class ActivationStream:
     Deterministic: the same model, text, settings, thread count and machine give bit-identical rows.
     """
 
-    def __init__(self, language_model: LanguageModel, corpus: Corpus, config: StreamConfig, *, repeat: bool = True):
+    def __init__(self, model: LanguageModel | Passes, corpus: Corpus, config: StreamConfig, *, repeat: bool = True):
+        if isinstance(model, LanguageModel):
+            model = ModelPasses(model, config.hook, config.window)
         self.config = config
         self.corpus = corpus
-        self.tokenizer = language_model.tokenizer
-        self.hooked = HookedModel(language_model.model, config.hook)
-        _check_window(language_model, config)
+        self.passes = model
+        self.tokenizer = model.tokenizer
         self.text = SplitText(corpus, self.tokenizer, config)
         self.n_train = len(self.text.train_pieces)
-        self._windows = self.text.train(repeat)
-        self.filters = [self.text.filter(name) for name in self.hooked.names]
+        self._windows = PassStream(self.text.train(repeat), self.passes, config.windows_per_batch)
+        self.filters = [self.text.filter(name) for name in self.names]
         self._common = 0  # rows that passed all filters
         self.rows_per_window = self.text.rows_per_window
-        if note := self.hooked.note():
-            log.info("%s", note)
         self.widths = self._calibrate()
         self.d_in = sum(self.widths)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the places in the model that are read."""
+        return self.passes.names
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.names)
 
     @property
     def filter(self) -> RowFilter:
@@ -291,12 +300,16 @@ class ActivationStream:
 
     def next(self) -> Rows | None:
         """The rows of the next batch of windows, or None at the end of a stream that does not repeat."""
-        token_ids = self._windows.next(self.config.windows_per_batch)
-        if not len(token_ids):
+        found = self._windows.next()
+        if found is None:
             return None
-        rows = self._rows(self.filters, token_ids)
+        rows = self._rows(self.filters, *found)
         self._common += len(rows)
         return rows
+
+    def look_ahead(self, batches: int) -> None:
+        """So many batches will be needed next: passes for them begin now if others than this process run them."""
+        self._windows.ahead = self.passes.room(batches)
 
     def held_out(self) -> Rows:
         """The first `holdout` rows of the held-out text, through the same filters; fewer if they drop very many."""
@@ -308,7 +321,7 @@ class ActivationStream:
             if not len(token_ids):
                 log.warning("only %d of %d held-out rows pass the filter", have, self.config.holdout)
                 break
-            parts.append(self._rows(held_filters, token_ids))
+            parts.append(self._rows(held_filters, token_ids, self.passes.begin(token_ids)()))
             have += len(parts[-1])
         return join_rows(parts, self.d_in, self.config.window, self.config.holdout)
 
@@ -340,19 +353,13 @@ class ActivationStream:
             one.load_counts(kept["counts"])
         self._common = state.get("common", 0)
 
-    def _rows(self, filters: Sequence[RowFilter], token_ids: Tensor) -> Rows:
-        parts = self._activations(token_ids)
+    def _rows(self, filters: Sequence[RowFilter], token_ids: Tensor, parts: Sequence[Tensor]) -> Rows:
         return _in_common([one(part, token_ids) for one, part in zip(filters, parts, strict=True)])
-
-    def _activations(self, token_ids: Tensor) -> tuple[Tensor, ...]:
-        """(windows, width, d_in) at each hook; positions from `width` on are padding in every window."""
-        with masked(self.hooked.model, trimmed(token_ids)) as ids:
-            return self.hooked.parts(ids)
 
     def _calibrate(self) -> tuple[int, ...]:
         """Fix the median norms from the first batch of the text; returns the width of the activations at each hook."""
         token_ids = self.text.train(repeat=False).next(self.config.windows_per_batch)
-        parts = self._activations(token_ids)
+        parts = self.passes.begin(token_ids)()
         for one, part in zip(self.filters, parts, strict=True):
             one.calibrate(part, token_ids)
         return tuple(part.shape[2] for part in parts)
@@ -364,15 +371,7 @@ def check_model(language_model: LanguageModel, config: StreamConfig) -> None:
     Weights are not read: the model may be on the meta device, as in `load_model(check=)`.
     """
     HookedModel(language_model.model, config.hook)
-    _check_window(language_model, config)
-
-
-def _check_window(language_model: LanguageModel, config: StreamConfig) -> None:
-    settings: Any = getattr(language_model.model, "config", None)
-    text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
-    longest = getattr(text, "max_position_embeddings", None)
-    if longest is not None and config.window > longest:
-        raise ValueError(f"window is {config.window} tokens, but the model takes at most {longest}")
+    check_window(language_model, config.window)
 
 
 def _in_common(found: Sequence[Rows]) -> Rows:
