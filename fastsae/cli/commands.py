@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from fastsae.model.rules import TopK
 from fastsae.runs import sweep
 from fastsae.runs.checkpoint import list_checkpoints
 from fastsae.runs.evaluate import EvalResult, evaluate
+from fastsae.runs.feeders import Feeders, Line, fed, feed
 from fastsae.runs.opening import (
     EVALUATION,
     SPLICED_EVALUATION,
@@ -98,24 +100,29 @@ def run_harvest(options: Harvest) -> int:
     return 0
 
 
-def open_source(options: Train) -> tuple[ActivationSource, dict[str, Any]]:
+def open_source(options: Train, feeders: Feeders | None = None) -> tuple[ActivationSource, dict[str, Any]]:
     """The data of `fastsae train`, and its description for the run's notes."""
     if options.data == LIVE:
         for name in ("hook", "tensor", "target_tensor"):
             if getattr(options, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for stored rows; training live has --live.hook")
         target = {"target": list(options.target_hook)} if options.target_hook else {}
-        return options.live.open(options.target_hook), {LIVE: options.live.notes(), **target}
+        return options.live.open(options.target_hook, feeders), {LIVE: options.live.notes(), **target}
     return open_with_notes(options.data, selection(options), holdout=options.holdout, seed=options.data_seed)
 
 
-def open_together(options: Train, team: Team) -> tuple[ActivationSource, dict[str, Any]]:
-    """`open_source` in each of several processes; a live model runs in the first, which sends the others their rows."""
+def open_together(
+    options: Train, team: Team, feeders: Feeders | None = None
+) -> tuple[ActivationSource, dict[str, Any]]:
+    """`open_source` in each of several processes; the first has the rows of a live model and sends the others theirs.
+
+    feeders: in the first process, those that run the model, if it does not itself.
+    """
     source: ActivationSource | None = None
     notes: dict[str, Any] = {}
     with team.agreed():
         if team.writes or options.data != LIVE:
-            source, notes = open_source(options)
+            source, notes = open_source(options, feeders)
     return (FromFirst(source, team) if source is None or options.data == LIVE else source), notes
 
 
@@ -142,7 +149,12 @@ def run_train(options: Train) -> int:
         options, sae=dataclasses.replace(options.sae, device=local_device(options.sae.device))
     )
     separate = separate_hooks(options)
-    with joined(options.sae.device, options.latent_shards, options.wait) as mesh:
+    if options.feeders:
+        check_feeders(options, separate)
+    with joined(options.sae.device, options.latent_shards, options.wait, options.feeders) as mesh:
+        if options.feeders:
+            assert mesh is not None
+            return train_fed(options, mesh)
         if not separate:
             return train_one(options, mesh)
         if options.data == LIVE:
@@ -155,6 +167,36 @@ def run_train(options: Train) -> int:
     return 0
 
 
+def check_feeders(options: Train, separate: Sequence[int | str]) -> None:
+    """Raises ValueError for options that leave feeders nothing to do."""
+    if options.feeders < 0:
+        raise ValueError(f"--feeders is {options.feeders}, expected a number of processes")
+    if options.data != LIVE:
+        raise ValueError(
+            f"--feeders {options.feeders} is for DATA live; stored activations are read by each process for itself"
+        )
+    if separate:
+        raise _several_live(separate)
+    if options.live.prefetch:
+        raise ValueError("--live.prefetch is for a model in the first process; feeders are ahead anyway")
+    options.live.check()
+
+
+def train_fed(options: Train, mesh: DeviceMesh) -> int:
+    """One autoencoder, on the processes of the mesh; the others run its language model."""
+    line = Line(mesh, timedelta(seconds=options.wait))
+    if line.feeds:
+        live = dataclasses.replace(options.live, model_device=local_device(options.live.model_device))
+        feed(line, lambda: live.load(options.target_hook))
+        return 0
+    with fed(line, Team(mesh)) as feeders:
+        return train_one(options, mesh, feeders)
+
+
+def _several_live(hooks: Sequence[int | str]) -> ValueError:
+    return ValueError(f"several processes train one SAE, and there are {len(hooks)} live hooks; name one --live.hook")
+
+
 def speaks(mesh: DeviceMesh | None) -> bool:
     """Whether this process prints the command's results: of several, only the first does."""
     return mesh is None or mesh.get_rank() == 0
@@ -163,9 +205,7 @@ def speaks(mesh: DeviceMesh | None) -> bool:
 def train_live(options: Train, hooks: Sequence[int | str], mesh: DeviceMesh | None) -> int:
     """An autoencoder of each hook of one live stream, trained in step."""
     if mesh is not None:
-        raise ValueError(
-            f"several processes train one SAE, and there are {len(hooks)} live hooks; name one --live.hook"
-        )
+        raise _several_live(hooks)
     if options.target_hook:
         raise ValueError(f"--target-hook with {len(hooks)} live hooks: train transcoders one by one, or on stored rows")
     source, notes = open_source(options)
@@ -213,12 +253,18 @@ def folder_of(hook: int | str) -> str:
     return str(hook).replace(":", "-").replace("/", "-")
 
 
-def train_one(options: Train, mesh: DeviceMesh | None) -> int:
+def train_one(options: Train, mesh: DeviceMesh | None, feeders: Feeders | None = None) -> int:
     """One autoencoder of `fastsae train`."""
     if speaks(mesh):
         say_if_new(options, options.run_dir)
-    source, notes = open_source(options) if mesh is None else open_together(options, Team(mesh))
-    check_held_out(options, source)
+    if mesh is None:
+        source, notes = open_source(options)
+        check_held_out(options, source)
+    else:
+        team = Team(mesh)
+        source, notes = open_together(options, team, feeders)
+        with team.agreed():
+            check_held_out(options, source)
     sae = options.sae.build(source.d_in, target_width(source))
     trainer = Trainer(
         sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()},

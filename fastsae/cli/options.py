@@ -13,13 +13,15 @@ import tyro
 from fastsae.cli.rules import DEFAULT, RuleOptions, rule_options, settings_of
 from fastsae.data.documents import FIELD, TOKEN_TYPE, TokenType
 from fastsae.data.live import LiveSource
-from fastsae.data.models import fast_dtype
-from fastsae.data.stream import StreamConfig
+from fastsae.data.models import fast_dtype, load_model, load_tokenizer
+from fastsae.data.passes import ModelPasses
+from fastsae.data.stream import SplitText, StreamConfig, check_model
 from fastsae.data.text import load_text
 from fastsae.interop.registry import FORMATS, WRITTEN
 from fastsae.model.rules import variants
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.runs.config import TrainConfig
+from fastsae.runs.feeders import Feeders
 from fastsae.runs.opening import Selection
 from fastsae.runs.sweep import transcoder_settings
 
@@ -206,17 +208,42 @@ class LiveOptions:
     def chosen_dtype(self) -> str:
         return self.model_dtype or str(fast_dtype(self.model_device)).removeprefix("torch.")
 
-    def open(self, target: tuple[Hook, ...] = ()) -> LiveSource:
-        """Loads the model and starts the stream. Raises ValueError for anything missing or not found."""
-        config = self.config
-        for name, value in (("model", self.model), ("text", self.text), ("hook", config.hook)):
+    def check(self) -> None:
+        """Raises ValueError for anything missing."""
+        for name, value in (("model", self.model), ("text", self.text), ("hook", self.config.hook)):
             if value == "":
                 raise ValueError(f"training live needs --live.{name}")
+
+    def all_hooks(self, target: tuple[Hook, ...]) -> StreamConfig:
+        """`config` with the hooks of the targets after its own."""
+        return dataclasses.replace(self.config, hook=(*self.config.hooks, *target))
+
+    def open(self, target: tuple[Hook, ...] = (), feeders: Feeders | None = None) -> LiveSource:
+        """Loads the model, unless feeders run it, and starts the stream.
+
+        Raises ValueError for anything missing or not found, and what the feeders raise.
+        """
+        self.check()
         corpus = load_text(self.text, field=self.text_field, token_type=self.token_type)
+        model: str | Feeders = self.model
+        if feeders is not None:
+            tokenizer = load_tokenizer(self.model)
+            SplitText(corpus, tokenizer, self.all_hooks(target))  # what is wrong with the text is said at once
+            model = feeders.ready(tokenizer)
         return LiveSource(
-            self.model, corpus, config, target=target or None, buffer_rows=self.buffer_rows, prefetch=self.prefetch,
+            model, corpus, self.config, target=target or None, buffer_rows=self.buffer_rows, prefetch=self.prefetch,
             model_dtype=torch_dtype(self.chosen_dtype()), device=str(checked_device(self.model_device)),
         )  # fmt: skip
+
+    def load(self, target: tuple[Hook, ...] = ()) -> ModelPasses:
+        """The model alone, as a feeder runs it. Raises ValueError as `open`."""
+        self.check()
+        config = self.all_hooks(target)
+        model = load_model(
+            self.model, dtype=torch_dtype(self.chosen_dtype()), device=str(checked_device(self.model_device)),
+            check=lambda found: check_model(found, config),
+        )  # fmt: skip
+        return ModelPasses(model, config.hook, config.window)
 
     @classmethod
     def from_notes(cls, notes: dict[str, Any]) -> LiveOptions:
@@ -296,6 +323,9 @@ class Train(Common):
     """Seed of the order of the rows."""
     latent_shards: int = 1
     """Under torchrun: how many processes share the dictionary. The batch is shared by processes / latent_shards."""
+    feeders: int = 0
+    """Under torchrun, for DATA live: how many of the processes, the last ones, only run the language model, ahead of
+    the others, which only train. 0: the first process runs it and trains."""
     wait: float = 1800.0
     """Under torchrun: seconds that processes wait for one that does not answer. Then the run ends and names it. More
     than an evaluation takes, which the first process makes alone."""

@@ -25,13 +25,19 @@ def started_by_torchrun() -> bool:
 
 
 @contextmanager
-def joined(device: str, latent_shards: int, wait: float = 1800.0) -> Iterator[DeviceMesh | None]:
+def joined(device: str, latent_shards: int, wait: float = 1800.0, feeders: int = 0) -> Iterator[DeviceMesh | None]:
     """Joins the processes that torchrun started into a mesh; None for a single process.
 
-    Raises ValueError if `latent_shards` does not divide their number; ProcessError, which names it, if one of them
-    ends too early or keeps the others waiting for more than `wait` seconds.
+    feeders: how many of the processes, the last ones, are not in the mesh.
+    Raises ValueError if `latent_shards` does not divide the number of the others; ProcessError, which names it, if one
+    of the processes ends too early or keeps the others waiting for more than `wait` seconds.
     """
     if not started_by_torchrun():
+        if feeders:
+            raise ValueError(
+                f"--feeders {feeders} gives processes to the language model alone, and this is one process; start "
+                f"several: torchrun --nproc-per-node {feeders + 1} -m fastsae train live ..."
+            )
         if latent_shards != 1:
             raise ValueError(
                 f"--latent-shards {latent_shards} shares the dictionary between processes, and this is one process; "
@@ -43,28 +49,33 @@ def joined(device: str, latent_shards: int, wait: float = 1800.0) -> Iterator[De
     if kind == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://"))
+    trained = size - feeders
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
     )
     try:
-        yield mesh(latents=latent_shards, device_type=kind, timeout=timeout)
+        if trained < 1:
+            raise ValueError(f"--feeders {feeders} leaves none of {size} processes to train; give less")
+        yield mesh(latents=latent_shards, device_type=kind, processes=trained, timeout=timeout)
     except RuntimeError as error:
-        if not _lost(error):
+        if isinstance(error, ProcessError) or not _lost(error):
             raise
         what = str(error).splitlines()[0].split(". This is")[0]
         raise ProcessError(
-            f"{_silent(store, rank, size)} of this run ended or does not answer ({what}). The checkpoints are whole, "
-            "and the same command with --resume goes on"
+            f"{_silent(store, rank, trained)} of this run ended or does not answer ({what}). The checkpoints are "
+            "whole, and the same command with --resume goes on"
         ) from error
     finally:
         dist.destroy_process_group()
 
 
 def _silent(store: dist.Store, rank: int, size: int) -> str:
-    """Who of the processes does not say, within some seconds, that it lost another one: that is the one they lost."""
+    """Who of the first `size` processes does not say, within some seconds, that it lost another one: that is the one
+    they lost.
+    """
     names = [f"fastsae/lost_another/{one}" for one in range(size)]
     try:
-        store.set(names[rank], "")
+        store.set(f"fastsae/lost_another/{rank}", "")
         until = time.monotonic() + ANSWER
         while True:
             silent = [one for one, name in enumerate(names) if not store.check([name])]

@@ -26,25 +26,50 @@ COUNTERS = ("tokens_since_fired", "fired")
 
 
 def mesh(
-    data: int | None = None, latents: int = 1, device_type: str = "cpu", *, timeout: timedelta | None = None
-) -> DeviceMesh:
+    data: int | None = None, latents: int = 1, device_type: str = "cpu", *, processes: int | None = None,
+    timeout: timedelta | None = None,
+) -> DeviceMesh:  # fmt: skip
     """A mesh of all processes: `data` groups that share the tokens of a batch, of `latents` shards of the dictionary.
 
     data: None takes all processes / latents. Neighbouring ranks share a batch's rows and split the dictionary.
+    processes: None takes all, a number the first so many; the others, which are not in it, have to make it too.
     timeout: how long a process waits for the others of its axes; None takes torch's, half an hour with gloo. On GPUs
     call torch.cuda.set_device first.
     Raises RuntimeError before `torch.distributed.init_process_group`; ValueError if the axes do not fit the processes.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("no processes are joined: call torch.distributed.init_process_group first, or use torchrun")
-    world = dist.get_world_size()
+    world = dist.get_world_size() if processes is None else processes
     if latents < 1 or world % latents or (data is not None and data * latents != world):
         asked = f"data = {'any' if data is None else data} x latents = {latents}"
         raise ValueError(f"a mesh of {asked} does not fit {world} processes; their product must be {world}")
     grid = torch.arange(world, dtype=torch.int64, device="cpu").view(world // latents, latents)
     # Not init_device_mesh, whose groups have torch's default time-out whatever that of the processes is.
     groups = [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0] for ranks in (grid.mT, grid)]
+    if world < dist.get_world_size():
+        _groups[tuple(range(world))] = dist.new_group(list(range(world)), timeout=timeout)
+    # A process that is not in the mesh is in no group of it either, and asks for none.
+    groups = [dist.group.WORLD if group is None else group for group in groups]
     return DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=AXES)
+
+
+_groups: dict[tuple[int, ...], Any] = {}
+"""Of the processes of meshes that do not have all processes, by their ranks."""
+
+
+def group_of(mesh: DeviceMesh) -> Any:
+    """The process group of all processes of a mesh; None for all that there are.
+
+    Raises ValueError for a mesh of some processes that `mesh(processes=)` has not made.
+    """
+    if mesh.size() == dist.get_world_size():
+        return None
+    ranks = tuple(mesh.mesh.flatten().tolist())
+    if ranks not in _groups:
+        raise ValueError(
+            f"a mesh of the processes {list(ranks)} of {dist.get_world_size()}; make it with mesh(processes=)"
+        )
+    return _groups[ranks]
 
 
 def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:

@@ -24,6 +24,7 @@ from fastsae.data.source import (
     target_width,
 )
 from fastsae.model.axis import bounds
+from fastsae.parallel.shards import group_of
 
 
 class ProcessError(RuntimeError):
@@ -35,7 +36,9 @@ class Team:
 
     def __init__(self, mesh: DeviceMesh):
         self.mesh = mesh
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.size = mesh.size()
+        self.group = group_of(mesh)
+        self.rank = dist.get_rank(self.group)
         self.shares = mesh["data"].size() if "data" in (mesh.mesh_dim_names or ()) else 1
         self.share = mesh["data"].get_local_rank() if self.shares > 1 else 0
 
@@ -50,13 +53,13 @@ class Team:
     def from_first(self, value: Any) -> Any:
         """The first process's value, in all of them."""
         given = [value]
-        dist.broadcast_object_list(given, src=0)
+        dist.broadcast_object_list(given, group=self.group, group_src=0)
         return given[0]
 
     def every(self, value: Any) -> list[Any]:
         """Every process's value, by rank."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     @contextmanager
@@ -98,7 +101,7 @@ class Team:
     def most(self, value: int) -> int:
         """The largest of the processes' values."""
         largest = torch.tensor([value], dtype=torch.int64, device=self.mesh.device_type)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
         return int(largest)
 
 
@@ -111,7 +114,10 @@ class FromFirst:
 
     def __init__(self, source: ActivationSource | None, team: Team):
         self.source, self.team = source, team
-        facts = None if source is None else (source.d_in, source.n_tokens, target_width(source))
+        facts = None
+        with team.agreed():
+            if source is not None:
+                facts = source.d_in, source.n_tokens, target_width(source)
         self.d_in, self.n_tokens, self.d_target = team.from_first(facts)
         self._shares = team.every(team.share)
 
@@ -135,10 +141,14 @@ class FromFirst:
             share = shares[self.team.rank]
             width = self.d_in + (self.d_target or 0)
             mine = torch.empty(ends[share + 1] - ends[share], width, dtype=dtype, device=device)
-            dist.recv(mine.view(torch.uint8), src=0)
+            dist.recv(mine.view(torch.uint8), group=self.team.group, group_src=0)
             return mine
         parts = [rows[ends[share] : ends[share + 1]].contiguous().to(device) for share in shares]
-        sent = [dist.isend(part.view(torch.uint8), dst=rank) for rank, part in enumerate(parts) if rank]
+        sent = [
+            dist.isend(part.view(torch.uint8), group=self.team.group, group_dst=rank)
+            for rank, part in enumerate(parts)
+            if rank
+        ]
         for one in sent:
             if one is not None:
                 one.wait()
