@@ -96,4 +96,5 @@ def local_device(device: str) -> str:
 
 def _lost(error: RuntimeError) -> bool:
     """Whether an error says that a connection to another process broke, as gloo and NCCL report it."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    said = str(error).lower()
+    return isinstance(error, dist.DistError) or any(words in said for words in ("gloo", "pair closure", "timed out"))
