@@ -115,18 +115,21 @@ def no_rows(grid: Any) -> dict[str, Tensor]:
 
 
 def ahead(grid: Any) -> dict[str, Tensor]:
-    """An encoder's input is on its way before the pass ends, once for the two terms of a pass with AuxK."""
+    """The inputs of both encoder passes, AuxK's too, are on their way before the step where exchanges overlap."""
     sae = sae_of(grid, M=400, aux_k=3, dead_after=1)
     step = fastsae.FusedTrainStep(sae, lr=1e-2)
-    step(batch(0, grid))
-    if sae.placement is not None:
-        axis, again = sae.placement.tokens, []
-        gather = axis.gather
-        axis.gather = lambda t: (again.append(t.shape[1:] == (D,)), gather(t))[1]
-        step(batch(1, grid))
-        # The gradients of the reconstruction and of AuxK's, and none of the inputs.
-        assert sum(again) == (2 if axis.size > 1 else 0), again
-    return {}
+    for i, overlaps in enumerate((False, True)):
+        if sae.placement is None:
+            step(batch(i, grid))
+            continue
+        axis, later = sae.placement.tokens, []
+        axis.overlaps, gather = overlaps and axis.size > 1, axis.gather
+        axis.gather = lambda t, later=later, gather=gather: (later.append(t.shape[1:] == (D,)), gather(t))[1]
+        step(batch(i, grid))
+        axis.gather = gather
+        # In the step: the gradients of the reconstruction and of AuxK's, and both inputs unless they went ahead.
+        assert sum(later) == (0 if axis.size == 1 else 2 if overlaps else 4), later
+    return state_of(gathered(sae))
 
 
 NUMBERS: dict[str, Callable[[Any], dict[str, Tensor]]] = {

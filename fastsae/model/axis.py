@@ -18,6 +18,8 @@ class Axis:
     """The processes that differ from this one along one axis of a mesh; of a single process without a group.
 
     received: bytes that other processes of the axis have sent to this one so far.
+    overlaps: whether an exchange may go on while the process computes. With gloo a step takes longer so: its threads
+    need the cores that compute.
     """
 
     def __init__(self, group: Any = None):
@@ -25,6 +27,7 @@ class Axis:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.received = 0
+        self.overlaps = self.size > 1 and dist.get_backend(group) != "gloo"
 
     def sum(self, t: Tensor) -> Tensor:
         """Σ t over the processes, in the order of their ranks; t has the same shape in all of them."""

@@ -9,7 +9,6 @@ batch. What an update needs of the others' tokens, the optimizer gathers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -195,12 +194,12 @@ class Placement:
 
     def send_ahead(self, x: Tensor) -> Callable[[], Tensor] | None:
         """Begins to send an encoder's input x (n, D) of the running batch, which an update will need of all processes,
-        while this one encodes. Returns what waits for the rows of all; None where nothing is sent.
+        while this one encodes. Returns what waits for the rows of all; None where exchanges do not overlap.
         """
-        if self.tokens.size == 1 or len(x) != self._counts[self.tokens.rank]:
+        if not self.tokens.overlaps or len(x) != self._counts[self.tokens.rank]:
             return None
         finish = self.tokens.begin_gather(x, self._counts)
-        return functools.cache(lambda: torch.cat(finish()))
+        return lambda: torch.cat(finish())
 
     def rows_of_all(self, x: Tensor) -> Tensor:
         """An encoder's input x (n, D) of all processes, in the order of their ranks."""
