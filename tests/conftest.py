@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -89,6 +90,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = kept
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_graphs() -> None:
+    """Each file of tests begins with what torch.compile begins with: it compiles a function eight times, and a test
+    that comes after those of another file would get the ordinary function without a word.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
