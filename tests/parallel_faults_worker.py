@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -132,6 +133,19 @@ def ahead(grid: Any) -> dict[str, Tensor]:
     return state_of(gathered(sae))
 
 
+def slow(grid: Any) -> dict[str, Tensor]:
+    """One process that takes its time, now before a pass and now before a step: the others wait for it."""
+    sae = sae_of(grid, fastsae.BatchTopK(5))
+    adam = fastsae.optim.Adam(sae, lr=1e-2)
+    last = grid is not None and dist.get_rank() == dist.get_world_size() - 1
+    for i in range(4):
+        time.sleep(0.2 * last * (i % 2))
+        sae(batch(i, grid)).loss.backward()
+        time.sleep(0.2 * last * (1 - i % 2))
+        adam.step()
+    return state_of(gathered(sae))
+
+
 NUMBERS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "through encode": through_encode,
     "hooked": hooked,
@@ -141,6 +155,7 @@ NUMBERS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "scaler": scaler,
     "no rows": no_rows,
     "ahead": ahead,
+    "slow": slow,
 }
 
 

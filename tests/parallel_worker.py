@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,8 @@ from fastsae.parallel import Sharded, gathered, gathered_state, mesh, own_state,
 from fastsae.runs.evaluate import evaluate
 from tests.family_case import RULES, D, M, family_sae, tokens
 
-STEPS, N = 4, 37  # neither M nor N divides by 3
+STEPS = int(os.environ.get("FASTSAE_TEST_STEPS", "4"))
+N = 37  # neither M nor N divides by 3
 
 MESHES = {2: [(2, 1), (1, 2)], 3: [(3, 1), (1, 3)], 4: [(2, 2)]}
 """data x latents, by the number of processes."""

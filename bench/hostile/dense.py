@@ -80,18 +80,18 @@ def forward(
     seen = before.buffers["tokens_since_fired"]
     dead = torch.where((out.A != 0).any(0), 0, seen + n) >= sae.dead_after
     error = (out.recon - goal).detach()
-    unit: Any = max(n, 1) if sae.loss == "mse" else (goal - goal.mean(0)).square().sum()
+    denominator: Any = max(n, 1) if sae.loss == "mse" else (goal - goal.mean(0)).square().sum()
     inputs = normal - p["b_dec"] if sae.pre_bias else normal
     W_enc, W_dec = p.get("W_enc", p["W_dec"]), p["W_dec"]
     if sae.aux_k is not None:
         A = reference.keep_top_k(torch.where(dead, inputs @ W_enc.mT + p["b_enc"], 0), sae.aux_k)
         share = (dead.sum().double() / sae.aux_k).clamp(max=1.0)
-        found["aux"] = share * (A @ W_dec + error).square().sum() / unit
+        found["aux"] = share * (A @ W_dec + error).square().sum() / denominator
         return found | {"loss": found["loss"] + sae.aux_coef * found["aux"]}
     assert sae.ghost is not None
     rows = (W_enc[dead], p["b_enc"][dead], W_dec[dead])
     some = bool(dead.any())
-    found["ghost"] = losses.ghost(sae.ghost, inputs, -error, rows, unit) if some else x.new_zeros(())
+    found["ghost"] = losses.ghost(sae.ghost, inputs, -error, rows, denominator) if some else x.new_zeros(())
     return found | {"loss": found["loss"] + sae.ghost_coef * found["ghost"]}
 
 

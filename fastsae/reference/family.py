@@ -61,14 +61,14 @@ def forward(
     layers: int = 1,
     penalty_scale: Tensor | float = 1.0,
     training: bool = True,
-    unit: Tensor | int | None = None,
+    loss_denominator: Tensor | int | None = None,
 ) -> Forward:
     """recon = A W_dec + b_dec (+ x W_skipᵀ),  A = rule((x - b_dec if pre_bias else x) W_encᵀ + b_enc), and the loss
 
-    Σ_parts w·Σ‖recon_part - target‖²/unit + scale·weight·penalty + the gate's Σ‖·‖²/unit. The first sum is "nested"
-    where there are several parts; "mse" or "fvu" is the error of the last one, which has all of them.
-    params: W_enc (left out: tied), W_dec, b_enc, b_dec, W_skip (left out: no skip connection). unit: None is N ("mse")
-    or the batch's total variance ("fvu").
+    Σ_parts w·Σ‖recon_part - target‖²/loss_denominator + scale·weight·penalty + the gate's Σ‖·‖²/loss_denominator. The
+    first sum is "nested" where there are several parts; "mse" or "fvu" is the error of the last one, which has all of
+    them. params: W_enc (left out: tied), W_dec, b_enc, b_dec, W_skip (left out: no skip connection). loss_denominator:
+    None is N ("mse") or the batch's total variance ("fvu").
     """
     target = x if target is None else target
     W_dec, b_dec, b_enc = params["W_dec"], params["b_dec"].unsqueeze(-2), params["b_enc"]
@@ -78,10 +78,10 @@ def forward(
         rule_state["norms"] = decoder_norms(W_dec.detach(), layers)
     rows = {name: t.unsqueeze(-2) for name, t in rule.per_latent(rule_state).items()}
     A = rule.dense(pre, rows, rule_state, training)
-    if unit is None and loss == "fvu":
-        unit = (target - target.mean(-2, keepdim=True)).square().sum((-2, -1))
-    elif unit is None:
-        unit = target.shape[-2] or 1
+    if loss_denominator is None and loss == "fvu":
+        loss_denominator = (target - target.mean(-2, keepdim=True)).square().sum((-2, -1))
+    elif loss_denominator is None:
+        loss_denominator = target.shape[-2] or 1
     offset = b_dec.expand(target.shape)
     if "W_skip" in params:
         offset = offset + x @ params["W_skip"].mT
@@ -90,7 +90,7 @@ def forward(
     parts = rule.dense_parts(A, rule_state)
     for part, weight in parts:
         recon = recon + part @ W_dec
-        error = (recon - target).square().sum((-2, -1)) / unit
+        error = (recon - target).square().sum((-2, -1)) / loss_denominator
         total = total + weight * error
     losses = {loss: error}
     if len(parts) > 1:
@@ -103,7 +103,7 @@ def forward(
     gate = rule.gate(pre)
     if gate is not None:
         frozen = gate @ W_dec.detach() + offset.detach()
-        losses["gate"] = (frozen - target).square().sum((-2, -1)) / unit
+        losses["gate"] = (frozen - target).square().sum((-2, -1)) / loss_denominator
         total = total + losses["gate"]
     return Forward(A, recon, losses | {"loss": total})
 

@@ -198,7 +198,7 @@ class SAEBatch(RecordsSettings):
             rule: Any = self.activation  # a frozen dataclass, where the protocol has a plain attribute
             out = reference.forward(
                 weights, x, rule, rule_state, target=goal, pre_bias=self.pre_bias, loss=self.loss,
-                penalty_scale=self.penalty_scale, training=self.training, unit=self._unit(goal),
+                penalty_scale=self.penalty_scale, training=self.training, loss_denominator=self._loss_denominator(goal),
             )  # fmt: skip
         if not self.training:
             return out
@@ -248,10 +248,10 @@ class SAEBatch(RecordsSettings):
         A = torch.where(self._kept(pre.detach()), pre, 0)
         recon = torch.baddbmm(b_dec, A, W_dec)
         squared = F.mse_loss(recon, goal, reduction="none").sum((-2, -1))  # its gradient is one pass over the error
-        loss = squared / self._unit(goal)
+        loss = squared / self._loss_denominator(goal)
         return Forward(A, recon, {self.loss: loss, "loss": loss})
 
-    def _unit(self, goal: Tensor) -> Tensor | int:
+    def _loss_denominator(self, goal: Tensor) -> Tensor | int:
         """The divisor of the squared error of goal (B, N, d_out)."""
         return _variance(goal) if self.loss == "fvu" else max(goal.shape[-2], 1)
 

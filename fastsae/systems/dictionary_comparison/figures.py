@@ -95,7 +95,7 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     known = [weight for weight in record["weight"] if weight is not None]
     return [
         spread(record["fvu"], ".3f"), spread(record["recovered"], ".1%"), spread(record["recovered_over_mean"], ".1%"),
-        f"{median(record['l0']):.1f}", f"{median(record['dead']):.1%}", f"{median(record['dense']):.1%}",
+        f"{median(record['l0']):.1f}", f"{median(record['dead_share']):.1%}", f"{median(record['dense']):.1%}",
         f"{median(known):.2g}" if known else "-",
     ]  # fmt: skip
 
@@ -146,7 +146,7 @@ def _sizes(records: Records) -> Table | None:
 
 
 def _short(record: Mapping[str, Any]) -> str:
-    return f"{record['fvu'][0]:.3f} / {spread(record['recovered'][:1], '.1%')} / {record['dead'][0]:.0%}"
+    return f"{record['fvu'][0]:.3f} / {spread(record['recovered'][:1], '.1%')} / {record['dead_share'][0]:.0%}"
 
 
 def _splits(records: Records) -> Table | None:
@@ -168,7 +168,9 @@ def _candidates(records: Records) -> Table | None:
     for key in CANDIDATES:
         if (record := records.get(f"try-{key}")) is not None:
             name = key.replace("_", " ") + (", taken" if key == BETTER else "")
-            lines.append([name, f"{record['chosen_by'][0]:.3f}", f"{record['l0'][0]:.1f}", f"{record['dead'][0]:.1%}"])
+            lines.append(
+                [name, f"{record['chosen_by'][0]:.3f}", f"{record['l0'][0]:.1f}", f"{record['dead_share'][0]:.1%}"]
+            )
     header = [f"candidates, L0 {MAIN_L0}, another seed", "FVU, choosing half", "L0", "dead"]
     return Table(header, lines) if lines else None
 
@@ -200,7 +202,7 @@ def draw_all(records: Records, folder: Path) -> None:
     if path := swaps(records):
         figure, axes = panels(3, columns=3, size=(2.7, 0.28 * len(path) + 0.7))
         for one, (name, title) in zip(
-            axes, (("fvu", "FVU"), ("recovered", "CE recovered"), ("dead", "dead")), strict=True
+            axes, (("fvu", "FVU"), ("recovered", "CE recovered"), ("dead_share", "dead")), strict=True
         ):
             _draw_bars(one, [_drawn(record[name]) for _, record in path.values()])
             one.set_title(title)

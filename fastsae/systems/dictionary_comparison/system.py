@@ -302,7 +302,7 @@ def run_saes(
         measured = {
             "fvu": round(result.fvu, 5),
             "l0": round(result.l0, 3),
-            "dead": round(result.dead_share, 5),
+            "dead_share": round(result.dead_share, 5),
             "dense": round(float((result.density > 0.01).double().mean()), 5),
             "recovered": rounded(loss.recovered_over_zero, 4),
             "recovered_over_mean": rounded(loss.recovered_over_mean, 4),

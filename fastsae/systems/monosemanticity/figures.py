@@ -53,7 +53,7 @@ def _weights(records: Records) -> Table | None:
                 f"λ = {weight:g}, {record['latents']:,} latents", PUBLISHED[int(weight)], _middle(record, "l0", ".1f"),
                 _middle(record, "l1", ".1f"), _middle(record, "nmse"), _middle(record, "fvu"),
                 _middle(record, "recovered_over_zero"), _middle(record, "recovered_over_mean"),
-                _middle(record, "never", ".1%"), _middle(record, "dead", ".1%"),
+                _middle(record, "never", ".1%"), _middle(record, "dead_share", ".1%"),
             ])  # fmt: skip
     return Table(header, lines) if lines else None
 
@@ -82,7 +82,7 @@ def _rules(records: Records) -> Table | None:
                 f"λ = {weight:g}: {NAMES[rule]}{' (chosen)' if rule == best else ''}", _middle(record, "l0", ".1f"),
                 _all(record, "fvu"), _middle(record, "recovered_over_zero", ".4f"),
                 _all(record, "recovered_over_mean"), _middle(record, "kl_spliced"), _middle(record, "never", ".1%"),
-                _middle(record, "dead", ".1%"),
+                _middle(record, "dead_share", ".1%"),
             ])  # fmt: skip
     return Table(header, lines) if lines else None
 

@@ -134,8 +134,8 @@ def measure(sae: SparseAutoencoder, held: Tensor, weight: float) -> dict[str, fl
     """What is measured on held-out rows (n, D), n even or not, and on the training.
 
     On the second half: l0; l1 = E Σ f_i ‖W_d,i‖; nmse = E‖x - x̂‖² / E‖x‖²; fvu; never, the share of latents that do not
-    fire; loss, the training loss at `weight`, in units of E‖x‖² = D. On the first half: chosen_by, its fvu. dead: the
-    share of latents that had not fired for half of the training.
+    fire; loss, the training loss at `weight`, in units of E‖x‖² = D. On the first half: chosen_by, its fvu. dead_share:
+    the share of latents that had not fired for half of the training.
     """
     first, second = held.tensor_split(2)
     result = evaluate(sae, second)
@@ -148,7 +148,8 @@ def measure(sae: SparseAutoencoder, held: Tensor, weight: float) -> dict[str, fl
     in_units = result.mse * sae.d_in / mean_square
     found = {
         "l0": result.l0, "l1": l1, "nmse": result.mse / mean_square, "fvu": result.fvu, "never": result.dead_share,
-        "dead": float(sae.dead.double().mean()), "loss": in_units + weight * l1, "chosen_by": evaluate(sae, first).fvu,
+        "dead_share": float(sae.dead.double().mean()), "loss": in_units + weight * l1,
+        "chosen_by": evaluate(sae, first).fvu,
     }  # fmt: skip
     return {name: round(value, 6) for name, value in found.items()}
 

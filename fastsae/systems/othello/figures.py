@@ -126,7 +126,7 @@ def _grid(records: Records) -> Table | None:
                 spread(record["selected"], ".0f"), spread(counts(record), ".0f"),
                 f"{median(shares(record, probe)):.0%}",
                 *(f"{median([one[name] for one in measures]):.{digits}f}"
-                  for name, digits in (("l0", 1), ("fvu", 3), ("dead", 2))),
+                  for name, digits in (("l0", 1), ("fvu", 3), ("dead_share", 2))),
                 *(f"{median([one[name]['held_out'] for one in boards]):.2f}"
                   for name in ("coverage", "reconstruction")),
             ])  # fmt: skip

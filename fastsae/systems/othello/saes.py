@@ -119,7 +119,7 @@ class Trained:
         return {
             "fvu": round(float(fvu), 4),
             "l0": round(float(active.sum(1).double().mean()), 2),
-            "dead": round(1 - float(active.any(0).double().mean()), 4),
+            "dead_share": round(1 - float(active.any(0).double().mean()), 4),
         }
 
 
