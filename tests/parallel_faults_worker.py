@@ -85,6 +85,14 @@ def scaled_rate(grid: Any) -> dict[str, Tensor]:
     return {name: t.double() for name, t in state_of(gathered(sae)).items()}
 
 
+def into_an_ordinary_one(grid: Any) -> dict[str, Tensor]:
+    """The state of an SAE that shares only its batch is that of an ordinary one."""
+    sae, other = sae_of(grid), sae_of(None)
+    fastsae.FusedTrainStep(sae, lr=1e-2)(batch(0, grid))
+    other.load_state_dict((sae if grid is None or grid.size(1) == 1 else gathered(sae)).state_dict())
+    return state_of(other)
+
+
 def scaler(grid: Any) -> dict[str, Tensor]:
     """A gradient that is not finite in one process: no process makes the step, and all lower their scale."""
     sae = sae_of(grid)
@@ -156,6 +164,7 @@ NUMBERS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "no rows": no_rows,
     "ahead": ahead,
     "slow": slow,
+    "into an ordinary one": into_an_ordinary_one,
 }
 
 
@@ -194,6 +203,18 @@ def other_rates(grid: Any) -> object:
     return fastsae.FusedTrainStep(sae_of(grid), lr=1e-3 * (1 + dist.get_rank()))(batch(0, grid))
 
 
+def unstarted(grid: Any) -> object:
+    return sae_of(grid, fastsae.JumpReLU(target_l0=4.0))(batch(0, grid))
+
+
+def too_large_in_one_shard(grid: Any) -> object:
+    sae = sae_of(grid, fastsae.JumpReLU(target_l0=4.0))
+    assert sae.W_enc is not None
+    with torch.no_grad():
+        sae.W_enc[0] *= 1e308 if dist.get_rank() else 1.0
+    return sae.start_(1e3 * batch(0))
+
+
 def run_of(grid: Any, rows_seed: int, **settings: Any) -> object:
     rows = torch.randn(500, D, generator=torch.Generator().manual_seed(rows_seed))
     config = TrainConfig(steps=2, batch_size=40, eval_every=0, progress=False, **settings)
@@ -229,11 +250,13 @@ REFUSED: dict[str, dict[str, Callable[[Any], object]]] = {
         "wrapped": wrapped,
         "some latents": some_latents,
         "read": read,
+        "too large in one shard": too_large_in_one_shard,
         "other settings": other_settings,
     },
     "2x1": {
         "other settings": other_settings,
         "other rates": other_rates,
+        "unstarted": unstarted,
         "a run's other data": lambda grid: run_of(grid, dist.get_rank()),
         "a run's other settings": lambda grid: run_of(grid, 0, lr=1e-3 * (1 + dist.get_rank())),
     },

@@ -228,8 +228,15 @@ def refusals(grid: Any) -> dict[str, str]:
     return said
 
 
-def saver(grid: Any, rule: str, kind: str, seed: int = 1) -> tuple[Any, fastsae.FusedTrainStep, dict[str, Sharded]]:
-    sae = fastsae.SparseAutoencoder(D, M + 1, RULES[rule], seed=seed, aux_k=3, dead_after=N)
+def one_step(sae: fastsae.SparseAutoencoder, optimizer: torch.optim.Optimizer, i: int) -> None:
+    sae(batch(i).float()).loss.backward()
+    optimizer.step()
+
+
+def saver(
+    grid: Any, rule: str, kind: str, seed: int = 1, pre_bias: bool | None = None
+) -> tuple[Any, fastsae.FusedTrainStep, dict[str, Sharded]]:
+    sae = fastsae.SparseAutoencoder(D, M + 1, RULES[rule], seed=seed, aux_k=3, dead_after=N, pre_bias=pre_bias)
     if not sae.started:
         sae.start_(tokens(N, seed=99).float())
     sae = sae if grid is None else parallelize(sae, grid)

@@ -117,33 +117,42 @@ def test_checkpoints_of_torch_go_on_with_any_number_of_processes(
 def test_a_checkpoint_of_torch_names_the_settings_that_it_was_made_for(tmp_path: Path) -> None:
     """And leaves an SAE of others as it was."""
     worker.stopped(None, str(tmp_path), "topk", "fp32")
-    for rule, kind in (("abs_topk", "fp32"), ("topk", "bf16")):
-        sae, _, state = worker.saver(None, rule, kind, seed=2)
+    for rule, kind, pre_bias in (("abs_topk", "fp32", None), ("topk", "fp32", False), ("topk", "bf16", None)):
+        sae, _, state = worker.saver(None, rule, kind, seed=2, pre_bias=pre_bias)
         before = {name: t.clone() for name, t in sae.state_dict().items()}
-        with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: train.made for \{.*topk"):
+        missing = "trained by Adam.*bf16" if kind == "bf16" else "an SAE with"
+        with pytest.raises(CheckpointException, match=f"Missing key in checkpoint state_dict: train.{missing}"):
             dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
         assert all(torch.equal(t, before[name]) for name, t in sae.state_dict().items())
 
 
-def test_a_bare_optimizer_and_torchs_in_a_checkpoint_of_torch(tmp_path: Path) -> None:
-    for kind in (fastsae.optim.AdamW, torch.optim.Adam):
-        found = []
-        for seed in (1, 2):
-            sae = worker.sae_of("topk", "plain", torch.float32)
-            optimizer = kind(sae if kind is fastsae.optim.AdamW else sae.parameters(), lr=seed * 1e-2)
-            state = {"train": fastsae.parallel.Sharded(sae, optimizer)}
-            for i in range(seed):
-                sae(worker.batch(i).float()).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            if seed == 1:
-                dcp.save(state, checkpoint_id=str(tmp_path / kind.__name__), no_dist=True)
-            else:
-                dcp.load(state, checkpoint_id=str(tmp_path / kind.__name__), no_dist=True)
-            sae(worker.batch(3).float()).loss.backward()
-            optimizer.step()
-            found.append(worker.state_of(sae))
-        assert_close([{"found": found[1]}], "found", found[0], rtol=0, atol=0)
+def test_a_checkpoint_of_torch_with_a_bare_optimizer_or_for_the_weights_alone(tmp_path: Path) -> None:
+    def made(lr: float) -> Any:
+        sae = worker.sae_of("topk", "plain", torch.float32)
+        optimizer = fastsae.optim.AdamW(sae, lr=lr)
+        return sae, optimizer, {"train": fastsae.parallel.Sharded(sae, optimizer)}
+
+    sae, optimizer, state = made(1e-2)
+    worker.one_step(sae, optimizer, 0)
+    dcp.save(state, checkpoint_id=str(tmp_path), no_dist=True)
+    again, its, state = made(2e-2)
+    dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
+    alone, _, _ = made(1e-2)
+    dcp.load({"train": fastsae.parallel.Sharded(alone)}, checkpoint_id=str(tmp_path), no_dist=True)
+    assert_close([{"found": worker.state_of(alone)}], "found", worker.state_of(sae), rtol=0, atol=0)
+    for one, its_optimizer in ((sae, optimizer), (again, its)):
+        worker.one_step(one, its_optimizer, 1)
+    assert_close([{"found": worker.state_of(again)}], "found", worker.state_of(sae), rtol=0, atol=0)
+    with pytest.raises(TypeError, match="expected a FusedTrainStep"):
+        fastsae.parallel.Sharded(sae, torch.optim.Adam(sae.parameters()))  # type: ignore[arg-type]
+
+
+def test_an_open_pre_bias_stays_open_in_a_checkpoint_of_torch(tmp_path: Path) -> None:
+    for i in range(2):
+        sae = fastsae.SparseAutoencoder(12, 40, fastsae.TopK(5), seed=i)
+        state = {"train": fastsae.parallel.Sharded(sae)}
+        (dcp.load if i else dcp.save)(state, checkpoint_id=str(tmp_path), no_dist=True)
+    assert sae.config["pre_bias"] is None
 
 
 @of_meshes(lambda shape: shape.endswith("x1"))  # shards add their reconstructions in another order

@@ -328,7 +328,7 @@ class Train(Common):
     the others, which only train. 0: the first process runs it and trains."""
     wait: float = 1800.0
     """Under torchrun: seconds that processes wait for one that does not answer. Then the run ends and names it. More
-    than an evaluation takes, which the first process makes alone."""
+    than the first process takes to load a live model or to make a block of its rows."""
     train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How to train.")] = dataclasses.field(
         default_factory=TrainConfig
     )

@@ -18,6 +18,8 @@ from fastsae.runs.together import ProcessError
 ANSWER = 5.0
 """Seconds in which the processes that lost one say so, and the lost one does not."""
 
+LONGEST = 365 * 24 * 3600.0
+
 
 def started_by_torchrun() -> bool:
     """Whether torchrun started this process, among others or alone."""
@@ -45,6 +47,8 @@ def joined(device: str, latent_shards: int, wait: float = 1800.0, feeders: int =
             )
         yield None
         return
+    if not 0 < wait <= LONGEST:
+        raise ValueError(f"--wait is {wait:g}, expected seconds above 0, at most a year of them")
     kind, timeout = torch.device(device).type, timedelta(seconds=wait)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -55,7 +59,7 @@ def joined(device: str, latent_shards: int, wait: float = 1800.0, feeders: int =
     )
     try:
         if trained < 1:
-            raise ValueError(f"--feeders {feeders} leaves none of {size} processes to train; give less")
+            raise ValueError(f"--feeders {feeders} leaves none of {size} processes to train; give fewer")
         yield mesh(latents=latent_shards, device_type=kind, processes=trained, timeout=timeout)
     except RuntimeError as error:
         if isinstance(error, ProcessError) or not _lost(error):

@@ -60,16 +60,17 @@ def blocks_of(rows: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tens
                 yield batch
 
 
-def pre_acts(encoder_input: Tensor, W: Tensor, b: Tensor, latents: int | None = None) -> Iterator[Tensor]:
-    """x Wᵀ + b of x (n, D), W (M, D), b (M,) in pieces of tokens, float32 at least.
+def pre_acts(sae: Parameters, encoder_input: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """x W_encᵀ + b of x (n, D), the same rows in all processes that share the SAE, and b (M,), in pieces of tokens,
+    float32 at least.
 
-    latents: by whose number the pieces are cut, alike in all processes that share a dictionary; None: M.
-    Raises ValueError if one is not finite.
+    Raises ValueError if one is not finite, in every process.
     """
-    W, b = wide(W), wide(b)
-    for piece in wide(encoder_input).split(max(1, PIECE // (latents or W.shape[0]))):
+    W, b = wide(sae.encoder_weight), wide(b)
+    for piece in wide(encoder_input).split(max(1, PIECE // sae.n_latents)):
         pre = torch.addmm(b, piece, W.mT)
-        if not bool(torch.isfinite(pre).all()):
+        finite = torch.isfinite(pre).all()
+        if not bool(finite if sae.placement is None else sae.placement.everywhere(finite)):
             raise ValueError("a pre-act is not finite on the rows to calibrate on; rows and weights must be finite")
         yield pre
 
@@ -111,25 +112,25 @@ def _acts(sae: Parameters, x: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor, di
     """Pre-acts, acts and per-latent rows of x (n, d_in), in pieces, each with its position in x."""
     rule, start = sae.rule, 0
     rows = {name: t.unsqueeze(0) for name, t in rule.per_latent(sae.rule_state).items()}
-    for pre in pre_acts(x, sae.encoder_weight, sae.b_enc, sae.n_latents):
+    for pre in pre_acts(sae, x, sae.b_enc):
         yield (pre, rule.activate(pre, rows), rows), slice(start, start + len(pre))
         start += len(pre)
 
 
 def _sample(sae: Parameters, encoder_input: Tensor) -> Sample:
     """Statistics of the pre-acts of encoder_input (n, d_in), n > 1, with the current weights."""
-    n, W, b = encoder_input.shape[0], sae.encoder_weight, sae.b_enc.detach().clone()
-    first, second = (torch.zeros(sae.d_sae, dtype=torch.float64, device=W.device) for _ in range(2))
-    for pre in pre_acts(encoder_input, W, b):
+    n, b = encoder_input.shape[0], sae.b_enc.detach().clone()
+    first, second = (torch.zeros(sae.d_sae, dtype=torch.float64, device=b.device) for _ in range(2))
+    for pre in pre_acts(sae, encoder_input, b):
         first += pre.sum(0, dtype=torch.float64)
     mean = first / n
-    for pre in pre_acts(encoder_input, W, b):
+    for pre in pre_acts(sae, encoder_input, b):
         second += (pre - mean.to(pre.dtype)).square().sum(0, dtype=torch.float64)
     std = (second / n).sqrt()
 
     def bar(l0: float) -> float:
-        tail, divisor = Tail(W.device), torch.where(std > 0, std, torch.inf)
-        for pre in pre_acts(encoder_input, W, b):
+        tail, divisor = Tail(b.device), torch.where(std > 0, std, torch.inf)
+        for pre in pre_acts(sae, encoder_input, b):
             tail.add((pre - mean.to(pre.dtype)) / divisor.to(pre.dtype))
         return tail.bar(l0 * n, shards_of(sae))
 

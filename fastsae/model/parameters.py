@@ -227,7 +227,9 @@ class Parameters(RecordsSettings):
     def _recorded(self) -> dict[str, Any]:
         """The settings, and of a part of an SAE also which: rows of other latents must not be taken for its own."""
         p = self.placement
-        return self.config if p is None else self.config | {"part": f"{p.first} to {p.first + p.own} of {p.d_sae}"}
+        if p is None or p.own == p.d_sae:
+            return self.config
+        return self.config | {"part": f"{p.first} to {p.first + p.own} of {p.d_sae}"}
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes pre_bias from the state if this SAE left it open; `load_state_dict` checks the other settings.

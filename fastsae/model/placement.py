@@ -59,7 +59,9 @@ class Placement:
             )
 
     def check_same(self, x: Tensor) -> None:
-        """Raises ValueError unless all processes got the same x, for what is found from it once for all of them."""
+        """Raises ValueError unless all processes got as many rows x, with the same first and last one: what is found
+        from them is for all.
+        """
         everyone = self.of_all_processes(_ends(x))
         if bool((everyone != everyone[0]).any()):
             raise ValueError(

@@ -112,9 +112,10 @@ class SparseAutoencoder(Parameters):
             raise ValueError(f"{self.activation} has no running threshold to calibrate; only BatchTopK has one")
         tail, n, like = Tail(self.W_dec.device), 0, self.W_dec
         for batch in blocks_of(x, batch_size):
+            batch = batch.to(like.device)
             self._check_same(batch)
-            normal, _ = self._normal(batch.to(like.device))
-            for pre in pre_acts(normal - self.b_dec if self.pre_bias else normal, self.encoder_weight, self.b_enc):
+            normal, _ = self._normal(batch)
+            for pre in pre_acts(self, normal - self.b_dec if self.pre_bias else normal, self.b_enc):
                 tail.add(pre)
             n += batch.shape[0]
         if n == 0:
@@ -374,6 +375,11 @@ class SparseAutoencoder(Parameters):
         densely if many are active (`dense_above`). While a ledger is open, the backward pass overwrites the error.
         """
         if self.training and not self.started:
+            if self.placement is not None and self.placement.tokens.size > 1:
+                raise RuntimeError(
+                    "this SAE takes biases, thresholds or a scale from data, and each process has rows of its own; "
+                    "call sae.start_(x) once, with the same rows in all of them, before the first step"
+                )
             if torch.compiler.is_compiling():
                 from fastsae.model.uncompiled import start
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastsae.model.parameters import EXTRA_STATE
 from fastsae.model.sae import SparseAutoencoder, as_sae
-from fastsae.model.settings import compared, flat
+from fastsae.model.settings import compared, config_of, flat
 from fastsae.parallel.shards import by_latent
+from fastsae.training.optimizers import FusedOptimizer
 from fastsae.training.step import FusedTrainStep, load_named_state, named_state
 
 NUMBERS_BYTES = 16_384
@@ -19,7 +20,7 @@ NUMBERS_BYTES = 16_384
 
 
 class Sharded:
-    """What DCP saves of an SAE and of the optimizer or FusedTrainStep that trains it.
+    """What DCP saves of an SAE and of the fastsae optimizer or FusedTrainStep that trains it.
 
         state = {"train": Sharded(sae, optimizer)}
         torch.distributed.checkpoint.save(state, checkpoint_id="runs/a/step_100")
@@ -27,12 +28,20 @@ class Sharded:
 
     No process holds more than its own rows. All processes make the same calls. What is loaded goes on as on the mesh
     that saved it; a FusedTrainStep's schedules are functions and are not saved. Loading into an SAE with other settings
-    or sizes raises DCP's error, whose missing key names the settings that were expected, and changes nothing.
-    Raises ValueError for groups of a GroupMax that DTensor's equal parts would cut.
+    or sizes raises DCP's error, whose missing key names the settings that were expected, and changes nothing. An SAE
+    that left pre_bias open, and was then trained with targets, loads into one with pre_bias=False. `Sharded(sae)` alone
+    takes the weights of a checkpoint that also has an optimizer.
+    Raises ValueError for latents that are not cut as DTensor cuts; TypeError for another optimizer: torch's have no
+    state before their first step, so that there would be nothing to load into.
     DCP's files hold pickled metadata: load only what you trust. Checkpoints of `fastsae train` hold none.
     """
 
-    def __init__(self, sae: SparseAutoencoder, trained_by: FusedTrainStep | torch.optim.Optimizer | None = None):
+    def __init__(self, sae: SparseAutoencoder, trained_by: FusedTrainStep | FusedOptimizer | None = None):
+        if not isinstance(trained_by, FusedTrainStep | FusedOptimizer | None):
+            raise TypeError(
+                f"got a {type(trained_by).__name__}, expected a FusedTrainStep or an optimizer of fastsae.optim; give "
+                "torch.distributed.checkpoint a torch optimizer by torch.distributed.checkpoint.state_dict"
+            )
         self.sae, self.trained_by = as_sae(sae, "sae"), trained_by
         p = self.sae.placement
         each = 0 if p is None else -(-p.d_sae // p.latents.size)
@@ -53,16 +62,16 @@ class Sharded:
         if len(text) > NUMBERS_BYTES:
             raise ValueError(f"the numbers of this state take {len(text)} bytes, expected at most {NUMBERS_BYTES}")
         tensors["numbers"] = torch.tensor(list(text.ljust(NUMBERS_BYTES)), dtype=torch.uint8, device="cpu")
-        tensors[self._made_for()] = torch.zeros((), dtype=torch.uint8, device="cpu")
-        return tensors
+        return tensors | dict.fromkeys(self._made_for(), torch.zeros((), dtype=torch.uint8, device="cpu"))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what DCP has loaded into the tensors of `state_dict`; DCP calls it."""
         numbers = json.loads(bytes(state["numbers"].tolist()))
         sae, own = self.sae, {name: getattr(t, "to_local", lambda t=t: t)() for name, t in state.items()}
-        extra = {**sae.config, "pre_bias": numbers.pop("sae")["pre_bias"]}
-        sae.set_extra_state(torch.tensor(list(json.dumps(extra).encode()), dtype=torch.uint8, device="cpu"))
-        sae.load_state_dict({name: own[f"sae.{name}"] for name in sae.state_dict() if name != EXTRA_STATE})
+        settings = config_of(sae.get_extra_state()) | {"pre_bias": numbers.pop("sae")["pre_bias"]}
+        extra = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8, device="cpu")
+        state = {name: own[f"sae.{name}"] for name in sae.state_dict() if name != EXTRA_STATE}
+        sae.load_state_dict({**state, EXTRA_STATE: extra})
         if self.trained_by is None:
             return
         moments: dict[str, dict[str, Tensor]] = {}
@@ -97,14 +106,18 @@ class Sharded:
         shape = torch.Size([placement.d_sae, *t.shape[1:]])
         return DTensor.from_local(t.detach(), placement.mesh, cut, run_check=False, shape=shape, stride=t.stride())
 
-    def _made_for(self) -> str:
-        """A key that names what has to be the same where the state is loaded: DCP finds it before it loads anything."""
+    def _made_for(self) -> list[str]:
+        """Keys that name what has to be the same where the state is loaded; DCP misses them before it loads."""
         config = {**self.sae.config, "d_sae": self.sae.n_latents, "dtype": str(self.sae.W_dec.dtype)}
-        facts = {name: value for name, value in flat(config).items() if compared(name) and name != "pre_bias"}
+        facts = {name: value for name, value in flat(config).items() if compared(name)} | {
+            "pre_bias": self.sae.pre_bias
+        }
+        keys = ["an SAE with " + json.dumps(facts)]
         if self.trained_by is not None:
             optimizer = self.trained_by.optimizer if isinstance(self.trained_by, FusedTrainStep) else self.trained_by
-            facts |= {"optimizer": type(optimizer).__name__, "moments": getattr(optimizer, "moments", "fp32")}
-        return "made for " + json.dumps(facts)
+            kind = {"moments": optimizer.moments, "groups": len(optimizer.param_groups)}
+            keys.append(f"trained by {type(optimizer).__name__} with {json.dumps(kind)}")
+        return keys
 
 
 def _tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastsae.model.axis import Axis
+from fastsae.model.axis import Axis, bounds
 from fastsae.model.parameters import EXTRA_STATE
 from fastsae.model.placement import Placement
 from fastsae.model.rules import GroupMax
@@ -98,13 +98,16 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
     _check_alike(sae, tokens, latents)
     rule, d_sae = sae.activation, sae.d_sae
     unit = d_sae // rule.k if isinstance(rule, GroupMax) else 1  # a group stays whole
-    each = unit * -(-d_sae // (unit * latents.size))  # as torch.chunk and DTensor cut: the last may have fewer
-    if each * (latents.size - 1) >= d_sae:
+    if d_sae // unit < latents.size:
         raise ValueError(
             f"{d_sae} latents in units of {unit} cannot be shared by {latents.size} processes, expected at least one "
-            f"unit each, and {each} latents in all but the last"
+            "unit each"
         )
-    first, last = each * latents.rank, min(each * (latents.rank + 1), d_sae)
+    each = -(-d_sae // latents.size)
+    ends = [min(each * rank, d_sae) for rank in range(latents.size + 1)]  # as DTensor cuts: the last has fewer
+    if each % unit or ends[-2] == d_sae:
+        ends = [unit * end for end in bounds(d_sae // unit, latents.size)]
+    first, last = ends[latents.rank], ends[latents.rank + 1]
     sae.placement = Placement(tokens, latents, first, last - first, d_sae, mesh)
     sae.d_sae = last - first
     for name in by_latent(sae):

@@ -66,7 +66,8 @@ class Team:
     def agreed(self) -> Iterator[None]:
         """If what is inside raises in some process, all raise: that one its own error, the others a ProcessError.
 
-        What is inside must not communicate: a process that has raised would not take part.
+        What is inside must not communicate, since a process that has raised would not take part; but it may read a
+        FromFirst, which raises in all processes or in none.
         """
         problem: Exception | None = None
         try:
@@ -183,7 +184,8 @@ class FromFirst:
         rows = None
         with self.team.agreed():
             if self.source is not None:
-                rows = self.source.held_out(), held_out_targets(self.source)
+                targets = held_out_targets(self.source)
+                rows = self.source.held_out().cpu(), None if targets is None else targets.cpu()
         return self.team.from_first(rows)
 
     def state_dict(self) -> dict[str, Any]:

@@ -281,9 +281,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.one_process(self.independent)
         for group in self.param_groups:  # all before the first SAE changes
             checks.group(self.kind, group)
-        for member in self._members:
+        for member, (main, _) in zip(self._members, self._groups, strict=True):
             self._check(member)
             member.ledger.check()
+            if member.placement is not None and not member.agreed:
+                member.agreed = gathered.check_settings(self, self.param_groups[main], member.placement)
         for number in self._plain:
             for i, p in enumerate(self.param_groups[number]["params"]):
                 self._check_moments(f"parameter {i} of group {number}", p)
@@ -306,7 +308,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         count = self.state[d.W_dec]["step"] + 1
         numbers = {"lr": _on_device(group["lr"], d.W_dec) * lr_factor, "step": count}
         if placement is not None:
-            member.agreed = member.agreed or gathered.check_settings(self, group, placement)
             taken = gathered.of_all_tokens(taken, placement, numbers["lr"])
         others = {name: p.grad for name, p in d.others.items() if p.grad is not None}
         if taken is None and not others:
