@@ -12,6 +12,7 @@ A is the dense (N, M) view of a code: N tokens, M = d_sae latents. Two layouts:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -380,7 +381,8 @@ class UpdateTerm:
     codes: flattened, N tokens; x (N, D): the encoder's input after pre-bias and normalization;
     grad (N, D_out): dLoss/d recon. dacts, shape of codes.acts: dLoss/d pre-act at the slots; None: it comes from grad
     alone, ⟨grad_n, W_dec_i⟩ where the act is not 0. In a ragged code a slot whose act is 0 may have a gradient. In a
-    fixed-K code such a slot is empty, and dacts is ignored there.
+    fixed-K code such a slot is empty, and dacts is ignored there. ahead: what waits for the x of all processes, if x
+    was sent to the others before the update.
     """
 
     codes: SparseCodes
@@ -388,3 +390,4 @@ class UpdateTerm:
     grad: Tensor
     has_bias: bool = True
     dacts: Tensor | None = None
+    ahead: Callable[[], Tensor] | None = None

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +29,6 @@ from bench.results import RESULTS
 from bench.run import shape
 from fastsae.atomic import replace_file, write_json
 from fastsae.model.axis import Axis, bounds
-from fastsae.model.placement import Placement
 
 PAGE = ROOT / "docs" / "distributed.md"
 MEASURED = "<!-- measured: begin (python -m bench.parallel --draw) -->", "<!-- measured: end -->"
@@ -69,12 +67,7 @@ def worker(rank: int, s: Shape, threads: int, steps: int, folder: Path) -> None:
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: timed(method, *given)
 
-    # What is sent ahead is waited for in rows_of_all.
-    waits = {Axis: ("sum", "begin_gather", "gather", "stack"), Placement: ("rows_of_all",)}
-    with ExitStack() as patched:
-        for where, names in waits.items():
-            for name in names:
-                patched.enter_context(mock.patch.object(where, name, watched(getattr(where, name))))
+    with mock.patch.multiple(Axis, sum=watched(Axis.sum), gather=watched(Axis.gather), stack=watched(Axis.stack)):
         for i in range(WARM + steps):
             if i == WARM:
                 exchanged, before = 0.0, sum(axis.received for axis in axes)

@@ -53,12 +53,11 @@ class Axis:
         return [t] if self.size == 1 else self.begin_gather(t, self.rows(t))()
 
     def begin_gather(self, t: Tensor, counts: list[int]) -> Callable[[], list[Tensor]]:
-        """Begins to send t's rows, of which the processes have `counts`, and returns what waits for those of all.
+        """Begins to send t's rows, of which the processes, several of them, have `counts`, and returns what waits for
+        those of all.
 
         Meanwhile t may be read, and other exchanges begun, in the same order in all processes.
         """
-        if self.size == 1:
-            return lambda: [t]
         most, width = max(counts), t.shape[1:].numel()
         padded = t.detach().new_zeros(most, width)
         padded[: t.shape[0]] = t.detach().reshape(t.shape[0], width)

@@ -21,7 +21,6 @@ from fastsae.codes import SparseCodes
 from fastsae.model.axis import Axis
 from fastsae.model.counting import Counted
 from fastsae.ops.reconstruction import SquaredErrors
-from fastsae.ops.recorded import sent_ahead
 
 
 @dataclass(eq=False)
@@ -202,11 +201,6 @@ class Placement:
             return None
         finish = self.tokens.begin_gather(x, self._counts)
         return lambda: torch.cat(finish())
-
-    def rows_of_all(self, x: Tensor) -> Tensor:
-        """An encoder's input x (n, D) of all processes, in the order of their ranks."""
-        ahead = sent_ahead(x)
-        return torch.cat(self.tokens.gather(x.contiguous())) if ahead is None else ahead()
 
     def squared_norm(self, stats: Tensor) -> Tensor:
         """The squared norm of all gradients from those (4,) of W_enc, W_dec, b_enc of this shard, and of b_dec."""

@@ -19,7 +19,6 @@ from fastsae.ops.ledger import Ledger
 from fastsae.reference import wide
 
 _raw = torch.ops.fastsae
-AHEAD = "fastsae_sent_ahead"
 
 
 @dataclass(eq=False)
@@ -79,7 +78,6 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         grad, ledger, rest = grads[0], ctx.ledger, (None,) * 4
         x, W, acts, indices, offsets = ctx.saved_tensors
-        setattr(x, AHEAD, ctx.ahead)  # goes with the term, which holds x
         if grad is not None and offsets is None:
             grad = torch.where(acts != 0, grad, 0)
         if not ledger.accumulates(*ctx.record.names):
@@ -92,7 +90,7 @@ class _Encode(torch.autograd.Function):
         this_pass = torch._C._current_graph_task_id()
         for of_pass, term in ctx.record.waiting:
             if of_pass == this_pass:
-                ledger.add(replace(term, x=x))
+                ledger.add(replace(term, x=x, ahead=ctx.ahead))
         ctx.record.waiting.clear()
         if grad is None:
             return (None,) * 8
@@ -102,16 +100,12 @@ class _Encode(torch.autograd.Function):
             ledger.add_dense("b_dec", _over_shards(ledger, weighted_rows(db, W, ctx.backend)))
         other = ledger.decoded_with(indices, offsets)
         if other is None:
-            ledger.add(_encoder_only(ledger, x, grad, indices, offsets))
+            other = _encoder_only(ledger, x, grad, indices, offsets)
         else:
-            ledger.add(replace(other, x=x, dacts=grad[: other.codes.acts.shape[0]]))
+            other = replace(other, x=x, dacts=grad[: other.codes.acts.shape[0]])
+        ledger.add(replace(other, ahead=ctx.ahead))
         dx = _raw.decode(grad, indices, offsets, W, ctx.backend) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, *rest
-
-
-def sent_ahead(x: Tensor) -> Callable[[], Tensor] | None:
-    """What waits for the rows of all processes, if this term's input x was sent to them during the forward pass."""
-    return getattr(x, AHEAD, None)
 
 
 def _over_shards(ledger: Ledger, t: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsae.codes import SparseCodes, UpdateTerm
+from fastsae.model.axis import Axis
 from fastsae.model.placement import Placement
 from fastsae.ops.gradients import latent_sums, weighted_rows
 from fastsae.ops.ledger import Taken
@@ -64,7 +65,7 @@ def of_all_tokens(taken: Taken | None, placement: Placement, lr: Tensor) -> Take
     if taken is None:
         return None
     return Taken(
-        [_joined(term, placement) for term in terms],
+        [_joined(term, axis) for term in terms],
         {name: axis.sum(grad) for name, grad in sorted(dense.items())},
         None if pull is None else axis.sum(pull),
         taken.factor,
@@ -78,8 +79,7 @@ def _kind(term: UpdateTerm) -> int:
     return 1 + 2 * (term.codes.offsets is not None) + 4 * (term.dacts is not None) + 8 * term.has_bias
 
 
-def _joined(term: UpdateTerm, placement: Placement) -> UpdateTerm:
-    axis = placement.tokens
+def _joined(term: UpdateTerm, axis: Axis) -> UpdateTerm:
     codes = term.codes.trimmed()
     acts, indices = (torch.cat(axis.gather(t)) for t in (codes.acts, codes.indices))
     offsets = None
@@ -87,7 +87,7 @@ def _joined(term: UpdateTerm, placement: Placement) -> UpdateTerm:
         lengths = torch.cat(axis.gather(codes.offsets.diff()))
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     dacts = None if term.dacts is None else torch.cat(axis.gather(term.dacts[: codes.acts.shape[0]]))
-    x = placement.rows_of_all(term.x)
+    x = torch.cat(axis.gather(term.x.contiguous())) if term.ahead is None else term.ahead()
     grad = x if term.grad is term.x else torch.cat(axis.gather(term.grad.contiguous()))
     joined = SparseCodes(acts, indices, codes.d_sae, offsets)
     return UpdateTerm(joined, x, grad, term.has_bias, dacts)
