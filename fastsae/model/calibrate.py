@@ -10,6 +10,7 @@ from torch import Tensor
 from fastsae import reference
 from fastsae.model.axis import Axis
 from fastsae.model.parameters import Parameters
+from fastsae.model.placement import axes_of
 from fastsae.model.rules.base import Sample
 from fastsae.reference import wide
 
@@ -82,7 +83,7 @@ def start_rule_(sae: Parameters, encoder_input: Tensor, goal: Tensor, zero: floa
     directions add up to several times the goal, and the first hundred steps would only shrink them. Tied rows keep
     their norm, and so do all rows if the rule was given a threshold, because that is in the units of the acts.
     """
-    rule, W_dec, shards = sae.rule, wide(sae.W_dec), shards_of(sae)
+    rule, W_dec, (_, shards) = sae.rule, wide(sae.W_dec), axes_of(sae.placement)
     rule.start(sae.rule_state, _sample(sae, encoder_input))
     if sae.W_enc is not None and rule.rescales:
         along, square = 0.0, 0.0
@@ -101,11 +102,6 @@ def start_rule_(sae: Parameters, encoder_input: Tensor, goal: Tensor, zero: floa
         penalty += 0.0 if summed is None else summed.sum(dtype=torch.float64)
     mean = shards.sum(penalty).cpu() / len(encoder_input)
     rule.start_weight(sae.rule_state, zero, float(rule.penalty(mean)))
-
-
-def shards_of(sae: Parameters) -> Axis:
-    """The processes that share the SAE's dictionary."""
-    return Axis() if sae.placement is None else sae.placement.latents
 
 
 def _acts(sae: Parameters, x: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor, dict[str, Tensor]], slice]]:
@@ -132,6 +128,6 @@ def _sample(sae: Parameters, encoder_input: Tensor) -> Sample:
         tail, divisor = Tail(b.device), torch.where(std > 0, std, torch.inf)
         for pre in pre_acts(sae, encoder_input, b):
             tail.add((pre - mean.to(pre.dtype)) / divisor.to(pre.dtype))
-        return tail.bar(l0 * n, shards_of(sae))
+        return tail.bar(l0 * n, axes_of(sae.placement)[1])
 
     return Sample(mean, std, bar)

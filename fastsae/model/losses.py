@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsae.codes import SparseCodes
 from fastsae.model.axis import Axis
-from fastsae.model.placement import Placement
+from fastsae.model.placement import Placement, axes_of
 from fastsae.model.rules.base import EncodeOptions, select_topk
 from fastsae.ops.reconstruction import squared_errors
 from fastsae.ops.sums import sum_of_squares
@@ -149,7 +149,7 @@ def ghost_residual(
     recon. 0 if none is dead. Dense in (N, dead), computed in pieces. placement: there are more dead latents, or more
     tokens, in other processes. Source: Jermyn & Templeton 2024 (Ghost Grads, Circuits Updates January 2024).
     """
-    tokens, shards = (Axis(), Axis()) if placement is None else (placement.tokens, placement.latents)
+    tokens, shards = axes_of(placement)
     n_dead = len(W_enc) if placement is None else sum(shards.rows(W_enc))
     if n_dead == 0:
         return x.new_zeros(())
@@ -174,7 +174,7 @@ def ghost_pull(x: Tensor, error: Tensor, W_enc: Tensor, W_dec: Tensor, placement
     fixed. W_enc, W_dec (dead, D). placement: as for `ghost_residual`. Source: the point_cloud_sae experiments
     (R. Huben), with rows for columns.
     """
-    tokens, shards = (Axis(), Axis()) if placement is None else (placement.tokens, placement.latents)
+    tokens, shards = axes_of(placement)
     u, w = error_weighted_means(x.detach(), error.detach(), tokens)
     pull = shards.summed(F.softplus(-(W_enc @ u)).sum() + F.softplus(-(W_dec @ w)).sum())
     return tokens.summed(pull / tokens.size)  # the same in all: each gives its share of the gradient

@@ -210,6 +210,11 @@ class Placement:
         return self  # process groups cannot be copied
 
 
+def axes_of(placement: Placement | None) -> tuple[Axis, Axis]:
+    """The axes of tokens and of latents, also of an SAE of one process."""
+    return (Axis(), Axis()) if placement is None else (placement.tokens, placement.latents)
+
+
 def _ends(x: Tensor) -> Tensor:
     """The number of rows of x (n, D), and the bits of the sums of the first and the last one: int64 (3,)."""
     flat = x.detach().flatten(0, -2)

@@ -19,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsae import ops, reference
 from fastsae.codes import Screen, SparseCodes, check_latents
 from fastsae.model import counting, dense, losses
-from fastsae.model.calibrate import Tail, blocks_of, pre_acts, shards_of, start_rule_
+from fastsae.model.calibrate import Tail, blocks_of, pre_acts, start_rule_
 from fastsae.model.initial import geometric_median
 from fastsae.model.norm import PER_TOKEN, TokenStats
 from fastsae.model.parameters import Parameters
+from fastsae.model.placement import axes_of
 from fastsae.model.results import ForwardResult, Inputs, Objective
 from fastsae.model.rules import Activation, EncodeOptions, HierarchicalTopK, RuleState, Selected
 from fastsae.ops import checks, recorded
@@ -120,7 +121,7 @@ class SparseAutoencoder(Parameters):
             n += batch.shape[0]
         if n == 0:
             raise ValueError("calibrate_threshold_ got no rows, expected some of the training data")
-        self.get_buffer("threshold").fill_(tail.bar(k * n, shards_of(self)))
+        self.get_buffer("threshold").fill_(tail.bar(k * n, axes_of(self.placement)[1]))
         self.get_buffer("threshold_weight").fill_(1.0)
         return self
 
