@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastsae.model.axis import Axis, bounds
+from fastsae.model.placement import axes_of
 from fastsae.model.sae import SparseAutoencoder, as_sae
 
 
@@ -40,8 +40,8 @@ def resample_(
     counters restart. dead: bool (M,), None: `sae.dead`. The draw depends only on the seed and the inputs.
 
     With several processes, call it in each of them with the same rows and seed, or their weights drift apart. Where
-    fastsae.parallel has shared the SAE between them, `dead` is of this process's latents, each process reconstructs its
-    part of the rows, and all have the same draw; the number returned is that of all latents.
+    fastsae.parallel has shared the SAE between them, `dead` is of this process's latents, and the number returned is of
+    all.
 
     A host sync. Raises ValueError if no input is given or none has a finite error above 0, and for d_out != d_in, where
     an input cannot become a decoder row. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
@@ -49,7 +49,7 @@ def resample_(
     sae = as_sae(sae, "sae")
     if sae.d_out != sae.d_in:
         raise ValueError(f"resampling needs d_out == d_in, got d_in = {sae.d_in}, d_out = {sae.d_out}")
-    shards = Axis() if sae.placement is None else sae.placement.latents
+    _, shards = axes_of(sae.placement)
     dead = sae.dead if dead is None else dead
     latents = dead.nonzero().squeeze(1)
     each = shards.rows(latents)
@@ -97,17 +97,14 @@ def _errors(sae: SparseAutoencoder, blocks: Iterable[Tensor], batch_size: int) -
     """The encoder's inputs (n, d_in) and the squared error of each token (n,), in eval mode."""
     was_training = sae.training
     sae.eval()
-    tokens = Axis() if sae.placement is None else sae.placement.tokens
     inputs, errors = [], []
     try:
         for block in blocks:
             for x in block.reshape(-1, sae.d_in).to(sae.W_dec.device, sae.W_dec.dtype).split(batch_size):
-                inputs.append(sae.inputs(x).target - sae.b_dec)
-                ends = bounds(len(x), tokens.size)
-                own = x[ends[tokens.rank] : ends[tokens.rank + 1]]
-                recon, ready = sae(own).recon, sae.inputs(own)
-                error = sae.norm.normalize(recon, ready.stats) - ready.target
-                errors += tokens.gather(error.double().square().sum(-1))
+                ready = sae.inputs(x)
+                recon = sae.norm.normalize(sae(x).recon, ready.stats)
+                inputs.append(ready.target - sae.b_dec)
+                errors.append((recon - ready.target).double().square().sum(-1))
     finally:
         sae.train(was_training)
     if not inputs:
