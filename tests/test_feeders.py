@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsae.cli.main import run as cli_run
+from fastsae.runs import feeders as feeding
 from tests import feeders_worker as worker
 from tests.cli_case import write_text, write_tiny_model
 from tests.test_parallel import launch
@@ -49,6 +52,30 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             continue
         for mine, theirs in zip(found[name], value, strict=True):
             assert torch.equal(mine, theirs)
+
+
+class _Garbled(feeding.Line):
+    """A line on which what arrives cannot be read."""
+
+    def __init__(self) -> None:
+        pass
+
+    def numbers(self, rank: int, count: int = feeding.HEAD) -> list[int]:
+        return [feeding.END, 1, 0, 0, 0]
+
+    def words(self, rank: int, length: int) -> str:
+        return b"\xff".decode()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_feeder_ends_whatever_ends_its_listener() -> None:
+    """And does not wait for ever."""
+    inbox, ended = SimpleQueue[Any](), list[Any]()
+    listener = threading.Thread(target=feeding._listen, args=(_Garbled(), inbox, ended))
+    listener.start()
+    assert inbox.get(timeout=10) is None
+    listener.join()
+    assert [end.lost for end in ended] == [True]
 
 
 @pytest.mark.parametrize("feeders", [1, 2])

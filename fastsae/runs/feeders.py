@@ -359,17 +359,19 @@ def _tell(line: Line, what: int, text: str) -> Sent:
 def _listen(line: Line, inbox: SimpleQueue[_Ask | None], ended: list[_End]) -> None:
     """Receives on a thread, so that the end of the run overtakes passes that were asked for and are not needed."""
     try:
-        while True:
-            kind, *numbers = line.numbers(0)
-            if kind == END:
-                ended.append(_End(line.words(0, numbers[0]), numbers[1]))
-                break
-            windows, width, threads, taken = numbers
-            token_ids = torch.empty(windows, width, dtype=torch.int64, device="cpu")
-            inbox.put(_Ask(line.receive(0, token_ids), threads, taken))
-    except RuntimeError:
-        ended.append(_End(lost=True))
-    inbox.put(None)
+        with contextlib.suppress(RuntimeError):  # a lost connection
+            while True:
+                kind, *numbers = line.numbers(0)
+                if kind == END:
+                    ended.append(_End(line.words(0, numbers[0]), numbers[1]))
+                    break
+                windows, width, threads, taken = numbers
+                token_ids = torch.empty(windows, width, dtype=torch.int64, device="cpu")
+                inbox.put(_Ask(line.receive(0, token_ids), threads, taken))
+    finally:  # whatever ends this thread: nobody else would wake the feeder
+        if not ended:
+            ended.append(_End(lost=True))
+        inbox.put(None)
 
 
 class _Noted(StopSignals):
