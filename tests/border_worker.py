@@ -225,24 +225,27 @@ def main(setting: str, when: str) -> None:
 
 def screens(p: Problem) -> dict[str, list[Tensor]]:
     """Screens that do not belong to W."""
-    words, tables, code = p.screen.tensors
+    words, tables, code, factors = p.screen.tensors
     other = torch.randn(M, D + 64, dtype=torch.float32, device=CPU)
     return {
         "fewer latents": ops.prepare_screen(p.W[: M // 2], backend="cpu").tensors,
         "more latents": ops.prepare_screen(torch.cat([p.W, p.W]), backend="cpu").tensors,
         "wider": ops.prepare_screen(other, backend="cpu").tensors,
-        "words cut": [words[:-1], tables, code],
-        "tables cut": [words, tables[:, :-16].contiguous(), code],
-        "words narrow": [words.to(torch.int16), tables, code],
-        "tables bfloat16": [words, tables.bfloat16(), code],
-        "words apart": [torch.stack([words, words], 1)[:, 0], tables, code],
-        "tables transposed": [words, tables.mT.contiguous().mT, code],
-        "words without memory": [gone(words), tables, code],
-        "tables without memory": [words, gone(tables), code],
-        "unknown format": [words, tables, torch.full_like(code, 99)],
-        "format float": [words, tables, code.float()],
+        "words cut": [words[:-1], tables, code, factors],
+        "tables cut": [words, tables[:, :-16].contiguous(), code, factors],
+        "words narrow": [words.to(torch.int16), tables, code, factors],
+        "tables bfloat16": [words, tables.bfloat16(), code, factors],
+        "words apart": [torch.stack([words, words], 1)[:, 0], tables, code, factors],
+        "tables transposed": [words, tables.mT.contiguous().mT, code, factors],
+        "words without memory": [gone(words), tables, code, factors],
+        "tables without memory": [words, gone(tables), code, factors],
+        "unknown format": [words, tables, torch.full_like(code, 99), factors],
+        "format float": [words, tables, code.float(), factors],
         "two tensors": [words, tables],
-        "format of two": [words, tables, torch.stack([code, code])],
+        "factors of one side": [words, tables, code, factors[:1]],
+        "factors bfloat16": [words, tables, code, factors.bfloat16()],
+        "factors without memory": [words, tables, code, gone(factors)],
+        "format of two": [words, tables, torch.stack([code, code]), factors],
     }
 
 

@@ -23,8 +23,9 @@ else:
     FORMATS = []
 
 
-def encode(x, W, b, k, fmt, precision="exact"):
-    screen = cpu_screen.fill(W, None, fmt)[1]
+def encode(x, W, b, k, fmt, precision="exact", like=None):
+    """like: the inputs that the copy is balanced for."""
+    screen = cpu_screen.fill(W, None, fmt, like)[1]
     acts, indices, redone = cpu_screen.encode_topk(x, W, b, k, None, None, 0, screen, precision)
     return acts, indices, int(redone)
 
@@ -89,6 +90,22 @@ def massive_dimensions():
     return x, W, b, k
 
 
+def ignored_direction(M=4096):
+    """A direction 300 times the rest that no latent reads: 8 bits of x hold little else, in any balanced basis."""
+    x, W, b, k = gaussian(M=M)
+    direction = torch.nn.functional.normalize(torch.randn(96, generator=torch.Generator().manual_seed(9)), dim=0)
+    return x + 300 * direction, W - (W @ direction)[:, None] * direction, b, k
+
+
+def unequal_dimensions():
+    """Factors as large and as small as they come: columns of x and W grow apart, and some are 0 in either."""
+    x, W, b, k = gaussian(N=40)
+    spread = torch.logspace(-15, 15, 96)
+    x, W = x * spread, W / spread
+    x[:, 3], W[:, 90] = 0, 0
+    return x, W, b, k
+
+
 def all_negative():
     x, W, b, k = gaussian(N=30)
     return x, W, b - 1e4, k
@@ -119,7 +136,7 @@ def tiny_latents():
 
 HARD = [
     gaussian, sorted_latents, mass_in_one_block, exact_ties, duplicates, hot_latent, extreme_norms, massive_dimensions,
-    all_negative, nearly_all_negative, few_latents, tiny_tokens, tiny_latents,
+    ignored_direction, unequal_dimensions, all_negative, nearly_all_negative, few_latents, tiny_tokens, tiny_latents,
 ]  # fmt: skip
 
 
@@ -131,9 +148,38 @@ def test_every_format_returns_the_bits_of_the_full_fp32_scores(case):
     scale = float(reference.acts.abs().max())
     assert float((wanted_acts.sort(-1).values - reference.acts.sort(-1).values).abs().max()) <= 2e-6 * scale
     for fmt in FORMATS:
-        acts, indices, _ = encode(x, W, b, k, fmt)
-        assert torch.equal(acts, wanted_acts), fmt
-        assert torch.equal(indices, wanted_indices), fmt
+        for like in (None, x):
+            acts, indices, _ = encode(x, W, b, k, fmt, like=like)
+            assert torch.equal(acts, wanted_acts), fmt
+            assert torch.equal(indices, wanted_indices), fmt
+
+
+@pytest.mark.parametrize("D", [1, 15, 16, 48, 64, 128, 256, 400, 768])
+def test_every_width_has_its_basis(D):
+    """Blocks of the rotation from 16 to 256 numbers, and widths without one; weights in bf16."""
+    x, W, b, k = gaussian(N=30, D=D, M=1500)
+    x, W = x * torch.linspace(0.1, 30, D), W.bfloat16()
+    x = x.bfloat16()
+    wanted = encode(x, W, b, k, _cpu.Format.f32)
+    for fmt in FORMATS:
+        for like in (None, x):
+            acts, indices, redone = encode(x, W, b, k, fmt, like=like)
+            assert torch.equal(acts, wanted[0]), fmt
+            assert torch.equal(indices, wanted[1]), fmt
+            assert redone <= 1, fmt
+
+
+@pytest.mark.skipif(not FORMATS or _cpu.Format.i8 not in FORMATS, reason="there is no 8-bit product here")
+def test_large_dimensions_cost_8_bits_little():
+    """Rows as training leaves them: few dimensions hold most of x, and W reads them as much as the others."""
+    x, W, b, k = massive_dimensions()
+    redone, rivals = {}, {}
+    for name, like in {"signs alone": None, "balanced": x}.items():
+        screen = cpu_screen.fill(W, None, _cpu.Format.i8, like)[0]
+        args = cpu_screen._encode_args(x, W, b, k, None, None, 0, screen, rescore=True, redo=False)
+        redone[name], rivals[name] = _cpu.encode_topk(args, *cpu_screen._fixed(len(x), k)[1])
+    assert redone["balanced"] <= 1
+    assert rivals["balanced"] < rivals["signs alone"] / 2
 
 
 @pytest.mark.parametrize("case", HARD, ids=lambda f: f.__name__)
@@ -252,19 +298,21 @@ def test_a_screen_of_another_dictionary_is_refused():
 def test_a_screen_of_another_type_never_reaches_cpp():
     """C++ counts elements: with the same number of smaller elements it would read and write past the end."""
     x, W, b, _ = gaussian(N=2)
-    words, tables, code = ops.prepare_screen(W, b, backend="cpu").tensors
-    for bad in ([words.to(torch.int8), tables, code], [words, tables.view(torch.int32), code]):
+    words, tables, code, factors = ops.prepare_screen(W, b, backend="cpu").tensors
+    integers = torch.int32
+    for bad in (
+        [words.to(torch.int8), tables, code, factors],
+        [words, tables.view(integers), code, factors],
+        [words, tables, code, factors.view(integers)],
+    ):
         with pytest.raises(TypeError, match=r"where C\+\+ expects torch"):
             torch.ops.fastsae.encode_topk(x, W, b, 4, None, None, 0, bad, "exact", "cpu")
 
 
 @pytest.mark.skipif(not FORMATS or _cpu.Format.i8 not in FORMATS, reason="there is no 8-bit product here")
 def test_tokens_that_8_bits_leave_open_get_a_tighter_copy() -> None:
-    """Dimensions that set a token's scale and that W ignores: 8-bit bounds let in more than a list holds."""
-    _, W, b, k = gaussian()
-    x, *_ = massive_dimensions()
-    W = W.clone()
-    W[:, [5, 50]] = 0
+    """A direction that sets a token's scale and that W ignores: more 8-bit bounds pass than the longest list holds."""
+    x, W, b, k = ignored_direction(M=12288)
     for considered in (x, torch.cat([x, torch.full((1, 96), torch.nan)])):
         acts, indices, redone = encode(considered, W, b, k, _cpu.Format.i8)
         expected, places, few = encode(considered, W, b, k, _cpu.tight_format())
@@ -279,7 +327,7 @@ def test_the_format_for_thresholds_is_judged_by_what_its_bounds_let_in(monkeypat
     x, W, b, _ = gaussian()
     made = []
     fill = cpu_screen.fill
-    monkeypatch.setattr(cpu_screen, "fill", lambda W, rows, fmt: made.append(fmt) or fill(W, rows, fmt))
+    monkeypatch.setattr(cpu_screen, "fill", lambda W, rows, fmt, x: made.append(fmt) or fill(W, rows, fmt, x))
     bars = {"latent": torch.full((W.shape[0],), 2.0), "token": torch.full((x.shape[0], 1), 2.0)}
     for threshold in bars.values():
         for share, formats in ((1.0, [_cpu.fastest_format(96)]), (0.0, [_cpu.fastest_format(96), _cpu.tight_format()])):
@@ -293,17 +341,14 @@ def test_the_format_for_thresholds_is_judged_by_what_its_bounds_let_in(monkeypat
 
 @pytest.mark.skipif(not FORMATS or _cpu.fastest_format(96) == _cpu.tight_format(), reason="one format serves all here")
 def test_a_format_that_cannot_separate_the_latents_is_replaced():
-    x, W, b, k = gaussian()
-    blind = [5, 50]
-    W = W.clone()
-    W[:, blind] = 0  # W ignores the dimensions that set a token's scale
-    loose, *_ = massive_dimensions()
+    x, *_ = gaussian()
+    loose, W, b, k = ignored_direction()
     assert ops.prepare_screen(W, b, x=x, k=k, backend="cpu").format == f"cpu/{_cpu.fastest_format(96).name}"
     assert ops.prepare_screen(W, b, x=loose, k=k, backend="cpu").format == f"cpu/{_cpu.tight_format().name}"
 
     sae = fastsae.SparseAutoencoder(96, 4096, fastsae.TopK(32), seed=0)
     with torch.no_grad():
-        sae.W_enc[:, blind] = 0
+        sae.W_enc.copy_(W)
     step = fastsae.FusedTrainStep(sae, lr=0, backend="cpu")
     step(x)  # the screen is chosen on harmless input; then the input changes
     shares = [float(step(loose)["redone"]) / x.shape[0] for _ in range(12)]

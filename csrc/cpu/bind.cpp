@@ -89,8 +89,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("blocks_of", &blocks_of);
 
   py::class_<Screen> screen_type(m, "Screen");
-  made_of(screen_type, py::init(&screen), py::arg("words"), py::arg("tables"), py::arg("format"), py::arg("latents"),
-          py::arg("d"));
+  made_of(screen_type, py::init(&screen), py::arg("words"), py::arg("tables"), py::arg("factors"), py::arg("format"),
+          py::arg("latents"), py::arg("d"));
   screen_type.def_readonly("latents", &Screen::latents);
   m.def("prepare_screen",
         [](const Matrix& W, const Maybe& rows, const Screen& out, int threads) {

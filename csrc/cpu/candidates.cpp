@@ -77,12 +77,12 @@ Tiles guess_bars(const ScreenCall& call, int64_t wanted, Lists& lists) {
 
   ScreenCall guess = call;
   guess.tiles = sample, guess.guessing = true;
-  const int64_t keep = std::exchange(lists.keep, rank), room = std::exchange(lists.room, std::max<int64_t>(256, 8 * rank));
-  lists.room = std::min(lists.room, lists.capacity);
+  const int64_t keep = std::exchange(lists.keep, rank), room = lists.room.empty() ? 0 : lists.room[0];
+  lists.give_room(std::max<int64_t>(256, 8 * rank));
   kernel_for(screen.format).pass(guess, lists);
   // A last pruning raises each bar to the estimate of that rank and keeps only what clears it.
   for (int64_t t = 0; t < call.panel.count; ++t) prune(guess, lists, t);
-  lists.keep = keep, lists.room = room;
+  lists.keep = keep, lists.give_room(room);
   return {sample.first, sample.step, true};
 }
 

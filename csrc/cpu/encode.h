@@ -4,6 +4,10 @@
 // guessed:  |ŝ_i - s_i| <= ‖x - x̂‖·‖W_i‖ + ‖x̂‖·‖W_i - Ŵ_i‖ + accumulation,  hats being the narrowed operands. So
 // u_i = ŝ_i + bound is at least s_i, and a latent whose u_i stays below the K-th exact score needs no exact score of its own.
 //
+// Narrow operands may stand in another basis, since <x, w> = <R(x∘b), R(w/b)> for any factors b and rotation R, and every
+// norm above is then taken there. Factors that give both sides the same second moments, and a rotation that spreads what is
+// left of large dimensions over many, let 8 bits of trained weights lose several times less (narrow.h).
+//
 // Latents are packed in blocks of 16 lanes. Lane l of block p holds latent p + l·blocks: neighbours in the dictionary lie in
 // different blocks, so every 16th block is a sample of the whole dictionary even when it is sorted.
 #pragma once
@@ -24,6 +28,7 @@ struct Screen {
   float* scale;       // [blocks·16] in packed order: value of one step of i8, else 1
   float* norm;        // ‖W_i‖, rounded up
   float* residual;    // ‖W_i - Ŵ_i‖, rounded up
+  const float* factors;   // [2][d] b, then 1/b: what x and W_i are multiplied by before they are narrowed; null: nothing
   Format format;
   int64_t latents, d, blocks, words_per_row;
 

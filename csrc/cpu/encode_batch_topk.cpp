@@ -34,7 +34,7 @@ std::vector<float> sample_scores(const EncodeArgs& a, const LatentTerms& terms, 
       rows[t] = as_floats(a.x, (p * kPanel + t) * token_step, widened.data() + t * a.x.cols);
     const ScreenKernel& kernel = kernel_for(a.screen.format);
     Panel panel;
-    kernel.pack(rows.data(), count, a.x.cols, a.screen.words_per_row, panel);
+    kernel.pack(a.screen, rows.data(), count, panel);
     Lists lists(count, capacity, std::numeric_limits<int64_t>::max());
     kernel.pass({a.screen, a, terms, panel, {tile_step / 2, tile_step}, false}, lists);
     for (int64_t t = 0; t < count; ++t)

@@ -70,13 +70,17 @@ void shortlist(const EncodeArgs& a, const Lists& lists, int64_t in_panel, Tokens
     if (!(score_of(order[j]) < bar)) rivals.push_back(int32_t(index_of(order[j])));
 }
 
+// What a token's list holds before its bar is raised, and at most where raising it does not help.
+int64_t first_room(const EncodeArgs& a, bool guess) { return std::max<int64_t>(guess ? 1024 : 2048, 16 * a.k); }
+constexpr int64_t kLongList = 8192;
+
 // Screens one panel of tokens, [first, first + count).
 template <class T>
 void screen_tokens(const EncodeArgs& a, const LatentTerms& terms, Tokens& tokens, int64_t first, int64_t count, bool guess,
                    Panel& panel, Lists& lists, std::vector<int32_t>& rivals) {
   const ScreenKernel& kernel = kernel_for(a.screen.format);
-  kernel.pack(tokens.rows.data() + first, count, a.x.cols, a.screen.words_per_row, panel);
-  lists.reset(count);
+  kernel.pack(a.screen, tokens.rows.data() + first, count, panel);
+  lists.reset(count, first_room(a, guess));
   for (int64_t t = 0; t < count; ++t)
     if (!std::isfinite(panel.error[t])) lists.spilled[t] = 1, lists.bar[t] = std::numeric_limits<float>::infinity();
   ScreenCall call{a.screen, a, terms, panel, {}, a.rescore};
@@ -146,8 +150,9 @@ std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms
   tokens.offsets.assign(count + 1, 0);
   if (a.x.dtype != Dtype::f32) tokens.widened.resize(count * D);
 
-  const int64_t latents = a.screen.latents + 2 * kLanes;
-  const int64_t capacity = std::min(std::max<int64_t>(guess ? 1024 : 2048, 16 * a.k), latents);
+  // No list outgrows the dictionary. Long ones are rare, and memory past a list's end is never touched.
+  const int64_t room = first_room(a, guess);
+  const int64_t capacity = std::min(std::max(room, std::min(4 * room, kLongList)), a.screen.latents + 2 * kLanes);
   const int64_t size = panel_size(a, count, capacity), panels = (count + size - 1) / size;
   tokens.rivals.resize(panels);
   std::vector<std::unique_ptr<Lists>> lists(a.threads);

@@ -209,7 +209,7 @@ inline void order_is_of(const Codes& c, const Order& o) {
 // -- the encoders ------------------------------------------------------------------------------------------------------
 
 // Neither words nor tables: no narrow copy.
-inline Screen screen(const Maybe& words, const Maybe& tables, Format format, int64_t latents, int64_t d) {
+inline Screen screen(const Maybe& words, const Maybe& tables, const Maybe& factors, Format format, int64_t latents, int64_t d) {
   in_range("format of the screen", int64_t(format), int64_t(Format::f32), int64_t(Format::amx_emulated));
   in_range("latents of the screen", latents, 0, kMostInt32), in_range("columns of the screen", d, 0, kMostInt32);
   const int64_t blocks = blocks_of(latents), positions = blocks * kLanes, width = words_per_row(format, d);
@@ -217,8 +217,9 @@ inline Screen screen(const Maybe& words, const Maybe& tables, Format format, int
   const int64_t size = format == Format::f32 ? 0 : product("words of the screen", positions, width);
   float* table = take<float>("the tables of the screen", tables, 3 * positions);
   uint32_t* packed = take<uint32_t>("the words of the screen", words, size);
-  if (!table) return {packed, nullptr, nullptr, nullptr, format, latents, d, blocks, width};
-  return {packed, table, table + positions, table + 2 * positions, format, latents, d, blocks, width};
+  const float* basis = take<float>("the factors of the screen", factors, 2 * d);
+  if (!table) return {packed, nullptr, nullptr, nullptr, nullptr, format, latents, d, blocks, width};
+  return {packed, table, table + positions, table + 2 * positions, basis, format, latents, d, blocks, width};
 }
 
 // rows: whether a list of latents is given; then there is one for each latent of the screen.

@@ -25,7 +25,8 @@ inline float rounded_up_norm(float squares, int64_t d, bool zero) {
   return zero && squares == 0.f ? 0.f : kRoundUp * std::sqrt(squares) + kFloor * std::sqrt(float(d));
 }
 
-// Relative to ‖x‖‖W‖: the engine's score and the screening product each add at most D roundings of 2⁻²⁴, and a few for scaling.
+// Relative to ‖x‖‖W‖: the engine's score and the screening product each add at most D roundings of 2⁻²⁴, and 128 are more
+// than those of scaling and of a change of basis: two factors, and two stages for each bit of kLargestBlock.
 inline float accumulation_error(int64_t d) { return float(2 * d + 128) * 0x1p-24f; }
 
 FASTSAE_INLINE float max_abs(const float* v, int64_t d) {
@@ -41,6 +42,70 @@ FASTSAE_INLINE float max_abs(const float* v, int64_t d) {
   for (; i < d; ++i) m = std::max(m, std::fabs(v[i]));
   return m;
 }
+
+// -- the basis -----------------------------------------------------------------------------------------------------------
+
+// 8 bits have one step for a whole row, so what counts is its largest number: rotated, large and small are mixed. The other
+// formats have an exponent for each number, and are only balanced.
+constexpr int64_t kLargestBlock = 256;
+
+// Numbers in a block of the rotation: the largest power of two that divides d; 1: no rotation.
+inline int64_t rotation_block(Format format, int64_t d) {
+  return format != Format::i8 || d % 16 || !d ? 1 : std::min(d & -d, kLargestBlock);
+}
+
+// One stage of a Walsh-Hadamard transform inside a vector: lanes whose bit is clear become sums, the others differences.
+template <int BIT> FASTSAE_INLINE vec<float> butterfly(vec<float> v) {
+  typedef int32_t i32x16 __attribute__((vector_size(64)));
+  constexpr i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vec<float> signs = (lane & BIT) != 0 ? splat(-1.f) : splat(1.f);
+  return __builtin_shuffle(v, lane ^ BIT) + signs * v;
+}
+
+// H(gain · v∘factors) of 16·VECTORS numbers, H the Walsh-Hadamard matrix of ±1.
+template <int VECTORS> FASTSAE_INLINE void turn_block(const float* v, const float* factors, float gain, float* out) {
+  vec<float> r[VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; ++i)
+    r[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(v + 16 * i) * (load(factors + 16 * i) * gain)))));
+#pragma GCC unroll 4
+  for (int step = 1; step < VECTORS; step *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < VECTORS; ++i)
+      if (!(i & step)) {
+        const vec<float> a = r[i], b = r[i + step];
+        r[i] = a + b, r[i + step] = a - b;
+      }
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; ++i) std::memcpy(out + 16 * i, &r[i], sizeof r[i]);
+}
+
+template <int VECTORS> void turn_row(const float* v, int64_t d, const float* factors, float gain, float* out) {
+  for (int64_t i = 0; i < d; i += 16 * VECTORS) turn_block<VECTORS>(v + i, factors + i, gain, out + i);
+}
+
+enum class Side { token, latent };
+
+// A row in the screen's basis: v itself where it has none, else in `out`. H is orthogonal but for a factor √B; the latents'
+// rows are divided by B, a power of two, so that nothing is rounded to make up for it.
+inline const float* in_basis(const Screen& s, Side side, const float* v, float* out) {
+  if (!s.factors || s.format == Format::f32) return v;
+  const float* factors = s.factors + (side == Side::latent ? s.d : 0);
+  const int64_t block = rotation_block(s.format, s.d);
+  const float gain = side == Side::latent ? 1.f / float(block) : 1.f;
+  switch (block) {
+    case 256: turn_row<16>(v, s.d, factors, gain, out); break;
+    case 128: turn_row<8>(v, s.d, factors, gain, out); break;
+    case 64: turn_row<4>(v, s.d, factors, gain, out); break;
+    case 32: turn_row<2>(v, s.d, factors, gain, out); break;
+    case 16: turn_row<1>(v, s.d, factors, gain, out); break;
+    default:
+      for (int64_t i = 0; i < s.d; ++i) out[i] = v[i] * factors[i];
+  }
+  return out;
+}
+
+// -- the formats ---------------------------------------------------------------------------------------------------------
 
 inline Narrowed narrow_f32(const float* v, int64_t d, uint32_t* words) {
   if (words) std::memcpy(words, v, d * 4);
@@ -89,6 +154,16 @@ inline Narrowed narrow_row(Format format, const float* v, int64_t d, uint32_t* w
     case Format::f32: return narrow_f32(v, d, words);
     default: return narrow_bf16(v, d, words);
   }
+}
+
+// A row brought into the screen's basis, through `scratch` of d numbers, and narrowed by narrow(row, d, words).
+template <class Narrow> Narrowed narrow_in_basis(const Screen& s, Side side, const float* v, float* scratch, uint32_t* words,
+                                                 Narrow narrow) {
+  const float* turned = in_basis(s, side, v, scratch);
+  Narrowed n = narrow(turned, s.d, words);
+  // A row that vanished in there is not 0: what its norm and its loss are, the floor bounds.
+  if (n.norm == 0.f && turned != v && max_abs(v, s.d) != 0.f) n.norm = n.residual = rounded_up_norm(0.f, s.d, false);
+  return n;
 }
 
 // fp32 view of a row: itself, or widened into `buffer`.

@@ -51,7 +51,7 @@ Lot narrow_lot(const EncodeArgs& a, const float* bars) {
       const int64_t first = p * lot.panel, count = std::min(lot.panel, N - first);
       for (int64_t n = first; n < first + count; ++n)
         lot.rows[n] = as_floats(a.x, n, lot.widened.empty() ? nullptr : &lot.widened[n * D]);
-      kernel.pack(lot.rows.data() + first, count, D, a.screen.words_per_row, lot.panels[p]);
+      kernel.pack(a.screen, lot.rows.data() + first, count, lot.panels[p]);
       for (int64_t t = 0; t < count; ++t)
         if (!std::isfinite(lot.panels[p].error[t]))
           lot.odd[first + t] = 1, lot.bars[first + t] = std::numeric_limits<float>::infinity();

@@ -18,7 +18,8 @@ int64_t encode_batch_topk(const EncodeArgs&, const RaggedCodes& out);
 void update_latents(const UpdateArgs&);
 
 // The narrow copy of one latent, and of one block of 16 narrowed rows (screen.cpp); update_latents_ keeps the copy with them.
-void narrow_latent(const Screen&, int64_t position, const float* row, uint32_t* words);
+// scratch: d numbers.
+void narrow_latent(const Screen&, int64_t position, const float* row, float* scratch, uint32_t* words);
 void pack_block(const uint32_t* rows, int64_t words, uint32_t* block);
 
 template <class F> void by_dtype(Dtype dtype, F f) {

@@ -20,8 +20,10 @@ void pack_block(const uint32_t* rows, int64_t words, uint32_t* block) {
 }
 
 // The copy of one row changed by an update, or made anew: its words go to `words`, its numbers to the screen's tables.
-void narrow_latent(const Screen& s, int64_t position, const float* row, uint32_t* words) {
-  const Narrowed n = narrow_row(s.format, row, s.d, words);
+void narrow_latent(const Screen& s, int64_t position, const float* row, float* scratch, uint32_t* words) {
+  const Narrowed n = narrow_in_basis(s, Side::latent, row, scratch, words, [&](const float* v, int64_t d, uint32_t* out) {
+    return narrow_row(s.format, v, d, out);
+  });
   s.scale[position] = std::isfinite(n.norm) ? n.scale : std::numeric_limits<float>::quiet_NaN();
   s.norm[position] = n.norm;
   s.residual[position] = n.residual;
@@ -30,7 +32,7 @@ void narrow_latent(const Screen& s, int64_t position, const float* row, uint32_t
 void prepare_screen(const Matrix& W, const int32_t* rows, const Screen& s, int threads) {
   // Made before the threads start: an allocation that fails in there would end the process.
   std::vector<std::vector<uint32_t>> all_words(threads, std::vector<uint32_t>(kLanes * s.words_per_row));
-  std::vector<std::vector<float>> buffers(threads, std::vector<float>(s.d));
+  std::vector<std::vector<float>> buffers(threads, std::vector<float>(2 * s.d));
 #pragma omp parallel num_threads(threads)
   {
     std::vector<uint32_t>& words = all_words[omp_get_thread_num()];
@@ -41,7 +43,7 @@ void prepare_screen(const Matrix& W, const int32_t* rows, const Screen& s, int t
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         const int64_t position = block * kLanes + lane, latent = s.latent_at(position);
         if (latent < s.latents)
-          narrow_latent(s, position, as_floats(W, rows ? rows[latent] : latent, buffer.data()),
+          narrow_latent(s, position, as_floats(W, rows ? rows[latent] : latent, buffer.data()), buffer.data() + s.d,
                         words.data() + lane * s.words_per_row);
         else
           s.scale[position] = s.norm[position] = s.residual[position] = 0.f;
@@ -74,6 +76,8 @@ void prune(const ScreenCall& call, Lists& lists, int64_t token) {
   for (int64_t i = 0; i < size; ++i)
     if (!(value[i] <= bar)) value[kept] = value[i], where[kept] = where[i], ++kept;
   lists.bar[token] = bar;
+  // A list that is cut by little would soon be cut again.
+  if (2 * kept > lists.room[token]) lists.room[token] = int32_t(std::min<int64_t>(lists.capacity, 2 * lists.room[token]));
   if (kept + kLanes > lists.capacity) {
     lists.spilled[token] = 1, lists.bar[token] = std::numeric_limits<float>::infinity();
     kept = 0;

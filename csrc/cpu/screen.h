@@ -1,5 +1,6 @@
 // One thread's panel of tokens against all packed latents: the interface between the encoders and the screening kernels.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -25,22 +26,25 @@ struct Panel {
   std::vector<int32_t> correction;
 };
 
-// Per token a short list of latents whose bound passed the token's bar; the bar rises when the list is full.
+// Per token a short list of latents whose bound passed the token's bar; the bar rises when the list has outgrown its room.
+// A list that stays long in spite of that gets more room, up to its capacity.
 struct Lists {
   int64_t capacity, keep;
-  int64_t room;                       // a list that has no room for 16 more below this size is pruned
   std::unique_ptr<float[]> value;     // [count][capacity] the bound u; unset past `size`, so what is not used is not touched
   std::unique_ptr<int32_t[]> where;   // [count][capacity] packed position
-  std::vector<int32_t> size;
+  std::vector<int32_t> size, room;    // a list that has no room for 16 more is pruned
   std::vector<float> bar;             // a latent is left out only if u <= bar
   std::vector<uint8_t> spilled;       // the list could not hold all that passed: decide this token another way
 
   Lists(int64_t count, int64_t capacity_, int64_t keep_)
-      : capacity(capacity_), keep(keep_), room(capacity_), value(new float[count * capacity_]),
-        where(new int32_t[count * capacity_]) {
-    reset(count);
+      : capacity(capacity_), keep(keep_), value(new float[count * capacity_]), where(new int32_t[count * capacity_]) {
+    reset(count, capacity_);
   }
-  void reset(int64_t count) { size.assign(count, 0), bar.assign(count, 0.f), spilled.assign(count, 0); }
+  void reset(int64_t count, int64_t first_room) {
+    size.assign(count, 0), bar.assign(count, 0.f), spilled.assign(count, 0);
+    give_room(first_room);
+  }
+  void give_room(int64_t first_room) { room.assign(size.size(), int32_t(std::min(first_room, capacity))); }
 };
 
 // Where bars are given and only they may leave out latents: those that passed, in (tile, token, position) order.
@@ -77,7 +81,7 @@ struct ScreenCall {
 // One format's kernel: how tokens are narrowed, and the pass over the latents, into lists or through a sieve.
 struct ScreenKernel {
   int64_t group;
-  void (*pack)(const float* const* rows, int64_t count, int64_t d, int64_t words, Panel& panel);
+  void (*pack)(const Screen& screen, const float* const* rows, int64_t count, Panel& panel);
   void (*pass)(const ScreenCall& call, Lists& lists);
   void (*sift)(const ScreenCall& call, Sieve& sieve);
 };

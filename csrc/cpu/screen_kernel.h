@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #endif
 
+#include "narrow.h"
 #include "screen.h"
 
 namespace fastsae::FASTSAE_ISA {
@@ -50,7 +51,7 @@ FASTSAE_INLINE void append(Lists& lists, int64_t token, vec<float> u, unsigned m
 // What becomes of the latents of one block that passed.
 FASTSAE_INLINE void take(const ScreenCall& call, Lists& lists, int64_t token, vec<float> u, unsigned mask, int64_t position) {
   append(lists, token, u, mask, int32_t(position));
-  if (__builtin_expect(lists.size[token] + kLanes > lists.room, 0)) prune(call, lists, token);
+  if (__builtin_expect(lists.size[token] + kLanes > lists.room[token], 0)) prune(call, lists, token);
 }
 
 FASTSAE_INLINE void take(const ScreenCall&, Sieve& sieve, int64_t token, vec<float>, unsigned mask, int64_t position) {
@@ -145,17 +146,19 @@ template <class Policy, class Sink> void pass(const ScreenCall& call, Sink& sink
 }
 
 // Tokens narrowed by the Policy and interleaved: word w of token t of a group stands at [w][t].
-template <class Policy> void pack_panel(const float* const* rows, int64_t count, int64_t d, int64_t words, Panel& p) {
+template <class Policy> void pack_panel(const Screen& screen, const float* const* rows, int64_t count, Panel& p) {
   constexpr int64_t G = Policy::kGroup;
+  const int64_t d = screen.d, words = screen.words_per_row;
   const int64_t padded = (count + G - 1) / G * G;
   p.count = count;
   p.words.assign(padded * words, 0);
   p.scale.assign(padded, 0.f), p.error.assign(padded, 0.f), p.norm.assign(padded, 0.f);
   p.correction.assign(padded, 0);
   std::vector<uint32_t> row(words);
+  std::vector<float> scratch(d);
   for (int64_t t = 0; t < count; ++t) {
     std::fill(row.begin(), row.end(), 0u);
-    const Narrowed n = Policy::narrow(rows[t], d, row.data());
+    const Narrowed n = narrow_in_basis(screen, Side::token, rows[t], scratch.data(), row.data(), Policy::narrow);
     p.scale[t] = n.scale;
     p.correction[t] = n.correction;
     p.error[t] = n.residual + accumulation_error(d) * n.norm;

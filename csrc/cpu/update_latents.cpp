@@ -27,7 +27,7 @@ template <class A> struct Scratch {
   std::vector<float> buffer;
   std::vector<uint32_t> words;
   explicit Scratch(const UpdateArgs& a)
-      : gradient(a.d_out, a.d_in), wide(a.d_out), buffer(a.d_in),
+      : gradient(a.d_out, a.d_in), wide(a.d_out), buffer(2 * a.d_in),
         words(a.screen.scale ? kLanes * a.screen.words_per_row : 0) {}
 };
 
@@ -138,7 +138,7 @@ template <class T> struct Updater {
     if constexpr (!std::is_same_v<T, double>)
       if (words) {
         const Matrix view{const_cast<T*>(encoder), 1, a.d_in, a.d_in, a.dtype};
-        narrow_latent(a.screen, position, as_floats(view, 0, s.buffer.data()), words);
+        narrow_latent(a.screen, position, as_floats(view, 0, s.buffer.data()), s.buffer.data() + a.d_in, words);
       }
   }
 

@@ -18,7 +18,7 @@ _Tensors = list[Tensor]
 
 
 def allocate(latents: int, d: int, fmt: _cpu.Format) -> _Tensors:
-    """[words int32, tables fp32 (3, positions), format int32 ()]: the memory of one narrow copy, not filled.
+    """[words int32, tables fp32 (3, positions), format int32 (), factors fp32 (2, d)]: one narrow copy, not filled.
 
     None of them is an inference tensor: training may update a copy that was made under torch.inference_mode.
     """
@@ -28,6 +28,7 @@ def allocate(latents: int, d: int, fmt: _cpu.Format) -> _Tensors:
             buffers.empty((words,), torch.int32, CPU),
             buffers.empty((3, positions), torch.float32, CPU),
             buffers.scalar(int(fmt), torch.int32, CPU),
+            buffers.empty((2, d), torch.float32, CPU),
         ]
 
 
@@ -39,45 +40,75 @@ def _sizes(latents: int, d: int, fmt: _cpu.Format) -> tuple[int, int]:
 
 def absent(latents: int, d: int) -> _cpu.Screen:
     """No narrow copy: an encoder scores every latent in fp32, an update has nothing to refresh."""
-    return _cpu.Screen(None, None, _cpu.Format.f32, latents, d)
+    return _cpu.Screen(None, None, None, _cpu.Format.f32, latents, d)
 
 
 def view(tensors: _Tensors, latents: int, d: int) -> _cpu.Screen:
     """The C++ view of a narrow copy. Raises ValueError for one of another dictionary or processor; TypeError."""
-    if len(tensors) != 3 or tensors[2].numel() != 1:
+    if len(tensors) != 4 or tensors[2].numel() != 1:
         shapes = [tuple(t.shape) for t in tensors]
-        raise ValueError(f"the screen is tensors of shapes {shapes}, expected words, tables and a format; make it anew")
-    words, tables, code = tensors
+        expected = "words, tables, a format and factors"
+        raise ValueError(f"the screen is tensors of shapes {shapes}, expected {expected}; make it anew")
+    words, tables, code, factors = tensors
     numbers("the screen's format", code, torch.int32, tuple(code.shape))
     fmt = _cpu.Format(int(code))
     if not _cpu.format_supported(fmt):
         raise ValueError(f"the screen is in {fmt.name}, which {_cpu.isa()} has no code for; make it anew")
     size, positions = _sizes(latents, d, fmt)
-    if tables.shape != (3, positions) or words.shape != (size,):
+    if tables.shape != (3, positions) or words.shape != (size,) or factors.shape != (2, d):
         raise ValueError(f"the screen is of another dictionary than W ({latents}, {d}); make it anew")
     return _cpu.Screen(
         numbers("the screen's words", words, torch.int32, (size,)),
         numbers("the screen's tables", tables, torch.float32, (3, positions)),
+        numbers("the screen's factors", factors, torch.float32, (2, d)),
         fmt,
         latents,
         d,
     )
 
 
-def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format) -> tuple[_cpu.Screen, _Tensors]:
-    """A narrow copy of W, or of some of its rows, with the tensors that hold it."""
+def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format, x: Tensor | None = None) -> tuple[_cpu.Screen, _Tensors]:
+    """A narrow copy of W, or of some of its rows, with the tensors that hold it; x: inputs like those it will serve."""
     latents = W.shape[0] if rows is None else rows.shape[0]
     tensors = allocate(latents, W.shape[1], fmt)
+    torch.stack(_factors(W, x), out=tensors[3])
     screen = view(tensors, latents, W.shape[1])
     _cpu.prepare_screen(matrix("W", W), numbers("rows", rows, torch.int32, (latents,)), screen, torch.get_num_threads())
     return screen, tensors
+
+
+SAMPLED = 1024  # rows that second moments are taken from
+MOST_UNBALANCED = 2.0**16
+
+
+def _factors(W: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factors of x's columns, and of W's, each the other's inverse: with them both have the same second moments, so
+    that a dimension which is large in one and small in the other costs no format its precision.
+
+    Their signs are random, for the rotation that follows them (csrc/cpu/narrow.h): it would add the entries of a row
+    whose mean is not 0 up to one large number. Without x they are the signs alone.
+    """
+    coin = torch.Generator(CPU).manual_seed(W.shape[1])
+    signs = buffers.empty((W.shape[1],), torch.float32, CPU).bernoulli_(generator=coin).mul_(2).sub_(1)
+    if x is None or not x.shape[0] or not W.shape[0]:
+        return signs, signs
+    ratio = (_second_moments(W) / _second_moments(x)).pow_(0.25)
+    ratio.div_(ratio.median()).clamp_(1 / MOST_UNBALANCED, MOST_UNBALANCED).mul_(signs)
+    return ratio, ratio.reciprocal()
+
+
+def _second_moments(rows: Tensor) -> Tensor:
+    """(D,) the mean square of each column, from at most SAMPLED rows. Never 0, as a column of zeros has no balance."""
+    some = rows.detach()[:: -(-rows.shape[0] // SAMPLED)].to(torch.float32)
+    squares = torch.where(some.isfinite().all(1, keepdim=True), some, 0.0).square().mean(0)
+    return squares.clamp_(max=1e30).add_(squares.mean() * 1e-6 + 1e-30)
 
 
 def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None) -> Screen | None:
     W = W.contiguous()
     bias = buffers.zeros((W.shape[0],), torch.float32, CPU) if b is None else b
     serves = None if x is None or k is None else partial(_topk_serves, x, W, bias, k, None, None)
-    fmt, tensors = _best_copy(W, None, serves)
+    fmt, tensors = _best_copy(W, None, serves, x)
     return Screen(tensors, f"cpu/{fmt.name}")
 
 
@@ -98,13 +129,13 @@ Judge = Callable[[_cpu.Screen], bool]
 FEW, FEW_KEPT = 128, 12
 
 
-def _best_copy(W: Tensor, rows: Tensor | None, serves: Judge | None) -> tuple[_cpu.Format, _Tensors]:
+def _best_copy(W: Tensor, rows: Tensor | None, serves: Judge | None, x: Tensor | None) -> tuple[_cpu.Format, _Tensors]:
     """The narrow copy that encodes fastest, judged by encoding a few inputs. Exact results never depend on it."""
     fmt, tight = _cpu.fastest_format(W.shape[1]), _cpu.tight_format()
-    narrow, tensors = fill(W, rows, fmt)
+    narrow, tensors = fill(W, rows, fmt, x)
     if serves is None or fmt == tight or not narrow.latents or serves(narrow):
         return fmt, tensors
-    return tight, fill(W, rows, tight)[1]
+    return tight, fill(W, rows, tight, x)[1]
 
 
 def _few(t: Tensor) -> Tensor:
@@ -183,7 +214,7 @@ def arguments(
     elif kept is None and precision == "fp32":
         narrow = fill(W, considered, _cpu.Format.f32)[0]
     elif kept is None:
-        made = _best_copy(W, considered, serves or partial(_topk_serves, x, W, b, k, considered, scale))[1]
+        made = _best_copy(W, considered, serves or partial(_topk_serves, x, W, b, k, considered, scale), x)[1]
         narrow = view(made, count, W.shape[1])
     rescore = precision != "screened"
     return _encode_args(x, W, b, k, considered, scale, index_offset, narrow, rescore=rescore, redo=True)
