@@ -16,6 +16,7 @@ LatentTerms latent_terms(const EncodeArgs& a, const float* shift) {
   LatentTerms t;
   t.mult.resize(positions), t.bias.resize(positions), t.norm.resize(positions), t.residual.resize(positions);
   t.slack.resize(positions);
+  const bool from_bias = kernel_for(s.format).from_bias;
   for (int64_t p = 0; p < positions; ++p) {
     const int64_t i = s.latent_at(p);
     const int64_t latent = i < s.latents ? a.latent(i) : 0;
@@ -34,6 +35,8 @@ LatentTerms latent_terms(const EncodeArgs& a, const float* shift) {
     t.bias[p] = a.bias[latent] * gain - off;
     // Adding the bias, the scale and the shift are roundings of their own.
     t.slack[p] = (std::fabs(a.bias[latent] * gain) + std::fabs(off)) * 0x1p-21f;
+    // The floor: such a sum takes a denormal number for 0.
+    if (from_bias && t.bias[p] != 0.f) t.slack[p] += std::fabs(t.bias[p]) * accumulation_error(s.d) + 0x1p-120f;
   }
   return t;
 }
@@ -57,8 +60,9 @@ int64_t sample_step(int64_t blocks) { return std::min<int64_t>(8, blocks * kLane
 
 int64_t panel_size(const EncodeArgs& a, int64_t count, int64_t capacity) {
   // As many panels for every thread, and no larger than fits.
-  const int64_t largest = std::max<int64_t>(1, std::min(kPanel, kPanelBytes / (capacity * 8)));
-  const int64_t group = kernel_for(a.screen.format).group;
+  const ScreenKernel& kernel = kernel_for(a.screen.format);
+  const int64_t fitting = kernel.most_tokens ? kernel.most_tokens(a.screen.words_per_row) : kPanel;
+  const int64_t largest = std::max<int64_t>(1, std::min(fitting, kPanelBytes / (capacity * 8))), group = kernel.group;
   const int64_t rounds = std::max<int64_t>(2, (count + a.threads * largest - 1) / (a.threads * largest));
   const int64_t share = std::max<int64_t>(1, (count + a.threads * rounds - 1) / (a.threads * rounds));
   return (share + group - 1) / group * group;

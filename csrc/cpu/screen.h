@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "encode.h"
@@ -12,16 +13,26 @@
 
 namespace fastsae::FASTSAE_ISA {
 
+// Numbers that begin with a cache line: a tile or a vector loaded from them never straddles two.
+template <class T> struct Lines {
+  using value_type = T;
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+template <class T> using Aligned = std::vector<T, Lines<T>>;
+
 // Per latent, in packed order, what turns a raw product into the upper bound
 // u = mult·token_scale·product + bias + token_error·norm + token_norm·residual.
 struct LatentTerms {
-  std::vector<float> mult, bias, norm, residual, slack;   // slack: rounding of the bias, part of the bound
+  Aligned<float> mult, bias, norm, residual, slack;   // slack: rounding of the bias, part of the bound
 };
 
-// A panel of tokens, narrowed and packed for one kernel: groups of `group` tokens, [words][group] or [group][words].
+// A panel of tokens, narrowed and packed for one kernel in groups of `group` tokens: [words][group], or tile by tile.
 struct Panel {
   int64_t count = 0;
-  std::vector<uint32_t> words;
+  Aligned<uint32_t> words;
   std::vector<float> scale, error, norm;
   std::vector<int32_t> correction;
 };
@@ -84,6 +95,8 @@ struct ScreenKernel {
   void (*pack)(const Screen& screen, const float* const* rows, int64_t count, Panel& panel);
   void (*pass)(const ScreenCall& call, Lists& lists);
   void (*sift)(const ScreenCall& call, Sieve& sieve);
+  int64_t (*most_tokens)(int64_t words) = nullptr;   // that a panel should hold; null: the usual number
+  bool from_bias = false;       // the bias is the first term of the sum, and takes part in its roundings
 };
 
 // Makes room in a full list of one token. At least `keep` latents are known to score no less than the keep-th largest lower
