@@ -145,7 +145,7 @@ template <class Policy, class Sink> void pass(const ScreenCall& call, Sink& sink
   }
 }
 
-// Tokens narrowed by the Policy and interleaved: word w of token t of a group stands at [w][t].
+// Tokens narrowed by the Policy and interleaved, word w of token t of a group at [w][t], or as the Policy places them.
 template <class Policy> void pack_panel(const Screen& screen, const float* const* rows, int64_t count, Panel& p) {
   constexpr int64_t G = Policy::kGroup;
   const int64_t d = screen.d, words = screen.words_per_row;
@@ -164,11 +164,10 @@ template <class Policy> void pack_panel(const Screen& screen, const float* const
     p.error[t] = n.residual + accumulation_error(d) * n.norm;
     p.norm[t] = n.norm + n.residual;   // at least ‖x̂‖
     uint32_t* group = p.words.data() + t / G * G * words;
-    for (int64_t w = 0; w < words; ++w)
-      if constexpr (Policy::kInterleaved)
-        group[w * G + t % G] = row[w];
-      else
-        group[t % G * words + w] = row[w];
+    if constexpr (Policy::kInterleaved)
+      for (int64_t w = 0; w < words; ++w) group[w * G + t % G] = row[w];
+    else
+      Policy::place(row.data(), words, t % G, group);
   }
 }
 
