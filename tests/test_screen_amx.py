@@ -159,10 +159,23 @@ def test_a_bias_takes_part_in_the_roundings_of_its_sum() -> None:
     check(x, W, b, 3)
 
 
+@pytest.mark.parametrize("rounded", ["tokens", "latents"])
+def test_what_rounding_hides_is_found(rounded: str) -> None:
+    """All numbers of a row lose nearly half a step, in one direction: the error is as large as its bound."""
+    D, hidden = 768, 1 + 0.99 * 2.0**-9
+    x, W = torch.zeros(40, D), torch.zeros(70, D)
+    x[[3, 35]], W[[18, 69]] = hidden if rounded == "tokens" else 1.0, hidden if rounded == "latents" else 1.0
+    bars = torch.full((40, 1), D + 1.2)  # the scores are D + 1.48, and D in bf16
+    screen = copy_of(W, _cpu.Format.amx_emulated)
+    _, indices, offsets, _, _ = cpu_screen.encode_above(x, W, torch.zeros(70), bars, 100, screen, "exact")
+    assert int(offsets[-1]) == 4
+    assert indices[:4].tolist() == [18, 69, 18, 69]  # one in the first block of its tile, one in the second
+
+
 def test_a_denormal_bias_counts() -> None:
     """The tile unit takes it for 0, and a token of zeros adds nothing to it."""
     x, W, b = torch.zeros(20, 64), torch.zeros(64, 64), torch.full((64,), -1.0)
-    b[[3, 40]] = 1e-40
+    b[[3, 40]] = 2e-42
     acts, indices, _ = encode(x, W, b, 2, _cpu.Format.amx_emulated)
     assert torch.equal(indices, torch.tensor([[3, 40]], dtype=torch.int32).expand(20, 2))
     assert (acts > 0).all()
