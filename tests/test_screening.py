@@ -277,6 +277,36 @@ def test_a_copy_with_nan_lets_no_padding_pass():
         assert int(indices.max()) < 17, fmt
 
 
+@pytest.mark.skipif(not FORMATS or _cpu.Format.bf16 not in FORMATS, reason="there is no bf16 product here")
+@pytest.mark.parametrize("D", [1, 15, 16, 31, 32, 33, 100])
+def test_a_bf16_copy_holds_the_nearest_numbers_and_what_was_lost(D):
+    """Words, norms and residuals of any width; ties, denormals, infinity and NaN; a row of zeros has neither."""
+    M = 40
+    W, _, g = dictionary(M, D)
+    W = W * 10.0 ** torch.randint(-6, 6, (M, 1), generator=g)
+    W[1], W[2], W[3] = 0, -0.0, 1 + 2.0**-8  # halfway, so to the even neighbour
+    W[4] = 1e-30  # whose square vanishes
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-40, 3.4e38])
+    W[5:10, D - 1] = odd
+    words, tables, _ = cpu_screen.fill(W, None, _cpu.Format.bf16)[1]
+    blocks = _cpu.blocks_of(M)
+    latents = torch.arange(M)
+    packed = words.view(blocks, -1, 16).transpose(1, 2)[latents % blocks, latents // blocks]
+    narrow = packed.contiguous().view(torch.bfloat16)[:, :D]
+    assert torch.equal(narrow.isnan(), W.isnan())
+    assert torch.equal(narrow.nan_to_num(nan=7), W.bfloat16().nan_to_num(nan=7))
+    _, norm, residual = tables[:, latents % blocks * 16 + latents // blocks].double()
+    fits = torch.isfinite(W.double().square().sum(1).float())
+    for got, rows in ((norm, W.double()), (residual, W.double() - narrow.double())):
+        wanted = rows[fits].norm(dim=1)
+        assert (got[fits] >= wanted).all()
+        assert (got[fits] <= wanted * 1.002 + 2.0**-61 * D**0.5).all()
+    assert not torch.isfinite(norm[~fits]).any()
+    assert (norm[1:3] == 0).all()
+    assert (residual[1:3] == 0).all()
+    assert norm[4] > 0
+
+
 def test_screened_precision_is_close_and_fp32_is_exact():
     x, W, b, k = gaussian(N=300, D=256, M=8192)
     exact = encode(x, W, b, k, _cpu.fastest_format(256))

@@ -112,18 +112,31 @@ inline Narrowed narrow_f32(const float* v, int64_t d, uint32_t* words) {
   return {1.f, rounded_up_norm(dot(v, v, d), d, max_abs(v, d) == 0.f), 0.f, 0};
 }
 
+// Words, both sums of squares and whether all is 0, in one pass.
 inline Narrowed narrow_bf16(const float* v, int64_t d, uint32_t* words) {
+  typedef uint32_t bits __attribute__((vector_size(kRegisterBytes)));
+  constexpr int L = reg_lanes<float>, U = 2;
   bf16* out = reinterpret_cast<bf16*>(words);
-  float lost = 0;
-#pragma omp simd reduction(+ : lost)
-  for (int64_t i = 0; i < d; ++i) {
-    const bf16 h = narrow<bf16>(v[i]);
-    const float r = v[i] - widen(h);
-    out[i] = h;
-    lost += r * r;
+  reg<float> squares[U] = {}, lost[U] = {};
+  bits any{};
+  int64_t i = 0;
+  for (; i + U * L <= d; i += U * L)
+#pragma GCC unroll 2
+    for (int u = 0; u < U; ++u) {
+      const reg<float> a = load_reg(v + i + u * L);
+      store_reg(out + i + u * L, a);
+      const reg<float> r = a - load_reg(out + i + u * L);
+      squares[u] += a * a, lost[u] += r * r, any |= (bits)a << 1;
+    }
+  float square = sum_lanes<float>(squares[0] + squares[1]), loss = sum_lanes<float>(lost[0] + lost[1]);
+  bool zero = true;
+  for (int l = 0; l < L; ++l) zero &= any[l] == 0;
+  for (; i < d; ++i) {
+    out[i] = narrow<bf16>(v[i]);
+    const float r = v[i] - widen(out[i]);
+    square = multiply_add(v[i], v[i], square), loss = multiply_add(r, r, loss), zero &= v[i] == 0.f;
   }
-  const bool zero = max_abs(v, d) == 0.f;
-  return {1.f, rounded_up_norm(dot(v, v, d), d, zero), rounded_up_norm(lost, d, zero), 0};
+  return {1.f, rounded_up_norm(square, d, zero), rounded_up_norm(loss, d, zero), 0};
 }
 
 // q = round(v / scale) in -127 .. 127. OFFSET: stored as q + 128, unsigned, as the latents are.
