@@ -288,11 +288,11 @@ def test_a_bf16_copy_holds_the_nearest_numbers_and_what_was_lost(D):
     W[4] = 1e-30  # whose square vanishes
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-40, 3.4e38])
     W[5:10, D - 1] = odd
-    words, tables, _ = cpu_screen.fill(W, None, _cpu.Format.bf16)[1]
+    words, tables, _, factors = cpu_screen.fill(W, None, _cpu.Format.bf16)[1]
     blocks = _cpu.blocks_of(M)
     latents = torch.arange(M)
     packed = words.view(blocks, -1, 16).transpose(1, 2)[latents % blocks, latents // blocks]
-    narrow = packed.contiguous().view(torch.bfloat16)[:, :D]
+    narrow = packed.contiguous().view(torch.bfloat16)[:, :D] * factors[0].bfloat16()  # signs, where no x is given
     assert torch.equal(narrow.isnan(), W.isnan())
     assert torch.equal(narrow.nan_to_num(nan=7), W.bfloat16().nan_to_num(nan=7))
     _, norm, residual = tables[:, latents % blocks * 16 + latents // blocks].double()

@@ -56,10 +56,6 @@ FASTSAE_INLINE float with_bias(const EncodeArgs& a, float dot, int64_t i) {
 template <class T> FASTSAE_INLINE float exact_score(const EncodeArgs& a, const float* x, int64_t i) {
   return with_bias(a, dot(x, latent_row<T>(a, i), a.W.cols), i);
 }
-// The same, while the row of considered latent `next` comes into the cache.
-template <class T> FASTSAE_INLINE float exact_score_fetching(const EncodeArgs& a, const float* x, int64_t i, int64_t next) {
-  return with_bias(a, dot<true>(x, latent_row<T>(a, i), a.W.cols, latent_row<T>(a, next)), i);
-}
 
 // What turns products into bounds, for this call's bias and scale. `shift` (per considered latent, may be null) is taken off
 // the score: thresholds of encode_above.

@@ -1,19 +1,20 @@
 // acts, indices = the K largest of relu(scale · (x Wᵀ + b)) per token; (N, M) is never stored.
 //
 // A thread takes a panel of tokens: narrow it, guess a bar per token from a sample of the dictionary, screen the dictionary
-// tile by tile against the bars, score the K best bounds of each token in fp32. A latent whose bound reaches the K-th score
-// found is a rival; rivals of all tokens are scored latent by latent, so that the rows gathered are those of x, which stay in
-// L3, and not those of W, which do not. A token whose K-th score does not clear the guessed bar has no certificate; it is
+// tile by tile against the bars. The K latents of a token whose scores are certain to be the largest are scored in fp32; a
+// latent whose bound reaches the K-th score found is a rival, and is scored too. Both go latent by latent through all tokens,
+// so that the rows gathered are those of x, which stay in L3, and not those of W, which do not. A token whose K-th score does not clear the guessed bar has no certificate; it is
 // redone with bar 0, under which nothing that counts is left out. What even then does not fit its list (masses of ties) or is
 // not finite is scored in fp32 in full (exhaustive.h), and so are all tokens where there is no narrow copy. Where 8 bits leave
 // many tokens without a certificate, as at D = 4096, a copy with tighter bounds is made for these tokens.
 //
-// Flops 2·N·M·D narrow, about 8·N·K·D in fp32. Bytes: the packed copy once per panel from L3, N·K rows of W, some 3·N·K of x.
+// Flops 2·N·M·D narrow, about 8·N·K·D in fp32. Bytes: the packed copy once per panel from L3, W twice, some 4·N·K rows of x.
 // The result is the K best by (fp32 score, lower index), whatever the panel, the bar or the number of threads.
 #include <omp.h>
 
 #include <numeric>
 #include <optional>
+#include <utility>
 
 #include "exhaustive.h"
 #include "registry.h"
@@ -23,6 +24,22 @@ namespace {
 
 constexpr int64_t kWorthACopy = 32;   // tokens: scoring ten in full takes as long as making a copy (Zen 5)
 
+// Latents that tokens have still to be scored with: as they are found, a panel's in a part of its own, and joined.
+struct Pairs {
+  std::vector<std::vector<int32_t>> parts;
+  std::vector<int64_t> offsets;    // per token; before they are joined, sizes
+  std::vector<int32_t> latents;    // joined, token after token
+
+  void join() {
+    for (auto& part : parts) {
+      latents.insert(latents.end(), part.begin(), part.end());
+      std::vector<int32_t>().swap(part);
+    }
+    int64_t at = 0;
+    for (int64_t& offset : offsets) at += std::exchange(offset, at);
+  }
+};
+
 // What is known of some tokens between the phases.
 struct Tokens {
   std::vector<int64_t> which;                // rows of x
@@ -30,9 +47,9 @@ struct Tokens {
   std::vector<float> widened;                // holds them where x is bf16
   std::vector<float> guessed;                // bars
   std::vector<uint8_t> spilled;
-  std::vector<std::vector<Ranked>> best;     // scored exactly, at most K
-  std::vector<std::vector<int32_t>> rivals;  // per panel: considered latents still to score, token after token
-  std::vector<int64_t> offsets;              // per token into all rivals; before they are joined, sizes
+  std::vector<std::vector<Ranked>> best;     // scored exactly
+  Pairs nearest, rivals;                     // considered latents
+  std::vector<std::vector<float>> bounds;    // per panel, of its rivals
 
   int64_t count() const { return int64_t(which.size()); }
 };
@@ -47,27 +64,46 @@ float kth_score(std::vector<Ranked>& best, int64_t k) {
   return score_of(*std::min_element(best.begin(), best.begin() + k));
 }
 
-// From one token's list: score the K best bounds, name the rivals.
-template <class T>
-void shortlist(const EncodeArgs& a, const Lists& lists, int64_t in_panel, Tokens& tokens, int64_t t,
-               std::vector<Ranked>& order, std::vector<int32_t>& rivals) {
-  const float* value = lists.value.get() + in_panel * lists.capacity;
-  const int32_t* where = lists.where.get() + in_panel * lists.capacity;
-  order.clear();
-  // A copy with NaN in it lets padding pass, which is no latent.
-  for (int64_t j = 0; j < lists.size[in_panel]; ++j)
-    if (const int64_t i = a.screen.latent_at(where[j]); i < a.screen.latents) order.push_back(rank_of(value[j], i));
-  const int64_t first = std::min<int64_t>(a.k, order.size());
-  best_first(order, first);
-  std::vector<Ranked>& best = tokens.best[t];
-  for (int64_t j = 0; j < first; ++j) {
-    const int64_t i = index_of(order[j]), next = index_of(order[std::min(j + 3, first - 1)]);
-    keep_positive(a, exact_score_fetching<T>(a, tokens.rows[t], i, next), i, best);
+// One token's list, as it comes out of the screen.
+struct Shortlist {
+  std::vector<int32_t> latents;
+  std::vector<float> bounds, low, sorted;   // the score is at most the bound and at least low
+
+  void read(const ScreenCall& call, const Lists& lists, int64_t token) {
+    const float* value = lists.value.get() + token * lists.capacity;
+    const int32_t* where = lists.where.get() + token * lists.capacity;
+    latents.clear(), bounds.clear(), low.clear();
+    for (int64_t j = 0; j < lists.size[token]; ++j) {
+      const int64_t i = call.screen.latent_at(where[j]);
+      if (i >= call.screen.latents) continue;   // a copy with NaN in it lets padding pass, which is no latent
+      const float least = value[j] - 2.f * error_bound(call, token, where[j]);
+      latents.push_back(int32_t(i)), bounds.push_back(value[j]);
+      low.push_back(least == least ? least : -std::numeric_limits<float>::infinity());   // NaN: nothing is certain
+    }
   }
-  if (!a.rescore) return;
-  const float bar = kth_score(best, a.k);
-  for (int64_t j = first; j < int64_t(order.size()); ++j)
-    if (!(score_of(order[j]) < bar)) rivals.push_back(int32_t(index_of(order[j])));
+
+  // The k-th largest of the least scores: so many scores are certain to reach it.
+  float certain_bar(int64_t k) {
+    if (k <= 0) return std::numeric_limits<float>::infinity();
+    if (k > int64_t(low.size())) return -std::numeric_limits<float>::infinity();
+    sorted = low;
+    std::nth_element(sorted.begin(), sorted.begin() + k - 1, sorted.end(), std::greater<float>());
+    return sorted[k - 1];
+  }
+};
+
+// From one token's list: who is nearest to the top, and who may turn out to belong there.
+void shortlist(const EncodeArgs& a, Shortlist& list, Tokens& tokens, int64_t panel, int64_t t) {
+  const float bar = list.certain_bar(a.k);
+  std::vector<int32_t>&nearest = tokens.nearest.parts[panel], &rivals = tokens.rivals.parts[panel];
+  const size_t before = nearest.size(), rivals_before = rivals.size();
+  for (size_t j = 0; j < list.latents.size(); ++j)
+    if (list.low[j] >= bar)
+      nearest.push_back(list.latents[j]);
+    else if (a.rescore && !(list.bounds[j] < bar))
+      rivals.push_back(list.latents[j]), tokens.bounds[panel].push_back(list.bounds[j]);
+  tokens.nearest.offsets[t] = int64_t(nearest.size() - before);
+  tokens.rivals.offsets[t] = int64_t(rivals.size() - rivals_before);
 }
 
 // What a token's list holds before its bar is raised, and at most where raising it does not help.
@@ -75,9 +111,8 @@ int64_t first_room(const EncodeArgs& a, bool guess) { return std::max<int64_t>(g
 constexpr int64_t kLongList = 8192;
 
 // Screens one panel of tokens, [first, first + count).
-template <class T>
-void screen_tokens(const EncodeArgs& a, const LatentTerms& terms, Tokens& tokens, int64_t first, int64_t count, bool guess,
-                   Panel& panel, Lists& lists, std::vector<int32_t>& rivals) {
+void screen_tokens(const EncodeArgs& a, const LatentTerms& terms, Tokens& tokens, int64_t p, int64_t first, int64_t count,
+                   bool guess, Panel& panel, Lists& lists) {
   const ScreenKernel& kernel = kernel_for(a.screen.format);
   kernel.pack(a.screen, tokens.rows.data() + first, count, panel);
   lists.reset(count, first_room(a, guess));
@@ -87,32 +122,68 @@ void screen_tokens(const EncodeArgs& a, const LatentTerms& terms, Tokens& tokens
   if (guess) call.tiles = guess_bars(call, a.k, lists);
   std::copy(lists.bar.begin(), lists.bar.end(), tokens.guessed.begin() + first);
   kernel.pass(call, lists);
-  std::vector<Ranked> order;
+  Shortlist list;
   for (int64_t t = 0; t < count; ++t) {
-    const size_t before = rivals.size();
     tokens.spilled[first + t] = lists.spilled[t];
-    if (!lists.spilled[t]) shortlist<T>(a, lists, t, tokens, first + t, order, rivals);
-    tokens.offsets[first + t] = int64_t(rivals.size() - before);
+    if (lists.spilled[t]) continue;
+    list.read(call, lists, t);
+    shortlist(a, list, tokens, p, first + t);
   }
 }
 
-// Exact scores of all rivals, latent by latent; result in the order of `rivals`.
-template <class T>
-std::vector<float> score_rivals(const EncodeArgs& a, const Tokens& tokens, const std::vector<int32_t>& rivals) {
-  std::vector<float> scores(rivals.size());
-  std::vector<int64_t> offsets(a.row_count + 1), slots(rivals.size());
-  std::vector<int32_t> owners(rivals.size());
-  const Codes pairs{nullptr, rivals.data(), tokens.offsets.data(), tokens.count(), 0, a.row_count, Dtype::f32};
-  by_latent(pairs, {offsets.data(), owners.data(), slots.data()}, a.threads);
-  const int64_t D = a.x.cols, last = int64_t(rivals.size()) - 1;
-#pragma omp parallel for schedule(dynamic, 64) num_threads(a.threads)
-  for (int64_t i = 0; i < a.row_count; ++i)
-    for (int64_t e = offsets[i]; e < offsets[i + 1]; ++e) {
-      // <x, w> = <w, x>: the row gathered is the token's.
-      const float* next = tokens.rows[owners[std::min(e + 3, last)]];
-      scores[slots[e]] = with_bias(a, dot<true>(latent_row<T>(a, i), tokens.rows[owners[e]], D, next), i);
+// Measured on Zen 4, in turns: groups of 0.2, 0.4, 0.8 and 3 MB of rows of W take .92, .88, .83 and .79 of the time without
+// groups at K = 256, and pay from about three latents on that a token meets in one.
+constexpr int64_t kGroupBytes = 3200 << 10;
+constexpr double kMet = 3;
+
+// Exact scores of pairs, in their order. Taken latent by latent, whose row stays in L1; or, where a token meets several of a
+// group of latents, group by group: then its row comes from afar once for up to four of them.
+template <class T> std::vector<float> score_pairs(const EncodeArgs& a, const Tokens& tokens, const Pairs& pairs) {
+  constexpr int kTogether = kRegisterBytes == 64 ? 4 : 1;   // sums of more rows than that do not fit into registers
+  const int64_t D = a.x.cols, count = int64_t(pairs.latents.size()), last = count - 1;
+  const int64_t fitting = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, D * int64_t(sizeof(T))));
+  const bool grouped = double(count) * double(fitting) >= kMet * double(tokens.count()) * double(a.row_count);
+  const int64_t rows = grouped ? fitting : 1, groups = (a.row_count + rows - 1) / rows;
+  std::vector<float> scores(count);
+  std::vector<int64_t> offsets(groups + 1), slots(count);
+  std::vector<int32_t> owners(count), keys(grouped ? count : 0);
+  for (int64_t e = 0; grouped && e < count; ++e) keys[e] = int32_t(pairs.latents[e] / rows);
+  const int32_t* by = grouped ? keys.data() : pairs.latents.data();
+  by_latent({nullptr, by, pairs.offsets.data(), tokens.count(), 0, groups, Dtype::f32},
+            {offsets.data(), owners.data(), slots.data()}, a.threads);
+#pragma omp parallel for schedule(dynamic, grouped ? 1 : 64) num_threads(a.threads)
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t e = offsets[g]; e < offsets[g + 1];) {
+      const bool together = kTogether > 1 && e + kTogether <= offsets[g + 1] && owners[e] == owners[e + kTogether - 1];
+      const int64_t end = e + (together ? kTogether : 1);
+      const float *x = tokens.rows[owners[e]], *next = tokens.rows[owners[std::min(end + 2, last)]];
+      const T* w[kTogether];
+      float dot[kTogether];
+      for (int64_t c = e; c < end; ++c) w[c - e] = latent_row<T>(a, pairs.latents[slots[c]]);
+      if (together) dots<kTogether, true>(x, w, D, next, dot);
+      else dots<1, true>(x, {w[0]}, D, next, dot);
+      for (int64_t c = e; c < end; ++c) scores[slots[c]] = with_bias(a, dot[c - e], pairs.latents[slots[c]]);
+      e = end;
     }
   return scores;
+}
+
+// Of one panel's rivals, those whose bounds reach the K-th score of the nearest.
+void narrow_down(const EncodeArgs& a, const std::vector<float>& scores, Tokens& tokens, int64_t p, int64_t first, int64_t last) {
+  std::vector<int32_t>& rivals = tokens.rivals.parts[p];
+  size_t from = 0, kept = 0;
+  for (int64_t t = first; t < last; ++t) {
+    std::vector<Ranked>& best = tokens.best[t];
+    for (int64_t e = tokens.nearest.offsets[t]; e < tokens.nearest.offsets[t + 1]; ++e)
+      keep_positive(a, scores[e], tokens.nearest.latents[e], best);
+    const float bar = kth_score(best, a.k);
+    const size_t end = from + tokens.rivals.offsets[t], before = kept;
+    for (; from < end; ++from)
+      if (!(tokens.bounds[p][from] < bar)) rivals[kept++] = rivals[from];
+    tokens.rivals.offsets[t] = int64_t(kept - before);
+  }
+  rivals.resize(kept);
+  std::vector<float>().swap(tokens.bounds[p]);
 }
 
 void write_code(const EncodeArgs& a, std::vector<Ranked>& best, int64_t token, const FixedCodes& out) {
@@ -127,12 +198,11 @@ void write_code(const EncodeArgs& a, std::vector<Ranked>& best, int64_t token, c
 }
 
 // Merges a token's scores and writes its code; false if there is no certificate.
-template <class T>
-bool decide(const EncodeArgs& a, Tokens& tokens, int64_t t, const std::vector<int32_t>& rivals,
-            const std::vector<float>& scores, const FixedCodes& out) {
+bool decide(const EncodeArgs& a, Tokens& tokens, int64_t t, const std::vector<float>& scores, const FixedCodes& out) {
   if (tokens.spilled[t]) return false;
   std::vector<Ranked>& best = tokens.best[t];
-  for (int64_t e = tokens.offsets[t]; e < tokens.offsets[t + 1]; ++e) keep_positive(a, scores[e], rivals[e], best);
+  for (int64_t e = tokens.rivals.offsets[t]; e < tokens.rivals.offsets[t + 1]; ++e)
+    keep_positive(a, scores[e], tokens.rivals.latents[e], best);
   const float guessed = tokens.guessed[t], kth = kth_score(best, a.k);
   const bool certain = guessed <= 0.f || kth > guessed || kth != kth || (!a.rescore && int64_t(best.size()) >= a.k);
   if (certain) write_code(a, best, tokens.which[t], out);
@@ -147,14 +217,14 @@ std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms
   tokens.which = std::move(which);
   const int64_t count = tokens.count(), D = a.x.cols;
   tokens.rows.resize(count), tokens.guessed.resize(count), tokens.spilled.resize(count), tokens.best.resize(count);
-  tokens.offsets.assign(count + 1, 0);
+  tokens.nearest.offsets.assign(count + 1, 0), tokens.rivals.offsets.assign(count + 1, 0);
   if (a.x.dtype != Dtype::f32) tokens.widened.resize(count * D);
 
   // No list outgrows the dictionary. Long ones are rare, and memory past a list's end is never touched.
   const int64_t room = first_room(a, guess);
   const int64_t capacity = std::min(std::max(room, std::min(4 * room, kLongList)), a.screen.latents + 2 * kLanes);
   const int64_t size = panel_size(a, count, capacity), panels = (count + size - 1) / size;
-  tokens.rivals.resize(panels);
+  tokens.nearest.parts.resize(panels), tokens.rivals.parts.resize(panels), tokens.bounds.resize(panels);
   std::vector<std::unique_ptr<Lists>> lists(a.threads);
   for (auto& own : lists) own = std::make_unique<Lists>(size, capacity, a.k);
   Guard guard;
@@ -167,29 +237,25 @@ std::vector<int64_t> encode_tokens(const EncodeArgs& a, const LatentTerms& terms
         const int64_t first = p * size, last = std::min(count, first + size);
         for (int64_t t = first; t < last; ++t)
           tokens.rows[t] = as_floats(a.x, tokens.which[t], tokens.widened.empty() ? nullptr : &tokens.widened[t * D]);
-        screen_tokens<T>(a, terms, tokens, first, last - first, guess, panel, *lists[omp_get_thread_num()],
-                         tokens.rivals[p]);
+        screen_tokens(a, terms, tokens, p, first, last - first, guess, panel, *lists[omp_get_thread_num()]);
       });
   }
   guard.rethrow();
   lists.clear();
 
-  std::vector<int32_t> rivals;
-  for (auto& part : tokens.rivals) {
-    rivals.insert(rivals.end(), part.begin(), part.end());
-    std::vector<int32_t>().swap(part);
-  }
-  for (int64_t t = 0, at = 0; t <= count; ++t) {
-    const int64_t length = tokens.offsets[t];
-    tokens.offsets[t] = at;
-    at += length;
-  }
-  rival_count += int64_t(rivals.size());
-  const std::vector<float> scores = score_rivals<T>(a, tokens, rivals);
+  tokens.nearest.join();
+  const std::vector<float> nearest = score_pairs<T>(a, tokens, tokens.nearest);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+  for (int64_t p = 0; p < panels; ++p)
+    guard.run([&] { narrow_down(a, nearest, tokens, p, p * size, std::min(count, (p + 1) * size)); });
+  guard.rethrow();
+  tokens.rivals.join();
+  rival_count += int64_t(tokens.rivals.latents.size());
+  const std::vector<float> scores = score_pairs<T>(a, tokens, tokens.rivals);
 
   std::vector<uint8_t> decided(count);
 #pragma omp parallel for schedule(dynamic, 64) num_threads(a.threads)
-  for (int64_t t = 0; t < count; ++t) guard.run([&] { decided[t] = decide<T>(a, tokens, t, rivals, scores, out); });
+  for (int64_t t = 0; t < count; ++t) guard.run([&] { decided[t] = decide(a, tokens, t, scores, out); });
   guard.rethrow();
   std::vector<int64_t> undecided;
   for (int64_t t = 0; t < count; ++t)

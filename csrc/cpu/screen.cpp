@@ -60,10 +60,7 @@ void prune(const ScreenCall& call, Lists& lists, int64_t token) {
   const int64_t size = lists.size[token];
   std::vector<float> low(size);
   for (int64_t i = 0; i < size; ++i) {
-    const LatentTerms& t = call.terms;
-    const int32_t p = where[i];
-    const float error = call.panel.error[token] * t.norm[p] + call.panel.norm[token] * t.residual[p] + t.slack[p];
-    low[i] = value[i] - (!call.bounded ? 0.f : call.guessing ? error : 2.f * error);
+    low[i] = value[i] - (call.guessing ? 1.f : 2.f) * error_bound(call, token, where[i]);
     if (!(low[i] == low[i])) low[i] = -std::numeric_limits<float>::infinity();
   }
   float bar = lists.bar[token];

@@ -99,6 +99,13 @@ struct ScreenKernel {
   bool from_bias = false;       // the bias is the first term of the sum, and takes part in its roundings
 };
 
+// How far an estimate ŝ of a latent at a packed position is from its score at most; 0 where scores are not bounded.
+inline float error_bound(const ScreenCall& call, int64_t token, int64_t position) {
+  const LatentTerms& t = call.terms;
+  if (!call.bounded) return 0.f;
+  return call.panel.error[token] * t.norm[position] + call.panel.norm[token] * t.residual[position] + t.slack[position];
+}
+
 // Makes room in a full list of one token. At least `keep` latents are known to score no less than the keep-th largest lower
 // bound (or, guessing, the keep-th largest estimate): a latent whose upper bound is not above it is out.
 void prune(const ScreenCall& call, Lists& lists, int64_t token);
