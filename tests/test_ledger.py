@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -411,3 +412,51 @@ def test_a_step_over_two_saes_reports_both() -> None:
     assert int(optimizer.skipped) == 1
     assert not torch.equal(one.W_dec, before[0])
     assert torch.equal(other.W_dec, before[1])
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 4000])
+@pytest.mark.parametrize("rule", ["topk", "relu", "gated", "matryoshka"])
+def test_many_backward_passes_need_bounded_memory_and_add_up(rule: str, limit: int | None) -> None:
+    """limit: term_bytes; None stands for as much as dense gradients take."""
+
+    def run(sae: fastsae.SparseAutoencoder, check: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+        for seed in range(40):
+            sae(tokens(seed=seed)).loss.backward()
+            check()
+        return gradients(sae)
+
+    sae = family_sae(RULES[rule])
+    expected = run(copy.deepcopy(sae))
+    optimizer = fastsae.optim.Adam(sae, term_bytes=limit)
+    ledger = optimizer._members[0].ledger
+    dense = sum(p.nbytes for p in ledger.parameters.values())
+    assert ledger.most_bytes == (limit or dense)
+    held = [0]
+
+    def check() -> None:
+        held.append(ledger.held_bytes())
+        assert held[-1] <= ledger.most_bytes + 1.5 * held[1]  # and the pass that has just run
+        assert sum(t.nbytes for t in ledger._dense.values()) <= dense
+
+    got = run(sae, check)
+    assert any(after <= before for before, after in itertools.pairwise(held))
+    for name, grad in expected.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_tensor_of_a_term_counts_in_its_memory() -> None:
+    """The codes too, and each view of a batch by itself, as microbatches often are."""
+    sae = fastsae.SparseAutoencoder(12, 64, fastsae.TopK(16), pre_bias=False, seed=0)
+    optimizer, x = fastsae.optim.Adam(sae, term_bytes=2**20), torch.randn(64, 12)
+    for part in x.chunk(4):
+        sae(part).loss.backward()
+    codes = 64 * 16 * (4 + 4)  # acts and indices of int32
+    assert optimizer._members[0].ledger.held_bytes() == codes + 2 * x.nbytes
+
+
+def test_a_limit_of_memory_is_a_number_above_0() -> None:
+    with pytest.raises(ValueError, match="term_bytes is 0, expected a number above 0"):
+        fastsae.optim.Adam(family_sae(RULES["topk"]), term_bytes=0)

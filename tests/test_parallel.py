@@ -179,6 +179,7 @@ def test_refusals_say_the_same_in_every_process(world: int, shape: str, results:
         "twice": "on several processes already",
         "own rows": "Give the rows of the whole batch to each of them",
         "clip_grad_norm_": "clip_norm= of the optimizer",
+        "accumulated terms": "expected at most 1: with several processes they are kept until the step joins them",
     }
     if shape.endswith("x1"):
         words["torch's optimizer"] = "make one for it"

@@ -33,6 +33,9 @@ _raw = torch.ops.fastsae
 
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
 
+KEPT_WITH_PROCESSES = 2**30
+"""Bytes of terms that a ledger of several processes keeps at least, where the owner sets no limit."""
+
 
 # -- the gradient that stands for terms -------------------------------------------------------------------------------
 
@@ -171,6 +174,7 @@ class Ledger:
                 is what the ops get, and what terms and sums are shaped like. Only a .grad is shaped like its parameter.
     pre_bias   encoders that are told of b_dec (`pre_bias=`) get x - b_dec, and the update adds b_dec's share.
     processes   those that share the SAE, if there are several: then a step joins their terms, and none become dense.
+    term_bytes   set by the owner: what terms of earlier backward passes may take; see `most_bytes`.
     measure, kept   set by the owner: the squared norms (4,) of the gradients as its step would use them, None where the
                     owner is gone; and what keeps the low-precision copy of the encoder that a forward pass may use.
     """
@@ -186,6 +190,7 @@ class Ledger:
         self.measure: Callable[[], Tensor | None] = lambda: None
         self.kept: KeepsScreen | None = None
         self.processes: Processes | None = None
+        self.term_bytes: int | None = None
         self.terms: list[UpdateTerm] = []
         self._decoded: list[UpdateTerm] = []
         self._dense: dict[str, Tensor] = {}
@@ -283,9 +288,7 @@ class Ledger:
 
     def _stamp(self, term: UpdateTerm) -> None:
         """Notes the state of the tensors of a term, which may be the caller's own."""
-        code = term.codes
-        held = (term.x, term.grad, term.dacts, code.acts, code.indices, code.offsets)
-        self._stamps += [(t, t._version) for t in held if t is not None]
+        self._stamps += [(t, t._version) for t in _tensors(term)]
 
     def check(self) -> None:
         """Raises RuntimeError for anything that a step could not use: see `take`. Changes nothing."""
@@ -435,25 +438,37 @@ class Ledger:
 
     @property
     def most_bytes(self) -> int:
-        """The size of dense gradients: if terms of earlier backward passes take more, they are turned into these."""
-        return sum(p.nbytes for p in self.parameters.values())
+        """What terms of earlier backward passes may take; see `_make_room`. By default the size of dense gradients."""
+        if self.term_bytes is not None:
+            return self.term_bytes
+        dense = sum(p.nbytes for p in self.parameters.values())
+        return dense if self.processes is None else max(dense, KEPT_WITH_PROCESSES)
 
     def held_bytes(self) -> int:
-        """Bytes of the inputs and gradients that the terms keep alive."""
-        terms = (*self.terms, *self._decoded)
-        held = {t.untyped_storage().data_ptr(): t.nbytes for term in terms for t in (term.x, term.grad)}
-        return sum(held.values())
+        """Bytes of the tensors that the terms keep alive; of a view only its own."""
+        held = {(t.data_ptr(), t.nbytes) for term in (*self.terms, *self._decoded) for t in _tensors(term)}
+        return sum(nbytes for _, nbytes in held)
 
     def _make_room(self) -> None:
-        """Called at the first term of a backward pass, so that accumulation over many passes needs bounded memory.
+        """Called at the first term of a backward pass, so that accumulation over many passes needs bounded memory: if
+        the terms of earlier passes take more than `most_bytes`, they are turned into dense gradients.
 
         The terms of a single pass are never turned into dense gradients: they keep alive only what its graph held.
+        Raises RuntimeError instead where several processes share the SAE.
         """
         this_pass = torch._C._current_graph_task_id()
-        if this_pass != self._pass:
-            self._pass = this_pass
-            if self.processes is None and self.held_bytes() > self.most_bytes:
-                self._fold()
+        if this_pass == self._pass:
+            return
+        self._pass = this_pass
+        held, most = self.held_bytes(), self.most_bytes
+        if held > most and self.processes is not None:
+            raise RuntimeError(
+                f"the backward passes since the last step left terms of {held:,} bytes, expected at most {most:,}: "
+                "with several processes they are kept until the step joins them. Call optimizer.step() after fewer "
+                "passes, or give the optimizer a larger term_bytes; zero_grad() drops what is there"
+            )
+        if held > most:
+            self._fold()
 
     def _fold(self) -> None:
         """Turns the terms into dense gradients."""
@@ -504,6 +519,13 @@ class Ledger:
             if self.pre_bias:
                 sums["b_dec"] -= weighted_rows(db, W_enc)
         return sums
+
+
+def _tensors(term: UpdateTerm) -> list[Tensor]:
+    """What a term keeps alive."""
+    code = term.codes
+    held = (term.x, term.grad, term.dacts, code.acts, code.indices, code.offsets)
+    return [t for t in held if t is not None]
 
 
 def open_ledger(**roles: Tensor) -> Ledger | None:

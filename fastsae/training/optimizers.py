@@ -24,81 +24,22 @@ from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.codes import SparseCodes, UpdateTerm
-from fastsae.model.placement import Placement
 from fastsae.model.sae import SparseAutoencoder
 from fastsae.ops import checks
 from fastsae.ops.gradients import can_be_squared, gradients_are_bounded, largest_square, moves_little
-from fastsae.ops.ledger import Ledger, LedgerGradient, Taken
+from fastsae.ops.ledger import LedgerGradient, Taken
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import Optimizer as Rule
 from fastsae.reference import scales_shape
 from fastsae.training import gathered
 from fastsae.training.dictionaries import Dictionaries, HasDictionaries
-from fastsae.training.screen import KeptScreen, shared_backend
+from fastsae.training.members import Member
+from fastsae.training.screen import KeptScreen
 from fastsae.training.skipped import FirstSkip
 
 MOMENTS = ("fp32", "bf16", "8bit")
 KEYS = {"m": "exp_avg", "v": "exp_avg_sq"}
 """A moment's name in an optimizer's state, as in torch."""
-
-
-class _Member:
-    """One SAE of an optimizer: its parameters, its ledger, its screen."""
-
-    def __init__(self, given: SparseAutoencoder | HasDictionaries | Dictionaries, backend: str | None):
-        self.sae = given if isinstance(given, SparseAutoencoder) else None
-        self.module = given if isinstance(given, nn.Module) else None
-        self.dictionaries = d = Dictionaries.of(given)
-        checks.not_fully_sharded(self.parameters())
-        frozen = [name for name, p in self.parameters().items() if not p.requires_grad]
-        if frozen:
-            raise ValueError(
-                f"{', '.join(frozen)} do not require a gradient, but a fused update steps every parameter of an SAE; "
-                "call .requires_grad_(), or use a torch optimizer on the others"
-            )
-        self.ledger = Ledger(d.W_enc, d.W_dec, d.b_enc, d.b_dec, d.pre_bias, d.transposed)
-        sae = self.sae  # a closure over self would keep a dropped optimizer, and its ledger, alive
-        self.screen = KeptScreen(
-            d.encoder_rows, d.b_enc, lambda: d.screen_k if sae is None else sae.rule.screen_k, d.screened,
-            lambda: backend if sae is None else shared_backend(sae.backend, backend),
-        )  # fmt: skip
-        self.ledger.kept, self.ledger.processes, self.agreed = self.screen, self.placement, False
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {**self.dictionaries.main, **self.dictionaries.others}
-
-    @property
-    def placement(self) -> Placement | None:
-        return None if self.sae is None else self.sae.placement
-
-    @property
-    def shares_latents(self) -> bool:
-        return self.placement is not None and self.placement.latents.size > 1
-
-    def squares_of(self, others: dict[str, Tensor]) -> Tensor | float:
-        """The sum of squares of the gradients of `others`; a rule's have a part in each shard of the dictionary."""
-        squares = {name: sum_of_squares(grad.reshape(1, -1)) for name, grad in others.items()}
-        if self.placement is not None:
-            for name in self.dictionaries.undecayed:
-                if name in squares:
-                    squares[name] = self.placement.latents.sum(squares[name])
-        return sum(squares.values())
-
-    def squared_norm(self, stats: Tensor) -> Tensor:
-        """The squared norm of all gradients from the sums of squares (4,) that an update returns."""
-        return stats.sum() if self.placement is None else self.placement.squared_norm(stats)
-
-    def current(self) -> dict[str, Tensor]:
-        """The module's current parameters by the same names."""
-        if self.sae is not None:
-            return {name: getattr(self.sae, name) for name in self.parameters()}
-        if self.module is not None and not isinstance(self.module, HasDictionaries):
-            raise RuntimeError(
-                f"this optimizer's {type(self.module).__name__} is not accelerated any more (fastsae.unaccelerate); "
-                "make a new optimizer for it"
-            )
-        now = self.dictionaries if self.module is None else Dictionaries.of(self.module)
-        return {**now.main, **now.others}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -116,6 +57,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     clip_norm     the same for all gradients of an SAE together, after projection, as clip_grad_norm_ does. It costs a
                   second pass, because the gradients are recomputed and not stored. A group of other tensors is clipped
                   separately.
+    term_bytes    what the terms of earlier backward passes may take before the step, for each SAE, when gradients are
+                  accumulated; the pass that runs comes on top. Beyond it they are added up as dense gradients, which
+                  gives the same sums and needs no more memory, however many passes follow, but costs time. So None
+                  takes the size of dense gradients, where both take as much. With several processes the terms are
+                  joined in the step, and a part of them cannot be added up before: a backward pass beyond the limit
+                  raises RuntimeError. None then takes 1 GiB at least. The step holds those of all data ranks.
     backend       of the update, see `fastsae.backends()`; None takes the fastest.
     independent   with several processes of torch.distributed: True says that each trains an SAE of its own. Without it
                   a step is refused, because gradients are not summed over processes.
@@ -138,6 +85,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         moments: str = "fp32",
         clip_norm: float | None = None,
         clip_rows: float | None = None,
+        term_bytes: int | None = None,
         seed: int = 0,
         backend: str | None = None,
         independent: bool = False,
@@ -148,9 +96,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"moments='8bit' needs adam or adamw, got {self.kind!r}; use 'fp32' or 'bf16'")
         checks.limit("clip_norm", clip_norm)
         checks.limit("clip_rows", clip_rows)
+        checks.limit("term_bytes", term_bytes)
         self.moments, self.clip_norm, self.clip_rows = moments, clip_norm, clip_rows
-        self.seed, self.backend, self.independent = seed, backend, independent
-        self._members: list[_Member] = []
+        self.seed, self.backend, self.independent, self.term_bytes = seed, backend, independent, term_bytes
+        self._members: list[Member] = []
         self._groups: list[tuple[int, int | None]] = []  # of each member: its group, and its rule's
         self.grad_norm: Tensor | None = None
         self.made: Tensor | None = None
@@ -191,7 +140,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for p in given:  # each has its own count, since some may have no gradient in some steps
                 self._begin_state({None: p})
             return
-        member = _Member(given, self.backend)
+        member = Member(given, self.backend, self.term_bytes)
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         if twice := [name for name, p in member.parameters().items() if id(p) in mine]:
             raise ValueError(f"{', '.join(twice)} of params are already in this optimizer")
@@ -462,7 +411,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # -- refusals -----------------------------------------------------------------------------------------------------
 
-    def _check(self, member: _Member) -> None:
+    def _check(self, member: Member) -> None:
         """Raises RuntimeError for parameters that are not what they were."""
         if not member.ledger.is_open:
             raise RuntimeError(
