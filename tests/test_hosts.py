@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_saelens_saves_and_loads_it(tmp_path: Path) -> None:
         assert torch.equal(again(x), theirs(x))
         assert again.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert again.to(torch.float64).encode(x.double()).dtype == torch.float64
-    with pytest.raises(NotImplementedError, match="decoder_norm='unit'"):
+    with pytest.raises(NotImplementedError, match="decoder_norm is 'free', expected 'unit'"):
         sae_lens.SAE.load_from_disk(tmp_path, fold_W_dec_norm=True)
 
 
@@ -134,6 +135,50 @@ def test_saelens_steers_a_model_with_it() -> None:
         return acts @ sae.W_dec + sae.b_dec
 
     torch.testing.assert_close(steered, model.run_with_hooks(ids, fwd_hooks=[(hook, by_hand)]))
+
+
+@pytest.mark.parametrize("name", ["topk", "gated", "jumprelu", "relu"])
+def test_a_dashboard_and_neuronpedias_exporter_show_it(name: str, tmp_path: Path) -> None:
+    """Loaded from disk by SAELens; the acts that end up in Neuronpedia's JSON are those of the SAE."""
+    sae_lens = pytest.importorskip("sae_lens")
+    pytest.importorskip("sae_dashboard")
+    from sae_dashboard.neuronpedia.neuronpedia_converter import NeuronpediaConverter
+    from sae_dashboard.neuronpedia.neuronpedia_runner_config import NeuronpediaRunnerConfig
+    from sae_dashboard.sae_vis_data import SaeVisConfig
+    from sae_dashboard.sae_vis_runner import FeatureDataGeneratorFactory, SaeVisRunner
+    from transformer_lens import HookedTransformerConfig
+
+    hook, latents, vocabulary = "blocks.0.hook_resid_post", [3, 5, 7], 11
+    torch.manual_seed(0)
+    model = sae_lens.HookedSAETransformer(HookedTransformerConfig(
+        n_layers=2, d_model=D, n_ctx=24, d_head=6, d_vocab=vocabulary, act_fn="relu", seed=0, device="cpu"
+    ))  # fmt: skip
+    ids = torch.randint(0, vocabulary, (40, 24))
+    sae = family_sae(RULES[name], decoder_norm="unit", dtype=torch.float32).eval()
+    fastsae.as_saelens(sae, model_name="toy", hook_name=hook).save_model(tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    before = {key: value.clone() for key, value in theirs.state_dict().items()}
+    with torch.no_grad():
+        _, cache = model.run_with_cache(ids)
+        expected = sae.encode(cache[hook]).to_dense()[..., latents]
+
+    cfg = SaeVisConfig(hook_point=hook, features=latents, minibatch_size_tokens=16, minibatch_size_features=2)
+    acts = FeatureDataGeneratorFactory.create(cfg, model, theirs, ids).get_feature_data(latents)[0]
+    torch.testing.assert_close(acts, expected)
+
+    shown = SaeVisRunner(cfg).run(encoder=theirs, model=model, tokens=ids)
+    about = NeuronpediaRunnerConfig(
+        sae_set="mine", sae_path="", outputs_dir="", n_prompts_total=40, n_tokens_in_prompt=24, model_id="toy", layer=0
+    )
+    names = {i: f"token {i}" for i in range(vocabulary)}
+    features = json.loads(NeuronpediaConverter.convert_to_np_json(model, shown, about, names))["features"]
+    assert [one["feature_index"] for one in features] == latents
+    for one, its in zip(features, expected.unbind(-1), strict=True):
+        assert one["frac_nonzero"] == pytest.approx(float((its > 0).float().mean()), abs=1e-4)
+        shown_values = torch.tensor([value for example in one["activations"] for value in example["values"]])
+        assert shown_values.max() > 0  # rounded to three digits, and without each text's first and last tokens
+        assert float((shown_values[:, None] - its.flatten()).abs().amin(1).max()) <= 1e-3
+    assert all(torch.equal(theirs.state_dict()[key], value) for key, value in before.items())
 
 
 def test_registering_twice_is_fine() -> None:

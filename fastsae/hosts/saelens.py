@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
+from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 
 from fastsae.hosts.dense import acts_of_pre_acts, at_inference, decode_dense, encode_dense, pre_acts_dense
@@ -47,6 +48,10 @@ class FastSAE(SAE[FastSAEConfig]):
     def initialize_weights(self) -> None:
         self.sae = SparseAutoencoder.from_config(self.cfg.sae, dtype=self.dtype, device=self.device).eval()
 
+    def get_activation_fn(self) -> TopK:
+        """What tells tools that the acts of some latents need those of all, as SAEDashboard asks; it is not called."""
+        return TopK(self.cfg.d_sae)
+
     # SAELens's tools read these; assigning to them is not meant.
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]
@@ -83,10 +88,15 @@ class FastSAE(SAE[FastSAEConfig]):
                 state_dict[name] = state_dict[name].to(own.dtype)
 
     def fold_W_dec_norm(self) -> None:
-        """Raises NotImplementedError: the rule's thresholds and k would have to follow."""
-        raise NotImplementedError(
-            "decoder norms are not folded into an SAE of fastsae; one with decoder_norm='unit' has rows of norm 1"
-        )
+        """Nothing where rows have norm 1, as SAEDashboard and Neuronpedia's exporter, which call it, want them.
+
+        Raises NotImplementedError otherwise: the rule's thresholds and k would have to follow.
+        """
+        if self.sae.decoder_norm != "unit":
+            raise NotImplementedError(
+                f"decoder_norm is {self.sae.decoder_norm!r}, expected 'unit', whose rows have norm 1: norms are not "
+                "folded into an SAE of fastsae"
+            )
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Raises NotImplementedError: an SAE of fastsae has its own input scale."""
