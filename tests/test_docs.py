@@ -17,6 +17,7 @@ from tests.cli_case import write_text, write_tiny_model
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+DEVELOPMENT = (ROOT / "docs/development.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 FOLDERS = ("fastsae", "csrc", "bench", "tests")
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
@@ -123,7 +124,7 @@ def test_an_older_python_is_refused_with_what_to_do(version: str, fits: bool, tm
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", README + CONTRIBUTING, re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", README + CONTRIBUTING + DEVELOPMENT, re.MULTILINE))
     assert {"demo", "test", "bench", "lint"} <= named <= targets
 
 
