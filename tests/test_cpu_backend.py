@@ -288,7 +288,7 @@ def test_structs_keep_their_tensors_alive() -> None:
             matrix(), matrix(), vector(3), vector(3), vector(3, torch.int32), 0, 1, True, True, narrow(), 1
         ): 8,
         lambda: _cpu.UpdateParts(vector(3), 1, vector(3), vector(15), vector(15), vector(3)): 5,
-        lambda: _cpu.Parameter(*(vector(n) for n in (6, 6, 6, 3, 3)), 0): 5,
+        lambda: _cpu.Parameter(*(vector(n) for n in (6, 6, 6, 3, 3)), 0, 0): 5,
     }
     for make, count in makers.items():
         alive.clear()

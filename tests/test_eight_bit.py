@@ -207,3 +207,34 @@ def test_the_elementwise_step_reads_nothing_back_from_the_device() -> None:
         for name, fresh in stored.items():
             for place, moment in zip(kept[name], fresh, strict=True):
                 reference.store(place, moment)
+
+
+@pytest.mark.parametrize("backend", [name for name in truth.BACKENDS if name not in truth.GPU])
+@pytest.mark.parametrize("kind", ["8bit", "bf16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
+def test_rows_of_a_larger_sae_are_rounded_as_in_the_whole(tied: bool, kind: str, backend: str) -> None:
+    """With the number of the first latent given: so a share of a dictionary gets the moments of one process."""
+
+    def stepped(first: int, last: int, given: int) -> list[Tensor]:
+        """The moments of some rows after a step from given gradients, of all latents or of a part."""
+        p = make_problem(Case("rows", 1, 23, 150, 4, MAKE), torch.float32, tied=tied, pre_bias=False)
+        p.terms.clear()
+        g, some = torch.Generator().manual_seed(3), slice(first, last)
+        dense = [torch.randn(t.shape, generator=g) for n, t in p.params.items() if n.startswith("W")]
+        p.settings["added"] = [t[some].contiguous() for t in (*dense, torch.randn(23, generator=g))]
+        in_eight_bits(p) if kind == "8bit" else p.settings.update(scales=[])
+        rows = [m.bfloat16() if kind == "bf16" else m for m in p.moments]
+        p.moments = [m[some].clone() for m in rows[:-2]] + [m.clone() for m in rows[-2:]]
+        p.settings["scales"] = [s[some].clone() for s in p.settings["scales"]]
+        for name in ("W_enc", "W_dec", "b_enc")[tied:]:
+            p.params[name] = p.params[name][some].clone()
+        p.run(backend, seed=9, first_latent=given)
+        return [*p.moments[:-2], *p.settings["scales"]]
+
+    def same(t: Tensor, part: Tensor) -> bool:
+        return torch.equal(t.contiguous().view(torch.uint8), part.view(torch.uint8))
+
+    whole = stepped(0, 23, 0)
+    for first, last in ((0, 8), (8, 9), (9, 23)):
+        assert all(same(t[first:last], part) for t, part in zip(whole, stepped(first, last, first), strict=True))
+    assert not all(same(t[9:], part) for t, part in zip(whole, stepped(9, 23, 0), strict=True))

@@ -251,7 +251,7 @@ def test_the_raw_update_checks_its_arguments(
     }
     with pytest.raises(error, match=message):
         raw.update_latents_(
-            *{**arguments, **changes()}.values(), 0.9, 0.999, 1e-8, 0.0, None, True, True, False, None, backend
+            *{**arguments, **changes()}.values(), 0.9, 0.999, 1e-8, 0.0, None, True, True, False, None, 0, backend
         )
 
 

@@ -101,7 +101,7 @@ def test_terms_of_a_narrower_dtype_than_the_weights() -> None:
         [torch.empty(0, dtype=torch.int64) if p.codes.offsets is None else p.codes.offsets for p in parts],
         [torch.empty(0)] * 2, [p.x for p in parts], [p.grad for p in parts], [p.has_bias for p in parts],
         None, None, [], torch.tensor(problem.lr, dtype=torch.float64), torch.tensor(problem.step), None, None,
-        "adam", *update_case.BETAS, update_case.EPS, 0.0, None, True, True, False, None, "triton",
+        "adam", *update_case.BETAS, update_case.EPS, 0.0, None, True, True, False, None, 0, "triton",
     )  # fmt: skip
     for name, p in problem.params.items():
         assert torch.equal(p, other.params[name]), name

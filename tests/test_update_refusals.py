@@ -148,4 +148,4 @@ def test_the_raw_update_checks_its_parts(changes: dict, error: type[Exception], 
         **{"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_rows": None},
     }
     with pytest.raises(error, match=message):
-        raw.update_latents_(*{**arguments, **changes}.values(), True, True, False, None, backend)
+        raw.update_latents_(*{**arguments, **changes}.values(), True, True, False, None, 0, backend)

@@ -102,7 +102,7 @@ def _update(p: Pool) -> None:
     def parameter(size: int, scales: int) -> Any:
         eight = kept == torch.float8_e4m3fn
         given = [p.numbers(wide, size), *(p.numbers(kept, size) if held else None for held in (has_m, has_v))]
-        return cpu.Parameter(*given, *(p.numbers(torch.float32, scales) if eight else None for _ in range(2)), 0)
+        return cpu.Parameter(*given, *(p.numbers(torch.float32, scales) if eight else None for _ in range(2)), 0, 0)
 
     terms = [
         cpu.UpdateTerm(code, p.order(code), p.matrix(), p.matrix(), p.maybe(wide, code.slots), True)

@@ -153,8 +153,8 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("kind"), py::arg("lr"), py::arg("step_size"), py::arg("root2"), py::arg("beta1"), py::arg("beta2"),
            py::arg("eps"), py::arg("kept"));
   py::class_<GivenParameter> parameter_type(m, "Parameter");
-  made_of(parameter_type, py::init<Maybe, Maybe, Maybe, Maybe, Maybe, uint32_t>(), py::arg("data"), py::arg("m"), py::arg("v"),
-          py::arg("m_scales"), py::arg("v_scales"), py::arg("stream"));
+  made_of(parameter_type, py::init<Maybe, Maybe, Maybe, Maybe, Maybe, uint32_t, uint32_t>(), py::arg("data"), py::arg("m"),
+          py::arg("v"), py::arg("m_scales"), py::arg("v_scales"), py::arg("stream"), py::arg("before"));
   m.def("update_latents",
         [](const std::optional<GivenParameter>& W_enc, const GivenParameter& W_dec, const GivenParameter& b_enc,
            const GivenParameter& b_dec, int64_t latents, int64_t d_in, int64_t d_out, const std::vector<UpdateTerm>& terms,

@@ -251,7 +251,7 @@ inline EncodeArgs encode_args(const Matrix& x, const Matrix& W, const Numbers& b
 
 struct GivenParameter {
   Maybe data, m, v, m_scales, v_scales;
-  uint32_t stream;
+  uint32_t stream, before;
 };
 
 // rows and cols: of a dictionary; a bias is one row.
@@ -270,7 +270,8 @@ inline Parameter parameter(const char* what, const GivenParameter& g, int64_t ro
   const auto moment = [&](const Maybe& t) { return t ? take(what, *t, count, kept) : nullptr; };
   return {take(what, *g.data, count, kind_of(dtype)), moment(g.m), moment(g.v),
           take<float>("the scales of a moment", g.m_scales, scales), take<float>("the scales of a moment", g.v_scales, scales),
-          eight ? Stored::fp8 : kept == Kind::bf16 ? Stored::bf16 : Stored::wide, g.stream};
+          eight ? Stored::fp8 : kept == Kind::bf16 ? Stored::bf16 : Stored::wide, g.stream,
+          g.before};
 }
 
 struct GivenParts {

@@ -26,7 +26,7 @@ template <class S, class A> FASTSAE_INLINE S stored_as(A v, uint32_t key, uint32
   else return round_at_random(float(v), key, index);
 }
 
-// `length` numbers, `first` being their flat index in the parameter. Where two products are added, multiply_add says which is
+// `length` numbers, `first` being their flat index in the whole parameter. Where two products are added, multiply_add says which is
 // fused with the sum: the compiler would choose for each instance of this loop, and storage would decide over a last bit.
 template <OptimizerKind KIND, class T, class S>
 FASTSAE_INLINE void step_run(const StepNumbers<acc_t<T>> s, T* p, S* m, S* v, const acc_t<T>* g, int64_t length,
@@ -76,9 +76,10 @@ template <class A, class R>
 void step_row(const OptimizerArgs& o, const StepNumbers<A>& s, const Parameter& p, R* row, int64_t i, int64_t length,
               const A* g, Keys keys) {
   const int64_t at = i * length, scales_at = i * ((length + kScaleBlock - 1) / kScaleBlock);
+  const uint32_t first = p.before + uint32_t(at);
   const auto step = [&](auto kind, auto stored) {
     using S = decltype(stored);
-    step_run<kind.value, R, S>(s, row, static_cast<S*>(p.m) + at, static_cast<S*>(p.v) + at, g, length, uint32_t(at), keys);
+    step_run<kind.value, R, S>(s, row, static_cast<S*>(p.m) + at, static_cast<S*>(p.v) + at, g, length, first, keys);
   };
   const auto adam = [&](auto kind) {
     switch (p.stored) {
@@ -86,7 +87,7 @@ void step_row(const OptimizerArgs& o, const StepNumbers<A>& s, const Parameter& 
       case Stored::bf16: return step(kind, bf16{});
       case Stored::fp8:
         return step_run_8bit<kind.value>(s, row, static_cast<uint8_t*>(p.m) + at, static_cast<uint8_t*>(p.v) + at,
-                                         p.m_scales + scales_at, p.v_scales + scales_at, g, length, uint32_t(at), keys);
+                                         p.m_scales + scales_at, p.v_scales + scales_at, g, length, first, keys);
     }
   };
   switch (o.kind) {

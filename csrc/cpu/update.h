@@ -41,6 +41,7 @@ struct Parameter {
   float *m_scales, *v_scales;   // of 8-bit moments, one for every 128 numbers of a row
   Stored stored;
   uint32_t stream;              // its m takes the random stream `stream`, its v the next one
+  uint32_t before;              // numbers of the whole parameter before these, of a part of its rows; mod 2³²
 };
 
 struct UpdateArgs {

@@ -64,6 +64,7 @@ class UpdateArguments:
     pre_bias: bool
     norms_only: bool
     seed: int | None
+    first_latent: int
 
     @property
     def tied(self) -> bool:
@@ -77,6 +78,11 @@ class UpdateArguments:
         """The tensors to update, in the order of their moments."""
         named = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
         return {name: p for name, p in named.items() if p is not None}
+
+    def numbers_before(self, name: str) -> int:
+        """How many numbers of the whole parameter are of latents before `first_latent`."""
+        width = {"b_dec": 0, "b_enc": 1}.get(name)
+        return self.first_latent * (self.parameters()[name].shape[1] if width is None else width)
 
     def rule(self) -> Optimizer:
         return Optimizer(self.optimizer, (self.beta1, self.beta2), self.eps, self.weight_decay)
@@ -95,7 +101,8 @@ class UpdateArguments:
             for name in grads:
                 grads[name] = grads[name] * self.grad_scale
         old = self.stored_moments()
-        new, moments = update(params, grads, old, self.lr, self.step, self.rule(), self.unit_norm, self.seed)
+        before = {name: self.numbers_before(name) for name in params}
+        new, moments = update(params, grads, old, self.lr, self.step, self.rule(), self.unit_norm, self.seed, before)
         for name, p in self.parameters().items():
             store(p, new[name], self.skip)
             for place, moment in zip(old[name], moments[name], strict=True):

@@ -46,6 +46,7 @@ def update_latents_(
     skip: Tensor | None = None,
     norms_only: bool = False,
     seed: int | None = None,
+    first_latent: int = 0,
     scales: Sequence[Tensor] = (),
     screen: Screen | None = None,
     backend: str | None = None,
@@ -64,6 +65,8 @@ def update_latents_(
     bfloat16; or, of adam and adamw, the dictionaries' in float8_e4m3fn, each with its own of `scales` in the same
     order, float32 (M, ceil(D / 128)), and the biases' wide. bfloat16 and 8 bits need a seed for their stochastic
     rounding: rounded to nearest, v would never move, since a step changes it by less than half a unit.
+    first_latent: of rows of a larger SAE, the number of the first one; they are rounded as they would be in the whole.
+    A GPU's fused kernels do not read it yet.
 
     Added to the gradients of the terms:
     decoder_pull (M, L), L dividing D_out: dW_dec_i gains decoder_pull[i, l] · W_dec_i in the l-th of L equal segments.
@@ -110,6 +113,7 @@ def update_latents_(
             pre_bias=pre_bias,
             norms_only=norms_only,
             seed=seed,
+            first_latent=first_latent,
             backend=backend,
         )
 
@@ -223,6 +227,8 @@ def _check_scales(scales: list[Tensor], moments: list[Tensor]) -> None:
 def _check_numbers(call: UpdateArguments) -> None:
     if call.clip_rows is not None and not call.clip_rows > 0:
         raise ValueError(f"clip_rows is {call.clip_rows}, expected a norm > 0, or None for no clipping")
+    if call.first_latent < 0:
+        raise ValueError(f"first_latent is {call.first_latent}, expected the number of a latent, 0 or more")
     for name, number, dtype in (
         ("lr", call.lr, torch.float64),
         ("step", call.step, torch.int64),
@@ -323,8 +329,8 @@ define(
     "Tensor(f!)[] scales, Tensor(g!)[] screen, Tensor[] acts, Tensor[] indices, Tensor[] offsets, Tensor[] dacts, "
     "Tensor[] xs, Tensor[] grads, bool[] has_bias, Tensor? decoder_pull, Tensor? db_enc, Tensor[] added, Tensor lr, "
     "Tensor step, Tensor? grad_scale, Tensor? skip, str optimizer, float beta1, float beta2, float eps, "
-    "float weight_decay, float? clip_rows, bool unit_norm, bool pre_bias, bool norms_only, int? seed, str? backend) "
-    "-> Tensor",
+    "float weight_decay, float? clip_rows, bool unit_norm, bool pre_bias, bool norms_only, int? seed, "
+    "int first_latent, str? backend) -> Tensor",
     fake=_fake,
     check=_check,
     check_values=_check_values,

@@ -51,14 +51,16 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def _random_bits(t: Tensor, seed: int, step: Tensor, stream: int) -> Tensor:
+def _random_bits(t: Tensor, seed: int, step: Tensor, stream: int, before: int) -> Tensor:
     """32 bits for each number of t, as int64: a hash of (seed, step, stream, flat index) and of nothing else.
+
+    The flat index counts from `before`, where t is rows of a larger tensor.
 
     With key = mix(mix(mix(seed) + step) + stream), all mod 2³², they are mix(key ^ index).
     """
     key = _mix(torch.full((), seed & 0xFFFFFFFF, dtype=torch.int64, device=t.device))
     key = _mix((_mix((key + step) & 0xFFFFFFFF) + stream) & 0xFFFFFFFF)
-    index = torch.arange(t.numel(), dtype=torch.int64, device=t.device).view(t.shape) & 0xFFFFFFFF
+    index = (torch.arange(t.numel(), dtype=torch.int64, device=t.device).view(t.shape) + before) & 0xFFFFFFFF
     return _mix(key ^ index)
 
 
@@ -77,19 +79,21 @@ def mixed(numbers: Tensor, seed: int) -> Tensor:
     return _mix(key ^ (numbers & 0xFFFFFFFF))
 
 
-def round_to_bf16(t: Tensor, seed: int, step: Tensor, stream: int) -> Tensor:
+def round_to_bf16(t: Tensor, seed: int, step: Tensor, stream: int, before: int = 0) -> Tensor:
     """t (float32) as bfloat16, rounded up or down at random so that the mean is t.
 
     The 16 random bits of an element are the low half of `_random_bits`. Adding them to float32's bits before dropping
     the low half carries with probability equal to the dropped fraction. A number beyond bfloat16's largest becomes
     that one, not infinity.
     """
-    noise, bits = _random_bits(t, seed, step, stream) & 0xFFFF, _bits(t)
+    noise, bits = _random_bits(t, seed, step, stream, before) & 0xFFFF, _bits(t)
     bits = torch.where((bits & 0x7FFFFFFF) < 0x7F7F0000, bits + noise, bits) & 0xFFFF0000
     return _from_bits(bits).bfloat16()
 
 
-def round_to_fp8(t: Tensor, seed: int, step: Tensor, stream: int, keep_positive: bool) -> EightBit:
+def round_to_fp8(
+    t: Tensor, seed: int, step: Tensor, stream: int, keep_positive: bool, before: int = 0
+) -> EightBit:  # fmt: skip
     """t (rows, D) float32 in 8 bits, q = t / scale rounded up or down at random so that the mean is q.
 
     scale = absmax / 448 of the block; of a block of zeros it is 0, and so are its codes. With the low 20 of the
@@ -106,7 +110,7 @@ def round_to_fp8(t: Tensor, seed: int, step: Tensor, stream: int, keep_positive:
     by = _spread(scales, width)
     usable = (by > 0) & by.isfinite()
     q = torch.where(usable, t / torch.where(usable, by, 1), 0)
-    noise, size = _random_bits(t, seed, step, stream) & 0xFFFFF, q.abs()
+    noise, size = _random_bits(t, seed, step, stream, before) & 0xFFFFF, q.abs()
     normal = _from_bits((_bits(size) + noise) & 0xFFF00000).clamp(max=LARGEST)
     small = (size * 2**9 + noise.float() * 2**-20).floor() * 2**-9
     rounded = torch.where(size >= 2**-6, normal, small)

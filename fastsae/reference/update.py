@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -66,13 +68,15 @@ def store(place: Moment, fresh: Moment, skip: Tensor | None = None) -> None:
     place.copy_(fresh if skip is None else torch.where(skip, place, fresh.to(place.dtype)))
 
 
-def _stored(like: Moment, t: Tensor, seed: int | None, step: Tensor, stream: int, which: str) -> Moment:
+def _stored(
+    like: Moment, t: Tensor, seed: int | None, step: Tensor, stream: int, which: str, before: int
+) -> Moment:  # fmt: skip
     """t as `like` is stored."""
     if isinstance(like, EightBit):
         assert seed is not None
-        return round_to_fp8(t.float(), seed, step, stream, keep_positive=which == "v")
+        return round_to_fp8(t.float(), seed, step, stream, keep_positive=which == "v", before=before)
     if like.dtype == torch.bfloat16 and seed is not None:
-        return round_to_bf16(t.float(), seed, step, stream)
+        return round_to_bf16(t.float(), seed, step, stream, before)
     return t.to(like.dtype)
 
 
@@ -85,11 +89,12 @@ def update(
     optimizer: Optimizer,
     unit_norm: bool,
     seed: int | None = None,
+    before: Mapping[str, int] | None = None,
 ) -> tuple[Params, Moments]:
     """One optimizer step with gradients from `shape_gradients`, then the decoder renormalized if unit_norm.
 
     Moments in bfloat16 or 8 bits are computed with in float32 at least and rounded at random under `seed`; stream 2i is
-    the i-th parameter's m, stream 2i + 1 its v.
+    the i-th parameter's m, stream 2i + 1 its v. before: numbers of each whole parameter before those that are given.
     """
     new_params: Params = {}
     new_moments: Moments = {}
@@ -98,7 +103,7 @@ def update(
         p, fresh = optimizer.stepped(p, grads[name], tuple(widened(m).to(p.dtype) for m in old), lr, step)
         new_params[name] = normalize(p) if unit_norm and name == "W_dec" else p
         new_moments[name] = tuple(
-            _stored(like, m, seed, step, 2 * i + j, which)
+            _stored(like, m, seed, step, 2 * i + j, which, (before or {}).get(name, 0))
             for j, (like, m, which) in enumerate(zip(old, fresh, optimizer.moments, strict=True))
         )
     return new_params, new_moments

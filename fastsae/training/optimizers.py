@@ -267,8 +267,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if member.shares_latents and member.ledger.pre_bias:
                 taken = gathered.with_pre_share(taken, placement, d.encoder_rows(), d.rows["W_dec"])
         given = self._arguments(index, taken)
-        of_others = member.squares_of(others)
-        scale = taken.factor
+        of_others, scale = member.squares_of(others), taken.factor
         if self.clip_norm is not None:
             squares = member.squared_norm(self._update(index, given, norms_only=True, **numbers))
             norm = (squares * _square(scale) + of_others).sqrt()
@@ -322,6 +321,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "pre_bias": member.ledger.pre_bias and not member.shares_latents,
             "clip_rows": self.clip_rows,
             "seed": self.seed,
+            "first_latent": 0 if member.placement is None else member.placement.first,
             "screen": member.screen.screen,
             "backend": self.backend,
         }
