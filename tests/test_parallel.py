@@ -35,14 +35,16 @@ CLOSE = 1e-9
 """Of float64: sums of one process and of several differ in their rounding."""
 
 
-def launch(world: int, *arguments: str, module: str = "tests.parallel_worker", expected: int = 0) -> list[str]:
+def launch(
+    world: int, *arguments: str, module: str = "tests.parallel_worker", expected: int = 0, limit: int = 600
+) -> list[str]:
     """Runs `world` processes to their end, and returns what each wrote to stderr."""
     command = [sys.executable, "-m", module]
     running = [
         subprocess.Popen([*command, str(rank), str(world), *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for rank in range(world)
     ]
-    errors = [process.communicate(timeout=600)[1] for process in running]
+    errors = [process.communicate(timeout=limit)[1] for process in running]
     for process, error in zip(running, errors, strict=True):
         assert process.returncode == expected, error
     return errors
