@@ -16,6 +16,7 @@ from torch import Tensor
 import fastsae
 from fastsae.data.tensor import TensorSource
 from fastsae.parallel import gathered, mesh, parallelize
+from fastsae.runs.evaluate import evaluate
 from fastsae.runs.trainer import TrainConfig, Trainer
 from tests.parallel_worker import batch, state_of
 
@@ -200,7 +201,52 @@ def other_settings(grid: Any) -> object:
 
 
 def other_rates(grid: Any) -> object:
-    return fastsae.FusedTrainStep(sae_of(grid), lr=1e-3 * (1 + dist.get_rank()))(batch(0, grid))
+    """In a second step, which nothing of is made: with the same rate it goes on."""
+    sae = sae_of(grid)
+    adam = fastsae.optim.Adam(sae, lr=1e-3)
+    for i in range(2):
+        sae(batch(i, grid)).loss.backward()
+        adam.param_groups[0]["lr"] = 1e-3 * (1 + i * dist.get_rank())
+        before = sae.W_dec.detach().clone()
+        try:
+            adam.step()
+        except RuntimeError:
+            assert torch.equal(sae.W_dec, before)
+            adam.param_groups[0]["lr"] = 1e-3
+            adam.step()
+            assert not torch.equal(sae.W_dec, before)
+            raise
+    return None
+
+
+def other_evaluated_rows(grid: Any) -> object:
+    return evaluate(sae_of(grid), batch(dist.get_rank()), batch_size=10)
+
+
+def fewer_evaluated_rows(grid: Any) -> object:
+    """The first batches are alike, and then one process has no further one."""
+    return evaluate(sae_of(grid), batch(0)[: 30 if dist.get_rank() else None], batch_size=10)
+
+
+def other_targets(grid: Any) -> object:
+    sae = sae_of(grid, d_out=7)
+    return evaluate(sae, batch(0), targets=batch(1 + dist.get_rank())[:, :7], batch_size=10)
+
+
+def fewer_calibrated_rows(grid: Any) -> object:
+    blocks = (batch(i) for i in range(2 + dist.get_rank()))
+    return sae_of(grid, fastsae.BatchTopK(5)).calibrate_threshold_(blocks)
+
+
+def resampled_at_other_rows(grid: Any, **changes: Any) -> object:
+    sae = sae_of(grid)
+    dead = torch.ones(sae.d_sae, dtype=torch.bool)
+    before = {name: t.clone() for name, t in state_of(sae).items()}
+    given = {"rows": batch(0), "seed": 0, **changes}
+    try:
+        return fastsae.resample_(sae, given["rows"], dead=dead, seed=given["seed"])
+    finally:
+        assert all(torch.equal(t, before[name]) for name, t in state_of(sae).items())
 
 
 def unstarted(grid: Any) -> object:
@@ -241,6 +287,14 @@ def read(grid: Any) -> object:
     return found
 
 
+EACH: dict[str, Callable[[Any], object]] = {
+    "other evaluated rows": other_evaluated_rows,
+    "fewer evaluated rows": fewer_evaluated_rows,
+    "other targets": other_targets,
+    "fewer calibrated rows": fewer_calibrated_rows,
+    "resampled at other rows": lambda grid: resampled_at_other_rows(grid, rows=batch(dist.get_rank())),
+    "resampled with other seeds": lambda grid: resampled_at_other_rows(grid, seed=dist.get_rank()),
+}
 REFUSED: dict[str, dict[str, Callable[[Any], object]]] = {
     "1x2": {
         "other rows": other_rows,
@@ -252,8 +306,11 @@ REFUSED: dict[str, dict[str, Callable[[Any], object]]] = {
         "read": read,
         "too large in one shard": too_large_in_one_shard,
         "other settings": other_settings,
+        "other rates": other_rates,
+        **EACH,
     },
     "2x1": {
+        **EACH,
         "other settings": other_settings,
         "other rates": other_rates,
         "unstarted": unstarted,

@@ -9,7 +9,7 @@ batch. What an update needs of the others' tokens, the optimizer gathers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,11 +61,37 @@ class Placement:
         """Raises ValueError unless all processes got as many rows x, with the same first and last one: what is found
         from them is for all.
         """
-        everyone = self.of_all_processes(_ends(x))
+        self._check_ends(_ends(x))
+
+    def _check_ends(self, ends: Tensor) -> None:
+        everyone = self.of_all_processes(ends)
         if bool((everyone != everyone[0]).any()):
             raise ValueError(
                 f"the processes of this SAE got {everyone[:, 0].tolist()} rows, or other rows, expected the same in "
                 "all, since what is found from them is for all. Give the rows of the whole batch to each of them"
+            )
+
+    def same_blocks(self, blocks: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+        """The blocks of rows, on the device. Raises ValueError in every process as soon as one has another block than
+        the others, or one fewer: none waits for it.
+        """
+        given = iter(blocks)
+        while True:
+            block = next(given, None)
+            if block is None:
+                self._check_ends(torch.tensor([-1, 0, 0], dtype=torch.int64, device=device))
+                return
+            block = block.to(device)
+            self.check_same(block)
+            yield block
+
+    def check_numbers(self, **numbers: float) -> None:
+        """Raises ValueError in every process unless all gave the same numbers."""
+        device = torch.device(self.mesh.device_type)
+        everyone = self.of_all_processes(torch.tensor(list(numbers.values()), dtype=torch.float64, device=device))
+        if bool((everyone != everyone[0]).any()):
+            raise ValueError(
+                f"the processes of this SAE got {', '.join(numbers)} of {everyone.tolist()}; give all of them the same"
             )
 
     def check(self, gradients_are_added: bool, wrapped_by: Any) -> None:

@@ -43,8 +43,9 @@ def resample_(
     fastsae.parallel has shared the SAE between them, `dead` is of this process's latents, and the number returned is of
     all.
 
-    A host sync. Raises ValueError if no input is given or none has a finite error above 0, and for d_out != d_in, where
-    an input cannot become a decoder row. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
+    A host sync. Raises ValueError if no input is given or none has a finite error above 0, if processes that share the
+    SAE gave other rows or seeds, and for d_out != d_in, where an input cannot become a decoder row; nothing has changed
+    then. Source: Bricken et al. 2023 (Towards Monosemanticity), appendix on resampling.
     """
     sae = as_sae(sae, "sae")
     if sae.d_out != sae.d_in:
@@ -56,6 +57,8 @@ def resample_(
     n_dead = sum(each)
     if n_dead == 0:
         return 0
+    if sae.placement is not None:
+        sae.placement.check_numbers(seed=seed, encoder_norm=encoder_norm)
     inputs, errors = _errors(sae, [rows] if isinstance(rows, Tensor) else rows, batch_size)
     chance = torch.nan_to_num(errors.double(), nan=0.0, posinf=0.0).square()
     if not bool(chance.any()):
@@ -99,8 +102,8 @@ def _errors(sae: SparseAutoencoder, blocks: Iterable[Tensor], batch_size: int) -
     sae.eval()
     inputs, errors = [], []
     try:
-        for block in blocks:
-            for x in block.reshape(-1, sae.d_in).to(sae.W_dec.device, sae.W_dec.dtype).split(batch_size):
+        for block in sae.same_blocks(blocks):
+            for x in block.reshape(-1, sae.d_in).to(sae.W_dec.dtype).split(batch_size):
                 ready = sae.inputs(x)
                 recon = sae.norm.normalize(sae(x).recon, ready.stats)
                 inputs.append(ready.target - sae.b_dec)

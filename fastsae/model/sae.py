@@ -111,10 +111,8 @@ class SparseAutoencoder(Parameters):
         k = self.activation.mean_k
         if k is None:
             raise ValueError(f"{self.activation} has no running threshold to calibrate; only BatchTopK has one")
-        tail, n, like = Tail(self.W_dec.device), 0, self.W_dec
-        for batch in blocks_of(x, batch_size):
-            batch = batch.to(like.device)
-            self._check_same(batch)
+        tail, n = Tail(self.W_dec.device), 0
+        for batch in self.same_blocks(blocks_of(x, batch_size)):
             normal, _ = self._normal(batch)
             for pre in pre_acts(self, normal - self.b_dec if self.pre_bias else normal, self.b_enc):
                 tail.add(pre)
@@ -167,6 +165,12 @@ class SparseAutoencoder(Parameters):
         start_rule_(self, ready.encoder_input, wide(ready.target - self.b_dec), float(zero))
         self.started = True
         return self
+
+    def same_blocks(self, blocks: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Blocks of rows on the device. Raises ValueError unless all processes that share this SAE have the same."""
+        if self.placement is None:
+            return (block.to(self.W_dec.device) for block in blocks)
+        return self.placement.same_blocks(blocks, self.W_dec.device)
 
     def _check_same(self, x: Tensor) -> None:
         """Raises ValueError unless all processes that share this SAE, by fastsae.parallel, were given the same x."""

@@ -362,6 +362,12 @@ class Ledger:
 
     def take(self) -> Taken | None:
         """Returns and clears everything since the last step; None if there was no gradient at all."""
+        found = self.look()
+        self.clear()
+        return found
+
+    def look(self) -> Taken | None:
+        """What `take` would return; it stays."""
         if not any(isinstance(p.grad, LedgerGradient) and p.grad.is_of(self) for p in self.parameters.values()):
             self.clear()
         self.check()
@@ -371,7 +377,6 @@ class Ledger:
             if p.grad is not None and not isinstance(p.grad, LedgerGradient):
                 dense[name] = self.turned(name, p.grad)
         taken = Taken(terms, dense, self._pull, self._factor())
-        self.clear()
         return taken if terms or dense or taken.decoder_pull is not None else None
 
     def drop(self) -> None:

@@ -161,13 +161,13 @@ def evaluate(
     sse = cosine = ratio = per_token = 0.0
     n_tokens = n_nonzero = n_apart = 0
     center = _center(rows if targets is None else targets, batch_size, like)
-    target_batches = None if targets is None else blocks_of(targets, batch_size)
+    target_batches = None if targets is None else iter(sae.same_blocks(blocks_of(targets, batch_size)))
     was_training = sae.training
     sae.eval()
     try:
         with torch.no_grad():
-            for batch in blocks_of(rows, batch_size):
-                x = batch.to(like.device, like.dtype)
+            for batch in sae.same_blocks(blocks_of(rows, batch_size)):
+                x = batch.to(like.dtype)
                 y = x if target_batches is None else _next_target(target_batches, batch, like)
                 _require_finite(batch, n_tokens, "rows")
                 out = sae(x) if target_batches is None else sae(x, y)

@@ -38,36 +38,45 @@ def check_settings(optimizer: Any, group: Mapping[str, Any], placement: Placemen
     return True
 
 
-def of_all_tokens(taken: Taken | None, placement: Placement, lr: Tensor) -> Taken | None:
-    """What all processes' backward passes left, joined; None if none of them left anything. lr: of this step, float64.
+def on_device(lr: float | Tensor, like: Tensor) -> Tensor:
+    """A learning rate as the update takes it: 0-d float64 on the device."""
+    if isinstance(lr, Tensor):
+        return lr.detach().to(like.device, torch.float64)
+    return torch.tensor(float(lr), dtype=torch.float64, device=like.device)
 
-    Raises RuntimeError where they ran different backward passes, or have different learning rates.
+
+def check_alike(taken: Taken | None, placement: Placement, lr: Tensor) -> None:
+    """Before a step: raises RuntimeError in every process where they ran different backward passes, or have different
+    learning rates. taken: what this process's left; lr: of this step, float64.
     """
-    axis = placement.tokens
-    if axis.size == 1:
-        return taken
     terms, dense, pull = ([], {}, None) if taken is None else (taken.terms, taken.dense, taken.decoder_pull)
     kinds = [len(terms), *sorted(map(_kind, terms)), pull is not None, *(name in dense for name in _NAMES)][:63]
     facts = torch.zeros(64, dtype=torch.int64, device=lr.device)
     facts[: len(kinds)] = torch.tensor(kinds, dtype=torch.int64, device="cpu")
     facts[63] = lr.view(torch.int64)
-    everyone = axis.stack(facts)
-    rates = everyone[:, 63].contiguous().view(torch.float64)
+    everyone = placement.tokens.stack(facts)
+    rates = everyone[:, 63].clone(memory_format=torch.contiguous_format).view(torch.float64)
+    rates = placement.latents.stack(rates).mT.flatten()
     if len(set(rates[~rates.isnan()].tolist())) > 1:  # NaN: a step that no process will make
         raise RuntimeError(
-            f"the processes that share a batch have learning rates of {rates.tolist()}; set the same in all of them"
+            f"the processes have learning rates of {rates.tolist()}; set the same in all of them. Nothing has changed"
         )
     if bool((everyone[:, :63] != everyone[0, :63]).any()):
         raise RuntimeError(
             f"the processes left {everyone[:, 0].tolist()} sparse gradients of different kinds since the last step, "
             "expected the same in all of them; run the same forward and backward passes in every process"
         )
-    if taken is None:
-        return None
+
+
+def of_all_tokens(taken: Taken | None, placement: Placement) -> Taken | None:
+    """What all processes' backward passes left, joined; None if none of them left anything. After `check_alike`."""
+    axis = placement.tokens
+    if axis.size == 1 or taken is None:
+        return taken
     return Taken(
-        [_joined(term, axis) for term in terms],
-        {name: axis.sum(grad) for name, grad in sorted(dense.items())},
-        None if pull is None else axis.sum(pull),
+        [_joined(term, axis) for term in taken.terms],
+        {name: axis.sum(grad) for name, grad in sorted(taken.dense.items())},
+        None if taken.decoder_pull is None else axis.sum(taken.decoder_pull),
         taken.factor,
     )
 

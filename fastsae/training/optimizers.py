@@ -33,6 +33,7 @@ from fastsae.reference import Optimizer as Rule
 from fastsae.reference import scales_shape
 from fastsae.training import gathered
 from fastsae.training.dictionaries import Dictionaries, HasDictionaries
+from fastsae.training.gathered import on_device
 from fastsae.training.members import Member
 from fastsae.training.screen import KeptScreen
 from fastsae.training.skipped import FirstSkip
@@ -207,6 +208,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.refuse()
+        for member, (main, _) in zip(self._members, self._groups, strict=True):
+            if member.placement is not None:
+                lr = on_device(self.param_groups[main]["lr"], member.dictionaries.W_dec) * self._factor
+                gathered.check_alike(member.ledger.look(), member.placement, lr)
         tried = [self._step_member(i, self._factor) for i in range(len(self._members))]
         tried += [self._step_plain(self.param_groups[number], self._factor) for number in self._plain]
         steps = [step for step in tried if step is not None]
@@ -255,9 +260,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         d = member.dictionaries
         taken, placement = member.ledger.take(), member.placement
         count = self.state[d.W_dec]["step"] + 1
-        numbers = {"lr": _on_device(group["lr"], d.W_dec) * lr_factor, "step": count}
+        numbers = {"lr": on_device(group["lr"], d.W_dec) * lr_factor, "step": count}
         if placement is not None:
-            taken = gathered.of_all_tokens(taken, placement, numbers["lr"])
+            taken = gathered.of_all_tokens(taken, placement)
         others = {name: p.grad for name, p in d.others.items() if p.grad is not None}
         if taken is None and not others:
             return None
@@ -341,7 +346,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = self._arguments(index, self._members[index].ledger.peek())
         count = self.state[d.W_dec]["step"] + 1
         with torch.no_grad():
-            return self._update(index, given, norms_only=True, lr=_on_device(0.0, d.W_dec), step=count)
+            return self._update(index, given, norms_only=True, lr=on_device(0.0, d.W_dec), step=count)
 
     def _finite(
         self, index: int, given: dict[str, Any], taken: Taken, others: dict[str, Tensor], scale: Tensor | None,
@@ -377,7 +382,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         squares: Any = sum(sum_of_squares(g.reshape(1, -1)).to(device) for g in grads.values())
         made = squares.isfinite()
         for p in grads:
-            numbers = {"lr": _on_device(group["lr"], p) * lr_factor, "step": self.state[p]["step"] + 1}
+            numbers = {"lr": on_device(group["lr"], p) * lr_factor, "step": self.state[p]["step"] + 1}
             made = made & moves_little(self.kind, group, p, **numbers).to(device)
         clip = None if self.clip_norm is None else (self.clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         for p, grad in grads.items():
@@ -394,7 +399,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """One step of one parameter, by torch's ops."""
         rule, state = Rule(self.kind, group["betas"], group["eps"], group["weight_decay"]), self.state[p]
-        lr = _on_device(group["lr"], p) * lr_factor
+        lr = on_device(group["lr"], p) * lr_factor
         held = [state[KEYS[letter]] for letter in self.rule_letters]
         grad = grad.to(torch.promote_types(p.dtype, torch.float32))
         wide = tuple(m.to(grad.dtype) for m in held)
@@ -589,13 +594,6 @@ def _split(group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _square(factor: Tensor | None) -> Tensor | float:
     return 1.0 if factor is None else factor * factor
-
-
-def _on_device(lr: float | Tensor, like: Tensor) -> Tensor:
-    """A learning rate as the update takes it: 0-d float64 on the device."""
-    if isinstance(lr, Tensor):
-        return lr.detach().to(like.device, torch.float64)
-    return torch.tensor(float(lr), dtype=torch.float64, device=like.device)
 
 
 class Adam(FusedOptimizer):
