@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -15,8 +16,11 @@ from torch import Tensor
 
 import fastsae
 from fastsae.data.tensor import TensorSource
-from fastsae.parallel import gathered, mesh, parallelize
+from fastsae.model import tensorfile
+from fastsae.parallel import gathered, gathered_state, mesh, parallelize
+from fastsae.runs import checkpoint, parts
 from fastsae.runs.evaluate import evaluate
+from fastsae.runs.together import Team
 from fastsae.runs.trainer import TrainConfig, Trainer
 from tests.parallel_worker import batch, state_of
 
@@ -155,6 +159,60 @@ def slow(grid: Any) -> dict[str, Tensor]:
     return state_of(gathered(sae))
 
 
+def built(grid: Any) -> dict[str, Tensor]:
+    """From nothing but a seed: each process's rows, with the bits that one process draws."""
+    rules = {"topk": fastsae.TopK(5), "gated": fastsae.Gated(target_l0=4.0), "jumprelu": fastsae.JumpReLU(0.1)}
+    for rule in rules.values() if grid is not None else ():
+        for more in ({}, {"d_out": 7}, {"tied": True}, {"decoder_norm": "free", "init_norm": 0.3}):
+            settings: dict[str, Any] = {"skip": "tied" not in more, "normalize": "constant", **more}
+            whole = fastsae.SparseAutoencoder(D, M, rule, seed=5, dtype=torch.bfloat16, **settings)
+            empty = fastsae.SparseAutoencoder(D, M, rule, dtype=torch.bfloat16, device="meta", **settings)
+            part = parallelize(empty, grid, seed=5)
+            for name, t in state_of(gathered(part)).items():
+                other = state_of(whole)[name]
+                assert torch.equal(t.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), name
+            assert part.started == whole.started
+            assert all(p.requires_grad and not p.is_meta for p in part.parameters())
+    return {}
+
+
+def files_of_one_process(grid: Any) -> dict[str, Tensor]:
+    """A checkpoint written from parts has the bytes of one that a process writes which has all; each reads its rows."""
+    if grid is None:
+        return {}
+    for moments in ("fp32", "8bit"):
+        root = Path(sys.argv[4]) / f"checkpoint {moments}"
+        sae = sae_of(grid, fastsae.Gated(0.2), dtype=torch.float32, skip=True, pre_bias=False)
+        step = fastsae.FusedTrainStep(sae, lr=1e-2, moments=moments)
+        for i in range(2):
+            step(batch(i, grid).float())
+        team, others = Team(grid), {"rng": {"some": torch.arange(3), "more": 1.5}}
+        path = parts.write(root / "parts", 7, sae, step.state_dict(), others if team.writes else None, team.agreed)
+        whole, state = gathered(sae), gathered_state(step.state_dict(), sae)
+        assert state is not None
+        if team.writes:
+            density = {"fired": whole.fired, "over": int(whole.fired_over)}
+            alone = checkpoint.write_checkpoint(
+                root / "whole",
+                7,
+                {"optimizer": state, **others, "density": density},
+                functools.partial(fastsae.save, whole),
+            )
+            assert path is not None
+            assert {one.name for one in path.iterdir()} == {one.name for one in alone.iterdir()}
+            for one in alone.iterdir():
+                assert one.read_bytes() == (path / one.name).read_bytes(), one.name
+            fastsae.load(path)  # which compares the checksum
+        path = team.from_first(path)
+        other = sae_of(grid, fastsae.Gated(0.2), dtype=torch.float32, skip=True, pre_bias=False)
+        again = fastsae.FusedTrainStep(other, lr=1e-3, moments=moments)
+        again.load_state_dict(parts.read(path, other)["optimizer"])
+        for one, two in ((sae, step), (other, again)):
+            two(batch(3, grid).float())
+            assert torch.equal(one.W_dec, sae.W_dec)
+    return {}
+
+
 NUMBERS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "through encode": through_encode,
     "hooked": hooked,
@@ -166,6 +224,8 @@ NUMBERS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "ahead": ahead,
     "slow": slow,
     "into an ordinary one": into_an_ordinary_one,
+    "built": built,
+    "files of one process": files_of_one_process,
 }
 
 
@@ -249,6 +309,27 @@ def resampled_at_other_rows(grid: Any, **changes: Any) -> object:
         assert all(torch.equal(t, before[name]) for name, t in state_of(sae).items())
 
 
+def disk_full(grid: Any) -> object:
+    """In the first process, in the middle of the rows: the others do not wait for ever, and nothing is left."""
+
+    def add(self: tensorfile.TensorWriter, t: Tensor) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    sae, team, root = sae_of(grid), Team(grid), Path(sys.argv[4]) / "full"
+    step, add_before = fastsae.FusedTrainStep(sae, lr=1e-2), tensorfile.TensorWriter.add
+    tensorfile.TensorWriter.add = add  # type: ignore[method-assign]
+    try:
+        return parts.write(root, 7, sae, step.state_dict(), {} if team.writes else None, team.agreed)
+    finally:
+        tensorfile.TensorWriter.add = add_before  # type: ignore[method-assign]
+        assert not list(root.iterdir())
+
+
+def other_seeds(grid: Any) -> object:
+    sae = fastsae.SparseAutoencoder(D, M, fastsae.TopK(5), device="meta")
+    return parallelize(sae, grid, seed=dist.get_rank())
+
+
 def unstarted(grid: Any) -> object:
     return sae_of(grid, fastsae.JumpReLU(target_l0=4.0))(batch(0, grid))
 
@@ -288,6 +369,10 @@ def read(grid: Any) -> object:
 
 
 EACH: dict[str, Callable[[Any], object]] = {
+    "disk full": disk_full,
+    "other seeds": other_seeds,
+    "no seed": lambda grid: parallelize(fastsae.SparseAutoencoder(D, M, fastsae.TopK(5), device="meta"), grid),
+    "a seed of what has weights": lambda grid: parallelize(sae_of(None), grid, seed=1),
     "other evaluated rows": other_evaluated_rows,
     "fewer evaluated rows": fewer_evaluated_rows,
     "other targets": other_targets,

@@ -176,7 +176,7 @@ def test_refusals_say_the_same_in_every_process(world: int, shape: str, results:
     said = results(world)[0][f"{shape}, refusals"]
     assert all(rank[f"{shape}, refusals"] == said for rank in results(world))
     words = {
-        "other weights": f"processes [{world - 1}] of the mesh have other weights",
+        "other weights": f"processes [{world - 1}] of the mesh have other weights, seeds or settings",
         "a mesh that does not fit": f"does not fit {world} processes",
         "twice": "on several processes already",
         "own rows": "Give the rows of the whole batch to each of them",

@@ -19,6 +19,8 @@ WHICH = os.environ.get("FASTSAE_TEST_PROOF", "some")
 MESHES = worker.MESHES if WHICH == "all" else worker.MESHES[:2]
 CLOSE = 1e-8
 """Of the largest number of a tensor, in float64."""
+LOOSE = 1e-4
+"""In float32 on shards, whose reconstructions are added in another order."""
 SUMS = 1e-12
 """Of losses, which are added in float64, where everything else has the same bits."""
 
@@ -43,7 +45,7 @@ def allowed(case: worker.Case, latents: int) -> tuple[float, float]:
     """How far apart metrics, and all else, may be."""
     if case[-1] == "float64":
         return CLOSE, CLOSE
-    return (SUMS, 0.0) if latents == 1 else (float("inf"), float("inf"))
+    return (SUMS, 0.0) if latents == 1 else (LOOSE, LOOSE)
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ import torch
 import fastsae
 from fastsae import reference
 from fastsae.codes import SparseCodes
+from fastsae.model import initial
 from fastsae.model.initial import geometric_median
 from fastsae.model.rules import TopK, activation_from_config
 from fastsae.model.sae import SparseAutoencoder
@@ -346,3 +347,21 @@ def test_bad_inputs_are_refused_by_name():
         sae.init_from_(tokens(4, 10), how="mode")
     with pytest.raises(ValueError, match="is not finite"):
         sae.init_from_(tokens(0, 10))
+
+
+@pytest.mark.parametrize("width", [1, 3, 12, 40, 768])
+@pytest.mark.parametrize("rows", [1, 5, 16, 41, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_drawn_in_blocks_are_those_drawn_at_once(
+    rows: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the generator ends where it would: what is drawn next is the same too."""
+    monkeypatch.setattr(initial, "DRAWN", 64)
+    at_once, in_blocks = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    drawn = torch.randn(rows, width, dtype=torch.promote_types(dtype, torch.float32), generator=at_once)
+    whole = (drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)).to(dtype)
+    assert torch.equal(initial.unit_rows(rows, width, dtype, in_blocks), whole)
+    assert torch.equal(at_once.get_state(), in_blocks.get_state())
+    first, own = rows // 3, rows - rows // 2
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(initial.unit_rows(rows, width, dtype, generator, first, own), whole[first : first + own])

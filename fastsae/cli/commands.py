@@ -265,7 +265,7 @@ def train_one(options: Train, mesh: DeviceMesh | None, feeders: Feeders | None =
         source, notes = open_together(options, team, feeders)
         with team.agreed():
             check_held_out(options, source)
-    sae = options.sae.build(source.d_in, target_width(source))
+    sae = options.sae.build(source.d_in, target_width(source), mesh)
     trainer = Trainer(
         sae, source, options.train, options.run_dir, resume=options.resume, notes={"data": notes, "fastsae": version()},
         mesh=mesh,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae.cli.rules import DEFAULT, RuleOptions, rule_options, settings_of
 from fastsae.data.documents import FIELD, TOKEN_TYPE, TokenType
@@ -20,6 +21,7 @@ from fastsae.data.text import load_text
 from fastsae.interop.registry import FORMATS, WRITTEN
 from fastsae.model.rules import variants
 from fastsae.model.sae import SparseAutoencoder
+from fastsae.parallel import parallelize
 from fastsae.runs.config import TrainConfig
 from fastsae.runs.feeders import Feeders
 from fastsae.runs.opening import Selection
@@ -136,15 +138,21 @@ class SaeOptions(Structure, Size):  # the last base's options come first
     init_seed: int = 0
     """Seed of the initial weights."""
 
-    def build(self, d_in: int, d_target: int | None = None) -> SparseAutoencoder:
-        """The autoencoder for rows of d_in numbers, or the transcoder to targets of d_target.
+    def build(self, d_in: int, d_target: int | None = None, mesh: DeviceMesh | None = None) -> SparseAutoencoder:
+        """The autoencoder for rows of d_in numbers, or the transcoder to targets of d_target; of the processes of a
+        mesh, each its part of it.
 
         Raises ValueError for settings that do not fit together.
         """
         settings = self.arguments()
         if d_target is not None:
             settings |= transcoder_settings(settings, d_target)
-        sae = SparseAutoencoder(d_in, self.d_sae, self.rule.rule(), **settings, seed=self.init_seed)
+        if mesh is None:
+            sae = SparseAutoencoder(d_in, self.d_sae, self.rule.rule(), **settings, seed=self.init_seed)
+        else:
+            device = settings.pop("device")
+            sae = SparseAutoencoder(d_in, self.d_sae, self.rule.rule(), **settings, device="meta")
+            parallelize(sae, mesh, seed=self.init_seed, device=device)
         sae.precision = self.precision
         return sae
 

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PIECE = 1 << 24
+"""Bytes of a piece of rows that goes to the first process."""
+
 
 class Axis:
     """The processes that differ from this one along one axis of a mesh; of a single process without a group.
@@ -95,6 +98,25 @@ class Axis:
                 self.received += shard.nbytes
             part.copy_(shard)
         return whole
+
+    def pass_to_first(self, t: Tensor, take: Callable[[Tensor], object]) -> None:
+        """Calls `take` in the first process with the rows of every process's t, in the order of the ranks, some at a
+        time. `take` must not raise: the others go on sending.
+        """
+        counts, own = self.rows(t), t.detach()
+        each = max(1, PIECE // max(1, t.itemsize * t.shape[1:].numel()))
+        ranks = [0] if self.group is None else dist.get_process_group_ranks(self.group)
+        for rank, count in enumerate(counts):
+            for start in range(0, count, each):
+                n = min(each, count - start)
+                if self.rank == rank:
+                    piece = own[start : start + n].contiguous()
+                    take(piece) if rank == 0 else dist.send(_bits(piece.view(-1)), dst=ranks[0], group=self.group)
+                elif self.rank == 0:
+                    piece = torch.empty(n, *t.shape[1:], dtype=t.dtype, device=t.device)
+                    dist.recv(_bits(piece.view(-1)), src=ranks[rank], group=self.group)
+                    self.received += piece.nbytes
+                    take(piece)
 
     def stack(self, t: Tensor) -> Tensor:
         """Every process's t, of one shape in all of them: (size, *shape)."""

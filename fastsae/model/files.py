@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ from safetensors.torch import save_file
 from fastsae.atomic import replace_file
 from fastsae.model.parameters import EXTRA_STATE
 from fastsae.model.sae import SparseAutoencoder, as_sae
+from fastsae.model.settings import config_of
+from fastsae.model.tensorfile import CODES
 
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 ARCHITECTURE, VERSION = "fastsae.SparseAutoencoder", 1
 HEADER, _DIGEST = "fastsae", "sha256"
+_COMPACT: dict[str, Any] = {"separators": (",", ":"), "ensure_ascii": False}
+PIECE = 1 << 24
+"""Bytes that are read at once for a checksum."""
 
 
 class SavedModuleError(ValueError):
@@ -39,8 +45,8 @@ def save(sae: SparseAutoencoder, directory: str | os.PathLike[str]) -> Path:
     sae = as_sae(sae, "sae")
     sae.check_whole("save")
     root = Path(directory)
-    config = {"architecture": ARCHITECTURE, "version": VERSION, "dtype": _dtype_name(sae.W_dec.dtype), **sae.config}
-    tensors = {name: t.detach().contiguous() for name, t in _tensors(sae).items()}
+    config = saved_config(sae)
+    tensors = {name: t.detach().contiguous() for name, t in tensors_of(sae).items()}
     text = json.dumps(config, indent=2)
     target = root
     if root.exists() and not root.is_dir():
@@ -65,6 +71,41 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
     version, or when its tensors do not match the configuration.
     """
     root = Path(directory)
+    sae, config, digest, expected = _described_in(root)
+    with safe_open(root / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
+        # Cloned out of the mapped file: the copy is aligned, and replacing the file does not change it.
+        tensors = {name: file.get_tensor(name).clone() for name in expected}
+    if digest is not None and digest != (got := _digest(config, tensors)):
+        raise _damaged(root / WEIGHTS, got, digest)
+    sae.load_state_dict({**tensors, EXTRA_STATE: sae.get_extra_state()}, assign=True)
+    return sae.eval()
+
+
+def load_rows_(sae: SparseAutoencoder, directory: str | os.PathLike[str], by_latent: Collection[str]) -> None:
+    """Loads into a part of an SAE (fastsae.parallel) its rows of the saved whole, and reads no others.
+
+    by_latent: the tensors that have a row for each latent. Raises as `load`, and ValueError for other settings; but it
+    does not compare the checksum, which is of all rows: verify the file before.
+    """
+    root, p = Path(directory), sae.placement
+    assert p is not None
+    whole, _, _, expected = _described_in(root)
+    if whole.d_sae != p.d_sae:
+        raise ValueError(f"{root} holds an SAE of {whole.d_sae} latents, expected {p.d_sae}")
+    own = slice(p.first, p.first + p.own)
+    with safe_open(root / WEIGHTS, framework="pt") as file:
+        tensors = {
+            name: file.get_slice(name)[own] if name in by_latent else file.get_tensor(name).clone() for name in expected
+        }
+    settings = config_of(sae.get_extra_state()) | whole.config | {"d_sae": p.own}
+    extra = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8, device="cpu")
+    sae.load_state_dict({**tensors, EXTRA_STATE: extra})
+
+
+def _described_in(
+    root: Path,
+) -> tuple[SparseAutoencoder, dict[str, Any], str | None, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Of a saved SAE: it on the meta device, its settings, its checksum, and the tensors that its file holds."""
     header, digest, shapes = _read_header(root / WEIGHTS)
     config = _read_config(root / CONFIG, header, root / WEIGHTS)
     settings = {name: value for name, value in config.items() if name not in ("architecture", "version", "dtype")}
@@ -73,24 +114,53 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
         sae = SparseAutoencoder.from_config(settings, device="meta", dtype=_dtype(config.get("dtype")))
     except ValueError as error:
         raise SavedModuleError(f"{root / CONFIG} does not describe an SAE: {error}") from error
-    expected = {name: (tuple(t.shape), t.dtype) for name, t in _tensors(sae).items()}
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in tensors_of(sae).items()}
     for name, beside in (("threshold_weight", "threshold"), ("log_start", "log_coef")):
         if beside in shapes and name not in shapes:
             expected.pop(name, None)  # older files have none, and load_state_dict says what it becomes
     _compare(root / WEIGHTS, expected, shapes)
-    with safe_open(root / WEIGHTS, framework="pt", device=str(device or "cpu")) as file:
-        # Cloned out of the mapped file: the copy is aligned, and replacing the file does not change it.
-        tensors = {name: file.get_tensor(name).clone() for name in expected}
-    if digest is not None and digest != (got := _digest(config, tensors)):
-        raise SavedModuleError(
-            f"{root / WEIGHTS} is damaged: its settings and tensors have sha256 {got}, expected {digest}; take another "
-            "copy of it"
-        )
-    sae.load_state_dict({**tensors, EXTRA_STATE: sae.get_extra_state()}, assign=True)
-    return sae.eval()
+    return sae, config, digest, expected
 
 
-def _tensors(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
+def _damaged(path: Path, got: str, expected: str) -> SavedModuleError:
+    return SavedModuleError(
+        f"{path} is damaged: its settings and tensors have sha256 {got}, expected {expected}; take another copy of it"
+    )
+
+
+def saved_config(sae: SparseAutoencoder) -> dict[str, Any]:
+    """The settings of an SAE, or of the whole that it is a part of, as its files hold them."""
+    settings = {**sae.config, "d_sae": sae.n_latents}
+    return {"architecture": ARCHITECTURE, "version": VERSION, "dtype": _dtype_name(sae.W_dec.dtype), **settings}
+
+
+def seal(directory: Path, config: dict[str, Any]) -> None:
+    """Completes a saved SAE whose tensors were written with `unsealed_header`: their checksum, and config.json."""
+    path = directory / WEIGHTS
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        metadata = header.pop("__metadata__")
+        for name, one in sorted(header.items()):
+            dtype = _dtype_of(one["dtype"])
+            digest.update(f"{name} {tuple(one['shape'])} {dtype} ".encode())
+            start, end = one["data_offsets"]
+            file.seek(8 + size + start)
+            for at in range(start, end, PIECE):
+                digest.update(file.read(min(PIECE, end - at)))
+        text = json.dumps({"__metadata__": {**metadata, _DIGEST: digest.hexdigest()}, **header}, **_COMPACT).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
+    _write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def unsealed_header(config: dict[str, Any]) -> dict[str, str]:
+    """The metadata of a file whose checksum is not known yet."""
+    return {HEADER: json.dumps(config), _DIGEST: "0" * 64}
+
+
+def tensors_of(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
     """The state without the settings: the header of the file has them, readable without torch."""
     return {name: t for name, t in sae.state_dict().items() if name != EXTRA_STATE}
 
@@ -113,7 +183,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = metadata
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(header, **_COMPACT).encode()
         if len(text) > size:
             raise SavedModuleError(f"{path}: its header has {size} bytes, expected {len(text)}; use safetensors >= 0.5")
         file.seek(8)
@@ -157,17 +227,16 @@ def _read_header(
 
 
 def _described(tensor: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.get_shape()), _dtype_of(tensor.get_dtype())
+
+
+def _dtype_of(name: str) -> torch.dtype:
     names = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
+        CODES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
     }
-    name = tensor.get_dtype()
     if name not in names:
         raise ValueError(f"a tensor of dtype {name}, expected one of {sorted(names)}")
-    return tuple(tensor.get_shape()), names[name]
+    return names[name]
 
 
 def _read_config(path: Path, header: dict[str, Any] | None, weights: Path) -> dict[str, Any]:

@@ -163,7 +163,8 @@ class Parameters(RecordsSettings):
 
         Row norms: `init_norm`, or 1 for a decoder of unit norm. The rule's parameters and buffers get initial values.
 
-        Drawn on the CPU, so that a seed gives the same weights on every device. Source: Gao et al. 2024, section 2.4.
+        Drawn on the CPU, so that a seed gives the same weights on every device; of an SAE on several processes each
+        gets its rows of them. Source: Gao et al. 2024, section 2.4.
         """
         nn.init.zeros_(self.b_enc)
         nn.init.zeros_(self.b_dec)
@@ -180,10 +181,12 @@ class Parameters(RecordsSettings):
         if self.W_dec.is_meta:
             return
         generator = None if seed is None else torch.Generator().manual_seed(int(seed))
-        self.W_dec.copy_(unit_rows(self.d_sae, self.d_out, self.W_dec.dtype, generator))
+        part = (0 if self.placement is None else self.placement.first, self.d_sae)
+        self.W_dec.copy_(unit_rows(self.n_latents, self.d_out, self.W_dec.dtype, generator, *part))
         if self.W_enc is not None:
-            same = self.d_in == self.d_out
-            self.W_enc.copy_(self.W_dec if same else unit_rows(self.d_sae, self.d_in, self.W_enc.dtype, generator))
+            other = self.d_in != self.d_out
+            drawn = unit_rows(self.n_latents, self.d_in, self.W_enc.dtype, generator, *part) if other else self.W_dec
+            self.W_enc.copy_(drawn)
             self.W_enc.mul_(self.init_norm)
         if self.decoder_norm == "free":
             self.W_dec.mul_(self.init_norm)

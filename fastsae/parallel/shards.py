@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae.model.axis import Axis, bounds
+from fastsae.model.norm import InputNorm
 from fastsae.model.parameters import EXTRA_STATE
 from fastsae.model.placement import Placement
 from fastsae.model.rules import GroupMax
@@ -72,16 +73,25 @@ def group_of(mesh: DeviceMesh) -> Any:
     return _groups[ranks]
 
 
-def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
+def parallelize(
+    sae: SparseAutoencoder,
+    mesh: DeviceMesh,
+    *,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+) -> SparseAutoencoder:
     """Keeps this process's latents of `sae`, the same module in every process, in place, and returns it.
+
+    An SAE made with device="meta", which has no memory, gets this process's rows of SparseAutoencoder(..., seed=seed),
+    on `device` (None: that of the mesh): so no process ever holds more.
 
     mesh: with axes named "data" and "latents", or one of them. From then on its parameters are rows of the whole
     dictionary's, its training step exchanges what docs/distributed.md says, and a fastsae optimizer made for it steps
     the whole. Call it before making the optimizer. What takes rows of data once, such as `start_`, `calibrate_` or
     `evaluate`, then needs the same rows in every process.
-    Raises ValueError if processes have different weights or settings, or if the dictionary cannot be cut so; TypeError
-    for one that fully_shard has cut; RuntimeError for one that is on several processes already, or has gradients
-    pending.
+    Raises ValueError if processes have different weights, settings or seeds, if the dictionary cannot be cut so, or if
+    an SAE with weights has a seed or one without has none; TypeError for one that fully_shard has cut; RuntimeError for
+    one that is on several processes already, or has gradients pending.
     """
     sae = as_sae(sae, "sae")
     names = mesh.mesh_dim_names or ()
@@ -94,8 +104,13 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
         raise RuntimeError("this SAE is on several processes already; gathered(sae) makes an ordinary one")
     if pending := [name for name, p in sae.named_parameters() if isinstance(p.grad, LedgerGradient)]:
         raise RuntimeError(f"{', '.join(pending)} have gradients pending in an optimizer; step or zero_grad() first")
+    meta = sae.W_dec.is_meta
+    if meta != (seed is not None):
+        what = "is on meta, and its rows are drawn from one" if meta else "has weights"
+        raise ValueError(f"seed is {seed}, but this SAE {what}; give a seed for an SAE made with device='meta'")
+    device = torch.device(mesh.device_type) if device is None else torch.device(device)
     tokens, latents = (Axis(mesh.get_group(name) if name in names else None) for name in AXES)
-    _check_alike(sae, tokens, latents)
+    _check_alike(sae, tokens, latents, seed, device if meta else sae.W_dec.device)
     rule, d_sae = sae.activation, sae.d_sae
     unit = d_sae // rule.k if isinstance(rule, GroupMax) else 1  # a group stays whole
     if d_sae // unit < latents.size:
@@ -114,6 +129,10 @@ def parallelize(sae: SparseAutoencoder, mesh: DeviceMesh) -> SparseAutoencoder:
         whole = getattr(sae, name)
         own = whole.detach()[first:last].clone()
         setattr(sae, name, nn.Parameter(own, whole.requires_grad) if isinstance(whole, nn.Parameter) else own)
+    if meta:
+        sae.to_empty(device=device)
+        sae.norm = InputNorm(sae.norm.mode, dtype=sae.W_dec.dtype, device=device)
+        sae.reset_parameters(seed)
     return sae
 
 
@@ -172,6 +191,11 @@ def own_state(state: Mapping[str, Any], sae: SparseAutoencoder) -> dict[str, Any
     return _of_rows(state, sae, lambda t: t[p.first : p.first + p.own].clone(), p.own)
 
 
+def of_size(state: Mapping[str, Any], sae: SparseAutoencoder, d_sae: int) -> dict[str, Any]:
+    """A step's state with the same tensors, as that of an SAE of d_sae latents."""
+    return _of_rows(state, sae, lambda t: t, d_sae)
+
+
 def _of_rows(
     state: Mapping[str, Any], sae: SparseAutoencoder, change: Callable[[Tensor], Tensor | None], d_sae: int
 ) -> dict[str, Any]:
@@ -206,17 +230,19 @@ def by_latent(sae: SparseAutoencoder) -> list[str]:
     return [*tied, "W_dec", "b_enc", *sae.rule_parameters, *COUNTERS]
 
 
-def _check_alike(sae: SparseAutoencoder, tokens: Axis, latents: Axis) -> None:
-    """Raises ValueError naming the processes whose weights or settings differ from the first one's."""
-    digest = hashlib.sha256(repr(sae.config.to_dict()).encode())
+def _check_alike(
+    sae: SparseAutoencoder, tokens: Axis, latents: Axis, seed: int | None, device: torch.device
+) -> None:  # fmt: skip
+    """Raises ValueError naming the processes whose weights, or seed, or settings differ from the first one's."""
+    digest = hashlib.sha256(repr((sae.config.to_dict(), sae.W_dec.dtype, seed)).encode())
     for name, t in sorted(sae.state_dict().items()):
-        if name != EXTRA_STATE:
+        if name != EXTRA_STATE and not t.is_meta:
             digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(sae.W_dec.device)
+    own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(device)
     everyone = tokens.stack(latents.stack(own)).flatten(0, 1)
     others = (everyone != everyone[0]).any(1).nonzero()[:, 0].tolist()
     if others:
         raise ValueError(
-            f"processes {others} of the mesh have other weights or settings than process 0; make the SAE with the same "
-            "seed and settings in all of them, or load the same file"
+            f"processes {others} of the mesh have other weights, seeds or settings than process 0; make the SAE with "
+            "the same seed and settings in all of them, or load the same file"
         )

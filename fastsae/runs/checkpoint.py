@@ -17,12 +17,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsae.atomic import fsync_path, sha256_of, write_json
@@ -67,6 +69,13 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A section of the state whose tensors are in their file already; tree: the rest of it, from `split_state`."""
+
+    tree: Any
+
+
 def write_checkpoint(
     root: Path, step: int, state: Mapping[str, Mapping[str, Any]], save_module: Callable[[Path], object]
 ) -> Path:
@@ -77,6 +86,31 @@ def write_checkpoint(
     Raises CheckpointError if the disk is full or the directory cannot be written; it leaves no partial checkpoint and
     does not touch earlier ones.
     """
+    with writing(root, step) as partial:
+        save_module(partial)
+        write_state(partial, step, state)
+    return checkpoint_path(root, step)
+
+
+def write_state(partial: Path, step: int, state: Mapping[str, Mapping[str, Any] | Written]) -> None:
+    """Writes the sections of a training state into the directory of an unfinished checkpoint."""
+    plain: dict[str, Any] = {}
+    for section, tree in state.items():
+        if isinstance(tree, Written):
+            plain[section] = tree.tree
+            continue
+        plain[section], tensors = split_state(tree, section)
+        if tensors:
+            save_file(tensors, partial / f"{section}.safetensors")
+    (partial / STATE).write_text(json.dumps({"step": step, **plain}, allow_nan=False), encoding="utf-8")
+
+
+@contextmanager
+def writing(root: Path, step: int) -> Iterator[Path]:
+    """The directory in which the block writes a checkpoint's files; afterwards it has its name and manifest.
+
+    Raises as `write_checkpoint`, whatever the block raises; nothing is left then.
+    """
     final = checkpoint_path(root, step)
     partial = root / f"{_UNFINISHED}{final.name}"
     if final.exists():
@@ -85,13 +119,7 @@ def write_checkpoint(
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        save_module(partial)
-        plain: dict[str, Any] = {}
-        for section, tree in state.items():
-            plain[section], tensors = split_state(tree, section)
-            if tensors:
-                save_file(tensors, partial / f"{section}.safetensors")
-        (partial / STATE).write_text(json.dumps({"step": step, **plain}, allow_nan=False), encoding="utf-8")
+        yield partial
         _seal(partial, step)
         os.rename(partial, final)
         fsync_path(root)
@@ -107,7 +135,6 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return final
 
 
 def _seal(directory: Path, step: int) -> None:
@@ -164,9 +191,10 @@ def _verify(path: Path, only: Collection[str] | None) -> None:
             raise CheckpointError(f"{file} is corrupt: its sha256 is not the one in {MANIFEST}")
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, rows: Callable[[str], slice | None] = lambda name: None) -> dict[str, Any]:
     """The sections given to `write_checkpoint`, with "step" beside them. Tensors are on the CPU; tuples become lists.
 
+    rows: which rows to read of a tensor, by its name, such as "optimizer.optimizer.state.W_dec.exp_avg"; None: all.
     Call `verify_checkpoint` first. Raises CheckpointError for a file that cannot be read.
     """
     try:
@@ -174,7 +202,12 @@ def read_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = {"step": plain.pop("step")}
         for section, tree in plain.items():
             file = path / f"{section}.safetensors"
-            tensors: dict[str, Tensor] = load_file(file) if file.exists() else {}
+            tensors: dict[str, Tensor] = {}
+            if file.exists():
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118
+                        wanted = rows(name)
+                        tensors[name] = opened.get_tensor(name) if wanted is None else opened.get_slice(name)[wanted]
             state[section] = join_state(tree, tensors)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {type(error).__name__} {error}") from error

@@ -26,8 +26,8 @@ from fastsae.model.files import load, save
 from fastsae.model.resample import resample_
 from fastsae.model.rules import Activation, JumpReLU
 from fastsae.model.sae import SparseAutoencoder, as_sae
-from fastsae.parallel import gathered, gathered_state, own_state, parallelize
-from fastsae.runs import checkpoint
+from fastsae.parallel import parallelize
+from fastsae.runs import checkpoint, parts
 from fastsae.runs.checkpoint import CheckpointError
 from fastsae.runs.config import TrainConfig
 from fastsae.runs.evaluate import density_histogram, evaluate
@@ -158,9 +158,10 @@ class Trainer:
         """The run, step by step, as a generator; it holds the directory's lock until it is exhausted or closed."""
         if self._begun and self._saved is None:
             raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
-        if self.team is not None and self.sae.placement is not None:
+        if self.sae.placement is not None and (self.team is None or self.sae.placement.mesh is not self.team.mesh):
             raise RuntimeError(
-                "this SAE is a part, as after a run; make a new Trainer with fastsae.parallel.gathered(sae)"
+                "this SAE is a part, as after a run, on another mesh than the Trainer's; make a new Trainer with "
+                "fastsae.parallel.gathered(sae)"
             )
         with ExitStack() as stack:
             self.stop = stop
@@ -227,7 +228,10 @@ class Trainer:
         source = self.source.source if isinstance(self.source, FromFirst) else self.source
         return {
             "train": asdict(self.config),
-            "sae": {**self.sae.config, "dtype": str(self.sae.W_dec.dtype), "precision": self.sae.precision},
+            "sae": {
+                **self.sae.config, "d_sae": self.sae.n_latents, "dtype": str(self.sae.W_dec.dtype),
+                "precision": self.sae.precision,
+            },
             "source": {
                 "kind": type(source).__name__, "d_in": self.sae.d_in, "n_tokens": self.source.n_tokens,
                 **({"d_target": self.sae.d_out} if target_width(self.source) is not None else {}),
@@ -274,24 +278,27 @@ class Trainer:
             )
         state: dict[str, Any] | None = None
         self._check_alike()
+        if self.team is not None and self.sae.placement is None:
+            parallelize(self.sae, self.team.mesh)
         with self._agreed():
             if path is not None:
-                state = checkpoint.read_state(path)
                 with _fitting(path):
-                    self.sae.load_state_dict(load(path).state_dict())
+                    if self.team is None:
+                        state = checkpoint.read_state(path)
+                        self.sae.load_state_dict(load(path).state_dict())
+                    else:
+                        state = parts.read(path, self.sae)
                     self.sae.fired.copy_(state["density"]["fired"])
                     self.sae.fired_over.fill_(state["density"]["over"])
-            elif self.team is not None:  # on all rows of the first batch, before the dictionary is shared
-                position = self.source.state_dict()
-                self._initialize(*self._next(self.source))
-                self.source.load_state_dict(position)
-        if self.team is not None:
-            parallelize(self.sae, self.team.mesh)
+        if path is None and self.team is not None:  # on all rows of the first batch, in every process
+            position = self.source.state_dict()
+            self._initialize(*self._next(self.source))
+            self.source.load_state_dict(position)
         with self._agreed():
             self.update = self._make_step()
             if path is not None and state is not None:
                 with _fitting(path):
-                    self.update.load_state_dict(own_state(state["optimizer"], self.sae))
+                    self.update.load_state_dict(state["optimizer"])
                     self.source.load_state_dict(state["source"])
                     restore_rng_state(state["rng"])
                     self.step, self.seconds = state["step"], state["trainer"]["seconds"]
@@ -394,7 +401,8 @@ class Trainer:
 
     def _next(self, source: ActivationSource | None = None) -> tuple[Tensor, Tensor | None]:
         """The next batch and its targets, on the device and in the dtype of the weights; source: that of `rows`."""
-        x, target = next_pair(source or self.rows, self.config.batch_size)
+        with self._agreed() if source is not None else nullcontext():  # all rows, before all processes go on with them
+            x, target = next_pair(source or self.rows, self.config.batch_size)
         x = x.to(self.device, self.sae.W_dec.dtype, non_blocking=True)
         return x, None if target is None else target.to(self.device, self.sae.W_dec.dtype, non_blocking=True)
 
@@ -533,27 +541,28 @@ class Trainer:
             self.guard.read()
             with self._agreed():
                 look_at_parameters(self.sae, self.step)
-            whole = gathered(self.sae, first_only=True)
-            optimizer, saved = gathered_state(self.update.state_dict(), self.sae, first_only=True), None
             with self._agreed():
-                if whole is not None and optimizer is not None:
-                    saved = self._write(whole, optimizer)
-            self._saved = saved if self.team is None else self.team.from_first(saved)
-
-    def _write(self, sae: SparseAutoencoder, optimizer: dict[str, Any]) -> Path:
-        # The log first: a checkpoint must not be newer than the lines up to its step.
-        self.logs.sync()
-        self.seconds = time.perf_counter() - self._started
-        state = {
-            "optimizer": optimizer,
-            "source": self.source.state_dict(),
-            "rng": rng_state(),
-            "trainer": {"seconds": self.seconds, "last": self.last},
-            "density": {"fired": sae.fired, "over": int(sae.fired_over)},
-        }
-        saved = checkpoint.write_checkpoint(self.checkpoints, self.step, state, lambda path: save(sae, path))
-        checkpoint.prune(self.checkpoints, self.config.keep)
-        return saved
+                # The log first: a checkpoint must not be newer than the lines up to its step.
+                self.logs.sync()
+                self.seconds = time.perf_counter() - self._started
+                others = {
+                    "source": self.source.state_dict(),
+                    "rng": rng_state(),
+                    "trainer": {"seconds": self.seconds, "last": self.last},
+                }
+            sae, trained = self.sae, self.update.state_dict()
+            if self.team is None:
+                density = {"fired": sae.fired, "over": int(sae.fired_over)}
+                state = {"optimizer": trained, **others, "density": density}
+                self._saved = checkpoint.write_checkpoint(
+                    self.checkpoints, self.step, state, lambda path: save(sae, path)
+                )
+            else:
+                mine = others if self._writes else None
+                saved = parts.write(self.checkpoints, self.step, sae, trained, mine, self._agreed)
+                self._saved = self.team.from_first(saved)
+            if self._writes:
+                checkpoint.prune(self.checkpoints, self.config.keep)
 
     @property
     def _tokens(self) -> int:
