@@ -65,7 +65,7 @@ def test_opcheck_of_update_latents(backend: str) -> None:
             *(given[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "moments")),
             *([], [], [term.codes.acts], [term.codes.indices], [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]),
             *([term.x], [term.grad], [True], None, None, [], given["lr"], given["step"], None, None),
-            *("adam", 0.9, 0.999, 1e-8, 0.0, None, True, True, False, None, backend),
+            *("adam", 0.9, 0.999, 1e-8, 0.0, None, True, True, False, None, 0, backend),
         ),
     )
 
@@ -87,7 +87,7 @@ def test_opcheck_of_update_latents_with_everything(kind: str, backend: str) -> N
             *(moments, scales, [], [codes.acts], [codes.indices], [codes.offsets], [dacts], [x], [x + 1], [True]),
             *(torch.ones(M, 2), torch.ones(M), [torch.ones(M, D), torch.ones(M, D), torch.ones(M)]),
             *(given["lr"], given["step"], torch.tensor(0.5, dtype=torch.float64), torch.tensor(False)),
-            *("adamw", 0.9, 0.999, 1e-8, 0.1, 1.0, True, True, kind == "norms", 7, backend),
+            *("adamw", 0.9, 0.999, 1e-8, 0.1, 1.0, True, True, kind == "norms", 7, 3, backend),
         ),
         # The other checks compare tensors with arithmetic that torch lacks in 8 bits.
         test_utils=("test_autograd_registration", "test_faketensor") if kind == "8 bit" else "ALL",

@@ -240,6 +240,7 @@ def _update_latents(draw: Draw) -> dict[str, Any]:
         "weight_decay": 0.0 if optimizer == "adam" else draw.of((0.0, 0.1)),
         "clip_rows": 1.0 if draw.chance(0.2) else None, "unit_norm": draw.chance(0.5) and d_out > 0,
         "pre_bias": pre_bias, "norms_only": draw.chance(0.15), "seed": draw.of((0, 5, 2**40)),
+        "first_latent": draw.of((0, 0, 7, 2**40)),
         "backend": _backend(draw),
     }  # fmt: skip
 

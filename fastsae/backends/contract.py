@@ -80,9 +80,9 @@ class UpdateArguments:
         return {name: p for name, p in named.items() if p is not None}
 
     def numbers_before(self, name: str) -> int:
-        """How many numbers of the whole parameter are of latents before `first_latent`."""
+        """How many numbers of the whole parameter are of latents before `first_latent`, mod 2³²."""
         width = {"b_dec": 0, "b_enc": 1}.get(name)
-        return self.first_latent * (self.parameters()[name].shape[1] if width is None else width)
+        return self.first_latent * (self.parameters()[name].shape[1] if width is None else width) % 2**32
 
     def rule(self) -> Optimizer:
         return Optimizer(self.optimizer, (self.beta1, self.beta2), self.eps, self.weight_decay)

@@ -65,8 +65,8 @@ def _parameter(call: UpdateArguments, name: str, p: Tensor, moments: tuple[Momen
         places[i] = numbers(f"moment {kind} of {name}", held, dtype, shape)
         if isinstance(moment, EightBit):
             scales[i] = numbers(f"the scales of {kind} of {name}", moment.scales, torch.float32, scales_shape(held))
-    before = call.numbers_before(name) & 0xFFFFFFFF
-    return _cpu.Parameter(numbers(name, p, call.W_dec.dtype, shape), *places, *scales, stream, before)
+    place = numbers(name, p, call.W_dec.dtype, shape)
+    return _cpu.Parameter(place, *places, *scales, stream, call.numbers_before(name))
 
 
 def _optimizer(call: UpdateArguments) -> _cpu.OptimizerArgs:
