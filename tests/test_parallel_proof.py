@@ -56,7 +56,7 @@ def test_200_steps_of_every_rule(data: int, latents: int, tmp_path: Path) -> Non
     which = WHICH if world == 2 else "some"
     launch(
         world, str(tmp_path / "store"), str(tmp_path), str(data), str(latents), which,
-        module="tests.parallel_proof_worker", limit=600 if WHICH == "some" else 7200,
+        module="tests.parallel_proof_worker", limit=7200,
     )  # fmt: skip
     took = time.monotonic() - since
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -133,7 +133,8 @@ class Parameters(RecordsSettings):
         A schedule sets the multiplier during a step; otherwise it is 1.
         """
         fired = torch.zeros(self.d_sae, dtype=torch.int64, device=device)
-        over, one = torch.zeros_like(fired[0]), torch.ones((), dtype=torch.float64, device=device)
+        over = torch.zeros((), dtype=torch.int64, device=device)
+        one = torch.ones((), dtype=torch.float64, device=device)
         for name, t in (("fired", fired), ("fired_over", over), ("penalty_scale", one)):
             self.register_buffer(name, t, persistent=False)
 

@@ -127,10 +127,10 @@ def parallelize(
     sae.d_sae = last - first
     for name in by_latent(sae):
         whole = getattr(sae, name)
-        own = whole.detach()[first:last].clone()
+        own = _empty(whole, device, last - first) if meta else whole.detach()[first:last].clone()
         setattr(sae, name, nn.Parameter(own, whole.requires_grad) if isinstance(whole, nn.Parameter) else own)
     if meta:
-        sae.to_empty(device=device)
+        sae._apply(lambda t: _empty(t, device, *t.shape[:1]))
         sae.norm = InputNorm(sae.norm.mode, dtype=sae.W_dec.dtype, device=device)
         sae.reset_parameters(seed)
     return sae
@@ -218,6 +218,12 @@ def _joining(placement: Placement, first_only: bool) -> Callable[[Tensor], Tenso
     if placement.tokens.rank:
         return lambda t: None  # the first process has its latents from those that share its rows
     return placement.latents.collect
+
+
+def _empty(t: Tensor, device: torch.device, *rows: int) -> Tensor:
+    """Memory like t, of that many rows. torch.empty_like and indexing of what is on meta import sympy, for a third of a
+    second."""
+    return torch.empty((*rows, *t.shape[1:]), dtype=t.dtype, device=device)
 
 
 def _is_first(placement: Placement) -> bool:
