@@ -254,6 +254,25 @@ def test_a_nan_latent_wins_for_every_token_and_a_nan_token_has_nan_acts():
         assert torch.equal(indices[5], torch.arange(k, dtype=torch.int32))
 
 
+def test_a_nan_bias_wins_for_every_token_by_its_estimate_too():
+    x, W, b, k = gaussian(N=200)
+    b = b.clone()
+    b[33] = float("nan")
+    for fmt in FORMATS:
+        for precision in ("exact", "screened"):
+            acts, indices, _ = encode(x, W, b, k, fmt, precision)
+            assert (indices[acts.isnan()] == 33).all(), (fmt, precision)
+            assert (acts.isnan().sum(dim=1) == 1).all(), (fmt, precision)
+
+
+@pytest.mark.parametrize(("of_x", "of_w"), [(1e8, 0.0), (1e-18, 1e5), (1e15, 1e-15), (0.0, 1.0)])
+def test_factors_are_numbers_at_any_scale(of_x, of_w):
+    x, W, *_ = gaussian(N=20)
+    for factors in cpu_screen._factors(W * of_w, x * of_x):
+        assert torch.isfinite(factors).all()
+        assert (factors != 0).all()
+
+
 def test_a_token_that_is_no_number_is_scored_in_full():
     x, W, b, k = gaussian(N=10)
     x = x.clone()

@@ -66,7 +66,7 @@ struct RaggedCodes {       // encode_above's and encode_batch_topk's result
 
 struct TopkCounts {
   int64_t redone;   // tokens without a certificate at first
-  int64_t rivals;   // latents scored in fp32 beyond the K best bounds: how loose the format is on this input
+  int64_t rivals;   // latents scored in fp32 beyond those with the K largest lower bounds: how loose the format is on this input
 };
 
 struct AboveCounts {

@@ -1,12 +1,13 @@
 // acts, indices = the K largest of relu(scale · (x Wᵀ + b)) per token; (N, M) is never stored.
 //
 // A thread takes a panel of tokens: narrow it, guess a bar per token from a sample of the dictionary, screen the dictionary
-// tile by tile against the bars. The K latents of a token whose scores are certain to be the largest are scored in fp32; a
-// latent whose bound reaches the K-th score found is a rival, and is scored too. Both go latent by latent through all tokens,
-// so that the rows gathered are those of x, which stay in L3, and not those of W, which do not. A token whose K-th score does not clear the guessed bar has no certificate; it is
-// redone with bar 0, under which nothing that counts is left out. What even then does not fit its list (masses of ties) or is
-// not finite is scored in fp32 in full (exhaustive.h), and so are all tokens where there is no narrow copy. Where 8 bits leave
-// many tokens without a certificate, as at D = 4096, a copy with tighter bounds is made for these tokens.
+// tile by tile against the bars. A token's latents with the K largest lower bounds are scored in fp32; another whose upper bound
+// reaches the K-th score found is a rival, and is scored too. Both go latent by latent through all tokens, so that the rows
+// gathered are those of x, which stay in L3, and not those of W, which do not. A token whose K-th score does not clear the
+// guessed bar has no certificate; it is redone with bar 0, under which nothing that counts is left out. What even then does not
+// fit its list (masses of ties) or is not finite is scored in fp32 in full (exhaustive.h), and so are all tokens where there is
+// no narrow copy. Where 8 bits leave many tokens without a certificate, as at D = 4096, a copy with tighter bounds is made for
+// these tokens.
 //
 // Flops 2·N·M·D narrow, about 8·N·K·D in fp32. Bytes: the packed copy once per panel from L3, W twice, some 4·N·K rows of x.
 // The result is the K best by (fp32 score, lower index), whatever the panel, the bar or the number of threads.
@@ -78,7 +79,9 @@ struct Shortlist {
       if (i >= call.screen.latents) continue;   // a copy with NaN in it lets padding pass, which is no latent
       const float least = value[j] - 2.f * error_bound(call, token, where[j]);
       latents.push_back(int32_t(i)), bounds.push_back(value[j]);
-      low.push_back(least == least ? least : -std::numeric_limits<float>::infinity());   // NaN: nothing is certain
+      // NaN: nothing is certain. Where estimates are trusted it is a score, which ranks above all.
+      const float unknown = (call.bounded ? -1.f : 1.f) * std::numeric_limits<float>::infinity();
+      low.push_back(least == least ? least : unknown);
     }
   }
 
@@ -106,9 +109,9 @@ void shortlist(const EncodeArgs& a, Shortlist& list, Tokens& tokens, int64_t pan
   tokens.rivals.offsets[t] = int64_t(rivals.size() - rivals_before);
 }
 
-// What a token's list holds before its bar is raised, and at most where raising it does not help.
+// What a token's list holds before its bar is raised.
 int64_t first_room(const EncodeArgs& a, bool guess) { return std::max<int64_t>(guess ? 1024 : 2048, 16 * a.k); }
-constexpr int64_t kLongList = 8192;
+constexpr int64_t kLongList = 8192;   // and at most, where raising it does not help
 
 // Screens one panel of tokens, [first, first + count).
 void screen_tokens(const EncodeArgs& a, const LatentTerms& terms, Tokens& tokens, int64_t p, int64_t first, int64_t count,

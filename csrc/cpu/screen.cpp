@@ -60,11 +60,12 @@ void prune(const ScreenCall& call, Lists& lists, int64_t token) {
   const int64_t size = lists.size[token];
   std::vector<float> low(size);
   for (int64_t i = 0; i < size; ++i) {
+    // The upper bound less one error is the estimate, less two the lower bound.
     low[i] = value[i] - (call.guessing ? 1.f : 2.f) * error_bound(call, token, where[i]);
     if (!(low[i] == low[i])) low[i] = -std::numeric_limits<float>::infinity();
   }
   float bar = lists.bar[token];
-  if (lists.keep <= size) {
+  if (lists.keep > 0 && lists.keep <= size) {
     std::nth_element(low.begin(), low.begin() + lists.keep - 1, low.end(), std::greater<float>());
     // Strictly below, so that an equal score with a lower index stays in the race.
     bar = std::max(bar, std::nextafter(low[lists.keep - 1], -std::numeric_limits<float>::infinity()));

@@ -24,7 +24,7 @@ template <class T> struct Lines {
 template <class T> using Aligned = std::vector<T, Lines<T>>;
 
 // Per latent, in packed order, what turns a raw product into the upper bound
-// u = mult·token_scale·product + bias + token_error·norm + token_norm·residual.
+// u = mult·token_scale·product + bias + token_error·norm + token_norm·residual + slack.
 struct LatentTerms {
   Aligned<float> mult, bias, norm, residual, slack;   // slack: rounding of the bias, part of the bound
 };

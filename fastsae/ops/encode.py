@@ -110,8 +110,8 @@ def prepare_screen(
     """The low-precision copy of an encoder that the chosen backend screens with, or None if it needs none.
 
     It goes stale when W changes: only `update_latents_` maintains it. Without it an encoder makes one in each call.
-    x (*batch, D) and k: a sample of what it will encode, by which a backend may choose its format. Speed depends on
-    that choice; results do only with precision="screened", which trusts the format.
+    x (*batch, D) and k: a sample of what it will encode, by which a backend may choose its format and
+    its basis. Speed depends on that choice; results do only with precision="screened", which trusts it.
     """
     check_that.dictionary("W", W)
     if b is not None:

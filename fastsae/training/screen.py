@@ -36,8 +36,8 @@ class KeptScreen:
     W returns (M, D_in), b (M,): the encoder. k: returns the active latents per token, or None. used: whether the
     encoder uses a screen at all. backend: returns the backend whose copy it is.
 
-    The current inputs determine the format. Speed depends on it, and with precision="screened" the selection too: such
-    a run is reproducible only from its start, not from a state loaded in the middle.
+    The current inputs determine the format and its basis. Speed depends on them, and with precision="screened" the
+    selection too: such a run is reproducible only from its start, not from a state loaded in the middle.
     """
 
     def __init__(

@@ -92,14 +92,16 @@ def _factors(W: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
     signs = buffers.empty((W.shape[1],), torch.float32, CPU).bernoulli_(generator=coin).mul_(2).sub_(1)
     if x is None or not x.shape[0] or not W.shape[0]:
         return signs, signs
-    ratio = (_second_moments(W) / _second_moments(x)).pow_(0.25)
+    # Roots before they are divided: a quotient of squares may leave fp32's range.
+    ratio = _second_moments(W).pow_(0.25) / _second_moments(x).pow_(0.25)
     ratio.div_(ratio.median()).clamp_(1 / MOST_UNBALANCED, MOST_UNBALANCED).mul_(signs)
     return ratio, ratio.reciprocal()
 
 
 def _second_moments(rows: Tensor) -> Tensor:
     """(D,) the mean square of each column, from at most SAMPLED rows. Never 0, as a column of zeros has no balance."""
-    some = rows.detach()[:: -(-rows.shape[0] // SAMPLED)].to(torch.float32)
+    # An odd step: rows are often contexts of 2ⁿ tokens one after the other, whose first tokens are like no others.
+    some = rows.detach()[:: -(-rows.shape[0] // SAMPLED) | 1].to(torch.float32)
     squares = torch.where(some.isfinite().all(1, keepdim=True), some, 0.0).square().mean(0)
     return squares.clamp_(max=1e30).add_(squares.mean() * 1e-6 + 1e-30)
 
