@@ -12,7 +12,9 @@ import fastsae
 from fastsae import ops, reference
 from tests import truth
 from tests.cases import BY_NAME
-from tests.update_case import check, make_problem
+from tests.test_optimizers import set_optimizer
+from tests.test_update_parts import with_parts
+from tests.update_case import check, gradient_truth, make_problem
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in truth.BACKENDS, reason="no CUDA kernels here: no GPU, and no emulation (make test-cuda)"
@@ -178,6 +180,30 @@ def test_an_update_of_rows_that_are_filled(D: int, dtype: torch.dtype, options: 
     used = torch.bincount(problem.terms[0].codes.indices.flatten().long(), minlength=case.M)
     assert {0, 1, 2, 3, 4, 5} <= set(used.tolist())
     assert int(used.max()) > 64
+    check(problem, "cuda")
+
+
+@only_emulated
+@pytest.mark.parametrize("D", [48, 384, 512])
+@pytest.mark.parametrize("kind", list(reference.MOMENTS_OF))
+@pytest.mark.parametrize("options", [{}, {"tied": True, "unit_norm": False}], ids=["plain", "tied"])
+def test_every_rule_with_all_parts_in_shared_memory(D: int, kind: str, options: dict[str, bool]) -> None:
+    """Rows of other kernels than in test_update_parts.py, whose rows are not of whole 16 bytes."""
+    problem = make_problem(replace(BY_NAME["hot-latent"], D=D, N=90, M=40, K=3), torch.float32, ragged=True, **options)
+    with_parts(
+        set_optimizer(problem, kind, 0.0 if kind == "adam" else 0.2),
+        "dacts",
+        "pull",
+        "db_enc",
+        "added",
+        "scale",
+        "clip",
+    )
+    library.emulate(refuse="update_wide")
+    norms = problem.run("cuda", norms_only=True)
+    grads, _ = gradient_truth(problem)
+    unscaled = reference.squared_norms(grads) / float(problem.settings["grad_scale"]) ** 2
+    torch.testing.assert_close(norms, unscaled, rtol=1e-4, atol=1e-10)
     check(problem, "cuda")
 
 

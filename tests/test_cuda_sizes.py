@@ -34,9 +34,9 @@ FREE = {
     ("every_latent", 4), ("select", 7), ("update_bias", 4), ("update_bias", 5),
     # How much of them is used stands on the device: pieces, survivors' places, slots of scratch.
     ("active_outer", 9), ("decode", 8), ("decode_error", 11), ("append", 1), ("append", 3), ("select", 4),
-    ("exhaustive_top_k", 13), ("update_rows", 9),
+    ("exhaustive_top_k", 13), ("update_rows", 11),
     # Room that may be larger, keys of which the first are used, and columns that are padded.
-    ("piece_starts", 3), ("sort_slots", 8), ("step_numbers", 8), ("update_bias", 9), ("narrow_rows", 1),
+    ("piece_starts", 3), ("sort_slots", 8), ("step_numbers", 11), ("update_bias", 10), ("narrow_rows", 1),
 }  # fmt: skip
 """Functions and their arguments that may be of other sizes."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae import Screen, SparseCodes, UpdateTerm, ops, reference
+from fastsae.backends.gpu import raw_ops
 from tests import truth
 from tests.cases import BY_NAME, Case
 from tests.update_case import BETAS, EPS, Problem, check, gradient_truth, make_problem, most_backends
@@ -270,6 +271,58 @@ def test_a_skipped_update_changes_nothing(backend: str, optimizer: str, storage:
     after = bits(kept, screen)
     assert not torch.equal(after[0], before[0])
     assert all(map(torch.equal, after, bits(plain, fresh)))
+
+
+# -- what a GPU does not store ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("optimizer", "storage", "ragged"), INTERPRETED, ids=str)
+@pytest.mark.parametrize("backend", truth.GPU)
+def test_a_gpu_stores_no_gradient_of_a_dictionary(
+    backend: str, optimizer: str, storage: str, ragged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the rule, the storage of moments and the parts, and for a global clip, which is two calls."""
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("the gradients were stored")
+
+    monkeypatch.setattr(raw_ops, "update_storing_gradients", refuse)
+    plain, clipped = (
+        stored_as(
+            with_parts(make_problem(NARROW_CASE, torch.float32, ragged=ragged), *(PARTS if every else ())),
+            optimizer,
+            storage,
+        )
+        for every in (False, True)
+    )
+    for problem in (plain, clipped):
+        grads, _ = gradient_truth(problem)
+        norms = problem.run(backend, norms_only=True)
+        unscaled = reference.squared_norms(grads) / float(problem.settings.get("grad_scale", 1.0)) ** 2
+        torch.testing.assert_close(norms, unscaled, rtol=1e-4, atol=1e-10)
+        before = bits(problem, None)
+        problem.run(backend)
+        assert not torch.equal(bits(problem, None)[0], before[0])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in reference.MOMENTS_OF if kind != "adam"])
+@pytest.mark.parametrize("backend", truth.GPU)
+def test_every_rule_steps_the_sum_of_all_parts(backend: str, kind: str) -> None:
+    problem = stored_as(make_problem(NARROW_CASE, torch.float32, ragged=True, aux=True), kind, "wide")
+    problem.settings.pop("seed")
+    problem.settings["weight_decay"] = 0.2
+    check(with_parts(problem, *PARTS), backend)
+
+
+@pytest.mark.parametrize("backend", truth.GPU)
+def test_gradients_that_are_given_beside_terms_without(backend: str) -> None:
+    """As a penalty beside AuxK: the other terms' are computed, in a term of narrower numbers too."""
+    problem = make_problem(NARROW_CASE, torch.float32, aux=True)
+    given, computed = problem.terms
+    alone = replace(problem, terms=[given])
+    give_dacts(alone)
+    problem.terms = [*alone.terms, computed]
+    check(problem, backend)
 
 
 # -- order and threads ------------------------------------------------------------------------------------------------

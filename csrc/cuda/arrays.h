@@ -30,7 +30,7 @@ inline std::vector<py::handle>& known_dtypes() {
 // Once, when the module is made: an import under a lock of C++'s could wait forever for a thread that waits for that lock.
 inline void learn_dtypes() {
   const py::module_ torch = py::module_::import("torch");
-  for (int i = 0; i <= static_cast<int>(Dtype::b8); ++i)
+  for (int i = 0; i <= static_cast<int>(Dtype::f8); ++i)
     known_dtypes().push_back(torch.attr(name_of(static_cast<Dtype>(i))).cast<py::object>().release());
 }
 

@@ -21,10 +21,10 @@ constexpr int THREADS = 256, BLOCKS = 8;
 
 Shape one_each(int64_t n) { return {dim3(ceil_div(n, THREADS)), dim3(THREADS)}; }
 
-// With values an act of 0 is empty in a ragged code too: it has no gradient.
+// With values an act of 0 is empty in a ragged code too, since it has no gradient unless one is given (zeros).
 template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
-    list_slots_kernel(Codes<T> codes, int32_t* keys, int32_t* rows, float* values, int64_t first_row) {
+    list_slots_kernel(Codes<T> codes, int32_t* keys, int32_t* rows, float* values, int64_t first_row, bool zeros) {
   const int64_t slot = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   if (slot >= codes.slots) return;
   bool occupied = codes.inside(slot);
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   occupied = occupied && row >= 0 && row < codes.n;  // a slot past the last offset has no token
   if (!codes.offsets || values) {
     const float act = widen(codes.acts[slot]);
-    occupied = occupied && act != 0.f;
+    occupied = occupied && (act != 0.f || (codes.offsets && zeros));
     if (values) values[slot] = act;
   }
   keys[slot] = static_cast<int32_t>(occupied ? codes.indices[slot] : codes.latents);
@@ -68,14 +68,14 @@ int key_bits(int64_t latents) {  // of 0 .. latents
 }  // namespace
 
 void list_slots(const Where& where, const Array& acts, const Array& indices, const Maybe& offsets, int64_t latents,
-                const Array& keys, const Array& rows, const Maybe& values, int64_t first_row) {
+                const Array& keys, const Array& rows, const Maybe& values, int64_t first_row, bool zeros) {
   const int64_t tokens = fit_code(acts, indices, offsets), slots = counted("slots", acts.size());
   fit("keys", keys, slots), fit("rows", rows, slots), fit("values", values, slots), counted("latents", latents);
   counted("rows", first_row), counted("rows", first_row + tokens);
   by_dtype(acts.dtype, [&](auto t) {
     using T = decltype(t);
     launch(where, "list_slots", list_slots_kernel<T>, one_each(acts.size()), codes<T>(acts, indices, offsets, latents),
-           keys.as<int32_t>(), rows.as<int32_t>(), pointer<float>(values), first_row);
+           keys.as<int32_t>(), rows.as<int32_t>(), pointer<float>(values), first_row, zeros);
   });
 }
 

@@ -14,6 +14,7 @@
 #define SHARED(type, name) __shared__ fastsae::Plain<type> name
 #endif
 
+#include <cmath>
 #include <cstdint>
 
 #include "ops.h"
@@ -38,14 +39,25 @@ template <class T> __device__ T* dynamic_shared() {
 }
 #endif
 
+struct fp8 {  // float8_e4m3fn, of moments only
+  uint8_t bits;
+};
+
 template <> struct DtypeOf<bf16> { static constexpr Dtype value = Dtype::bf16; };
 template <> struct DtypeOf<f16> { static constexpr Dtype value = Dtype::f16; };
+template <> struct DtypeOf<fp8> { static constexpr Dtype value = Dtype::f8; };
 
 // -- values: computed in float, rounded once, to nearest even, when stored ---------------------------------------------
 
 __device__ inline float widen(float t) { return t; }
 __device__ inline float widen(bf16 t) { return __bfloat162float(t); }
 __device__ inline float widen(f16 t) { return __half2float(t); }
+// Exponent and mantissa moved to a float's, then its bias: exact, below the smallest normal number too.
+__device__ inline float widen(fp8 t) {
+  const int size = t.bits & 0x7f;
+  const float value = size == 0x7f ? NAN : __int_as_float(size << 20) * 0x1p120f;
+  return t.bits & 0x80 ? -value : value;
+}
 template <class T> __device__ T round_to(float t);
 template <> __device__ inline float round_to<float>(float t) { return t; }
 template <> __device__ inline bf16 round_to<bf16>(float t) { return __float2bfloat16_rn(t); }
@@ -119,6 +131,13 @@ __device__ inline int warp() { return threadIdx.x / WARP; }
 template <class T> __device__ inline T warp_sum(T t) {
 #pragma unroll
   for (int step = WARP / 2; step; step /= 2) t += __shfl_xor_sync(ALL, t, step);
+  return t;
+}
+
+// The largest of a warp, known to every lane.
+__device__ inline uint32_t warp_max(uint32_t t) {
+#pragma unroll
+  for (int step = WARP / 2; step; step /= 2) t = max(t, __shfl_xor_sync(ALL, t, step));
   return t;
 }
 

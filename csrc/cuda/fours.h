@@ -1,4 +1,5 @@
-// Four neighbouring columns of a row, as update_rows.cu moves them: 16 bytes of float, 8 of bfloat16, at multiples of that.
+// Four neighbouring columns of a row, as update_rows.cu moves them: 16 bytes of float, 8 of bfloat16, 4 of 8 bits, at multiples
+// of that.
 #pragma once
 #include <type_traits>
 
@@ -7,7 +8,7 @@
 namespace fastsae {
 
 template <class T> union Four {
-  std::conditional_t<sizeof(T) == 4, float4, uint2> bits;
+  std::conditional_t<sizeof(T) == 4, float4, std::conditional_t<sizeof(T) == 2, uint2, uint32_t>> bits;
   T t[4];
 
   __device__ Four() {}

@@ -2,8 +2,8 @@
 //
 // The rules are here: where an entry's rows are, how a row's gradient is projected, and what a program leaves behind.
 #pragma once
-#include "adam.h"
 #include "launch.h"
+#include "optimizers.h"
 #include "pieces.h"
 
 namespace fastsae {
@@ -11,11 +11,11 @@ namespace fastsae {
 constexpr int ENTRIES_AT_ONCE = 4;  // whose rows are in flight together, and whose dots one block_sum adds
 
 // The occupied slots of all terms in latent order. Row r is row r of x and grad, or from `split` on row r - split of more_x
-// and more_grad, which are null with one term.
+// and more_grad, which are null with one term. dacts: given gradients of the pre-acts; null where kernels compute them.
 template <class S> struct LatentEntries {
   const int64_t* starts;
   const int32_t* rows;
-  const float* acts;
+  const float *acts, *dacts;
   const S *x, *more_x, *grad, *more_grad;
   int64_t split;
 
@@ -33,23 +33,40 @@ struct PieceSums {
   float *rows, *biases;
 };
 
-template <class T, class Moment> struct Stepped {  // one parameter, its moments and its keys
-  T* p;
-  Moment *m, *v;
-  Keys keys;
+// What is added to the gradients besides the entries, each null where there is none: reference.Parts. `bias` comes before the
+// pre-bias term, db_enc does not.
+struct Parts {
+  const float *pull, *db_enc, *enc, *dec, *bias;
+  int64_t segments;  // of a row of pull
+
+  __device__ float pulled(int64_t i, int64_t c, int64_t D_out, float w) const {
+    return pull[i * segments + c / (D_out / segments)] * w;
+  }
 };
 
+template <class Moment> using BiasMoment = std::conditional_t<std::is_same_v<Moment, fp8>, float, Moment>;
+
 template <class T, class Moment> struct Update {
-  Stepped<T, Moment> enc, dec, bias;  // enc.p is null where the dictionaries are tied
+  Stepped<T, Moment> enc, dec;  // enc.p is null where the dictionaries are tied
+  Stepped<T, BiasMoment<Moment>> bias;
+  Parts parts;
   int64_t latents, D_in, D_out;
   Step step;
   float* pre_bias;  // (programs, D_in), or null
   double* stats;    // (programs, 4)
+  float clip_rows;  // a norm, or 0: none
   bool unit_norm;
 
   __host__ __device__ bool tied() const { return !enc.p; }
   // A step that is skipped has no latents: a kernel that goes over them has nothing to write.
   __device__ int64_t latents_to_update() const { return step.skipped() ? 0 : latents; }
+  // Whether the norm of W_dec's gradient is wanted after its projection, and not only before.
+  __device__ bool projects_first() const { return unit_norm && (clip_rows > 0.f || step.rule == Rule::none); }
+  // What a gradient with this square is multiplied by to be no longer than clip_rows.
+  __device__ float clip(float square) const {
+    const float norm = __fsqrt_rn(square);
+    return clip_rows > 0.f && norm > clip_rows ? clip_rows / norm : 1.f;
+  }
 };
 
 // The part of a row's gradient along the row, in units of the row. A row of 0 keeps its gradient.
@@ -61,25 +78,27 @@ __device__ inline float to_unit(float square) {
   return 1.f / (norm > 0.f ? norm : 1.f);
 }
 
-// The step of b_enc's number i, by one thread, which loads it long before.
+// The step of a bias' number i, by one thread, which loads it long before.
 template <class T, class Moment> struct BiasStep {
   float p, m, v;
 
   __device__ void load(const Stepped<T, Moment>& bias, int64_t i) {
     p = widen(bias.p[i]);
-    m = widen(bias.m[i]);
-    v = widen(bias.v[i]);
+    m = bias.m ? widen(bias.m[i]) : 0.f;
+    v = bias.v ? widen(bias.v[i]) : 0.f;
   }
-  __device__ void finish(const Stepped<T, Moment>& bias, int64_t i, float g, const Adam& adam) {
+  __device__ void finish(const Stepped<T, Moment>& bias, int64_t i, float g, const Step& step) {
     const uint32_t at = static_cast<uint32_t>(i);
-    adam(p, g, m, v);
-    bias.p[i] = round_to<T>(p);
-    bias.m[i] = round_moment<Moment>(m, bias.keys.of, bias.keys.m(), at);
-    bias.v[i] = round_moment<Moment>(v, bias.keys.of, bias.keys.v(), at);
+    by_rule<Moment>(step.rule, [&](auto rule) {
+      step.stepper().template step<rule.value>(p, g * step.grad_scale(), m, v);
+      bias.p[i] = round_to<T>(p);
+      if constexpr (HAS_M<rule.value>) bias.m[i] = round_moment<Moment>(m, bias.keys.m(), at);
+      if constexpr (HAS_V<rule.value>) bias.v[i] = round_moment<Moment>(v, bias.keys.v(), at);
+    });
   }
 };
 
-// Squared norms of a program's gradients before projection, in shared memory: one thread's, and not worth its registers.
+// Squared norms of a program's gradients, in shared memory: one thread's, and not worth its registers.
 using Squares = double[3];
 
 __device__ inline void add_squares(Squares& squares, double enc, double dec, double bias) {
@@ -117,27 +136,43 @@ struct BlockSums {
 
 // -- the host's side -----------------------------------------------------------------------------------------------------
 
-// Calls f with a value of the C++ type of a moment.
-template <class F> void by_moment(Dtype dtype, F f) {
+// Calls f with a value of the C++ type of a dictionary's moment; float where the rule keeps none.
+template <class F> void by_moment(const Maybe& moment, F f) {
+  const Dtype dtype = moment ? moment->dtype : Dtype::f32;
   if (dtype == Dtype::f32) return f(float{});
   if (dtype == Dtype::bf16) return f(bf16{});
-  throw std::invalid_argument("there is no kernel for moments of this dtype, expected float32 or bfloat16");
+  if (dtype == Dtype::f8) return f(fp8{});
+  throw std::invalid_argument("there is no kernel for moments of this dtype, expected float32, bfloat16 or float8_e4m3fn");
 }
 
-inline Step step_of(const Array& numbers, double eps, double beta1, double rest1, double beta2, double rest2) {
+inline Step step_of(int64_t rule, const Array& numbers, double eps, double beta1, double rest1, double beta2, double rest2) {
   const auto narrow = [](double t) { return static_cast<float>(t); };
-  return {numbers.as<float>(), narrow(eps), {narrow(beta1), narrow(rest1), narrow(beta2), narrow(rest2)}};
+  fit("numbers", numbers, 5);
+  return {numbers.as<float>(), narrow(eps), {narrow(beta1), narrow(rest1), narrow(beta2), narrow(rest2)}, rule_of(rule)};
 }
 
 // Bytes of shared memory that a latent's rows take on their way (update_rows.cu), from those of a weight and of a moment.
-inline int64_t staged_bytes(int64_t weight, int64_t moment, bool tied, int64_t D_in, int64_t D_out) {
-  return D_out * 2 * (weight + moment) + (tied ? 0 : D_in * (weight + 2 * moment));
+inline int64_t staged_bytes(int64_t weight, int64_t moment, int64_t kept, bool tied, int64_t D_in, int64_t D_out) {
+  return D_out * (2 * weight + kept * moment) + (tied ? 0 : D_in * (weight + kept * moment));
 }
 
-constexpr int64_t STAGED_COLUMNS = 8192;  // the most of a row in registers
+// How update_rows.cu shares the columns of a row: fours of a thread, and steps that fill a row with them, or 0 where none do.
+constexpr int FOURS = 4;
+struct StagedShape {
+  int64_t steps, threads;
+};
+inline StagedShape staged_shape(int64_t D_in, int64_t D_out) {
+  const auto fill = [&](int64_t steps) { return D_in == D_out && D_in % (4 * steps * WARP) == 0; };
+  if (fill(4)) return {4, D_out / 16};
+  if (fill(3)) return {3, D_out / 12};
+  return {0, ceil_div(std::max(D_in, D_out), 4 * FOURS * WARP) * WARP};
+}
+// 128 registers a thread are 512 threads on a multiprocessor in any number of blocks: eight blocks of two warps at 768 columns.
+// Columns with a bound, and rounding to 8 bits, take 168: rows of 6144 columns at most.
+constexpr int most_threads(int64_t steps, bool eight_bit) { return steps && !eight_bit ? 512 : 384; }
 
 // Both check the launch (foresee) before they change anything. update_rows.cu: for rows of whole 16 bytes, at most
-// STAGED_COLUMNS of them, that fit.
+// 16 · most_threads of them, that fit.
 template <class T, class Moment>
 void update_rows(const Where&, const LatentEntries<T>&, const Pieces&, const PieceSums&, const Update<T, Moment>&,
                  int64_t programs);
@@ -146,6 +181,6 @@ template <class T, class S, class Moment>
 void update_wide(const Where&, const LatentEntries<S>&, const Pieces&, const PieceSums&, const Update<T, Moment>&,
                  int64_t programs, float* dacts, float* scratch);
 // update_bias.cu: throws where any of what steps b_dec afterwards could not be launched.
-void foresee_bias(const Where&, Dtype weight, Dtype moment);
+void foresee_bias(const Where&, Dtype weight, const Maybe& moment);
 
 }  // namespace fastsae

@@ -9,19 +9,19 @@
 
 namespace fastsae {
 
-enum class Dtype : int32_t { f32, bf16, f16, f64, i32, i64, b8 };
+enum class Dtype : int32_t { f32, bf16, f16, f64, i32, i64, b8, f8 };
 
 inline int64_t size_of(Dtype t) {
   switch (t) {
     case Dtype::f64: case Dtype::i64: return 8;
     case Dtype::f32: case Dtype::i32: return 4;
     case Dtype::bf16: case Dtype::f16: return 2;
-    case Dtype::b8: return 1;
+    case Dtype::b8: case Dtype::f8: return 1;
   }
   throw std::invalid_argument("there is no such dtype");
 }
 
-template <class T> struct DtypeOf;  // of the type that a kernel reads it as; bf16 and f16: device.h
+template <class T> struct DtypeOf;  // of the type that a kernel reads it as; bf16, f16 and fp8: device.h
 template <> struct DtypeOf<float> { static constexpr Dtype value = Dtype::f32; };
 template <> struct DtypeOf<double> { static constexpr Dtype value = Dtype::f64; };
 template <> struct DtypeOf<int32_t> { static constexpr Dtype value = Dtype::i32; };
@@ -31,7 +31,7 @@ template <> struct DtypeOf<unsigned long long> { static constexpr Dtype value = 
 template <> struct DtypeOf<uint8_t> { static constexpr Dtype value = Dtype::b8; };
 
 inline const char* name_of(Dtype t) {
-  static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int32", "int64", "bool"};
+  static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int32", "int64", "bool", "float8_e4m3fn"};
   return names[static_cast<int>(t)];
 }
 

@@ -1,4 +1,4 @@
-// The decoder's bias: sums of columns in a fixed order, then its Adam step.
+// The decoder's bias: sums of columns in a fixed order, then its step.
 //
 //   db_dec = Σ_n grad_n over the terms that have the bias - Σ_i db_enc_i · W_enc_i (pre_bias)
 //
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
   if (c < D) {
     BiasStep<T, Moment> of;
     of.load(b, c);
-    of.finish(b, c, g, step.adam());
+    of.finish(b, c, g, step);
   }
   const double square = warp_sum(double{g} * g);
   if (lane() == 0)
@@ -98,25 +98,27 @@ int64_t bias_programs(int64_t D) { return ceil_div(D, WARP); }
 
 int64_t bias_parts(int64_t rows) { return ceil_div(rows, ROWS); }
 
-void foresee_bias(const Where& where, Dtype weight, Dtype moment) {
+void foresee_bias(const Where& where, Dtype weight, const Maybe& moment) {
   for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16})
     by_dtype(dtype, [&](auto t) { foresee(where, "column_sums", column_sums_kernel<decltype(t)>, sums_shape(1, 1)); });
   by_dtype(weight, [&](auto t) {
     by_moment(moment, [&](auto m) {
-      foresee(where, "update_bias", update_bias_kernel<decltype(t), decltype(m)>, bias_shape(1));
+      foresee(where, "update_bias", update_bias_kernel<decltype(t), BiasMoment<decltype(m)>>, bias_shape(1));
     });
   });
 }
 
-void update_bias(const Where& where, const Array& b, const Array& m, const Array& v, const std::vector<Array>& grads,
-                 const Maybe& pre_bias, const Array& sums, const Array& stats, const Array& numbers, const Array& keys,
-                 double eps, double beta1, double rest1, double beta2, double rest2, bool stochastic) {
+void update_bias(const Where& where, const Array& b, const Maybe& m, const Maybe& v, const std::vector<Array>& grads,
+                 const Maybe& pre_bias, const Array& sums, const Array& stats, int64_t rule, const Array& numbers,
+                 const Array& keys, double eps, double beta1, double rest1, double beta2, double rest2) {
   const int64_t D = b.rows;
   int64_t parts = 0, wanted = pre_bias ? bias_parts(pre_bias->rows) : 0;
   for (const Array& t : grads) fit("a gradient", t, t.rows, D), wanted += bias_parts(t.rows);
-  fit("b", b, D), fit("m", m, D), fit("v", v, D), fit("numbers", numbers, 3), fit("stats", stats, bias_programs(D), 4);
+  fit("b", b, D), fit("m", m, D), fit("v", v, D), fit("stats", stats, bias_programs(D), 4);
   if (pre_bias) fit("pre_bias", pre_bias, pre_bias->rows, D);
   fit("sums", sums, wanted, D), in_range("keys", keys.rows, 2, 8);
+  const Step step = step_of(rule, numbers, eps, beta1, rest1, beta2, rest2);
+  if (m.has_value() + v.has_value() != moments_of(step.rule)) throw std::invalid_argument("moments that the rule does not keep");
   const uint32_t* random = keys.as<uint32_t>();
   const auto add = [&](const Array& t) {
     by_dtype(t.dtype, [&](auto zero) {
@@ -129,13 +131,13 @@ void update_bias(const Where& where, const Array& b, const Array& m, const Array
   for (const Array& t : grads) add(t);
   const int64_t added = parts;
   if (pre_bias) add(*pre_bias);
-  const Step step = step_of(numbers, eps, beta1, rest1, beta2, rest2);
   by_dtype(b.dtype, [&](auto t) {
-    by_moment(m.dtype, [&](auto moment) {
+    by_moment(m, [&](auto moment) {
       using T = decltype(t);
-      using Moment = decltype(moment);
+      using Moment = BiasMoment<decltype(moment)>;
       launch(where, "update_bias", update_bias_kernel<T, Moment>, bias_shape(D),
-             Stepped<T, Moment>{b.as<T>(), m.as<Moment>(), v.as<Moment>(), Keys{stochastic ? random : nullptr}},
+             Stepped<T, Moment>{b.as<T>(), pointer<Moment>(m), pointer<Moment>(v), nullptr, nullptr,
+                                Keys{random}},
              sums.as<float>(), parts, added, D, step, stats.as<double>());
     });
   });

@@ -1,7 +1,8 @@
-// Gradient and Adam step of one latent's rows, kept in registers from the first gather to the last store.
+// Gradient and optimizer step of one latent's rows, kept in registers from the first gather to the last store.
 //
-//   dact_e = ⟨grad_n, W_dec_i⟩    dW_dec_i = Σ act_e · grad_n    dW_enc_i = Σ dact_e · x_n    db_enc_i = Σ dact_e
-//   then W_dec's gradient loses its part along W_dec_i, Adam, and W_dec_i is divided by its norm (unit_norm)
+//   dact_e = ⟨grad_n, W_dec_i⟩, or given    dW_dec_i = Σ act_e · grad_n    dW_enc_i = Σ dact_e · x_n    db_enc_i = Σ dact_e
+//   then what other paths add (Parts); then W_dec's gradient loses its part along W_dec_i (unit_norm), each row is clipped and
+//   scaled, stepped (optimizers.h), and W_dec_i is divided by its norm (unit_norm)
 //
 // over the entries e = (token n, act_e) of latent i. A block takes every R-th latent: neighbours, which are often alike in
 // how much they are used, fall to different blocks, and it adds the pre-bias term Σ db_enc_i · W_enc_i of its latents in
@@ -32,11 +33,9 @@
 namespace fastsae {
 namespace {
 
-// Fours of columns to a thread; threads at most. 128 registers a thread, so 512 threads on a multiprocessor in any number of
-// blocks: eight blocks of two warps at 768 columns.
-constexpr int FOURS = 4, THREADS = 512, BLOCKS = 1;
+constexpr int THREADS = most_threads(FOURS, false), BLOCKS = 1;
+template <int STEPS, class Moment> constexpr int MOST_THREADS = most_threads(STEPS, std::is_same_v<Moment, fp8>);
 constexpr int HOISTED = 2;  // entries: their fours of a thread are 32 registers in float
-static_assert(4 * FOURS * THREADS == STAGED_COLUMNS);
 
 using RowPart = float[FOURS][4];
 
@@ -94,8 +93,11 @@ __device__ inline void add_entries(const LatentEntries<T>& entries, int begin, i
         }
       });
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) dact[k] = e + k < end ? dact[k] : 0.f;  // 0 times infinity is not
-      sums.add(dact);
+      for (int k = 0; k < AT_ONCE; ++k) {
+        dact[k] = e + k < end ? dact[k] : 0.f;  // 0 times infinity is not
+        if (entries.dacts) dact[k] = e + k < end ? entries.dacts[e + k] : 0.f;
+      }
+      if (!entries.dacts) sums.add(dact);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) bias += dact[k];
       each_four<STEPS, T>(e, end, [&](int at) { return entries.x_row(at, D_in); }, [&](int j, int k, const float (&t)[4]) {
@@ -131,9 +133,10 @@ __device__ inline void add_entries(const LatentEntries<T>& entries, int begin, i
             }
           }
       }
-      sums.add(dact);
+      if (!entries.dacts) sums.add(dact);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
+        if (entries.dacts) dact[k] = e + k < end ? entries.dacts[e + k] : 0.f;
         row[k] = e + k < end ? entries.x_row(e + k, D_in) : nullptr;
         bias += dact[k];
       }
@@ -182,34 +185,52 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 // The rows of a latent in shared memory, one after the other: W_dec's twice, its moments, W_enc's and its moments.
 template <class T, class Moment> struct Staged {
   char* memory;
-  int D_in, D_out;
+  int D_in, D_out, kept;  // kept: moments of each
 
   __device__ T* dec(int stage) const { return reinterpret_cast<T*>(memory) + stage * D_out; }
   __device__ Moment* m_dec() const { return reinterpret_cast<Moment*>(dec(2)); }
   __device__ Moment* v_dec() const { return m_dec() + D_out; }
-  __device__ T* enc() const { return reinterpret_cast<T*>(v_dec() + D_out); }
+  __device__ T* enc() const { return reinterpret_cast<T*>(m_dec() + kept * D_out); }
   __device__ Moment* m_enc() const { return reinterpret_cast<Moment*>(enc() + D_in); }
   __device__ Moment* v_enc() const { return m_enc() + D_in; }
 };
 
-// p (float) of four columns from `at` on: its step with the gradient g; m and v come from shared memory and go to global.
-template <class T, class Moment>
-__device__ inline void step_four(const Stepped<T, Moment>& of, const Adam& adam, int64_t at, const Moment* m_staged,
-                                 const Moment* v_staged, const float (&g)[4], float (&p)[4]) {
-  float m[4], v[4];
-  load_four(m_staged, m);
-  load_four(v_staged, v);
-  const uint32_t* keys = of.keys.of;
-  const uint32_t m_key = of.keys.m(), v_key = of.keys.v();
-  Moment m_rounded[4], v_rounded[4];
+// p (float) of four columns from c on, or none where c is past the end of the row: their step with the gradient g. m and v
+// come from shared memory and go to global; all lanes of a warp come here. scales: m's and v's.
+template <Rule RULE, class T, class Moment>
+__device__ inline void step_four(const Stepped<T, Moment>& of, const Stepper& stepper, int64_t row, int D, int c, bool inside,
+                                 const Moment* m_staged, const Moment* v_staged, const float (&scales)[2],
+                                 const float (&g)[4], float (&p)[4]) {
+  float m[4] = {}, v[4] = {};
+  if (inside) {
+    if constexpr (HAS_M<RULE>) load_four(m_staged + c, m), widen_moment<Moment>(scales[0], m);
+    if constexpr (HAS_V<RULE>) load_four(v_staged + c, v), widen_moment<Moment>(scales[1], v);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    adam(p[i], g[i], m[i], v[i]);
-    m_rounded[i] = round_moment<Moment>(m[i], keys, m_key, static_cast<uint32_t>(at + i));
-    v_rounded[i] = round_moment<Moment>(v[i], keys, v_key, static_cast<uint32_t>(at + i));
+    for (int i = 0; i < 4; ++i) stepper.template step<RULE>(p[i], g[i], m[i], v[i]);
   }
-  stream_four(of.m + at, m_rounded);
-  stream_four(of.v + at, v_rounded);
+  const int columns[4] = {c, c + 1, c + 2, c + 3};
+  Moment rounded[4];
+  if constexpr (HAS_M<RULE>) {
+    round_moments<false>(m, of.keys, row, D, columns, of.m_scales, rounded);
+    if (inside) stream_four(of.m + row * D + c, rounded);
+  }
+  if constexpr (HAS_V<RULE>) {
+    round_moments<true>(v, of.keys, row, D, columns, of.v_scales, rounded);
+    if (inside) stream_four(of.v + row * D + c, rounded);
+  }
+}
+
+// The scales of a row's moments at this thread's columns, read together and long before they are needed.
+template <int STEPS, class T, class Moment>
+__device__ inline void load_scales(const Stepped<T, Moment>& of, int64_t row, int D, float (&scales)[COUNT<STEPS>][2]) {
+  if constexpr (std::is_same_v<Moment, fp8>)
+    if (of.m_scales) {
+#pragma unroll
+      for (int j = 0; j < COUNT<STEPS>; ++j) {
+        scales[j][0] = scale_at<Moment>(of.m_scales, row, D, column(j));
+        scales[j][1] = scale_at<Moment>(of.v_scales, row, D, column(j));
+      }
+    }
 }
 
 template <class T> __device__ inline void stream_weights(T* p, const float (&t)[4], float scale) {
@@ -220,7 +241,7 @@ template <class T> __device__ inline void stream_weights(T* p, const float (&t)[
 }
 
 template <int STEPS, class T, class Moment>
-__global__ void __launch_bounds__(THREADS, BLOCKS)
+__global__ void __launch_bounds__(MOST_THREADS<STEPS, Moment>, BLOCKS)
     update_rows_kernel(LatentEntries<T> entries, Pieces pieces, PieceSums of_pieces, Update<T, Moment> u) {
   const int R = gridDim.x, M = u.latents_to_update(), D_in = u.D_in, D_out = u.D_out;
   SHARED(BlockSums::Memory, memory);
@@ -228,7 +249,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   SHARED(Squares, squares);
   if (threadIdx.x == 0) squares[0] = squares[1] = squares[2] = 0;
   BlockSums sums{memory};
-  const Staged<T, Moment> staged{dynamic_shared<char>(), D_in, D_out};
+  const Staged<T, Moment> staged{dynamic_shared<char>(), D_in, D_out, (u.dec.m != nullptr) + (u.dec.v != nullptr)};
   const Stages stages(arrived, 3);
 
   constexpr int REST = 2;  // the stage of all but W_dec's rows, which are stages 0 and 1 in turn
@@ -237,12 +258,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
                  latent >= M);
   };
   const auto begin_rest = [&](int64_t latent) {
-    const uint32_t of_dec = D_out * sizeof(Moment), of_enc = u.tied() ? 0 : D_in * sizeof(Moment);
-    stages.begin(REST, {RowCopy{staged.m_dec(), u.dec.m + latent * D_out, of_dec},
-                        RowCopy{staged.v_dec(), u.dec.v + latent * D_out, of_dec},
-                        RowCopy{staged.enc(), u.enc.p + latent * D_in, static_cast<uint32_t>(u.tied() ? 0 : D_in * sizeof(T))},
-                        RowCopy{staged.m_enc(), u.enc.m + latent * D_in, of_enc},
-                        RowCopy{staged.v_enc(), u.enc.v + latent * D_in, of_enc}}, latent >= M);
+    const auto row = [&](auto* to, const auto* from, int D) {
+      return RowCopy{to, from + latent * D, from ? static_cast<uint32_t>(D * sizeof(*from)) : 0};
+    };
+    stages.begin(REST, {row(staged.m_dec(), u.dec.m, D_out), row(staged.v_dec(), u.dec.v, D_out),
+                        row(staged.enc(), u.enc.p, D_in), row(staged.m_enc(), u.enc.m, D_in),
+                        row(staged.v_enc(), u.enc.v, D_in)}, latent >= M);
   };
   begin_dec(blockIdx.x, 0);
   begin_rest(blockIdx.x);
@@ -270,6 +291,21 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         bias += of_pieces.biases[piece];
       }
+    if (u.parts.bias) bias += u.parts.bias[latent];
+    if (u.parts.pull || u.parts.dec || u.parts.enc) {
+#pragma unroll
+      for (int j = 0; j < COUNT<STEPS>; ++j) {
+        const int c = column(j);
+        if (u.parts.pull && inside<STEPS>(c, D_out)) {
+          float of_w[4];
+          load_four(w + c, of_w);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) dec[j][i] += u.parts.pulled(latent, c + i, D_out, of_w[i]);
+        }
+        if (u.parts.dec && inside<STEPS>(c, D_out)) add_four(u.parts.dec + int64_t{latent} * D_out + c, dec[j]);
+        if (u.parts.enc && inside<STEPS>(c, D_in)) add_four(u.parts.enc + int64_t{latent} * D_in + c, enc[j]);
+      }
+    }
 
     // Their norms, and how far W_dec's lies along its row.
     float total[4] = {};  // ‖dW_dec‖², ⟨dW_dec, W_dec⟩, ‖W_dec‖², ‖dW_enc‖²
@@ -295,45 +331,98 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int i = 0; i < 4; ++i) total[3] = fmaf(enc[j][i], enc[j][i], total[3]);
     }
     sums.add(total);
-    if (threadIdx.x == 0) add_squares(squares, total[3], total[0], bias);
     const float along = part_along(total[1], total[2]);
-
-    // Steps. dec becomes the decoder's new row, which waits for its norm.
-    const Adam adam = u.step.adam();
-    BiasStep<T, Moment> b;
-    if (threadIdx.x == 0) b.load(u.bias, latent);
-    stages.template wait<1>(REST, use);
-    float square[1] = {};
-#pragma unroll
-    for (int j = 0; j < COUNT<STEPS>; ++j) {
-      const int c = column(j);
-      if (!inside<STEPS>(c, D_out)) continue;
-      float p[4];
-      load_four(w + c, p);
-      if (u.unit_norm) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dec[j][i] = fmaf(-along, p[i], dec[j][i]);
-      }
-      step_four(u.dec, adam, int64_t{latent} * D_out + c, staged.m_dec() + c, staged.v_dec() + c, dec[j], p);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        square[0] = fmaf(p[i], p[i], square[0]);
-        dec[j][i] = p[i];
-      }
-    }
-    if (!u.tied()) {
+    const bool projected = u.projects_first();
+    if (projected) {
+      float square[1] = {};
 #pragma unroll
       for (int j = 0; j < COUNT<STEPS>; ++j) {
         const int c = column(j);
-        if (!inside<STEPS>(c, D_in)) continue;
-        float p[4];
-        load_four(staged.enc() + c, p);
+        if (!inside<STEPS>(c, D_out)) continue;
+        float of_w[4];
+        load_four(w + c, of_w);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) pre_bias[j][i] = fmaf(bias, p[i], pre_bias[j][i]);
-        step_four(u.enc, adam, int64_t{latent} * D_in + c, staged.m_enc() + c, staged.v_enc() + c, enc[j], p);
-        stream_weights(u.enc.p + int64_t{latent} * D_in + c, p, 1.f);
+        for (int i = 0; i < 4; ++i) {
+          dec[j][i] = fmaf(-along, of_w[i], dec[j][i]);
+          square[0] = fmaf(dec[j][i], dec[j][i], square[0]);
+        }
+      }
+      sums.add(square);
+      total[1] = square[0];
+    }
+    const float clip_dec = u.clip(projected ? total[1] : total[0]), clip_enc = u.clip(total[3]);
+    const float of_bias = u.parts.db_enc ? bias + u.parts.db_enc[latent] : bias;
+    if (threadIdx.x == 0) {
+      if (u.step.rule == Rule::none)
+        add_squares(squares, double{total[3]} * clip_enc * clip_enc,
+                    double{projected ? total[1] : total[0]} * clip_dec * clip_dec, of_bias);
+      else
+        add_squares(squares, total[3], total[0], of_bias);
+    }
+
+    // Steps. dec becomes the decoder's new row, which waits for its norm.
+    // What gradients are multiplied by is not live in there, where registers are scarce.
+    BiasStep<T, BiasMoment<Moment>> b;
+    if (threadIdx.x == 0) b.load(u.bias, latent);
+    {
+      const float by_dec = clip_dec * u.step.grad_scale(), by_enc = clip_enc * u.step.grad_scale();
+#pragma unroll
+      for (int j = 0; j < COUNT<STEPS>; ++j) {
+        const int c = column(j);
+        float of_w[4] = {};
+        if (u.unit_norm && !projected && inside<STEPS>(c, D_out)) load_four(w + c, of_w);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (u.unit_norm && !projected) dec[j][i] = fmaf(-along, of_w[i], dec[j][i]);
+          dec[j][i] *= by_dec;
+          enc[j][i] *= by_enc;
+        }
       }
     }
+    float scales[COUNT<STEPS>][2];
+    load_scales<STEPS>(u.dec, latent, D_out, scales);
+    stages.template wait<1>(REST, use);
+    if (u.pre_bias && !u.tied()) {
+#pragma unroll
+      for (int j = 0; j < COUNT<STEPS>; ++j) {
+        if (!inside<STEPS>(column(j), D_in)) continue;
+        float p[4];
+        load_four(staged.enc() + column(j), p);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pre_bias[j][i] = fmaf(bias, p[i], pre_bias[j][i]);
+      }
+    }
+    float square[1] = {};
+    by_rule<Moment>(u.step.rule, [&](auto rule) {
+      if constexpr (rule.value == Rule::lion && std::is_same_v<Moment, bf16>) return;  // update_wide.cu: rows_are_staged
+      // Else the compiler reads the row ahead of the choice, since every rule does, and spills it.
+      __syncwarp();
+      const Stepper stepper = u.step.stepper();
+#pragma unroll
+      for (int j = 0; j < COUNT<STEPS>; ++j) {
+        const int c = column(j);
+        const bool in = inside<STEPS>(c, D_out);
+        float p[4] = {};
+        if (in) load_four(w + c, p);
+        step_four<rule.value>(u.dec, stepper, latent, D_out, c, in, staged.m_dec(), staged.v_dec(), scales[j], dec[j], p);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          square[0] = fmaf(p[i], p[i], square[0]);
+          dec[j][i] = p[i];
+        }
+      }
+      if (u.tied()) return;
+      load_scales<STEPS>(u.enc, latent, D_in, scales);
+#pragma unroll
+      for (int j = 0; j < COUNT<STEPS>; ++j) {
+        const int c = column(j);
+        const bool in = inside<STEPS>(c, D_in);
+        float p[4] = {};
+        if (in) load_four(staged.enc() + c, p);
+        step_four<rule.value>(u.enc, stepper, latent, D_in, c, in, staged.m_enc(), staged.v_enc(), scales[j], enc[j], p);
+        if (in) stream_weights(u.enc.p + int64_t{latent} * D_in + c, p, 1.f);
+      }
+    });
 
     // The barrier in add is also the one behind which no thread reads the staged rows. The next ones are begun where the
     // fewest registers are in use.
@@ -343,11 +432,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
     for (int j = 0; j < COUNT<STEPS>; ++j) {
       const int c = column(j);
-      if (inside<STEPS>(c, D_out)) stream_weights(u.dec.p + int64_t{latent} * D_out + c, dec[j], scale);
+      if (inside<STEPS>(c, D_out) && u.step.rule != Rule::none)
+        stream_weights(u.dec.p + int64_t{latent} * D_out + c, dec[j], scale);
     }
     begin_rest(int64_t{latent} + R);
     begin_dec(latent + 2 * int64_t{R}, use % 2);
-    if (threadIdx.x == 0) b.finish(u.bias, latent, bias, adam);
+    if (threadIdx.x == 0) b.finish(u.bias, latent, of_bias, u.step);
   }
 
   // Sums over this block's latents.
@@ -361,10 +451,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 // Calls f with the STEPS that suit the rows, and the threads.
 template <class F> void by_steps(int64_t D_in, int64_t D_out, F f) {
-  const auto fill = [&](int64_t steps) { return D_in == D_out && D_in % (4 * steps * WARP) == 0; };
-  if (fill(4)) f(std::integral_constant<int, 4>{}, D_out / 16);
-  else if (fill(3)) f(std::integral_constant<int, 3>{}, D_out / 12);
-  else f(std::integral_constant<int, 0>{}, ceil_div(std::max(D_in, D_out), 4 * FOURS * WARP) * WARP);
+  const auto [steps, threads] = staged_shape(D_in, D_out);
+  if (steps == 4) f(std::integral_constant<int, 4>{}, static_cast<unsigned>(threads));
+  else if (steps == 3) f(std::integral_constant<int, 3>{}, static_cast<unsigned>(threads));
+  else f(std::integral_constant<int, 0>{}, static_cast<unsigned>(threads));
 }
 
 }  // namespace
@@ -372,7 +462,7 @@ template <class F> void by_steps(int64_t D_in, int64_t D_out, F f) {
 template <class T, class Moment>
 void update_rows(const Where& where, const LatentEntries<T>& entries, const Pieces& pieces, const PieceSums& sums,
                  const Update<T, Moment>& u, int64_t programs) {
-  const size_t shared = staged_bytes(sizeof(T), sizeof(Moment), u.tied(), u.D_in, u.D_out);
+  const size_t shared = staged_bytes(sizeof(T), sizeof(Moment), moments_of(u.step.rule), u.tied(), u.D_in, u.D_out);
   by_steps(u.D_in, u.D_out, [&](auto steps, unsigned threads) {
     constexpr int STEPS = decltype(steps)::value;
     const Shape shape{dim3(programs), dim3(threads), shared};
@@ -387,11 +477,9 @@ void update_rows(const Where& where, const LatentEntries<T>& entries, const Piec
 #define FOR(T, Moment)                                                                                                       \
   template void update_rows(const Where&, const LatentEntries<T>&, const Pieces&, const PieceSums&, const Update<T, Moment>&, \
                             int64_t);
-FOR(float, float)
-FOR(float, bf16)
-FOR(bf16, float)
-FOR(bf16, bf16)
-FOR(f16, float)
-FOR(f16, bf16)
+#define FOR_WEIGHT(T) FOR(T, float) FOR(T, bf16) FOR(T, fp8)
+FOR_WEIGHT(float)
+FOR_WEIGHT(bf16)
+FOR_WEIGHT(f16)
 
 }  // namespace fastsae

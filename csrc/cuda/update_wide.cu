@@ -1,31 +1,40 @@
-// Gradient and Adam step of latents whose rows do not fit in registers and shared memory, or do not begin at whole 16 bytes.
+// Gradient and optimizer step of latents whose rows do not fit in registers and shared memory, or do not begin at whole 16
+// bytes.
 //
 // The formulas, the blocks' latents and the use of pieces are those of update_rows.cu. A block walks over the
-// columns of one latent, a tile of THREADS · COLUMNS at a time, neighbouring threads having neighbouring columns:
-//   1. dots: dact_e = ⟨grad_n, W_dec_i⟩ of every entry, into a workspace, and their sum db_enc_i
-//   2. dW_dec_i, tile by tile, into a row of scratch; its norm and its part along W_dec_i
-//   3. W_dec_i's step, into the same row (unit_norm), and W_enc_i's: gradient and step of a tile together
+// columns of one latent, a tile of THREADS · COLUMNS at a time, a warp taking 128 columns that follow each other (SCALED), of
+// which neighbouring lanes have neighbouring ones:
+//   1. dots: dact_e = ⟨grad_n, W_dec_i⟩ of every entry, into a workspace, and their sum db_enc_i; or those given
+//   2. dW_dec_i and dW_enc_i, tile by tile, into a row of scratch; their norms and dW_dec_i's part along W_dec_i
+//   3. the steps: W_dec_i's into the same row (unit_norm), and W_enc_i's
 //   4. W_dec_i divided by its norm
 // A column is the same thread's from beginning to end, so the row of scratch, which stays in L2, needs no barrier.
 //
 // Bytes: nnz·(D_in·sizeof(x) + 2·D_out·sizeof(grad)) gathered; M·(D_in + D_out)·(2·sizeof(W) + 4·sizeof(moment)), and W_dec
-// three times more, from L2. Flops: 6·nnz·D + 17·M·(D_in + D_out).
-// In flight on a multiprocessor: COLUMNS · ENTRIES_AT_ONCE loads in each of 768 threads, 48 KiB of float.
+// three times more and the scratch twice, from L2. Flops: 6·nnz·D + 17·M·(D_in + D_out).
+// In flight on a multiprocessor: COLUMNS · ENTRIES_AT_ONCE loads in each of 512 threads, 32 KiB of float.
 #include "latent_rows.h"
 
 namespace fastsae {
 namespace {
 
-constexpr int THREADS = 256, BLOCKS = 3, COLUMNS = 4, TILE = THREADS * COLUMNS;
+constexpr int THREADS = 256, BLOCKS = 2, COLUMNS = 4, TILE = THREADS * COLUMNS;
+static_assert(SCALED == COLUMNS * WARP);
 
-__device__ inline int column(int tile, int q) { return tile + q * THREADS + threadIdx.x; }
+__device__ inline int column(int tile, int q) { return tile + SCALED * warp() + q * WARP + lane(); }
 
-// Fills dacts[begin:end], which all threads may read then; returns their sum.
+// Fills dacts[begin:end], which all threads may read then, unless they are given; returns their sum.
 template <class T, class S>
 __device__ inline float dots(const LatentEntries<S>& entries, int begin, int end, const T* w, int D_out,
                              float* dacts, BlockSums& sums) {
   constexpr int AT_ONCE = ENTRIES_AT_ONCE;
   float total = 0.f;
+  if (entries.dacts) {
+    float of_thread[1] = {};
+    for (int e = begin + threadIdx.x; e < end; e += THREADS) of_thread[0] += entries.dacts[e];
+    sums.add(of_thread);
+    return of_thread[0];
+  }
   for (int e = begin; e < end; e += AT_ONCE) {
     const S* row[AT_ONCE];
     float dact[AT_ONCE] = {};
@@ -101,17 +110,37 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
   float* row = out.rows + piece * (D_out + D_in);
   fill(row, entries.acts, entries.grad, entries.more_grad, D_out);
-  fill(row + D_out, dacts, entries.x, entries.more_x, D_in);
+  fill(row + D_out, entries.dacts ? entries.dacts : dacts, entries.x, entries.more_x, D_in);
 }
 
-// The new p of place `at`, whose moments are stepped in memory.
-template <class T, class Moment>
-__device__ inline float step_one(const Stepped<T, Moment>& of, const Adam& adam, int64_t at, float p, float g) {
-  float m = widen(of.m[at]), v = widen(of.v[at]);
-  adam(p, g, m, v);
-  of.m[at] = round_moment<Moment>(m, of.keys.of, of.keys.m(), static_cast<uint32_t>(at));
-  of.v[at] = round_moment<Moment>(v, of.keys.of, of.keys.v(), static_cast<uint32_t>(at));
-  return p;
+// The new p of this thread's columns of a tile of row `row`, with the gradient g; moments are stepped in memory. All lanes
+// of a warp come here.
+template <Rule RULE, class T, class Moment>
+__device__ inline void step_tile(const Stepped<T, Moment>& of, const Stepper& stepper, int64_t row, int64_t D, int tile,
+                                 const float (&g)[COLUMNS], float (&p)[COLUMNS]) {
+  int c[COLUMNS];
+  float m[COLUMNS] = {}, v[COLUMNS] = {};
+#pragma unroll
+  for (int q = 0; q < COLUMNS; ++q) {
+    c[q] = column(tile, q);
+    if (c[q] >= D) continue;
+    if constexpr (HAS_M<RULE>) m[q] = widen(of.m[row * D + c[q]]);
+    if constexpr (HAS_V<RULE>) v[q] = widen(of.v[row * D + c[q]]);
+  }
+  if constexpr (HAS_M<RULE>) widen_moment<Moment>(scale_at<Moment>(of.m_scales, row, D, c[0]), m);
+  if constexpr (HAS_V<RULE>) widen_moment<Moment>(scale_at<Moment>(of.v_scales, row, D, c[0]), v);
+#pragma unroll
+  for (int q = 0; q < COLUMNS; ++q)
+    if (c[q] < D) stepper.template step<RULE>(p[q], g[q], m[q], v[q]);
+  const auto store = [&](auto positive, const float (&t)[COLUMNS], Moment* to, float* scales) {
+    Moment rounded[COLUMNS];
+    round_moments<positive.value>(t, of.keys, row, D, c, scales, rounded);
+#pragma unroll
+    for (int q = 0; q < COLUMNS; ++q)
+      if (c[q] < D) to[row * D + c[q]] = rounded[q];
+  };
+  if constexpr (HAS_M<RULE>) store(std::false_type{}, m, of.m, of.m_scales);
+  if constexpr (HAS_V<RULE>) store(std::true_type{}, v, of.v, of.v_scales);
 }
 
 template <class T, class S, class Moment>
@@ -123,8 +152,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   SHARED(Squares, squares);
   if (threadIdx.x == 0) squares[0] = squares[1] = squares[2] = 0;
   BlockSums sums{memory};
-  const Adam adam = u.step.adam();
-  float* const row = scratch + int64_t{blockIdx.x} * D_out;  // dW_dec_i, and then W_dec_i before it has norm 1
+  // dW_dec_i, and then W_dec_i before it has norm 1; behind it dW_enc_i, unless tied.
+  float* const row = scratch + int64_t{blockIdx.x} * (D_out + D_in);
   float* const pre_bias = u.pre_bias ? u.pre_bias + int64_t{blockIdx.x} * D_in : nullptr;
   if (pre_bias)
     for (int c = threadIdx.x; c < D_in; c += THREADS) pre_bias[c] = 0.f;
@@ -137,9 +166,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     T* const w_dec = u.dec.p + i * D_out;
     float bias = dots(entries, begin, end, w_dec, D_out, dacts, sums);
     for (int j = first; j < last; ++j) bias += of_pieces.biases[j];
+    if (u.parts.bias) bias += u.parts.bias[i];
     // Adds to a tile of the gradient what the decoder's side gives, or the encoder's.
     const auto add_gradient = [&](bool decoder, int tile, int D, float (&g)[COLUMNS]) {
-      add_entries(entries, begin, end, decoder ? entries.acts : dacts, decoder ? entries.grad : entries.x,
+      add_entries(entries, begin, end, decoder ? entries.acts : entries.dacts ? entries.dacts : dacts, decoder ? entries.grad : entries.x,
                   decoder ? entries.more_grad : entries.more_x, tile, D, g);
       for (int j = first; j < last; ++j)
 #pragma unroll
@@ -148,8 +178,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
             g[q] += of_pieces.rows[int64_t{j} * (D_out + D_in) + (decoder ? 0 : D_out) + column(tile, q)];
     };
 
-    // The decoder's gradient.
-    float total[4] = {};  // ‖dW_dec‖², ⟨dW_dec, W_dec⟩, ‖W_dec‖²
+    // Gradients.
+    float total[4] = {};  // ‖dW_dec‖², ⟨dW_dec, W_dec⟩, ‖W_dec‖², ‖dW_enc‖²
     for (int tile = 0; tile < D_out; tile += TILE) {
       float g[COLUMNS] = {};
 #pragma unroll 1  // one copy of the code
@@ -159,24 +189,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
         const int c = column(tile, q);
         if (c >= D_out) continue;
         const float w = widen(w_dec[c]);
+        if (u.parts.pull) g[q] += u.parts.pulled(i, c, D_out, w);
+        if (u.parts.dec) g[q] += u.parts.dec[i * D_out + c];
         total[0] = fmaf(g[q], g[q], total[0]);
         total[1] = fmaf(g[q], w, total[1]);
         total[2] = fmaf(w, w, total[2]);
         row[c] = g[q];
         if (u.tied() && pre_bias) pre_bias[c] = fmaf(bias, w, pre_bias[c]);
       }
-    }
-    sums.add(total);
-    const float along = part_along(total[1], total[2]);
-
-    // Steps.
-    float squared[2] = {};  // ‖dW_enc‖², ‖W_dec‖² anew
-    for (int c = threadIdx.x; c < D_out; c += THREADS) {
-      const float w = widen(w_dec[c]), g = u.unit_norm ? fmaf(-along, w, row[c]) : row[c];
-      const float p = step_one(u.dec, adam, i * D_out + c, w, g);
-      squared[1] = fmaf(p, p, squared[1]);
-      if (u.unit_norm) row[c] = p;
-      else w_dec[c] = round_to<T>(p);
     }
     for (int tile = 0; !u.tied() && tile < D_in; tile += TILE) {
       float g[COLUMNS] = {};
@@ -185,25 +205,84 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int q = 0; q < COLUMNS; ++q) {
         const int c = column(tile, q);
         if (c >= D_in) continue;
-        T* const at = u.enc.p + i * D_in + c;
-        const float w = widen(*at);
-        squared[0] = fmaf(g[q], g[q], squared[0]);
-        if (pre_bias) pre_bias[c] = fmaf(bias, w, pre_bias[c]);
-        *at = round_to<T>(step_one(u.enc, adam, i * D_in + c, w, g[q]));
+        if (u.parts.enc) g[q] += u.parts.enc[i * D_in + c];
+        total[3] = fmaf(g[q], g[q], total[3]);
+        row[D_out + c] = g[q];
+        if (pre_bias) pre_bias[c] = fmaf(bias, widen(u.enc.p[i * D_in + c]), pre_bias[c]);
       }
     }
-    sums.add(squared);
+    sums.add(total);
+    const float along = part_along(total[1], total[2]);
+    const bool projected = u.projects_first();
+    const auto each_of_dec = [&](const auto& use) {
+      for (int tile = 0; tile < D_out; tile += TILE)
+#pragma unroll
+        for (int q = 0; q < COLUMNS; ++q)
+          if (column(tile, q) < D_out) use(column(tile, q));
+    };
+    float square[1] = {};
+    if (projected) {
+      each_of_dec([&](int c) {
+        row[c] = fmaf(-along, widen(w_dec[c]), row[c]);
+        square[0] = fmaf(row[c], row[c], square[0]);
+      });
+      sums.add(square);
+    }
+    const float of_dec = projected ? square[0] : total[0], clip_dec = u.clip(of_dec), clip_enc = u.clip(total[3]);
+    const float of_bias = u.parts.db_enc ? bias + u.parts.db_enc[i] : bias, grad_scale = u.step.grad_scale();
+    if (threadIdx.x == 0) {
+      if (u.step.rule == Rule::none)
+        add_squares(squares, double{total[3]} * clip_enc * clip_enc, double{of_dec} * clip_dec * clip_dec, of_bias);
+      else
+        add_squares(squares, total[3], total[0], of_bias);
+    }
+
+    // Steps.
+    square[0] = 0.f;
+    by_rule<Moment>(u.step.rule, [&](auto rule) {
+      const Stepper stepper = u.step.stepper();
+      const auto step_row = [&](const Stepped<T, Moment>& of, int D, const float* gradient, const auto& shaped, const auto& use) {
+        for (int tile = 0; tile < D; tile += TILE) {
+          float g[COLUMNS] = {}, p[COLUMNS] = {};
+#pragma unroll
+          for (int q = 0; q < COLUMNS; ++q) {
+            const int c = column(tile, q);
+            if (c >= D) continue;
+            p[q] = widen(of.p[i * D + c]);
+            g[q] = shaped(gradient[c], p[q]);
+          }
+          step_tile<rule.value>(of, stepper, i, D, tile, g, p);
+#pragma unroll
+          for (int q = 0; q < COLUMNS; ++q)
+            if (column(tile, q) < D) use(column(tile, q), p[q]);
+        }
+      };
+      step_row(
+          u.dec, D_out, row,
+          [&](float g, float w) {
+            return (u.unit_norm && !projected ? fmaf(-along, w, g) : g) * (clip_dec * grad_scale);
+          },
+          [&](int c, float p) {
+            square[0] = fmaf(p, p, square[0]);
+            if (u.unit_norm) row[c] = p;
+            else w_dec[c] = round_to<T>(p);
+          });
+      if (u.tied()) return;
+      step_row(
+          u.enc, D_in, row + D_out, [&](float g, float) { return g * (clip_enc * grad_scale); },
+          [&](int c, float p) { u.enc.p[i * D_in + c] = round_to<T>(p); });
+    });
+    sums.add(square);
 
     // The norm, and the bias.
-    if (u.unit_norm) {
-      const float scale = to_unit(squared[1]);
-      for (int c = threadIdx.x; c < D_out; c += THREADS) w_dec[c] = round_to<T>(row[c] * scale);
+    if (u.unit_norm && u.step.rule != Rule::none) {
+      const float scale = to_unit(square[0]);
+      each_of_dec([&](int c) { w_dec[c] = round_to<T>(row[c] * scale); });
     }
     if (threadIdx.x == 0) {
-      add_squares(squares, squared[0], total[0], bias);
-      BiasStep<T, Moment> b;
+      BiasStep<T, BiasMoment<Moment>> b;
       b.load(u.bias, i);
-      b.finish(u.bias, i, bias, adam);
+      b.finish(u.bias, i, of_bias, u.step);
     }
   }
   if (threadIdx.x == 0) store_squares(squares, u.stats);
@@ -225,7 +304,7 @@ void update_wide(const Where& where, const LatentEntries<S>& entries, const Piec
 #define FOR_MOMENT(T, S, Moment)                                                                                     \
   template void update_wide(const Where&, const LatentEntries<S>&, const Pieces&, const PieceSums&,                  \
                             const Update<T, Moment>&, int64_t, float*, float*);
-#define FOR(T, S) FOR_MOMENT(T, S, float) FOR_MOMENT(T, S, bf16)
+#define FOR(T, S) FOR_MOMENT(T, S, float) FOR_MOMENT(T, S, bf16) FOR_MOMENT(T, S, fp8)
 FOR(float, float)
 FOR(bf16, bf16)
 FOR(bf16, float)

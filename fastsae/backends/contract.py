@@ -123,14 +123,3 @@ class UpdateArguments:
             return Parts(self.decoder_pull, self.db_enc)
         *encoder, decoder, pre = self.added
         return Parts(self.decoder_pull, self.db_enc, encoder[0] if encoder else None, decoder, pre)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether this is Adam on the gradients of the terms alone, with each act's gradient computed inside."""
-        given = (self.decoder_pull, self.db_enc, self.clip_rows, self.grad_scale)
-        return (
-            self.optimizer == "adam"
-            and not (self.scales or self.added or self.norms_only)
-            and all(value is None for value in given)
-            and all(dact.shape != act.shape or not act.numel() for dact, act in zip(self.dacts, self.acts, strict=True))
-        )

@@ -37,11 +37,11 @@ def choose() -> Config:
 @triton.jit
 def _list_slots_kernel(
     acts_ptr, indices_ptr, offsets_ptr, keys_ptr, rows_ptr, values_ptr, n_slots, N, K, M, first_row,
-    BITS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """keys[slot], rows[slot] = first_row + its token, and with values_ptr: values[slot] = its act in float32.
 
-    With values_ptr an act of 0 is empty in a ragged code too: it has no gradient.
+    With values_ptr an act of 0 is empty in a ragged code too, since it has no gradient unless one is given (ZEROS).
     """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < n_slots
@@ -55,7 +55,8 @@ def _list_slots_kernel(
         occupied &= row < N  # N + 1 offsets start no later than a slot past the end
     if offsets_ptr is None or values_ptr is not None:
         act = tl.load(acts_ptr + slot, mask=inside, other=0.0).to(tl.float32)
-        occupied &= act != 0.0
+        if offsets_ptr is None or not ZEROS:
+            occupied &= act != 0.0
         if values_ptr is not None:
             tl.store(values_ptr + slot, act, mask=inside)
 
@@ -89,7 +90,7 @@ def _entries_kernel(
 
 def list_slots(
     acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int,
-    keys: Tensor, rows: Tensor, values: Tensor | None, first_row: int = 0,
+    keys: Tensor, rows: Tensor, values: Tensor | None, first_row: int = 0, zeros: bool = False,
 ) -> None:  # fmt: skip
     """Fills keys and rows (int32) and values (float32), one number a slot. rows count from first_row."""
     n, k = (acts.shape[0], acts.shape[1]) if offsets is None else (offsets.shape[0] - 1, 1)
@@ -98,8 +99,8 @@ def list_slots(
     config = choose()
     _list_slots_kernel[(triton.cdiv(acts.numel(), config.BLOCK),)](
         acts, indices, offsets, keys, rows, values, acts.numel(), n, k, d_sae, first_row,
-        BITS=0 if offsets is None else (n + 1).bit_length(), BLOCK=config.BLOCK, num_warps=config.num_warps,
-        enable_fp_fusion=True,
+        BITS=0 if offsets is None else (n + 1).bit_length(), ZEROS=zeros, BLOCK=config.BLOCK,
+        num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def variants() -> list[Variant]:
                         _list_slots_kernel,
                         f"list_slots/{POINTERS[dtype][1:]}/{layout}",
                         pointers | sizes,
-                        absent | {"BITS": 14 if ragged else 0, "BLOCK": config.BLOCK},
+                        absent | {"BITS": 14 if ragged else 0, "ZEROS": False, "BLOCK": config.BLOCK},
                         config.num_warps,
                     )
                 )

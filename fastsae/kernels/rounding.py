@@ -35,3 +35,34 @@ def round_to_bf16(t, key, index):
     noise = tl.where(small, mix(key ^ index) & 0xFFFF, 0).to(tl.uint32)
     bits = tl.add(bits, noise, sanitize_overflow=False)
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def from_fp8(codes):
+    """float8_e4m3fn's value of each byte, float32: its exponent and mantissa moved to a float32's, then its bias."""
+    bits = codes.to(tl.int32)
+    size = bits & 0x7F
+    value = (size << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2¹²⁰
+    value = tl.where(size == 0x7F, float("nan"), value)
+    return tl.where(bits >= 0x80, -value, value)
+
+
+@triton.jit
+def round_to_fp8(t, key, index, POSITIVE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+    """t (BLOCKS · WIDTH,) float32 as bytes of float8_e4m3fn, rounded up or down at random, and the scales (BLOCKS,) of
+    WIDTH numbers each. index: uint32, as in `round_to_bf16`. POSITIVE: a positive number never becomes 0."""
+    sizes = t.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # as whole numbers, so that NaN is the largest
+    largest = tl.max(tl.reshape(sizes, (BLOCKS, WIDTH)), axis=1).to(tl.float32, bitcast=True)
+    scales = tl.div_rn(largest, tl.full((BLOCKS,), 448.0, tl.float32))
+    by = tl.reshape(tl.broadcast_to(scales[:, None], (BLOCKS, WIDTH)), (BLOCKS * WIDTH,))
+    usable = (by > 0) & (by < float("inf"))
+    q = tl.where(usable, tl.div_rn(t, tl.where(usable, by, 1.0)), 0.0)
+
+    size, sign = tl.abs(q), (q.to(tl.int32, bitcast=True) >> 24) & 0x80
+    noise = (mix(key ^ index) & 0xFFFFF).to(tl.int32)
+    normal = ((size.to(tl.int32, bitcast=True) + noise) >> 20) - 960  # 120 exponents of 8
+    small = tl.floor(size * 512.0 + noise.to(tl.float32) * (2.0**-20)).to(tl.int32)
+    codes = tl.where(size >= 2.0**-6, tl.minimum(normal, 0x7E), small)
+    if POSITIVE:
+        codes = tl.where((t > 0) & (codes == 0), 1, codes)
+    return (codes | sign).to(tl.uint8), scales

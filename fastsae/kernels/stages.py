@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastsae.kernels.active_dot import active_dot
 from fastsae.kernels.active_outer import outer
-from fastsae.kernels.adam import step_numbers
 from fastsae.kernels.bar import bars
 from fastsae.kernels.by_latent import list_slots, sort_slots
 from fastsae.kernels.candidates import select
@@ -12,6 +11,7 @@ from fastsae.kernels.decode import decode
 from fastsae.kernels.decode_error import decode_error
 from fastsae.kernels.exhaustive import exhaustive_top_k
 from fastsae.kernels.narrow import narrow_rows
+from fastsae.kernels.optimizers import step_numbers
 from fastsae.kernels.pieces import piece_starts
 from fastsae.kernels.product import product
 from fastsae.kernels.ragged import count_listed, emit_listed, every_latent, histogram

@@ -1,4 +1,4 @@
-"""The decoder's bias: sums of columns in a fixed order, then its Adam step.
+"""The decoder's bias: sums of columns in a fixed order, then its step.
 
     db_dec = Σ_n grad_n over the terms that have the bias - Σ_i db_enc_i · W_enc_i (pre_bias)
 
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae.kernels.adam import adam_step
+from fastsae.backends.gpu.stages import Moments, Step
+from fastsae.kernels.optimizers import as_pointers, load_numbers, optimizer_step
 from fastsae.kernels.variants import POINTERS, Variant
 
 
@@ -52,11 +53,11 @@ def _column_sums_kernel(t_ptr, sums_ptr, rows, D, BLOCK_N: tl.constexpr, STEP_N:
 @triton.jit
 def _update_bias_kernel(
     b_ptr, m_ptr, v_ptr, sums_ptr, stats_ptr, numbers_ptr, keys_ptr, eps, beta1, rest1, beta2, rest2, D, added, rows,
-    STOCHASTIC: tl.constexpr, STEP_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    RULE: tl.constexpr, STOCHASTIC: tl.constexpr, STEP_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """b's step with the gradient Σ sums[:added] - Σ sums[added:rows]; stats[p] (4,) = (0, 0, 0, its squared norm).
 
-    A step that is skipped changes nothing, and stats[p] is NaN.
+    A step that is skipped changes nothing, and stats[p] is NaN. The rule "none" changes nothing either.
     """
     p = tl.program_id(0)
     lane = tl.arange(0, 4)
@@ -72,11 +73,14 @@ def _update_bias_kernel(
         tile = tl.load(sums_ptr + at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
         gradient += tl.sum(tl.where((row < added)[:, None], tile, -tile), axis=0)
 
-    numbers = (tl.load(numbers_ptr), tl.load(numbers_ptr + 1), eps)
-    at = columns.to(tl.int64)
-    b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b = adam_step(b, gradient, m_ptr, v_ptr, at, inside, numbers, (beta1, rest1, beta2, rest2), keys_ptr, STOCHASTIC)
-    tl.store(b_ptr + at, b.to(b_ptr.dtype.element_ty), mask=inside)
+    if RULE != "none":
+        b = tl.load(b_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        numbers, betas = load_numbers(numbers_ptr, eps), (beta1, rest1, beta2, rest2)
+        b = optimizer_step(
+            b, gradient * tl.load(numbers_ptr + 4), (m_ptr, v_ptr, None, None), tl.full((), 0, tl.int64), columns,
+            inside, D, numbers, betas, keys_ptr, RULE, STOCHASTIC, BLOCK_D,
+        )  # fmt: skip
+        tl.store(b_ptr + columns, b.to(b_ptr.dtype.element_ty), mask=inside)
 
     square = tl.sum(gradient * gradient, axis=0).to(tl.float64)
     tl.store(stats_ptr + 4 * p + lane, tl.where(lane == 3, square, 0.0))
@@ -93,9 +97,8 @@ def bias_parts(rows: int) -> int:
 
 
 def update_bias(
-    b: Tensor, m: Tensor, v: Tensor, grads: list[Tensor], pre_bias: Tensor | None, stats: Tensor,
-    numbers: Tensor, keys: Tensor, eps: float, betas: tuple[float, float, float, float], stochastic: bool,
-    workspace: Tensor,
+    b: Tensor, moments: Moments, grads: list[Tensor], pre_bias: Tensor | None, stats: Tensor, step: Step,
+    stream: int, workspace: Tensor,
 ) -> None:  # fmt: skip
     """Steps b (D,): grads: (N, D) each; pre_bias (R, D) float32 is subtracted; stats (bias_programs(D), 4) float64."""
     c, D = choose(), b.shape[0]
@@ -110,8 +113,9 @@ def update_bias(
                 enable_fp_fusion=True,
             )  # fmt: skip
     _update_bias_kernel[(tiles,)](
-        b, m, v, workspace, stats, numbers, keys, eps, *betas, D, added, sum(counts),
-        STOCHASTIC=stochastic, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D, num_warps=c.num_warps, enable_fp_fusion=True,
+        b, *as_pointers(moments)[:2], workspace, stats, step.numbers, step.keys[stream:], step.eps, *step.betas, D,
+        added, sum(counts), RULE=step.rule, STOCHASTIC=step.stochastic, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D,
+        num_warps=c.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -141,7 +145,7 @@ def variants() -> list[Variant]:
                         _update_bias_kernel,
                         f"update_bias/{value[1:]}-{POINTERS[moment][1:]}/D={D}",
                         tensors | scalars,
-                        blocks | {"STOCHASTIC": moment == torch.bfloat16},
+                        blocks | {"RULE": "adam", "STOCHASTIC": moment == torch.bfloat16},
                         c.num_warps,
                         aligned=aligned,
                     )

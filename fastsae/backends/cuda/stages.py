@@ -13,7 +13,8 @@ from fastsae.backends.cuda.library import library, where
 from fastsae.backends.gpu.bounds import roundoff
 from fastsae.backends.gpu.pieces import cut
 from fastsae.backends.gpu.plan import Plan, sample_step
-from fastsae.backends.gpu.stages import Entries, Moments, Pieces
+from fastsae.backends.gpu.stages import Entries, Moments, Pieces, Step
+from fastsae.reference import Parts
 
 __all__ = [
     "ROW_LIMIT", "active_dot", "append", "bars", "bias_parts", "bias_programs", "count_listed", "decode",
@@ -26,6 +27,8 @@ ROW_LIMIT = None
 """update_rows takes rows of any width (csrc/cuda/update_wide.cu)."""
 SLOTS = 64
 """Tokens that are scored exhaustively in a batch: the rows of scores in scratch memory."""
+RULES = ("adam", "lion", "signsgd", "none")
+"""As csrc/cuda/optimizers.h numbers them."""
 STREAMS = 8
 """Streams of random bits in a step: 2i is the i-th parameter's m, 2i + 1 its v."""
 
@@ -181,9 +184,9 @@ def histogram(x: Tensor, W: Tensor, b: Tensor, needed: Tensor, prefix: Tensor | 
 
 def list_slots(
     acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int,
-    keys: Tensor, rows: Tensor, values: Tensor | None, first_row: int = 0,
+    keys: Tensor, rows: Tensor, values: Tensor | None, first_row: int = 0, zeros: bool = False,
 ) -> None:  # fmt: skip
-    library.list_slots(where(acts), acts, indices, offsets, d_sae, keys, rows, values, first_row)
+    library.list_slots(where(acts), acts, indices, offsets, d_sae, keys, rows, values, first_row, zeros)
 
 
 def sort_slots(
@@ -216,32 +219,40 @@ def outer(starts: Tensor, tokens: Tensor, slots: Tensor, acts: Tensor, x: Tensor
 
 
 def step_numbers(
-    lr: Tensor, step: Tensor, skip: Tensor | None, beta1: float, beta2: float, seed: int | None
-) -> tuple[Tensor, Tensor]:
-    numbers, keys = _floats(lr, 3), buffers.empty((STREAMS,), torch.int32, lr.device)
-    library.step_numbers(where(lr), lr, step, skip, beta1, beta2, (seed or 0) % 2**32, numbers, keys)
+    lr: Tensor, step: Tensor, skip: Tensor | None, grad_scale: Tensor | None, rule: str, beta1: float,
+    beta2: float, weight_decay: float, seed: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    numbers, keys = _floats(lr, 5), buffers.empty((STREAMS,), torch.int32, lr.device)
+    library.step_numbers(
+        where(lr), lr, step, skip, grad_scale, RULES.index(rule), beta1, beta2, weight_decay, (seed or 0) % 2**32,
+        numbers, keys,
+    )  # fmt: skip
     return numbers, keys
 
 
 def update_rows(
     W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, enc_moments: Moments, dec_moments: Moments,
-    bias_moments: Moments, entries: Entries, pre_bias: Tensor | None, stats: Tensor, numbers: Tensor, keys: Tensor,
-    eps: float, betas: tuple[float, float, float, float], unit_norm: bool, stochastic: bool, programs: int,
+    bias_moments: Moments, entries: Entries, parts: Parts, pre_bias: Tensor | None, stats: Tensor, step: Step,
+    unit_norm: bool, clip_rows: float | None, programs: int,
 ) -> None:  # fmt: skip
     """Before it changes anything, it also checks that `update_bias` can be launched afterwards."""
     at, pieces = where(W_dec), entries.pieces
     d_out, d_in = W_dec.shape[1], (W_dec if W_enc is None else W_enc).shape[1]
     sources = _in_one_dtype([entries.x, entries.more_x, entries.grad, entries.more_grad], W_dec.dtype)
-    moments = [*enc_moments, *dec_moments, *bias_moments]
+    moments = [t for of in (enc_moments, dec_moments, bias_moments) for t in (of.m, of.v)]
+    scales = [t for of in (enc_moments, dec_moments) for t in (of.m_scales, of.v_scales)]
+    added = [parts.decoder_pull, parts.db_enc, parts.W_enc, parts.W_dec, parts.pre]
     piece_rows = piece_biases = dacts = scratch = None
     if pieces.first is not None:
         piece_rows, piece_biases = _floats(W_dec, pieces.capacity, d_out + d_in), _floats(W_dec, pieces.capacity)
-    if not library.rows_are_staged(at, W_enc, W_dec, moments, sources):
-        dacts, scratch = torch.empty_like(entries.acts), _floats(W_dec, programs, d_out)
+    if not library.rows_are_staged(at, W_enc, W_dec, moments, sources, added):
+        dacts, scratch = torch.empty_like(entries.acts), _floats(W_dec, programs, d_out + d_in)
     library.update_rows(
-        at, [W_enc, W_dec, b_enc], moments, [entries.starts, entries.rows, entries.acts, *sources], entries.split,
-        pieces.first, pieces.length, [piece_rows, piece_biases, dacts, scratch], pre_bias, stats, numbers, keys,
-        eps, *betas, unit_norm, stochastic, programs,
+        at, [W_enc, W_dec, b_enc], moments, scales,
+        [entries.starts, entries.rows, entries.acts, entries.dacts, *sources], entries.split, added, pieces.first,
+        pieces.length, [piece_rows, piece_biases, dacts, scratch], pre_bias, stats,
+        RULES.index(step.rule), step.numbers, step.keys, step.eps, *step.betas, unit_norm,
+        clip_rows or 0.0, programs,
     )  # fmt: skip
 
 
@@ -253,12 +264,12 @@ def _in_one_dtype(matrices: list[Tensor | None], dtype: torch.dtype) -> list[Ten
 
 
 def update_bias(
-    b: Tensor, m: Tensor, v: Tensor, grads: list[Tensor], pre_bias: Tensor | None, stats: Tensor,
-    numbers: Tensor, keys: Tensor, eps: float, betas: tuple[float, float, float, float], stochastic: bool,
-    workspace: Tensor,
+    b: Tensor, moments: Moments, grads: list[Tensor], pre_bias: Tensor | None, stats: Tensor, step: Step,
+    stream: int, workspace: Tensor,
 ) -> None:  # fmt: skip
     library.update_bias(
-        where(b), b, m, v, grads, pre_bias, workspace, stats, numbers, keys, eps, *betas, stochastic
+        where(b), b, moments.m, moments.v, grads, pre_bias, workspace, stats, RULES.index(step.rule), step.numbers,
+        step.keys[stream:], step.eps, *step.betas,
     )  # fmt: skip
 
 

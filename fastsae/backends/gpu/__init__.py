@@ -10,5 +10,5 @@ all ops to one backend's stages; `accumulation` knows what a device's products l
     update     the code's slots listed and sorted by latent -> long latents cut (pieces) -> each latent's rows updated
 
 Begin with `encode_topk`: its docstring walks through the stages of an encoder, and the other encoders refer to it. Then
-read `update_latents`. `stored_update` builds the updates that have no fused kernel from the other ops.
+read `update_latents`. `stored_update` builds the update of rows that are too wide for the kernels from the other ops.
 """

@@ -97,7 +97,7 @@ class RawOps:
 
     def update_latents_(self, call: UpdateArguments) -> Tensor:
         widest, limit = max(call.W_dec.shape[1], call.encoder.shape[1]), self.stages.ROW_LIMIT
-        is_fused = call.is_plain and (limit is None or widest <= limit)
+        is_fused = limit is None or widest <= limit
         with on_device(call.W_dec):
             _kept(call.screen, call.encoder)
             stats = (update_latents if is_fused else update_storing_gradients)(self.stages, call)

@@ -16,15 +16,38 @@ skip (bool).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastsae.backends.gpu.plan import Plan
+from fastsae.reference import Parts
 
-Moments = tuple[Tensor | None, Tensor | None]
-"""Adam's m and v of one parameter; None where the parameter is absent."""
+
+class Moments(NamedTuple):
+    """m and v of one parameter as they are stored, and the scales of those in 8 bits; None where there is none."""
+
+    m: Tensor | None = None
+    v: Tensor | None = None
+    m_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the steps of all parameters in one update have in common.
+
+    rule: "adam", "lion", "signsgd"; "none" steps nothing and computes norms only. numbers, keys: `step_numbers`.
+    betas: β₁, 1-β₁, β₂, 1-β₂. stochastic: moments are bfloat16 and rounded at random; in 8 bits they always are.
+    """
+
+    rule: str
+    numbers: Tensor
+    keys: Tensor
+    eps: float
+    betas: tuple[float, float, float, float]
+    stochastic: bool
 
 
 @dataclass(frozen=True)
@@ -42,12 +65,14 @@ class Entries:
     """The occupied slots of all terms in latent order, and the matrices their rows are in.
 
     starts (M+1,) int64; rows (slots,) int32 and acts (slots,) float32; row r is row r of x and grad, or from `split` on
-    row r - split of more_x and more_grad (None with one term).
+    row r - split of more_x and more_grad (None with one term). dacts (slots,) float32: the gradients of the pre-acts;
+    None where update_rows computes them.
     """
 
     starts: Tensor
     rows: Tensor
     acts: Tensor
+    dacts: Tensor | None
     x: Tensor
     more_x: Tensor | None
     grad: Tensor
@@ -180,13 +205,14 @@ class LatentStages(Protocol):
 
     def list_slots(
         self, acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int, keys: Tensor, rows: Tensor,
-        values: Tensor | None, first_row: int = 0,
+        values: Tensor | None, first_row: int = 0, zeros: bool = False,
     ) -> None:  # fmt: skip
         """Fills keys and rows (int32) and values (float32), one number a slot of the code: fixed acts (N, K), or ragged
         acts (capacity,) with offsets (N+1,) int64.
 
         keys: the slot's latent, d_sae where it is empty or its latent is outside the dictionary. rows: first_row + its
-        token. values: its act. Empty: act 0 in a fixed code; past offsets[N] in a ragged one; with values, act 0 too.
+        token. values: its act. Empty: act 0 in a fixed code; past offsets[N] in a ragged one; with values, act 0 too,
+        unless zeros.
         """
 
     def sort_slots(
@@ -209,39 +235,41 @@ class LatentStages(Protocol):
         empty. Latents in pieces are added up piece by piece in rows of fp32, which are allocated here."""
 
     def step_numbers(
-        self, lr: Tensor, step: Tensor, skip: Tensor | None, beta1: float, beta2: float, seed: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """numbers (3,) float32: lr / (1-β₁ᵗ) and 1 / √(1-β₂ᵗ), in float64 and rounded once, and 1, or 0 where skip is
-        True; and keys (8,) int32, of the streams of random bits (reference.round_to_bf16): 2i of the i-th parameter's
-        m, 2i + 1 of its v. Allocated here.
+        self, lr: Tensor, step: Tensor, skip: Tensor | None, grad_scale: Tensor | None, rule: str, beta1: float,
+        beta2: float, weight_decay: float, seed: int | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """numbers (5,) float32, each in float64 and rounded once: the step size, lr / (1-β₁ᵗ) for adam, else lr;
+        1 / √(1-β₂ᵗ); 1, or 0 where skip is True; 1 - lr · weight_decay; grad_scale (0-d float64), or 1. And keys (8,)
+        int32, of the streams of random bits (reference.rounding): 2i of the i-th parameter's m, 2i + 1 of its v.
+        Allocated here.
         """
 
     def update_rows(
         self, W_enc: Tensor | None, W_dec: Tensor, b_enc: Tensor, enc_moments: Moments, dec_moments: Moments,
-        bias_moments: Moments, entries: Entries, pre_bias: Tensor | None, stats: Tensor, numbers: Tensor, keys: Tensor,
-        eps: float, betas: tuple[float, float, float, float], unit_norm: bool, stochastic: bool, programs: int,
+        bias_moments: Moments, entries: Entries, parts: Parts, pre_bias: Tensor | None, stats: Tensor, step: Step,
+        unit_norm: bool, clip_rows: float | None, programs: int,
     ) -> None:  # fmt: skip
-        """Gradient and Adam step of every latent's rows (formulas: `update_latents`), in place: W_enc (M, D_in), W_dec
-        (M, D_out), b_enc (M,) and their moments. W_enc None: tied, and enc_moments is (None, None).
+        """Gradient and step of every latent's rows (formulas: `update_latents`), in place: W_enc (M, D_in), W_dec
+        (M, D_out), b_enc (M,) and their moments. W_enc None: tied, and enc_moments are none. parts: float32.
 
         Program p of `programs` owns the latents p, p + programs, ..., and fills pre_bias[p] (D_in,) float32 with their
-        Σ db_enc_i · W_enc_i, W_enc before its step (None: not needed), and stats[p] (4,) float64 with the squared
-        gradient norms of W_enc (0 where tied), W_dec before projection, b_enc, and 0; stats may have more rows. keys:
-        streams 0, 1 are W_enc's, then W_dec's and b_enc's; tied, W_dec's come first. betas: β₁, 1-β₁, β₂, 1-β₂.
-        stochastic: moments are bfloat16 and rounded at random. Workspaces are allocated here. If numbers[2] is 0
-        there are no latents for it: no parameter and no moment changes, and pre_bias and stats[:programs] are 0.
+        Σ db_enc_i · W_enc_i, without parts.db_enc and W_enc before its step (None: not needed), and stats[p] (4,)
+        float64 with the squared gradient norms of W_enc (0 where tied), W_dec before projection, b_enc, and 0; stats
+        may have more rows. With the rule "none" nothing else is written, and the norms are those of the gradients
+        after projection and clipping. Streams 0, 1 are W_enc's, then W_dec's and b_enc's; tied, W_dec's come first.
+        Workspaces are allocated here. If numbers[2] is 0 there are no latents for it: no parameter and no moment
+        changes, and pre_bias and stats[:programs] are 0.
         """
 
     def update_bias(
-        self, b: Tensor, m: Tensor, v: Tensor, grads: list[Tensor], pre_bias: Tensor | None, stats: Tensor,
-        numbers: Tensor, keys: Tensor, eps: float, betas: tuple[float, float, float, float], stochastic: bool,
-        workspace: Tensor,
+        self, b: Tensor, moments: Moments, grads: list[Tensor], pre_bias: Tensor | None, stats: Tensor, step: Step,
+        stream: int, workspace: Tensor,
     ) -> None:  # fmt: skip
-        """Adam step of b (D,) in place, with the gradient Σ of the rows of grads, (N, D) each, - Σ of pre_bias (R, D)
-        float32. stats (bias_programs(D), 4) float64: (0, 0, 0, its squared norm) in parts. keys: m's stream, then v's.
+        """Step of b (D,) in place, with the gradient Σ of the rows of grads, (N, D) each, - Σ of pre_bias (R, D)
+        float32. stats (bias_programs(D), 4) float64: (0, 0, 0, its squared norm) in parts. stream: m's, v's is next.
         workspace (Σ bias_parts, D) float32, for grads and pre_bias in turn: the caller allocates it before it lets
-        update_rows change anything, since the allocation may fail. If numbers[2] is 0, b, m and v stay as they are and
-        stats are NaN, unknown.
+        update_rows change anything, since the allocation may fail. If numbers[2] is 0, b and its moments stay as they
+        are and stats are NaN, unknown.
         """
 
     def bias_parts(self, rows: int) -> int:

@@ -1,5 +1,4 @@
-"""update_latents_ for calls that the fused kernels do not cover: given gradients of pre-acts, parts beside the terms,
-clipping, norms_only, every optimizer and storage of moments but plain Adam's, and rows beyond the stages' ROW_LIMIT.
+"""update_latents_ for rows beyond the stages' ROW_LIMIT, which do not fit in a program's registers.
 
 Here the dictionaries' gradients are stored: 4·M·(D_in + D_out) bytes, and as much again while they are projected,
 clipped and stepped. active_dot and active_outer make them term by term; the reference's elementwise formulas do the
