@@ -71,8 +71,9 @@ bool rows_are_staged(const Where& where, const Maybe& W_enc, const Array& W_dec,
   const int64_t D_in = W_enc ? W_enc->cols : W_dec.cols;
   const StagedShape shape = staged_shape(D_in, W_dec.cols);
   if (shape.threads > most_threads(shape.steps, moments[2] && moments[2]->dtype == Dtype::f8)) return false;
-  // Lion's code for bf16 beside Adam's takes more registers than there are.
-  if (moments[2] && !moments[3] && moments[2]->dtype == Dtype::bf16) return false;
+  // With bf16 moments, Lion's code beside Adam's, or what adds parts of rows, takes more registers than there are.
+  const bool adds_rows = parts[0] || parts[2] || parts[3];
+  if (moments[2] && moments[2]->dtype == Dtype::bf16 && (!moments[3] || adds_rows)) return false;
   const auto whole = [](const Maybe& a) { return !a || whole_packs(*a); };
   for (const Maybe& source : sources)
     if (!whole(source) || (source && source->dtype != W_dec.dtype)) return false;

@@ -292,7 +292,8 @@ __global__ void __launch_bounds__(MOST_THREADS<STEPS, Moment>, BLOCKS)
         bias += of_pieces.biases[piece];
       }
     if (u.parts.bias) bias += u.parts.bias[latent];
-    if (u.parts.pull || u.parts.dec || u.parts.enc) {
+    // With bf16 moments: update_wide.cu (rows_are_staged).
+    if (!std::is_same_v<Moment, bf16> && (u.parts.pull || u.parts.dec || u.parts.enc)) {
 #pragma unroll
       for (int j = 0; j < COUNT<STEPS>; ++j) {
         const int c = column(j);
