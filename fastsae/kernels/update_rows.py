@@ -24,13 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.backends import buffers
-from fastsae.backends.gpu.stages import Entries, Moments, Step
+from fastsae.backends.gpu.stages import Entries, Moments, Parts, Step
 from fastsae.kernels.gather import load_rows
 from fastsae.kernels.limits import register_limit
 from fastsae.kernels.optimizers import as_pointers, latents_to_update, load_numbers, optimizer_step
 from fastsae.kernels.pieces import bits_of, find_piece
 from fastsae.kernels.variants import POINTERS, Variant
-from fastsae.reference import Parts
 
 ROW_LIMIT = 4096
 """Columns that fit in registers. Rows beyond it have no kernel here: their gradients are stored."""

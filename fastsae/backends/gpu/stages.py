@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends.gpu.plan import Plan
-from fastsae.reference import Parts
+from fastsae.reference import Parts as Parts  # for kernels too
 
 
 class Moments(NamedTuple):
