@@ -18,8 +18,8 @@ from tests import parallel_proof_worker as worker
 from tests.test_parallel import launch
 
 WHICH = os.environ.get("FASTSAE_TEST_PROOF", "few")
-"""few, some: on two processes every rule in one way. all: on two processes every rule in every way, on three and four in
-one of them, another on each mesh.
+"""few, some: on two processes every rule in one way. all: on two processes in every way, on three and four in one way,
+another on each mesh.
 """
 MESHES = worker.MESHES if WHICH == "all" else worker.MESHES[:2]
 CLOSE = 1e-8
