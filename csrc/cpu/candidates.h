@@ -45,6 +45,9 @@ inline void best_first(std::vector<Ranked>& v, int64_t count) {
   if (count < int64_t(v.size())) std::nth_element(v.begin(), v.begin() + count, v.end(), std::greater<Ranked>());
 }
 
+// Latents that one token is scored with at a time: sums of more rows do not fit into registers.
+constexpr int kTogether = kRegisterBytes == 64 ? 4 : 1;
+
 // The engine's score of one considered latent: fixed-order fp32 dot, bias, scale.
 template <class T> FASTSAE_INLINE const T* latent_row(const EncodeArgs& a, int64_t i) {
   return static_cast<const T*>(a.W.data) + a.latent(i) * a.W.stride;
@@ -55,6 +58,26 @@ FASTSAE_INLINE float with_bias(const EncodeArgs& a, float dot, int64_t i) {
 }
 template <class T> FASTSAE_INLINE float exact_score(const EncodeArgs& a, const float* x, int64_t i) {
   return with_bias(a, dot(x, latent_row<T>(a, i), a.W.cols), i);
+}
+
+// Exact scores of pairs of tokens and considered latents, [begin, end) of all pairs up to `last`, those of a token side by side:
+// emit(e, score). rows: the tokens'. A token's row, which comes from afar, is fetched ahead, and read once for up to
+// kTogether latents.
+template <class T, class Token, class Latent, class Emit>
+FASTSAE_INLINE void score_runs(const EncodeArgs& a, const float* const* rows, int64_t begin, int64_t end, int64_t last,
+                               Token token, Latent latent, Emit emit) {
+  for (int64_t e = begin; e < end;) {
+    const bool together = kTogether > 1 && e + kTogether <= end && token(e) == token(e + kTogether - 1);
+    const int64_t count = together ? kTogether : 1;
+    const float *x = rows[token(e)], *next = rows[token(std::min(e + count + 2, last - 1))];
+    const T* w[kTogether];
+    float dot[kTogether];
+    for (int64_t c = 0; c < count; ++c) w[c] = latent_row<T>(a, latent(e + c));
+    if (together) dots<kTogether, true>(x, w, a.x.cols, next, dot);
+    else dots<1, true>(x, {w[0]}, a.x.cols, next, dot);
+    for (int64_t c = 0; c < count; ++c) emit(e + c, with_bias(a, dot[c], latent(e + c)));
+    e += count;
+  }
 }
 
 // What turns products into bounds, for this call's bias and scale. `shift` (per considered latent, may be null) is taken off

@@ -1,10 +1,10 @@
 // acts, indices = the K largest of relu(scale · (x Wᵀ + b)) per token; (N, M) is never stored.
 //
 // A thread takes a panel of tokens: narrow it, guess a bar per token from a sample of the dictionary, screen the dictionary
-// tile by tile against the bars. A token's latents with the K largest lower bounds are scored in fp32; another whose upper bound
-// reaches the K-th score found is a rival, and is scored too. Both go latent by latent through all tokens, so that the rows
-// gathered are those of x, which stay in L3, and not those of W, which do not. A token whose K-th score does not clear the
-// guessed bar has no certificate; it is redone with bar 0, under which nothing that counts is left out. What even then does not
+// tile by tile against the bars. Of each token's latents those with the K largest lower bounds are scored in fp32; another is a
+// rival if its upper bound reaches the K-th score found, and is scored too. Both go latent by latent through all tokens, so that the rows
+// gathered are those of x, which stay in L3, and not those of W, which do not. A token has no certificate if its K-th score does not clear the
+// guessed bar; it is redone with bar 0, under which nothing that counts is left out. What even then does not
 // fit its list (masses of ties) or is not finite is scored in fp32 in full (exhaustive.h), and so are all tokens where there is
 // no narrow copy. Where 8 bits leave many tokens without a certificate, as at D = 4096, a copy with tighter bounds is made for
 // these tokens.
@@ -95,7 +95,7 @@ struct Shortlist {
   }
 };
 
-// From one token's list: who is nearest to the top, and who may turn out to belong there.
+// From one token's list: the latents nearest to the top, and those that may turn out to belong there.
 void shortlist(const EncodeArgs& a, Shortlist& list, Tokens& tokens, int64_t panel, int64_t t) {
   const float bar = list.certain_bar(a.k);
   std::vector<int32_t>&nearest = tokens.nearest.parts[panel], &rivals = tokens.rivals.parts[panel];
@@ -139,12 +139,11 @@ void screen_tokens(const EncodeArgs& a, const LatentTerms& terms, Tokens& tokens
 constexpr int64_t kGroupBytes = 3200 << 10;
 constexpr double kMet = 3;
 
-// Exact scores of pairs, in their order. Taken latent by latent, whose row stays in L1; or, where a token meets several of a
-// group of latents, group by group: then its row comes from afar once for up to four of them.
+// Exact scores of pairs, in their order. Taken latent by latent, and the latent's row stays in L1; or, where a token meets several
+// of a group of latents, group by group: then the token's row comes from afar once for up to four of them.
 template <class T> std::vector<float> score_pairs(const EncodeArgs& a, const Tokens& tokens, const Pairs& pairs) {
-  constexpr int kTogether = kRegisterBytes == 64 ? 4 : 1;   // sums of more rows than that do not fit into registers
-  const int64_t D = a.x.cols, count = int64_t(pairs.latents.size()), last = count - 1;
-  const int64_t fitting = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, D * int64_t(sizeof(T))));
+  const int64_t count = int64_t(pairs.latents.size());
+  const int64_t fitting = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, a.x.cols * int64_t(sizeof(T))));
   const bool grouped = double(count) * double(fitting) >= kMet * double(tokens.count()) * double(a.row_count);
   const int64_t rows = grouped ? fitting : 1, groups = (a.row_count + rows - 1) / rows;
   std::vector<float> scores(count);
@@ -156,22 +155,13 @@ template <class T> std::vector<float> score_pairs(const EncodeArgs& a, const Tok
             {offsets.data(), owners.data(), slots.data()}, a.threads);
 #pragma omp parallel for schedule(dynamic, grouped ? 1 : 64) num_threads(a.threads)
   for (int64_t g = 0; g < groups; ++g)
-    for (int64_t e = offsets[g]; e < offsets[g + 1];) {
-      const bool together = kTogether > 1 && e + kTogether <= offsets[g + 1] && owners[e] == owners[e + kTogether - 1];
-      const int64_t end = e + (together ? kTogether : 1);
-      const float *x = tokens.rows[owners[e]], *next = tokens.rows[owners[std::min(end + 2, last)]];
-      const T* w[kTogether];
-      float dot[kTogether];
-      for (int64_t c = e; c < end; ++c) w[c - e] = latent_row<T>(a, pairs.latents[slots[c]]);
-      if (together) dots<kTogether, true>(x, w, D, next, dot);
-      else dots<1, true>(x, {w[0]}, D, next, dot);
-      for (int64_t c = e; c < end; ++c) scores[slots[c]] = with_bias(a, dot[c - e], pairs.latents[slots[c]]);
-      e = end;
-    }
+    score_runs<T>(
+        a, tokens.rows.data(), offsets[g], offsets[g + 1], count, [&](int64_t e) { return owners[e]; },
+        [&](int64_t e) { return pairs.latents[slots[e]]; }, [&](int64_t e, float score) { scores[slots[e]] = score; });
   return scores;
 }
 
-// Of one panel's rivals, those whose bounds reach the K-th score of the nearest.
+// Keeps those of one panel's rivals that have a bound as large as the K-th score of the nearest.
 void narrow_down(const EncodeArgs& a, const std::vector<float>& scores, Tokens& tokens, int64_t p, int64_t first, int64_t last) {
   std::vector<int32_t>& rivals = tokens.rivals.parts[p];
   size_t from = 0, kept = 0;

@@ -20,7 +20,6 @@ inline int64_t blocks_of_scores(const EncodeArgs& a) { return (a.row_count + kSc
 // One token against considered latents [from, to).
 template <class T>
 FASTSAE_INLINE void score_rows(const EncodeArgs& a, const float* x, int64_t from, int64_t to, const T* next, float* out) {
-  constexpr int kTogether = kRegisterBytes == 64 ? 4 : 1;   // sums of more rows than that do not fit into registers
   int64_t i = from;
   for (; i + kTogether <= to; i += kTogether) {
     const T* rows[kTogether];

@@ -30,7 +30,6 @@ inline float rounded_up_norm(float squares, int64_t d, bool zero) {
 inline float accumulation_error(int64_t d) { return float(2 * d + 128) * 0x1p-24f; }
 
 FASTSAE_INLINE float max_abs(const float* v, int64_t d) {
-  typedef int32_t i32x16 __attribute__((vector_size(64)));
   vec<float> top{};
   int64_t i = 0;
   for (; i + 16 <= d; i += 16) {
@@ -56,7 +55,6 @@ inline int64_t rotation_block(Format format, int64_t d) {
 
 // One stage of a Walsh-Hadamard transform inside a vector: lanes whose bit is clear become sums, the others differences.
 template <int BIT> FASTSAE_INLINE vec<float> butterfly(vec<float> v) {
-  typedef int32_t i32x16 __attribute__((vector_size(64)));
   constexpr i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const vec<float> signs = (lane & BIT) != 0 ? splat(-1.f) : splat(1.f);
   return __builtin_shuffle(v, lane ^ BIT) + signs * v;

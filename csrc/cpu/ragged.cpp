@@ -85,33 +85,12 @@ int64_t sort_by_token(const EncodeArgs& a, const Lot& lot, int64_t panel, Sieve&
 template <class T>
 void score_panel(const EncodeArgs& a, const Lot& lot, const float* per_latent, int64_t first_token, int64_t first_position,
                  const uint32_t* candidates, int64_t size, Found& out) {
-  constexpr int64_t kAhead = 3;
-  constexpr int kTogether = kRegisterBytes == 64 ? 4 : 1;   // sums of more rows than that do not fit into registers
-  const auto token_of = [&](int64_t e) { return first_token + (candidates[e] >> 16); };
-  const auto latent_of = [&](int64_t e) { return a.screen.latent_at(first_position + (candidates[e] & 0xffff)); };
-  const auto keep = [&](int64_t e, float dot) {
-    const int64_t i = latent_of(e);
-    const float s = with_bias(a, dot, i);
-    if (!(s <= (per_latent ? per_latent[i] : lot.bars[token_of(e)])))
-      out.add(token_of(e), first_position + (candidates[e] & 0xffff), s);
-  };
-  for (int64_t e = 0; e < size;) {
-    const int64_t token = token_of(e), D = a.x.cols;
-    // The row that comes from afar is the token's: fetched ahead, and used for as many latents as it meets here.
-    const float* next = lot.rows[token_of(std::min(e + kAhead, size - 1))];
-    float dot[kTogether];
-    if (kTogether > 1 && e + kTogether <= size && token_of(e + kTogether - 1) == token) {
-      const T* rows[kTogether];
-      for (int c = 0; c < kTogether; ++c) rows[c] = latent_row<T>(a, latent_of(e + c));
-      dots<kTogether, true>(lot.rows[token], rows, D, next, dot);
-      for (int c = 0; c < kTogether; ++c) keep(e + c, dot[c]);
-      e += kTogether;
-    } else {
-      const T* rows[1] = {latent_row<T>(a, latent_of(e))};
-      dots<1, true>(lot.rows[token], rows, D, next, dot);
-      keep(e++, dot[0]);
-    }
-  }
+  const auto token = [&](int64_t e) { return first_token + (candidates[e] >> 16); };
+  const auto position = [&](int64_t e) { return first_position + (candidates[e] & 0xffff); };
+  const auto latent = [&](int64_t e) { return a.screen.latent_at(position(e)); };
+  score_runs<T>(a, lot.rows.data(), 0, size, size, token, latent, [&](int64_t e, float score) {
+    if (!(score <= (per_latent ? per_latent[latent(e)] : lot.bars[token(e)]))) out.add(token(e), position(e), score);
+  });
 }
 
 // Every latent scored for some tokens of the lot, in fp32: those above their thresholds.

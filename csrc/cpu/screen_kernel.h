@@ -17,7 +17,6 @@ FASTSAE_INLINE unsigned above(vec<float> u, float bar) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)u, _mm512_set1_ps(bar), _CMP_NLE_UQ);   // a NaN bound passes: never leave out unknowns
 #else
-  typedef int32_t i32x16 __attribute__((vector_size(64)));
   const i32x16 passed = ~(i32x16)(u <= splat(bar));
   int32_t any = 0;
   for (int i = 0; i < 16; ++i) any |= passed[i];

@@ -29,6 +29,7 @@ template <class A> struct vector_of;
 template <> struct vector_of<float> { typedef float type __attribute__((vector_size(64))); };
 template <> struct vector_of<double> { typedef double type __attribute__((vector_size(64))); };
 template <class A> using vec = typename vector_of<A>::type;
+typedef int32_t i32x16 __attribute__((vector_size(64)));
 
 FASTSAE_INLINE float widen(float v) { return v; }
 FASTSAE_INLINE double widen(double v) { return v; }
