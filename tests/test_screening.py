@@ -25,7 +25,7 @@ else:
 
 def encode(x, W, b, k, fmt, precision="exact", like=None):
     """like: the inputs that the copy is balanced for."""
-    screen = cpu_screen.fill(W, None, fmt, like)[1]
+    screen = cpu_screen.fill(W, None, fmt, cpu_screen.balanced(W, like))[1]
     acts, indices, redone = cpu_screen.encode_topk(x, W, b, k, None, None, 0, screen, precision)
     return acts, indices, int(redone)
 
@@ -176,7 +176,7 @@ def test_large_dimensions_cost_8_bits_little():
     x, W, b, k = massive_dimensions()
     redone, rivals = {}, {}
     for name, like in {"signs alone": None, "balanced": x}.items():
-        screen = cpu_screen.fill(W, None, _cpu.Format.i8, like)[0]
+        screen = cpu_screen.fill(W, None, _cpu.Format.i8, cpu_screen.balanced(W, like))[0]
         args = cpu_screen._encode_args(x, W, b, k, None, None, 0, screen, rescore=True, redo=False)
         redone[name], rivals[name] = _cpu.encode_topk(args, *cpu_screen._fixed(len(x), k)[1])
     assert redone["balanced"] <= 1
@@ -269,9 +269,9 @@ def test_a_nan_bias_wins_for_every_token_by_its_estimate_too():
 @pytest.mark.parametrize(("of_x", "of_w"), [(1e8, 0.0), (1e-18, 1e5), (1e15, 1e-15), (0.0, 1.0)])
 def test_factors_are_numbers_at_any_scale(of_x, of_w):
     x, W, *_ = gaussian(N=20)
-    for factors in cpu_screen._factors(W * of_w, x * of_x):
-        assert torch.isfinite(factors).all()
-        assert (factors != 0).all()
+    factors = cpu_screen.balanced(W * of_w, x * of_x)
+    assert torch.isfinite(factors).all()
+    assert (factors != 0).all()
 
 
 def test_a_token_that_is_no_number_is_scored_in_full():
@@ -377,7 +377,9 @@ def test_the_format_for_thresholds_is_judged_by_what_its_bounds_let_in(monkeypat
     x, W, b, _ = gaussian()
     made = []
     fill = cpu_screen.fill
-    monkeypatch.setattr(cpu_screen, "fill", lambda W, rows, fmt, x: made.append(fmt) or fill(W, rows, fmt, x))
+    monkeypatch.setattr(
+        cpu_screen, "fill", lambda W, rows, fmt, factors: made.append(fmt) or fill(W, rows, fmt, factors)
+    )
     bars = {"latent": torch.full((W.shape[0],), 2.0), "token": torch.full((x.shape[0], 1), 2.0)}
     for threshold in bars.values():
         for share, formats in ((1.0, [_cpu.fastest_format(96)]), (0.0, [_cpu.fastest_format(96), _cpu.tight_format()])):

@@ -67,11 +67,13 @@ def view(tensors: _Tensors, latents: int, d: int) -> _cpu.Screen:
     )
 
 
-def fill(W: Tensor, rows: Tensor | None, fmt: _cpu.Format, x: Tensor | None = None) -> tuple[_cpu.Screen, _Tensors]:
-    """A narrow copy of W, or of some of its rows, with the tensors that hold it; x: inputs like those it will serve."""
+def fill(
+    W: Tensor, rows: Tensor | None, fmt: _cpu.Format, factors: Tensor | None = None
+) -> tuple[_cpu.Screen, _Tensors]:
+    """A narrow copy of W, or of some of its rows, with the tensors that hold it. factors: `balanced`'s; None: signs."""
     latents = W.shape[0] if rows is None else rows.shape[0]
     tensors = allocate(latents, W.shape[1], fmt)
-    torch.stack(_factors(W, x), out=tensors[3])
+    tensors[3].copy_(balanced(W, None) if factors is None else factors)
     screen = view(tensors, latents, W.shape[1])
     _cpu.prepare_screen(matrix("W", W), numbers("rows", rows, torch.int32, (latents,)), screen, torch.get_num_threads())
     return screen, tensors
@@ -81,9 +83,9 @@ SAMPLED = 1024  # rows that second moments are taken from
 MOST_UNBALANCED = 2.0**16
 
 
-def _factors(W: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factors of x's columns, and of W's, each the other's inverse: with them both have the same second moments, so
-    that a dimension which is large in one and small in the other costs no format its precision.
+def balanced(W: Tensor, x: Tensor | None) -> Tensor:
+    """(2, D) factors of x's columns, and of W's, each the other's inverse: with them both have the same second moments,
+    so that a dimension which is large in one and small in the other costs no format its precision.
 
     Their signs are random, for the rotation that follows them (csrc/cpu/narrow.h): it would add the entries of a row
     whose mean is not 0 up to one large number. Without x they are the signs alone.
@@ -91,11 +93,11 @@ def _factors(W: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
     coin = torch.Generator(CPU).manual_seed(W.shape[1])
     signs = buffers.empty((W.shape[1],), torch.float32, CPU).bernoulli_(generator=coin).mul_(2).sub_(1)
     if x is None or not x.shape[0] or not W.shape[0]:
-        return signs, signs
+        return torch.stack([signs, signs])
     # Roots before they are divided: a quotient of squares may leave fp32's range.
     ratio = _second_moments(W).pow_(0.25) / _second_moments(x).pow_(0.25)
     ratio.div_(ratio.median()).clamp_(1 / MOST_UNBALANCED, MOST_UNBALANCED).mul_(signs)
-    return ratio, ratio.reciprocal()
+    return torch.stack([ratio, ratio.reciprocal()])
 
 
 def _second_moments(rows: Tensor) -> Tensor:
@@ -134,10 +136,11 @@ FEW, FEW_KEPT = 128, 12
 def _best_copy(W: Tensor, rows: Tensor | None, serves: Judge | None, x: Tensor | None) -> tuple[_cpu.Format, _Tensors]:
     """The narrow copy that encodes fastest, judged by encoding a few inputs. Exact results never depend on it."""
     fmt, tight = _cpu.fastest_format(W.shape[1]), _cpu.tight_format()
-    narrow, tensors = fill(W, rows, fmt, x)
+    factors = balanced(W, x)
+    narrow, tensors = fill(W, rows, fmt, factors)
     if serves is None or fmt == tight or not narrow.latents or serves(narrow):
         return fmt, tensors
-    return tight, fill(W, rows, tight, x)[1]
+    return tight, fill(W, rows, tight, factors)[1]
 
 
 def _few(t: Tensor) -> Tensor:
