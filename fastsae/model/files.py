@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from fastsae.model.tensorfile import CODES
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 ARCHITECTURE, VERSION = "fastsae.SparseAutoencoder", 1
 HEADER, _DIGEST = "fastsae", "sha256"
-_COMPACT: dict[str, Any] = {"separators": (",", ":"), "ensure_ascii": False}
 PIECE = 1 << 24
 """Bytes that are read at once for a checksum."""
 
@@ -76,7 +75,10 @@ def load(directory: str | os.PathLike[str], device: torch.device | str | None = 
         # Cloned out of the mapped file: the copy is aligned, and replacing the file does not change it.
         tensors = {name: file.get_tensor(name).clone() for name in expected}
     if digest is not None and digest != (got := _digest(config, tensors)):
-        raise _damaged(root / WEIGHTS, got, digest)
+        raise SavedModuleError(
+            f"{root / WEIGHTS} is damaged: its settings and tensors have sha256 {got}, expected {digest}; take another "
+            "copy of it"
+        )
     sae.load_state_dict({**tensors, EXTRA_STATE: sae.get_extra_state()}, assign=True)
     return sae.eval()
 
@@ -122,12 +124,6 @@ def _described_in(
     return sae, config, digest, expected
 
 
-def _damaged(path: Path, got: str, expected: str) -> SavedModuleError:
-    return SavedModuleError(
-        f"{path} is damaged: its settings and tensors have sha256 {got}, expected {expected}; take another copy of it"
-    )
-
-
 def saved_config(sae: SparseAutoencoder) -> dict[str, Any]:
     """The settings of an SAE, or of the whole that it is a part of, as its files hold them."""
     settings = {**sae.config, "d_sae": sae.n_latents}
@@ -137,21 +133,18 @@ def saved_config(sae: SparseAutoencoder) -> dict[str, Any]:
 def seal(directory: Path, config: dict[str, Any]) -> None:
     """Completes a saved SAE whose tensors were written with `unsealed_header`: their checksum, and config.json."""
     path = directory / WEIGHTS
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    with open(path, "r+b") as file:
+    with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         metadata = header.pop("__metadata__")
+        digest = _begun_digest(config)
         for name, one in sorted(header.items()):
-            dtype = _dtype_of(one["dtype"])
-            digest.update(f"{name} {tuple(one['shape'])} {dtype} ".encode())
+            _add_name(digest, name, one["shape"], _dtype_of(one["dtype"]))
             start, end = one["data_offsets"]
             file.seek(8 + size + start)
             for at in range(start, end, PIECE):
                 digest.update(file.read(min(PIECE, end - at)))
-        text = json.dumps({"__metadata__": {**metadata, _DIGEST: digest.hexdigest()}, **header}, **_COMPACT).encode()
-        file.seek(8)
-        file.write(text.ljust(size))
+    _set_metadata(path, {**metadata, _DIGEST: digest.hexdigest()})
     _write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
@@ -165,11 +158,19 @@ def tensors_of(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
     return {name: t for name, t in sae.state_dict().items() if name != EXTRA_STATE}
 
 
+def _begun_digest(config: dict[str, Any]) -> hashlib._Hash:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+
+
+def _add_name(digest: hashlib._Hash, name: str, shape: Iterable[int], dtype: torch.dtype) -> None:
+    digest.update(f"{name} {tuple(shape)} {dtype} ".encode())
+
+
 def _digest(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     """The sha256 of the settings and of every tensor's name, shape, dtype and bytes."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest = _begun_digest(config)
     for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(t.shape)} {t.dtype} ".encode())
+        _add_name(digest, name, t.shape, t.dtype)
         digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -179,11 +180,16 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[
     should have equal files.
     """
     save_file(tensors, path, metadata=metadata)
+    _set_metadata(path, metadata)
+
+
+def _set_metadata(path: Path, metadata: dict[str, str]) -> None:
+    """Puts metadata of the same length into a safetensors file. Raises SavedModuleError where they are longer."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = metadata
-        text = json.dumps(header, **_COMPACT).encode()
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > size:
             raise SavedModuleError(f"{path}: its header has {size} bytes, expected {len(text)}; use safetensors >= 0.5")
         file.seek(8)
