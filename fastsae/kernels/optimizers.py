@@ -135,10 +135,10 @@ def _load_moment(moment_ptr, scales_ptr, row, c, mask, D):
 
 @triton.jit
 def _store_moment(
-    moment_ptr, scales_ptr, row, c, mask, D, t, key_ptr, STOCHASTIC: tl.constexpr, POSITIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    moment_ptr, scales_ptr, row, c, mask, D, t, key_ptr, POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """t (BLOCK,) float32 in the moment's storage. key_ptr: the key of its stream; its flat place counts the bits."""
+    """t (BLOCK,) float32 in the moment's storage, 8 bits and bfloat16 rounded at random. key_ptr: its stream's key; its
+    flat place counts the bits."""
     at = row * D + c
     if scales_ptr is not None:
         key = tl.load(key_ptr).to(tl.uint32, bitcast=True)
@@ -147,7 +147,7 @@ def _store_moment(
         tl.store(moment_ptr + at, codes, mask=mask)
         block, blocks = tl.arange(0, BLOCK // WIDTH), tl.cdiv(D, SHARED)
         tl.store(scales_ptr + (row * blocks + block), scales, mask=block < blocks)
-    elif STOCHASTIC:
+    elif moment_ptr.dtype.element_ty == tl.bfloat16:
         key = tl.load(key_ptr).to(tl.uint32, bitcast=True)
         tl.store(moment_ptr + at, round_to_bf16(t, key, at.to(tl.uint32)), mask=mask)
     else:
@@ -156,8 +156,7 @@ def _store_moment(
 
 @triton.jit
 def optimizer_step(
-    p, g, moments, row, c, mask, D, numbers, betas, key_ptr,
-    RULE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    p, g, moments, row, c, mask, D, numbers, betas, key_ptr, RULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The new p (BLOCK,) float32, 0 outside mask, of row `row` (int64) of a parameter (rows, D) at the columns c. Its
     moments (m_ptr, v_ptr, m_scales_ptr, v_scales_ptr), None where there is none, are updated in memory."""
@@ -169,9 +168,9 @@ def optimizer_step(
         v = _load_moment(v_ptr, v_scales_ptr, row, c, mask, D)
     p, m, v = step_of(p, g, m, v, numbers, betas, RULE)
     if m_ptr is not None:
-        _store_moment(m_ptr, m_scales_ptr, row, c, mask, D, m, key_ptr, STOCHASTIC, False, BLOCK)
+        _store_moment(m_ptr, m_scales_ptr, row, c, mask, D, m, key_ptr, False, BLOCK)
     if v_ptr is not None:
-        _store_moment(v_ptr, v_scales_ptr, row, c, mask, D, v, key_ptr + 1, STOCHASTIC, True, BLOCK)
+        _store_moment(v_ptr, v_scales_ptr, row, c, mask, D, v, key_ptr + 1, True, BLOCK)
     return tl.where(mask, p, 0.0)
 
 

@@ -53,7 +53,7 @@ def _column_sums_kernel(t_ptr, sums_ptr, rows, D, BLOCK_N: tl.constexpr, STEP_N:
 @triton.jit
 def _update_bias_kernel(
     b_ptr, m_ptr, v_ptr, sums_ptr, stats_ptr, numbers_ptr, keys_ptr, eps, beta1, rest1, beta2, rest2, D, added, rows,
-    RULE: tl.constexpr, STOCHASTIC: tl.constexpr, STEP_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    RULE: tl.constexpr, STEP_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """b's step with the gradient Σ sums[:added] - Σ sums[added:rows]; stats[p] (4,) = (0, 0, 0, its squared norm).
 
@@ -78,7 +78,7 @@ def _update_bias_kernel(
         numbers, betas = load_numbers(numbers_ptr, eps), (beta1, rest1, beta2, rest2)
         b = optimizer_step(
             b, gradient * tl.load(numbers_ptr + 4), (m_ptr, v_ptr, None, None), tl.full((), 0, tl.int64), columns,
-            inside, D, numbers, betas, keys_ptr, RULE, STOCHASTIC, BLOCK_D,
+            inside, D, numbers, betas, keys_ptr, RULE, BLOCK_D,
         )  # fmt: skip
         tl.store(b_ptr + columns, b.to(b_ptr.dtype.element_ty), mask=inside)
 
@@ -114,7 +114,7 @@ def update_bias(
             )  # fmt: skip
     _update_bias_kernel[(tiles,)](
         b, *as_pointers(moments)[:2], workspace, stats, step.numbers, step.keys[stream:], step.eps, *step.betas, D,
-        added, sum(counts), RULE=step.rule, STOCHASTIC=step.stochastic, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D,
+        added, sum(counts), RULE=step.rule, STEP_N=c.STEP_N, BLOCK_D=c.BLOCK_D,
         num_warps=c.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ def variants() -> list[Variant]:
                         _update_bias_kernel,
                         f"update_bias/{value[1:]}-{POINTERS[moment][1:]}/D={D}",
                         tensors | scalars,
-                        blocks | {"RULE": "adam", "STOCHASTIC": moment == torch.bfloat16},
+                        blocks | {"RULE": "adam"},
                         c.num_warps,
                         aligned=aligned,
                     )

@@ -128,7 +128,7 @@ def _update_rows_kernel(
     starts_ptr, rows_ptr, acts_ptr, dacts_ptr, x_ptr, more_x_ptr, grad_ptr, more_grad_ptr, split,
     pieces_ptr, sums_ptr, bias_sums_ptr, pull_ptr, segment, db_enc_ptr, more_enc_ptr, more_dec_ptr, more_bias_ptr,
     pre_bias_ptr, stats_ptr, numbers_ptr, keys_ptr, eps, beta1, rest1, beta2, rest2, most, M, D_IN, D_OUT,
-    RULE: tl.constexpr, UNIT_NORM: tl.constexpr, CLIP: tl.constexpr, STOCHASTIC: tl.constexpr,
+    RULE: tl.constexpr, UNIT_NORM: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Absent, and so not done: W_enc_ptr and its moments (tied), what the rule or the storage of moments does not keep,
@@ -197,7 +197,7 @@ def _update_rows_kernel(
         else:
             w_dec = optimizer_step(
                 w_dec, dec * scale, dec_moments, latent, c_out, in_dec, D_OUT, numbers, betas, dec_keys,
-                RULE, STOCHASTIC, BLOCK_OUT,
+                RULE, BLOCK_OUT,
             )  # fmt: skip
             if UNIT_NORM:
                 norm = tl.sqrt(tl.sum(w_dec * w_dec, axis=0))
@@ -221,7 +221,7 @@ def _update_rows_kernel(
             else:
                 w_enc = optimizer_step(
                     w_enc, enc * scale, enc_moments, latent, c_in, in_enc, D_IN, numbers, betas, keys_ptr,
-                    RULE, STOCHASTIC, BLOCK_IN,
+                    RULE, BLOCK_IN,
                 )  # fmt: skip
                 tl.store(W_enc_ptr + at_enc, w_enc.to(W_enc_ptr.dtype.element_ty), mask=in_enc)
 
@@ -234,7 +234,7 @@ def _update_rows_kernel(
             b = tl.load(b_enc_ptr + latent + one).to(tl.float32)
             b = optimizer_step(
                 b, one + bias * scale, (m_bias_ptr, v_bias_ptr, None, None), latent, one, one == 0, 1, numbers, betas,
-                bias_keys, RULE, STOCHASTIC, 1,
+                bias_keys, RULE, 1,
             )  # fmt: skip
             tl.store(b_enc_ptr + latent + one, b.to(b_enc_ptr.dtype.element_ty))
 
@@ -274,7 +274,7 @@ def update_rows(
         W_enc, W_dec, b_enc, *as_pointers(enc_moments), *as_pointers(dec_moments), *as_pointers(bias_moments)[:2],
         *listed, pieces.first, sums, bias_sums, pull, segment, parts.db_enc, parts.W_enc, parts.W_dec, parts.pre,
         pre_bias, stats, step.numbers, step.keys, step.eps, *step.betas, clip_rows or 0.0, d_sae, d_in, d_out,
-        RULE=step.rule, UNIT_NORM=unit_norm, CLIP=clip_rows is not None, STOCHASTIC=step.stochastic, **blocks,
+        RULE=step.rule, UNIT_NORM=unit_norm, CLIP=clip_rows is not None, **blocks,
         enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -333,7 +333,7 @@ def variants() -> list[Variant]:
         for widths in WIDTHS:
             c = choose(*widths, dtypes[1] == torch.float8_e4m3fn)
             blocks = {"BLOCK_IN": c.BLOCK_IN, "BLOCK_OUT": c.BLOCK_OUT, "BLOCK_E": c.BLOCK_E}
-            flags = {"RULE": "adam", "UNIT_NORM": True, "CLIP": False, "STOCHASTIC": dtypes[1] == torch.bfloat16}
+            flags = {"RULE": "adam", "UNIT_NORM": True, "CLIP": False}
             plain = (*ONE_TERM, *PARTS) if widths[0] == widths[1] else (*ONE_TERM, *PARTS, "pre_bias_ptr")
             rows: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {"": (plain, {})}
             if dtypes[0] == dtypes[1] and widths[0] == widths[1]:

@@ -39,7 +39,7 @@ class Step:
     """What the steps of all parameters in one update have in common.
 
     rule: "adam", "lion", "signsgd"; "none" steps nothing and computes norms only. numbers, keys: `step_numbers`.
-    betas: β₁, 1-β₁, β₂, 1-β₂. stochastic: moments are bfloat16 and rounded at random; in 8 bits they always are.
+    betas: β₁, 1-β₁, β₂, 1-β₂. Moments in bfloat16 and in 8 bits are rounded at random.
     """
 
     rule: str
@@ -47,7 +47,6 @@ class Step:
     keys: Tensor
     eps: float
     betas: tuple[float, float, float, float]
-    stochastic: bool
 
 
 @dataclass(frozen=True)
