@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -122,29 +123,31 @@ template <class A> FASTSAE_INLINE A multiply_add(A a, A b, A c) {
 #endif
 }
 
-// Halves added to halves until one lane is left, in registers: through memory it cost as much as 768 products do.
-template <class A> FASTSAE_INLINE A sum_lanes(reg<A> v) {
+// v with its lanes moved down by WIDTH, around the end. Indices are constants by construction: GCC 12 does not find out by itself that
+// those of a loop are, and built them in every call.
+template <int WIDTH, class A, size_t... I> FASTSAE_INLINE reg<A> moved(reg<A> v, std::index_sequence<I...>) {
   typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Index;
   typedef Index index __attribute__((vector_size(kRegisterBytes)));
-  constexpr int L = reg_lanes<A>;
-#pragma GCC unroll 4
-  for (int width = L / 2; width > 0; width /= 2) {
-    index upper{};
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) upper[i] = (i + width) % L;
-    v += __builtin_shuffle(v, upper);
-  }
-  return v[0];
+  return __builtin_shuffle(v, index{Index((I + WIDTH) % sizeof...(I))...});
 }
 
-// The engine's score: <x, w> in fixed order, eight registers of partial sums (four of AVX-512) and a scalar tail; COUNT rows w
+// Halves added to halves until one lane is left, in registers: through memory it cost as much as 768 products do.
+template <class A, int WIDTH = reg_lanes<A> / 2> FASTSAE_INLINE A sum_lanes(reg<A> v) {
+  v += moved<WIDTH, A>(v, std::make_index_sequence<reg_lanes<A>>());
+  if constexpr (WIDTH > 1) return sum_lanes<A, WIDTH / 2>(v);
+  else return v[0];
+}
+
+constexpr int kPartialSums = kRegisterBytes == 64 ? 4 : 8;
+
+// The engine's score: <x, w> in fixed order, kPartialSums registers of partial sums and a scalar tail; COUNT rows w
 // at once, each with the bits that it has alone.
 // FETCH: meanwhile the row `next` comes into the cache, line by line: where rows are gathered that is faster than asking for
 // all of it at once (D=768, fp32, 131072 of 24576 rows, one Zen 5 core: 14.7 ms for 18.5).
 template <int COUNT, bool FETCH, class X, class W, class N>
 FASTSAE_INLINE void dots(const X* x, const W* const (&w)[COUNT], int64_t length, const N* next, acc_t<W>* out) {
   using A = acc_t<W>;
-  constexpr int L = reg_lanes<A>, U = kRegisterBytes == 64 ? 4 : 8, kLine = 64 / sizeof(N);
+  constexpr int L = reg_lanes<A>, U = kPartialSums, kLine = 64 / sizeof(N);
   reg<A> sum[COUNT][U] = {};
   int64_t d = 0;
   for (; d + U * L <= length; d += U * L) {
