@@ -48,6 +48,7 @@ PER_ISA = [
     "decode.cpp",
     "active_dot.cpp",
     "active_outer.cpp",
+    "digest.cpp",
     "screen.cpp",
     "screen_f32.cpp",
     "candidates.cpp",

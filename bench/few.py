@@ -1,13 +1,15 @@
 """`python -m bench.few`: how long encoding a few tokens takes on a CPU, and at how many tokens a narrow copy pays off.
 
-Contestants, in turns: dense PyTorch (pre-acts and torch.topk in float32); the engine; the engine with a kept copy of W
-(`screen=`); and both forced to use a narrow copy for any number of tokens. All must find the same latents, which is
-checked first. Writes bench/results/<device>/few.json.
+Contestants, in turns: dense PyTorch (pre-acts and torch.topk in float32); the engine; the engine with a copy of W that it
+holds between calls, as a module in eval mode does; with a kept copy (`prepare_screen`), as in training; and both forced
+to use a narrow copy for any number of tokens. All must find the same latents, which is checked first. Writes
+bench/results/<device>/few.json and renews docs/benchmarks.md from all devices' files.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.machine import describe, device_folder
-from bench.plot import table
+from bench.machine import ROOT, describe, device_folder
+from bench.plot import table, with_numbers
 from bench.results import RESULTS
 from bench.timing import interleaved
 from fastsae import ops
@@ -25,11 +27,14 @@ from fastsae.atomic import write_json
 from fastsae.backends.cpu import screen as narrow_copies
 
 TOKENS = (1, 4, 16, 64, 128, 256)
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- few: begin (python -m bench.few --draw) -->", "<!-- few: end -->"
 
 
 def contestants(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
     """Functions by name that return the chosen latents (N, k), ascending."""
-    kept = ops.prepare_screen(W, b)
+    kept, held = ops.prepare_screen(W, b), ops.HeldScreen()
+    ops.encode_topk(x.expand(-(-512 // len(x)), *x.shape), W, b, k, screen=held)  # enough tokens for it to make one
 
     def dense() -> Tensor:
         return torch.relu(x @ W.mT + b).topk(k).indices
@@ -42,7 +47,7 @@ def contestants(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[
             return engine(screen)
 
     return {
-        "dense": dense, "engine": engine, "engine, kept copy": lambda: engine(kept),
+        "dense": dense, "engine": engine, "engine, held copy": lambda: engine(held), "engine, kept copy": lambda: engine(kept),
         "through a copy": through_a_copy, "through a kept copy": lambda: through_a_copy(kept),
     }  # fmt: skip
 
@@ -68,6 +73,17 @@ def shown(results: list[dict[str, Any]]) -> str:
     return table(["tokens; ms", *names], lines)
 
 
+def draw() -> None:
+    """Puts the tables of all devices into docs/benchmarks.md."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/few.json")):
+        found = json.loads(path.read_text())
+        shape = ", ".join(f"{name}={found[name]}" for name in "DMK")
+        about = f"{found['machine']['device']}, {found['threads']} threads, {shape} ({path.relative_to(ROOT)}):"
+        parts.append(f"{about}\n\n{shown(found['results'])}")
+    PAGE.write_text(with_numbers(PAGE.read_text(), "\n\n".join(parts), BEGIN, END))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.few", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -77,7 +93,10 @@ def main() -> None:
     shape = (768, 24576, 32)
     parser.add_argument("--shape", type=int, nargs=3, default=shape, metavar=("D", "M", "K"), help="%(default)s")
     parser.add_argument("--rounds", type=int, default=10, help="turns of every contestant (%(default)s)")
+    parser.add_argument("--draw", action="store_true", help="only renew docs/benchmarks.md, from the stored results")
     options = parser.parse_args()
+    if options.draw:
+        return draw()
     D, M, k = options.shape
     results = [measure(N, D, M, k, options.rounds) for N in options.tokens]
     path = (options.out or RESULTS / device_folder()) / "few.json"
@@ -86,6 +105,8 @@ def main() -> None:
     write_json(path, about | {"D": D, "M": M, "K": k, "results": results})
     print(shown(results))
     print(f"written: {path}")
+    if options.out is None:
+        draw()
 
 
 if __name__ == "__main__":

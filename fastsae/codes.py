@@ -375,6 +375,16 @@ class Screen:
 
 
 @dataclass(frozen=True, eq=False)
+class Held:
+    """What a backend remembers of an encoder whose weights rest: a digest of W, its low-precision copy, or how many
+    tokens have done without one."""
+
+    digest: tuple[int, int]
+    screen: Screen | None = None
+    waited: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class UpdateTerm:
     """One reconstruction whose gradient trains the dictionaries: recon = A W_dec (+ b_dec if has_bias).
 

@@ -76,6 +76,14 @@ PYBIND11_MODULE(_cpu, m) {
         },
         release_gil());
 
+  m.def("digest",
+        [](const Matrix& W, int threads) {
+          threads_fit(threads);
+          const Digest d = ops().digest(W, threads);
+          return std::make_pair(d.sum, d.products);
+        },
+        release_gil(), "Two numbers that tell one matrix from another.");
+
   py::enum_<Format>(m, "Format")
       .value("f32", Format::f32)
       .value("bf16", Format::bf16)

@@ -36,6 +36,11 @@ struct LatentOrder {
   int64_t* slots;
 };
 
+// Two numbers that tell one matrix from another (digest.cpp).
+struct Digest {
+  uint64_t sum, products;
+};
+
 struct Screen;        // encode.h
 struct EncodeArgs;
 struct FixedCodes;
@@ -54,6 +59,7 @@ struct Ops {
   AboveCounts (*encode_above)(const EncodeArgs&, const float* per_latent, const float* per_token, const RaggedCodes& out);
   int64_t (*encode_batch_topk)(const EncodeArgs&, const RaggedCodes& out);
   void (*update_latents)(const UpdateArgs&);
+  Digest (*digest)(const Matrix&, int threads);
 };
 
 // Threads for a call that multiplies this many numbers: under some 20 us of work, starting and joining them costs more than

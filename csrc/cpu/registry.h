@@ -16,6 +16,7 @@ TopkCounts encode_topk(const EncodeArgs&, const FixedCodes& out);
 AboveCounts encode_above(const EncodeArgs&, const float* per_latent, const float* per_token, const RaggedCodes& out);
 int64_t encode_batch_topk(const EncodeArgs&, const RaggedCodes& out);
 void update_latents(const UpdateArgs&);
+Digest digest(const Matrix&, int threads);
 
 // The narrow copy of one latent, and of one block of 16 narrowed rows (screen.cpp); update_latents_ keeps the copy with them.
 // scratch: d numbers.

@@ -9,6 +9,8 @@ them as one fastsae.backends.contract.UpdateArguments), and
                                             info its other arguments by name
     by_name_only() -> bool                  whether it serves only calls with backend=<its name>, as an interpreter does
     prepare_screen(W, b, x, k) -> Screen | None    its low-precision copy of an encoder, or None if it uses none
+and, if copies are worth holding between calls,
+    hold_screen(held, W, b, x, k) -> (Held, Screen | None)    the copy for encoding x, from what the last call held
 
 If backend=None takes a slower backend than the tensors' device could have, a BackendWarning says so once, with the
 reason and a remedy.

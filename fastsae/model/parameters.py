@@ -22,6 +22,7 @@ from fastsae.model.settings import (
     check_settings,
     config_of,
 )
+from fastsae.ops import HeldScreen
 from fastsae.ops.ledger import LedgerGradient
 from fastsae.reference import decoder_norms, wide
 from fastsae.warn import warn
@@ -105,6 +106,7 @@ class Parameters(RecordsSettings):
         self.backend: str | None = None
         self.annealed_k: int | None = None  # set by the training step, not saved
         self.precision = "exact"
+        self._resting = HeldScreen()
         self.dense_above = DENSE_ABOVE
         self.active_share: float | None = None  # of the last step of a threshold rule
         self.placement: Placement | None = None  # set by fastsae.parallel: what this process has of a larger SAE
@@ -137,6 +139,16 @@ class Parameters(RecordsSettings):
         one = torch.ones((), dtype=torch.float64, device=device)
         for name, t in (("fired", fired), ("fired_over", over), ("penalty_scale", one)):
             self.register_buffer(name, t, persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of nn.Module. In eval mode the encoder holds a low-precision copy (`ops.HeldScreen`), dropped here."""
+        self._resting = HeldScreen()
+        return super().train(mode)
+
+    @property
+    def resting_screen(self) -> HeldScreen | None:
+        """The encoder's copy in eval mode, when its weights rest; None in training mode."""
+        return self._resting if self.rule.screened and not self.training else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to(...)` and similar. The rule's parameters get `rule_dtype`, or the weights' dtype if that is wider; its

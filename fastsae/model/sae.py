@@ -26,7 +26,7 @@ from fastsae.model.parameters import Parameters
 from fastsae.model.placement import axes_of
 from fastsae.model.results import ForwardResult, Inputs, Objective
 from fastsae.model.rules import Activation, EncodeOptions, HierarchicalTopK, RuleState, Selected
-from fastsae.ops import checks, recorded
+from fastsae.ops import HeldScreen, checks, recorded
 from fastsae.ops import ledger as ledgers
 from fastsae.ops.products import per_latent
 from fastsae.ops.reconstruction import SquaredErrors, squared_errors
@@ -225,7 +225,7 @@ class SparseAutoencoder(Parameters):
             encoder_input = normal - (self.b_dec.detach() if held else self.b_dec)
         return Inputs(normal, encoder_input, goal, stats)
 
-    def encode_options(self, screen: Screen | None = None, *, held: bool = False) -> EncodeOptions:
+    def encode_options(self, screen: Screen | HeldScreen | None = None, *, held: bool = False) -> EncodeOptions:
         """How this module's encoder computes; held: as for `inputs`."""
         pre_bias = self.b_dec if held and self.pre_bias else None
         return EncodeOptions(screen, self.precision, self.backend, pre_bias, self.placement)
@@ -292,14 +292,17 @@ class SparseAutoencoder(Parameters):
         normal, _ = self._normal(x)
         encoder_input = normal - self.b_dec if self.pre_bias else normal
         if latents is None:
-            codes = self._codes(encoder_input, self.encoder_weight, self.selection_state)
+            options = self.encode_options(self.resting_screen)
+            codes = self._codes(encoder_input, self.encoder_weight, self.selection_state, options)
         else:
             given = latents if isinstance(latents, Tensor) else torch.from_numpy(np.asarray(latents))
             given = given.to(self.W_dec.device, None if given.numel() else torch.int64)  # of an empty list, floats
             codes = self._codes_of(given, encoder_input)
         return codes.with_batch(tuple(x.shape[:-1]))
 
-    def _codes(self, encoder_input: Tensor, W_enc: Tensor, rule_state: RuleState) -> SparseCodes:
+    def _codes(
+        self, encoder_input: Tensor, W_enc: Tensor, rule_state: RuleState, options: EncodeOptions
+    ) -> SparseCodes:
         """The code of encoder_input (N, d_in) for the given latents, with their rows of the state."""
         rule = self.rule
         codes = rule.select(
@@ -308,7 +311,7 @@ class SparseAutoencoder(Parameters):
             rule_state["b_enc"],
             rule_state,
             self.training,
-            self.encode_options(),
+            options,
         ).codes
         if not rule.shaped:
             return codes
@@ -320,11 +323,12 @@ class SparseAutoencoder(Parameters):
         self.check_whole("encode(latents=...)")
         state = self.selection_state
         if not self.rule.apart(state, self.training):
-            return self._codes(encoder_input, self.encoder_weight, state).only(latents)
+            options = self.encode_options(self.resting_screen)
+            return self._codes(encoder_input, self.encoder_weight, state, options).only(latents)
         check_latents(latents, self.d_sae)
         latents = latents.long()  # indexing takes uint8 for a mask
         own = {name: t[latents] if t.ndim else t for name, t in state.items()}
-        return self._codes(encoder_input, self.encoder_weight[latents], own)
+        return self._codes(encoder_input, self.encoder_weight[latents], own, self.encode_options())
 
     def decode(self, codes: SparseCodes, like: Tensor | None = None) -> Tensor:
         """The reconstruction (*batch, d_out) of a code.
@@ -418,7 +422,9 @@ class SparseAutoencoder(Parameters):
         goal = ready.encoder_input if centred else ready.target  # recon - x = A W_dec - (x - b_dec), if centred
         if self.W_skip is not None:
             goal = goal - ready.x @ self.W_skip.mT
-        screen = None if ledger is None or not self.training else ledger.screen_for(ready.encoder_input)
+        screen: Screen | HeldScreen | None = self.resting_screen
+        if ledger is not None and self.training:
+            screen = ledger.screen_for(ready.encoder_input)
         options = self.encode_options(screen, held=held)
         weight = self.penalty_weight
         if for_step and held and rule.shaped and self.training and placement is None:
@@ -427,7 +433,7 @@ class SparseAutoencoder(Parameters):
                 return self._densely(ready, goal, centred, denominator, weight)
         else:
             pre = self.pre_acts(ready.encoder_input, options).codes
-        if ledger is not None and pre.redone is not None and n:
+        if ledger is not None and isinstance(screen, Screen) and pre.redone is not None and n:
             ledger.note_redone(pre.redone / n)
         codes, penalty = self._activated(pre)
         bias = None if centred and not held else self.b_dec

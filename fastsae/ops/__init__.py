@@ -1,6 +1,7 @@
 """The functional interface of the engine, over the raw ops torch.ops.fastsae.*.
 
     encode.py           encode_topk, encode_above, encode_batch_topk; encode_by for your own selection; prepare_screen
+    held.py             HeldScreen: an encoder's low-precision copy, held while its weights rest
     products.py         decode, decode_error, active_dot, active_outer, by_latent
     update.py           update_latents_: the backward and the optimizer step of a whole SAE
     reconstruction.py   squared_errors, from which losses are built
@@ -19,10 +20,11 @@ dictionary, fastsae.BackendError for a backend that cannot serve.
 """
 
 from fastsae.ops.encode import encode_above, encode_batch_topk, encode_by, encode_topk, prepare_screen
+from fastsae.ops.held import HeldScreen
 from fastsae.ops.products import active_dot, active_outer, by_latent, decode, decode_error
 from fastsae.ops.update import update_latents_
 
 __all__ = [
-    "active_dot", "active_outer", "by_latent", "decode", "decode_error", "encode_above", "encode_batch_topk",
-    "encode_by", "encode_topk", "prepare_screen", "update_latents_",
+    "HeldScreen", "active_dot", "active_outer", "by_latent", "decode", "decode_error", "encode_above",
+    "encode_batch_topk", "encode_by", "encode_topk", "prepare_screen", "update_latents_",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from fastsae.ops import checks as check_that
 from fastsae.ops import ledger as ledgers
 from fastsae.ops import recorded
 from fastsae.ops.gradients import encoder_gradients, latent_sums
+from fastsae.ops.held import HeldScreen, plain_on_cpu
 from fastsae.ops.register import define, empty_ints, no_gradients
 
 _raw = torch.ops.fastsae
@@ -48,6 +49,20 @@ def screen_tensors(screen: Screen | None, backend: str | None) -> list[Tensor] |
     return screen.tensors
 
 
+def _encoding(
+    raw: Callable[[list[Tensor] | None], tuple[Tensor, ...]], screen: Screen | HeldScreen | None, x: Tensor, W: Tensor,
+    b: Tensor, k: int | None, backend: str | None, precision: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """raw(the screen's tensors): an encoder's results, the last of which is how many tokens it redid."""
+    if not isinstance(screen, HeldScreen):
+        return raw(screen_tensors(screen, backend))
+    current = screen.current(x, W, b, k, backend, precision)
+    found = raw(screen_tensors(current, backend))
+    if current is not None:
+        screen.served(x.shape[0], found[-1])
+    return found
+
+
 def _flat_input(x: Tensor, W: Tensor, check: bool) -> Tensor:
     flat = check_that.flat_rows("x", x, W.shape[-1])
     if check:
@@ -60,9 +75,7 @@ def infinite_as_nan(x: Tensor) -> Tensor:
 
     All other numbers keep their bits; x itself is returned if a CPU finds at once that all are finite.
     """
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
-    plain = plain and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    if plain and bool(torch.isfinite(x.detach().sum())):  # a sum that overflows only costs a copy
+    if plain_on_cpu(x) and bool(torch.isfinite(x.detach().sum())):  # a sum that overflows only costs a copy
         return x
     return torch.add(x, x, alpha=0)  # x + 0 · x, in one pass
 
@@ -109,7 +122,8 @@ def prepare_screen(
 ) -> Screen | None:
     """The low-precision copy of an encoder that the chosen backend screens with, or None if it needs none.
 
-    It goes stale when W changes: only `update_latents_` maintains it. Without it an encoder makes one in each call.
+    It goes stale when W changes: only `update_latents_` maintains it. Without it an encoder makes one in each call;
+    a `HeldScreen` keeps one for weights that rest, and notices changes.
     x (*batch, D) and k: a sample of what it will encode, by which a backend may choose its format and
     its basis. Speed depends on that choice; results do only with precision="screened", which trusts it.
     """
@@ -137,7 +151,7 @@ def encode_topk(
     scale: Tensor | None = None,
     index_offset: int = 0,
     pre_bias: Tensor | None = None,
-    screen: Screen | None = None,
+    screen: Screen | HeldScreen | None = None,
     precision: str = "exact",
     backend: str | None = None,
     check: bool = False,
@@ -151,10 +165,15 @@ def encode_topk(
     and d_sae of the codes is index_offset + M, at most 2³¹ - 1. Raises ValueError where k is not in 1..M (or
     1..capacity), and on the CPU IndexError for a row past M and ValueError for rows that do not ascend.
     """
-    flat, kept = _flat_input(x, W, check), screen_tensors(screen, backend)
+    flat = _flat_input(x, W, check)
+    if rows is not None and isinstance(screen, HeldScreen):
+        screen = None  # a copy is of all latents
 
     def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
-        acts, indices, redone = _raw.encode_topk(x, W, b, k, rows, scale, index_offset, kept, precision, backend)
+        def raw(kept: list[Tensor] | None) -> tuple[Tensor, ...]:
+            return _raw.encode_topk(x, W, b, k, rows, scale, index_offset, kept, precision, backend)
+
+        acts, indices, redone = _encoding(raw, screen, x, W, b, k, backend, precision)
         return SparseCodes(acts, indices, index_offset + W.shape[0], redone=redone)
 
     # The ledger's terms cover whole dictionaries and pre-acts without a scale.
@@ -176,7 +195,7 @@ def encode_topk_weighted(
     *,
     merge: Callable[[SparseCodes], SparseCodes] | None = None,
     pre_bias: Tensor | None = None,
-    screen: Screen | None = None,
+    screen: Screen | HeldScreen | None = None,
     precision: str = "exact",
     backend: str | None = None,
 ) -> SparseCodes:
@@ -280,7 +299,7 @@ def encode_above(
     capacity: int,
     *,
     pre_bias: Tensor | None = None,
-    screen: Screen | None = None,
+    screen: Screen | HeldScreen | None = None,
     precision: str = "exact",
     backend: str | None = None,
     check: bool = False,
@@ -290,12 +309,14 @@ def encode_above(
     threshold: a number, 0-d, (M,) or (*batch, 1). Ragged codes of `capacity` slots; when more latents are above, the
     first `capacity` in token order are kept and the 0-d bool `overflow` is True, on the device. NaN counts as above.
     """
-    flat, kept = _flat_input(x, W, check), screen_tensors(screen, backend)
-    bars = _flat_threshold(threshold, x, W)
+    flat, bars = _flat_input(x, W, check), _flat_threshold(threshold, x, W)
     overflows: list[Tensor] = []
 
     def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
-        found = _raw.encode_above(x, W, b, bars, capacity, kept, precision, backend)
+        def raw(kept: list[Tensor] | None) -> tuple[Tensor, ...]:
+            return _raw.encode_above(x, W, b, bars, capacity, kept, precision, backend)
+
+        found = _encoding(raw, screen, x, W, b, None, backend, precision)
         overflows.append(found[3])
         return SparseCodes(found[0], found[1], W.shape[0], found[2], redone=found[4])
 
@@ -370,7 +391,7 @@ def encode_batch_topk(
     k: int,
     *,
     pre_bias: Tensor | None = None,
-    screen: Screen | None = None,
+    screen: Screen | HeldScreen | None = None,
     precision: str = "exact",
     backend: str | None = None,
     check: bool = False,
@@ -379,10 +400,13 @@ def encode_batch_topk(
 
     A token with NaN or infinity in x has NaN at the first k latents; the other tokens get the same as without it.
     """
-    flat, kept = _flat_input(x, W, check), screen_tensors(screen, backend)
+    flat = _flat_input(x, W, check)
 
     def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
-        acts, indices, offsets, redone = _raw.encode_batch_topk(x, W, b, k, kept, precision, backend)
+        def raw(kept: list[Tensor] | None) -> tuple[Tensor, ...]:
+            return _raw.encode_batch_topk(x, W, b, k, kept, precision, backend)
+
+        acts, indices, offsets, redone = _encoding(raw, screen, x, W, b, k, backend, precision)
         return SparseCodes(acts, indices, W.shape[0], offsets, redone=redone)
 
     codes = encode_by(run, flat, W, b, pre_bias=pre_bias, backend=backend)

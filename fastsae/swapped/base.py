@@ -34,6 +34,8 @@ _raw = torch.ops.fastsae
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _were_many: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Of each module with a threshold: whether its last latents above were too many to go sparsely."""
+_resting: weakref.WeakKeyDictionary[Any, ops.HeldScreen] = weakref.WeakKeyDictionary()
+"""The encoder's low-precision copy of each module in eval mode. Not in the module, whose files are the library's."""
 
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 ROOM = 16
@@ -57,12 +59,12 @@ class EncoderInputs:
     W: Tensor
     b: Tensor
     pre_bias: Tensor | None
-    screen: Screen | None
+    screen: Screen | ops.HeldScreen | None
     ledger: ledgers.Ledger | None
 
     def noted(self, codes: SparseCodes) -> SparseCodes:
         """codes, after the ledger was told how well its screen served."""
-        if self.screen is not None and self.ledger is not None and codes.redone is not None and codes.n_tokens:
+        if isinstance(self.screen, Screen) and self.ledger is not None and codes.redone is not None and codes.n_tokens:
             self.ledger.note_redone(codes.redone / codes.n_tokens)
         return codes
 
@@ -244,8 +246,12 @@ class Swapped:
             b_dec = self.parameter("b_dec")
             pre_bias = None if ledger is None else b_dec
             x = x - (b_dec if ledger is None else b_dec.detach())
-        training = isinstance(self, nn.Module) and self.training
-        screen = None if ledger is None or not training else ledger.screen_for(x)
+        screen: Screen | ops.HeldScreen | None = None
+        if isinstance(self, nn.Module) and self.training:
+            _resting.pop(self, None)
+            screen = None if ledger is None else ledger.screen_for(x)
+        elif isinstance(self, nn.Module):
+            screen = _resting.setdefault(self, ops.HeldScreen())
         return EncoderInputs(x, self.rows("W_enc"), self.rows_of_bias(), pre_bias, screen, ledger)
 
     def rows_of_bias(self) -> Tensor:

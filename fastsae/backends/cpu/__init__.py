@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsae import _cpu, env
 from fastsae.backends import buffers
 from fastsae.backends.cpu.memory import CPU, DTYPES, codes, latent_order, matrix, numbers, sort
-from fastsae.backends.cpu.screen import encode_above, encode_batch_topk, encode_topk, prepare_screen
+from fastsae.backends.cpu.screen import encode_above, encode_batch_topk, encode_topk, hold_screen, prepare_screen
 from fastsae.backends.cpu.update import update_latents_
 from fastsae.reference import wide
 
@@ -96,5 +96,6 @@ def by_latent(acts: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int)
 
 __all__ = [
     "active_dot", "active_outer", "available", "by_latent", "by_name_only", "decode", "decode_error", "detail",
-    "encode_above", "encode_batch_topk", "encode_topk", "prepare_screen", "supports", "update_latents_",
+    "encode_above", "encode_batch_topk", "encode_topk", "hold_screen", "prepare_screen", "supports",
+    "update_latents_",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from fastsae import _cpu
 from fastsae.backends import buffers
 from fastsae.backends.blank import blank_tokens, with_blank
 from fastsae.backends.cpu.memory import CPU, matrix, numbers
-from fastsae.codes import Screen
+from fastsae.codes import Held, Screen
 
 _Tensors = list[Tensor]
 
@@ -114,6 +114,20 @@ def prepare_screen(W: Tensor, b: Tensor | None, x: Tensor | None, k: int | None)
     serves = None if x is None or k is None else partial(_topk_serves, x, W, bias, k, None, None)
     fmt, tensors = _best_copy(W, None, serves, x)
     return Screen(tensors, f"cpu/{fmt.name}")
+
+
+def hold_screen(held: Held | None, W: Tensor, b: Tensor, x: Tensor, k: int | None) -> tuple[Held | None, Screen | None]:
+    """A copy that later calls may use too, made once more than FEW tokens came: so many repay it."""
+    n = x.shape[0]
+    if n <= FEW_KEPT or _cpu.fastest_format(W.shape[1]) == _cpu.Format.f32:
+        return held, None
+    digest = _cpu.digest(matrix("W", W), torch.get_num_threads())
+    if held is None or held.digest != digest:
+        held = Held(digest)
+    if held.screen is None:
+        waited = held.waited + n
+        held = Held(digest, prepare_screen(W, b, x, k) if waited > FEW else None, waited)
+    return held, held.screen
 
 
 # 8 bits have twice the product rate of bf16 and a bound several times wider. If the bound lets in more rivals than this

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastsae import ops, reference
 from fastsae.codes import Screen, SparseCodes
 from fastsae.model.placement import Placement
+from fastsae.ops import HeldScreen
 
 RuleState = Mapping[str, Tensor]
 """A rule's parameters and buffers by name, and b_enc; "norms" too where it `selects_by_norm`."""
@@ -57,7 +58,7 @@ class EncodeOptions:
     placement: W is a part of the dictionary, or x of the batch, and latents compete with those of other processes.
     """
 
-    screen: Screen | None = None
+    screen: Screen | HeldScreen | None = None
     precision: str = "exact"
     backend: str | None = None
     pre_bias: Tensor | None = None
