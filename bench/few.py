@@ -1,8 +1,8 @@
 """`python -m bench.few`: how long encoding a few tokens takes on a CPU, and at how many tokens a narrow copy pays off.
 
-Contestants, in turns: dense PyTorch (pre-acts and torch.topk in float32); the engine; the engine with a copy of W that it
-holds between calls, as a module in eval mode does; with a kept copy (`prepare_screen`), as in training; and both forced
-to use a narrow copy for any number of tokens. All must find the same latents, which is checked first. Writes
+Contestants, in turns: dense PyTorch (pre-acts and torch.topk in float32); the engine; the engine with a copy of W that
+it holds between calls, as a module in eval mode does; with a kept copy (`prepare_screen`), as in training; and both
+forced to use a narrow copy for any number of tokens. All must find the same latents, which is checked first. Writes
 bench/results/<device>/few.json and renews docs/benchmarks.md from all devices' files.
 """
 
@@ -47,7 +47,8 @@ def contestants(x: Tensor, W: Tensor, b: Tensor, k: int) -> dict[str, Callable[[
             return engine(screen)
 
     return {
-        "dense": dense, "engine": engine, "engine, held copy": lambda: engine(held), "engine, kept copy": lambda: engine(kept),
+        "dense": dense, "engine": engine,
+        "engine, held copy": lambda: engine(held), "engine, kept copy": lambda: engine(kept),
         "through a copy": through_a_copy, "through a kept copy": lambda: through_a_copy(kept),
     }  # fmt: skip
 
