@@ -7,6 +7,8 @@ import torch
 
 from fastsae import reference
 from fastsae.model import losses
+from fastsae.model.dense import _column_counts
+from fastsae.ops.sums import fixed_sum
 from tests.dense_sae import DenseSAE, sae_for_test, tokens
 
 TARGET = torch.tensor([[0.0, 2.0], [3.0, 1.0]])
@@ -137,3 +139,29 @@ def test_aux_k_formula_is_the_reference():
     error = sae(x).recon - x
     got = losses.aux_k(codes, sae.W_dec, error, losses.aux_weight(dead.sum(), 5), 20)
     torch.testing.assert_close(got.detach(), truth, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 5), (1, 70_000), (3, 7), (400, 301)], ids=str)
+def test_a_fixed_sum_has_the_same_bits_for_any_number_of_threads(shape: tuple[int, int]) -> None:
+    t = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).requires_grad_()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(fixed_sum(t))
+    finally:
+        torch.set_num_threads(threads)
+    assert len({float(one) for one in found}) == 1
+    exact = t.detach().double()
+    assert abs(float(found[0]) - float(exact.sum())) <= 1e-6 * float(exact.abs().sum())
+    found[0].backward()
+    assert t.grad is not None
+    assert torch.equal(t.grad, torch.ones_like(t))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 255, 256, 600])
+def test_columns_are_counted_beyond_what_a_byte_holds(rows: int) -> None:
+    mask = torch.rand(rows, 5, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[:, 0] = True
+    mask[:, 1] = False
+    assert torch.equal(_column_counts(mask), mask.long().sum(0))

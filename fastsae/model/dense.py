@@ -185,8 +185,8 @@ def _whole_pass(
             gate_grad = torch.empty_like(gate_goal) if gate_grad is None else gate_grad
             gate_grad[here] = off
         run.backward(here, z, acts, missed.mul_(2 / denominator), more)
-        task.counts += (acts != 0).sum(0)
-        selected += rule.considered(z.detach(), rows).sum()
+        task.counts += _column_counts(acts.detach() != 0)
+        selected += _column_counts(rule.considered(z.detach(), rows)).sum()
     task.squares, task.selected = squares, selected
     total = squares / denominator
     if rule.penalizes:
@@ -196,6 +196,12 @@ def _whole_pass(
         task.losses["gate"] = gate_squares / denominator
         total = total + task.losses["gate"]
     return _Found(total, error, gate_grad, squares + gate_squares, run.finish(wide(error) * (2 / denominator)))
+
+
+def _column_counts(mask: Tensor) -> Tensor:
+    """How often each column of a bool (N, M) is true: int64 (M,). torch would first make int64 of all of the mask."""
+    parts = [rows.sum(0, dtype=torch.uint8) for rows in mask.view(torch.uint8).split(255)]
+    return torch.stack(parts).sum(0)
 
 
 class _Dense(torch.autograd.Function):

@@ -32,7 +32,7 @@ _SETTINGS = (
     "ghost", "ghost_coef", "dead_after", "loss",
 )  # fmt: skip
 
-DENSE_ABOVE = 0.04
+DENSE_ABOVE = 0.08
 """A threshold rule's training step is dense where more than this share of the latents is active."""
 
 
