@@ -6,6 +6,7 @@
 
 #include "narrow.h"
 #include "screen.h"
+#include "selection.h"
 
 namespace fastsae::FASTSAE_ISA {
 
@@ -22,22 +23,11 @@ inline EncodeArgs tokens_from(const EncodeArgs& a, int64_t first) {
   return part;
 }
 
-FASTSAE_INLINE int32_t sortable(float score) {
-  int32_t i;
-  std::memcpy(&i, &score, 4);
-  return score != score ? INT32_MAX : i ^ (i >> 31 & INT32_MAX);
-}
-FASTSAE_INLINE float from_sortable(int32_t key) {
-  if (key == INT32_MAX) return std::numeric_limits<float>::quiet_NaN();
-  const int32_t i = key ^ (key >> 31 & INT32_MAX);
-  float score;
-  std::memcpy(&score, &i, 4);
-  return score;
-}
 FASTSAE_INLINE Ranked rank_of(float score, int64_t index) {
   return Ranked(sortable(score)) * (int64_t(1) << 32) + int64_t(UINT32_MAX - uint32_t(index));
 }
-FASTSAE_INLINE float score_of(Ranked r) { return from_sortable(int32_t(r >> 32)); }
+FASTSAE_INLINE int32_t key_of(Ranked r) { return int32_t(r >> 32); }
+FASTSAE_INLINE float score_of(Ranked r) { return from_sortable(key_of(r)); }
 FASTSAE_INLINE int64_t index_of(Ranked r) { return int64_t(UINT32_MAX - uint32_t(r)); }
 
 // Leaves the `count` best in front, in no order.

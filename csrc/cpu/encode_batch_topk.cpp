@@ -79,10 +79,8 @@ void write_best(const Scored& all, int64_t wanted, const RaggedCodes& out) {
   int32_t worst = INT32_MIN;
   int64_t ties = count;   // how many of the worst score are chosen
   if (wanted && wanted < count) {
-    std::vector<int32_t> order = keys;
-    std::nth_element(order.begin(), order.begin() + wanted - 1, order.end(), std::greater<int32_t>());
-    worst = order[wanted - 1];
-    ties = wanted - std::count_if(order.begin(), order.begin() + wanted, [=](int32_t key) { return key > worst; });
+    worst = kth_largest(keys.data(), count, wanted);
+    ties = wanted - std::count_if(keys.begin(), keys.end(), [=](int32_t key) { return key > worst; });
   }
   int64_t slot = 0;
   for (int64_t n = 0; n + 1 < int64_t(all.offsets.size()); ++n) {
@@ -107,10 +105,7 @@ int64_t encode_batch_topk(const EncodeArgs& a, const RaggedCodes& out) {
     const double hits = double(wanted) * share * margin;
     const int64_t rank = int64_t(std::ceil(hits + 3 * std::sqrt(hits)));
     float bar = 0.f;
-    if (rank < int64_t(sample.size())) {
-      std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<float>());
-      bar = sample[rank];
-    }
+    if (rank < int64_t(sample.size())) bar = kth_largest(sample, rank + 1);
     const Scored all = score_above(a, bar);
     redone += all.scored_in_full;
     // A latent left out scores no more than the bar: as many as wanted above it are the best.

@@ -59,16 +59,17 @@ void keep_positive(const EncodeArgs& a, float score, int64_t i, std::vector<Rank
   if (!(score <= 0.f)) best.push_back(rank_of(score, a.latent(i)));
 }
 
-float kth_score(std::vector<Ranked>& best, int64_t k) {
+float kth_score(const std::vector<Ranked>& best, int64_t k) {
   if (k <= 0 || int64_t(best.size()) < k) return 0.f;
-  best_first(best, k);
-  return score_of(*std::min_element(best.begin(), best.begin() + k));
+  std::vector<int32_t> keys(best.size());
+  for (size_t i = 0; i < best.size(); ++i) keys[i] = key_of(best[i]);
+  return from_sortable(kth_largest(keys.data(), int64_t(keys.size()), k));
 }
 
 // One token's list, as it comes out of the screen.
 struct Shortlist {
   std::vector<int32_t> latents;
-  std::vector<float> bounds, low, sorted;   // the score is at most the bound and at least low
+  std::vector<float> bounds, low;   // the score is at most the bound and at least low
 
   void read(const ScreenCall& call, const Lists& lists, int64_t token) {
     const float* value = lists.value.get() + token * lists.capacity;
@@ -89,9 +90,7 @@ struct Shortlist {
   float certain_bar(int64_t k) {
     if (k <= 0) return std::numeric_limits<float>::infinity();
     if (k > int64_t(low.size())) return -std::numeric_limits<float>::infinity();
-    sorted = low;
-    std::nth_element(sorted.begin(), sorted.begin() + k - 1, sorted.end(), std::greater<float>());
-    return sorted[k - 1];
+    return kth_largest(low, k);
   }
 };
 
@@ -278,8 +277,9 @@ template <class T> void encode_in_full(const EncodeArgs& a, const std::vector<in
           if (score < best.bar) continue;
           keep_positive(a, score, i, best.found);
           if (best.found.size() < most) continue;
-          best.bar = kth_score(best.found, a.k);
+          best_first(best.found, a.k);
           best.found.resize(a.k);
+          best.bar = kth_score(best.found, a.k);
         }
       }
     });

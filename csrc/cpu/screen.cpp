@@ -7,6 +7,7 @@
 
 #include "narrow.h"
 #include "registry.h"
+#include "selection.h"
 
 namespace fastsae::FASTSAE_ISA {
 
@@ -66,9 +67,8 @@ void prune(const ScreenCall& call, Lists& lists, int64_t token) {
   }
   float bar = lists.bar[token];
   if (lists.keep > 0 && lists.keep <= size) {
-    std::nth_element(low.begin(), low.begin() + lists.keep - 1, low.end(), std::greater<float>());
     // Strictly below, so that an equal score with a lower index stays in the race.
-    bar = std::max(bar, std::nextafter(low[lists.keep - 1], -std::numeric_limits<float>::infinity()));
+    bar = std::max(bar, std::nextafter(kth_largest(low, lists.keep), -std::numeric_limits<float>::infinity()));
   }
   int64_t kept = 0;
   for (int64_t i = 0; i < size; ++i)
