@@ -1,21 +1,23 @@
-"""Describes this machine and its floors, measured in the same run: copied bytes and product operations per second."""
+"""Describes this machine and its floors, from rates measured in the same run."""
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import json
 import platform
 import re
+import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from bench.cases import Case
-from bench.timing import interleaved
+from fastsae import env
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERESTING_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
@@ -23,46 +25,48 @@ INTERESTING_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx5
 
 @dataclass(frozen=True)
 class Floors:
-    """Measured rates: copy_gbs counts bytes read and written; torch's best products in 1e12 operations per second."""
+    """Rates that bench/probe.cpp measured, of all threads together: reads from L2, L3 and memory and copies (which
+    count bytes read and written) in 1e9 bytes per second, products from registers in 1e12 operations; 0: no such
+    instruction.
+    """
 
     copy_gbs: float
+    read_gbs: float
+    l3_gbs: float
+    l2_gbs: float
     fp32_tflops: float
-    bf16_tflops: float
-    int8_tops: float
+    bf16_tflops: float = 0.0
+    int8_tops: float = 0.0
+    amx_bf16_tflops: float = 0.0
+    amx_int8_tops: float = 0.0
 
     @property
     def best_product(self) -> float:
-        """Operations per second of the fastest of the three."""
-        return max(self.fp32_tflops, self.bf16_tflops, self.int8_tops) * 1e12
+        """Operations per second of the fastest unit."""
+        units = (self.fp32_tflops, self.bf16_tflops, self.int8_tops, self.amx_bf16_tflops, self.amx_int8_tops)
+        return max(units) * 1e12
 
 
-def measure_floors(rounds: int = 5, scale: int = 1) -> Floors:
-    """The machine's rates with torch's present thread count. scale > 1 shrinks the tensors, for tests."""
-    n = 64_000_000 // scale  # 256 MB a tensor: far beyond any cache
-    source, target = torch.ones(n), torch.empty(n)
-    rows, width, columns = max(4096 // scale, 64), max(768 // scale, 64), max(4096 // scale, 64)
-    shapes = {"wide": (rows, width, columns), "square": (rows // 2, rows // 2, rows // 2)}
-    calls: dict[str, Callable[[], object]] = {"copy": partial(target.copy_, source)}
-    flops = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape, (a, b, c) in shapes.items():
-            left, right = torch.randn(a, b).to(dtype), torch.randn(c, b).to(dtype)
-            out = torch.empty(a, c, dtype=dtype)
-            name = f"{dtype}-{shape}"
-            flops[name] = 2 * a * b * c
-            calls[name] = partial(torch.mm, left, right.T, out=out)
-    for shape, (a, b, c) in shapes.items():
-        left, right = (torch.randint(-127, 128, size, dtype=torch.int8) for size in ((a, b), (c, b)))
-        name = f"{torch.int8}-{shape}"
-        flops[name] = 2 * a * b * c
-        calls[name] = partial(torch._int_mm, left, right.T)
-    times = interleaved(calls, rounds=rounds, min_seconds=0.2 / scale, warmup=2)
+def measure_floors(seconds: float = 0.5) -> Floors:
+    """The machine's rates with torch's present thread count, in so many seconds each. Raises FileNotFoundError without
+    a C++ compiler."""
+    widest = env.cpu_isa() or "all"
+    done = subprocess.run(
+        [probe(), str(torch.get_num_threads()), str(seconds), widest], capture_output=True, text=True, check=True
+    )
+    return Floors(**json.loads(done.stdout))
 
-    def best(dtype: torch.dtype) -> float:
-        return max(flops[name] / times[name].p20 for name in flops if name.startswith(str(dtype))) / 1e12
 
-    copied = 2 * n * source.element_size()
-    return Floors(copied / times["copy"].p20 / 1e9, best(torch.float32), best(torch.bfloat16), best(torch.int8))
+@cache
+def probe() -> str:
+    """The path of the compiled bench/probe.cpp; compiled once a process."""
+    if shutil.which("c++") is None:
+        raise FileNotFoundError("bench/probe.cpp measures the machine's rates: install a C++ compiler (c++)")
+    folder = tempfile.mkdtemp(prefix="fastsae-probe-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = f"{folder}/probe"
+    subprocess.run(["c++", "-O2", "-std=c++17", "-fopenmp", ROOT / "bench" / "probe.cpp", "-o", path], check=True)
+    return path
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,13 @@ class StepFloor:
 def step_floor(case: Case, floors: Floors) -> StepFloor:
     """Arithmetic from the measured rates, fp32 weights and moments:
 
-    encode   the product N·M·D at the best of torch's rates, and one gather of N·K rows for exact scores
+    encode   the product N·M·D at the fastest unit's rate, and one gather of N·K rows for exact scores
     decode   one gather of N·K rows of D
     update   two gathers (the output's gradient and x) and, for each of the 2·M·D weights, w, m and v read and written
              (24 bytes), with the encoder's 2-byte copy written beside it
-    Gathers are read once at half the copy rate, which counts a byte when read and again when written.
+    A gather reads each row once, as fast as L3 gives it.
     """
-    gather = case.N * case.K * case.D * 4 / (floors.copy_gbs * 1e9)
+    gather = case.N * case.K * case.D * 4 / (floors.l3_gbs * 1e9)
     product = 2 * case.N * case.M * case.D / floors.best_product
     adam = case.M * case.D * (2 * 24 + 2) / (floors.copy_gbs * 1e9)
     return StepFloor(encode=product + gather, decode=gather, update=2 * gather + adam)

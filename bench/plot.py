@@ -139,10 +139,24 @@ def provenance(result: dict[str, Any]) -> str:
     m, floors, own = result["machine"], result["floors"], engine(result)
     return (
         f"{m['device']} ({', '.join(m['flags'])}), {m['threads']} threads, torch {m['torch']}, commit {m['commit']}, "
-        f"{m['date'][:10]}; fastsae used {own['isa']} and screened in {own['screening']}. Measured beside it: copies "
-        f"{floors['copy_gbs']:.1f} GB/s, torch's best product {floors['fp32_tflops']:.2f} TFLOP/s in fp32 and "
-        f"{floors['bf16_tflops']:.2f} in bf16, {floors['int8_tops']:.2f} TOP/s in int8."
+        f"{m['date'][:10]}; fastsae used {own['isa']} and screened in {own['screening']}. Measured beside it: "
+        f"{rates(floors)}."
     )
+
+
+def rates(floors: dict[str, Any]) -> str:
+    """The machine's rates in words. Older results have those of torch's best products, not of the units."""
+    copies, fp32 = f"copies {floors['copy_gbs']:.1f} GB/s", f"{floors['fp32_tflops']:.2f} TFLOP/s in fp32"
+    if "l3_gbs" not in floors:
+        bf16, int8 = f"{floors['bf16_tflops']:.2f} in bf16", f"{floors['int8_tops']:.2f} TOP/s in int8"
+        return f"{copies}, torch's best product {fp32} and {bf16}, {int8}"
+    others = (
+        ("bf16_tflops", "TFLOP/s in bf16"), ("int8_tops", "TOP/s in int8"),
+        ("amx_bf16_tflops", "TFLOP/s in bf16 by AMX"), ("amx_int8_tops", "TOP/s in int8 by AMX"),
+    )  # fmt: skip
+    units = [fp32, *(f"{floors[key]:.2f} {unit}" for key, unit in others if floors[key])]
+    cached = f"{floors['l2_gbs']:.0f} GB/s from L2, {floors['l3_gbs']:.0f} from L3"
+    return f"{', '.join(units)}; reads of {cached}, {floors['read_gbs']:.1f} from memory, {copies}"
 
 
 def headline(results_folder: Path, readme: Path) -> str:

@@ -194,7 +194,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         case = cases.quick(case)
     say(f"{name}: N={case.N} D={case.D} M={case.M} K={case.K}, {case.distribution} inputs, {case.weights} weights")
     inputs = cases.build(case, real.rows, real.trained)
-    floors = machine.measure_floors(rounds=1, scale=64) if options.quick else machine.measure_floors()
+    floors = machine.measure_floors(seconds=0.01) if options.quick else machine.measure_floors()
     taking_part, left_out = checked(case, inputs, options.contestants)
     timed = time_case(inputs, case.K, taking_part, options.rounds, options.turn)
     del taking_part

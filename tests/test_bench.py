@@ -20,7 +20,7 @@ from bench.dense import Dense, SparseEager
 from bench.ours import Fused, FusedByPart
 from bench.run import main
 from bench.timing import Mark, Sample, Stopwatch, interleaved, unmarked
-from fastsae import Screen, SparseCodes, ops
+from fastsae import Screen, SparseCodes, env, ops
 from fastsae.data import save_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,13 +185,24 @@ def test_stopwatch_names_the_parts_of_a_step() -> None:
 
 
 def test_step_floor_is_the_arithmetic_it_says() -> None:
-    floors = machine.Floors(copy_gbs=50, fp32_tflops=0.1, bf16_tflops=1, int8_tops=0.5)
+    floors = machine.Floors(50, read_gbs=40, l3_gbs=80, l2_gbs=200, fp32_tflops=0.1, bf16_tflops=1, int8_tops=0.5)
     floor = machine.step_floor(Case("x", N=1000, D=500, M=10_000, K=10), floors)
-    assert floor.decode == pytest.approx(1000 * 10 * 500 * 4 / 50e9)
+    assert floor.decode == pytest.approx(1000 * 10 * 500 * 4 / 80e9)
     assert floor.encode == pytest.approx(2 * 1000 * 500 * 10_000 / 1e12 + floor.decode)
     assert floor.update == pytest.approx(2 * floor.decode + 10_000 * 500 * 50 / 50e9)
-    measured = machine.measure_floors(rounds=1, scale=256)
-    assert min(measured.copy_gbs, measured.fp32_tflops, measured.bf16_tflops, measured.int8_tops) > 0
+    assert machine.Floors(1, 1, 1, 1, 0.1, int8_tops=3, amx_bf16_tflops=5).best_product == 5e12
+
+
+@pytest.mark.parametrize("widest", ["base", "avx2", None])
+def test_the_rates_of_this_machine_are_those_of_its_units(widest: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "cpu_isa", lambda: widest)
+    found, flags = machine.measure_floors(seconds=0.01), machine.cpu_flags()
+    assert min(found.copy_gbs, found.read_gbs, found.l3_gbs, found.l2_gbs, found.fp32_tflops) > 0
+    units = {"avx512_bf16": found.bf16_tflops, "amx_bf16": found.amx_bf16_tflops, "amx_int8": found.amx_int8_tops}
+    for flag, rate in units.items():
+        assert (rate > 0) == (flag in flags and widest is None), (flag, rate)
+    by_vnni = "avx512_vnni" in flags and widest is None
+    assert (found.int8_tops > 0) == (by_vnni or ("avx_vnni" in flags and widest != "base"))
 
 
 def test_peak_memory_sees_what_a_step_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
