@@ -24,7 +24,7 @@ from fastsae.training.step import FusedTrainStep
 
 if TYPE_CHECKING:
     from fastsae.data.splice import splice, steer
-    from fastsae.hosts import as_saebench, as_saelens, register_saelens
+    from fastsae.hosts import as_saebench, as_saelens, register_saelens, split_signs
     from fastsae.runs.evaluate import evaluate
     from fastsae.runs.spliced import spliced_loss
     from fastsae.swapped import accelerate, unaccelerate
@@ -38,6 +38,7 @@ _LATER = {
     "evaluate": "fastsae.runs.evaluate",
     "register_saelens": "fastsae.hosts",
     "splice": "fastsae.data.splice",
+    "split_signs": "fastsae.hosts",
     "spliced_loss": "fastsae.runs.spliced",
     "steer": "fastsae.data.splice",
     "unaccelerate": "fastsae.swapped",
@@ -93,5 +94,5 @@ __all__ = [
     "FusedTrainStep", "Gated", "GroupMax", "HierarchicalTopK", "JumpReLU", "LatentOrder", "Matryoshka", "ReLU",
     "SAEBatch", "Schedule", "Screen", "SparseAutoencoder", "SparseCodes", "TopK", "UpdateTerm", "accelerate",
     "as_saebench", "as_saelens", "backends", "evaluate", "load", "ops", "optim", "parallel", "push_to_hub",
-    "register_saelens", "resample_", "save", "splice", "spliced_loss", "steer", "unaccelerate",
+    "register_saelens", "resample_", "save", "splice", "spliced_loss", "split_signs", "steer", "unaccelerate",
 ]  # fmt: skip

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,8 +99,84 @@ def test_saelens_saves_and_loads_it(tmp_path: Path) -> None:
         assert torch.equal(again(x), theirs(x))
         assert again.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert again.to(torch.float64).encode(x.double()).dtype == torch.float64
-    with pytest.raises(NotImplementedError, match="decoder_norm is 'free', expected 'unit'"):
-        sae_lens.SAE.load_from_disk(tmp_path, fold_W_dec_norm=True)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_norms_are_folded_into_acts(name: str, tmp_path: Path) -> None:
+    """By SAELens' own call: the same latents and reconstructions, rows of norm 1, and acts times the norms."""
+    sae_lens = pytest.importorskip("sae_lens")
+    sae = family_sae(RULES[name]).eval()
+    norms = sae.W_dec.detach().norm(dim=1)
+    assert float((norms - 1).abs().max()) > 0.05
+    theirs = fastsae.as_saelens(sae, model_name="gpt2", hook_name="blocks.1.hook_resid_post")
+    assert theirs.W_dec is sae.W_dec
+    theirs.save_model(tmp_path / "plain")
+    x, before = tokens(seed=3).view(37, 1, D), sae.W_dec.detach().clone()
+    out = sae(x)
+    theirs.fold_W_dec_norm()
+    loaded = sae_lens.SAE.load_from_disk(tmp_path / "plain", fold_W_dec_norm=True, dtype="float64")
+    theirs.save_model(tmp_path / "folded")
+    again = sae_lens.SAE.load_from_disk(tmp_path / "folded", dtype="float64")
+    again.fold_W_dec_norm()  # once more changes nothing
+    for one in (theirs, loaded, again):
+        torch.testing.assert_close(one.W_dec.norm(dim=1), torch.ones_like(norms), **EXACT)
+        torch.testing.assert_close(one.encode(x), out.codes.to_dense() * norms, **EXACT)
+        torch.testing.assert_close(one(x), out.recon, **EXACT)
+        recon, cache = one.run_with_cache(x)
+        torch.testing.assert_close(cache["hook_sae_acts_post"], out.codes.to_dense() * norms, rtol=1e-10, atol=1e-12)
+        by_hand = (x - sae.b_dec if sae.pre_bias else x) @ one.W_enc + one.b_enc
+        if sae.norm.mode == "none":
+            torch.testing.assert_close(cache["hook_sae_acts_pre"], by_hand, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(recon, out.recon, rtol=1e-10, atol=1e-12)
+    assert torch.equal(sae.W_dec, before)
+
+
+def test_a_decoder_row_of_0_is_folded_too() -> None:
+    pytest.importorskip("sae_lens")
+    sae = family_sae(RULES["relu"]).eval()
+    with torch.no_grad():
+        sae.W_dec[4] = 0
+    theirs = fastsae.as_saelens(sae, model_name="gpt2", hook_name="blocks.1.hook_resid_post")
+    theirs.fold_W_dec_norm()
+    torch.testing.assert_close(theirs(tokens()), sae(tokens()).recon, **EXACT)
+
+
+# -- acts of either sign -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"tied": True}, {"skip": True}, {"normalize": "constant", "decoder_norm": "unit"}], ids=str
+)
+def test_signs_are_split(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Twice the latents, none negative, and the same reconstruction; it trains, and is saved as any other."""
+    sae = family_sae(RULES["abs_topk"], **settings).eval()
+    x = tokens(seed=3)
+    acts, recon = sae.encode(x).to_dense(), sae(x).recon
+    split = fastsae.split_signs(sae)
+    found = split.encode(x).to_dense()
+    assert bool((acts < 0).any())
+    assert not split.training
+    torch.testing.assert_close(found, torch.cat([acts.clamp(min=0), (-acts).clamp(min=0)], -1), **EXACT)
+    torch.testing.assert_close(split(x).recon, recon, **EXACT)
+    assert not {p.data_ptr() for p in split.parameters()} & {p.data_ptr() for p in sae.parameters()}
+    again = fastsae.load(fastsae.save(split, tmp_path))
+    torch.testing.assert_close(again(x).recon, recon, **EXACT)
+    with pytest.raises(ValueError, match=r"split_signs got an SAE with TopK\(k=5.*expected AbsTopK"):
+        fastsae.split_signs(split)
+
+
+def test_acts_of_either_sign_are_warned_of() -> None:
+    """At the call, and where SAEDashboard and Neuronpedia's exporter begin, which read an SAE from disk."""
+    pytest.importorskip("sae_lens")
+    sae = family_sae(RULES["abs_topk"]).eval()
+    said = r"positive acts only\. fastsae\.split_signs\(sae\) gives the same SAE"
+    with pytest.warns(UserWarning, match=said):
+        theirs = fastsae.as_saelens(sae, model_name="gpt2", hook_name="blocks.1.hook_resid_post")
+    with pytest.warns(UserWarning, match=said):
+        theirs.fold_W_dec_norm()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastsae.as_saelens(fastsae.split_signs(sae), model_name="gpt2", hook_name="x").fold_W_dec_norm()
 
 
 def test_saelens_steers_a_model_with_it() -> None:
@@ -137,9 +215,10 @@ def test_saelens_steers_a_model_with_it() -> None:
     torch.testing.assert_close(steered, model.run_with_hooks(ids, fwd_hooks=[(hook, by_hand)]))
 
 
-@pytest.mark.parametrize("name", ["topk", "gated", "jumprelu", "relu"])
-def test_a_dashboard_and_neuronpedias_exporter_show_it(name: str, tmp_path: Path) -> None:
-    """Loaded from disk by SAELens; the acts that end up in Neuronpedia's JSON are those of the SAE."""
+@pytest.mark.parametrize("norm", ["unit", "free"])
+@pytest.mark.parametrize("name", ["topk", "gated", "jumprelu", "relu", "abs_topk"])
+def test_a_dashboard_and_neuronpedias_exporter_show_it(name: str, norm: str, tmp_path: Path) -> None:
+    """Loaded from disk by SAELens; the acts that end up in Neuronpedia's JSON are those of the SAE, times its norms."""
     sae_lens = pytest.importorskip("sae_lens")
     pytest.importorskip("sae_dashboard")
     from sae_dashboard.neuronpedia.neuronpedia_converter import NeuronpediaConverter
@@ -154,15 +233,22 @@ def test_a_dashboard_and_neuronpedias_exporter_show_it(name: str, tmp_path: Path
         n_layers=2, d_model=D, n_ctx=24, d_head=6, d_vocab=vocabulary, act_fn="relu", seed=0, device="cpu"
     ))  # fmt: skip
     ids = torch.randint(0, vocabulary, (40, 24))
-    sae = family_sae(RULES[name], decoder_norm="unit", dtype=torch.float32).eval()
+    sae = family_sae(RULES[name], decoder_norm=norm, dtype=torch.float32).eval()
+    if name == "abs_topk":
+        sae = fastsae.split_signs(sae)
     fastsae.as_saelens(sae, model_name="toy", hook_name=hook).save_model(tmp_path)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
     before = {key: value.clone() for key, value in theirs.state_dict().items()}
     with torch.no_grad():
         _, cache = model.run_with_cache(ids)
-        expected = sae.encode(cache[hook]).to_dense()[..., latents]
+        acts = sae.encode(cache[hook]).to_dense() * sae.W_dec.norm(dim=1)
+        if name == "abs_topk":  # the one of positive acts and the one of negative acts that fire most
+            often = (acts > 0).flatten(0, -2).sum(0)
+            latents = [int(often[:M].argmax()), M + int(often[M:].argmax())]
+        expected = acts[..., latents]
 
     cfg = SaeVisConfig(hook_point=hook, features=latents, minibatch_size_tokens=16, minibatch_size_features=2)
+    theirs.fold_W_dec_norm()  # as its runners begin
     acts = FeatureDataGeneratorFactory.create(cfg, model, theirs, ids).get_feature_data(latents)[0]
     torch.testing.assert_close(acts, expected)
 
@@ -189,20 +275,30 @@ def test_registering_twice_is_fine() -> None:
 # -- SAEBench ----------------------------------------------------------------------------------------------------------
 
 
-def test_saebench_takes_it() -> None:
+@pytest.mark.parametrize("norm", ["unit", "free"])
+def test_saebench_takes_it(norm: str) -> None:
+    """Acts are those of rows of norm 1, which SAEBench asks for."""
     pytest.importorskip("sae_bench")
     from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
+    from sae_bench.sae_bench_utils.general_utils import check_decoder_norms
 
-    sae = family_sae(fastsae.TopK(5), dtype=torch.float32)
+    sae = family_sae(fastsae.TopK(5), decoder_norm=norm, dtype=torch.float32)
     theirs = fastsae.as_saebench(sae, model_name="gpt2", hook_layer=3)
     x = tokens(24).float().view(4, 6, D)
+    norms = sae.W_dec.detach().norm(dim=1)
+    assert check_decoder_norms(theirs.W_dec.data)
     got = get_sae_meaned_activations({"a": x}, theirs, sae_batch_size=3)["a"]
-    torch.testing.assert_close(got, sae.encode(x).to_dense().mean(1))
+    torch.testing.assert_close(got, (sae.encode(x).to_dense() * norms).mean(1))
     torch.testing.assert_close(theirs(x), sae(x).recon)
+    acts = theirs.encode(x)
+    torch.testing.assert_close(acts @ theirs.W_dec + theirs.b_dec, sae(x).recon)
+    pre = (x - theirs.b_dec) @ theirs.W_enc + theirs.b_enc
+    torch.testing.assert_close(acts, torch.where(acts > 0, pre, 0.0), rtol=1e-5, atol=1e-6)
     assert theirs.cfg.hook_name == "blocks.3.hook_resid_post"
     assert theirs.cfg.to_dict()["d_sae"] == M
     moved = theirs.to(dtype=torch.bfloat16)
     assert (moved.dtype, moved.cfg.dtype, moved.W_dec.dtype) == (torch.bfloat16, "bfloat16", torch.bfloat16)
+    assert check_decoder_norms(moved.W_dec.data)
 
 
 def test_importing_fastsae_imports_neither() -> None:

@@ -2,6 +2,7 @@
 
     saelens.py        a class for SAELens: HookedSAETransformer, its dashboard and exporters
     saebench.py       a module for SAEBench's evaluations
+    signs.py          for both: an SAE whose acts have either sign as one whose acts are never negative
 
 These libraries are imported when one of the functions is called, and never by `import fastsae`.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastsae.hosts.signs import say_signs, split_signs
 from fastsae.model.norm import PER_TOKEN
 from fastsae.model.sae import SparseAutoencoder, as_sae
 
@@ -36,8 +38,9 @@ def as_saelens(sae: SparseAutoencoder, **metadata: Any) -> FastSAE:
     """`sae` as an SAE of SAELens, which shares its parameters: for HookedSAETransformer, dashboards and exporters.
 
     metadata: what SAELens needs to know about its use, such as model_name="gpt2", hook_name="blocks.8.hook_resid_pre".
-    Acts are dense, (*batch, d_sae). Raises ValueError for one that SAELens cannot run: a transcoder, a crosscoder or
-    one with a skip connection; ImportError without SAELens.
+    Acts are dense, (*batch, d_sae). Warns of AbsTopK, whose negative acts SAELens' dashboards do not show: see
+    `split_signs`. Raises ValueError for one that SAELens cannot run: a transcoder, a crosscoder or one with a skip
+    connection; ImportError without SAELens.
     """
     found = register_saelens()
     sae = usable(sae, "SAELens")
@@ -54,7 +57,8 @@ def as_saebench(
 ) -> SAEBenchModule:
     """`sae` as SAEBench takes one, sharing its parameters: `selected_saes=[("name", fastsae.as_saebench(sae, ...))]`.
 
-    hook_name: left out, the residual stream after block hook_layer. Raises as `as_saelens`, for SAEBench.
+    hook_name: left out, the residual stream after block hook_layer. Norms of decoder rows other than 1 are multiplied
+    into acts. Warns and raises as `as_saelens`, for SAEBench.
     """
     _imported("sae_bench.custom_saes.custom_sae_config", "SAEBench", "sae-bench")
     from fastsae.hosts.saebench import SAEBenchModule
@@ -75,6 +79,7 @@ def usable(sae: SparseAutoencoder, host: str) -> SparseAutoencoder:
         raise ValueError(
             f"the SAE is or has {' and '.join(found)}; {host} decodes acts alone, from one stream into the same one"
         )
+    say_signs(sae, host)
     return sae
 
 
@@ -83,3 +88,6 @@ def _imported(module: str, library: str, package: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(f"{library} is not installed ({error}): pip install {package}") from error
+
+
+__all__ = ["as_saebench", "as_saelens", "register_saelens", "split_signs", "usable"]

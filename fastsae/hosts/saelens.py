@@ -11,15 +11,26 @@ from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 
-from fastsae.hosts.dense import acts_of_pre_acts, at_inference, decode_dense, encode_dense, pre_acts_dense
+from fastsae.hosts.dense import (
+    acts_of_pre_acts,
+    at_inference,
+    decode_dense,
+    encode_dense,
+    norms_to_fold,
+    over,
+    pre_acts_dense,
+    times,
+)
+from fastsae.hosts.signs import say_signs
 from fastsae.model.sae import SparseAutoencoder
 
 
 @dataclass
 class FastSAEConfig(SAEConfig):
-    """SAELens's settings, with those of the SparseAutoencoder in `sae`."""
+    """SAELens's settings, with those of the SparseAutoencoder in `sae`. folded: whether norms are folded into acts."""
 
     sae: dict[str, Any] = field(default_factory=dict)
+    folded: bool = False
 
     @classmethod
     def architecture(cls) -> str:
@@ -47,6 +58,8 @@ class FastSAE(SAE[FastSAEConfig]):
 
     def initialize_weights(self) -> None:
         self.sae = SparseAutoencoder.from_config(self.cfg.sae, dtype=self.dtype, device=self.device).eval()
+        self.norms: Tensor | None
+        self.register_buffer("norms", norms_to_fold(self.sae) if self.cfg.folded else None)
 
     def get_activation_fn(self) -> TopK:
         """What tells tools that the acts of some latents need those of all, as SAEDashboard asks; it is not called."""
@@ -55,15 +68,15 @@ class FastSAE(SAE[FastSAEConfig]):
     # SAELens's tools read these; assigning to them is not meant.
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]
-        return self.sae.encoder_weight.mT
+        return times(self.sae.encoder_weight.mT, self.norms)
 
     @property
-    def W_dec(self) -> nn.Parameter:  # type: ignore[override]
-        return self.sae.W_dec
+    def W_dec(self) -> Tensor:  # type: ignore[override]
+        return self.sae.W_dec if self.norms is None else over(self.sae.W_dec, self.norms[:, None])
 
     @property
-    def b_enc(self) -> nn.Parameter:
-        return self.sae.b_enc
+    def b_enc(self) -> Tensor:
+        return times(self.sae.b_enc, self.norms)
 
     @property
     def b_dec(self) -> nn.Parameter:  # type: ignore[override]
@@ -72,13 +85,14 @@ class FastSAE(SAE[FastSAEConfig]):
     def encode(self, x: Tensor) -> Tensor:
         x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
         if self.hook_sae_acts_pre._forward_hooks:
-            acts = acts_of_pre_acts(self.sae, self.hook_sae_acts_pre(pre_acts_dense(self.sae, x)))
+            pre = self.hook_sae_acts_pre(pre_acts_dense(self.sae, x, self.norms))
+            acts = acts_of_pre_acts(self.sae, pre, self.norms)
         else:
-            acts = encode_dense(self.sae, x)
+            acts = encode_dense(self.sae, x, self.norms)
         return self.hook_sae_acts_post(acts)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        recon = self.hook_sae_recons(decode_dense(self.sae, feature_acts))
+        recon = self.hook_sae_recons(decode_dense(self.sae, feature_acts, self.norms))
         return self.reshape_fn_out(recon, self.d_head)
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -88,15 +102,14 @@ class FastSAE(SAE[FastSAEConfig]):
                 state_dict[name] = state_dict[name].to(own.dtype)
 
     def fold_W_dec_norm(self) -> None:
-        """Nothing where rows have norm 1, as SAEDashboard and Neuronpedia's exporter, which call it, want them.
+        """Gives W_dec rows of norm 1 and multiplies acts by the norms, as SAEDashboard and Neuronpedia's exporter want.
 
-        Raises NotImplementedError otherwise: the rule's thresholds and k would have to follow.
+        The parameters of the SAE stay as they are, and so do reconstructions and which latents are active. The norms
+        are those at the time of this call. Warns of AbsTopK, whose negative acts these tools do not show.
         """
-        if self.sae.decoder_norm != "unit":
-            raise NotImplementedError(
-                f"decoder_norm is {self.sae.decoder_norm!r}, expected 'unit', whose rows have norm 1: norms are not "
-                "folded into an SAE of fastsae"
-            )
+        say_signs(self.sae, "SAELens")
+        self.norms = norms_to_fold(self.sae)
+        self.cfg.folded = self.norms is not None
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Raises NotImplementedError: an SAE of fastsae has its own input scale."""
