@@ -42,14 +42,14 @@ def test_its_trainer(name: str, tmp_path: Path) -> None:
     made = [make(name, 0), fastsae.accelerate(make(name, 0))]
     for i, module in enumerate(made):
         config = trainer.TrainerConfig(
-            lr=3e-3, l1_coefficient=0.01, initial_k=8, k_warmup_steps=10, total_training_tokens=24 * 40,
+            lr=3e-3, l1_coefficient=0.01, initial_k=8, k_warmup_steps=10, total_training_tokens=24 * 50,
             amp_dtype=torch.float32, auxk_coefficient=0.05 if "topk" in name else None, dead_threshold=60, k_aux=3,
             sparsity_loss_type="power", clip_grad_norm=1.0, log_frequency=10, n_checkpoints=1, lr_warm_up_steps=5,
             exp_result_path=str(tmp_path / str(i)), lr_scheduler_name="constantwithwarmup",
         )  # fmt: skip
         tokens = torch.arange(24, dtype=torch.int64)
         known = {"tokens": tokens, "mask": torch.ones(24, dtype=torch.float64)}
-        stream = ({"in": inputs(j), "out": inputs(j).flip(0), **known} for j in range(50))
+        stream = ({"in": inputs(j), "out": inputs(j).flip(0), **known} for j in range(60))
         trainer.Trainer(config).fit(module, stream)
     for p, q in zip(made[0].parameters(), made[1].parameters(), strict=True):
         close(q, p)
