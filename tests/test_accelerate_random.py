@@ -49,6 +49,10 @@ def jumprelu(m: int) -> Drawn:
     )  # fmt: skip
 
 
+def across() -> Drawn:
+    return fixed(apply_b_dec_to_input=st.just(False))
+
+
 def fixed(**drawn: st.SearchStrategy[Any]) -> Drawn:
     return st.fixed_dictionaries(drawn)
 
@@ -72,6 +76,10 @@ CONFIGURATIONS: dict[str, Callable[[int], Drawn]] = {
     "lens-standard": lens,
     "lens-jumprelu": lens,
     "lens-gated": lens,
+    "lens-transcoder": lambda m: across(),
+    "lens-skip": lambda m: across(),
+    "lens-jumprelu-transcoder": lambda m: across(),
+    "lens-jumprelu-skip": lambda m: across(),
     "sparsify": lambda m: fixed(
         k=st.integers(1, max(1, m // 4)), transcode=flags, skip_connection=flags, multi_topk=flags,
         normalize_decoder=flags,
@@ -103,6 +111,7 @@ CONFIGURATIONS: dict[str, Callable[[int], Drawn]] = {
     ),
 }  # fmt: skip
 """By the name of a case: what is drawn for m latents."""
+ACROSS = [name for name in CONFIGURATIONS if name.startswith("lens") and name.endswith(("transcoder", "skip"))]
 
 
 @st.composite
@@ -110,6 +119,8 @@ def configuration(draw: st.DrawFn, name: str) -> tuple[dict[str, Any], int, int,
     """Settings with their sizes, tokens, a seed, and by how much biases are lowered."""
     m = draw(st.integers(4, 70))
     chosen = {"d_in": draw(st.integers(2, 20)), "d_sae": m, **draw(CONFIGURATIONS[name](m))}
+    if name in ACROSS:
+        chosen["d_out"] = chosen["d_in"]  # as the loss of these cases takes it
     return chosen, draw(st.integers(2, 40)), draw(st.integers(0, 99)), draw(st.floats(-1.0, 1.5))
 
 

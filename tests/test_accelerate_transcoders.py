@@ -8,8 +8,10 @@ import io
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastsae
@@ -18,6 +20,7 @@ from fastsae.swapped import Unsupported
 from fastsae.swapped.base import Swapped
 from fastsae.swapped.lazy import LazyActs
 from tests.accelerate_case import D, K, M, filled, inputs, library, transcoder
+from tests.test_accelerate_trainers import STEPS, distance, permuted, same
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -52,14 +55,18 @@ def pair(settings: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[
     return transcoder(settings, dtype), fastsae.accelerate(transcoder(settings, dtype))
 
 
-def cross(settings: dict[str, Any], dtype: torch.dtype = torch.float64) -> Any:
+def cross(
+    settings: dict[str, Any], dtype: torch.dtype = torch.float64, sizes: tuple[int, int, int] = (LAYERS, M, D),
+    shift: float = 1.0,
+) -> Any:  # fmt: skip
+    """sizes: layers, latents of each, width. shift: by how much biases are lowered."""
     kind = importlib.import_module("circuit_tracer.transcoder.cross_layer_transcoder").CrossLayerTranscoder
     given = {"lazy_decoder": False, **settings}
-    module = filled(kind(LAYERS, M, D, dtype=dtype, **given), "b_enc", 1.0)
+    module = filled(kind(*sizes, dtype=dtype, **given), "b_enc", shift)
     if given.get("activation_function") == "jump_relu":
         with torch.no_grad():
-            threshold = torch.linspace(-0.1, 1.2, LAYERS * M, dtype=torch.float64)
-            module.activation_function.threshold.copy_(threshold.view(LAYERS, 1, M)).requires_grad_(False)
+            threshold = torch.linspace(-0.1, 1.2, sizes[0] * sizes[1], dtype=torch.float64)
+            module.activation_function.threshold.copy_(threshold.view(sizes[0], 1, sizes[1])).requires_grad_(False)
     return module
 
 
@@ -246,6 +253,76 @@ def test_cross_layer_gradients(settings: dict[str, Any]) -> None:
         assert (a is None) == (b is None)
         if a is not None:
             close(b, a)
+
+
+def cross_loss(module: Any, x: Tensor) -> Tensor:
+    found = module.decode(module.encode(x), x)  # without the positions after the last act, as the library has it
+    return (found - x.detach().roll(1, 1)[:, : found.shape[1]]).square().sum(-1).mean()
+
+
+def cross_run(module: Any, dtype: torch.dtype, lr: float, perm: Tensor | None = None) -> None:
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+    for i in range(STEPS):
+        x = layers_of(inputs(i, dtype))
+        cross_loss(module, x if perm is None else x[..., perm]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("settings", CROSS, ids=str)
+def test_cross_layer_steps(settings: dict[str, Any]) -> None:
+    theirs, mine = cross(settings), fastsae.accelerate(cross(settings))
+    assert isinstance(mine.encode(layers_of(inputs(0))), LazyActs)
+    for module in (theirs, mine):
+        cross_run(module, torch.float64, 5e-3)
+    same(mine, theirs)
+
+
+@pytest.mark.parametrize("settings", CROSS, ids=str)
+def test_cross_layer_drift_in_float32(settings: dict[str, Any]) -> None:
+    """No farther from the library's own run than twice what another order of its sums makes of it."""
+    theirs = cross(settings, torch.float32)
+    start, drifts = copy.deepcopy(theirs), []
+    cross_run(theirs, torch.float32, 1e-3)
+    for seed in range(3):
+        perm = torch.randperm(D, generator=torch.Generator().manual_seed(seed))
+        other = permuted(start, perm)
+        cross_run(other, torch.float32, 1e-3, perm)
+        drifts.append(distance(permuted(other, perm.argsort()), theirs))
+    mine = fastsae.accelerate(copy.deepcopy(start))
+    cross_run(mine, torch.float32, 1e-3)
+    assert distance(mine, theirs) <= 2 * max(drifts)
+
+
+@hypothesis.settings(
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+@hypothesis.given(
+    sizes=st.tuples(st.integers(1, 4), st.integers(2, 50), st.integers(2, 16)), n=st.integers(1, 20),
+    rule=st.sampled_from(["relu", "jump_relu"]), skip=st.booleans(), shift=st.floats(-1, 2), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_cross_layer_loss_and_gradients_of_any_configuration(
+    sizes: tuple[int, int, int], n: int, rule: str, skip: bool, shift: float, seed: int
+) -> None:
+    chosen = {"activation_function": rule, "skip_connection": skip}
+    modules = [cross(chosen, sizes=sizes, shift=shift) for _ in "ab"]
+    fastsae.accelerate(modules[1])
+    x = inputs(seed, n=n * sizes[0], width=sizes[2]).view(sizes[0], n, sizes[2])
+    given_x = [x.clone().requires_grad_() for _ in modules]
+    with torch.no_grad():
+        acts = modules[0].encode(x)
+        same_sparse(modules[1].encode_sparse(x, slice(0))[0], acts.to_sparse())
+    if not bool((acts != 0).any()) or int(acts.nonzero()[:, 1].max()) < n - 1:
+        return  # its decode leaves positions after the last act out, or fails: see the next test
+    losses = [cross_loss(module, one) for module, one in zip(modules, given_x, strict=True)]
+    close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    close(given_x[1].grad, given_x[0].grad)
+    for p, q in zip(*(module.parameters() for module in modules), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            close(q.grad, p.grad)
 
 
 def test_cross_layer_quirks_of_length() -> None:
