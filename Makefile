@@ -108,8 +108,8 @@ test-all: $(VENV)/.installed
 # Skipped by `make test` where the libraries are not installed.
 test-peers: $(PEERS)/.installed
 	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest -n auto --dist loadfile tests/test_accelerate_*.py \
-	  tests/test_interop_peers.py tests/test_hosts.py tests/test_bench_interop.py tests/test_recipes.py \
-	  tests/test_peer_tests.py $(ARGS)
+	  tests/test_interop_peers.py tests/test_interop_trained.py tests/test_hosts.py \
+	  tests/test_bench_interop.py tests/test_recipes.py tests/test_peer_tests.py $(ARGS)
 	# In a process without dictionary_learning, whose nnsight replaces parts of torch.
 	PYTHONPATH=$(CURDIR) $(PEERS)/bin/python -m pytest tests/test_accelerate_llamascopium.py
 	$(PEER_TESTS)

@@ -54,6 +54,14 @@ def test_its_trainer(name: str, tmp_path: Path) -> None:
     for p, q in zip(made[0].parameters(), made[1].parameters(), strict=True):
         close(q, p)
     assert made[0].current_k == made[1].current_k == K
+    theirs = made[0]
+    if name == "llama-batchtopk":  # by act x norm, which fastsae.load has for equal norms alone
+        theirs.transform_to_unit_decoder_norm()
+    theirs.save_pretrained(tmp_path / "trained")
+    theirs.cfg.save_hyperparameters(tmp_path / "trained")
+    sae = fastsae.load(tmp_path / "trained")
+    with torch.no_grad():
+        close(sae.train()(inputs(99)).recon, theirs(inputs(99)))  # in training: over the batch, as its BatchTopK has it
 
 
 @pytest.mark.parametrize("name", [*KINDS, "llama-without-bias"])
