@@ -64,6 +64,9 @@ def holds(format: str, sae: fastsae.SparseAutoencoder) -> bool:
     if format == "saelens":
         plain = square or (kind in ("ReLU", "JumpReLU", "BatchTopK") and not sae.pre_bias)
         return kind != "GroupMax" and plain
+    if format in ("gemma_scope", "circuit_tracer"):
+        shaped = not sae.skip if format == "gemma_scope" else sae.d_in == sae.d_out
+        return kind in ("ReLU", "JumpReLU", "BatchTopK") and not sae.pre_bias and sae.norm.mode == "none" and shaped
     if format == "sparsify":
         return kind in ("TopK", "GroupMax") and sae.d_in == sae.d_out and sae.norm.mode == "none"
     if kind == "ReLU":
@@ -120,6 +123,18 @@ REFUSED = {
         (fastsae.TopK(K), {"skip": True}, "no skip connection"),
         (fastsae.HierarchicalTopK((2, 4)), {}, r"no HierarchicalTopK\(ks=\(2, 4\)"),
     ],
+    "gemma_scope": [
+        (fastsae.TopK(K), {"pre_bias": False}, "no TopK; it has thresholds: JumpReLU, ReLU, and BatchTopK by its own"),
+        (fastsae.ReLU(0.1), {}, "no pre_bias=True"),
+        (fastsae.ReLU(0.1), {"pre_bias": False, "skip": True}, "no skip connection; circuit_tracer's format has one"),
+        (fastsae.BatchTopK(K), {"pre_bias": False}, "no BatchTopK without a threshold"),
+    ],
+    "circuit_tracer": [
+        (fastsae.TopK(K), {"pre_bias": False}, "no TopK; it has thresholds"),
+        (fastsae.ReLU(0.1), {"pre_bias": False, "normalize": "layer_norm"}, "no normalize='layer_norm'"),
+        (fastsae.ReLU(0.1), {"d_out": 5}, "no d_out = 5 beside d_in = 8"),
+        (fastsae.ReLU(0.1), {"d_in": M, "d_out": M, "pre_bias": False}, "no d_sae = d_out, of which nobody could say"),
+    ],
 }  # fmt: skip
 
 
@@ -127,7 +142,7 @@ REFUSED = {
     ("format", "rule", "settings", "said"), [(f, *c) for f, cases in REFUSED.items() for c in cases]
 )
 def test_what_a_format_cannot_hold_is_refused(format, rule, settings, said, tmp_path: Path) -> None:
-    sae = fastsae.SparseAutoencoder(8, M, rule, seed=0, **settings)
+    sae = fastsae.SparseAutoencoder(**{"d_in": 8, "d_sae": M, "activation": rule, "seed": 0, **settings})
     with pytest.raises(SavedModuleError, match=said):
         fastsae.save(sae, tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
@@ -145,8 +160,8 @@ def test_a_folder_never_gets_two_checkpoints(tmp_path: Path) -> None:
         fastsae.save(sae, tmp_path / "lens", format="dictionary_learning")
     with pytest.raises(ValueError, match="format is 'onnx', expected one of fastsae, saelens, sparsify"):
         fastsae.save(sae, tmp_path / "x", format="onnx")
-    with pytest.raises(ValueError, match="format is 'gemma_scope', expected one of"):
-        fastsae.save(sae, tmp_path / "x", format="gemma_scope")
+    with pytest.raises(ValueError, match="format is 'qwen_scope', expected one of"):
+        fastsae.save(sae, tmp_path / "x", format="qwen_scope")
 
 
 # -- what is refused on the way in ------------------------------------------------------------------------------------

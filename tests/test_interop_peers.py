@@ -202,3 +202,39 @@ def test_dictionary_learning_both_ways(name: str, tmp_path: Path) -> None:
     assert state.keys() == theirs.state_dict().keys()
     theirs.load_state_dict(state)
     torch.testing.assert_close(theirs.encode(inputs()).detach(), A.detach(), **NEAR)
+
+
+# -- circuit-tracer ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule", [fastsae.ReLU(0.1), fastsae.JumpReLU(0.1, threshold=0.6), fastsae.BatchTopK(K)], ids=str
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_circuit_tracer_reads_what_is_written(rule: Any, skip: bool, tmp_path: Path) -> None:
+    """By its loader of single layers; and without a skip connection by that of Gemma Scope's archives."""
+    pytest.importorskip("circuit_tracer")
+    from circuit_tracer.transcoder.single_layer_transcoder import load_gemma_scope_transcoder, load_relu_transcoder
+
+    wide: dict[str, Any] = {"dtype": torch.float64, "rule_dtype": torch.float64}
+    sae = fastsae.SparseAutoencoder(D, M, rule, pre_bias=False, skip=skip, decoder_norm="free", seed=0, **wide)
+    stir(sae)
+    if isinstance(rule, fastsae.BatchTopK):
+        sae.calibrate_threshold_(inputs())
+    A, recon = sae.encode(inputs()).to_dense(), sae(inputs()).recon
+    agrees(fastsae.load(fastsae.save(sae, tmp_path / "tracer", format="circuit_tracer")), A, recon)
+    path = str(tmp_path / "tracer" / "transcoder.safetensors")
+    for lazy in (False, True):
+        how = {"device": torch.device("cpu"), "dtype": torch.float64, "lazy_encoder": lazy, "lazy_decoder": lazy}
+        theirs = load_relu_transcoder(path, 0, **how)
+        with torch.no_grad():
+            torch.testing.assert_close(theirs.encode(inputs()), A, **NEAR)
+            torch.testing.assert_close(theirs(inputs()), recon, **NEAR)
+    if not skip:
+        agrees(fastsae.load(fastsae.save(sae, tmp_path / "scope", format="gemma_scope")), A, recon)
+        theirs = load_gemma_scope_transcoder(
+            str(tmp_path / "scope" / "params.npz"), 0, device=torch.device("cpu"), dtype=torch.float64
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(theirs.encode(inputs()), A, **NEAR)
+            torch.testing.assert_close(theirs(inputs()), recon, **NEAR)

@@ -550,7 +550,7 @@ class Reproduce(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert(Common):
-    """Writes a saved autoencoder in another format: that of fastsae, SAELens, sparsify or dictionary_learning.
+    """Writes a saved autoencoder in another format: that of fastsae, SAELens, sparsify, circuit-tracer, ...
 
     docs/interop.md says what is read and written.
     """

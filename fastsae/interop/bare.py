@@ -6,20 +6,24 @@ If they do not say which latents are active, the caller does, with activation=.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastsae.interop.base import Format, says_its_rule
+from fastsae.interop.base import Format, says_its_rule, write_tensors
 from fastsae.interop.files import Checkpoint, take
-from fastsae.interop.parts import Parts, jump_relu, relu
+from fastsae.interop.parts import Parts, above_threshold, jump_relu, parts_of, refuse, relu
 from fastsae.model.files import SavedModuleError
 from fastsae.model.rules import Activation, ReLU, TopK
+from fastsae.model.sae import SparseAutoencoder
 from fastsae.warn import warn
 
 QWEN = {"W_enc": "d_sae d_in", "W_dec": "d_in d_sae", "b_enc": "d_sae", "b_dec": "d_in"}
 FINAL, DICTIONARY = "encoder.final_block", "dictionary._weights"
 THRESHOLD = "activation_function.threshold"
+TRACER = "transcoder.safetensors"
+"""The file that is written; circuit-tracer's own names are layer_0.safetensors and so on, and it reads any."""
 _BN = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -147,8 +151,24 @@ def read_tracer(files: Checkpoint, rule: Activation | None) -> Parts:
     return parts
 
 
+def write_tracer(sae: SparseAutoencoder, directory: Path) -> None:
+    """A ReLU with thresholds of 0, so that the file says its rule."""
+    parts, kind = parts_of(sae, "circuit_tracer"), "circuit_tracer"
+    if sae.d_in != sae.d_out:
+        raise refuse(kind, f"d_out = {sae.d_out} beside d_in = {sae.d_in}")
+    if sae.d_sae == sae.d_out:
+        raise refuse(kind, "d_sae = d_out, of which nobody could say whether W_dec is its transpose")
+    tensors = {
+        "W_enc": parts.W_enc, "W_dec": parts.W_dec, "b_enc": parts.b_enc, "b_dec": parts.b_dec,
+        THRESHOLD: above_threshold(parts, kind),
+    }  # fmt: skip
+    if parts.W_skip is not None:
+        tensors["W_skip"] = parts.W_skip
+    write_tensors(directory / TRACER, tensors)
+
+
 FORMATS = (
     Format("qwen_scope", _qwen_file, read_qwen, bare=True),
     Format("overcomplete", _overcomplete_file, read_overcomplete, bare=True),
-    Format("circuit_tracer", _tracer_file, read_tracer, bare=True),
+    Format("circuit_tracer", _tracer_file, read_tracer, write_tracer, bare=True),
 )

@@ -77,12 +77,21 @@ def write_json(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, or by its suffix a torch file."""
+    """A safetensors file, or by its suffix a numpy archive or a torch file."""
     held = {name: t.detach().contiguous() for name, t in tensors.items()}
     if path.suffix == ".safetensors":
         _writing(path, lambda temporary: save_file(held, temporary, metadata={"format": "pt"}))
+    elif path.suffix == ".npz":
+        _writing(path, lambda temporary: _write_arrays(temporary, held))
     else:
         _writing(path, lambda temporary: torch.save(held, temporary))
+
+
+def _write_arrays(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    import numpy as np
+
+    with path.open("wb") as file:  # a name would get another suffix
+        np.savez(file, **{name: t.numpy() for name, t in tensors.items()})  # type: ignore[arg-type]
 
 
 def _writing(path: Path, write: Callable[[Path], Any]) -> None:

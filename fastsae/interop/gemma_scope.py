@@ -5,13 +5,17 @@ relu(x W_enc + b_enc) where it is above the threshold; the same layout for SAEs 
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
-from fastsae.interop.base import Format, says_its_rule
+from fastsae.interop.base import Format, says_its_rule, write_tensors
 from fastsae.interop.files import Checkpoint, take
-from fastsae.interop.parts import Parts, jump_relu
+from fastsae.interop.parts import Parts, above_threshold, jump_relu, parts_of, refuse
 from fastsae.model.files import SavedModuleError
 from fastsae.model.rules import Activation
+from fastsae.model.sae import SparseAutoencoder
 
 FIRST, SECOND, CONFIG = "params.npz", "params.safetensors", "config.json"
 LAYOUT = {"w_enc": "d_in d_sae", "w_dec": "d_sae d_out", "b_enc": "d_sae", "b_dec": "d_out", "threshold": "d_sae"}
@@ -44,6 +48,19 @@ def read_first(files: Checkpoint, rule: Activation | None) -> Parts:
     return _parts(take(files.path(name), tensors, LAYOUT))
 
 
+def write_first(sae: SparseAutoencoder, directory: Path) -> None:
+    """In float32, or float64; numpy has no bfloat16."""
+    parts = parts_of(sae, "gemma_scope")
+    if parts.W_skip is not None:
+        raise refuse("gemma_scope", "skip connection", "circuit_tracer's format has one")
+    tensors = {
+        "W_enc": parts.W_enc.mT, "W_dec": parts.W_dec, "b_enc": parts.b_enc, "b_dec": parts.b_dec,
+        "threshold": above_threshold(parts, "gemma_scope"),
+    }  # fmt: skip
+    wide = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in tensors.items()}
+    write_tensors(directory / FIRST, wide)
+
+
 def read_second(files: Checkpoint, rule: Activation | None) -> Parts:
     says_its_rule(files.label, rule)
     name = _second(files) or SECOND
@@ -63,4 +80,4 @@ def read_second(files: Checkpoint, rule: Activation | None) -> Parts:
     return _parts(take(path, tensors, LAYOUT, {SKIP: "d_in d_out"}))
 
 
-FORMATS = (Format("gemma_scope", _first, read_first), Format("gemma_scope_2", _second, read_second))
+FORMATS = (Format("gemma_scope", _first, read_first, write_first), Format("gemma_scope_2", _second, read_second))

@@ -144,6 +144,28 @@ def refuse(kind: str, what: str, instead: str = "") -> SavedModuleError:
     return SavedModuleError(f"the {kind} format has no {what}{'; ' + instead if instead else ''}")
 
 
+def above_threshold(parts: Parts, kind: str) -> Tensor:
+    """The thresholds (M,), fp32 at least, of an SAE whose acts are relu(pre) where pre > threshold; 0 for a ReLU.
+
+    Raises SavedModuleError for a rule that is none, and for a pre-bias or a normalization, which formats of bare
+    tensors do not have.
+    """
+    rule, held = parts.rule, parts.rule_state
+    if parts.pre_bias:
+        raise refuse(kind, "pre_bias=True")
+    if "normalize" in parts.settings:
+        raise refuse(kind, f"normalize={parts.settings['normalize']!r}")
+    if isinstance(rule, JumpReLU):
+        threshold = held["log_threshold"].exp()
+    elif isinstance(rule, BatchTopK):
+        threshold = held["threshold"].expand(len(parts.b_enc))
+    elif isinstance(rule, ReLU):
+        threshold = torch.zeros_like(parts.b_enc)
+    else:
+        raise refuse(kind, type(rule).__name__, "it has thresholds: JumpReLU, ReLU, and BatchTopK by its own")
+    return threshold.to(torch.promote_types(parts.b_enc.dtype, torch.float32))
+
+
 def plain_rule(sae: SparseAutoencoder) -> Activation:
     """The rule that gives the same codes at inference: for a Matryoshka, the rule that it wraps."""
     rule = sae.activation

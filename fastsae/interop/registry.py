@@ -78,8 +78,9 @@ def load(
 def save(sae: SparseAutoencoder, directory: str | os.PathLike[str], format: str = OWN) -> Path:
     """Writes `sae` into `directory` (created if missing) and returns that path; `load` reads it back.
 
-    format: "fastsae", or that of another library: "saelens", "sparsify" or "dictionary_learning", for inference there.
-    A rule that a format does not have is written as one with equal codes: BatchTopK for SAELens as JumpReLU.
+    format: "fastsae", or for inference elsewhere "saelens", "sparsify", "dictionary_learning", "gemma_scope" or
+    "circuit_tracer". A rule that a format does not have is written as one with equal codes: BatchTopK for SAELens as
+    JumpReLU.
     Raises SavedModuleError naming the file that could not be written, for a setting that the format cannot hold, and if
     the directory has a checkpoint of another format. Raises TypeError for a module that holds or wraps an SAE.
     """
