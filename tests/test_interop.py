@@ -397,6 +397,16 @@ def test_what_other_formats_have_and_fastsae_has_not_is_refused(tmp_path: Path) 
     refused(folder, "has values below 0, but fastsae's acts are never negative")
 
 
+def test_a_file_of_a_newer_llamascopium_is_refused(tmp_path: Path) -> None:
+    A, recon = CASES["llamascopium-topk"](tmp_path, drawer())
+    path = tmp_path / "sae_weights.safetensors"
+    tensors = {name: t.clone() for name, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"version": "2.0.0b34"})
+    agrees(fastsae.load(tmp_path), A, recon)
+    save_file(tensors, path, metadata={"version": "3.0.0"})
+    refused(tmp_path, r"sae_weights\.safetensors is of llamascopium 3\.0\.0, expected 2 or older; a newer fastsae may")
+
+
 def test_at_least_a_threshold_is_exact_in_float32(tmp_path: Path) -> None:
     """A pre-act that equals overcomplete's threshold is active there."""
     first = "encoder.final_block.0"

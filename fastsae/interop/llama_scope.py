@@ -7,6 +7,7 @@ Here acts are in the units of x, as their libraries have them at inference: pre-
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ FIRST = {
 }  # fmt: skip
 SECOND = {"W_E": "d_in d_sae", "b_E": "d_sae", "W_D": "d_sae d_in", "b_D": "d_in"}
 NORM = "dataset_average_activation_norm"
+MAJOR = 2
+"""The newest version of llamascopium whose layout is known here; its files say theirs."""
 THRESHOLDS = ("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold")
 
 
@@ -114,6 +117,11 @@ def match_second(files: Checkpoint) -> str | None:
 def read_second(files: Checkpoint, rule: Activation | None) -> Parts:
     says_its_rule(files.label, rule)
     path, cfg, config = files.path(WEIGHTS), files.path(CONFIG), files.json(CONFIG)
+    version = files.metadata(WEIGHTS).get("version", "")
+    if (found := re.match(r"\d+", version)) and int(found.group()) > MAJOR:
+        raise SavedModuleError(
+            f"{path} is of llamascopium {version}, expected {MAJOR} or older; a newer fastsae may read it"
+        )
     _no_glu(config, cfg)
     if config.get("sae_type", "sae") != "sae":
         raise SavedModuleError(f"{cfg} has sae_type {config['sae_type']!r}, expected 'sae'")
