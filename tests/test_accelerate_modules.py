@@ -409,12 +409,18 @@ if spec := importlib.util.find_spec("overcomplete"):  # without its __init__, wh
     sys.modules["overcomplete"] = types.ModuleType("overcomplete")
     sys.modules["overcomplete"].__path__ = spec.submodule_search_locations
 for folder in map(pathlib.Path, sys.argv[1:]):
+    module, _, name = (folder / "class").read_text().partition(":")
     if (folder / "cfg.json").exists():
-        module, _, name = (folder / "class").read_text().partition(":")
         found = getattr(importlib.import_module(module), name).load_from_disk(folder)
+    elif (folder / "config.json").exists():
+        found = getattr(importlib.import_module(module), name).from_pretrained(str(folder), dtype=torch.float64)
     else:
         found = pickle.loads((folder / "pickle").read_bytes())
     truth = torch.load(folder / "state.pt", weights_only=True)
+    mine = torch.load(folder / "mine.pt", weights_only=True)
+    assert list(mine) == list(truth), (folder, mine, truth)
+    for key, t in mine.items():
+        torch.testing.assert_close(t, truth[key], rtol=0, atol=0)
     for key, t in found.state_dict().items():
         rtol = 1e-6 if "threshold" in key else 0  # saved as its logarithm
         torch.testing.assert_close(t, truth.pop(key), rtol=rtol, atol=0, check_dtype=not rtol)
@@ -424,29 +430,42 @@ for folder in map(pathlib.Path, sys.argv[1:]):
 
 @pytest.mark.parametrize("prefix", sorted({name.split("-")[0] for name, _ in FIRST}))
 def test_files_and_pickles_load_where_fastsae_is_not_installed(prefix: str, tmp_path: Path) -> None:
+    """By the library's own reader of files, or as a pickle; and the state dict, of plain tensors."""
     folders = []
     for name, number in FIRST:
+        if name.split("-")[0] != prefix:
+            continue
         theirs, mine = pair(name, number)
         folder = tmp_path / name
-        if name.split("-")[0] != prefix or not (prefix in ("lens", "sparsify") or CASES[name].pickles):
-            continue
         folder.mkdir()
         if prefix == "lens":
             mine.save_model(folder)
         elif prefix == "sparsify":
             mine.save_to_disk(folder)
+        elif prefix == "llama":
+            mine.save_pretrained(folder)
+            mine.cfg.save_hyperparameters(folder)
         else:
             (folder / "pickle").write_bytes(pickle.dumps(mine))
-        (folder / "class").write_text(f"{type(theirs).__module__}:{type(theirs).__qualname__}")
-        torch.save(dict(theirs.state_dict()), folder / "state.pt")
-        folders.append(str(folder))
-    if folders:
-        environment = {**os.environ, "SPARSIFY_DISABLE_TRITON": "1"}
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", WITHOUT, *folders], capture_output=True, text=True, check=False,
-            env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
+        described(theirs, mine, folder)
+        folders.append(folder)
+    load_without_fastsae(folders)
+
+
+def described(theirs: Any, mine: Any, folder: Path) -> None:
+    """Writes the class and the tensors that are to be found there."""
+    (folder / "class").write_text(f"{type(theirs).__module__}:{type(theirs).__qualname__}")
+    for name, module in (("state.pt", theirs), ("mine.pt", mine)):
+        torch.save(dict(module.state_dict()), folder / name)
+
+
+def load_without_fastsae(folders: list[Path]) -> None:
+    environment = {**os.environ, "SPARSIFY_DISABLE_TRITON": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT, *map(str, folders)], capture_output=True, text=True,
+        check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @first

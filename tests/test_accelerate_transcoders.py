@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastsae.swapped import Unsupported
 from fastsae.swapped.base import Swapped
 from fastsae.swapped.lazy import LazyActs
 from tests.accelerate_case import D, K, M, filled, inputs, library, transcoder
+from tests.test_accelerate_modules import described, load_without_fastsae
 from tests.test_accelerate_trainers import STEPS, distance, permuted, same
 
 pytestmark = [
@@ -363,6 +365,15 @@ def test_cross_layer_object(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="CrossLayerTranscoder has no parameter of its own for W_enc"):
         fastsae.optim.Adam(mine)
     assert type(fastsae.unaccelerate(mine)) is type(theirs)
+
+
+def test_cross_layer_pickle_loads_where_fastsae_is_not_installed(tmp_path: Path) -> None:
+    theirs, mine = cross(CROSS[2]), fastsae.accelerate(cross(CROSS[2]))
+    written = pickle.dumps(mine)
+    assert b"fastsae" not in written
+    (tmp_path / "pickle").write_bytes(written)
+    described(theirs, mine, tmp_path)
+    load_without_fastsae([tmp_path])
 
 
 def test_positions_that_are_zeroed_are_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
