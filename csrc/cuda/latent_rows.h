@@ -88,7 +88,7 @@ template <class T, class Moment> struct BiasStep {
     v = bias.v ? widen(bias.v[i]) : 0.f;
   }
   __device__ void finish(const Stepped<T, Moment>& bias, int64_t i, float g, const Step& step) {
-    const uint32_t at = static_cast<uint32_t>(i);
+    const uint32_t at = bias.keys.before + static_cast<uint32_t>(i);
     by_rule<Moment>(step.rule, [&](auto rule) {
       step.stepper().template step<rule.value>(p, g * step.grad_scale(), m, v);
       bias.p[i] = round_to<T>(p);

@@ -68,15 +68,17 @@ struct Step {
 template <Rule RULE> constexpr bool HAS_M = RULE == Rule::adam || RULE == Rule::lion;
 template <Rule RULE> constexpr bool HAS_V = RULE == Rule::adam;
 
-// The keys of the random bits of one parameter's m and v.
+// The keys of the random bits of one parameter's m and v, and how many numbers of the whole parameter come before the first
+// one here, mod 2³²: a part of the latents is rounded as it is in the whole.
 struct Keys {
   const uint32_t* of;
+  uint32_t before;
 
   __device__ uint32_t m() const { return of[0]; }
   __device__ uint32_t v() const { return of[1]; }
 };
 
-// t as a moment is stored in 16 bits or more: float, or bfloat16 rounded at random. index: its place in the tensor, mod 2³².
+// t as a moment is stored in 16 bits or more: float, or bfloat16 rounded at random. index: its place in the whole tensor, mod 2³².
 template <class Moment> __device__ inline Moment round_moment(float t, uint32_t key, uint32_t index) {
   if constexpr (std::is_same_v<Moment, bf16>) return round_at_random(t, key, index);
   return round_to<Moment>(t);
@@ -103,7 +105,7 @@ template <class Moment> __device__ inline void widen_moment(float scale, float (
 template <bool POSITIVE, class Moment>
 __device__ inline void round_moments(const float (&t)[4], const Keys& keys, int64_t row, int64_t D, const int (&c)[4],
                                      float* scales, Moment (&out)[4]) {
-  const uint32_t key = POSITIVE ? keys.v() : keys.m(), first = static_cast<uint32_t>(row * D);
+  const uint32_t key = POSITIVE ? keys.v() : keys.m(), first = keys.before + static_cast<uint32_t>(row * D);
   if constexpr (std::is_same_v<Moment, fp8>) {
     const float scale = block_scale(t);
 #pragma unroll

@@ -32,7 +32,7 @@ void step_numbers(const Where&, const Array& lr, const Array& step, const Maybe&
 // m's and v's of W_enc and W_dec, where those have 8 bits; entries: starts, rows, acts, dacts, x, more_x, grad, more_grad;
 // parts, all float: decoder_pull (M, L), db_enc (M,), W_enc, W_dec, pre (M,). sources: x, more_x, grad, more_grad, which have
 // one dtype, that of W_dec or float.
-// workspaces, all float: piece sums (capacity, D_out + D_in) and (capacity,), or none; dacts (slots,) and scratch (programs,
+// first_latent: the number of the first row in the whole parameter, mod 2³². workspaces, all float: piece sums (capacity, D_out + D_in) and (capacity,), or none; dacts (slots,) and scratch (programs,
 // D_out + D_in), or none where rows_are_staged.
 bool rows_are_staged(const Where&, const Maybe& W_enc, const Array& W_dec, const std::vector<Maybe>& moments,
                      const std::vector<Maybe>& sources, const std::vector<Maybe>& parts);
@@ -41,7 +41,7 @@ void update_rows(const Where&, const std::vector<Maybe>& params, const std::vect
                  const std::vector<Maybe>& parts, const Maybe& first_piece, int64_t piece_length,
                  const std::vector<Maybe>& workspaces, const Maybe& pre_bias, const Array& stats, int64_t rule,
                  const Array& numbers, const Array& keys, double eps, double beta1, double rest1, double beta2, double rest2,
-                 bool unit_norm, double clip_rows, int64_t programs);
+                 bool unit_norm, double clip_rows, int64_t first_latent, int64_t programs);
 
 // update_bias.cu. m, v as above; sums (Σ bias_parts(rows of each of grads and of pre_bias), D) float.
 int64_t bias_programs(int64_t D);

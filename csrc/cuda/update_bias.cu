@@ -137,7 +137,7 @@ void update_bias(const Where& where, const Array& b, const Maybe& m, const Maybe
       using Moment = BiasMoment<decltype(moment)>;
       launch(where, "update_bias", update_bias_kernel<T, Moment>, bias_shape(D),
              Stepped<T, Moment>{b.as<T>(), pointer<Moment>(m), pointer<Moment>(v), nullptr, nullptr,
-                                Keys{random}},
+                                Keys{random, 0}},
              sums.as<float>(), parts, added, D, step, stats.as<double>());
     });
   });

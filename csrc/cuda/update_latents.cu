@@ -92,7 +92,7 @@ void update_rows(const Where& where, const std::vector<Maybe>& params, const std
                  const std::vector<Maybe>& parts, const Maybe& first_piece, int64_t piece_length,
                  const std::vector<Maybe>& workspaces, const Maybe& pre_bias, const Array& stats, int64_t rule,
                  const Array& numbers, const Array& keys, double eps, double beta1, double rest1, double beta2, double rest2,
-                 bool unit_norm, double clip_rows, int64_t programs) {
+                 bool unit_norm, double clip_rows, int64_t first_latent, int64_t programs) {
   in_range("tensors", params.size(), 3, 3), in_range("moments", moments.size(), 6, 6), in_range("scales", scales.size(), 4, 4);
   in_range("entries", entries.size(), 8, 8), in_range("workspaces", workspaces.size(), 4, 4);
   in_range("parts", parts.size(), 5, 5);
@@ -115,14 +115,15 @@ void update_rows(const Where& where, const std::vector<Maybe>& params, const std
       using T = decltype(t);
       using Moment = decltype(moment);
       const int of_dec = W_enc ? 2 : 0;  // its first stream of random bits
+      const auto first = static_cast<uint32_t>(first_latent);
       const auto stepped = [&](const Maybe& p, int i, int stream) {
         return Stepped<T, Moment>{pointer<T>(p), pointer<Moment>(moments[i]), pointer<Moment>(moments[i + 1]),
                                   pointer<float>(scales[i]), pointer<float>(scales[i + 1]),
-                                  Keys{random + stream}};
+                                  Keys{random + stream, p ? first * static_cast<uint32_t>(p->cols) : 0}};
       };
       using OfBias = BiasMoment<Moment>;
       const Stepped<T, OfBias> bias{b_enc.as<T>(), pointer<OfBias>(moments[4]), pointer<OfBias>(moments[5]), nullptr, nullptr,
-                                    Keys{random + of_dec + 2}};
+                                    Keys{random + of_dec + 2, first}};
       const Update<T, Moment> u{stepped(W_enc, 0, 0), stepped(W_dec, 2, of_dec), bias, parts_of(parts), W_dec.rows,
                                 W_enc ? W_enc->cols : W_dec.cols, W_dec.cols, step, pointer<float>(pre_bias),
                                 stats.as<double>(), static_cast<float>(clip_rows), unit_norm};

@@ -135,31 +135,32 @@ def _load_moment(moment_ptr, scales_ptr, row, c, mask, D):
 
 @triton.jit
 def _store_moment(
-    moment_ptr, scales_ptr, row, c, mask, D, t, key_ptr, POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
+    moment_ptr, scales_ptr, row, first, c, mask, D, t, key_ptr, POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """t (BLOCK,) float32 in the moment's storage, 8 bits and bfloat16 rounded at random. key_ptr: its stream's key; its
-    flat place counts the bits."""
-    at = row * D + c
+    """t (BLOCK,) float32 in the moment's storage, 8 bits and bfloat16 rounded at random. key_ptr: its stream's key; the
+    bits are counted by its flat place in the whole parameter, of which row 0 here is row `first`."""
+    at, index = row * D + c, ((row + first) * D + c).to(tl.uint32)
     if scales_ptr is not None:
         key = tl.load(key_ptr).to(tl.uint32, bitcast=True)
         WIDTH: tl.constexpr = BLOCK if BLOCK < SHARED else SHARED
-        codes, scales = round_to_fp8(tl.where(mask, t, 0.0), key, at.to(tl.uint32), POSITIVE, BLOCK // WIDTH, WIDTH)
+        codes, scales = round_to_fp8(tl.where(mask, t, 0.0), key, index, POSITIVE, BLOCK // WIDTH, WIDTH)
         tl.store(moment_ptr + at, codes, mask=mask)
         block, blocks = tl.arange(0, BLOCK // WIDTH), tl.cdiv(D, SHARED)
         tl.store(scales_ptr + (row * blocks + block), scales, mask=block < blocks)
     elif moment_ptr.dtype.element_ty == tl.bfloat16:
         key = tl.load(key_ptr).to(tl.uint32, bitcast=True)
-        tl.store(moment_ptr + at, round_to_bf16(t, key, at.to(tl.uint32)), mask=mask)
+        tl.store(moment_ptr + at, round_to_bf16(t, key, index), mask=mask)
     else:
         tl.store(moment_ptr + at, t.to(moment_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def optimizer_step(
-    p, g, moments, row, c, mask, D, numbers, betas, key_ptr, RULE: tl.constexpr, BLOCK: tl.constexpr,
+    p, g, moments, row, first, c, mask, D, numbers, betas, key_ptr, RULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The new p (BLOCK,) float32, 0 outside mask, of row `row` (int64) of a parameter (rows, D) at the columns c. Its
-    moments (m_ptr, v_ptr, m_scales_ptr, v_scales_ptr), None where there is none, are updated in memory."""
+    """The new p (BLOCK,) float32, 0 outside mask, of row `row` (int64) of a parameter (rows, D) at the columns c, row
+    first + row of the whole. Its moments (m_ptr, v_ptr, m_scales_ptr, v_scales_ptr), None where there is none, are
+    updated in memory."""
     m_ptr, v_ptr, m_scales_ptr, v_scales_ptr = moments
     m, v = p, p
     if m_ptr is not None:
@@ -168,10 +169,15 @@ def optimizer_step(
         v = _load_moment(v_ptr, v_scales_ptr, row, c, mask, D)
     p, m, v = step_of(p, g, m, v, numbers, betas, RULE)
     if m_ptr is not None:
-        _store_moment(m_ptr, m_scales_ptr, row, c, mask, D, m, key_ptr, False, BLOCK)
+        _store_moment(m_ptr, m_scales_ptr, row, first, c, mask, D, m, key_ptr, False, BLOCK)
     if v_ptr is not None:
-        _store_moment(v_ptr, v_scales_ptr, row, c, mask, D, v, key_ptr + 1, True, BLOCK)
+        _store_moment(v_ptr, v_scales_ptr, row, first, c, mask, D, v, key_ptr + 1, True, BLOCK)
     return tl.where(mask, p, 0.0)
+
+
+def as_int32(number: int) -> int:
+    """Its low 32 bits as an int32, which an argument of a kernel can be."""
+    return (number + 2**31) % 2**32 - 2**31
 
 
 def as_pointers(moments: Moments) -> tuple[Tensor | None, ...]:
@@ -189,10 +195,9 @@ def step_numbers(
     (0-d bool) and grad_scale (0-d float64)."""
     numbers = buffers.empty((5,), torch.float32, lr.device)
     keys = buffers.empty((STREAMS,), torch.int32, lr.device)
-    signed = ((seed or 0) + 2**31) % 2**32 - 2**31  # the same 32 bits, as an int32 argument
     _step_numbers_kernel[(1,)](
-        lr, step, skip, grad_scale, numbers, keys, signed, RULE=rule, BETA1=beta1, BETA2=beta2, DECAY=weight_decay,
-        STREAMS=STREAMS, num_warps=choose().num_warps, enable_fp_fusion=True,
+        lr, step, skip, grad_scale, numbers, keys, as_int32(seed or 0), RULE=rule, BETA1=beta1, BETA2=beta2,
+        DECAY=weight_decay, STREAMS=STREAMS, num_warps=choose().num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return numbers, keys
 

@@ -77,7 +77,7 @@ def _update_bias_kernel(
         b = tl.load(b_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         numbers, betas = load_numbers(numbers_ptr, eps), (beta1, rest1, beta2, rest2)
         b = optimizer_step(
-            b, gradient * tl.load(numbers_ptr + 4), (m_ptr, v_ptr, None, None), tl.full((), 0, tl.int64), columns,
+            b, gradient * tl.load(numbers_ptr + 4), (m_ptr, v_ptr, None, None), tl.full((), 0, tl.int64), 0, columns,
             inside, D, numbers, betas, keys_ptr, RULE, BLOCK_D,
         )  # fmt: skip
         tl.store(b_ptr + columns, b.to(b_ptr.dtype.element_ty), mask=inside)

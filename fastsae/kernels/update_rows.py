@@ -27,7 +27,7 @@ from fastsae.backends import buffers
 from fastsae.backends.gpu.stages import Entries, Moments, Parts, Step
 from fastsae.kernels.gather import load_rows
 from fastsae.kernels.limits import register_limit
-from fastsae.kernels.optimizers import as_pointers, latents_to_update, load_numbers, optimizer_step
+from fastsae.kernels.optimizers import as_int32, as_pointers, latents_to_update, load_numbers, optimizer_step
 from fastsae.kernels.pieces import bits_of, find_piece
 from fastsae.kernels.variants import POINTERS, Variant
 
@@ -121,21 +121,21 @@ def _clipped(g, CLIP: tl.constexpr, most):
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_latent"])
 def _update_rows_kernel(
     W_enc_ptr, W_dec_ptr, b_enc_ptr, m_enc_ptr, v_enc_ptr, m_enc_scales_ptr, v_enc_scales_ptr,
     m_dec_ptr, v_dec_ptr, m_dec_scales_ptr, v_dec_scales_ptr, m_bias_ptr, v_bias_ptr,
     starts_ptr, rows_ptr, acts_ptr, dacts_ptr, x_ptr, more_x_ptr, grad_ptr, more_grad_ptr, split,
     pieces_ptr, sums_ptr, bias_sums_ptr, pull_ptr, segment, db_enc_ptr, more_enc_ptr, more_dec_ptr, more_bias_ptr,
-    pre_bias_ptr, stats_ptr, numbers_ptr, keys_ptr, eps, beta1, rest1, beta2, rest2, most, M, D_IN, D_OUT,
-    RULE: tl.constexpr, UNIT_NORM: tl.constexpr, CLIP: tl.constexpr,
+    pre_bias_ptr, stats_ptr, numbers_ptr, keys_ptr, eps, beta1, rest1, beta2, rest2, most, first_latent,
+    M, D_IN, D_OUT, RULE: tl.constexpr, UNIT_NORM: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Absent, and so not done: W_enc_ptr and its moments (tied), what the rule or the storage of moments does not keep,
     dacts_ptr (they are computed), pieces_ptr (nothing is long), every part (pull_ptr to more_bias_ptr), pre_bias_ptr.
 
     pre_bias[p] (D_IN,) = Σ db_enc_i · W_enc_i, stats[p] (4,) = squared norms, both over the latents of program p; of a
-    step that is skipped, 0.
+    step that is skipped, 0. first_latent: mod 2³², as a signed number.
     """
     TIED: tl.constexpr = W_enc_ptr is None
     dec_keys, bias_keys = keys_ptr + (0 if TIED else 2), keys_ptr + (2 if TIED else 4)
@@ -196,7 +196,7 @@ def _update_rows_kernel(
             square_dec += tl.sum(dec * dec, axis=0).to(tl.float64)
         else:
             w_dec = optimizer_step(
-                w_dec, dec * scale, dec_moments, latent, c_out, in_dec, D_OUT, numbers, betas, dec_keys,
+                w_dec, dec * scale, dec_moments, latent, first_latent, c_out, in_dec, D_OUT, numbers, betas, dec_keys,
                 RULE, BLOCK_OUT,
             )  # fmt: skip
             if UNIT_NORM:
@@ -220,8 +220,8 @@ def _update_rows_kernel(
                 square_enc += tl.sum(enc * enc, axis=0).to(tl.float64)
             else:
                 w_enc = optimizer_step(
-                    w_enc, enc * scale, enc_moments, latent, c_in, in_enc, D_IN, numbers, betas, keys_ptr,
-                    RULE, BLOCK_IN,
+                    w_enc, enc * scale, enc_moments, latent, first_latent, c_in, in_enc, D_IN, numbers, betas,
+                    keys_ptr, RULE, BLOCK_IN,
                 )  # fmt: skip
                 tl.store(W_enc_ptr + at_enc, w_enc.to(W_enc_ptr.dtype.element_ty), mask=in_enc)
 
@@ -233,8 +233,8 @@ def _update_rows_kernel(
             one = tl.zeros((1,), tl.int32)
             b = tl.load(b_enc_ptr + latent + one).to(tl.float32)
             b = optimizer_step(
-                b, one + bias * scale, (m_bias_ptr, v_bias_ptr, None, None), latent, one, one == 0, 1, numbers, betas,
-                bias_keys, RULE, 1,
+                b, one + bias * scale, (m_bias_ptr, v_bias_ptr, None, None), latent, first_latent, one, one == 0, 1,
+                numbers, betas, bias_keys, RULE, 1,
             )  # fmt: skip
             tl.store(b_enc_ptr + latent + one, b.to(b_enc_ptr.dtype.element_ty))
 
@@ -273,14 +273,14 @@ def update_rows(
     _update_rows_kernel[(programs,)](
         W_enc, W_dec, b_enc, *as_pointers(enc_moments), *as_pointers(dec_moments), *as_pointers(bias_moments)[:2],
         *listed, pieces.first, sums, bias_sums, pull, segment, parts.db_enc, parts.W_enc, parts.W_dec, parts.pre,
-        pre_bias, stats, step.numbers, step.keys, step.eps, *step.betas, clip_rows or 0.0, d_sae, d_in, d_out,
-        RULE=step.rule, UNIT_NORM=unit_norm, CLIP=clip_rows is not None, **blocks,
-        enable_fp_fusion=True,
+        pre_bias, stats, step.numbers, step.keys, step.eps, *step.betas, clip_rows or 0.0,
+        as_int32(step.first_latent), d_sae, d_in, d_out, RULE=step.rule, UNIT_NORM=unit_norm,
+        CLIP=clip_rows is not None, **blocks, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 SCALARS = dict.fromkeys(("eps", "beta1", "rest1", "beta2", "rest2", "most"), "fp32") | dict.fromkeys(
-    ("M", "D_IN", "D_OUT", "split", "length", "segment"), "i32"
+    ("M", "D_IN", "D_OUT", "split", "length", "segment", "first_latent"), "i32"
 )
 PARTS = ("dacts_ptr", "pull_ptr", "db_enc_ptr", "more_enc_ptr", "more_dec_ptr", "more_bias_ptr")
 SCALES = ("m_enc_scales_ptr", "v_enc_scales_ptr", "m_dec_scales_ptr", "v_dec_scales_ptr")

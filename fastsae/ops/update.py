@@ -66,7 +66,6 @@ def update_latents_(
     order, float32 (M, ceil(D / 128)), and the biases' wide. bfloat16 and 8 bits need a seed for their stochastic
     rounding: rounded to nearest, v would never move, since a step changes it by less than half a unit.
     first_latent: of rows of a larger SAE, the number of the first one; they are rounded as they would be in the whole.
-    A GPU's fused kernels do not read it yet.
 
     Added to the gradients of the terms:
     decoder_pull (M, L), L dividing D_out: dW_dec_i gains decoder_pull[i, l] · W_dec_i in the l-th of L equal segments.

@@ -252,7 +252,7 @@ def update_rows(
         [entries.starts, entries.rows, entries.acts, entries.dacts, *sources], entries.split, added, pieces.first,
         pieces.length, [piece_rows, piece_biases, dacts, scratch], pre_bias, stats,
         RULES.index(step.rule), step.numbers, step.keys, step.eps, *step.betas, unit_norm,
-        clip_rows or 0.0, programs,
+        clip_rows or 0.0, step.first_latent % 2**32, programs,
     )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ class Step:
     """What the steps of all parameters in one update have in common.
 
     rule: "adam", "lion", "signsgd"; "none" steps nothing and computes norms only. numbers, keys: `step_numbers`.
-    betas: β₁, 1-β₁, β₂, 1-β₂. Moments in bfloat16 and in 8 bits are rounded at random.
+    betas: β₁, 1-β₁, β₂, 1-β₂. Moments in bfloat16 and in 8 bits are rounded at random; a latent's rows as those of
+    latent first_latent + i of a larger SAE.
     """
 
     rule: str
@@ -47,6 +48,7 @@ class Step:
     keys: Tensor
     eps: float
     betas: tuple[float, float, float, float]
+    first_latent: int
 
 
 @dataclass(frozen=True)

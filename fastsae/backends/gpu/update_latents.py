@@ -111,7 +111,7 @@ def step_of(stages: Stages, call: UpdateArguments) -> Step:
     skip, scale = (None, None) if call.norms_only else (call.skip, call.grad_scale)
     numbers, keys = stages.step_numbers(call.lr, call.step, skip, scale, rule, call.beta1, call.beta2, decay, call.seed)
     betas = (call.beta1, 1 - call.beta1, call.beta2, 1 - call.beta2)
-    return Step(rule, numbers, keys, call.eps, betas)
+    return Step(rule, numbers, keys, call.eps, betas, call.first_latent)
 
 
 def update_latents(stages: Stages, call: UpdateArguments) -> Tensor:
