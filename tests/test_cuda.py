@@ -207,6 +207,33 @@ def test_every_rule_with_all_parts_in_shared_memory(D: int, kind: str, options: 
     check(problem, "cuda")
 
 
+@only_emulated
+@pytest.mark.parametrize("kind", ["adam", "lion"])
+@pytest.mark.parametrize("part", ["none", "dacts", "db_enc", "pull", "added"])
+def test_which_kernel_steps_bf16_moments(part: str, kind: str) -> None:
+    """Lion, and what adds parts of rows, take more registers beside bf16 moments than rows in registers leave."""
+    problem, twin = (
+        with_parts(
+            set_optimizer(make_problem(replace(BY_NAME["random"], D=384, N=40, M=70, K=3), torch.float32), kind, 0.0),
+            part,
+        )
+        for _ in range(2)
+    )
+    for p in (problem, twin):
+        p.moments = [m.bfloat16() for m in p.moments]
+    is_wide = kind == "lion" or part in ("pull", "added")
+    library.emulate(refuse="update_rows" if is_wide else "update_wide")
+    problem.run("cuda", seed=5)
+    twin.run("reference", seed=5)
+    for name, p in twin.params.items():
+        torch.testing.assert_close(problem.params[name], p, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(problem.moments, twin.moments, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-6)
+    library.emulate(refuse="update_wide" if is_wide else "update_rows")
+    with pytest.raises(fastsae.BackendError):
+        problem.run("cuda", seed=5)
+
+
 def test_an_infinite_row_spoils_no_other_latent() -> None:
     """Past its end a latent's last entry is read again: times an infinite weight it must not count."""
     problem = make_problem(replace(BY_NAME["random"], D=384, N=40, M=70, K=3), torch.float32)
