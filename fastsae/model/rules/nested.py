@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import ClassVar
@@ -22,6 +23,11 @@ from fastsae.model.rules.base import (
     whole_number,
 )
 from fastsae.model.rules.topk import BatchTopK, TopK
+
+
+def _placed(numbers: Iterable[int], device: torch.device) -> Tensor:
+    """Whole numbers as int64 (n,), written on the device: a CUDA graph cannot capture a copy from the host."""
+    return torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in numbers])
 
 
 def _check_weights(rule: str, weights: tuple[float, ...] | None, count: int) -> None:
@@ -136,11 +142,11 @@ class Matryoshka(Activation):
     def ends(self, d_sae: int, rule_state: RuleState, device: torch.device) -> Tensor:
         """Where each prefix ends: int64 (count,), ascending, the last d_sae."""
         if self.sampled is None:
-            return torch.tensor(list(accumulate(self.groups)), dtype=torch.int64, device=device)
+            return _placed(accumulate(self.groups), device)
         draws = torch.arange(self.sampled - 1, dtype=torch.int64, device=device) + rule_state["batches"] * self.sampled
         uniform = reference.mixed(draws, self.seed).double() / 2**32
         lengths = (self.shortest * (d_sae / self.shortest) ** uniform).long().clamp(max=d_sae).sort().values
-        return torch.cat([lengths, lengths.new_tensor([d_sae])])
+        return torch.cat([lengths, _placed([d_sae], device)])
 
     def parts(self, codes: SparseCodes, rule_state: RuleState) -> list[tuple[SparseCodes, float]]:
         part = torch.searchsorted(
