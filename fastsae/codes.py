@@ -191,7 +191,7 @@ class SparseCodes:
             offsets = before[:: self.k].contiguous() if self.k else before.new_zeros(self.n_tokens + 1)
         else:
             offsets = before[self.offsets]
-        if kept.device.type == "cpu" and not torch.compiler.is_compiling():
+        if reads_are_free(kept):
             slots = kept.nonzero().squeeze(1)
             acts, indices = self.acts.flatten().index_select(0, slots), self.indices.flatten().index_select(0, slots)
         else:
@@ -320,6 +320,11 @@ class SparseCodes:
             )
         if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()) or int(offsets[-1]) > self.acts.numel():
             raise ValueError(f"offsets must rise from 0 to at most the capacity {self.acts.numel()}")
+
+
+def reads_are_free(t: Tensor) -> bool:
+    """Whether the host may read values of t: not on a GPU, which it would wait for, nor in a compiled graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_latents(latents: Tensor, d_sae: int) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsae.codes import SparseCodes
+from fastsae.codes import SparseCodes, reads_are_free
 from fastsae.model.axis import Axis
 from fastsae.model.placement import Placement, axes_of
 from fastsae.model.rules.base import EncodeOptions, select_topk
@@ -104,7 +104,7 @@ def encode_dead(
     """
     placement = None if options is None else options.placement
     several = placement is not None and placement.latents.size > 1  # whose shards must all take part
-    if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not several and not bool(dead.any()):
+    if reads_are_free(dead) and not several and not bool(dead.any()):
         return None
     return select_topk(x, W, b, k, options or EncodeOptions(), rows=dead_rows(dead))
 
