@@ -109,6 +109,7 @@ class Parameters(RecordsSettings):
         self._resting = HeldScreen()
         self.dense_above = DENSE_ABOVE
         self.active_share: float | None = None  # of the last step of a threshold rule
+        self.room: int | None = None  # slots of a threshold rule's code in a CUDA graph; set by the training step
         self.placement: Placement | None = None  # set by fastsae.parallel: what this process has of a larger SAE
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         if normalize is None:  # a common unit: biases and thresholds learn at the same pace at any scale of the inputs

@@ -44,7 +44,8 @@ class Objective:
     loss and losses: 0-d float64. error (N, d_out) = recon - target, normalized. codes: None if all latents were
     computed densely. counts (M,) int64: on how many tokens each latent was active; active: their sum. dead (M,) bool:
     after this batch. squares: of the error, 0-d. redone: tokens encoded twice, or None. count(made) counts the batch if
-    the step was made (0-d bool); unless `for_step`, the backward pass calls it. With several processes under
+    the step was made (0-d bool); unless `for_step`, the backward pass calls it. overflow: of an SAE with a `room`,
+    whether a threshold rule's code did not fit (0-d bool): then none of this holds. With several processes under
     DistributedDataParallel, counts are over all of them.
     """
 
@@ -58,6 +59,7 @@ class Objective:
     squares: Tensor
     redone: Tensor | None
     count: Callable[[Tensor], None]
+    overflow: Tensor | None = None
 
     @property
     def active(self) -> Tensor:

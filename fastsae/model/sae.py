@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsae import ops, reference
-from fastsae.codes import Screen, SparseCodes, check_latents
+from fastsae.codes import Screen, SparseCodes, check_latents, reads_are_free
 from fastsae.model import counting, dense, losses
 from fastsae.model.calibrate import Tail, blocks_of, pre_acts, start_rule_
 from fastsae.model.initial import geometric_median
@@ -428,11 +428,12 @@ class SparseAutoencoder(Parameters):
         options = self.encode_options(screen, held=held)
         weight = self.penalty_weight
         if for_step and held and rule.shaped and self.training and placement is None:
-            pre = self._sparse_enough(ready.encoder_input, options)
-            if pre is None:
+            selected = self._sparse_enough(ready.encoder_input, options)
+            if selected is None:
                 return self._densely(ready, goal, centred, denominator, weight)
         else:
-            pre = self.pre_acts(ready.encoder_input, options).codes
+            selected = self.pre_acts(ready.encoder_input, options)
+        pre, overflow = selected
         if ledger is not None and isinstance(screen, Screen) and pre.redone is not None and n:
             ledger.note_redone(pre.redone / n)
         codes, penalty = self._activated(pre)
@@ -473,7 +474,9 @@ class SparseAutoencoder(Parameters):
         elif self.training and not for_step and not torch.compiler.is_compiling():
             made = torch.ones_like(loss.detach(), dtype=torch.bool)
             counting.when_passed((pre.acts, errors.error), lambda: count(made))
-        return Objective(ready, loss, found, errors.error, codes, batch.counts, dead, errors.last, codes.redone, count)
+        return Objective(
+            ready, loss, found, errors.error, codes, batch.counts, dead, errors.last, codes.redone, count, overflow
+        )
 
     def _parts(self, rule: Activation, codes: SparseCodes) -> list[tuple[SparseCodes, float]]:
         """`rule.parts`, of the whole dictionary's prefixes or ranks where this process has a part of it."""
@@ -537,8 +540,14 @@ class SparseAutoencoder(Parameters):
 
     # -- threshold rules while many latents are active ----------------------------------------------------------------
 
-    def _sparse_enough(self, encoder_input: Tensor, options: EncodeOptions) -> SparseCodes | None:
-        """The pre-acts of a threshold rule, or None where more than `dense_above` of all are active."""
+    def _sparse_enough(self, encoder_input: Tensor, options: EncodeOptions) -> Selected | None:
+        """The pre-acts of a threshold rule, or None where more than `dense_above` of all are active.
+
+        With a `room` nothing is read: the caller reads whether they overflowed, and must not use them then.
+        """
+        if self.room is not None:
+            codes, overflow = self.pre_acts(encoder_input, options, self.room)
+            return Selected(codes.masked(OFF), overflow)
         n = encoder_input.shape[0]
         pairs = n * self.d_sae
         if self.active_share is None:
@@ -553,7 +562,7 @@ class SparseAutoencoder(Parameters):
             if overflow is None or not bool(overflow):
                 codes = codes.trimmed() if codes.acts.device.type == "cpu" else codes.masked(OFF)
                 self.active_share = float(codes.nnz) / pairs
-                return codes
+                return Selected(codes)
         return None
 
     def _densely(
@@ -611,7 +620,7 @@ class SparseAutoencoder(Parameters):
         # Empty slots all point one past the last latent, which is cut off. Whole numbers add up in any order.
         active = codes.occupied() & (codes.acts != 0)
         latents = torch.where(active, codes.indices, self.d_sae).flatten().long()
-        if latents.device.type == "cpu" and not torch.compiler.is_compiling():
+        if reads_are_free(latents):
             return torch.bincount(latents, minlength=self.d_sae + 1)[:-1]
         return self.fired.new_zeros(self.d_sae + 1).scatter_add_(0, latents, torch.ones_like(latents))[:-1]
 
