@@ -1,21 +1,27 @@
 """FusedTrainStep(cuda_graph=True): when it captures, when it replays, and how it reacts to a change.
 
-Without a GPU a stand-in replaces the graph: it runs the step at every call, as a replay would. `python -m bench.gpu`
-checks that a real graph gives the same numbers, and so does the last test here on a GPU.
+Without a GPU a stand-in replaces the graph: it runs the step at every call, as a replay would. test_graph_replay.py has
+one that replays, test_graph_reads.py shows that no step reads the host. `python -m bench.gpu` checks that a real graph
+gives the same numbers, and so does the last test here on a GPU.
 """
 
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+import fastsae
 from fastsae.runs.schedules import Schedule
 from fastsae.training import step as optim
+from fastsae.training.graph import check_graph
 from fastsae.training.step import GRAPH_WARMUP, FusedTrainStep
 from tests.dense_sae import sae_for_test, tokens
+from tests.family_case import RULES, SHAPED, family_sae
+from tests.family_case import tokens as family_tokens
 
 WIDTH, LATENTS = 10, 60
 
@@ -117,15 +123,24 @@ def test_it_is_refused_where_it_cannot_work() -> None:
     if sae.W_dec.device.type == "cpu":
         with pytest.raises(ValueError, match="cuda_graph=True needs the SAE on a CUDA device, it is on cpu"):
             FusedTrainStep(sae, cuda_graph=True)
+    on_a_gpu = SimpleNamespace(
+        W_dec=SimpleNamespace(device=torch.device("cuda")), activation=fastsae.TopK(3), ghost="pull"
+    )
+    with pytest.raises(ValueError, match="ghost='pull' reads the number of dead latents at every step"):
+        check_graph(on_a_gpu, check=False, anneals=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU: a real CUDA graph cannot be captured")
-def test_a_real_graph_gives_the_same_numbers() -> None:
+@pytest.mark.parametrize("name", RULES)
+def test_a_real_graph_gives_the_same_numbers(name: str) -> None:
+    """Of threshold rules nearly: a sum over empty slots too rounds differently."""
     runs = []
     for cuda_graph in (False, True):
-        sae = sae_for_test(d_sae=LATENTS, dtype=torch.float32, aux_k=4, dead_after=40).cuda()
-        step = FusedTrainStep(sae, lr=1e-3, cuda_graph=cuda_graph)
-        losses = [float(step(batch(seed).cuda())["loss"]) for seed in range(8)]
-        runs.append((losses, [p.detach() for p in sae.parameters()]))
-    assert runs[0][0] == runs[1][0]
-    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+        sae = family_sae(RULES[name], dtype=torch.float32, aux_k=4).cuda()
+        step = FusedTrainStep(sae, lr=1e-3, cuda_graph=cuda_graph, dense_above=1.0)
+        losses = [step(family_tokens(seed=seed).float().cuda())["loss"].double() for seed in range(8)]
+        runs.append([*losses, *(p.detach() for p in sae.parameters())])
+        assert (step._graph is not None) == cuda_graph
+    bound = 1e-5 if name in SHAPED else 0
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)

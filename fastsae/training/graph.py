@@ -10,20 +10,41 @@ from torch import Tensor
 from fastsae.model.sae import SparseAutoencoder
 
 Metrics = dict[str, Tensor]
+SLACK = 64
+"""Slots for each token beside twice what the step before took."""
 
 
 def check_graph(sae: SparseAutoencoder, check: bool, anneals: bool) -> None:
-    """Raises ValueError for a step that cannot be captured: off a GPU, or one that reads sizes from the device."""
+    """Raises ValueError for a step that cannot be captured: off a GPU, or one that reads sizes from the device.
+
+    Every rule can be: see `room_for`.
+    """
     device = sae.W_dec.device
     if device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs the SAE on a CUDA device, it is on {device}; move it there first")
     if check:
         raise ValueError("check=True reads from the device at every step, which a CUDA graph cannot; drop one of them")
-    if sae.activation.shaped or sae.ghost is not None:
-        what = f"activation {sae.activation.kind}" if sae.activation.shaped else "ghost"
-        raise ValueError(f"{what} reads sizes from the device at every step, which a CUDA graph cannot; drop one")
+    if sae.ghost is not None:
+        raise ValueError(
+            f"ghost={sae.ghost!r} reads the number of dead latents at every step, which a CUDA graph cannot; pass "
+            "cuda_graph=False, or use aux_k instead"
+        )
     if anneals:
         raise ValueError("k_schedule changes the shape of a step, which a CUDA graph fixes; drop one of them")
+
+
+def room_for(sae: SparseAutoencoder, n: int) -> int | None:
+    """Slots of a threshold rule's code in a graph, whose shapes are fixed: twice as many as n tokens took last, and
+    SLACK for each token; None for a rule that fixes how many latents are active.
+
+    A step that needs more changes nothing. The host reads afterwards how many it took, and makes an overflowed step
+    again without a graph.
+    """
+    if not sae.activation.shaped:
+        return None
+    assert sae.active_share is not None
+    pairs = n * sae.d_sae
+    return min(pairs, int(sae.dense_above * pairs) + 1, int(2 * sae.active_share * pairs) + SLACK * n)
 
 
 class StepGraph:

@@ -5,7 +5,8 @@
 Both wrap what any loop does: the module's objective, backward(), optimizer.step(). The numbers are the same; the fused
 one stores no gradient of a dictionary, and can be captured in a CUDA graph. For rules that fix how many latents are
 active it reads nothing back from the device: learning rate, step count and metrics are 0-d tensors. A threshold rule
-reads once per step how many latents were above their thresholds, and is dense while there are too many.
+reads once per step how many latents were above their thresholds, and is dense while there are too many. In a CUDA graph
+it reads that after the step.
 
 A step never destroys a run. If the loss, a gradient or the learning rate is NaN, infinite or too large to square, the
 call changes nothing: no parameter, moment, dead-latent counter, running threshold, penalty weight or count of updates.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import isnan
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from fastsae.ops.gradients import moves_little
 from fastsae.ops.register import without_autocast
 from fastsae.ops.sums import sum_of_squares
 from fastsae.reference import wide
-from fastsae.training.graph import StepGraph, check_graph
+from fastsae.training.graph import StepGraph, check_graph, room_for
 from fastsae.training.optimizers import OPTIMIZERS, FusedOptimizer
 from fastsae.training.skipped import FirstSkip, say_rows, torch_adam
 
@@ -145,7 +147,9 @@ class FusedTrainStep(_TrainStep):
     check            raise ValueError for NaN in x before anything changes; a host sync on a GPU.
     cuda_graph       capture the step in a CUDA graph after two ordinary ones and replay it from then on, as long as
                      shapes, settings and parameter addresses do not change; other shapes run without. lr is read on
-                     the device; a schedule must be made of tensor ops.
+                     the device; a schedule must be made of tensor ops. A threshold rule's graph has room for twice the
+                     latents of the step before; a step that needs more is made without it, and another one is captured.
+                     Not with ghost gradients.
     optimizer        "adam", "adamw", "lion", "signsgd".
     penalty_schedule multiplier of the rule's penalty from the count, like `schedule`: a warm-up of L1, for instance.
     k_schedule       the rule's k from the number of calls so far, an int, for annealing; None: the rule's own.
@@ -203,6 +207,7 @@ class FusedTrainStep(_TrainStep):
         self.cuda_graph = cuda_graph
         self._graph: StepGraph | None = None
         self._graph_of: tuple[Any, ...] | None = None
+        self._room: int | None = None  # of the graph
         self._warm = 0
         self._steps = 0  # calls so far, those that were skipped included: k is chosen on the host
 
@@ -278,9 +283,13 @@ class FusedTrainStep(_TrainStep):
                 found, metrics = self._backward(x, target, outer, for_step=True)
             factor = 1.0 if self.schedule is None else self.schedule(self.count)
             lr = self._lr * factor
+            good = metrics["loss"].isfinite()
+            if found.overflow is not None and found.codes is not None:
+                good = good & ~found.overflow
+                metrics["taken"] = torch.where(found.overflow, torch.nan, found.codes.nnz.double())
             # The optimizer sees gradients alone: at a rate of NaN it makes no step.
             optimizer.describe = lambda: say_rows(x, target)
-            optimizer.step_scheduled(factor * torch.where(metrics["loss"].isfinite(), lr.new_ones(()), torch.nan))
+            optimizer.step_scheduled(factor * torch.where(good, lr.new_ones(()), torch.nan))
         except BaseException:
             optimizer.zero_grad()  # drops what a failed step left behind
             if x.is_leaf:
@@ -306,16 +315,29 @@ class FusedTrainStep(_TrainStep):
         if self._graph is None and self._warm < GRAPH_WARMUP:
             self._warm += 1
             return self._step(x, target)
-        kept = self.optimizer.screen_of(self.sae)
+        sae, kept, n = self.sae, self.optimizer.screen_of(self.sae), x.shape[:-1].numel()
+        if sae.activation.shaped and (sae.active_share is None or sae.active_share > sae.dense_above):
+            return self._step(x, target)
         if self._graph is None:
             with torch.no_grad():
-                kept.current(self.sae.inputs(x, target).encoder_input)  # made outside, so that it can be made anew
+                kept.make(sae.inputs(x, target).encoder_input)  # here, so that no capture makes it
+            self._room = room_for(sae, n)
             self._graph = self._captured(x, target)
             kept.in_place = True
             kept.remember()
         if kept.written():
             self.refresh()
         metrics = self._graph(x, target)
+        if self._room is not None:
+            taken, pairs = float(metrics.pop("taken")), n * sae.d_sae
+            if isnan(taken):  # the code did not fit, and nothing has changed
+                self._graph = None
+                self.skipped.sub_(1)
+                sae.active_share = min(sae.dense_above, self._room / pairs)  # at least
+                return self._step(x, target)
+            sae.active_share = taken / pairs
+            if 4 * (room_for(sae, n) or 0) < self._room:
+                self._graph = None
         self._steps += 1
         # A replay writes without torch's notice: tensors saved for a backward pass must see it.
         torch.autograd.graph.increment_version(list(self.sae.parameters()))
@@ -326,14 +348,14 @@ class FusedTrainStep(_TrainStep):
         """The graph. Raises RuntimeError if it cannot be captured: nothing was computed then, and the next calls run
         without one before it is tried again.
         """
-        steps = self._steps
+        steps, self.sae.room = self._steps, self._room
         try:
             return StepGraph(self._step, x, target)
         except RuntimeError as error:
             self._graph_of, self.optimizer.screen_of(self.sae).redone = None, None  # what was never computed
             raise RuntimeError(f"no CUDA graph can capture this step ({error}); pass cuda_graph=False") from error
         finally:
-            self._steps = steps
+            self._steps, self.sae.room = steps, None
 
     def _graph_settings(self, x: Tensor, target: Tensor | None) -> tuple[Any, ...]:
         """Everything that a captured step fixes: the shapes first, then the settings and the addresses in memory."""
