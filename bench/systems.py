@@ -69,7 +69,7 @@ def overview() -> str:
         image = f'<img src="{(RESULTS / name / picture).relative_to(ROOT)}" width="260" alt="{about.title}">'
         more = f"`fastsae reproduce {name}`, [more](docs/systems/{name}.md)"
         rows.append([f"[{about.title}](docs/systems/{name}.md)", image, about.result(results.experiments), more])
-    header = ["system", "picture", "what came out", "how"]
+    header = ["system", "picture", "result", "command"]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 

@@ -64,7 +64,7 @@ def tables(records: Mapping[str, Any]) -> list[Table]:
             Table(["latents, basic blobs", *map(str, losses)], [["test loss", *(_number(v) for v in losses.values())]])
         )
     if stages := _stages(records):
-        found.append(Table(["change of recipe, one after the other", *stages[0]], stages[1]))
+        found.append(Table(["changes of the recipe, one at a time", *stages[0]], stages[1]))
     return found
 
 
@@ -247,30 +247,31 @@ def result(records: Mapping[str, Any]) -> str:
         f"{_measured(record, 'better')} on {record['title']}, published {_published(record['published'])}"
         for record in map(records.__getitem__, points.CLASSES)
     ]
-    return f"The better recipe's median entropy, and how many seeds are below {SUCCESS:g}: {'; '.join(found)}."
+    return f"Median entropy of the better recipe, and the number of seeds below {SUCCESS:g}: {'; '.join(found)}."
 
 
 ABOUT = About(
-    title="Clustering points of the plane with SAEs",
+    title="Clustering points in the plane with SAEs",
     sources={"RobertHuben/point_cloud_sae (public code)": "https://github.com/RobertHuben/point_cloud_sae"},
     claim="An SAE with one latent per class clusters points: a point's cluster is its active latent. The entropy of "
     "the class given the cluster is 0 for a perfect clustering; below 0.1 nats counts as a success.",
-    here="At full scale. Four clouds of 1,000 points to train and 1,000 to test on: five separate blobs, eighteen "
-    "blobs on a grid, blobs with sticks (lollipops), ten random blobs. Ten seeds draw class weights, layout and the "
-    "SAE's weights. The published recipe gives each point as similarities to 100 anchors and trains a top-1 SAE with "
-    "unit rows and ghost gradients for 500 epochs. Two of its faults are not copied: here encoder rows are normalized "
-    "per latent, not per anchor, and the entropy is right even if cluster numbers have gaps. The better recipe uses "
-    "neither labels nor test points: 500 steps from 1e-3, rows started at points, the best of ten by training loss, "
-    "and the spectral embedding of the training points, at three widths, in place of anchors. k-means measures the "
-    "points themselves.",
+    here="At full scale. There are four clouds, each of 1,000 training and 1,000 test points: five separate blobs, "
+    "eighteen blobs on a grid, blobs with sticks (lollipops), and ten random blobs. Each of ten seeds draws new class "
+    "weights, a new layout and new initial weights of the SAE. The published recipe represents each point by its "
+    "similarities to 100 anchors, and trains a top-1 SAE with unit rows and ghost gradients for 500 epochs. Two of its "
+    "faults are not copied: here encoder rows are normalized per latent, not per anchor, and the entropy is correct "
+    "even if cluster numbers have gaps. The better recipe uses neither labels nor test points: it trains for 500 steps "
+    "with a learning rate that falls from 1e-3, initializes rows at data points, keeps the best of ten runs by "
+    "training loss, and replaces the anchors by a spectral embedding of the training points at three widths. k-means "
+    "runs on the points themselves.",
     pictures={
-        "lollipops-clusters.png": "Lollipops: the true classes, and what each recipe makes of them. The seed is the "
+        "lollipops-clusters.png": "Lollipops: the true classes, and the clusters of each recipe. The seed is the "
         "median one of the published recipe.",
-        "entropy.png": "Every seed of every experiment: a dot for each, a bar at the median, a diamond at the "
+        "entropy.png": "Every seed of every experiment: a dot per seed, a bar at the median, and a diamond at the "
         "published figure.",
-        "blob_grid-clusters.png": "The grid of eighteen blobs: true classes, and what each recipe makes of them.",
-        "basic_blobs-clusters.png": "Basic blobs: true classes, and what each recipe makes of them.",
-        "random_blobs-clusters.png": "Random blobs: true classes, and what each recipe makes of them.",
+        "blob_grid-clusters.png": "Eighteen blobs on a grid: the true classes, and the clusters of each recipe.",
+        "basic_blobs-clusters.png": "Basic blobs: the true classes, and the clusters of each recipe.",
+        "random_blobs-clusters.png": "Random blobs: the true classes, and the clusters of each recipe.",
         **{
             f"{name}.png": f"{name.replace('_', ' ').capitalize()}, published recipe: each latent's activation on the "
             "points, and the decoder weight of each anchor (triangles; red above 0, blue below)."
@@ -280,7 +281,7 @@ ABOUT = About(
     },
     unverified=[
         "The repository has no table of results. The figures called published were measured by running its code.",
-        "Of the published entropies there is the median of ten seeds and the share below 0.1, not each seed's.",
+        "Of the published entropies only the median of ten seeds and the share below 0.1 are stored, not each seed's.",
     ],
     result=result,
 )

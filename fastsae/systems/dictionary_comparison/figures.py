@@ -67,8 +67,8 @@ def _scale(records: Records) -> str:
     return (
         f"Scale: {what}; {settings['rows']:,} rows in {steps:,} steps of {settings['batch']:,} (published: Bricken et "
         f"al. 8 billion rows in a million steps of 8,192, Cunningham et al. 5 to 50 million); reported on "
-        f"{settings['held'] // 2:,} held-out rows. Cross-entropy of the model {ce['untouched']:.3f} nats a token; with "
-        f"these activations 0 {ce['zero']:.3f}, with their mean {ce['mean']:.3f}."
+        f"{settings['held'] // 2:,} held-out rows. The model's cross-entropy is {ce['untouched']:.3f} nats per token; "
+        f"{ce['zero']:.3f} with these activations set to 0, {ce['mean']:.3f} with them set to their mean."
     )
 
 
@@ -119,7 +119,7 @@ def _swaps(records: Records) -> Table | None:
     lines = [
         [title, *_figures(record)[:2], *_figures(record)[3:5]] for title, record in swaps(records).values()
     ]  # fmt: skip
-    header = [f"one change after the other, L0 {MAIN_L0}", "FVU", "CE recovered", "L0", "dead"]
+    header = [f"one change at a time, L0 {MAIN_L0}", "FVU", "CE recovered", "L0", "dead"]
     return Table(header, lines) if lines else None
 
 
@@ -167,7 +167,7 @@ def _candidates(records: Records) -> Table | None:
     lines = []
     for key in CANDIDATES:
         if (record := records.get(f"try-{key}")) is not None:
-            name = key.replace("_", " ") + (", taken" if key == BETTER else "")
+            name = key.replace("_", " ") + (", chosen" if key == BETTER else "")
             lines.append(
                 [name, f"{record['chosen_by'][0]:.3f}", f"{record['l0'][0]:.1f}", f"{record['dead_share'][0]:.1%}"]
             )
@@ -269,19 +269,19 @@ ABOUT = About(
     claim="Both find interpretable directions with an L1 penalty. Bricken et al. untie encoder and decoder, subtract a "
     "decoder bias, project the decoder's gradients and resample dead latents; 79% of a one-layer model's loss is "
     "recovered with 4,096 latents, of which 168 never fire.",
-    here="A language model of one block, d = 128, MLP of 512 with ReLU, is trained here on bytes; both recipes, on the "
-    "activations of its MLP, are driven to the same L0, so that what they lose may be compared. Then one difference "
-    "after the other is swapped, and recipes with other rules are chosen on one half of the held-out rows and measured "
-    "on the other.",
+    here="A language model of one block (d = 128, an MLP of 512 with ReLU) is trained here on bytes. Both recipes are "
+    "trained on the activations of its MLP and driven to the same L0, so that their losses can be compared. Then their "
+    "differences are swapped one at a time. Recipes with other rules are chosen on one half of the held-out rows and "
+    "measured on the other.",
     pictures={
-        FIRST: "FVU and cross-entropy recovered against L0; dots: seeds; thin: other sizes.",
-        "densities.png": "How often latents fire; dashed: 1%.",
-        "swaps.png": "From Cunningham et al. to Bricken et al., one change after the other; dots: seeds.",
+        FIRST: "FVU and cross-entropy recovered against L0. Each dot is a seed; thin lines are other sizes.",
+        "densities.png": "How often latents fire; the dashed line is at 1%.",
+        "swaps.png": "From Cunningham et al. to Bricken et al., one change at a time. Each dot is a seed.",
     },
     unverified=[
-        "The learning rate of Bricken et al. is not given.",
-        "The two larger differences of data and length (another model, 8 billion rows) are not reproduced.",
-        "The published figures are of a model on tokens: they stand beside ours, not to be compared as they are.",
+        "Bricken et al. do not give their learning rate.",
+        "The published model and the training on 8 billion rows are not reproduced.",
+        "The published figures are for a model trained on tokens: they are shown for orientation, not for comparison.",
     ],
     result=result,
 )

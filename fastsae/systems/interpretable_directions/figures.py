@@ -131,14 +131,14 @@ def _lines_of(cells: Mapping[tuple[str, int, int], Any]) -> list[tuple[str, int]
 
 
 def _called(rule: str, ratio: int) -> str:
-    return f"{saes.RULES[rule]}, {ratio} latents a dimension"
+    return f"{saes.RULES[rule]}, {ratio} latents per dimension"
 
 
 def _frontier_table(cells: Mapping[tuple[str, int, int], Mapping[str, Any]], prefix: str) -> Table:
     l0s = sorted({l0 for _, _, l0 in cells})
     settings = next(iter(cells.values()))["settings"]
     rows = f"{settings['rows']:,} rows, {settings['passes']} passes"
-    header = [f"{MODELS[prefix]}, {rows}, L0 aimed at", *map(str, l0s)]
+    header = [f"{MODELS[prefix]}, {rows}, target L0", *map(str, l0s)]
     lines = []
     for name, title in MEASURES.items():
         for rule, ratio in _lines_of(cells):
@@ -168,11 +168,11 @@ def _beyond_table(cells: Mapping[tuple[str, int, int], Mapping[str, Any]], prefi
         if rule == "published" and (best := _best(cells, ratio, l0)):
             found = (published, cells[best, ratio, l0])
             lines.append([
-                f"{l0}, {ratio} latents a dimension", saes.RULES[best],
+                f"{l0}, {ratio} latents per dimension", saes.RULES[best],
                 *(", ".join(f"{value:.3f}" for value in record["fvu"]) for record in found),
                 *(_by_seed(record["recovered_over_mean"], "{:.3f}", "-") for record in found),
             ])  # fmt: skip
-    header = [f"{MODELS[prefix]}, L0 aimed at, by seed", "chosen", "FVU, published", "FVU, chosen",
+    header = [f"{MODELS[prefix]}, target L0, by seed", "chosen", "FVU, published", "FVU, chosen",
               "CE recovered, published", "CE recovered, chosen"]  # fmt: skip
     return [Table(header, lines)] if lines else []
 
@@ -355,22 +355,22 @@ ABOUT = About(
     },
     claim="An autoencoder with an L1 penalty recovers the directions that its data was made from: with the right "
     "penalty and enough latents, the mean largest cosine between true and learned directions (MMCS) is close to 1.",
-    here="Samples are sparse sums of 512 random unit directions in 256 dimensions, without noise; an SAE has untied "
-    "weights and an encoder bias. A grid of L1 weights α and sizes has the published recipe as the public code has "
-    "it, one seed a cell. Two variants of the data: as coded, with 0.97 directions on in a sample on average, and "
-    "scaled to the 5 that its settings name. Beside the grid stands a recipe that finds the directions in fewer "
-    "steps: TopK with a falling rate, whose unused latents are resampled at what the reconstruction lacks; its "
-    "constants were chosen on another seed. On the residual stream of a language model the published recipe and other "
-    "rules are compared at equal L0, and by how few latents have to be patched to turn one name into another.",
+    here="Samples are sparse sums of 512 random unit directions in 256 dimensions, without noise; SAEs have untied "
+    "weights and an encoder bias. The published recipe, as in the public code, runs over a grid of L1 weights α and "
+    "sizes, with one seed per cell. The data has two variants: as coded, with 0.97 active directions per sample on "
+    "average, and scaled to the 5 that the code's settings name. Another recipe finds the directions in fewer steps: "
+    "TopK with a decaying learning rate, whose unused latents are resampled to the reconstruction error; its constants "
+    "were chosen on another seed. On the residual stream of a language model, the published recipe and other rules are "
+    "compared at equal L0, and by how few latents have to be patched to turn one name into another.",
     pictures={
         FIRST: "MMCS of the true directions by L1 weight α and number of latents, published recipe.",
-        "steps.png": "MMCS against batches: a line for each seed; dashed: the goal of 0.99.",
+        "steps.png": "MMCS against batches: one line per seed; the dashed line is the goal, 0.99.",
         "frontier.png": "A language model's residual stream: FVU and cross-entropy recovered against L0.",
         "ioi.png": "Indirect object identification: KL to the target against patches, and against the edit's size.",
     },
     unverified=[
-        "The number of steps of the published toy is not given.",
-        "No published figure stands beside ours: the results on this toy are published as heat maps, not as numbers.",
+        "The publication does not give the number of steps of its toy.",
+        "There are no published figures to compare with: the results on this toy are published as heat maps.",
         "The publication's figures on indirect object identification are curves, not numbers.",
         "Autointerpretation and circuits are not reproduced.",
     ],

@@ -127,7 +127,7 @@ def _scaling(records: Records) -> list[Table | str]:
             row[sizes.index(record["latents"])] = f"{record['loss'][0]:.1f}"
     parts: list[Table | str] = [Table(header, [[f"{share:.0%}", *row] for share, row in sorted(lines.items())])]
     if fit is not None:
-        parts.append(f"The least losses fall as (latents × steps)^-{fit[1]:.3f}; the published exponent is not stated.")
+        parts.append(f"The lowest losses fall as (latents × steps)^-{fit[1]:.3f}; the published exponent is unknown.")
     return parts
 
 
@@ -338,22 +338,23 @@ ABOUT = About(
     claim="SAEs with an L1 penalty weighted by decoder norms, trained on the middle residual stream of a model, have "
     "latents that stand for concepts, that explain the model's output when they are removed, and that steer it. The "
     "loss falls as a power of compute.",
-    here="SmolLM2-135M, residual stream after 15 of 30 blocks, on the works of Shakespeare, held-out text for all "
-    "figures. The published recipe over three weights λ and four sizes; TopK, BatchTopK, JumpReLU and Gated with the "
-    "L0 that it reached, on the same rows, once. The rate is higher than published, as the runs are hundreds of "
-    "times shorter. In place of a judge that reads activations: the share of a latent's activations on its ten top "
-    "tokens, beside random directions; and names as concepts.",
+    here="The activations are SmolLM2-135M's residual stream after 15 of 30 blocks, on the works of Shakespeare; all "
+    "figures are from held-out text. The published recipe runs with three weights λ and four sizes; TopK, BatchTopK, "
+    "JumpReLU and Gated are trained to the L0 that it reached, on the same rows, each read once. The learning rate is "
+    "higher than published because the runs are hundreds of times shorter. Two measures replace a judge that reads "
+    "activations: the share of a latent's activations on its ten top tokens, compared with random directions, and how "
+    "many names have a latent of their own.",
     pictures={
         FIRST: "FVU, and cross-entropy recovered over mean ablation, against L0: a point for each seed.",
         "scaling.png": "The published recipe's loss against compute.",
-        "meaning.png": "The share of activations on a latent's ten top tokens, by their size; where names have "
-        "latents of their own, beside it the share that has one, by frequency.",
+        "meaning.png": "The share of activations on a latent's ten top tokens, by the activations' size; where "
+        "names have latents of their own, also the share that has one, by frequency.",
     },
     unverified=[
-        "What the published normalized MSE is relative to: the mean square is used here, and FVU stands beside it.",
-        "How the published recovered cross-entropy ablates: zero ablation stands here, and mean ablation beside it.",
+        "The publication does not say what its normalized MSE is relative to: here, the mean square. FVU is shown too.",
+        "Nor does it say which ablation its recovered cross-entropy refers to: zero and mean ablation are both shown.",
         "The published exponents of the scaling law are not given.",
-        "The published models are others, and far larger: only the order over λ and sizes may be compared.",
+        "The published models are different and far larger: only the order over λ and sizes can be compared.",
         "The correlation of latents with neurons of earlier layers, and a judge's scores, are not reproduced.",
     ],
     result=result,

@@ -22,7 +22,7 @@ from fastsae.systems.runner import System
 PAIRS = len(game.CLASSES) * game.SQUARES
 PROBE = "probe"
 MAIN = ("faithful", "mended", "candidate")
-TITLES = {PROBE: "linear probe", "faithful": "published recipe", "mended": "the same, latents normalized",
+TITLES = {PROBE: "linear probe", "faithful": "published recipe", "mended": "published recipe, latents normalized",
           "candidate": "candidate recipe"}  # fmt: skip
 FIRST = "shares.png"
 
@@ -250,18 +250,18 @@ ABOUT = About(
     "for 33.",
     here="A smaller GPT is trained here on random games. A probe or a latent finds a pair if the area under its ROC "
     "curve is above 0.9; each latent is chosen on one half of the games and measured on the other. The published SAE "
-    "recipe stands beside the same with normalized latents, a grid of the engine's rules with tied and untied "
-    "weights, and a candidate, TopK with untied weights. The counts belong to another model than the published ones, "
-    "so only the share of the probe's pairs may be compared. One fault is not copied: probes normalize each token, "
-    "not a whole game.",
+    "recipe is compared with the same recipe with normalized latents, with a grid of fastsae's rules with tied and "
+    "untied weights, and with a candidate: TopK with untied weights. The published counts are for another model, so "
+    "only shares of the probe's pairs can be compared. One fault is not copied: here probes normalize each token, not "
+    "a whole game.",
     pictures={
         "areas.png": "The area under the ROC curve of each square and state, for the probe and for the best latent of "
-        "each recipe, on games that the latent was not chosen on; framed: above 0.9, found.",
-        FIRST: "The share of the probe's pairs that each recipe finds too; dashed: the published best, 33 of 180.",
+        "each recipe, on games that the latent was not chosen on. Framed squares are found: above 0.9.",
+        FIRST: "The share of the probe's pairs that each recipe also finds. Dashed: the published best, 33 of 180.",
     },
     unverified=[
         "The number of games that the published model was trained on is not given.",
-        "The published counts by layer are not given, apart from that most are found in layers 2 to 4.",
+        "Counts by layer are not published; the report only says that most pairs are found in layers 2 to 4.",
         "Nothing was run at the published scale (8 blocks, d = 512).",
     ],
     result=result,
