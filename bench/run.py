@@ -1,4 +1,4 @@
-"""`python -m bench`: check, time and record a whole training step and its parts; the contestants take turns.
+"""Times a whole training step and its parts, after checking the results; the contestants take turns.
 
 Each case: build the inputs, check fastsae against float64 and against the dense step, check every contestant's
 reconstruction, time them interleaved, measure peak memory in processes of their own, write the case's result.
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         default=[c.name for c in cases.CASES],
         choices=list(cases.BY_NAME),
         metavar="CASE",
-        help=f"which cases, of: {', '.join(cases.BY_NAME)} (default: the first five)",
+        help=f"cases to run, from: {', '.join(cases.BY_NAME)} (default: the first five)",
     )
     p.add_argument(
         "--size",
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         type=shape,
         metavar="N,D,M,K",
-        help="your own sizes instead of --cases, with random inputs and weights: tokens, width, latents, active",
+        help="sizes of your own instead of --cases, with random inputs and weights: tokens, width, latents, active",
     )
     p.add_argument(
         "--contestants",
@@ -65,21 +65,21 @@ def parser() -> argparse.ArgumentParser:
         default=list(contestants.NAMES),
         choices=contestants.NAMES,
         metavar="NAME",
-        help=f"which contestants take part, of: {', '.join(contestants.NAMES)} (default: all)",
+        help=f"contestants to time, from: {', '.join(contestants.NAMES)} (default: all)",
     )
-    p.add_argument("--sweep", action="store_true", help="fastsae alone over growing N, D, M and K instead of --cases")
+    p.add_argument("--sweep", action="store_true", help="time fastsae alone over growing N, D, M and K, not --cases")
     p.add_argument("--threads", type=int, default=2, help="torch's thread count (default: 2)")
-    p.add_argument("--rounds", type=int, default=5, help="turns of every contestant (default: 5)")
-    p.add_argument("--turn", type=float, default=1.0, help="seconds per turn, at least one run (default: 1)")
+    p.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)")
+    p.add_argument("--turn", type=float, default=1.0, help="seconds per turn; at least one step is run (default: 1)")
     p.add_argument(
         "--isa",
         choices=["best", *ISA_SETTINGS],
         default="best",
-        help="restrict fastsae and torch to an instruction set (default: best)",
+        help="instruction set to which fastsae and torch are restricted (default: best)",
     )
     p.add_argument("--out", type=Path, default=results.RESULTS, help="results folder (default: bench/results)")
     p.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    p.add_argument("--quick", action="store_true", help="toy sizes, one round, results only if --out is given")
+    p.add_argument("--quick", action="store_true", help="toy sizes, one round; results are stored only with --out")
     p.add_argument("--held", action="store_true", help=argparse.SUPPRESS)  # set on the process that --isa starts
     return p  # fmt: skip
 

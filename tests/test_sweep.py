@@ -189,7 +189,7 @@ def test_other_settings_and_other_rows_are_refused(
         (["--rules", "group_max", "--l0s", "5"], "GroupMax has k = 5 groups, expected a divisor of d_sae = 48"),
         (["--d-sae", "0"], "d_sae is 0, expected at least 1"),
         (["--seeds", "-1"], "seed is -1, expected at least 0"),
-        (["--holdout", "0"], "the activations hold out no rows to measure the cells on"),
+        (["--holdout", "0"], "the activations have no held-out rows to measure the runs on"),
         (["--spliced"], "rows.npy does not record where its activations were taken; name the place with --hook"),
     ],
 )

@@ -178,7 +178,7 @@ def check_feeders(options: Train, separate: Sequence[int | str]) -> None:
     if separate:
         raise _several_live(separate)
     if options.live.prefetch:
-        raise ValueError("--live.prefetch is for a model in the first process; feeders are ahead anyway")
+        raise ValueError("--live.prefetch is for a model in the first process; feeders always compute ahead")
     options.live.check()
 
 

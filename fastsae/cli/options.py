@@ -67,7 +67,7 @@ class Common:
     """Options of every subcommand."""
 
     debug: Switch = False
-    """Show the whole traceback of an error."""
+    """Show the full traceback of an error."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,12 +81,12 @@ class Structure:
     """Keep the decoder's rows at norm 1, or leave them free."""
     normalize: Literal["none", "constant", "layer_norm", "standardize"] | None = None
     """Scale the input: not at all; by one factor from the first batch; or each token by its own mean and spread, as in
-    torch's layer norm or by the standard deviation. Left out: constant if a penalty is driven to a target L0, else
-    none."""
+    torch's layer norm or by the standard deviation. Left out: constant if a penalty is adjusted to a target L0,
+    else none."""
     tied: Switch = False
-    """One dictionary for encoder and decoder."""
+    """Use one dictionary for encoder and decoder."""
     skip: Switch = False
-    """A linear path beside the latents."""
+    """Add a skip connection: a linear path beside the latents."""
     layers: int = 1
     """For a crosscoder: how many activations of equal width a row concatenates."""
     init_norm: float = 1.0
@@ -105,7 +105,7 @@ class Structure:
     loss: Literal["mse", "fvu"] = "mse"
     """Squared error per token, or squared error over the variance of the batch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights."""
+    """Dtype of the weights."""
     device: str = "cpu"
     """Device of the autoencoder: cpu, cuda, cuda:1."""
     precision: Literal["exact", "screened", "fp32"] = "exact"
@@ -186,7 +186,7 @@ class LiveOptions:
     text_field: str = FIELD
     """Field of JSON lines, parquet and data sets with the text, or with the messages of a chat."""
     token_type: TokenType = TOKEN_TYPE
-    """Type of the ids in .bin files."""
+    """Dtype of the ids in .bin files."""
     hook: Repeated = ()
     """Where the activations are taken: a number of layers, mlp.L, attn.L or a module's name, :input for its input. May
     be repeated: one pass reads all of them."""
@@ -198,7 +198,7 @@ class LiveOptions:
     model_device: str = "cpu"
     """Device of the language model."""
     model_dtype: FloatType | None = None
-    """Type in which the language model runs. Left out: the fastest on its device."""
+    """Dtype in which the language model runs. Left out: the fastest on its device."""
     prefetch: Switch = False
     """Run the model on a separate thread while the autoencoder trains; for a model on another device."""
 
@@ -280,24 +280,24 @@ class Harvest(Common):
     text_field: str = FIELD
     """Field of JSON lines, parquet and data sets with the text, or with the messages of a chat."""
     token_type: TokenType = TOKEN_TYPE
-    """Type of the ids in .bin files."""
+    """Dtype of the ids in .bin files."""
     stream: Annotated[HarvestStream, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How text becomes rows.")]
     rows: int = 1_000_000
     """Rows (tokens) to store for training; held-out rows are stored in addition."""
     rows_per_shard: int = 65_536
     """Rows per file."""
     dtype: FloatType = "bfloat16"
-    """Type of the stored rows."""
+    """Dtype of the stored rows."""
     device: str = "cpu"
     """Device of the language model: cpu, cuda, cuda:1."""
     model_dtype: FloatType | None = None
-    """Type in which the language model runs. Left out: the fastest on its device, or that of the harvest it resumes."""
+    """Dtype in which the language model runs. Left out: the fastest on its device, or that of a resumed harvest."""
     threads: int | None = None
     """CPU threads. Left out: torch's default."""
     progress: bool = True
     """Show a progress bar on stderr."""
     essential: ClassVar[dict[str, str]] = {
-        "FOLDER": "where the activations go",
+        "FOLDER": "folder for the activations",
         "--model": "a folder, a .gguf file, package:NAME or a hub name",
         "--text": "a file, a folder, a glob pattern, package:..., datasets:...",
         "--hook": "where to read: after how many layers, such as 12; or mlp.L, attn.L, a module's name",
@@ -319,8 +319,8 @@ class Train(Common):
     """The hook to train on, if the folder has several. Repeated: an autoencoder for each, in a folder of its own under
     --run-dir; if --layers is the number of hooks, one crosscoder for all. For DATA live: --live.hook."""
     target_hook: Repeated = ()
-    """The hook whose activations a transcoder learns to predict, such as mlp.L from mlp.L:input. Repeated: its targets
-    are those of all, side by side."""
+    """The hook whose activations a transcoder learns to predict, such as mlp.L from mlp.L:input. Repeated: the targets
+    of all hooks, side by side."""
     tensor: str | None = None
     """Name of the tensor in a .safetensors file. Left out: "activations", or the only one."""
     target_tensor: str | None = None
@@ -330,13 +330,13 @@ class Train(Common):
     data_seed: int = 0
     """Seed of the order of the rows."""
     latent_shards: int = 1
-    """Under torchrun: how many processes share the dictionary. The batch is shared by processes / latent_shards."""
+    """Under torchrun: how many processes share the dictionary. Processes / this number share the batch."""
     feeders: int = 0
-    """Under torchrun, for DATA live: how many of the processes, the last ones, only run the language model, ahead of
-    the others, which only train. 0: the first process runs it and trains."""
+    """Under torchrun, for DATA live: how many processes, the last ones, only run the language model; the others only
+    train. 0: the first process runs the model and trains."""
     wait: float = 1800.0
-    """Under torchrun: seconds that processes wait for one that does not answer. Then the run ends and names it. More
-    than the first process takes to load a live model or to make a block of its rows."""
+    """Under torchrun: seconds to wait for a process that does not answer; then the run ends and names it. Set it to
+    more than the first process takes to load a live model or to make a block of rows."""
     train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help="How to train.")] = dataclasses.field(
         default_factory=TrainConfig
     )
@@ -344,9 +344,9 @@ class Train(Common):
     live: LiveOptions = dataclasses.field(default_factory=LiveOptions)
     essential: ClassVar[dict[str, str]] = {
         "DATA": "a folder of `fastsae harvest`, a file of rows, or live",
-        "--run-dir": "where the run goes",
+        "--run-dir": "folder for the run",
         "--d-sae": "how many latents",
-        "--activation": "the rule: topk, unless another is named",
+        "--activation": "the rule, topk by default",
         "--k": "active latents per token; for relu, gated and jumprelu use --target-l0",
         "--lr": "the learning rate, 1e-3 for a short run",
         "--steps": "how many updates, of --batch-size tokens; one pass over the data if left out",
@@ -368,7 +368,7 @@ class LanguageOptions:
     text_field: str = FIELD
     """Field of that text, if it is JSON lines, parquet or a data set."""
     token_type: TokenType = TOKEN_TYPE
-    """Type of its ids, if it is .bin files."""
+    """Dtype of its ids, if it is .bin files."""
     hook: str | None = None
     """Where the autoencoder reads: a number of layers, mlp.L, attn.L or a module's name; with --data, one of the hooks
     of the folder. Left out: the run's."""
@@ -379,7 +379,7 @@ class LanguageOptions:
     tokens: int | None = None
     """Tokens of held-out text to measure on, rounded up to whole windows. Left out: as many as the run holds out."""
     model_dtype: FloatType | None = None
-    """Type in which the language model runs. Left out: as for the run's activations."""
+    """Dtype in which the language model runs. Left out: as for the run's activations."""
 
     def given(self) -> list[str]:
         """The names of the options whose value is not the default."""
@@ -408,8 +408,8 @@ class Eval(Common):
     density: Switch = False
     """Also write the density of every latent."""
     spliced: Switch = False
-    """Measure on the run's held-out text, through its language model, and also measure what that model loses with the
-    reconstruction in place of its activations: cross-entropy and KL, against zero and mean ablation."""
+    """Measure on the run's held-out text, through its language model, and also measure how much that model loses when
+    the reconstruction replaces its activations: cross-entropy and KL, against zero and mean ablation."""
     language: Annotated[LanguageOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=LanguageOptions)
     also: tuple[Path, ...] = ()
     """Other runs, each at the hook that it records: they are spliced in at the same time, and each is also measured on
@@ -422,7 +422,7 @@ class Eval(Common):
     """Device of the autoencoder and the language model: cpu, cuda, cuda:1."""
     essential: ClassVar[dict[str, str]] = {
         "RUN": "a run, a checkpoint or a saved autoencoder",
-        "--spliced": "also what the language model loses with the reconstruction in place",
+        "--spliced": "also measure how much the language model loses with the reconstruction in place",
         "--data": "activations to use instead of the run's own",
     }
 
@@ -440,7 +440,7 @@ class SweptLanguage(LanguageOptions):
 
 @dataclasses.dataclass(frozen=True)
 class SweptConfig(TrainConfig):
-    """How to train each cell."""
+    """How to train each run."""
 
     seed: tyro.conf.Suppress[int] = 0
 
@@ -448,10 +448,10 @@ class SweptConfig(TrainConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(Common):
     """Trains every combination of rules, L0s, sizes and seeds on one set of activations, each in a run folder of its
-    own, and measures it on held-out rows. Writes a table, a plot of FVU over L0 and a page; marks the cells on the
+    own, and measures it on held-out rows. Writes a table, a plot of FVU over L0 and a page; marks the runs on the
     frontier of FVU and L0.
 
-    If it was stopped, run it again with the same options to continue. You may add values when you do.
+    If it was stopped, run it again with the same options to continue; you may add values.
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -459,7 +459,7 @@ class Sweep(Common):
     out: Path
     """Folder for sweep.json, table.md, pareto.svg, sweep.html and runs/."""
     rules: tuple[str, ...]
-    """Rules, by the names that `fastsae train --activation` takes; settings other than L0 are their defaults."""
+    """Rules, by the names that `fastsae train --activation` takes; settings other than L0 keep their defaults."""
     l0s: tuple[float, ...]
     """Active latents per token: k, or target_l0 of relu, gated and jumprelu."""
     d_sae: tuple[int, ...]
@@ -467,7 +467,8 @@ class Sweep(Common):
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial weights. The order of the rows is the same for all."""
     hook: Repeated = ()
-    """The hook to train on, if the folder has several. Repeated: side by side, with --layers their number."""
+    """The hook to train on, if the folder has several. Repeated: joined side by side; set
+    --layers to their number."""
     target_hook: Repeated = ()
     """The hook whose activations transcoders learn to predict."""
     tensor: str | None = None
@@ -479,46 +480,47 @@ class Sweep(Common):
     data_seed: int = 0
     """Seed of the order of the rows."""
     spliced: Switch = False
-    """Also measure what the language model of the activations loses with each reconstruction in their place, on
-    held-out text: cross-entropy and KL."""
+    """Also measure how much the language model loses when each reconstruction replaces its activations, on held-out
+    text: cross-entropy and KL."""
     language: Annotated[SweptLanguage, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SweptLanguage)
     train: Annotated[SweptConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SweptConfig)
     sae: Annotated[Structure, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Structure)
     essential: ClassVar[dict[str, str]] = {
         "DATA": "a folder of `fastsae harvest`, or a file of rows",
-        "--out": "where table, plot and runs go",
+        "--out": "folder for the table, the plot and the runs",
         "--rules": "such as topk jumprelu",
         "--l0s": "active latents per token, such as 16 32 64",
         "--d-sae": "how many latents; several sizes may be given",
         "--lr": "the learning rate, 1e-3 for a short run",
-        "--steps": "updates of each cell; one pass over the data if left out",
+        "--steps": "updates of each run; one pass over the data if left out",
     }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Common):
-    """Writes a run's curves, settings and, if it was trained on a language model, its latents' passages into one HTML
-    page."""
+    """Writes one HTML page with a run's curves and settings and, if it was trained on a language model, passages on
+    which its latents are active."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder; the run may still be in progress."""
     out: Path | None = None
     """File for the page. Left out: report.html in the run folder."""
     latents: Annotated[str | None, tyro.conf.arg(metavar="INDICES")] = None
-    """Latents shown with their passages, such as 12,415; end a single one with a comma: 12,. Left out: a sample."""
+    """Latents to show with their passages, such as 12,415; end a single one with a comma: 12,. Left out: a sample."""
     sample: int | None = None
-    """Number of latents drawn at random over all densities. 0: none. Left out: 24, or none with --latents."""
+    """Number of latents to draw at random over all densities. 0: none. Left out: 24, or none with --latents."""
     passages: int = 8
     """Passages of text per latent."""
     seed: int = 0
-    """Seed of the draw of latents."""
+    """Seed for drawing these latents."""
     promoted: bool = True
     """Show the tokens that each latent promotes and suppresses: loads the run's language model, if it is on this
     disk."""
     max_rows: int = 131_072
     """Search at most this many rows for passages."""
     time_step: bool = True
-    """Time the parts of one update on the run's data; this takes a few updates' time, and memory for Adam's moments."""
+    """Time the parts of one update on the run's data; this takes as long as a few updates, and memory for Adam's
+    moments."""
     backend: str | None = None
     """Backend of the ops, see `fastsae info`. Left out: the fastest that supports them."""
 
@@ -552,7 +554,7 @@ class Reproduce(Common):
 class Convert(Common):
     """Writes a saved autoencoder in another format: that of fastsae, SAELens, sparsify, circuit-tracer, ...
 
-    docs/interop.md says what is read and written.
+    docs/interop.md lists what can be read and written.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
@@ -562,7 +564,7 @@ class Convert(Common):
     format: Literal[*WRITTEN] = "fastsae"  # type: ignore[valid-type]
     """The format to write."""
     source_format: Literal[*FORMATS] | None = None  # type: ignore[valid-type]
-    """The format of IN, needed only if its files fit two. Left out: recognised from the files."""
+    """The format of IN, needed only if its files fit two. Left out: recognized from the files."""
     subfolder: str | None = None
     """The folder inside IN. Left out: IN itself."""
     k: int | None = None
@@ -571,7 +573,7 @@ class Convert(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info(Common):
-    """Shows what is installed, which backends work here and why others do not."""
+    """Shows what is installed, which backends work here, and why the others do not."""
 
     json: Switch = False
     """Print JSON."""

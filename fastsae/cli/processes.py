@@ -67,7 +67,7 @@ def joined(device: str, latent_shards: int, wait: float = 1800.0, feeders: int =
         what = str(error).splitlines()[0].split(". This is")[0]
         raise ProcessError(
             f"{_silent(store, rank, trained)} of this run ended or does not answer ({what}). The checkpoints are "
-            "whole, and the same command with --resume goes on"
+            "intact; the same command with --resume continues the run"
         ) from error
     finally:
         dist.destroy_process_group()

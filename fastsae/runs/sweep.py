@@ -275,7 +275,7 @@ def identity(source: ActivationSource) -> Record:
     """
     rows = source.held_out()
     if len(rows) == 0:
-        raise ValueError("the activations hold out no rows to measure the cells on; give a holdout above 0")
+        raise ValueError("the activations have no held-out rows to measure the runs on; give a holdout above 0")
     targets = held_out_targets(source)
     first = [part[:IDENTITY_ROWS].float().cpu() for part in (rows, targets) if part is not None]
     some = torch.cat(first, dim=1).contiguous().numpy()

@@ -51,9 +51,9 @@ class _Threshold(Activation):
 
 @dataclass(frozen=True)
 class _Targeted(_Threshold):
-    """What the rules with a penalty share: its weight is fixed, or driven so that the mean L0 is target_l0.
+    """What the rules with a penalty share: its weight is fixed, or adjusted so that the mean L0 is target_l0.
 
-    The driven weight is exp(`log_coef`), a buffer. It starts from the first batch, at START of the loss of
+    The adjusted weight is exp(`log_coef`), a buffer. It starts from the first batch, at START of the loss of
     reconstructing nothing, over the penalty: in the units of the data and of the loss. After every batch
 
         m   = the mean of the batches' L0, their weights decaying by SMOOTH and divided by their sum
@@ -87,7 +87,7 @@ class _Targeted(_Threshold):
 
     @property
     def rewards(self) -> bool:
-        """Whether the driven weight may fall below 0."""
+        """Whether the adjusted weight may fall below 0."""
         return False
 
     @property
@@ -234,12 +234,12 @@ class ReLU(_WithL1):
     """
 
     l1: float | None = None
-    """Fixed weight of the L1 penalty. Left out: it is driven to target_l0."""
+    """Fixed weight of the L1 penalty. Left out: it is adjusted to reach target_l0."""
     weighted: bool = True
     """Whether the penalty weights each act by the norm of its decoder's row."""
     target_l0: float | None = None
-    """Active latents per token, to which the penalty's weight is driven. Left out: 32, or as many as its fixed weight
-    leaves."""
+    """Active latents per token; the penalty's weight is adjusted to reach it. Left out: 32, or as many as its fixed
+    weight leaves."""
     kind: ClassVar[str] = "relu"
 
     def activate(self, pre: Tensor, rows: RuleState) -> Tensor:
@@ -256,7 +256,7 @@ class JumpReLU(_Targeted):
     penalty_kind  "l0": l0 · mean L0, whose gradient reaches θ alone. "tanh": l0 · mean of
                   Σ tanh(tanh_scale·acts·‖W_dec‖), which trains encoder and decoder too.
                   "target": l0 · (mean L0 / target_l0 - 1)².
-    Without a fixed l0, the gradient of "l0" and "target" reaches the encoder too, through the same kernel. The driven
+    Without a fixed l0, the gradient of "l0" and "target" reaches the encoder too, through the same kernel. The adjusted
     weight of "l0" may fall below 0, where the squared error alone keeps fewer latents active than target_l0.
     log_threshold and its gradient are float32 at least, whatever the weights are: the steps of an optimizer are smaller
     than bfloat16's spacing. Pre-acts have the weights' dtype: with narrow weights choose a bandwidth of several
@@ -266,7 +266,7 @@ class JumpReLU(_Targeted):
     """
 
     l0: float | None = None
-    """Fixed weight of the L0 penalty. Left out: it is driven to target_l0."""
+    """Fixed weight of the L0 penalty. Left out: it is adjusted to reach target_l0."""
     threshold: float | None = None
     """Threshold at the start, the same for all latents. Left out: from the first batch, so that L0 is target_l0."""
     bandwidth: float | None = None
@@ -274,8 +274,8 @@ class JumpReLU(_Targeted):
     penalty_kind: Literal["l0", "tanh", "target"] = "l0"
     """L0 itself, a tanh that trains the weights too, or the squared distance from target_l0."""
     target_l0: float | None = None
-    """Target for the active latents per token: the penalty's weight is driven to it, or penalty_kind target penalizes
-    the distance from it. Left out: 32, or, with a fixed weight, none."""
+    """Target for the active latents per token: the penalty's weight is adjusted to reach it, or penalty_kind target
+    penalizes the distance from it. Left out: 32, or, with a fixed weight, none."""
     tanh_scale: float = 4.0
     """How steep the tanh of penalty_kind tanh is."""
     kind: ClassVar[str] = "jumprelu"
@@ -404,12 +404,12 @@ class Gated(_WithL1):
     """
 
     l1: float | None = None
-    """Fixed weight of the L1 penalty on the gate. Left out: it is driven to target_l0."""
+    """Fixed weight of the L1 penalty on the gate. Left out: it is adjusted to reach target_l0."""
     weighted: bool = False
     """Whether the penalty weights each act by the norm of its decoder's row."""
     target_l0: float | None = None
-    """Active latents per token, to which the penalty's weight is driven. Left out: 32, or as many as its fixed weight
-    leaves."""
+    """Active latents per token; the penalty's weight is adjusted to reach it. Left out: 32, or as many as its fixed
+    weight leaves."""
     kind: ClassVar[str] = "gated"
 
     def new_parameters(self, d_sae: int) -> dict[str, Tensor]:
