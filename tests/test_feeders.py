@@ -159,7 +159,7 @@ def assert_starts_as_alone(batches: list[Tensor], n: int) -> None:
     [
         (("--feeders", "2"), "torchrun --nproc-per-node 3 -m fastsae train live"),
         (("--feeders", "-1"), "--feeders is -1, expected a number of processes"),
-        (("--feeders", "1", "--live.prefetch"), "feeders are ahead anyway"),
+        (("--feeders", "1", "--live.prefetch"), "feeders always compute ahead"),
         (("--feeders", "1", "--live.hook", "2"), "several processes train one SAE, and there are 2 live hooks"),
         (("--feeders", "1", "--live.text", ""), "training live needs --live.text"),
     ],

@@ -261,7 +261,7 @@ def test_what_a_rule_is_given_and_what_it_makes_of_nothing() -> None:
         fastsae.Gated(target_l0=0.0)
     with pytest.raises(ValueError, match=r"ReLU has target_l0 = 41.0, expected at most d_sae = 40"):
         fastsae.SparseAutoencoder(D, M, fastsae.ReLU(target_l0=41.0))
-    with pytest.raises(ValueError, match="a batch of SAEs cannot drive a penalty"):
+    with pytest.raises(ValueError, match="a batch of SAEs cannot adjust a penalty"):
         SAEBatch(2, D, M, fastsae.ReLU())
     assert fastsae.SparseAutoencoder(D, M, fastsae.ReLU()).config["normalize"] == "constant"
     assert fastsae.SparseAutoencoder(D, M, fastsae.ReLU(1.0)).config["normalize"] == "none"

@@ -68,7 +68,7 @@ class ShardSource(EpochSource):
         if not self.manifest.complete:
             warn(
                 f"{self.folder} holds {self.manifest.rows:,} rows of a harvest that has not ended, and these are read; "
-                "the same harvest command goes on with it",
+                "the same harvest command continues it",
                 UserWarning,
             )
         self.dtype = dtype

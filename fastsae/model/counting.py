@@ -1,6 +1,6 @@
 """Counting training batches: each once, over all processes, in the order of their forward passes.
 
-What is counted: tokens and firings of each latent, a running threshold, a driven penalty weight, drawn prefixes. A
+What is counted: tokens and firings of each latent, a running threshold, an adjusted penalty weight, drawn prefixes. A
 batch counts at the end of the first backward pass that goes through its forward pass in training mode. So a forward
 pass alone counts nothing, and all forward passes of one backward pass see the same counters, recomputed or not.
 

@@ -40,7 +40,7 @@ OFF = -1e4
 class SparseAutoencoder(Parameters):
     """A sparse autoencoder of `d_sae` latents; with `target=` in its call, a transcoder.
 
-    activation    the rule that picks latents, e.g. `TopK(32)`; see fastsae.model.rules.
+    activation    the rule that selects latents, e.g. `TopK(32)`; see fastsae.model.rules.
     d_out         width of the target; None: d_in.
     pre_bias      subtract b_dec from the input before encoding; needs d_out == d_in. None: yes, but not in a
                   transcoder: off if d_out differs, and switched off, with a warning, by the first target given.
@@ -49,7 +49,7 @@ class SparseAutoencoder(Parameters):
                   constraint, and both helpers do nothing.
     normalize     "none"; "constant": one factor making the mean of ‖x‖² equal d_in (`calibrate_`); "layer_norm": per
                   token, undone in the reconstruction; "standardize": the same with the standard deviation (n - 1) plus
-                  1e-5, as in SAELens and openai's SAEs. None: "constant" if the rule drives a penalty to a target L0
+                  1e-5, as in SAELens and openai's SAEs. None: "constant" if the rule adjusts a penalty to a target L0
                   (from the first training batch if `calibrate_` was not called), else "none".
     tied          the encoder uses the decoder's rows: `W_enc` is None and `encoder_weight` is W_dec.
     skip          a linear path beside the latents: recon += x W_skipᵀ, which starts at 0 (Paulo et al. 2025).
@@ -353,8 +353,9 @@ class SparseAutoencoder(Parameters):
         counts.
 
         A batch counts once, at the end of the first backward pass that goes through it, whether or not an optimizer
-        steps afterwards: dead-latent counters, densities, BatchTopK's running threshold, a driven penalty weight, drawn
-        prefixes. Counts are of tokens: m microbatches count by their tokens, and update a running threshold m times.
+        steps afterwards: dead-latent counters, densities, BatchTopK's running threshold, an adjusted penalty weight,
+        drawn prefixes. Counts are of tokens: m microbatches count by their tokens, and update a running threshold m
+        times.
         What does not count: a forward pass alone (under no_grad, in inference mode, or without a backward pass), eval
         mode, a second backward pass of the same graph, one that fails, and a batch whose loss is not finite. A batch
         whose step an optimizer or a GradScaler skips has had its backward pass and counts, unless its loss was not

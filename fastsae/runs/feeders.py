@@ -225,8 +225,8 @@ class Feeders:
             raise
         except RuntimeError as error:
             self._lost[rank] = ProcessError(
-                f"process {rank}, a feeder, has ended or does not answer ({_said(error)}). The checkpoints are whole, "
-                "and the same command with --resume goes on"
+                f"process {rank}, a feeder, has ended or does not answer ({_said(error)}). The checkpoints are intact; "
+                "the same command with --resume continues the run"
             )
             raise self._lost[rank] from error
 

@@ -160,7 +160,7 @@ class Trainer:
             raise RuntimeError(f"this Trainer stopped at step {self.step} before a checkpoint; make a new Trainer")
         if self.sae.placement is not None and (self.team is None or self.sae.placement.mesh is not self.team.mesh):
             raise RuntimeError(
-                "this SAE is a part, as after a run, on another mesh than the Trainer's; make a new Trainer with "
+                "this SAE is a shard, as after a run, on another mesh than the Trainer's; make a new Trainer with "
                 "fastsae.parallel.gathered(sae)"
             )
         with ExitStack() as stack:

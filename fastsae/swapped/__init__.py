@@ -70,7 +70,7 @@ def accelerate(given: Given) -> Given:
     A trainer (SAELens' SAETrainer; sparsify's Trainer; dictionary_learning's trainers): its SAEs, and its Adam for
     `fastsae.optim.Adam` with the same settings, state and schedule. A class of such a trainer: a subclass, whose
     instances are accelerated. A model that holds such SAEs: all of them.
-    Raises Unsupported (a ValueError) for another class, or a setting that has no sparse way, and changes nothing.
+    Raises Unsupported (a ValueError) for another class, or a setting that has no sparse path, and changes nothing.
     """
     if isinstance(given, type):
         return _swap_of(given)  # type: ignore[return-value]

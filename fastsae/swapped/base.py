@@ -48,7 +48,7 @@ DEAD_PIECE = 2**24
 
 
 class Unsupported(ValueError):
-    """A module, or a setting of one, that `accelerate` has no sparse way for; the message names it."""
+    """A module, or a setting of one, that `accelerate` has no sparse path for; the message names it."""
 
 
 @dataclass(eq=False)
@@ -182,7 +182,7 @@ class Swapped:
 
     @classmethod
     def check(cls, module: nn.Module) -> None:
-        """Raises Unsupported for a setting of the library's module that has no sparse way."""
+        """Raises Unsupported for a setting of the library's module that has no sparse path."""
 
     def was_changed(self) -> bool:
         """Whether a setting is one by now that `check` refuses, so that the library's own path has to answer; says so
@@ -323,7 +323,7 @@ def check_sae(module: Any, swaps: dict[type, type]) -> type[Any] | None:
     if swap is None:
         names = ", ".join(sorted(one.__name__ for one, its in swaps.items() if issubclass(its, Swapped)))
         kind = f"{type(module).__module__}.{type(module).__name__}"
-        raise Unsupported(f"{kind} has no sparse way; expected one of {names}")
+        raise Unsupported(f"{kind} has no sparse path; expected one of {names}")
     swap.check(module)
     return swap
 

@@ -464,7 +464,7 @@ def _common(rules: tuple[Activation, ...], n: int) -> tuple[Activation, Tensor, 
         raise ValueError(f"activation has {len(rules)} rules, expected one for each of {n} SAEs, all of one kind")
     if waiting := [rule for rule in rules if rule.from_data]:
         raise ValueError(
-            f"a batch of SAEs cannot drive a penalty or start thresholds from data, got {waiting[0]}; give l1 "
+            f"a batch of SAEs cannot adjust a penalty or start thresholds from data, got {waiting[0]}; give l1 "
             "(ReLU, Gated), or l0 and threshold (JumpReLU)"
         )
     if first.selects_by_norm:

@@ -450,7 +450,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def forget_rows_(self, sae: nn.Module | Dictionaries, latents: Tensor) -> None:
-        """Sets the moments of these latents (int64) of an SAE to zero, as resampling wants."""
+        """Sets the moments of these latents (int64) of an SAE to zero, as resampling needs."""
         for member in self._members:
             if sae is not member.module and sae is not member.dictionaries:
                 continue

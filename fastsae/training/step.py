@@ -373,7 +373,7 @@ class FusedTrainStep(_TrainStep):
     # -- what the optimizer keeps -------------------------------------------------------------------------------------
 
     def forget_rows_(self, latents: Tensor) -> None:
-        """Sets the optimizer's moments of these latents (int64) to zero, as resampling wants."""
+        """Sets the optimizer's moments of these latents (int64) to zero, as resampling needs."""
         self.optimizer.forget_rows_(self.sae, latents)
 
     def refresh(self, encoder_input: Tensor | None = None) -> None:
@@ -513,7 +513,7 @@ class PlainTrainStep(_TrainStep):
 
     @torch.no_grad()
     def forget_rows_(self, latents: Tensor) -> None:
-        """Sets the optimizer's moments of these latents (int64) to zero, as resampling wants."""
+        """Sets the optimizer's moments of these latents (int64) to zero, as resampling needs."""
         for name, p in self.sae.named_parameters():
             if name in ("b_dec", "W_skip"):
                 continue

@@ -48,15 +48,15 @@ def view(tensors: _Tensors, latents: int, d: int) -> _cpu.Screen:
     if len(tensors) != 4 or tensors[2].numel() != 1:
         shapes = [tuple(t.shape) for t in tensors]
         expected = "words, tables, a format and factors"
-        raise ValueError(f"the screen is tensors of shapes {shapes}, expected {expected}; make it anew")
+        raise ValueError(f"the screen is tensors of shapes {shapes}, expected {expected}; make a new one")
     words, tables, code, factors = tensors
     numbers("the screen's format", code, torch.int32, tuple(code.shape))
     fmt = _cpu.Format(int(code))
     if not _cpu.format_supported(fmt):
-        raise ValueError(f"the screen is in {fmt.name}, which {_cpu.isa()} has no code for; make it anew")
+        raise ValueError(f"the screen is in {fmt.name}, which {_cpu.isa()} has no code for; make a new one")
     size, positions = _sizes(latents, d, fmt)
     if tables.shape != (3, positions) or words.shape != (size,) or factors.shape != (2, d):
-        raise ValueError(f"the screen is of another dictionary than W ({latents}, {d}); make it anew")
+        raise ValueError(f"the screen belongs to another dictionary than W ({latents}, {d}); make a new one")
     return _cpu.Screen(
         numbers("the screen's words", words, torch.int32, (size,)),
         numbers("the screen's tables", tables, torch.float32, (3, positions)),
