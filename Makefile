@@ -101,7 +101,8 @@ demo: $(VENV)/.demo
 
 # One process for each core, each with one thread, and whole files to each. With a thread for each core in every process
 # they wait for each other, many times longer on a busy machine; tests of several threads ask for them.
-PYTEST := env OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist loadfile
+# The order of the files is conftest.py's.
+PYTEST := env OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed
 	$(PYTEST) $(ARGS)
 
@@ -157,6 +158,9 @@ EMULATED := $(patsubst %,$(EMULATION)/%.o,$(notdir $(wildcard csrc/cuda/*.cu csr
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 EMULATE := $(CXX) -std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -DFASTSAE_EMULATED $(SANITIZE) \
   -Wall -Wextra -Werror -Wno-unknown-pragmas -Icsrc/cuda -Itests/emulation -MMD
+
+# Of the bindings nearly all is pybind11's templates: a third of their compile is optimization, and they run no kernel.
+$(patsubst csrc/cuda/%,$(EMULATION)/%.o,$(wildcard csrc/cuda/bind*.cpp)): EMULATE += -O0
 
 $(EMULATION)/%.o: csrc/cuda/% $(VENV)/.pybind11
 	@mkdir -p $(@D)

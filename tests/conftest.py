@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -45,6 +46,13 @@ IN_FULL = ("odd", "norms", "nan", "no-tokens", "one-token", "strided")
 QUICK = ("odd", "nan", "no-tokens", "one-token", "strided", "few-ties")
 """Of these, in float32, `make test` runs; the others are long. LOG.md says which cases have found what."""
 OTHER = {"dtype": torch.float32, "precision": "exact", "kind": "one", "biased": True, "regrouped": False}
+
+
+FIRST = ("parallel_runs", "parallel", "feeders", "kill_resume", "parallel_proof", "parallel_faults", "library", "family",
+         "bench_gpu", "bench_parallel", "border", "ddp", "hostile", "compiled", "fallback", "gpu_skip")  # fmt: skip
+"""Files of few tests that take long, most of them in processes of their own. Workers get whole files: one of these at
+the end would leave the other cores idle. Files of more tests come before those of fewer.
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,7 +97,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (out if left_out else kept).append(item)
     if out:
         config.hook.pytest_deselected(items=out)
-        items[:] = kept
+    count = Counter(item.path for item in kept)
+    order = [f"test_{name}" for name in FIRST]
+    places = {path: order.index(path.stem) if path.stem in order else len(order) for path in count}
+    items[:] = sorted(kept, key=lambda item: (places[item.path], -count[item.path], item.path))
 
 
 @pytest.fixture(autouse=True, scope="module")
