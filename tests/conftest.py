@@ -48,8 +48,10 @@ QUICK = ("odd", "nan", "no-tokens", "one-token", "strided", "few-ties")
 OTHER = {"dtype": torch.float32, "precision": "exact", "kind": "one", "biased": True, "regrouped": False}
 
 
-FIRST = ("parallel_runs", "parallel", "feeders", "kill_resume", "parallel_proof", "parallel_faults", "library", "family",
-         "bench_gpu", "bench_parallel", "border", "ddp", "hostile", "compiled", "fallback", "gpu_skip")  # fmt: skip
+FIRST = (
+    "parallel_runs", "parallel", "feeders", "kill_resume", "parallel_proof", "parallel_faults", "library", "family",
+    "bench_gpu", "bench_parallel", "border", "ddp", "hostile", "compiled", "fallback", "gpu_skip",
+)  # fmt: skip
 """Files of few tests that take long, most of them in processes of their own. Workers get whole files: one of these at
 the end would leave the other cores idle. Files of more tests come before those of fewer.
 """
