@@ -50,7 +50,7 @@ def choose(d_in: int, d_out: int, eight_bit: bool = False) -> Config:
 
     Entries at once trade against registers. 4 and 168: three programs of four warps on a multiprocessor. 2048 columns
     take 2 and 128, or only one program of eight warps would fit; with 4096 columns only one ever fits. Odd widths load
-    number by number and pay for their addresses in registers, and rounding to 8 bits there takes all that there are.
+    number by number and pay for their addresses in registers; rounding to 8 bits takes all there, 168 at 2048.
     """
     block_in, block_out = (max(16, triton.next_power_of_2(d)) for d in (d_in, d_out))
     widest, warps = max(block_in, block_out), min(8, max(1, max(block_in, block_out) // 256))
@@ -59,7 +59,7 @@ def choose(d_in: int, d_out: int, eight_bit: bool = False) -> Config:
     if d_in % 16 or d_out % 16:
         return Config(block_in, block_out, BLOCK_E=2, num_warps=warps, max_registers=255 if eight_bit else 168)
     if widest > 1024:
-        return Config(block_in, block_out, BLOCK_E=2, num_warps=warps, max_registers=128)
+        return Config(block_in, block_out, BLOCK_E=2, num_warps=warps, max_registers=168 if eight_bit else 128)
     return Config(block_in, block_out, BLOCK_E=4, num_warps=warps, max_registers=168)
 
 
