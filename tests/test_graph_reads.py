@@ -99,7 +99,7 @@ def test_a_step_of_every_rule_reads_nothing(name: str, settings: dict[str, Any])
     take_steps(name, settings)
 
 
-@pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("settings", OPTIMIZERS, ids="-".join)
 @pytest.mark.parametrize("name", ["topk", "jumprelu"])
 def test_a_step_of_every_optimizer_reads_nothing(name: str, settings: dict[str, Any]) -> None:
     take_steps(name, {}, **settings)
