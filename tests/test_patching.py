@@ -287,7 +287,7 @@ def test_quick_runs_of_the_language_model(tmp_path: Path, capsys) -> None:
     everything = list(system.on_stream(system.QUICK, ""))
     assert main(reproduce(tmp_path / "out", "--experiments", *everything)) == 0
     table = capsys.readouterr().out
-    for text in ("FVU: published recipe, 2 latents a dimension", "PCA, ± directions", "MMCS to twice", "chosen"):
+    for text in ("FVU: published recipe, 2 latents per dimension", "PCA, ± directions", "MMCS to twice", "chosen"):
         assert text in table
     stored = json.loads((tmp_path / "out" / "results.json").read_text())["experiments"]
     assert list(stored) == everything
