@@ -384,7 +384,7 @@ class Held:
     """What a backend remembers of an encoder whose weights rest: a digest of W, its low-precision copy, or how many
     tokens have done without one."""
 
-    digest: tuple[int, int]
+    digest: tuple[int, int, torch.dtype]
     screen: Screen | None = None
     waited: int = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -170,6 +171,49 @@ def test_some_latents_do_not_push_the_copy_of_all_out(made: list[int]) -> None:
     some = sae.encode(x, latents=[3, 99, 7])
     assert sae._resting.held is held
     equal_bits((some.to_dense(),), (whole.to_dense()[:, [3, 99, 7]],))
+
+
+DICTIONARIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns": lambda W: W.T.contiguous().T,
+    "every other column": lambda W: torch.stack([W, W], -1).flatten(1)[:, ::2],
+    "one row many times": lambda W: W[:1].expand(M, D),
+    "negated lazily": lambda W: torch._neg_view(-W),
+    "other numbers of the same bits": lambda W: W.view(torch.bfloat16),
+}
+
+
+@narrow_only
+@pytest.mark.parametrize("dictionary", DICTIONARIES.values(), ids=DICTIONARIES)
+def test_any_dictionary_is_encoded_as_without(dictionary: Callable[[Tensor], Tensor], made: list[int]) -> None:
+    held, W = ops.HeldScreen(), torch.randn(M, D)
+    W.copy_(W.abs().clamp(min=0.1))  # so that its halves are numbers too
+    ops.encode_topk(torch.randn(3 * N, D), W, torch.zeros(M), K, screen=held)
+    assert held.held is not None
+    other = dictionary(W)
+    x, b = torch.randn(3 * N, other.shape[1], dtype=other.dtype), torch.zeros(M, dtype=other.dtype)
+    for _ in range(2):
+        codes, expected = (ops.encode_topk(x, other, b, K, screen=screen) for screen in (held, None))
+        equal_bits((codes.acts, codes.indices), (expected.acts, expected.indices))
+
+
+@narrow_only
+def test_a_traced_encoder_keeps_no_copy() -> None:
+    held, b = ops.HeldScreen(), torch.zeros(M)
+    W, other, x = torch.randn(M, D), torch.randn(M, D), torch.randn(300, D)
+    for _ in range(2):  # without a copy, and with one
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(
+                lambda x, W: ops.encode_topk(x, W, b, K, screen=held).indices, (x, W), check_trace=False
+            )
+        equal_bits((traced(x, other),), (ops.encode_topk(x, other, b, K).indices,))
+        ops.encode_topk(x, W, b, K, screen=held)
+
+
+@pytest.mark.parametrize("k", [0, -1, 10**12])
+def test_the_op_says_what_is_wrong_with_k(k: int) -> None:
+    with pytest.raises(ValueError, match=rf"k is {k}, expected 1 <= k <= {M}"):
+        ops.encode_topk(torch.randn(300, D), torch.randn(M, D), torch.zeros(M), k, screen=ops.HeldScreen())
 
 
 @pytest.mark.parametrize("precision", ["screened", "fp32"])

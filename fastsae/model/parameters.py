@@ -149,7 +149,8 @@ class Parameters(RecordsSettings):
     @property
     def resting_screen(self) -> HeldScreen | None:
         """The encoder's copy in eval mode, when its weights rest; None in training mode."""
-        return self._resting if self.rule.screened and not self.training else None
+        # By __dict__: a module pickled whole by an earlier version has none.
+        return self.__dict__.get("_resting") if self.rule.screened and not self.training else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to(...)` and similar. The rule's parameters get `rule_dtype`, or the weights' dtype if that is wider; its

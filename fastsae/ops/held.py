@@ -17,8 +17,9 @@ REDONE_LIMIT, JUDGED_TOKENS = 0.01, 1024
 
 def plain_on_cpu(t: Tensor) -> bool:
     """Whether t is a tensor on the CPU whose numbers may be looked at now: nothing traces or transforms this call."""
-    ordinary = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
-    return ordinary and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    ordinary = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and not t.is_neg()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a graph would keep a copy as a constant
+    return ordinary and not (traced or torch._C._are_functorch_transforms_active())
 
 
 @dataclass(eq=False)
@@ -40,9 +41,12 @@ class HeldScreen:
         self, x: Tensor, W: Tensor, b: Tensor, k: int | None, backend: str | None, precision: str
     ) -> Screen | None:
         """The copy for encoding x (N, D), if one pays; k: active latents per token, None where thresholds decide."""
-        narrowed = precision == "exact" and W.dtype in (torch.float32, torch.bfloat16)
+        narrowed = precision == "exact" and W.dtype in (torch.float32, torch.bfloat16) and W.is_contiguous()
         if not narrowed or not all(plain_on_cpu(t) for t in (x, W, b)):
             return None
+        fits = x.dtype == b.dtype == W.dtype and x.shape[-1] == W.shape[-1] and b.shape == W.shape[:1]
+        if not fits or not (k is None or (isinstance(k, int) and 1 <= k <= W.shape[0])):
+            return None  # the op says what is wrong
         given = W.detach(), b.detach()
         hold = getattr(choose("prepare_screen", backend, *given), "hold_screen", None)
         if hold is None:

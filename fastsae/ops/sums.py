@@ -22,7 +22,8 @@ def sum_of_squares(t: Tensor) -> Tensor:
 
 
 def fixed_sum(t: Tensor) -> Tensor:
-    """The sum of t, in its dtype, added in float64; of a matrix (N, M) by rows first, without a wider copy of it."""
+    """The sum of t, in its dtype, added in float64; the rows of a float32 matrix in float32, without a wider copy."""
     # torch gives each row to one thread, but splits a single one.
-    parts = t.sum(-1) if t.ndim == 2 and t.shape[0] > 1 else t.flatten()
+    by_rows = t.ndim == 2 and t.shape[0] > 1 and t.dtype.itemsize >= 4
+    parts = t.sum(-1) if by_rows else t.flatten()
     return total(parts.double()).to(t.dtype)

@@ -121,7 +121,7 @@ def hold_screen(held: Held | None, W: Tensor, b: Tensor, x: Tensor, k: int | Non
     n = x.shape[0]
     if n <= FEW_KEPT or _cpu.fastest_format(W.shape[1]) == _cpu.Format.f32:
         return held, None
-    digest = _cpu.digest(matrix("W", W), torch.get_num_threads())
+    digest = *_cpu.digest(matrix("W", W), torch.get_num_threads()), W.dtype
     if held is None or held.digest != digest:
         held = Held(digest)
     if held.screen is None:
