@@ -17,9 +17,10 @@ REDONE_LIMIT, JUDGED_TOKENS = 0.01, 1024
 
 def plain_on_cpu(t: Tensor) -> bool:
     """Whether t is a tensor on the CPU whose numbers may be looked at now: nothing traces or transforms this call."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph would keep a copy as a constant
+        return False
     ordinary = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and not t.is_neg()
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a graph would keep a copy as a constant
-    return ordinary and not (traced or torch._C._are_functorch_transforms_active())
+    return ordinary and not torch._C._are_functorch_transforms_active()
 
 
 @dataclass(eq=False)
