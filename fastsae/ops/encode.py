@@ -49,16 +49,16 @@ def screen_tensors(screen: Screen | None, backend: str | None) -> list[Tensor] |
     return screen.tensors
 
 
-def _encoding(
-    raw: Callable[[list[Tensor] | None], tuple[Tensor, ...]], screen: Screen | HeldScreen | None, x: Tensor, W: Tensor,
-    b: Tensor, k: int | None, backend: str | None, precision: str,
+def _encoded(
+    raw: Callable[..., tuple[Tensor, ...]], x: Tensor, W: Tensor, b: Tensor, *more: Any, k: int | None,
+    screen: Screen | HeldScreen | None, precision: str, backend: str | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """raw(the screen's tensors): an encoder's results, the last of which is how many tokens it redid."""
+    """The results of a raw encoder, the last of which is how many tokens it redid. more: its own arguments."""
     if not isinstance(screen, HeldScreen):
-        return raw(screen_tensors(screen, backend))
-    current = screen.current(x, W, b, k, backend, precision)
-    found = raw(screen_tensors(current, backend))
-    if current is not None:
+        return raw(x, W, b, *more, screen_tensors(screen, backend), precision, backend)
+    kept = screen.current(x, W, b, k, backend, precision)
+    found = raw(x, W, b, *more, screen_tensors(kept, backend), precision, backend)
+    if kept is not None:
         screen.served(x.shape[0], found[-1])
     return found
 
@@ -168,12 +168,10 @@ def encode_topk(
     flat = _flat_input(x, W, check)
     if rows is not None and isinstance(screen, HeldScreen):
         screen = None  # a copy is of all latents
+    how: dict[str, Any] = {"screen": screen, "precision": precision, "backend": backend}
 
     def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
-        def raw(kept: list[Tensor] | None) -> tuple[Tensor, ...]:
-            return _raw.encode_topk(x, W, b, k, rows, scale, index_offset, kept, precision, backend)
-
-        acts, indices, redone = _encoding(raw, screen, x, W, b, k, backend, precision)
+        acts, indices, redone = _encoded(_raw.encode_topk, x, W, b, k, rows, scale, index_offset, k=k, **how)
         return SparseCodes(acts, indices, index_offset + W.shape[0], redone=redone)
 
     # The ledger's terms cover whole dictionaries and pre-acts without a scale.
@@ -311,12 +309,10 @@ def encode_above(
     """
     flat, bars = _flat_input(x, W, check), _flat_threshold(threshold, x, W)
     overflows: list[Tensor] = []
+    how: dict[str, Any] = {"screen": screen, "precision": precision, "backend": backend}
 
     def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
-        def raw(kept: list[Tensor] | None) -> tuple[Tensor, ...]:
-            return _raw.encode_above(x, W, b, bars, capacity, kept, precision, backend)
-
-        found = _encoding(raw, screen, x, W, b, None, backend, precision)
+        found = _encoded(_raw.encode_above, x, W, b, bars, capacity, k=None, **how)
         overflows.append(found[3])
         return SparseCodes(found[0], found[1], W.shape[0], found[2], redone=found[4])
 
@@ -401,12 +397,10 @@ def encode_batch_topk(
     A token with NaN or infinity in x has NaN at the first k latents; the other tokens get the same as without it.
     """
     flat = _flat_input(x, W, check)
+    how: dict[str, Any] = {"screen": screen, "precision": precision, "backend": backend}
 
     def run(x: Tensor, W: Tensor, b: Tensor) -> SparseCodes:
-        def raw(kept: list[Tensor] | None) -> tuple[Tensor, ...]:
-            return _raw.encode_batch_topk(x, W, b, k, kept, precision, backend)
-
-        acts, indices, offsets, redone = _encoding(raw, screen, x, W, b, k, backend, precision)
+        acts, indices, offsets, redone = _encoded(_raw.encode_batch_topk, x, W, b, k, k=k, **how)
         return SparseCodes(acts, indices, W.shape[0], offsets, redone=redone)
 
     codes = encode_by(run, flat, W, b, pre_bias=pre_bias, backend=backend)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import choose
-from fastsae.codes import Held, Screen
+from fastsae.codes import Held, Screen, reads_are_free
 
 REDONE_LIMIT, JUDGED_TOKENS = 0.01, 1024
 """Share of tokens that had to be redone, above which a copy is made anew, for the inputs that come now; of how many."""
@@ -17,9 +17,9 @@ REDONE_LIMIT, JUDGED_TOKENS = 0.01, 1024
 
 def plain_on_cpu(t: Tensor) -> bool:
     """Whether t is a tensor on the CPU whose numbers may be looked at now: nothing traces or transforms this call."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph would keep a copy as a constant
+    if not reads_are_free(t) or torch.jit.is_tracing():  # a graph would keep a copy as a constant
         return False
-    ordinary = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and not t.is_neg()
+    ordinary = type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()
     return ordinary and not torch._C._are_functorch_transforms_active()
 
 

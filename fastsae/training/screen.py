@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.codes import Screen
+from fastsae.ops.held import REDONE_LIMIT
 
 # The screen is rebuilt after SCREEN_LIFE steps, or after SCREEN_TRIAL if more than REDONE_LIMIT of tokens are redone.
 SCREEN_LIFE = 64
 SCREEN_TRIAL = 2
-REDONE_LIMIT = 0.01
 
 
 def shared_backend(encoder: str | None, update: str | None) -> str | None:
