@@ -11,7 +11,6 @@ from torch import Tensor
 
 import fastsae
 from fastsae.runs.schedules import Schedule
-from fastsae.training import graph
 from fastsae.training import step as steps
 from fastsae.training.step import GRAPH_WARMUP, FusedTrainStep
 from tests.family_case import RULES, SHAPED, family_sae, tokens
@@ -122,7 +121,7 @@ def both(rule: fastsae.ReLU | fastsae.JumpReLU, **more: Any) -> tuple[FusedTrain
 
 @pytest.mark.parametrize("name", ["relu", "jumprelu", "gated"])
 def test_a_step_that_overflows_is_made_without_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "SLACK", 0)
+    monkeypatch.setattr("fastsae.model.sae.SLACK", 0)
     step, plain = both(RULES[name])
     with torch.no_grad():
         for one in (step, plain):
@@ -150,7 +149,7 @@ def test_a_step_that_is_not_finite_is_skipped_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_graph_with_much_too_much_room_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "SLACK", 0)
+    monkeypatch.setattr("fastsae.model.sae.SLACK", 0)
     step, _ = both(RULES["relu"])
     for i in range(GRAPH_WARMUP + 1):
         step(tokens(seed=i))

@@ -35,6 +35,8 @@ from fastsae.reference import wide
 
 OFF = -1e4
 """The pre-act of a slot that no token owns: below every threshold, and finite."""
+SLACK = 64
+"""Slots for each token of a threshold rule's code, beside those for what the last step took."""
 
 
 class SparseAutoencoder(Parameters):
@@ -550,21 +552,29 @@ class SparseAutoencoder(Parameters):
             codes, overflow = self.pre_acts(encoder_input, options, self.room)
             return Selected(codes.masked(OFF), overflow)
         n = encoder_input.shape[0]
-        pairs = n * self.d_sae
         if self.active_share is None:
             self.active_share = dense.sampled_share(self, encoder_input)
         if self.active_share > self.dense_above:
             return None
         # A little more capacity than the last step used; if that overflows, the step is dense.
-        room = min(pairs, int(self.dense_above * pairs) + 1)
-        guess = min(room, int(1.5 * self.active_share * pairs) + 64 * n)
-        for capacity in dict.fromkeys((guess, room)):
+        for capacity in dict.fromkeys((self.slots_for(n, 1.5), self.most_slots(n))):
             codes, overflow = self.pre_acts(encoder_input, options, capacity)
             if overflow is None or not bool(overflow):
                 codes = codes.trimmed() if codes.acts.device.type == "cpu" else codes.masked(OFF)
-                self.active_share = float(codes.nnz) / pairs
+                self.active_share = float(codes.nnz) / (n * self.d_sae)
                 return Selected(codes)
         return None
+
+    def most_slots(self, n: int) -> int:
+        """Slots of a threshold rule's code of n tokens, above which a step is dense."""
+        pairs = n * self.d_sae
+        return min(pairs, int(self.dense_above * pairs) + 1)
+
+    def slots_for(self, n: int, growth: float) -> int:
+        """Slots for `growth` times the active latents of n tokens in the last step, and SLACK more for each token."""
+        assert self.active_share is not None
+        pairs = n * self.d_sae
+        return min(self.most_slots(n), int(growth * self.active_share * pairs) + SLACK * n)
 
     def _densely(
         self, ready: Inputs, goal: Tensor, centred: bool, denominator: Tensor | int, weight: Tensor

@@ -10,8 +10,6 @@ from torch import Tensor
 from fastsae.model.sae import SparseAutoencoder
 
 Metrics = dict[str, Tensor]
-SLACK = 64
-"""Slots for each token beside twice what the step before took."""
 
 
 def check_graph(sae: SparseAutoencoder, check: bool, anneals: bool) -> None:
@@ -34,17 +32,13 @@ def check_graph(sae: SparseAutoencoder, check: bool, anneals: bool) -> None:
 
 
 def room_for(sae: SparseAutoencoder, n: int) -> int | None:
-    """Slots of a threshold rule's code in a graph, whose shapes are fixed: twice as many as n tokens took last, and
-    SLACK for each token; None for a rule that fixes how many latents are active.
+    """Slots of a threshold rule's code in a graph, whose shapes are fixed: for twice as many active latents as n tokens
+    had last; None for a rule that fixes how many are active.
 
     A step that needs more changes nothing. The host reads afterwards how many it took, and makes an overflowed step
     again without a graph.
     """
-    if not sae.activation.shaped:
-        return None
-    assert sae.active_share is not None
-    pairs = n * sae.d_sae
-    return min(pairs, int(sae.dense_above * pairs) + 1, int(2 * sae.active_share * pairs) + SLACK * n)
+    return sae.slots_for(n, 2) if sae.activation.shaped else None
 
 
 class StepGraph:
